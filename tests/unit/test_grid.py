@@ -1,0 +1,240 @@
+"""Expansion of a configuration: which trials, which ids, which refusals."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from servegrid.config import read_study, schema, study_of
+from servegrid.errors import ConfigError
+from servegrid.grid import Load, Trial, digest_of
+
+TWO = {
+    "study": "two",
+    "load": {"concurrency": [1, 4], "input_len": [31, 119]},
+    "deployments": [
+        {
+            "model": "small",
+            "checkpoint": "models/small",
+            "quantization": "fp16",
+            "engine": "vllm",
+            "gpu": "a100-40gb",
+            "gpu_count": 2,
+            "max_model_len": 512,
+        },
+        {
+            "model": "small",
+            "checkpoint": "models/small.gguf",
+            "quantization": "q4_1",
+            "engine": "llamacpp",
+            "gpu": "cpu",
+            "max_model_len": 512,
+            "load": {"input_len": 21, "trials": 2},
+        },
+    ],
+}
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    config: dict[str, Any] = copy.deepcopy(TWO)
+    change(config)
+    return config
+
+
+def test_cells_are_the_product_and_a_deployment_overrides_the_study() -> None:
+    assert [trial.id for trial in study_of(TWO).trials] == [
+        "small_fp16_vllm_2xa100-40gb/burst-c1-i31-o100/trial-1",
+        "small_fp16_vllm_2xa100-40gb/burst-c4-i31-o100/trial-1",
+        "small_fp16_vllm_2xa100-40gb/burst-c1-i119-o100/trial-1",
+        "small_fp16_vllm_2xa100-40gb/burst-c4-i119-o100/trial-1",
+        "small_q4_1_llamacpp_cpu/burst-c1-i21-o100/trial-1",
+        "small_q4_1_llamacpp_cpu/burst-c1-i21-o100/trial-2",
+        "small_q4_1_llamacpp_cpu/burst-c4-i21-o100/trial-1",
+        "small_q4_1_llamacpp_cpu/burst-c4-i21-o100/trial-2",
+    ]
+
+
+def test_a_burst_is_one_wave_unless_more_are_asked_for() -> None:
+    (load,) = {t.load for t in study_of(TWO).trials if t.load.cell == "burst-c4-i31-o100"}
+    assert load.requests == 4
+    twice = study_of(changed(lambda c: c["load"].update(requests_per_user=2)))
+    assert {t.load.requests for t in twice.trials if t.load.concurrency == 4} == {8}
+
+
+def test_defaults_are_the_same_in_schema_and_code() -> None:
+    defaults = {
+        key: value["default"]
+        for key, value in schema()["$defs"]["load"]["properties"].items()
+        if "default" in value
+    }
+    load = study_of(TWO).trials[0].load
+    told = {key: getattr(load, key) for key in defaults if hasattr(load, key)}
+    assert told == {key: defaults[key] for key in told} | {"output_len": 100}
+    assert set(defaults) - set(told) == {"requests_per_user", "trials"}
+
+
+def test_filters_keep_and_drop() -> None:
+    kept = study_of(
+        changed(
+            lambda c: c.update(
+                include=[{"engine": "vllm", "concurrency": [4, 9]}, {"gpu": "cpu"}],
+                exclude=[{"input_len": 119}, {"engine": "llamacpp", "concurrency": 1}],
+            )
+        )
+    )
+    assert [trial.id.partition("_")[2] for trial in kept.trials] == [
+        "fp16_vllm_2xa100-40gb/burst-c4-i31-o100/trial-1",
+        "q4_1_llamacpp_cpu/burst-c4-i21-o100/trial-1",
+        "q4_1_llamacpp_cpu/burst-c4-i21-o100/trial-2",
+    ]
+
+
+def test_a_specification_survives_json() -> None:
+    trial = study_of(TWO).trials[-1]
+    again = Trial.from_spec(json.loads(trial.spec_json))
+    assert again == trial
+    assert again.digest == trial.digest
+
+
+def test_digest_is_sha256_of_the_sorted_json() -> None:
+    # printf '{"a":[1,2],"b":"é"}' | sha256sum
+    assert digest_of({"b": "é", "a": [1, 2]}) == "d902c5ef87c42c33"
+
+
+def test_same_configuration_same_digests_in_another_process() -> None:
+    program = (
+        "import json, sys; from servegrid.config import study_of;"
+        "print([t.digest for t in study_of(json.load(sys.stdin)).trials])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(TWO),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7"},
+    )
+    assert done.stdout.strip() == str([trial.digest for trial in study_of(TWO).trials])
+
+
+def test_a_new_concurrency_level_leaves_the_other_specifications_alone() -> None:
+    before = {trial.id: trial.digest for trial in study_of(TWO).trials}
+    after = {
+        trial.id: trial.digest
+        for trial in study_of(changed(lambda c: c["load"].update(concurrency=[1, 2, 4]))).trials
+    }
+    assert before.items() < after.items()
+    assert {key.split("/")[1].split("-")[1] for key in after.keys() - before.keys()} == {"c2"}
+
+
+def test_more_trials_only_add() -> None:
+    before = {trial.id: trial.digest for trial in study_of(TWO).trials}
+    after = study_of(changed(lambda c: c["load"].update(trials=2)))
+    assert before.items() <= {trial.id: trial.digest for trial in after.trials}.items()
+    assert len(after.trials) == 12
+
+
+def test_an_engine_argument_changes_digest_and_allocation_but_no_id() -> None:
+    before = study_of(TWO)
+    after = study_of(
+        changed(lambda c: c["deployments"][0].update(arguments={"enforce_eager": True}))
+    )
+    assert [t.id for t in before.trials] == [t.id for t in after.trials]
+    assert before.trials[0].digest != after.trials[0].digest
+    assert before.deployments[0].allocation != after.deployments[0].allocation
+    assert before.deployments[1].allocation == after.deployments[1].allocation
+
+
+REFUSED = [
+    (
+        lambda c: c["load"].update(concurency=[1]),
+        ["load: unknown key `concurency`", "`concurrency`?", "stall_s"],
+    ),
+    (
+        lambda c: c["load"].update(concurrency=0),
+        ["load.concurrency: 0 is less than 1", "in flight"],
+    ),
+    (lambda c: c["load"].update(concurrency=[1, 0]), ["load.concurrency[1]: 0 is less than 1"]),
+    (lambda c: c["load"].update(concurrency=[]), ["load.concurrency: the list is empty"]),
+    (
+        lambda c: c["load"].update(concurrency=[2, 2]),
+        ["load.concurrency: [2, 2] names something twice"],
+    ),
+    (
+        lambda c: c["load"].update(input_len="long"),
+        ["load.input_len: 'long' is not of type integer"],
+    ),
+    (lambda c: c["load"].update(protocol="brst"), ["load.protocol", "`burst`, `steady`"]),
+    (lambda c: c["load"].pop("input_len"), ["load: `input_len` is missing", "Prompt lengths"]),
+    (lambda c: c["deployments"][1].pop("engine"), ["deployments[1]: `engine` is missing"]),
+    (
+        lambda c: c["deployments"][0].update(engine="tgi"),
+        ["deployments[0].engine", "`vllm`, `llamacpp`"],
+    ),
+    (
+        lambda c: c["deployments"][1].update(gpu_count=1),
+        ["deployments[1].gpu_count", "`cpu` has 0 GPUs"],
+    ),
+    (lambda c: c["deployments"][0].update(gpu_count=0), ["deployments[0].gpu_count", "at least 1"]),
+    (
+        lambda c: c["deployments"][0].update(name="a/b"),
+        ["deployments[0].name: 'a/b' is not a name"],
+    ),
+    (
+        lambda c: c["deployments"].append(c["deployments"][0]),
+        [
+            "deployments[2]: deployments[0] has the name `small_fp16_vllm_2xa100-40gb`",
+            "`name` of its own",
+        ],
+    ),
+    (
+        lambda c: c["deployments"][0].update(max_model_len=200),
+        ["deployments[0]: input_len 119 plus output_len 100", "max_model_len 200", "Shorten"],
+    ),
+    (lambda c: c.update(exclude=[{"model": "small"}]), ["none of the 8 cells", "Loosen"]),
+    (
+        lambda c: c.update(exclude=[{"gup": "cpu"}]),
+        ["exclude[0]: unknown key `gup`", "Did you mean `gpu`?"],
+    ),
+    (lambda c: c.update(deployments=[]), ["deployments: the list is empty"]),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), REFUSED)
+def test_bad_input_is_one_line_with_file_key_and_remedy(
+    change: Callable[[dict[str, Any]], Any], told: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        study_of(changed(change), ["config/two.yaml"])
+    message = str(caught.value)
+    assert message.startswith("config/two.yaml: ")
+    assert "\n" not in message
+    for part in told:
+        assert part in message
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path: Any) -> None:
+    file = tmp_path / "study.yaml"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_study(file)
+    file.write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_study(file)
+    file.write_text("- a")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        read_study(file)
+
+
+def test_every_key_of_the_schema_has_a_description() -> None:
+    definitions = schema()["$defs"]
+    for keys in (schema(), definitions["load"], definitions["deployment"]):
+        for key, value in keys["properties"].items():
+            assert value["description"].endswith("."), key
+
+
+def test_a_cell_is_named_after_what_it_varies() -> None:
+    assert Load("steady", 8, 296, 50, 16).cell == "steady-c8-i296-o50"

@@ -1,0 +1,120 @@
+"""A study's configuration: checked against the schema, then expanded. Nothing is started here.
+
+Every refusal is one ConfigError that names the file, the key and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from servegrid.errors import ConfigError
+from servegrid.grid import Study, expand
+
+SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"
+
+
+@cache
+def schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a study's configuration."""
+    loaded: dict[str, Any] = yaml.safe_load(SCHEMA.read_text())
+    return loaded
+
+
+def study_of(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> Study:
+    """The study that `config` describes; `files` is where it came from, for messages.
+
+    Raises ConfigError where a key is unknown, a value is out of its range, two deployments
+    have the same name, a prompt does not fit, or no cell is left.
+    """
+    source = ", ".join(str(file) for file in files) or "configuration"
+    problems = list(Draft202012Validator(schema()).iter_errors(config))
+    if problems:
+        raise ConfigError(f"{source}: {_told(best_match(problems))}")
+    try:
+        return expand(config)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def read_study(file: Path) -> Study:
+    """The study in a YAML file. Raises ConfigError as `study_of`, or where it is not YAML."""
+    try:
+        config = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: is not valid YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: is not a mapping of keys; see config/README.md.")
+    return study_of(config, [file])
+
+
+def place(path: Iterable[str | int]) -> str:
+    """`deployments[0].load.concurrency` from the steps of a JSON path."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".") or "the top level"
+
+
+def _told(error: Any) -> str:
+    where = place(error.absolute_path)
+    if error.validator == "additionalProperties":
+        return _unknown_keys(where, error)
+    if error.validator == "required":
+        missing = next(key for key in error.validator_value if key not in error.instance)
+        path = [*error.absolute_schema_path][:-1]
+        return f"{where}: `{missing}` is missing. {_description([*path, 'properties', missing])}"
+    if error.validator == "oneOf":  # one value or a list of them: speak of what was meant
+        is_list = isinstance(error.instance, list)
+        return _told(next(e for e in error.context if (e.schema_path[0] == 1) == is_list))
+    return f"{where}: {_complaint(error)} {_description(error.absolute_schema_path)}".rstrip()
+
+
+def _description(schema_path: Iterable[str | int]) -> str:
+    """The description nearest to the rule that was broken."""
+    node: Any = schema()
+    nearest = ""
+    for step in schema_path:
+        if "$ref" in node and step not in node:
+            node = schema()["$defs"][node["$ref"].rpartition("/")[2]]
+        node = node[step]
+        if isinstance(node, dict):
+            nearest = node.get("description", nearest)
+    return nearest
+
+
+def _complaint(error: Any) -> str:
+    shown = repr(error.instance)
+    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    match error.validator:
+        case "minimum":
+            return f"{shown} is less than {error.validator_value}."
+        case "exclusiveMinimum":
+            return f"{shown} must be greater than {error.validator_value}."
+        case "type":
+            return f"{shown} is not of type {error.validator_value}."
+        case "enum":
+            valid = ", ".join(f"`{each}`" for each in error.validator_value)
+            return f"{shown} is not one of {valid}."
+        case "pattern":
+            return f"{shown} is not a name: it must match {error.validator_value}."
+        case "minItems":
+            return "the list is empty."
+        case "uniqueItems":
+            return f"{shown} names something twice."
+    return f"{error.message}."
+
+
+def _unknown_keys(where: str, error: Any) -> str:
+    valid = sorted(error.schema["properties"])
+    unknown = sorted(str(key) for key in error.instance if key not in valid)
+    near = difflib.get_close_matches(unknown[0], valid, n=1)
+    meant = f" Did you mean `{near[0]}`?" if near else ""
+    return f"{where}: unknown key `{unknown[0]}`.{meant} Valid keys: {', '.join(valid)}."

@@ -1,0 +1,198 @@
+"""What is kept of a measurement: the columns, and Parquet files written all or not at all.
+
+The tuples of `Column` below are the only place where a column's name, type, unit and meaning
+are said: the Arrow schemas, the metadata in the Parquet files and docs/columns.md come from them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from servegrid.errors import RecordError
+
+RECORD_KEY = b"servegrid"
+"""The key of the schema metadata under which a file's record lies, as JSON."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of one table: the single source of its schema and documentation."""
+
+    name: str
+    type: pa.DataType
+    unit: str
+    meaning: str
+
+    @property
+    def field(self) -> pa.Field:
+        return pa.field(self.name, self.type, metadata={"unit": self.unit, "meaning": self.meaning})
+
+
+_TIME = "ns of CLOCK_MONOTONIC"
+
+REQUESTS = (
+    Column("request_id", pa.string(), "", "Sent as X-Request-Id; unique within the trial"),
+    Column("user", pa.int32(), "", "Which of the concurrent streams sent it, from 0"),
+    Column("wave", pa.int32(), "", "Which wave of a burst it belongs to, from 0; 0 when steady"),
+    Column("scheduled_ns", pa.int64(), _TIME, "When the request was due"),
+    Column("sent_ns", pa.int64(), _TIME, "When its first byte was handed to the kernel"),
+    Column("first_token_ns", pa.int64(), _TIME, "Arrival of the first chunk with a token"),
+    Column("token_ns", pa.list_(pa.int64()), _TIME, "Arrival of each chunk with tokens"),
+    Column("chunk_tokens", pa.list_(pa.int32()), "tokens", "Tokens in each of those chunks"),
+    Column(
+        "chunk_tokens_estimated",
+        pa.bool_(),
+        "",
+        "True where the server gave no usage per chunk and its final count was shared out",
+    ),
+    Column("done_ns", pa.int64(), _TIME, "Arrival of the end of the response, or of the failure"),
+    Column("status", pa.int32(), "", "HTTP status; null where no response came"),
+    Column("error", pa.string(), "", "`kind: detail` of the failure; null where it succeeded"),
+    Column("prompt_tokens", pa.int32(), "tokens", "Prompt tokens as counted by the server"),
+    Column("completion_tokens", pa.int32(), "tokens", "Output tokens as counted by the server"),
+)
+"""One row per request."""
+
+TELEMETRY = (
+    Column("time_ns", pa.int64(), _TIME, "When the sample was taken"),
+    Column("device", pa.string(), "", "`engine` for the engine's processes, else the GPU's UUID"),
+    Column("memory_bytes", pa.int64(), "bytes", "Memory in use by the device or the processes"),
+    Column("cpu_s", pa.float64(), "s", "CPU time used so far by the engine's processes"),
+    Column("utilization", pa.float64(), "0 to 1", "Share of time with a kernel running on the GPU"),
+    Column("power_w", pa.float64(), "W", "Power drawn by the GPU"),
+    Column("energy_j", pa.float64(), "J", "The GPU's energy counter"),
+    Column("sm_clock_mhz", pa.int32(), "MHz", "Clock of the GPU's multiprocessors"),
+    Column("memory_clock_mhz", pa.int32(), "MHz", "Clock of the GPU's memory"),
+    Column("temperature_c", pa.int32(), "°C", "Temperature of the GPU"),
+    Column("throttle_reasons", pa.int64(), "bit mask", "NVML's reasons for reduced clocks"),
+)
+"""One row per device and sample; unknown is null, never 0."""
+
+CELLS = (
+    Column("deployment", pa.string(), "", "Name of the deployment"),
+    Column("model", pa.string(), "", "Name of the model"),
+    Column("quantization", pa.string(), "", "How the weights are stored"),
+    Column("gpu", pa.string(), "", "Kind of GPU, or `cpu`"),
+    Column("gpu_count", pa.int32(), "", "GPUs of the deployment"),
+    Column("engine", pa.string(), "", "Engine that served"),
+    Column("engine_version", pa.string(), "", "Its version"),
+    Column("protocol", pa.string(), "", "burst or steady"),
+    Column("concurrency", pa.int32(), "requests", "Requests in flight at once"),
+    Column("input_len", pa.int32(), "tokens", "Prompt tokens of each request"),
+    Column("output_len", pa.int32(), "tokens", "Output tokens asked of each request"),
+    Column("trial", pa.int32(), "", "Repeat of the cell, from 1"),
+    Column("verdict", pa.string(), "", "ok, or why the cell could not be served"),
+    Column("reason", pa.string(), "", "The verdict's evidence; null when ok"),
+    Column("requests", pa.int32(), "requests", "Requests sent"),
+    Column("failed_requests", pa.int32(), "requests", "Requests that failed"),
+    Column(
+        "makespan_s",
+        pa.float64(),
+        "s",
+        "Clock start until the last request has ended, summed over the waves of a burst",
+    ),
+    Column(
+        "seconds_per_100_tokens",
+        pa.float64(),
+        "s",
+        "The article's figure: a wave's makespan (burst) or the mean e2el (steady), "
+        "per output token asked, times 100; null unless ok",
+    ),
+    Column("ttft_s_mean", pa.float64(), "s", "Time to first token: sent until first token, mean"),
+    Column("ttft_s_p50", pa.float64(), "s", "Time to first token, median"),
+    Column(
+        "tpot_s_mean",
+        pa.float64(),
+        "s",
+        "Time per output token after the first, (e2el - ttft) / (output tokens - 1), mean",
+    ),
+    Column("e2el_s_mean", pa.float64(), "s", "End-to-end latency: sent until last token, mean"),
+    Column("e2el_s_p50", pa.float64(), "s", "End-to-end latency, median"),
+    Column(
+        "output_tokens_per_s", pa.float64(), "tokens/s", "Output tokens of all users / makespan"
+    ),
+    Column(
+        "output_tokens_per_s_per_user",
+        pa.float64(),
+        "tokens/s",
+        "output_tokens_per_s / concurrency: what a user sees, the prompt's time included",
+    ),
+    Column("memory_peak_bytes", pa.int64(), "bytes", "Peak memory: GPUs summed, else the engine's"),
+    Column("spec_digest", pa.string(), "", "Digest of the specification that was measured"),
+)
+"""One row per cell and trial."""
+
+
+def schema_of(columns: Iterable[Column], record: Mapping[str, Any] | None = None) -> pa.Schema:
+    """The Arrow schema of `columns`, with `record` as its metadata."""
+    metadata = None if record is None else {RECORD_KEY: json.dumps(record, sort_keys=True).encode()}
+    return pa.schema([column.field for column in columns], metadata=metadata)
+
+
+def table_of(
+    columns: Iterable[Column],
+    rows: Iterable[Mapping[str, Any]],
+    record: Mapping[str, Any] | None = None,
+) -> pa.Table:
+    """An Arrow table of `rows`, one mapping each; a key that is missing becomes null."""
+    return pa.Table.from_pylist(list(rows), schema=schema_of(columns, record))
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """Write `table` as Parquet: whole and on disk, or not at all.
+
+    Raises RecordError, naming the path, where that is not possible; what lay there stays.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+    except OSError as error:
+        raise RecordError(
+            f"{path}: cannot be written ({error.strerror or error}). Nothing that was measured "
+            "before is lost: free some space or make the folder writable, and run again."
+        ) from error
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when the block ends well."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a Parquet file, without its rows.
+
+    Raises RecordError where the file is missing, damaged or not one of ours.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        record = json.loads(metadata[RECORD_KEY])
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise RecordError(
+            f"{path}: not a record of servegrid ({error}). Delete it and run again: "
+            "only this cell is measured anew."
+        ) from error
+    if not isinstance(record, dict):
+        raise RecordError(f"{path}: its record is not a mapping. Delete it and run again.")
+    return record
