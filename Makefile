@@ -1,10 +1,10 @@
 # Every target does its own set-up. `make run` and `make test` are all that a newcomer needs.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format model lock clean
+.PHONY: help run test lint format docs model lock clean
 
 PROFILE ?= profiles/local
 PYTHON := .venv/bin/python
-CHECKED := workflow tests
+CHECKED := workflow tests docs
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
@@ -27,6 +27,9 @@ format: .venv/.dev  ## let the formatters do their work
 	.venv/bin/ruff check --fix $(CHECKED)
 	.venv/bin/ruff format $(CHECKED)
 	.venv/bin/snakefmt Snakefile workflow/rules
+
+docs: .venv/.ready  ## write the generated parts of the documentation
+	$(PYTHON) docs/generate.py
 
 model: .venv/.ready  ## fetch and convert the demo's model, once
 	.venv/bin/servegrid prepare
