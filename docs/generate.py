@@ -13,6 +13,7 @@ from typing import Any
 
 from servegrid import records
 from servegrid.config import schema
+from servegrid.load.failure import KINDS
 from servegrid.verdict import VERDICTS
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,9 @@ def columns() -> str:
         rows = [(f"`{c.name}`", str(c.type), c.unit, c.meaning) for c in described]
         text += f"\n## {name}\n\n{where}\n\n" + table(("column", "type", "unit", "meaning"), rows)
     verdicts = [(f"`{name}`", meaning) for name, meaning in VERDICTS.items()]
-    return text + "\n## Verdicts\n\n" + table(("verdict", "meaning"), verdicts)
+    kinds = [(f"`{kind}`", meaning) for kind, meaning in KINDS.items()]
+    text += "\n## Verdicts of cells\n\n" + table(("verdict", "meaning"), verdicts)
+    return text + "\n## Kinds of errors of requests\n\n" + table(("kind", "meaning"), kinds)
 
 
 def keys(properties: Mapping[str, Any]) -> str:

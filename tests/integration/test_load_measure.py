@@ -1,0 +1,392 @@
+"""Whole loads against the scripted server: what is recorded, and every fault as its own error."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from scripted import MODEL, Script, Server, serving
+from servegrid import records
+from servegrid.endpoint import Endpoint
+from servegrid.errors import LoadError
+from servegrid.grid import Load
+from servegrid.load import measure
+
+BURST = Load("burst", 4, 9, 5, 8, warmup_waves=0, timeout_s=60, stall_s=20)
+STEADY = replace(BURST, protocol="steady", requests=10, concurrency=3)
+
+
+def rows_of(server: Server, load: Load) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = measure(server.endpoint, load, None, "cell").requests.to_pylist()
+    return rows
+
+
+@pytest.mark.parametrize("usage", ["continuous", "final"])
+@pytest.mark.parametrize("chunk_tokens", [(1,), (1, 3)])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_the_tokens_of_all_chunks_add_up_to_what_the_server_counted(
+    usage: str, chunk_tokens: tuple[int, ...], newline: str
+) -> None:
+    script = Script(
+        itl_s=0.002,
+        usage=usage,  # type: ignore[arg-type]
+        chunk_tokens=chunk_tokens,
+        empty_every=3,
+        newline=newline,
+    )
+    with serving(script) as server:
+        rows = rows_of(server, replace(BURST, output_len=20))
+    for row in rows:
+        assert row["error"] is None
+        assert sum(row["chunk_tokens"]) == row["completion_tokens"] == 20
+        assert row["prompt_tokens"] == 9
+        assert row["chunk_tokens_estimated"] is (usage == "final")
+        assert row["first_token_ns"] == row["token_ns"][0]
+        assert row["token_ns"] == sorted(row["token_ns"])
+    if usage == "continuous":
+        # 20 tokens in ones, or in ones and threes by turns.
+        expected = [1] * 20 if chunk_tokens == (1,) else [1, 3] * 5
+        assert rows[0]["chunk_tokens"] == expected
+
+
+def test_responses_in_pieces_of_a_few_bytes_give_the_same_tokens() -> None:
+    for size in (1, 7):
+        with serving(Script(piece_bytes=size, itl_s=0.0001)) as server:
+            rows = rows_of(server, replace(BURST, concurrency=2, requests=2))
+        assert [row["chunk_tokens"] for row in rows] == [[1] * 5] * 2
+        assert [row["error"] for row in rows] == [None] * 2
+
+
+def test_a_burst_is_waves_one_after_another() -> None:
+    with serving(Script(ttft_s=0.02, itl_s=0.01)) as server:
+        measurement = measure(server.endpoint, replace(BURST, warmup_waves=2), None, "cell")
+        log = server.log()
+    table = measurement.requests
+    assert table.schema.equals(records.schema_of(records.REQUESTS))
+    rows = table.to_pylist()
+    assert [row["request_id"] for row in rows] == [f"cell/{number}" for number in range(8)]
+    assert [row["wave"] for row in rows] == [0] * 4 + [1] * 4
+    for wave in (rows[:4], rows[4:]):
+        assert sorted(row["user"] for row in wave) == [0, 1, 2, 3]
+        assert len({row["scheduled_ns"] for row in wave}) == 1
+    assert max(row["done_ns"] for row in rows[:4]) < rows[4]["scheduled_ns"]
+    seen = Counter(each["headers"]["x-request-id"].partition("/")[2] for each in log.requests)
+    warmup = [f"warmup/{number}" for number in range(8)]
+    assert seen == Counter(["probe", *warmup, *map(str, range(8))])
+    facts = measurement.facts
+    assert facts["window_ns"] == [rows[0]["scheduled_ns"], max(row["done_ns"] for row in rows)]
+    assert facts["warmup_errors"] == {}
+    assert facts["warmup_s"] > 2 * 0.06
+    assert facts["stamps"] == "kernel"
+    assert facts["token_chunks"] == 40
+    assert 0 <= facts["send_lag_ns_p50"] <= facts["send_lag_ns_max"]
+    json.dumps(facts)
+
+
+def test_steady_keeps_the_users_busy_until_all_requests_are_sent() -> None:
+    with serving(Script(ttft_s=0.02, itl_s=0.01)) as server:
+        rows = rows_of(server, STEADY)
+    assert len(rows) == 10
+    assert {row["error"] for row in rows} == {None}
+    assert {row["wave"] for row in rows} == {0}
+    users = Counter(row["user"] for row in rows)
+    assert sorted(users) == [0, 1, 2] and min(users.values()) >= 3
+    for user in users:
+        mine = [row for row in rows if row["user"] == user]
+        ends = [row["done_ns"] for row in mine]
+        assert [row["scheduled_ns"] for row in mine][1:] == ends[:-1]
+
+
+def test_the_request_is_as_the_load_says() -> None:
+    with serving(Script(), api_key="secret") as server:
+        measure(server.endpoint, BURST, None, "cell")
+        log = server.log()
+    bodies = {each["headers"]["x-request-id"]: each["body"] for each in log.requests}
+    measured = [bodies[f"cell/{number}"] for number in range(8)]
+    assert len({tuple(body["prompt"]) for body in measured}) == 8
+    assert all(len(body["prompt"]) == 9 for body in measured)
+    assert {key: value for key, value in measured[0].items() if key != "prompt"} == {
+        "model": MODEL,
+        "max_tokens": 5,
+        "min_tokens": 5,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    assert {each["headers"]["authorization"] for each in log.requests} == {"Bearer secret"}
+    assert {each["headers"]["accept-encoding"] for each in log.requests} == {"identity"}
+    assert {each["path"] for each in log.requests} == {"/v1/completions"}
+
+
+def test_a_unix_socket_is_measured_alike(tmp_path: Path) -> None:
+    with serving(Script(itl_s=0.002, unix_socket=str(tmp_path / "s"))) as server:
+        for load in (BURST, STEADY):
+            measurement = measure(server.endpoint, load, None, "cell")
+            assert measurement.errors == [None] * load.requests
+            assert measurement.facts["stamps"] == "reader"
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"fault": "status", "status": 429}, "http_status: 429 scripted status 429"),
+    ({"fault": "status", "status": 500}, "http_status: 500 scripted status 500"),
+    ({"fault": "status", "status": 503}, "http_status: 503 scripted status 503"),
+    ({"fault": "reset", "fault_after": 2}, "reset: Connection reset by peer"),
+    ({"fault": "reset", "fault_after": 0}, "reset: Connection reset by peer"),
+    ({"fault": "close", "fault_after": 0}, "reset: the server closed without an answer"),
+    ({"fault": "close", "fault_after": 2}, "truncated: the server closed after "),
+    ({"fault": "end_early", "fault_after": 2}, "truncated: the stream ended without"),
+    ({"fault": "malformed_json", "fault_after": 2}, "malformed: an event is no JSON"),
+    ({"fault": "malformed_chunk"}, "malformed: not an HTTP response: a chunk size is"),
+    ({"fault": "not_a_stream"}, "malformed: an event stream was asked for"),
+    ({"fault": "error_object", "fault_after": 2}, "mid_stream_error: scripted failure"),
+    ({"fault": "stall", "fault_after": 2}, "stalled: no byte for 0.3 s"),
+    ({"fault": "stall", "fault_after": 0}, "stalled: no byte for 0.3 s"),
+    ({"fault": "fewer_tokens"}, "wrong_completion_tokens: 4 generated, 5 asked"),
+    ({"fault": "wrong_prompt_usage"}, "wrong_prompt_tokens: 10 counted by the server, 9 sent"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"), FAULTS, ids=[error.partition(",")[0] for _, error in FAULTS]
+)
+def test_a_fault_fails_its_request_with_its_kind_and_no_other(
+    fault: dict[str, Any], error: str
+) -> None:
+    """The faulty one of eight comes on a connection that has served one before."""
+    script = Script(itl_s=0.001, fault_on=r"cell/5$", **fault)
+    with serving(script) as server:
+        for load in (BURST, replace(STEADY, requests=8)):
+            rows = rows_of(server, replace(load, stall_s=0.3))
+            failed = rows.pop(5)
+            assert failed["error"].startswith(error)
+            assert [row["error"] for row in rows] == [None] * 7
+            assert failed["done_ns"] >= failed["sent_ns"]
+            if fault.get("fault_after") == 2:
+                assert len(failed["token_ns"]) == 2
+
+
+def test_usage_that_is_missing_is_a_failure_of_each_request() -> None:
+    with serving(Script(usage="none")) as server:
+        rows = rows_of(server, BURST)
+    assert {row["error"].partition(":")[0] for row in rows} == {"usage_missing"}
+    assert {row["completion_tokens"] for row in rows} == {None}
+
+
+def test_the_loads_limit_ends_what_is_under_way_and_what_is_not_yet_sent() -> None:
+    with serving(Script(itl_s=0.05, fault="stall", fault_after=1, fault_on=r"/[0-3]$")) as server:
+        burst = rows_of(server, replace(BURST, timeout_s=0.6))
+        steady = rows_of(server, replace(STEADY, concurrency=4, timeout_s=0.6))
+    for rows in (burst, steady):
+        assert {row["error"].partition(":")[0] for row in rows} == {"timeout"}
+        assert all(len(row["token_ns"]) == 1 and row["sent_ns"] for row in rows[:4])
+        assert {row["sent_ns"] for row in rows[4:]} == {None}
+        assert all(row["done_ns"] for row in rows)
+
+
+def test_a_server_that_accepts_late_delays_nobody_who_waits_for_it() -> None:
+    with serving(Script(accept_after_s=0.5)) as server:
+        assert {row["error"] for row in rows_of(server, BURST)} == {None}
+
+
+def test_failures_of_the_warm_up_are_told_and_not_recorded() -> None:
+    script = Script(fault="status", status=503, fault_on=r"warmup/[01]$")
+    with serving(script) as server:
+        measurement = measure(server.endpoint, replace(BURST, warmup_waves=1), None, "cell")
+    assert measurement.errors == [None] * 8
+    assert measurement.facts["warmup_errors"] == {"http_status: 503 scripted status 503": 2}
+
+
+def test_usage_per_chunk_is_done_without_where_the_server_refuses_it() -> None:
+    script = Script(fault="refuse_key", refused_key="continuous_usage_stats")
+    with serving(script) as server:
+        measurement = measure(server.endpoint, BURST, None, "cell")
+    assert measurement.errors == [None] * 8
+    assert measurement.facts["continuous_usage"] is False
+    assert measurement.requests["chunk_tokens_estimated"].to_pylist() == [True] * 8
+
+
+@pytest.mark.parametrize("key", ["min_tokens", "ignore_eos", "stream_options"])
+def test_any_other_key_that_the_server_refuses_is_named(key: str) -> None:
+    with (
+        serving(Script(fault="refuse_key", refused_key=key)) as server,
+        pytest.raises(LoadError, match=f"refuses the key `{key}` of the request .HTTP 400"),
+    ):
+        measure(server.endpoint, BURST, None, "cell")
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [(401, "refuses the API key"), (404, "does not know the model")]
+)
+def test_a_refusal_that_no_request_can_escape_is_one_error(status: int, told: str) -> None:
+    script = Script(fault="status", status=status, fault_on="")
+    with serving(script) as server, pytest.raises(LoadError, match=told):
+        measure(server.endpoint, BURST, None, "cell")
+
+
+def test_an_overloaded_server_is_measured_and_not_refused() -> None:
+    with serving(Script(fault="status", status=429, fault_on="")) as server:
+        errors = measure(server.endpoint, BURST, None, "cell").errors
+    assert errors == ["http_status: 429 scripted status 429"] * 8
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port: int = taken.getsockname()[1]
+    return port
+
+
+def test_a_server_that_is_not_there_is_one_error(closed_port: int) -> None:
+    endpoint = Endpoint(f"http://127.0.0.1:{closed_port}", MODEL)
+    with pytest.raises(LoadError, match=f"{closed_port}/v1/completions: no connection"):
+        measure(endpoint, BURST, None, "cell")
+
+
+@pytest.mark.parametrize(
+    ("load", "told"),
+    [
+        (replace(BURST, requests=6), "requests 6: a burst load of concurrency 4 needs a multiple"),
+        (replace(STEADY, requests=2), "requests 2: a steady load of concurrency 3 needs at least"),
+    ],
+)
+def test_requests_that_do_not_fill_the_load_are_refused(load: Load, told: str) -> None:
+    with pytest.raises(LoadError, match=told):
+        measure(Endpoint("http://127.0.0.1:1", MODEL), load, None, "cell")
+
+
+# The command.
+
+
+def command(url: str, out: Path, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "servegrid.cli", "load", "--url", url, "--model", MODEL),
+            *("--concurrency", "2", "--requests", "4", "--input-len", "9", "--output-len", "5"),
+            *("--protocol", "burst", "--out", str(out), *more),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+    )
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving(Script(ttft_s=0.01, itl_s=0.002)) as up:
+        yield up
+
+
+def test_the_command_writes_a_record_and_tells_what_it_measured(
+    server: Server, tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "cell.parquet"
+    done = command(
+        f"{server.endpoint.base_url}/v1/", out, "--api-key-env", "KEY", "--salt", "s", KEY="secret"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    table = pq.read_table(out)
+    assert table["request_id"].to_pylist() == ["s/0", "s/1", "s/2", "s/3"]
+    record = records.read_record(out)
+    assert record["load"] == {
+        "protocol": "burst",
+        "concurrency": 2,
+        "input_len": 9,
+        "output_len": 5,
+        "requests": 4,
+        "prompts": "distinct",
+        "warmup_waves": 1,
+        "seed": 0,
+        "timeout_s": 600.0,
+        "stall_s": 120.0,
+    }
+    assert (record["endpoint"]["model"], record["facts"]["salt"]) == (MODEL, "s")
+    assert "secret" not in str(pq.read_schema(out).metadata) + done.stdout
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert (lines["requests"], lines["failed"]) == ("4", "0")
+    assert server.log().requests[0]["headers"]["authorization"] == "Bearer secret"
+
+
+def test_two_runs_of_the_command_send_different_prompts(server: Server, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert command(server.endpoint.base_url, tmp_path / "cell.parquet").returncode == 0
+    prompts = [tuple(each["body"]["prompt"]) for each in server.log().requests]
+    assert len({prompt for prompt in prompts if len(prompt) == 9}) == 2 * (4 + 2)
+
+
+def test_the_command_measures_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving(Script(unix_socket=str(path))):
+        assert command(f"unix://{path}", tmp_path / "cell.parquet").returncode == 0
+
+
+def test_the_command_has_status_1_where_a_request_failed(tmp_path: Path) -> None:
+    out = tmp_path / "cell.parquet"
+    with serving(Script(fault="status", status=503, fault_on="/2$")) as server:
+        done = command(server.endpoint.base_url, out)
+    assert done.returncode == 1
+    assert "http_status: 503 scripted status 503" in done.stdout
+    assert pq.read_table(out)["error"].null_count == 3
+
+
+def test_the_command_says_in_one_line_why_nothing_was_measured(
+    closed_port: int, tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{closed_port}"
+    blocked = tmp_path / "file"
+    blocked.touch()
+    cases = {
+        "no connection": command(url, tmp_path / "cell.parquet"),
+        "holds no API key": command(url, tmp_path / "cell.parquet", "--api-key-env", "NOT_SET"),
+        "nothing can be written here": command(url, blocked / "cell.parquet"),
+    }
+    for told, done in cases.items():
+        assert done.returncode == 2
+        assert told in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "cell.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--url", "localhost:8000"),
+        ("--url", "unix://"),
+        ("--concurrency", "0"),
+        ("--warmup-waves", "-1"),
+        ("--stall", "nan"),
+        ("--timeout", "0"),
+        ("--salt", "a\nb"),
+    ],
+)
+def test_wrong_options_are_named(wrong: tuple[str, str], tmp_path: Path) -> None:
+    done = command("http://127.0.0.1:1", tmp_path / "cell.parquet", *wrong)
+    assert done.returncode == 2
+    assert f"argument {wrong[0]}: {wrong[1]!r} is not" in done.stderr
+
+
+# The real engine.
+
+
+def test_a_real_engine_confirms_every_count(llamacpp_endpoint: tuple[Endpoint, Path]) -> None:
+    endpoint, tokenizer = llamacpp_endpoint
+    for load in (
+        replace(BURST, concurrency=2, requests=2, input_len=31, output_len=12, warmup_waves=1),
+        replace(STEADY, concurrency=2, requests=4, input_len=40, output_len=6),
+    ):
+        measurement = measure(endpoint, load, tokenizer, load.protocol)
+        assert measurement.errors == [None] * load.requests
+        for row in measurement.requests.to_pylist():
+            assert row["prompt_tokens"] == load.input_len
+            assert sum(row["chunk_tokens"]) == row["completion_tokens"] == load.output_len
+            assert row["sent_ns"] < row["first_token_ns"] <= row["done_ns"]

