@@ -1,0 +1,74 @@
+"""Where an engine listens, and how one waits for it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+
+from servegrid.endpoint import Endpoint
+from servegrid.engines.base import Site
+from servegrid.errors import EngineError
+
+LOOPBACK = "127.0.0.1"
+UNIX_BASE_URL = "http://localhost"
+SOCKET_PATH_BYTES = 107
+"""What fits into sockaddr_un.sun_path beside its final zero; see unix(7)."""
+
+HEALTH_LIMIT_S = 5.0
+POLL_S = 0.05
+
+
+def socket_path(site: Site, folder: Path) -> Path | None:
+    """The path of a Unix socket in `folder`; None where the site wants TCP.
+
+    Raises EngineError where the path is too long for a socket.
+    """
+    if site.socket == "tcp":
+        return None
+    path = folder / "engine.sock"
+    length = len(os.fsencode(path))
+    if length > SOCKET_PATH_BYTES:
+        raise EngineError(
+            f"{path}: a Unix socket's path has at most {SOCKET_PATH_BYTES} bytes and this one "
+            f"{length}. Set TMPDIR to a shorter folder, or `socket: tcp` in the profile."
+        )
+    return path
+
+
+def client_of(endpoint: Endpoint) -> httpx.Client:
+    """A client of the endpoint, for short questions."""
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    return httpx.Client(
+        base_url=endpoint.base_url,
+        headers=headers,
+        transport=httpx.HTTPTransport(uds=endpoint.socket),
+        timeout=HEALTH_LIMIT_S,
+    )
+
+
+def answers(endpoint: Endpoint) -> bool:
+    """Whether GET /health is answered with 200 within `HEALTH_LIMIT_S`."""
+    try:
+        with client_of(endpoint) as client:
+            return client.get("/health").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def wait_until(ready: Callable[[], bool], deadline: float, name: str) -> None:
+    """Poll `ready` until it is true; what it raises ends the waiting.
+
+    `deadline` is a time of time.monotonic(). Raises EngineError, naming the deployment, when it
+    has passed.
+    """
+    while not ready():
+        if time.monotonic() > deadline:
+            raise EngineError(
+                f"deployment `{name}`: the engine was not up within its limit and was stopped. "
+                "The log says how far it came; raise `startup_s` if it was only slow."
+            )
+        time.sleep(POLL_S)

@@ -1,0 +1,257 @@
+"""llama.cpp on a GGUF file, through xllamacpp, in a process of its own.
+
+The library could serve inside the calling process. But there a model that takes too long to
+load cannot be given up, an assertion that fails ends the allocation, and the engine's memory
+and CPU time cannot be told from ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from servegrid import models, processes
+from servegrid.endpoint import Endpoint
+from servegrid.engines.base import Site
+from servegrid.engines.listening import (
+    LOOPBACK,
+    UNIX_BASE_URL,
+    answers,
+    client_of,
+    socket_path,
+    wait_until,
+)
+from servegrid.engines.warden import guarded
+from servegrid.errors import ConfigError, EngineError, ModelError
+from servegrid.grid import Deployment
+
+GGUF_MAGIC = b"GGUF"
+HTTP_THREADS = 512
+"""Each open request keeps one busy: as long as there are more, /health is answered at once."""
+
+KEYS_OF_THE_DEPLOYMENT = {
+    "model.path": "checkpoint",
+    "model_alias": "model",
+    "n_ctx": "max_model_len",
+    "n_parallel": "max_num_seqs",
+}
+KEYS_OF_THE_SITE = ("hostnames", "port", "api_keys")
+
+COMPLAINTS_TOLD = 2
+GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A llama.cpp server that is up."""
+
+    endpoint: Endpoint
+    facts: dict[str, Any]
+    process: subprocess.Popen[str]
+
+    def pids(self) -> list[int]:
+        return [self.process.pid]
+
+    def healthy(self) -> bool:
+        return self.process.poll() is None and answers(self.endpoint)
+
+
+@contextlib.contextmanager
+def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
+    """See `servegrid.engines.bring_up`."""
+    started = time.monotonic()
+    settings = settings_for(
+        deployment, gguf_file(deployment, site.models), len(os.sched_getaffinity(0))
+    )
+    key = secrets.token_urlsafe(24)
+    with guarded() as warden:
+        socket = socket_path(site, warden.folder)
+        place = {"hostnames": [str(socket or LOOPBACK)], "port": 0, "api_keys": [key]}
+        server = _Server(deployment.name, settings | place)
+        try:
+            warden.watch([psutil.Process(server.process.pid)])
+            wait_until(server.is_listening, started + site.startup_s, deployment.name)
+            endpoint = Endpoint(
+                base_url=UNIX_BASE_URL if socket else server.told["address"],
+                model=deployment.model,
+                api_key=key,
+                socket=str(socket) if socket else None,
+            )
+            wait_until(lambda: answers(endpoint), started + site.startup_s, deployment.name)
+            facts = {
+                "engine": "llamacpp",
+                "version": metadata.version("xllamacpp"),
+                **_resolved(deployment, endpoint),
+                "arguments": settings,
+                "system": server.told["system"],
+                "model_files": models.digest(Path(settings["model.path"])),
+                "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
+            }
+            yield LlamaCpp(endpoint, facts, server.process)
+        finally:
+            server.stop()
+
+
+def gguf_file(deployment: Deployment, cache: Path) -> Path:
+    """The GGUF file of the deployment's checkpoint, which may be a folder with just one.
+
+    Raises ModelError where there is none.
+    """
+    path = models.locate(deployment.checkpoint, cache)
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        if len(found) != 1:
+            raise ModelError(
+                f"checkpoint `{deployment.checkpoint}`: {path} has {len(found)} GGUF files. "
+                "llama.cpp serves one: name the file itself."
+            )
+        path = found[0]
+    with path.open("rb") as file:
+        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+            raise ModelError(
+                f"checkpoint `{deployment.checkpoint}`: {path} is not a GGUF file. "
+                "llama.cpp serves nothing else; use the engine `vllm` for safetensors."
+            )
+    return path
+
+
+def settings_for(deployment: Deployment, checkpoint: Path, threads: int) -> dict[str, Any]:
+    """What a deployment means as attributes of llama.cpp's `common_params`, by dotted name.
+
+    llama.cpp divides `n_ctx` among its slots, so that each gets `max_model_len`. Every prompt is
+    processed in full: none is kept in a slot, in memory, or shared by similar ones. The
+    deployment's `arguments` come over all that. Raises ConfigError where they contradict its
+    own keys or the site's.
+    """
+    for key in deployment.arguments:
+        where = f"deployment `{deployment.name}`: arguments.{key} is decided by"
+        if key in KEYS_OF_THE_DEPLOYMENT:
+            raise ConfigError(
+                f"{where} the deployment's own key `{KEYS_OF_THE_DEPLOYMENT[key]}`. "
+                "Set that one and remove the argument."
+            )
+        if key in KEYS_OF_THE_SITE:
+            raise ConfigError(f"{where} where it runs. Remove it.")
+    return {
+        "model.path": str(checkpoint),
+        "model_alias": [deployment.model],
+        "n_parallel": deployment.max_num_seqs,
+        "n_ctx": deployment.max_model_len * deployment.max_num_seqs,
+        "fit_params": False,
+        "n_gpu_layers": -1 if deployment.gpu_count else 0,
+        "cpuparams.n_threads": threads,
+        "cpuparams_batch.n_threads": threads,
+        "cache_prompt": False,
+        "cache_ram_mib": 0,
+        "cache_idle_slots": False,
+        "n_cache_reuse": 0,
+        "slot_prompt_similarity": 0.0,
+        "endpoint_metrics": True,
+        "n_threads_http": HTTP_THREADS,
+        "ui": False,
+        "verbosity": 2,
+        **deployment.arguments,
+    }
+
+
+class _Server:
+    """The process that serves, and what it says: JSON to us, the rest to the log."""
+
+    def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
+        self.name = name
+        self.told: dict[str, Any] = {}
+        self._complaints: list[str] = []
+        with processes.signals_held():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "servegrid.engines.llamacpp_server"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+            )
+        self._readers = [
+            threading.Thread(target=read, daemon=True) for read in (self._hear, self._log)
+        ]
+        for reader in self._readers:
+            reader.start()
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as stream:
+            json.dump(settings, stream)
+
+    def is_listening(self) -> bool:
+        """Raises ConfigError or EngineError, with the cause, where it never will be."""
+        if self.process.poll() is not None:
+            self._finish_reading()
+            if refused := self.told.get("refused"):
+                raise ConfigError(f"deployment `{self.name}`: {refused}")
+            cause = "; ".join(self._complaints[:COMPLAINTS_TOLD])
+            raise EngineError(
+                f"deployment `{self.name}`: llama.cpp did not start: "
+                f"{cause or f'its process ended with status {self.process.returncode}'}. "
+                "All that it said is in the log."
+            )
+        return "address" in self.told
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._finish_reading()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream
+            stream.close()
+
+    def _finish_reading(self) -> None:
+        for reader in self._readers:
+            reader.join()
+
+    def _hear(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.told.update(json.loads(line))
+
+    def _log(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            sys.stderr.write(line)
+            _, is_error, text = line.partition(" E ")
+            if is_error:
+                self._complaints.append(" ".join(text.split()))
+
+
+def _resolved(deployment: Deployment, endpoint: Endpoint) -> dict[str, Any]:
+    """What the server says that it uses. Raises ConfigError where the model cannot do it."""
+    with client_of(endpoint) as client:
+        properties = client.get("/props").raise_for_status().json()
+        (model,) = client.get("/v1/models").raise_for_status().json()["data"]
+    longest = model["meta"]["n_ctx_train"]
+    if deployment.max_model_len > longest:
+        raise ConfigError(
+            f"deployment `{deployment.name}`: max_model_len {deployment.max_model_len} is more "
+            f"than the {longest} tokens that the model was made for. Lower it."
+        )
+    context = properties["default_generation_settings"]["n_ctx"]
+    return {
+        "quantization": properties["model_ftype"],
+        "max_model_len": context,
+        "max_num_seqs": properties["total_slots"],
+        "kv_capacity_tokens": context * properties["total_slots"],
+        "parameters": model["meta"]["n_params"],
+    }
