@@ -1,5 +1,6 @@
 """Verdicts from what the requests met."""
 
+from servegrid.load.failure import KINDS
 from servegrid.verdict import VERDICTS, verdict_of
 
 
@@ -29,6 +30,5 @@ def test_a_dead_engine_outweighs_what_the_requests_met() -> None:
 
 
 def test_every_verdict_that_can_be_given_is_explained() -> None:
-    kinds = ["timeout: x", "stalled: x", "usage_missing: x", "reset: x", "http_status: 429"]
-    given = {verdict_of([kind], engine_alive=True)[0] for kind in kinds}
+    given = {verdict_of([f"{kind}: x"], engine_alive=True)[0] for kind in KINDS}
     assert given == set(VERDICTS) - {"ok", "server_died"}

@@ -66,7 +66,12 @@ REQUESTS = (
 TELEMETRY = (
     Column("time_ns", pa.int64(), _TIME, "When the sample was taken"),
     Column("device", pa.string(), "", "`engine` for the engine's processes, else the GPU's UUID"),
-    Column("memory_bytes", pa.int64(), "bytes", "Memory in use by the device or the processes"),
+    Column(
+        "memory_bytes",
+        pa.int64(),
+        "bytes",
+        "Memory in use on the GPU; for `engine` the resident sets of its processes, summed",
+    ),
     Column("cpu_s", pa.float64(), "s", "CPU time used so far by the engine's processes"),
     Column("utilization", pa.float64(), "0 to 1", "Share of time with a kernel running on the GPU"),
     Column("power_w", pa.float64(), "W", "Power drawn by the GPU"),
@@ -161,6 +166,22 @@ def write(table: pa.Table, path: Path) -> None:
         raise RecordError(
             f"{path}: cannot be written ({error.strerror or error}). Nothing that was measured "
             "before is lost: free some space or make the folder writable, and run again."
+        ) from error
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise RecordError, naming `folder`, where no file can be made in it.
+
+    Cheap, so that it can be asked before something is measured that could not be kept.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RecordError(
+            f"{folder}: nothing can be written here ({error.strerror or error}). Make the folder "
+            "writable or free some space, and run again; nothing has been measured."
         ) from error
 
 

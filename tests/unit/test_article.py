@@ -1,0 +1,181 @@
+"""Tables in the article's shape, against text written by hand."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from servegrid.article import article_tables, as_csv, as_markdown, number, write_article
+
+
+def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -> dict[str, Any]:
+    """One row of cells; without seconds it was not served."""
+    verdict = {"verdict": "ok"} if seconds else {"verdict": "timeout", "reason": "stalled: 120 s"}
+    return {
+        "deployment": "d",
+        "model": "mistral-7b",
+        "quantization": "fp16",
+        "gpu": "v100-16gb",
+        "gpu_count": 2,
+        "engine": "vllm",
+        "engine_version": "0.32.0",
+        "protocol": "burst",
+        "concurrency": concurrency,
+        "input_len": input_len,
+        "output_len": 100,
+        "trial": 1,
+        "reason": None,
+        "seconds_per_100_tokens": seconds,
+        **verdict,
+        **other,
+    }
+
+
+def cells(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows)
+    return frame.astype({"reason": "str", "seconds_per_100_tokens": "float64"})
+
+
+PLAIN = cells(
+    [
+        row(128, 31, 10.6),
+        row(1, 31, 1.84),
+        row(1, 2193, 2.3),
+        row(128, 2193, None),
+        row(1, 31, 9.9, deployment="other"),
+    ]
+)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    return as_markdown("A title", article_tables(frame, "d"))
+
+
+def test_the_articles_shape() -> None:
+    assert (
+        markdown(PLAIN)
+        == """\
+# A title
+
+Seconds per 100 tokens; rows are concurrent requests, columns prompt tokens.
+
+| Requests |   31 | 2193 |
+| -------: | ---: | ---: |
+|        1 |  1.8 |  2.3 |
+|      128 | 10.6 |    - |
+
+Burst (all requests sent at once, time until the last has finished), 100 output tokens per \
+request, 1 trial.
+
+`-`: not served (requests × prompt tokens):
+
+- 128 × 2193: `timeout`, `stalled: 120 s`
+"""
+    )
+
+
+def test_the_same_as_csv() -> None:
+    assert as_csv(article_tables(PLAIN, "d")) == (
+        "protocol,output_len,requests,31,2193\nburst,100,1,1.8,2.3\nburst,100,128,10.6,-\n"
+    )
+
+
+def test_the_page_is_headed_by_the_deployment_in_words(tmp_path: Path) -> None:
+    write_article(PLAIN, "d", markdown=tmp_path / "d.md", csv=tmp_path / "d.csv")
+    first, blank, second, *_ = (tmp_path / "d.md").read_text().split("\n")
+    assert first == "# mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0"
+    assert (blank, second.split(";")[0]) == ("", "Seconds per 100 tokens")
+    assert (tmp_path / "d.csv").read_text().startswith("protocol,output_len,requests,31,2193\n")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["d.csv", "d.md"]
+
+
+def test_emulated_numbers_say_so_before_the_first_of_them(tmp_path: Path) -> None:
+    emulated = PLAIN.assign(engine="emulated")
+    write_article(emulated, "d", markdown=tmp_path / "d.md", csv=tmp_path / "d.csv")
+    lines = (tmp_path / "d.md").read_text().split("\n")
+    assert lines[2] == "Emulated: no hardware was measured."
+
+
+def test_the_median_over_the_trials_that_were_served() -> None:
+    trials = [(1, 1.0), (2, 5.0), (3, 2.0), (4, None)]
+    frame = cells(
+        [row(8, 31, seconds, trial=trial) for trial, seconds in trials]
+        + [row(8, 63, 3.0, trial=trial) for trial in (1, 2, 3, 4)]
+    )
+    text = markdown(frame)
+    assert (
+        "| Requests |   31 |  63 |\n| -------: | ---: | --: |\n|        8 | 2.0* | 3.0 |\n" in text
+    )
+    assert "per request, median of 4 trials." in text
+    assert text.endswith(
+        "\\*: not served in every trial (requests × prompt tokens):\n\n"
+        "- 8 × 31: 1 of 4 trials, `timeout`, `stalled: 120 s`\n"
+    )
+    assert as_csv(article_tables(frame, "d")).endswith("\nburst,100,8,2.0,3.0\n")
+
+
+def test_a_cell_that_no_trial_served_has_all_its_reasons() -> None:
+    reasons = ["stalled: 120 s", "`a`\n|b|  *c*", "stalled: 120 s"]
+    frame = cells(
+        row(8, 31, None, trial=trial, reason=reason) for trial, reason in enumerate(reasons, 1)
+    )
+    assert markdown(frame).endswith(
+        "- 8 × 31: `timeout`, `stalled: 120 s`; `timeout`, `'a' |b| *c*`\n"
+    )
+
+
+def test_cells_with_the_same_reason_share_a_line() -> None:
+    frame = cells([row(1, 31, 1.0), row(2, 31, None), row(4, 31, None)])
+    assert markdown(frame).endswith("\n\n- 2 × 31, 4 × 31: `timeout`, `stalled: 120 s`\n")
+
+
+def test_a_cell_outside_the_study_is_empty_and_not_a_failure() -> None:
+    frame = cells([row(1, 31, 1.0), row(2, 31, 1.5), row(1, 63, 2.0)])
+    text = markdown(frame)
+    assert "|        2 | 1.5 |     |\n" in text
+    assert text.endswith("\n\nEmpty: not part of the study.\n")
+    assert as_csv(article_tables(frame, "d")).endswith("\nburst,100,2,1.5,\n")
+
+
+def test_each_protocol_and_output_length_has_its_own_table() -> None:
+    frame = cells(
+        [
+            row(1, 31, 1.0),
+            row(1, 63, 2.0, protocol="steady"),
+            row(1, 31, 3.0, output_len=1),
+        ]
+    )
+    tables = article_tables(frame, "d")
+    assert [(table.protocol, table.output_len) for table in tables] == [
+        ("burst", 100),
+        ("steady", 100),
+        ("burst", 1),
+    ]
+    headings = [line for line in markdown(frame).split("\n") if line.startswith("## ")]
+    assert headings == [
+        "## Burst, 100 output tokens",
+        "## Steady, 100 output tokens",
+        "## Burst, 1 output token",
+    ]
+    assert as_csv(tables) == (
+        "protocol,output_len,requests,31,63\nburst,100,1,1.0,\nsteady,100,1,,2.0\nburst,1,1,3.0,\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (111.74, "111.7"),
+        (2.0, "2.0"),
+        (1.96, "2.0"),
+        (0.84, "0.84"),
+        (0.8, "0.80"),
+        (0.996, "1.0"),
+        (0.0512, "0.051"),
+        (0.00996, "0.010"),
+    ],
+)
+def test_numbers_have_one_decimal_or_two_significant_digits(seconds: float, text: str) -> None:
+    assert number(seconds) == text

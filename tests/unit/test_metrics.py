@@ -1,0 +1,224 @@
+"""From raw rows to one row of the table of cells, against numbers worked out by hand."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from servegrid import records
+from servegrid.grid import Deployment, Load, Trial
+from servegrid.metrics import row_of
+
+START = 2**53 + 1
+"""Nanoseconds that a float cannot hold: subtraction in floats would show."""
+MS = 1_000_000
+
+
+def trial_of(**load: Any) -> Trial:
+    deployment = Deployment(
+        name="d",
+        model="m",
+        checkpoint="models/m",
+        tokenizer="models/m",
+        quantization="awq",
+        engine="vllm",
+        gpu="a100-40gb",
+        gpu_count=2,
+        max_model_len=512,
+        max_num_seqs=64,
+    )
+    defaults = {"protocol": "burst", "concurrency": 2, "input_len": 31, "output_len": 4}
+    return Trial(deployment, Load(**{**defaults, "requests": 2, **load}), number=3)
+
+
+def request(
+    sent: int, stamps: list[int], tokens: list[int], done: int, **other: Any
+) -> dict[str, Any]:
+    """A request that succeeded; all times in ms after START."""
+    return {
+        "wave": 0,
+        "scheduled_ns": START,
+        "sent_ns": START + sent * MS,
+        "first_token_ns": START + stamps[0] * MS if stamps else None,
+        "token_ns": [START + stamp * MS for stamp in stamps],
+        "chunk_tokens": tokens,
+        "done_ns": START + done * MS,
+        "status": 200,
+        "completion_tokens": sum(tokens),
+    } | other
+
+
+TWO = [
+    request(1, [101, 201, 401], [1, 2, 1], 402),  # ttft 0.1, e2el 0.4, tpot 0.3 / 3
+    request(2, [202, 802], [1, 3], 1000),  # ttft 0.2, e2el 0.8, tpot 0.6 / 3
+]
+FAILED = request(1, [], [], 1500, error="stalled: no byte for 1 s", completion_tokens=None)
+
+
+def cell(
+    requests: list[dict[str, Any]],
+    samples: list[Mapping[str, Any]] | None = None,
+    verdict: str = "ok",
+    **load: Any,
+) -> dict[str, Any]:
+    trial = trial_of(**load)
+    record = {
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        "verdict": verdict,
+        "reason": None if verdict == "ok" else "the evidence",
+        "engine": {"engine": "emulated", "version": "0.32.0"},
+    }
+    return row_of(
+        record,
+        records.table_of(records.REQUESTS, requests),
+        records.table_of(records.TELEMETRY, samples or []),
+    )
+
+
+def test_a_burst_of_two() -> None:
+    row = cell(TWO)
+    assert list(row) == [column.name for column in records.CELLS]
+    digest = row.pop("spec_digest")
+    assert digest == trial_of().digest
+    assert row == {
+        "deployment": "d",
+        "model": "m",
+        "quantization": "awq",
+        "gpu": "a100-40gb",
+        "gpu_count": 2,
+        "engine": "emulated",
+        "engine_version": "0.32.0",
+        "protocol": "burst",
+        "concurrency": 2,
+        "input_len": 31,
+        "output_len": 4,
+        "trial": 3,
+        "verdict": "ok",
+        "reason": None,
+        "requests": 2,
+        "failed_requests": 0,
+        "makespan_s": 1.0,
+        "seconds_per_100_tokens": 25.0,
+        "ttft_s_mean": pytest.approx(0.15, rel=1e-12),
+        "ttft_s_p50": pytest.approx(0.15, rel=1e-12),
+        "tpot_s_mean": pytest.approx(0.15, rel=1e-12),
+        "e2el_s_mean": pytest.approx(0.6, rel=1e-12),
+        "e2el_s_p50": pytest.approx(0.6, rel=1e-12),
+        "output_tokens_per_s": 8.0,
+        "output_tokens_per_s_per_user": 4.0,
+        "memory_peak_bytes": None,
+    }
+
+
+def test_the_median_is_not_the_mean() -> None:
+    row = cell([request(0, [t], [1], 900) for t in (100, 200, 600)], output_len=1)
+    assert row["ttft_s_mean"] == pytest.approx(0.3)
+    assert row["ttft_s_p50"] == pytest.approx(0.2)
+    assert row["e2el_s_p50"] == pytest.approx(0.2)
+
+
+def test_nanoseconds_are_not_lost() -> None:
+    late = request(0, [0], [1], 0) | {"first_token_ns": START + 1, "done_ns": START + 1}
+    row = cell([late])
+    assert row["ttft_s_mean"] == 1e-9
+    assert row["makespan_s"] == 1e-9
+
+
+def test_the_output_of_one_token_has_no_time_per_token() -> None:
+    assert cell([request(0, [100], [1], 100)], output_len=1)["tpot_s_mean"] is None
+    both = cell([request(0, [100], [1], 100), request(0, [100, 300], [1, 1], 300)])
+    assert both["tpot_s_mean"] == pytest.approx(0.2)
+
+
+def test_failed_requests_are_counted_and_leave_the_latencies_alone() -> None:
+    row = cell([*TWO, FAILED], verdict="timeout")
+    assert (row["requests"], row["failed_requests"]) == (3, 1)
+    assert row["ttft_s_mean"] == pytest.approx(0.15)
+    assert row["e2el_s_p50"] == pytest.approx(0.6)
+    assert row["makespan_s"] == 1.5
+    assert row["output_tokens_per_s"] == pytest.approx(8 / 1.5)
+    assert row["seconds_per_100_tokens"] is None
+    assert (row["verdict"], row["reason"]) == ("timeout", "the evidence")
+
+
+def test_where_every_request_failed_nothing_is_made_up() -> None:
+    row = cell([FAILED], verdict="timeout")
+    latencies = [name for name in row if name.startswith(("ttft", "tpot", "e2el", "output_tok"))]
+    assert len(latencies) == 7
+    assert [row[name] for name in latencies] == [None] * 7
+    assert row["makespan_s"] == 1.5
+
+
+def test_a_broken_off_answer_keeps_out_of_the_tokens() -> None:
+    broken = request(1, [50, 60], [1, 1], 70, error="broken: end of stream")
+    assert cell([*TWO, broken], verdict="http_error")["output_tokens_per_s"] == 8.0
+
+
+def test_without_any_request_nothing_is_known() -> None:
+    row = cell([], verdict="server_died")
+    assert row["requests"] == 0
+    assert row["makespan_s"] is None
+    assert row["output_tokens_per_s"] is None
+
+
+def test_an_unknown_end_makes_the_makespan_unknown() -> None:
+    row = cell([*TWO, FAILED | {"done_ns": None}], verdict="server_died")
+    assert row["makespan_s"] is None
+    assert row["output_tokens_per_s"] is None
+
+
+def test_waves_are_timed_apart_and_the_pause_between_them_is_not() -> None:
+    second = {"wave": 1, "scheduled_ns": START + 5000 * MS}
+    waves = [*TWO, request(5000, [5100, 5400], [2, 2], 5500, **second)]
+    row = cell(waves)
+    assert row["makespan_s"] == 1.5
+    assert row["seconds_per_100_tokens"] == pytest.approx(1.5 / 2 / 4 * 100)
+    assert row["output_tokens_per_s"] == pytest.approx(12 / 1.5)
+
+
+def test_steady_load_is_judged_by_the_latency_of_a_request() -> None:
+    row = cell(TWO, protocol="steady")
+    assert row["seconds_per_100_tokens"] == pytest.approx(0.6 / 4 * 100)
+
+
+def test_a_request_without_stamps_has_no_last_token() -> None:
+    empty = request(0, [], [], 900, completion_tokens=4)
+    null = empty | {"token_ns": None}
+    assert cell([empty, null])["e2el_s_mean"] is None
+    for rows in ([empty, TWO[0], null], [null, TWO[0], empty]):
+        assert cell(rows)["e2el_s_mean"] == pytest.approx(0.4)
+
+
+def sample(time: int, device: str, memory: int | None) -> dict[str, Any]:
+    return {"time_ns": START + time * MS, "device": device, "memory_bytes": memory}
+
+
+def test_the_memory_peak_is_that_of_the_sum_and_not_the_sum_of_the_peaks() -> None:
+    gpus = [
+        sample(10, "GPU-a", 5),
+        sample(20, "GPU-b", 1),
+        sample(30, "GPU-a", 1),
+        sample(40, "GPU-b", 6),
+        sample(40, "engine", 1000),
+    ]
+    assert cell(TWO, gpus)["memory_peak_bytes"] == 1 + 6
+    assert cell(TWO, gpus[::-1])["memory_peak_bytes"] == 1 + 6
+
+
+def test_a_device_counts_with_its_first_sample_before_it() -> None:
+    gpus = [sample(10, "GPU-a", 5), sample(20, "GPU-a", 1), sample(25, "GPU-b", 3)]
+    assert cell(TWO, gpus)["memory_peak_bytes"] == 5 + 3
+
+
+def test_without_a_gpu_the_memory_is_the_engines() -> None:
+    samples = [sample(10, "engine", 7), sample(20, "engine", 9), sample(30, "engine", 8)]
+    assert cell(TWO, samples)["memory_peak_bytes"] == 9
+
+
+@pytest.mark.parametrize("unknown", ["GPU-a", "GPU-b"])
+def test_the_sum_over_gpus_is_unknown_where_one_of_them_is(unknown: str) -> None:
+    samples = [
+        sample(10, device, None if device == unknown else 5) for device in ("GPU-a", "GPU-b")
+    ]
+    assert cell(TWO, [*samples, sample(10, "engine", 9)])["memory_peak_bytes"] is None

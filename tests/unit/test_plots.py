@@ -1,0 +1,274 @@
+"""Figures: what is drawn, what is written on them, and that the same cells give the same files."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from servegrid.plots import PER_USER, TOTAL, deployment_figure, overview_figure, save
+
+
+def row(
+    concurrency: int, input_len: int, tokens_per_s: float | None, **other: Any
+) -> dict[str, Any]:
+    """One row of cells; without tokens per second it was not served."""
+    return {
+        "deployment": "d",
+        "model": "m",
+        "quantization": "awq",
+        "gpu": "a100-40gb",
+        "gpu_count": 2,
+        "engine": "vllm",
+        "engine_version": "0.32.0",
+        "protocol": "burst",
+        "concurrency": concurrency,
+        "input_len": input_len,
+        "output_len": 100,
+        "trial": 1,
+        "verdict": "ok" if tokens_per_s else "timeout",
+        "output_tokens_per_s": tokens_per_s,
+        "output_tokens_per_s_per_user": tokens_per_s and tokens_per_s / concurrency,
+        **other,
+    }
+
+
+def cells(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    numbers = {"output_tokens_per_s": "float64", "output_tokens_per_s_per_user": "float64"}
+    return pd.DataFrame(rows).astype(numbers)
+
+
+PLAIN = [
+    row(1, 31, 30.0),
+    row(2, 31, 50.0),
+    row(4, 31, 80.0),
+    row(1, 119, 20.0),
+    row(2, 119, None),
+    row(4, 119, None),
+]
+
+
+def panel(figure: Figure, index: int = 0) -> Axes:
+    return figure.axes[index]
+
+
+def drawn(axes: Axes) -> list[list[tuple[float, float]]]:
+    """The points of each line, the gaps left out; in the order of the legend."""
+    lines = [container.lines[0] for container in axes.containers]
+    points = [np.asarray(line.get_xydata(), dtype=float) for line in lines]
+    return [[(x, y) for x, y in each if not np.isnan(y)] for each in points]
+
+
+def crosses(axes: Axes) -> list[float]:
+    marked = [line for line in axes.lines if line.get_marker() == "x"]
+    return [float(np.asarray(line.get_xdata())[0]) for line in marked]
+
+
+def svg_texts(figure: Figure, folder: Path) -> list[str]:
+    save(figure, folder / "figure.svg")
+    root = ET.parse(folder / "figure.svg").getroot()
+    return [
+        "".join(text.itertext()).strip() for text in root.iter("{http://www.w3.org/2000/svg}text")
+    ]
+
+
+def test_lines_per_prompt_length_in_total_and_per_user() -> None:
+    total = panel(deployment_figure(cells(PLAIN), "d", TOTAL))
+    assert drawn(total) == [[(1, 30), (2, 50), (4, 80)], [(1, 20)]]
+    per_user = panel(deployment_figure(cells(PLAIN), "d", PER_USER))
+    assert drawn(per_user) == [[(1, 30), (2, 25), (4, 20)], [(1, 20)]]
+
+
+def test_what_was_not_served_is_a_cross_and_not_a_zero(tmp_path: Path) -> None:
+    figure = deployment_figure(cells(PLAIN), "d", TOTAL)
+    assert crosses(panel(figure)) == [2, 4]
+    assert "not served" in svg_texts(figure, tmp_path)
+    served = deployment_figure(cells(PLAIN[:3]), "d", TOTAL)
+    assert crosses(panel(served)) == []
+    assert "not served" not in svg_texts(served, tmp_path)
+
+
+def test_the_axes_double_and_begin_at_zero() -> None:
+    axes = panel(deployment_figure(cells(PLAIN), "d", TOTAL))
+    assert axes.get_xscale() == "log"
+    assert list(axes.get_xticks()) == [1, 2, 4]
+    assert axes.get_ylim()[0] == 0
+    assert axes.get_ylim()[1] > 80
+
+
+def test_words_are_in_the_svg_as_text(tmp_path: Path) -> None:
+    texts = svg_texts(deployment_figure(cells(PLAIN), "d", PER_USER), tmp_path)
+    for words in (
+        "m · awq · 2 × A100 40 GB · vLLM 0.32.0",
+        "Burst, 100 output tokens per request. 1 trial.",
+        "concurrent requests",
+        "tokens/s per user",
+        "prompt tokens",
+        "31",
+        "119",
+        *("1", "2", "4"),
+    ):
+        assert words in texts
+
+
+def test_several_trials_are_their_median_with_whiskers_to_the_extremes(tmp_path: Path) -> None:
+    trials = [row(4, 31, rate, trial=trial) for trial, rate in enumerate((10.0, 40.0, 20.0), 1)]
+    figure = deployment_figure(cells([*trials, row(8, 31, 30.0)]), "d", TOTAL)
+    axes = panel(figure)
+    assert drawn(axes) == [[(4, 20), (8, 30)]]
+    (whiskers,) = axes.containers[0].lines[2]
+    assert [segment.tolist() for segment in whiskers.get_segments()] == [
+        [[4, 10], [4, 40]],
+        [[8, 30], [8, 30]],
+    ]
+    caption = (
+        "Burst, 100 output tokens per request. "
+        "Median of 3 trials, whiskers from the lowest to the highest."
+    )
+    assert caption in " ".join(svg_texts(figure, tmp_path))
+
+
+def test_a_cell_that_some_trials_served_is_drawn_from_these() -> None:
+    figure = deployment_figure(cells([row(4, 31, 10.0), row(4, 31, None, trial=2)]), "d", TOTAL)
+    assert drawn(panel(figure)) == [[(4, 10)]]
+    assert crosses(panel(figure)) == []
+
+
+def test_each_protocol_and_output_length_has_its_own_panel(tmp_path: Path) -> None:
+    steady = [row(1, 31, 10.0, protocol="steady"), row(2, 31, 15.0, protocol="steady")]
+    figure = deployment_figure(cells([*PLAIN, *steady]), "d", TOTAL)
+    assert drawn(panel(figure, 0))[0] == [(1, 30), (2, 50), (4, 80)]
+    assert drawn(panel(figure, 1))[0] == [(1, 10), (2, 15)]
+    texts = svg_texts(figure, tmp_path)
+    assert "Burst, 100 output tokens per request" in texts
+    assert "Steady, 100 output tokens per request" in texts
+
+
+def test_emulated_numbers_carry_a_mark(tmp_path: Path) -> None:
+    emulated = cells(PLAIN).assign(engine="emulated")
+    for figure in (deployment_figure(emulated, "d", TOTAL), overview_figure(emulated)):
+        texts = svg_texts(figure, tmp_path)
+        assert "EMULATED" in texts
+        assert "Emulated: no hardware was measured." in " ".join(texts)
+    assert "EMULATED" not in svg_texts(overview_figure(cells(PLAIN)), tmp_path)
+
+
+DEGENERATE = {
+    "one cell": [row(4, 31, 10.0)],
+    "one cell, not served": [row(4, 31, None)],
+    "nothing served": [row(1, 31, None), row(2, 31, None), row(1, 63, None)],
+    "seven lines": [row(n, 31 * k, 10.0 * n / k) for n in (1, 128) for k in range(1, 8)],
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_every_study_has_its_figures(case: str, tmp_path: Path) -> None:
+    frame = cells(DEGENERATE[case])
+    save(deployment_figure(frame, "d", PER_USER), tmp_path / "d.svg", tmp_path / "d.png")
+    save(overview_figure(frame), tmp_path / "o.svg", tmp_path / "o.png")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["d.png", "d.svg", "o.png", "o.svg"]
+
+
+def test_tick_labels_give_way_to_each_other_and_the_largest_stays() -> None:
+    levels = range(1, 65)
+    figure = deployment_figure(cells(row(n, 31, 10.0) for n in levels), "d", TOTAL)
+    axes = panel(figure)
+    assert list(axes.get_xticks()) == list(levels)
+    labels = [label.get_text() for label in axes.get_xticklabels() if label.get_text()]
+    assert labels[0] == "1"
+    assert labels[-1] == "64"
+    assert len(labels) <= 11
+
+
+def test_a_png_has_150_dots_per_inch(tmp_path: Path) -> None:
+    figure = deployment_figure(cells(PLAIN), "d", TOTAL)
+    save(figure, tmp_path / "d.png")
+    with Image.open(tmp_path / "d.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+        assert picture.width == 720  # 4.8 inches
+        assert len(picture.convert("RGB").getcolors(maxcolors=1_000_000)) > 10
+
+
+def test_the_same_cells_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save(deployment_figure(cells(PLAIN), "d", TOTAL), tmp_path / f"{name}.svg")
+        save(overview_figure(cells(PLAIN)), tmp_path / f"{name}-overview.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    first, second = (tmp_path / f"{name}-overview.svg" for name in ("a", "b"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_style_of_other_figures_is_left_alone(tmp_path: Path) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    save(overview_figure(cells(PLAIN)), tmp_path / "o.svg")
+    assert dict(mpl.rcParams) == before
+
+
+def test_the_overview_has_a_column_per_prompt_length_and_a_line_per_deployment(
+    tmp_path: Path,
+) -> None:
+    other = {"deployment": "e", "engine": "llamacpp", "quantization": "q4_1", "gpu": "cpu"}
+    rows = [*PLAIN, *(row(n, length, 10.0 * n, **other) for n in (1, 2) for length in (31, 119))]
+    figure = overview_figure(cells(rows))
+    assert drawn(panel(figure, 0)) == [[(1, 30), (2, 25), (4, 20)], [(1, 10), (2, 10)]]
+    assert drawn(panel(figure, 1)) == [[(1, 20)], [(1, 10), (2, 10)]]
+    assert drawn(panel(figure, 2)) == [[(1, 30), (2, 50), (4, 80)], [(1, 10), (2, 20)]]
+    assert drawn(panel(figure, 3)) == [[(1, 20)], [(1, 10), (2, 20)]]
+    texts = svg_texts(figure, tmp_path)
+    for words in (
+        "m · awq · 2 × A100 40 GB · vLLM 0.32.0",
+        "m · q4_1 · CPU · llama.cpp 0.32.0",
+        "31 prompt tokens",
+        "119 prompt tokens",
+        "tokens/s per user",
+        "tokens/s in total",
+        "not served",
+    ):
+        assert words in texts
+
+
+def columns(figure: Figure) -> list[str]:
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+def test_of_many_prompt_lengths_the_overview_shows_three() -> None:
+    rows = [row(1, length, 10.0) for length in (31, 63, 119, 296, 480, 822, 2193)]
+    titles = ["31 prompt tokens", "296 prompt tokens", "2193 prompt tokens"]
+    assert columns(overview_figure(cells(rows))) == titles
+
+
+def test_the_same_text_in_another_tokenizer_is_the_same_column_and_another_text_is_not() -> None:
+    llama = [row(1, length, 20.0, deployment="llama") for length in (21, 240)]
+    far = [row(1, 100, 30.0, deployment="far")]
+    rows = [*(row(1, length, 10.0) for length in (31, 63, 296)), *llama, *far]
+    figure = overview_figure(cells(rows))
+    assert columns(figure) == [
+        "21 to 31 prompt tokens",
+        "63 prompt tokens",
+        "240 to 296 prompt tokens",
+    ]
+    assert drawn(panel(figure, 0)) == [[(1, 10)], [(1, 20)], []]
+    assert drawn(panel(figure, 1)) == [[(1, 10)], [], []]
+    assert drawn(panel(figure, 2)) == [[(1, 10)], [(1, 20)], []]
+
+
+def test_the_overview_shows_the_load_with_the_most_cells(tmp_path: Path) -> None:
+    steady = [row(1, 31, 99.0, protocol="steady")]
+    figure = overview_figure(cells([*steady, *PLAIN]))
+    assert drawn(panel(figure, 2))[0] == [(1, 30), (2, 50), (4, 80)]
+    assert "Burst, 100 output tokens per request. 1 trial." in svg_texts(figure, tmp_path)
+
+
+def test_the_looks_of_twenty_deployments_differ() -> None:
+    rows = [row(1, 31, 10.0, deployment=f"d{k}") for k in range(20)]
+    lines = [container.lines[0] for container in panel(overview_figure(cells(rows))).containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20

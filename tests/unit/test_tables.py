@@ -1,0 +1,227 @@
+"""Gathering a study's records: order, types, and refusals that name places and remedy."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from servegrid import records
+from servegrid.config import study_of
+from servegrid.errors import RecordError
+from servegrid.grid import Trial
+from servegrid.tables import gather, read_cells, write_cells
+
+
+def trials_of(concurrency: int = 2, **load: Any) -> tuple[Trial, ...]:
+    """Two deployments, `b` before `a`, with concurrency 1 to `concurrency`."""
+    deployment = {
+        "model": "m",
+        "checkpoint": "models/m",
+        "quantization": "q",
+        "engine": "vllm",
+        "gpu": "cpu",
+        "max_model_len": 512,
+    }
+    loads = {"concurrency": [*range(1, concurrency + 1)], "input_len": 31, "output_len": 10}
+    deployments = [{"name": name} | deployment for name in ("b", "a")]
+    study = {"study": "s", "load": loads | load, "deployments": deployments}
+    return study_of(study).trials
+
+
+def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
+    return {
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        "verdict": "ok",
+        "reason": None,
+        "engine": {"engine": "vllm", "version": "0.32.0"},
+    } | changes
+
+
+def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
+    """Every request takes 1 s per concurrent one, for 10 tokens."""
+    n = trial.load.concurrency
+    request = {
+        "wave": 0,
+        "scheduled_ns": 0,
+        "sent_ns": 0,
+        "first_token_ns": 10**8,
+        "token_ns": [10**8, n * 10**9],
+        "chunk_tokens": [1, 9],
+        "done_ns": n * 10**9,
+        "completion_tokens": 10,
+    }
+    record = record or record_of(trial)
+    table = records.table_of(records.REQUESTS, [request] * n, record)
+    records.write(table, folder / trial.id / "requests.parquet")
+
+
+def write_trial(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
+    sample = {"time_ns": 5, "device": "engine", "memory_bytes": 2**60 + 1}
+    table = records.table_of(records.TELEMETRY, [sample], record or record_of(trial))
+    records.write(table, folder / trial.id / "telemetry.parquet")
+    write_requests(folder, trial, record)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> tuple[tuple[Trial, ...], Path]:
+    trials = trials_of()
+    for trial in trials:
+        write_trial(tmp_path, trial)
+    return trials, tmp_path
+
+
+Study = tuple[tuple[Trial, ...], Path]
+
+
+def refusal(trials: tuple[Trial, ...], folder: Path) -> str:
+    with pytest.raises(RecordError) as caught:
+        gather(trials, folder)
+    return str(caught.value)
+
+
+def test_rows_are_in_the_order_of_the_study(study: Study) -> None:
+    trials, folder = study
+    cells = gather(trials, folder)
+    assert list(cells["deployment"]) == ["b", "b", "a", "a"]
+    assert list(cells["concurrency"]) == [1, 2, 1, 2]
+    assert list(cells["seconds_per_100_tokens"]) == [10.0, 20.0, 10.0, 20.0]
+    assert list(cells["spec_digest"]) == [trial.digest for trial in trials]
+
+
+def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) -> None:
+    trials, folder = study
+    cells = gather(trials, folder)
+    write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
+    assert read_cells(folder / "cells.parquet").equals(cells)
+    schema = pq.read_schema(folder / "cells.parquet")
+    assert schema.equals(records.schema_of(records.CELLS), check_metadata=True)
+
+
+def test_what_is_unknown_is_null_and_large_integers_stay_exact(study: Study) -> None:
+    trials, folder = study
+    reason = "2 of 2 requests failed, most often: timeout: none"
+    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", reason=reason))
+    write_cells(gather(trials, folder), folder / "cells.parquet", folder / "cells.csv")
+    rows = pq.read_table(folder / "cells.parquet").to_pylist()
+    assert [row["seconds_per_100_tokens"] for row in rows] == [10.0, None, 10.0, 20.0]
+    assert [row["reason"] for row in rows] == [None, reason, None, None]
+    assert [row["memory_peak_bytes"] for row in rows] == [2**60 + 1] * 4
+
+
+def test_the_csv_has_the_same_numbers(study: Study) -> None:
+    trials, folder = study
+    reason = "1, 2"
+    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", reason=reason))
+    write_cells(gather(trials[:2], folder), folder / "cells.parquet", folder / "cells.csv")
+    header, *lines = (folder / "cells.csv").read_text().split("\n")
+    assert header == ",".join(column.name for column in records.CELLS)
+    # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, as Python writes these floats in full
+    assert lines == [
+        "b,m,q,cpu,0,vllm,0.32.0,burst,1,31,10,1,ok,,1,0,1.0,10.0,0.1,0.1,0.1,1.0,1.0,10.0,10.0,"
+        f"1152921504606846977,{trials[0].digest}",
+        'b,m,q,cpu,0,vllm,0.32.0,burst,2,31,10,1,timeout,"1, 2",2,0,2.0,,0.1,0.1,'
+        f"0.2111111111111111,2.0,2.0,10.0,5.0,1152921504606846977,{trials[1].digest}",
+        "",
+    ]
+
+
+def test_stale_cells_are_refused_and_what_has_changed_is_named(study: Study) -> None:
+    _, folder = study
+    changed = trials_of(prompts="identical")
+    write_trial(folder, changed[2])
+    told = refusal(changed, folder)
+    assert f"{folder}: 3 of 4 trials" in told
+    assert (
+        f"  {changed[0].id}: measured with another specification: "
+        'load.prompts is "identical" and was "distinct"\n'
+    ) in told
+    assert changed[2].id + ":" not in told
+
+
+def test_a_digest_that_alone_is_different_is_refused_as_well(study: Study) -> None:
+    trials, folder = study
+    write_requests(folder, trials[0], record_of(trials[0], spec_digest="0" * 16))
+    assert f'digest is "{trials[0].digest}" and was "{"0" * 16}"' in refusal(trials, folder)
+
+
+def test_the_remedy_removes_what_is_stale_and_nothing_else(study: Study) -> None:
+    trials, folder = study
+    only_b = (trials_of(prompts="identical")[1], *trials[2:])
+    command = next(line for line in refusal(only_b, folder).split("\n") if "rm -r" in line)
+    assert shlex.split(command) == ["rm", "-r", str(folder / trials[1].id)]
+
+
+def test_the_remedy_names_a_deployment_that_is_stale_as_a_whole_once(study: Study) -> None:
+    trials, folder = study
+    stale_b = (*trials_of(prompts="identical")[:2], *trials[2:])
+    assert f"rm -r {folder / 'b'}\n" in refusal(stale_b, folder)
+    kept = trials_of(concurrency=3)[2]
+    write_trial(folder, kept)
+    assert f"rm -r {folder / trials[0].id} {folder / trials[1].id}\n" in refusal(stale_b, folder)
+
+
+def test_missing_cells_are_listed_up_to_ten_of_them(study: Study) -> None:
+    _, folder = study
+    trials = trials_of(concurrency=10)
+    told = refusal(trials, folder)
+    assert f"{folder}: 16 of 20 trials cannot be gathered:" in told
+    assert told.count(": requests.parquet is missing") == 10
+    assert "  … and 6 more\n" in told
+    assert "rm -r" not in told
+    assert told.endswith(
+        "Run the same snakemake command again: it measures these anew and no other."
+    )
+
+
+def damage_middle(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = data[len(data) // 2 : -20]
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["requests.parquet", "telemetry.parquet"])
+def test_a_damaged_file_is_named(study: Study, name: str) -> None:
+    trials, folder = study
+    damage_middle(folder / trials[1].id / name)
+    told = refusal(trials, folder)
+    assert f"{folder}: 1 of 4 trials" in told
+    assert f"  {trials[1].id}: {name} is damaged (" in told
+
+
+def test_a_file_without_a_record_is_damaged(study: Study) -> None:
+    trials, folder = study
+    table = records.table_of(records.REQUESTS, [])
+    records.write(table, folder / trials[0].id / "requests.parquet")
+    assert f"{trials[0].id}: requests.parquet is damaged" in refusal(trials, folder)
+
+
+def test_a_record_that_lacks_something_is_named(study: Study) -> None:
+    trials, folder = study
+    record = record_of(trials[0])
+    del record["verdict"]
+    write_trial(folder, trials[0], record)
+    assert f"{trials[0].id}: its record is not complete ('verdict')" in refusal(trials, folder)
+
+
+def test_files_of_two_measurements_are_not_mixed(study: Study) -> None:
+    trials, folder = study
+    write_requests(folder, trials[0], record_of(trials[0], environment={"node": "other"}))
+    assert "telemetry.parquet is of another measurement" in refusal(trials, folder)
+
+
+def test_what_belongs_to_no_trial_of_the_study_is_left_alone(study: Study) -> None:
+    trials, folder = study
+    shutil.copytree(folder / trials[0].id, folder / "old" / "cell" / "trial-1")
+    assert len(gather(trials, folder)) == 4
+
+
+def test_a_record_survives_the_metadata_of_a_file(study: Study) -> None:
+    trials, folder = study
+    path = folder / trials[0].id / "requests.parquet"
+    assert records.read_record(path) == json.loads(json.dumps(record_of(trials[0])))

@@ -1,0 +1,178 @@
+"""A deployment's table in the article's shape: seconds per 100 tokens over load and prompt.
+
+The shape is that of "Deploying Open-Source Large Language Models: A Performance Analysis"
+(Bendi-Ouis, Dutarte, Hinaut, 2024): a row per number of concurrent requests, a column per
+number of prompt tokens, `-` where the cell was not served.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from servegrid import records
+from servegrid.labels import EMULATED_NOTE, PROTOCOLS, counted, deployment_title, is_emulated
+from servegrid.verdict import OK
+
+NOT_SERVED = "-"
+NOT_IN_STUDY = ""
+
+Cell = tuple[int, int]
+"""Concurrent requests and prompt tokens."""
+
+
+@dataclass(frozen=True)
+class ArticleTable:
+    """One deployment under one protocol and output length.
+
+    `seconds` is indexed by concurrent requests, with a column per number of prompt tokens; its
+    entries are text: a number, NOT_SERVED or NOT_IN_STUDY. `failures` says, in Markdown, why the
+    trials that failed were not served, for each cell that has any.
+    """
+
+    protocol: str
+    output_len: int
+    trials: int
+    seconds: pd.DataFrame
+    failures: dict[Cell, str]
+
+
+def article_tables(cells: pd.DataFrame, deployment: str) -> list[ArticleTable]:
+    """The tables of `deployment`: one for each protocol and output length, in study order.
+
+    `cells` has the columns of `records.CELLS`. A cell with several trials shows the median of
+    those that were served.
+    """
+    own = cells[cells["deployment"] == deployment]
+    loads = own[["protocol", "output_len"]].drop_duplicates()
+    return [
+        _table(own[(own["protocol"] == protocol) & (own["output_len"] == output_len)])
+        for protocol, output_len in loads.itertuples(index=False)
+    ]
+
+
+def as_markdown(title: str, tables: Sequence[ArticleTable], notes: Sequence[str] = ()) -> str:
+    """A Markdown page: title, notes, and each table with the reasons for its gaps below."""
+    blocks = [f"# {title}", *notes]
+    for table in tables:
+        if len(tables) > 1:
+            tokens = counted(table.output_len, "output token")
+            blocks.append(f"## {table.protocol.capitalize()}, {tokens}")
+        blocks += [
+            "Seconds per 100 tokens; rows are concurrent requests, columns prompt tokens.",
+            _grid(table),
+            _load_note(table),
+            *_gap_notes(table),
+        ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def as_csv(tables: Sequence[ArticleTable]) -> str:
+    """The same numbers as CSV: the article's columns after protocol, output_len and requests."""
+    frames = [
+        table.seconds.rename_axis("requests")
+        .reset_index()
+        .assign(protocol=table.protocol, output_len=table.output_len)
+        for table in tables
+    ]
+    keys = ["protocol", "output_len", "requests"]
+    joined = pd.concat(frames).set_index(keys)
+    csv: str = joined[sorted(joined.columns)].to_csv(lineterminator="\n", na_rep=NOT_IN_STUDY)
+    return csv
+
+
+def write_article(cells: pd.DataFrame, deployment: str, markdown: Path, csv: Path) -> None:
+    """Write the tables of `deployment` as one Markdown page and one CSV file."""
+    own = cells[cells["deployment"] == deployment]
+    tables = article_tables(own, deployment)
+    notes = [EMULATED_NOTE] if is_emulated(own) else []
+    texts = {markdown: as_markdown(deployment_title(own), tables, notes), csv: as_csv(tables)}
+    for path, text in texts.items():
+        with records.written_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def number(seconds: float) -> str:
+    """One decimal as in the article, or two significant digits where that says too little.
+
+    >>> [number(each) for each in (12.34, 0.84, 0.996, 0.0123)]
+    ['12.3', '0.84', '1.0', '0.012']
+    """
+    magnitude = math.floor(math.log10(float(f"{seconds:.1e}")))
+    return f"{seconds:.{max(1, 1 - magnitude)}f}"
+
+
+def _table(rows: pd.DataFrame) -> ArticleTable:
+    requests = sorted(rows["concurrency"].unique())
+    lengths = sorted(rows["input_len"].unique())
+    seconds = pd.DataFrame(NOT_IN_STUDY, index=requests, columns=lengths)
+    failures: dict[Cell, str] = {}
+    for cell in itertools.product(requests, lengths):
+        trials = rows[(rows["concurrency"] == cell[0]) & (rows["input_len"] == cell[1])]
+        served = trials.loc[trials["verdict"] == OK, "seconds_per_100_tokens"]
+        if not trials.empty:
+            seconds.loc[cell] = NOT_SERVED if served.empty else number(served.median())
+        if len(served) < len(trials):
+            failures[cell] = _failure(trials)
+    first = rows.iloc[0]
+    return ArticleTable(
+        first["protocol"], int(first["output_len"]), rows["trial"].nunique(), seconds, failures
+    )
+
+
+def _failure(trials: pd.DataFrame) -> str:
+    failed = trials[trials["verdict"] != OK]
+    share = "" if len(failed) == len(trials) else f"{len(failed)} of {len(trials)} trials, "
+    told = dict.fromkeys(
+        f"`{verdict}`, {_quoted(reason)}" if isinstance(reason, str) else f"`{verdict}`"
+        for verdict, reason in zip(failed["verdict"], failed["reason"], strict=True)
+    )
+    return share + "; ".join(told)
+
+
+def _quoted(text: str) -> str:
+    """Text of a server on one line, as code: nothing in it is Markdown."""
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
+
+
+def _grid(table: ArticleTable) -> str:
+    lengths = [int(length) for length in table.seconds.columns]
+    lines = [["Requests", *map(str, lengths)]]
+    for requests in table.seconds.index.tolist():
+        cells = [(requests, length) for length in lengths]
+        marks = ["*" if _partly_served(table, cell) else "" for cell in cells]
+        texts = [table.seconds.loc[cell] for cell in cells]
+        lines.append([str(requests), *map("".join, zip(texts, marks, strict=True))])
+    widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)
+
+
+def _partly_served(table: ArticleTable, cell: Cell) -> bool:
+    return cell in table.failures and str(table.seconds.loc[cell]) != NOT_SERVED
+
+
+def _load_note(table: ArticleTable) -> str:
+    trials = f", median of {table.trials} trials" if table.trials > 1 else ", 1 trial"
+    protocol = f"{table.protocol.capitalize()} ({PROTOCOLS[table.protocol]})"
+    return f"{protocol}, {counted(table.output_len, 'output token')} per request{trials}."
+
+
+def _gap_notes(table: ArticleTable) -> list[str]:
+    notes = []
+    if (table.seconds == NOT_IN_STUDY).to_numpy().any():
+        notes.append("Empty: not part of the study.")
+    for mark, partly in (("`-`: not served", False), ("\\*: not served in every trial", True)):
+        by_reason: dict[str, list[str]] = {}
+        for (concurrency, length), reason in table.failures.items():
+            if _partly_served(table, (concurrency, length)) == partly:
+                by_reason.setdefault(reason, []).append(f"{concurrency} × {length}")
+        if by_reason:
+            lines = [f"- {', '.join(where)}: {reason}" for reason, where in by_reason.items()]
+            notes.append(f"{mark} (requests × prompt tokens):\n\n" + "\n".join(lines))
+    return notes

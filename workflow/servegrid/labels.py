@@ -1,0 +1,72 @@
+"""How deployments and loads are called where people read: in titles, notes and legends."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pandas as pd
+
+EMULATED = "emulated"
+"""The `engine` of rows that no hardware has produced."""
+
+EMULATED_NOTE = "Emulated: no hardware was measured."
+
+PROTOCOLS = {
+    "burst": "all requests sent at once, time until the last has finished",
+    "steady": "every user sends again as soon as the answer is complete",
+}
+"""What each protocol does, in words."""
+
+_ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp"}
+
+
+def deployment_title(cells: pd.DataFrame) -> str:
+    """The deployment that the rows `cells` belong to, in words.
+
+    >>> deployment_title(cells)
+    'mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0'
+    """
+    first = cells.iloc[0]
+    hardware = hardware_title(first["gpu"], first["gpu_count"])
+    return " · ".join([first["model"], first["quantization"], hardware, _engine_title(cells)])
+
+
+def deployment_titles(cells: pd.DataFrame) -> dict[str, str]:
+    """Each deployment's name and title, in study order; titles that are alike get the name too."""
+    titles = {
+        str(name): deployment_title(rows) for name, rows in cells.groupby("deployment", sort=False)
+    }
+    alike = {title for title, count in Counter(titles.values()).items() if count > 1}
+    return {
+        name: f"{title} ({name})" if title in alike else title for name, title in titles.items()
+    }
+
+
+def hardware_title(gpu: str, gpu_count: int) -> str:
+    """`2 × A100 40 GB` for `a100-40gb`, `CPU` for `cpu`."""
+    name = re.sub(r"(\d)GB\b", r"\1 GB", gpu.upper().replace("-", " "))
+    return name if gpu == "cpu" else f"{gpu_count} × {name}"
+
+
+def is_emulated(cells: pd.DataFrame) -> bool:
+    """Whether any of the rows is emulated."""
+    return bool((cells["engine"] == EMULATED).any())
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 trial`, `3 trials`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def load_title(protocol: str, output_len: int) -> str:
+    """`burst, 100 output tokens per request`."""
+    return f"{protocol}, {counted(output_len, 'output token')} per request"
+
+
+def _engine_title(cells: pd.DataFrame) -> str:
+    names = []
+    for engine, rows in cells.groupby("engine", sort=False):
+        versions = ", ".join(sorted(rows["engine_version"].dropna().unique()))
+        names.append(f"{_ENGINES.get(str(engine), engine)} {versions}".strip())
+    return " + ".join(names)

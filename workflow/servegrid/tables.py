@@ -1,0 +1,141 @@
+"""The table of cells: gathered from all records of a study, written and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from servegrid import metrics, records
+from servegrid.errors import RecordError
+from servegrid.grid import Trial, canonical
+
+_LISTED = 10
+_PANDAS_TYPES = {pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()}
+"""Integers that may be unknown: pandas would turn them into floats."""
+
+
+def gather(trials: Sequence[Trial], folder: Path) -> pd.DataFrame:
+    """One row of `records.CELLS` per trial, in the order of `trials`.
+
+    `folder` has each trial's `requests.parquet` and `telemetry.parquet` under its id.
+    Raises RecordError where any is missing, damaged or was measured with another
+    specification: one error that lists them and says how to measure just these anew.
+    """
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        gathered = list(pool.map(lambda trial: _row_or_error(trial, folder), trials))
+    rows = [each for each in gathered if not isinstance(each, RecordError)]
+    errors = {
+        trial.id: each
+        for trial, each in zip(trials, gathered, strict=True)
+        if isinstance(each, RecordError)
+    }
+    if errors:
+        raise RecordError(_refusal(errors, len(trials), folder))
+    return _frame(records.table_of(records.CELLS, rows))
+
+
+def write_cells(cells: pd.DataFrame, parquet: Path, csv: Path) -> None:
+    """Write `cells` twice: as Parquet with its columns' units and meanings, and as CSV.
+
+    In the CSV an unknown value is an empty field, and a float has as many digits as it takes
+    to read the same value back. Raises RecordError where a file cannot be written.
+    """
+    schema = records.schema_of(records.CELLS)
+    table = pa.Table.from_pandas(cells, schema=schema, preserve_index=False)
+    records.write(table.replace_schema_metadata(None), parquet)
+    with records.written_whole(csv) as temporary:
+        cells.to_csv(temporary, index=False, lineterminator="\n")
+
+
+def read_cells(parquet: Path) -> pd.DataFrame:
+    """The table that `write_cells` wrote."""
+    return _frame(pq.read_table(parquet))
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    cells: pd.DataFrame = table.to_pandas(types_mapper=_PANDAS_TYPES.get)
+    return cells
+
+
+def _row_or_error(trial: Trial, folder: Path) -> dict[str, Any] | RecordError:
+    try:
+        return _row(trial, folder / trial.id)
+    except RecordError as error:
+        return error
+
+
+def _row(trial: Trial, folder: Path) -> dict[str, Any]:
+    record, requests = _read(folder / "requests.parquet", metrics.REQUEST_COLUMNS)
+    if record.get("spec_digest") != trial.digest:
+        raise RecordError(_staleness(record, trial))
+    same, telemetry = _read(folder / "telemetry.parquet", metrics.TELEMETRY_COLUMNS)
+    if same != record:
+        raise RecordError("telemetry.parquet is of another measurement than requests.parquet")
+    try:
+        return metrics.row_of(record, requests, telemetry)
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"its record is not complete ({error})") from error
+
+
+def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, Any], pa.Table]:
+    """The record and the asked columns of one file, which is opened once."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            record = json.loads(file.schema_arrow.metadata[records.RECORD_KEY])
+            return record, file.read(list(columns), use_threads=False)
+    except FileNotFoundError:
+        raise RecordError(f"{path.name} is missing") from None
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path.name} is damaged ({error})") from error
+
+
+def _staleness(record: Mapping[str, Any], trial: Trial) -> str:
+    measured = {**_flat(record.get("spec", {})), "digest": record.get("spec_digest")}
+    asked = {**_flat(trial.spec), "digest": trial.digest}
+    changes = [
+        f"{key} is {canonical(asked.get(key))} and was {canonical(measured.get(key))}"
+        for key in sorted(asked.keys() | measured.keys())
+        if asked.get(key) != measured.get(key)
+    ]
+    told = [each for each in changes if not each.startswith("digest ")] or changes
+    return "measured with another specification: " + ", ".join(told)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _refusal(errors: Mapping[str, RecordError], trials: int, folder: Path) -> str:
+    lines = [f"{folder}: {len(errors)} of {trials} trials cannot be gathered:"]
+    lines += [f"  {trial}: {error}" for trial, error in list(errors.items())[:_LISTED]]
+    if len(errors) > _LISTED:
+        lines.append(f"  … and {len(errors) - _LISTED} more")
+    present = [trial for trial in errors if (folder / trial).exists()]
+    if present:
+        paths = " ".join(shlex.quote(str(folder / each)) for each in _folded(present, folder))
+        lines.append(f"Remove what is there of them:\n  rm -r {paths}")
+    lines.append("Run the same snakemake command again: it measures these anew and no other.")
+    return "\n".join(lines)
+
+
+def _folded(trials: Sequence[str], folder: Path) -> list[str]:
+    """`trials`, or their deployment's name where all that it has in `folder` is among them."""
+    folded: dict[str, None] = {}
+    for trial in trials:
+        deployment = trial.partition("/")[0]
+        kept = {str(each.relative_to(folder)) for each in folder.glob(f"{deployment}/*/*")}
+        folded[deployment if kept <= set(trials) else trial] = None
+    return list(folded)
