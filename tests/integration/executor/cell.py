@@ -1,0 +1,50 @@
+"""One toy cell: says what it sees and when, then does what acts/NAME says, and leaves its output.
+
+fail      exits with status 3
+crash     takes its allocation with it, as a job that eats all memory does
+sicken    makes the service unhealthy, then fails
+spawn     leaves a process behind
+a number  takes that many seconds
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+output = Path(snakemake.output[0])  # noqa: F821
+act = Path("acts") / output.name
+doing = act.read_text() if act.exists() else "0"
+entry = {"cell": output.name, "begin": time.monotonic(), "pid": os.getpid()}
+entry |= {
+    "allocation": os.environ.get("TOY_ALLOCATION"),
+    "service_imported": "toy_service" in sys.modules,
+    "usr2_blocked": signal.SIGUSR2 in signal.pthread_sigmask(signal.SIG_BLOCK, []),
+}
+print(f"measuring {output.name}")
+
+
+def note(**more: object) -> None:
+    with Path("cells.jsonl").open("a") as file:
+        file.write(json.dumps(entry | more) + "\n")
+
+
+note(event="begin")
+if doing == "fail":
+    sys.exit(3)
+if doing == "crash":
+    os.kill(int(os.environ["TOY_PID"]), signal.SIGKILL)
+    time.sleep(60)
+if doing == "sicken":
+    Path(os.environ["TOY_HEALTH"]).unlink()
+    sys.exit(4)
+if doing == "spawn":
+    subprocess.run(["sleep", "600"])
+while doing == "wait" and not Path("go").exists():
+    time.sleep(0.02)
+time.sleep(float(doing) if doing[0].isdigit() else 0)
+note(event="end", end=time.monotonic())
+output.write_text(f"{snakemake.params.get('version', 1)}\n")  # noqa: F821

@@ -1,0 +1,359 @@
+"""The executor with real `snakemake` and allocations that are processes of this machine."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+TOY = Path(__file__).parent / "executor"
+HANG_S = 90
+
+
+class Workspace:
+    """A folder in which the toy workflow runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "acts").mkdir()
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def plan(self, **plan: Any) -> None:
+        (self.folder / "plan.json").write_text(json.dumps(plan))
+
+    def act(self, **acts: str) -> None:
+        for cell, act in acts.items():
+            (self.folder / "acts" / cell).write_text(act)
+
+    def start(self, *arguments: str, linger: int = 20) -> subprocess.Popen[bytes]:
+        command = [
+            *(sys.executable, "-m", "snakemake", "--snakefile", str(TOY / "Snakefile")),
+            *("--executor", "submitit", "--submitit-cluster", "local"),
+            *("--submitit-service", "toy_service:serve", "--submitit-linger", str(linger)),
+            *("--jobs", "100", "--keep-going", "--nocolor", *arguments),
+        ]
+        with self.told.open("w") as told:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=os.environ | {"PYTHONPATH": str(TOY)},
+                stdout=told,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.processes.append(process)
+        return process
+
+    @property
+    def told(self) -> Path:
+        return self.folder / "told.log"
+
+    def end(self, process: subprocess.Popen[bytes], status: int) -> str:
+        process.wait(timeout=HANG_S)
+        told = self.told.read_text()
+        assert process.returncode == status, told
+        return told
+
+    def run(self, *arguments: str, status: int = 0, linger: int = 20) -> str:
+        return self.end(self.start(*arguments, linger=linger), status)
+
+    def outputs(self) -> dict[str, int]:
+        found = [*self.folder.glob("out/*"), *self.folder.glob("alone/*")]
+        return {path.name: path.stat().st_mtime_ns for path in found}
+
+    def notes(self, file: str, event: str) -> list[dict[str, Any]]:
+        path = self.folder / f"{file}.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [note for note in map(json.loads, lines) if note["event"] == event]
+
+    def bring_ups(self) -> list[str]:
+        return [note["name"] for note in self.notes("service", "enter")]
+
+    def begun(self) -> list[str]:
+        return [note["cell"] for note in self.notes("cells", "begin")]
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + HANG_S
+        while not condition():
+            assert time.monotonic() < deadline, self.told.read_text()
+            time.sleep(0.02)
+
+    def survivors(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.cwd() == str(self.folder) and process.status() != "zombie":
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Workspace]:
+    work = Workspace(tmp_path)
+    yield work
+    left = [process.cmdline() for process in work.survivors()]
+    for process in work.survivors():
+        process.kill()
+    for child in work.processes:
+        child.wait()
+    assert left == []
+
+
+def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace) -> None:
+    work.plan(out={"a": 3, "b": 2}, alone={"x": 1})
+    told = work.run(linger=2)
+    first = work.outputs()
+    assert sorted(first) == ["a0", "a1", "a2", "b0", "b1", "x0"]
+    assert sorted(work.bring_ups()) == ["a", "b"]
+    assert told.count("Allocation a: submitted") == 1
+    assert "Allocation a: ended; 3 of 3 jobs done." in told
+
+    assert "Nothing to be done" in work.run()
+    (work.folder / "out" / "a1").unlink()
+    work.run()
+    assert {cell for cell, at in work.outputs().items() if first[cell] != at} == {"a1"}
+    assert len(work.bring_ups()) == 3
+
+    begins, ends = work.notes("cells", "begin"), work.notes("cells", "end")
+    assert len({note["pid"] for note in begins}) == 7
+    assert not any(note["service_imported"] for note in begins)
+    assert all(note["usr2_blocked"] for note in begins)
+    assert all(note["allocation"] == note["cell"][0] for note in begins if note["cell"] != "x0")
+    assert [note["allocation"] for note in begins if note["cell"] == "x0"] == [None]
+    for name in "ab":
+        spans = [(note["begin"], note["end"]) for note in ends if note["allocation"] == name]
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    service = work.notes("service", "enter")[0]
+    assert service["params"] == {"version": 1, "group": service["name"]}
+    assert service["resources"]["allocation"] == service["name"]
+    assert "measuring a0" in (work.folder / "logs" / "a0.log").read_text()
+
+
+def test_one_failing_job_is_alone_in_failing(work: Workspace) -> None:
+    work.plan(out={"a": 4}, alone={"x": 1})
+    work.act(a1="fail", x0="fail")
+    told = work.run("--retries", "1", "--submitit-allocations", "2", "--jobs", "3", status=1)
+    assert sorted(work.outputs()) == ["a0", "a2", "a3"]
+    assert work.bring_ups() == ["a"]
+    assert work.begun().count("a1") == 2
+    assert (work.folder / "logs" / "a1.log").read_text().count("measuring a1") == 2
+    (log,) = {word for word in told.split() if word.endswith(".log") and "/logs/0" in word}
+    assert "measuring x0" in Path(log).read_text()
+
+    kept = work.outputs()
+    work.act(a1="0", x0="0")
+    work.run()
+    assert kept.items() <= work.outputs().items()
+    assert sorted(work.begun()[-2:]) == ["a1", "x0"]
+
+
+def test_a_lost_allocation_is_continued(work: Workspace) -> None:
+    work.plan(out={"a": 5})
+    work.act(a2="30")
+    process = work.start()
+    work.wait(lambda: "a2" in work.begun())
+    kept = work.outputs()
+    work.act(a2="0")
+    os.kill(work.notes("service", "up")[0]["pid"], signal.SIGKILL)
+    told = work.end(process, 0)
+    assert "Allocation a: was killed; 2 of 5 jobs done; 3 jobs left" in told
+    assert len(work.outputs()) == 5
+    assert kept.items() <= work.outputs().items()
+    # What was under way comes last: it may have been the cause.
+    assert work.begun() == ["a0", "a1", "a2", "a3", "a4", "a2"]
+    assert work.bring_ups() == ["a", "a"]
+
+
+def test_a_job_that_takes_its_allocation_down_fails_alone(work: Workspace) -> None:
+    work.plan(out={"a": 3})
+    work.act(a1="crash")
+    told = work.run(status=1)
+    assert sorted(work.outputs()) == ["a0", "a2"]
+    assert work.begun() == ["a0", "a1", "a2", "a1", "a1"]
+    assert "Allocation a: was killed; 0 of 1 jobs done" in told
+    assert told.count("Jobs not done: 1 of measure.") == 1
+
+
+def test_an_unhealthy_service_gets_no_further_job(work: Workspace) -> None:
+    work.plan(out={"a": 4})
+    work.act(a1="sicken")
+    told = work.run(status=1)
+    assert sorted(work.outputs()) == ["a0", "a2", "a3"]
+    assert "no longer healthy; 2 of 4 jobs done; 2 jobs left" in told
+    assert [note["name"] for note in work.notes("service", "down")] == ["a", "a"]
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_bring_up_that_fails_is_one_error(work: Workspace, retries: int) -> None:
+    work.plan(out={"a": 3, "b": 2})
+    (work.folder / "refuse-a").write_text("tiny")
+    told = work.run("--retries", str(retries), status=1, linger=2)
+    assert sorted(work.outputs()) == ["b0", "b1"]
+    assert work.bring_ups().count("a") == 1 + retries
+    assert told.count("RuntimeError: no such model: tiny") == 1 + retries
+    assert told.count("Jobs not done: 3 of measure.") == 1 + retries
+    assert "Error in rule" not in told
+    assert "Traceback" not in told
+    logs = [line.split()[-1] for line in told.splitlines() if line.strip().startswith("Log: ")]
+    assert "Traceback" in Path(logs[0]).read_text()
+
+
+def test_a_time_limit_ends_one_allocation_but_not_the_run(work: Workspace) -> None:
+    work.plan(out={"a": 4}, kind="toy")
+    (work.folder / "kinds.yaml").write_text("toy: {timeout_min: 0.15, signal_delay_s: 2}\n")
+    work.act(**{f"a{number}": "2.5" for number in range(4)})
+    told = work.run("--submitit-kinds", "kinds.yaml")
+    assert len(work.outputs()) == 4
+    assert "ended by its time limit" in told
+    assert len(work.notes("service", "down")) == len(work.bring_ups()) > 1
+
+
+def test_an_interrupt_takes_everything_down(work: Workspace) -> None:
+    work.plan(out={"a": 3}, alone={"x": 1})
+    work.act(a1="spawn")
+    process = work.start()
+    work.wait(lambda: "a1" in work.begun())
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    told = work.end(process, 1)
+    assert "Allocation a: cancelled." in told
+    assert work.survivors() == []
+    assert len(work.notes("service", "down")) == 1
+    assert sorted(work.outputs()) == ["a0"]
+    work.act(a1="0")
+    work.run()
+    assert sorted(work.outputs()) == ["a0", "a1", "a2", "x0"]
+
+
+def test_a_terminated_allocation_takes_its_service_and_job_down(work: Workspace) -> None:
+    work.plan(out={"a": 2})
+    work.act(a0="spawn")
+    process = work.start()
+    work.wait(lambda: "a0" in work.begun())
+    os.kill(work.notes("service", "up")[0]["pid"], signal.SIGTERM)
+    told = work.end(process, 1)
+    assert "Allocation a: stopped by SIGTERM; 0 of 2 jobs done" in told
+    assert len(work.notes("service", "down")) == 1
+    assert work.outputs() == {}
+
+
+def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    work.run("--unlock")
+
+
+def test_a_new_run_takes_up_what_a_killed_one_has_left(work: Workspace) -> None:
+    work.plan(out={"a": 4}, alone={"x": 1})
+    work.act(a1="wait", x0="wait")
+    process = work.start("--submitit-allocations", "2")
+    work.wait(lambda: {"a1", "x0"} <= set(work.begun()))
+    kill_main_process(work, process)
+    process = work.start("--submitit-allocations", "2")
+    work.wait(lambda: work.told.read_text().count("of an earlier run is still there") == 2)
+    (work.folder / "go").touch()
+    told = work.end(process, 0)
+    assert "is still there and takes 3 jobs." in told
+    assert len(work.outputs()) == 5
+    assert sorted(work.begun()) == ["a0", "a1", "a2", "a3", "x0"]
+    assert work.bring_ups() == ["a"]
+    assert "Nothing to be done" in work.run()
+
+
+def test_an_orphan_finishes_alone_and_nothing_is_left_to_do(work: Workspace) -> None:
+    work.plan(out={"a": 3})
+    work.act(a0="wait")
+    process = work.start(linger=1)
+    work.wait(lambda: "a0" in work.begun())
+    kill_main_process(work, process)
+    (work.folder / "go").touch()
+    work.wait(lambda: not work.survivors())
+    kept = work.outputs()
+    assert len(kept) == 3
+    assert "Nothing to be done" in work.run()
+    assert work.outputs() == kept
+
+
+def test_an_orphan_that_is_not_wanted_begins_nothing_more(work: Workspace) -> None:
+    work.plan(out={"a": 5})
+    work.act(a1="wait")
+    process = work.start(linger=1)
+    work.wait(lambda: "a1" in work.begun())
+    kill_main_process(work, process)
+    work.plan(out={"b": 1})
+    process = work.start()
+    work.wait(lambda: "Execute 1 jobs" in work.told.read_text())
+    (work.folder / "go").touch()
+    work.end(process, 0)
+    assert sorted(work.outputs()) == ["a0", "a1", "b0"]
+    assert work.begun() == ["a0", "a1", "b0"]
+
+
+def test_what_is_under_way_with_other_params_does_not_count(work: Workspace) -> None:
+    work.plan(out={"a": 1})
+    work.act(a0="wait")
+    process = work.start()
+    work.wait(lambda: "a0" in work.begun())
+    kill_main_process(work, process)
+    work.plan(out={"a": 1}, version=2)
+    process = work.start()
+    work.wait(lambda: "of an earlier run is still there" in work.told.read_text())
+    (work.folder / "go").touch()
+    work.end(process, 0)
+    assert (work.folder / "out" / "a0").read_text() == "2\n"
+    assert work.begun() == ["a0", "a0"]
+    assert work.bring_ups() == ["a"]
+
+
+def test_names_may_be_unfit_for_files(work: Workspace) -> None:
+    work.plan(out={"a": 1, "b": 1}, prefix="../ü $x/")
+    work.run(linger=1)
+    assert sorted(work.outputs()) == ["a0", "b0"]
+    assert sorted(work.bring_ups()) == ["../ü $x/a", "../ü $x/b"]
+
+
+def test_another_directory_and_a_profile_s_paths(work: Workspace) -> None:
+    inside = work.folder / "inside"
+    (inside / "acts").mkdir(parents=True)
+    (inside / "plan.json").write_text(json.dumps({"out": {"a": 1}}))
+    (work.folder / "kinds.yaml").write_text("toy: {}\n")
+    work.run("--directory", "inside", "--submitit-kinds", "kinds.yaml")
+    assert (inside / "out" / "a0").exists()
+
+
+REFUSED = {
+    "cluster": (["--submitit-cluster", "slrum"], "`slrum` is unknown. Valid are: slurm, local"),
+    "service": (["--submitit-service", "toy_service"], "not of the form module:function"),
+    "kinds": (["--submitit-kinds", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+    "allocations": (["--submitit-allocations", "0"], "at least 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_wrong_setting_is_refused_before_anything_starts(work: Workspace, case: str) -> None:
+    arguments, message = REFUSED[case]
+    work.plan(out={"a": 1})
+    told = work.run(*arguments, status=1)
+    assert message in told
+    assert "Traceback" not in told
+    assert work.begun() == []
+
+
+def test_an_unknown_kind_is_refused_by_name(work: Workspace) -> None:
+    work.plan(out={"a": 2}, kind="a101")
+    (work.folder / "kinds.yaml").write_text("a100: {gpus_per_node: 2}\n")
+    told = work.run("--submitit-kinds", "kinds.yaml", status=1)
+    assert "kind `a101` is not in" in told
+    assert "Valid are: a100." in told
+    assert "Jobs not done: 2 of measure." in told

@@ -1,0 +1,268 @@
+"""From the resources of a job and the site's knowledge of nodes to a submitted submitit job."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+import yaml
+from snakemake_interface_common.exceptions import WorkflowError
+from submitit.helpers import clean_env
+
+from snakemake_executor_plugin_submitit.liveness import Submission, runs, start_ticks
+
+CLUSTERS = ("slurm", "local")
+SLURM_PROGRAMS = ("sbatch", "squeue", "scancel")
+
+KIND_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    "timeout_min": (int, float),
+    "signal_delay_s": int,
+    "nodes": int,
+    "gpus_per_node": (int, str),
+    "cpus_per_task": int,
+    "mem_gb": (int, float),
+    "python": str,
+    "setup": list,
+    "srun_args": list,
+    "slurm_account": str,
+    "slurm_additional_parameters": dict,
+    "slurm_comment": str,
+    "slurm_constraint": str,
+    "slurm_exclude": str,
+    "slurm_exclusive": (bool, str),
+    "slurm_gres": str,
+    "slurm_mem": (str, int),
+    "slurm_mem_per_cpu": (str, int),
+    "slurm_mem_per_gpu": (str, int),
+    "slurm_nodelist": str,
+    "slurm_partition": str,
+    "slurm_qos": str,
+    "slurm_wckey": str,
+}
+"""What a kind of node may say about itself, with the types."""
+
+_MEMORY_KEYS = {"mem_gb", "slurm_mem", "slurm_mem_per_cpu", "slurm_mem_per_gpu"}
+_GPU_KEYS = {"gpus_per_node", "slurm_gres"}
+_COPIED_RESOURCES = (
+    *("nodes", "cpus_per_task"),
+    *("slurm_partition", "slurm_account", "slurm_constraint", "slurm_qos"),
+)
+_LOCAL_LIMIT_MIN = 7 * 24 * 60
+
+
+def choose_cluster(wanted: str | None) -> str:
+    """The cluster to submit to: the wanted one, else Slurm where its programs are installed.
+
+    Raises WorkflowError where it is unknown or its programs are missing.
+    """
+    missing = [name for name in SLURM_PROGRAMS if shutil.which(name) is None]
+    cluster = wanted or ("local" if missing else "slurm")
+    if cluster not in CLUSTERS:
+        raise WorkflowError(
+            f"submitit-cluster: `{cluster}` is unknown. Valid are: {', '.join(CLUSTERS)}."
+        )
+    if cluster == "slurm" and missing:
+        raise WorkflowError(
+            f"submitit-cluster: slurm needs {', '.join(missing)} on the PATH. "
+            "Run snakemake on a node of the cluster, or choose `local`."
+        )
+    return cluster
+
+
+def checked_service(service: str | None) -> str | None:
+    """The name of a service. Raises WorkflowError where it is not of the form module:function."""
+    if service is not None and not re.fullmatch(r"[\w.]+:\w+", service):
+        raise WorkflowError(
+            f"submitit-service: `{service}` is not of the form module:function, "
+            "as in my_package.services:serve."
+        )
+    return service
+
+
+def read_kinds(path: Path) -> dict[str, dict[str, Any]]:
+    """What the site knows of its kinds of nodes: submission parameters by kind.
+
+    Raises WorkflowError, naming file, kind and key, where it cannot be read or has a key or a
+    type that is not of KIND_KEYS.
+    """
+    try:
+        kinds = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise WorkflowError(f"submitit-kinds: {path} cannot be read: {error}") from error
+    if not isinstance(kinds, dict):
+        raise WorkflowError(f"submitit-kinds: {path} must map kinds to their parameters.")
+    for kind, parameters in kinds.items():
+        where = f"submitit-kinds: {path}: {kind}"
+        if not isinstance(parameters, dict):
+            raise WorkflowError(f"{where} must map parameters to values.")
+        for key, value in parameters.items():
+            if key not in KIND_KEYS:
+                raise WorkflowError(
+                    f"{where}: unknown key `{key}`. Valid are: {', '.join(KIND_KEYS)}."
+                )
+            if not isinstance(value, KIND_KEYS[key]):
+                raise WorkflowError(f"{where}.{key}: {value!r} is not {_named(KIND_KEYS[key])}.")
+    return kinds
+
+
+def _named(types: type | tuple[type, ...]) -> str:
+    return " or ".join(each.__name__ for each in (types if isinstance(types, tuple) else (types,)))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What is asked of the cluster, in the words of a kinds file."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def limit_s(self) -> float:
+        return float(self.values["timeout_min"]) * 60
+
+    @property
+    def warned_s(self) -> int:
+        """How long before the limit the allocation is warned: at most a quarter of it."""
+        return int(self.values.get("signal_delay_s", min(60, self.limit_s / 4)))
+
+    @classmethod
+    def of(cls, cluster: str, resources: Mapping[str, Any], kind: Mapping[str, Any]) -> Parameters:
+        """Of a job's resources; what its kind of node says wins over them.
+
+        Raises WorkflowError where a time limit is missing on Slurm.
+        """
+        values: dict[str, Any] = {
+            key: resources[key] for key in _COPIED_RESOURCES if key in resources
+        }
+        values.setdefault("cpus_per_task", resources.get("_cores", 1))
+        if "runtime" in resources:
+            values["timeout_min"] = resources["runtime"]
+        if "mem_mb" in resources and not _MEMORY_KEYS & kind.keys():
+            values["slurm_mem"] = f"{resources['mem_mb']}M"
+        if resources.get("gpus") and not _GPU_KEYS & kind.keys():
+            nodes = kind.get("nodes", values.get("nodes", 1))
+            values["gpus_per_node"] = math.ceil(resources["gpus"] / nodes)
+        values |= kind
+        if "timeout_min" not in values:
+            if cluster == "slurm":
+                raise WorkflowError(
+                    "An allocation on Slurm needs a time limit. Give the rule the resource "
+                    "`runtime` (minutes), its kind of node `timeout_min`, or set "
+                    "default-resources: runtime=… in the profile."
+                )
+            values["timeout_min"] = _LOCAL_LIMIT_MIN
+        return cls(values)
+
+    def for_slurm(self) -> dict[str, Any]:
+        """As the parameters of submitit's SlurmExecutor."""
+        values = dict(self.values)
+        cpus, nodes = values["cpus_per_task"], values.get("nodes", 1)
+        # srun does not take the batch job's --cpus-per-task over since Slurm 22.05; and an
+        # allocation of several nodes has one process, on the first of them.
+        arguments = [f"--cpus-per-task={cpus}"]
+        arguments += ["--nodes=1", "--ntasks=1"] if nodes > 1 else []
+        memory = {"mem": f"{round(values['mem_gb'] * 1024)}M"} if "mem_gb" in values else {}
+        return {
+            "time": math.ceil(values["timeout_min"]),
+            "signal_delay_s": self.warned_s,
+            "nodes": nodes,
+            "cpus_per_task": cpus,
+            "srun_args": arguments + values.get("srun_args", []),
+            "stderr_to_stdout": True,
+            **{key: values[key] for key in ("gpus_per_node", "setup") if key in values},
+            **memory,
+            **{
+                key.removeprefix("slurm_"): value
+                for key, value in values.items()
+                if key.startswith("slurm_") and value is not False
+            },
+        }
+
+    def for_local(self) -> dict[str, Any]:
+        """As the parameters of submitit's LocalExecutor."""
+        gpus = self.values.get("gpus_per_node", 0)
+        return {
+            "timeout_min": self.values["timeout_min"],
+            "signal_delay_s": self.warned_s,
+            "nodes": self.values.get("nodes", 1),
+            # A type, as in a100:2, is for Slurm to choose by.
+            "gpus_per_node": int(str(gpus).rpartition(":")[2]),
+            "setup": self.values.get("setup", []),
+            "stderr_to_stdout": True,
+        }
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A submission of this process: what is recorded of it, and submitit's handle."""
+
+    submission: Submission
+    handle: Any
+
+
+def submit(
+    name: str,
+    cluster: str,
+    job_name: str,
+    folder: Path,
+    parameters: Parameters,
+    function: Callable[[], None],
+) -> Submitted:
+    """Submit `function`, which must be importable on the node, as one submitit job.
+
+    `folder` is where submitit keeps its files. Raises WorkflowError where the cluster refuses.
+    """
+    python = parameters.values.get("python")
+    try:
+        if cluster == "slurm":
+            executor = submitit.SlurmExecutor(folder, python=python)
+            executor.update_parameters(job_name=job_name, **parameters.for_slurm())
+        else:
+            executor = submitit.LocalExecutor(folder, python=python)
+            executor.update_parameters(**parameters.for_local())
+        with clean_env(), _deaf_to_the_terminal():
+            handle = executor.submit(function)
+    except (OSError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
+        raise WorkflowError(f"{cluster} refused the allocation {name}: {error}") from error
+    return Submitted(
+        Submission(
+            name=name,
+            cluster=cluster,
+            job_id=handle.job_id,
+            job_name=job_name,
+            submitted=time.time(),
+            log=str(handle.paths.stdout),
+            start_ticks=start_ticks(int(handle.job_id)) if cluster == "local" else None,
+        ),
+        handle,
+    )
+
+
+def cancel(submission: Submission) -> None:
+    """Ask a submitted job to end; it does so when its service is down."""
+    if submission.cluster == "slurm":
+        subprocess.run(["scancel", submission.job_id], capture_output=True, timeout=60)
+        return
+    pid = int(submission.job_id)
+    if submission.start_ticks is not None and runs(pid, submission.start_ticks):
+        os.kill(pid, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Processes begun meanwhile ignore Ctrl-C and hang-ups: what they mean, Snakemake decides."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
