@@ -1,0 +1,57 @@
+# What is measured: config/. Where it runs: profiles/. What is done: workflow/rules/.
+import re
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
+
+from servegrid.config import study_of
+from servegrid.preflight import refuse_missing_models
+from servegrid.script import told_as
+
+min_version("9.27")
+
+# Another study replaces the default one; given to Snakemake as well, the two would be merged.
+if not config:
+
+    configfile: f"{workflow.basedir}/config/demo.yaml"
+
+
+with told_as(WorkflowError):
+    study = study_of(config, workflow.configfiles)
+
+
+report: "workflow/report/study.rst"
+
+
+wildcard_constraints:
+    deployment="|".join(re.escape(deployment.name) for deployment in study.deployments),
+    trial=r"\d+",
+
+
+localrules:
+    all,
+
+
+include: "workflow/rules/measure.smk"
+include: "workflow/rules/analyse.smk"
+
+
+onstart:
+    with told_as(WorkflowError):
+        refuse_missing_models(study, "results/cells")
+
+
+rule all:
+    default_target: True
+    input:
+        rules.gather.input,  # a record that has been deleted is missed
+        rules.gather.output,
+        rules.plot_overview.output,
+        expand(
+            rules.tabulate.output, deployment=[each.name for each in study.deployments]
+        ),
+        expand(
+            rules.plot.output,
+            deployment=[each.name for each in study.deployments],
+            metric=["per_user", "total"],
+        ),

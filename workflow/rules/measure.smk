@@ -1,0 +1,22 @@
+def trial_of(wildcards):
+    return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
+
+
+rule measure:
+    output:
+        requests="results/cells/{deployment}/{cell}/trial-{trial}/requests.parquet",
+        telemetry="results/cells/{deployment}/{cell}/trial-{trial}/telemetry.parquet",
+    log:
+        "results/logs/cells/{deployment}/{cell}/trial-{trial}.log",
+    # An engine that dies under a load is brought up again and given the same load once more,
+    # before the verdict `server_died` is believed.
+    retries: 1
+    resources:
+        allocation=lambda wildcards: trial_of(wildcards).deployment.allocation,
+        kind=lambda wildcards: trial_of(wildcards).deployment.gpu,
+        gpus=lambda wildcards: trial_of(wildcards).deployment.gpu_count,
+        attempt=lambda wildcards, attempt: attempt,
+    params:
+        spec=lambda wildcards: trial_of(wildcards).spec_json,
+    script:
+        "../scripts/measure.py"

@@ -1,0 +1,15 @@
+import json
+from pathlib import Path
+
+from servegrid.cell import measure_trial
+from servegrid.grid import Trial
+from servegrid.script import logged
+
+with logged(snakemake.log[0]):
+    verdict = measure_trial(
+        Trial.from_spec(json.loads(snakemake.params.spec)),
+        requests=Path(snakemake.output.requests),
+        samples=Path(snakemake.output.telemetry),
+        last_attempt=snakemake.resources.attempt > 1,
+    )
+    print(f"{snakemake.output.requests}: {verdict}")

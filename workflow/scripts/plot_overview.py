@@ -1,0 +1,8 @@
+from pathlib import Path
+
+from servegrid.plots import overview_figure, save
+from servegrid.script import logged
+from servegrid.tables import read_cells
+
+with logged(snakemake.log[0]):
+    save(overview_figure(read_cells(Path(snakemake.input.cells))), *map(Path, snakemake.output))

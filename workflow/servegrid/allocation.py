@@ -1,0 +1,121 @@
+"""What an allocation does for its cells: one engine up, watched, and known to them.
+
+`serve` is what a profile names as the executor's service; a cell's own process, forked
+elsewhere, finds the engine through the hand-over file that SERVEGRID_ALLOCATION names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from servegrid import environment, models
+from servegrid.endpoint import Endpoint
+from servegrid.engines import Site, bring_up
+from servegrid.errors import EngineError
+from servegrid.grid import Trial, digest_of
+from servegrid.telemetry import Sampler
+
+VARIABLE = "SERVEGRID_ALLOCATION"
+STARTUP_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the executor needs: variables for its jobs, and whether more of them make sense."""
+
+    env: Mapping[str, str]
+    healthy: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What a cell must know of the engine that its allocation has up."""
+
+    endpoint: Endpoint
+    deployment_digest: str
+    tokenizer: Path
+    telemetry: Path
+    process: tuple[int, float]
+    """Pid and start time of the allocation's process."""
+    engine: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    def write(self, path: Path) -> None:
+        data = asdict(self) | {"tokenizer": str(self.tokenizer), "telemetry": str(self.telemetry)}
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump(data, file)
+
+    @classmethod
+    def read(cls) -> Handover:
+        """The hand-over of the allocation that this process runs in.
+
+        Raises EngineError where it runs in none.
+        """
+        try:
+            data = json.loads(Path(os.environ[VARIABLE]).read_text())
+        except KeyError:
+            raise EngineError(
+                "No engine is up: a cell is measured inside an allocation. "
+                "Run snakemake with a profile, such as --profile profiles/local."
+            ) from None
+        except OSError as error:
+            raise EngineError(
+                f"{os.environ[VARIABLE]}: the engine's allocation has ended ({error.strerror}). "
+                "Run the same command again: only what is missing is measured."
+            ) from error
+        data["endpoint"] = Endpoint(**data["endpoint"])
+        data["tokenizer"], data["telemetry"] = Path(data["tokenizer"]), Path(data["telemetry"])
+        return cls(**data)
+
+    def refuse_ended(self) -> None:
+        """Raise EngineError where the allocation is gone: what failed then says nothing."""
+        pid, started = self.process
+        with contextlib.suppress(psutil.Error):
+            if psutil.Process(pid).create_time() == started:
+                return
+        raise EngineError(
+            "The allocation was ended while this cell was measured. "
+            "Run the same command again: only what is missing is measured."
+        )
+
+
+@contextlib.contextmanager
+def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) -> Iterator[Service]:
+    """Bring up the deployment that the cells of one allocation share.
+
+    `params["spec"]` is the specification of any of its trials, as JSON. The site speaks through
+    `resources`: `socket` (tcp or unix) and `startup_s`, the limit of the bring-up in seconds.
+    """
+    deployment = Trial.from_spec(json.loads(params["spec"])).deployment
+    site = Site(
+        socket=resources.get("socket", "tcp"),
+        startup_s=float(resources.get("startup_s", STARTUP_S)),
+        models=models.default_folder(),
+    )
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="servegrid-")))
+        engine = stack.enter_context(bring_up(deployment, site))
+        samples = folder / "telemetry.jsonl"
+        stack.enter_context(Sampler(engine.pids(), samples))
+        handover = Handover(
+            endpoint=engine.endpoint,
+            deployment_digest=digest_of(asdict(deployment)),
+            tokenizer=Path(models.locate(deployment.tokenizer, site.models)),
+            telemetry=samples,
+            process=(os.getpid(), psutil.Process().create_time()),
+            engine=engine.facts,
+            environment=environment.describe()
+            | {"allocation": name, "started": datetime.now(UTC).isoformat()},
+        )
+        handover.write(folder / "handover.json")
+        yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)

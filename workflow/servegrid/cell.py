@@ -1,0 +1,78 @@
+"""One trial, from the engine that its allocation has up to two Parquet files.
+
+The requests are written last: where they lie, the trial is complete.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from servegrid import __version__, records, telemetry
+from servegrid.allocation import Handover
+from servegrid.errors import EngineError
+from servegrid.grid import Trial, digest_of
+from servegrid.load import Measurement, measure, server
+from servegrid.verdict import SERVER_DIED, verdict_of
+
+RECORD_FORMAT = 1
+DEATH_CONFIRMED_S = 5.0
+"""How long a server may be silent after a failed load before it counts as dead."""
+
+
+def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: bool) -> str:
+    """Measure `trial`, write its records and return its verdict.
+
+    Raises EngineError where the allocation serves another deployment, or where the engine died
+    and this is not yet the last attempt: then the trial is worth another engine. Raises
+    LoadError where no load could be put on it, and RecordError where nothing can be written.
+    """
+    handover = Handover.read()
+    if handover.deployment_digest != digest_of(asdict(trial.deployment)):
+        raise EngineError(
+            f"{trial.id}: the engine that is up serves another specification of this deployment. "
+            "Run the same command again when that allocation has ended."
+        )
+    records.refuse_unwritable(requests.parent)
+    before = server.metrics(handover.endpoint)
+    offset = telemetry.offset(handover.telemetry)
+    measurement = measure(handover.endpoint, trial.load, handover.tokenizer, salt=trial.digest)
+    alive = _alive(handover, measurement)
+    if not alive:
+        handover.refuse_ended()
+    verdict, reason = verdict_of(measurement.errors, alive)
+    if verdict == SERVER_DIED and not last_attempt:
+        raise EngineError(f"{trial.id}: the engine died under this load; trying once more.")
+    record = {
+        "format": RECORD_FORMAT,
+        "servegrid": __version__,
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        "verdict": verdict,
+        "reason": reason,
+        "client": measurement.facts,
+        "engine": handover.engine,
+        "environment": handover.environment,
+        "metrics_before": before,
+        "metrics_after": server.metrics(handover.endpoint) if alive else None,
+    }
+    window = measurement.facts["window_ns"]
+    rows = telemetry.between(handover.telemetry, offset, *window)
+    records.write(records.table_of(records.TELEMETRY, rows, record), samples)
+    table = measurement.requests
+    schema = records.schema_of(records.REQUESTS, record)
+    records.write(table.replace_schema_metadata(schema.metadata), requests)
+    return verdict
+
+
+def _alive(handover: Handover, measurement: Measurement) -> bool:
+    """Whether the server still answers; after a failure it gets a moment to collapse."""
+    if not any(measurement.errors):
+        return True
+    deadline = time.monotonic() + DEATH_CONFIRMED_S
+    while server.healthy(handover.endpoint):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.5)
+    return False

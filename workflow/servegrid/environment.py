@@ -1,0 +1,38 @@
+"""What machine and software a measurement ran on, as plain data for its record."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+
+
+def describe() -> dict[str, Any]:
+    """The node, its processor and memory, Slurm's job, Python and all installed packages."""
+    return {
+        "node": socket.gethostname(),
+        "kernel": platform.release(),
+        "cpu": _cpu_model(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
+        "python": platform.python_version(),
+        "packages": {
+            distribution.name: distribution.version
+            for distribution in sorted(metadata.distributions(), key=lambda each: each.name)
+        },
+    }
+
+
+def _cpu_model() -> str | None:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return None
