@@ -32,6 +32,7 @@ localrules:
     all,
 
 
+include: "workflow/rules/common.smk"
 include: "workflow/rules/measure.smk"
 include: "workflow/rules/analyse.smk"
 

@@ -95,7 +95,7 @@ def test_emulated_numbers_say_so_before_the_first_of_them(tmp_path: Path) -> Non
     emulated = PLAIN.assign(engine="emulated")
     write_article(emulated, "d", markdown=tmp_path / "d.md", csv=tmp_path / "d.csv")
     lines = (tmp_path / "d.md").read_text().split("\n")
-    assert lines[2] == "Emulated: no hardware was measured."
+    assert lines[2] == "Emulated: no hardware was measured for it."
 
 
 def test_the_median_over_the_trials_that_were_served() -> None:

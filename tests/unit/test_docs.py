@@ -3,7 +3,10 @@
 import importlib.util
 from pathlib import Path
 
-GENERATOR = Path(__file__).parents[2] / "docs" / "generate.py"
+import yaml
+
+ROOT = Path(__file__).parents[2]
+GENERATOR = ROOT / "docs" / "generate.py"
 
 
 def test_generated_documents_are_up_to_date() -> None:
@@ -13,3 +16,9 @@ def test_generated_documents_are_up_to_date() -> None:
     spec.loader.exec_module(generate)
     behind = [str(path) for path, text in generate.documents().items() if path.read_text() != text]
     assert behind == [], "run `make docs`"
+
+
+def test_the_conda_environment_has_the_packages_of_the_list() -> None:
+    environment = yaml.safe_load((ROOT / "workflow/envs/cpu.yaml").read_text())
+    pip = environment["dependencies"][-1]["pip"]
+    assert pip == (ROOT / "workflow/envs/cpu.txt").read_text().splitlines()

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from servegrid.labels import counted, deployment_titles, hardware_title, load_title
+from servegrid.labels import counted, deployment_titles, emulation_notes, hardware_title, load_title
 
 ROW = {
     "deployment": "d",
@@ -57,3 +57,11 @@ def test_every_version_that_served_is_named_and_an_unknown_one_is_not() -> None:
 def test_counts() -> None:
     assert (counted(1, "trial"), counted(3, "trial")) == ("1 trial", "3 trials")
     assert load_title("steady", 1) == "steady, 1 output token per request"
+
+
+def test_emulated_numbers_are_called_so_and_measured_ones_are_not() -> None:
+    measured, emulated = pd.DataFrame([ROW]), pd.DataFrame([ROW | {"engine": "emulated"}])
+    assert emulation_notes(measured) == []
+    assert emulation_notes(emulated) == ["Emulated: no hardware was measured for it."]
+    both = pd.concat([measured, emulated])
+    assert emulation_notes(both) == ["Partly emulated: no hardware was measured for it."]

@@ -155,7 +155,7 @@ def test_emulated_numbers_carry_a_mark(tmp_path: Path) -> None:
     for figure in (deployment_figure(emulated, "d", TOTAL), overview_figure(emulated)):
         texts = svg_texts(figure, tmp_path)
         assert "EMULATED" in texts
-        assert "Emulated: no hardware was measured." in " ".join(texts)
+        assert "Emulated: no hardware was measured for it." in " ".join(texts)
     assert "EMULATED" not in svg_texts(overview_figure(cells(PLAIN)), tmp_path)
 
 
@@ -234,6 +234,15 @@ def test_the_overview_has_a_column_per_prompt_length_and_a_line_per_deployment(
         "not served",
     ):
         assert words in texts
+
+
+def test_a_prompt_that_nobody_served_leaves_the_scale_to_the_others() -> None:
+    figure = overview_figure(cells([*PLAIN[:3], row(1, 119, None), row(2, 119, None)]))
+    assert crosses(panel(figure, 3)) == [1, 2]
+    for axes in figure.axes[2:]:
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > 80
+    assert len(panel(figure, 2).get_yticks()) > 2
 
 
 def columns(figure: Figure) -> list[str]:

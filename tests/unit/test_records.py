@@ -157,3 +157,14 @@ def test_what_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(RecordError, match="run again") as told:
             records.read_record(path)
         assert str(path) in str(told.value)
+
+
+def test_a_full_disk_is_named_for_text_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.csv"
+    with (
+        pytest.raises(RecordError, match="free some space"),
+        files_no_larger_than(100),
+        records.written_whole(path) as temporary,
+    ):
+        temporary.write_text("x" * 1000)
+    assert names(tmp_path / "new") == []

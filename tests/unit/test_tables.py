@@ -225,3 +225,13 @@ def test_a_record_survives_the_metadata_of_a_file(study: Study) -> None:
     trials, folder = study
     path = folder / trials[0].id / "requests.parquet"
     assert records.read_record(path) == json.loads(json.dumps(record_of(trials[0])))
+
+
+def test_a_flipped_byte_in_the_rows_is_noticed(study: tuple[tuple[Trial, ...], Path]) -> None:
+    trials, folder = study
+    path = folder / trials[0].id / "requests.parquet"
+    chunk = pq.read_metadata(path).row_group(0).column(4)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 0x55
+    path.write_bytes(data)
+    assert f"{trials[0].id}: requests.parquet is damaged" in refusal(trials, folder)

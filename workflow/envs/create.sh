@@ -15,11 +15,14 @@ for python in python3 python3.14 python3.13 python3.12 python3.11; do
 done
 [ -n "$python" ] || { say "no Python 3.11 or newer found. Install one (apt install python3)."; exit 1; }
 
-# What a bare Debian or Ubuntu lacks: ensurepip for the environment, libnuma for vLLM on the CPU.
+# What a bare Debian or Ubuntu lacks: ensurepip for the environment, and libraries that vLLM
+# (libnuma) and llama.cpp (libgomp) link to.
+libraries=$(PATH="$PATH:/sbin:/usr/sbin" ldconfig -p)
 packages=
 "$python" -c 'import ensurepip' 2>/dev/null || packages="$packages python3-venv"
-ldconfig -p 2>/dev/null | grep -q 'libnuma\.so\.1' || /sbin/ldconfig -p | grep -q 'libnuma\.so\.1' ||
-    packages="$packages libnuma1"
+for library in numa gomp; do
+    case $libraries in *"lib$library.so.1 "*) ;; *) packages="$packages lib${library}1" ;; esac
+done
 if [ -n "$packages" ]; then
     if [ "$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi
     # shellcheck disable=SC2086  # both are lists of words

@@ -16,3 +16,15 @@ compile --overrides cpu-without.txt cpu.in > "$resolved" ||
 grep -vE "$unused" "$resolved" > cpu.txt
 compile --constraints cpu.txt dev.in > "$resolved"
 grep -vE "$unused" "$resolved" | grep -vxFf cpu.txt > dev.txt
+
+# The same list as a conda environment, for `snakemake --sdm conda`.
+{
+    echo "# cpu.txt as a conda environment, by lock.sh. pip needs a source of the CPU build of torch"
+    echo "# (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS), and PYTHONPATH the folder workflow/."
+    echo "channels: [conda-forge]"
+    echo "dependencies:"
+    echo "  - python >=3.11,<3.14"
+    echo "  - pip"
+    echo "  - pip:"
+    sed 's/.*/      - "&"/' cpu.txt
+} > cpu.yaml

@@ -1,11 +1,3 @@
-def modules(*names):
-    """Modules of the package that decide an output: these rules are cheap enough to follow them.
-
-    What was measured follows its specification only, so `measure` names none.
-    """
-    return [f"{workflow.basedir}/workflow/servegrid/{name}.py" for name in names]
-
-
 localrules:
     gather,
     tabulate,
@@ -31,6 +23,8 @@ rule gather:
         ),
     log:
         "results/logs/gather.log",
+    conda:
+        "../envs/cpu.yaml"
     params:
         specs=[trial.digest for trial in study.trials],
     script:
@@ -51,6 +45,8 @@ rule tabulate:
         csv="results/tables/{deployment}.csv",
     log:
         "results/logs/tabulate/{deployment}.log",
+    conda:
+        "../envs/cpu.yaml"
     script:
         "../scripts/tabulate.py"
 
@@ -72,6 +68,8 @@ rule plot:
         "results/logs/plot/{deployment}.{metric}.log",
     wildcard_constraints:
         metric="per_user|total",
+    conda:
+        "../envs/cpu.yaml"
     script:
         "../scripts/plot.py"
 
@@ -91,5 +89,7 @@ rule plot_overview:
         "results/plots/overview.png",
     log:
         "results/logs/plot/overview.log",
+    conda:
+        "../envs/cpu.yaml"
     script:
         "../scripts/plot_overview.py"

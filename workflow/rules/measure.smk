@@ -1,7 +1,3 @@
-def trial_of(wildcards):
-    return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
-
-
 rule measure:
     output:
         requests="results/cells/{deployment}/{cell}/trial-{trial}/requests.parquet",
@@ -11,6 +7,8 @@ rule measure:
     # An engine that dies under a load is brought up again and given the same load once more,
     # before the verdict `server_died` is believed.
     retries: 1
+    conda:
+        "../envs/cpu.yaml"
     resources:
         allocation=lambda wildcards: trial_of(wildcards).deployment.allocation,
         kind=lambda wildcards: trial_of(wildcards).deployment.gpu,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from servegrid import records
-from servegrid.labels import EMULATED_NOTE, PROTOCOLS, counted, deployment_title, is_emulated
+from servegrid.labels import PROTOCOLS, counted, deployment_title, emulation_notes
 from servegrid.verdict import OK
 
 NOT_SERVED = "-"
@@ -90,8 +90,10 @@ def write_article(cells: pd.DataFrame, deployment: str, markdown: Path, csv: Pat
     """Write the tables of `deployment` as one Markdown page and one CSV file."""
     own = cells[cells["deployment"] == deployment]
     tables = article_tables(own, deployment)
-    notes = [EMULATED_NOTE] if is_emulated(own) else []
-    texts = {markdown: as_markdown(deployment_title(own), tables, notes), csv: as_csv(tables)}
+    texts = {
+        markdown: as_markdown(deployment_title(own), tables, emulation_notes(own)),
+        csv: as_csv(tables),
+    }
     for path, text in texts.items():
         with records.written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -58,7 +58,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "metrics_after": server.metrics(handover.endpoint) if alive else None,
     }
     window = measurement.facts["window_ns"]
-    rows = telemetry.between(handover.telemetry, offset, *window)
+    rows = telemetry.slice(handover.telemetry, offset, *window)
     records.write(records.table_of(records.TELEMETRY, rows, record), samples)
     table = measurement.requests
     schema = records.schema_of(records.REQUESTS, record)

@@ -10,8 +10,6 @@ import pandas as pd
 EMULATED = "emulated"
 """The `engine` of rows that no hardware has produced."""
 
-EMULATED_NOTE = "Emulated: no hardware was measured."
-
 PROTOCOLS = {
     "burst": "all requests sent at once, time until the last has finished",
     "steady": "every user sends again as soon as the answer is complete",
@@ -49,9 +47,18 @@ def hardware_title(gpu: str, gpu_count: int) -> str:
     return name if gpu == "cpu" else f"{gpu_count} × {name}"
 
 
-def is_emulated(cells: pd.DataFrame) -> bool:
-    """Whether any of the rows is emulated."""
-    return bool((cells["engine"] == EMULATED).any())
+def emulation(cells: pd.DataFrame) -> str | None:
+    """`emulated` where all of the rows are, `partly emulated` where some are, else None."""
+    emulated = cells["engine"] == EMULATED
+    if not emulated.any():
+        return None
+    return "emulated" if emulated.all() else "partly emulated"
+
+
+def emulation_notes(cells: pd.DataFrame) -> list[str]:
+    """The sentence that must stand beside emulated numbers; nothing for measured ones."""
+    mark = emulation(cells)
+    return [f"{mark.capitalize()}: no hardware was measured for it."] if mark else []
 
 
 def counted(number: int, noun: str) -> str:

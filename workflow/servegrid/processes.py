@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ HELD = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """What a terminal or a scheduler sends to a whole job, and the job's own process answers."""
 
 SHARED_MEMORY = Path("/dev/shm")
+POLL_S = 0.02
 KILLED_S = 10.0
 """How long the kernel may take to clear a killed process away; it has gigabytes to free."""
 
@@ -41,16 +43,26 @@ def descendants(but: Collection[psutil.Process] = ()) -> list[psutil.Process]:
 
 
 def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
-    """End `processes`: asked first, killed after `grace_s` seconds."""
-    left = [process for process in processes if process.is_running()]
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, left = psutil.wait_procs(left, timeout=grace_s)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=KILLED_S)
+    """End `processes`: asked first, killed after `grace_s` seconds.
+
+    Those that are children of this process stay for whoever started them to wait for.
+    """
+    left = list(processes)
+    for signal_number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILLED_S)):
+        left = [process for process in left if not _has_ended(process)]
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal_number)
+        deadline = time.monotonic() + limit_s
+        while not all(map(_has_ended, left)) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:

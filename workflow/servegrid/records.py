@@ -158,15 +158,9 @@ def write(table: pa.Table, path: Path) -> None:
 
     Raises RecordError, naming the path, where that is not possible; what lay there stays.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
-    except OSError as error:
-        raise RecordError(
-            f"{path}: cannot be written ({error.strerror or error}). Nothing that was measured "
-            "before is lost: free some space or make the folder writable, and run again."
-        ) from error
+    with written_whole(path) as temporary:
+        # Without the checksums, two of three flipped bytes would be read as other numbers.
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -187,18 +181,29 @@ def refuse_unwritable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """A temporary file beside `path` that takes its place when the block ends well.
+
+    Raises RecordError, naming the path, where it cannot be written; what lay there stays.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+    except OSError as error:
+        raise RecordError(
+            f"{path}: cannot be written ({error.strerror or error}). Nothing that was measured "
+            "before is lost: free some space or make the folder writable, and run again."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:

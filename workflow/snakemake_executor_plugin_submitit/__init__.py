@@ -164,7 +164,6 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             argv=argv_of(self.format_job_exec(job)),
             cwd=self.workflow.workdir_init,
             log=log_of(job),
-            append=job.attempt > 1,
         )
 
     def _need(self, job: JobExecutorInterface, name: str) -> Need:

@@ -154,9 +154,12 @@ class Allocation:
             if taken := spool.take():
                 ticket, task = taken
                 spool.record(events.BEGAN, ticket=ticket)
-                status = runner.run(task, service.env, spool.log_of(ticket, task))
+                caught = spool.log_of(ticket)
+                status = runner.run(task, service.env, caught)
                 if status:
                     time.sleep(AFTERSHOCK_S)
+                if task.log:
+                    _move_behind(caught, Path(task.log))
                 spool.finish(ticket, status)
                 idle_since = time.monotonic()
             elif closed:
@@ -208,6 +211,14 @@ def _raise_on_signals() -> None:
     # The main process starts local allocations with it blocked: Ctrl-C is for itself.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=wait_for_warning, daemon=True).start()
+
+
+def _move_behind(caught: Path, log: Path) -> None:
+    """Add what was caught to the rule's log, which Snakemake empties when the job begins."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        file.write(caught.read_bytes())
+    caught.unlink()
 
 
 def _last_lines(error: BaseException) -> str:

@@ -36,6 +36,8 @@ from snakemake_executor_plugin_submitit.liveness import (
 from snakemake_executor_plugin_submitit.spool import Event, Spool, Task, write_atomically
 from snakemake_executor_plugin_submitit.submission import Parameters, Submitted, cancel, submit
 
+YIELD_S = 3.0
+"""How long an allocation without jobs may keep others waiting: Snakemake's next job takes less."""
 LOCAL_EXIT_S = 60.0
 """How long local allocations have to take their services down before they are killed."""
 
@@ -98,6 +100,7 @@ class _Live(Generic[Job]):
     under_way: dict[str, str] = field(default_factory=dict)
     tickets: dict[str, Queued[Job]] = field(default_factory=dict)
     interrupted: str | None = None
+    busy: float = field(default_factory=time.monotonic)
     given: int = 0
     finished: int = 0
 
@@ -181,7 +184,7 @@ class Fleet(Generic[Job]):
         if self._cancelled:
             return
         for name in list(self._waiting):
-            if name not in self._live and self._most is not None and len(self._live) >= self._most:
+            if name not in self._live and self._full():
                 continue
             jobs = self._waiting.pop(name)
             try:
@@ -189,6 +192,15 @@ class Fleet(Generic[Job]):
             except WorkflowError as error:
                 refused = tuple(queued.job for queued in jobs)
                 self._refused.append(Outcome(refused, Failure(str(error), None)))
+
+        if self._waiting and self._full():
+            for live in self._live.values():
+                if not live.tickets and time.monotonic() - live.busy > YIELD_S:
+                    live.spool.close()
+                    live.closing = True
+
+    def _full(self) -> bool:
+        return self._most is not None and len(self._live) >= self._most
 
     def _assign(self, name: str, jobs: list[Queued[Job]]) -> None:
         live = self._live.get(name)
@@ -294,7 +306,7 @@ class Fleet(Generic[Job]):
             elif event.kind == events.BEGAN:
                 live.interrupted = data["ticket"]
             elif event.kind == events.DONE:
-                live.interrupted = None
+                live.interrupted, live.busy = None, time.monotonic()
                 if queued := live.tickets.pop(data["ticket"], None):
                     live.finished += 1
                     failure = _failure(live, data["ticket"], queued.task, data["status"])
@@ -364,7 +376,9 @@ def _failure(live: _Live[Any], ticket: str, task: Task, status: int) -> Failure 
         return None
     how = f"Exit status {status}" if status > 0 else f"Killed by {signal.Signals(-status).name}"
     where = f"in allocation {live.submission.name}."
-    return Failure(f"{how} {where}", live.spool.log_of(ticket, task), of_allocation=False)
+    return Failure(
+        f"{how} {where}", task.log or str(live.spool.log_of(ticket)), of_allocation=False
+    )
 
 
 def _may_go_on(live: _Live[Any], state: str | None) -> bool:

@@ -3,7 +3,7 @@
 An allocation starts it before its service, so nothing of the service is in the jobs' memory. It
 reads one request per line from its standard input and answers with the exit status:
 
-    {"argv": […], "cwd": "…", "env": {…}, "log": "…", "append": false}  →  {"status": 0}
+    {"argv": […], "cwd": "…", "env": {…}, "log": "…"}  →  {"status": 0}
 
 When its input ends, the job under way is killed with its whole process group: no job outlives
 its allocation, not even one that was killed itself.
@@ -57,17 +57,17 @@ class Runner:
         self._process.wait()
         self._answers.close()
 
-    def run(self, task: Task, env: Mapping[str, str], log: str) -> int:
+    def run(self, task: Task, env: Mapping[str, str], log: Path) -> int:
         """The exit status of the task; negative where a signal ended it.
 
+        All that it writes to its standard output and error goes to `log`.
         Raises RuntimeError where the runner itself is gone.
         """
         request = {
             "argv": task.argv,
             "cwd": task.cwd,
             "env": dict(env),
-            "log": log,
-            "append": task.append,
+            "log": str(log),
         }
         with contextlib.suppress(BrokenPipeError):
             self._requests.write(json.dumps(request).encode() + b"\n")
@@ -156,11 +156,7 @@ def _job(request: Mapping[str, Any]) -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log = Path(request["log"])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        start = 0 if request["append"] else os.O_TRUNC
-        # Appending, so that the job may write to the same file by its name.
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | start, 0o644)
+        output = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)

@@ -29,14 +29,13 @@ class Task:
     """One Snakemake job as an allocation runs it.
 
     `key` is the same for the same job in every run of the workflow. `log` is where the output
-    of the job goes (absolute; None: a file of the spool); it begins anew unless `append`.
+    of the job goes in the end (absolute; None: it stays in the spool).
     """
 
     key: str
     argv: tuple[str, ...]
     cwd: str
     log: str | None
-    append: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ class Spool:
         """Promise that no more tasks will come."""
         (self.root / "closed").touch()
 
-    def log_of(self, ticket: str, task: Task) -> str:
-        """Where the output of a task goes."""
-        return task.log or str(self.root / "logs" / f"{ticket}.log")
+    def log_of(self, ticket: str) -> Path:
+        """Where the output of a task is caught."""
+        return self.root / "logs" / f"{ticket}.log"
 
     # the main process
 

@@ -17,7 +17,9 @@ from servegrid.grid import Deployment
 GPU_MEMORY_UTILIZATION = 0.90
 SHUTDOWN_TIMEOUT_S = 15
 KV_CACHE_LIMIT_BYTES = 1 << 30
-"""The KV cache on a CPU never takes more than this unless the deployment says so."""
+"""Enough for a demo, and soon made ready: vLLM writes to all of its KV cache when it starts."""
+BLOCK_TOKENS = 128
+"""vLLM on a CPU gives the KV cache out in blocks of so many tokens."""
 
 KEYS_OF_THE_DEPLOYMENT = {
     "model": "checkpoint",
@@ -92,8 +94,9 @@ def kv_cache_bytes(
     """Bytes of KV cache for `max_num_seqs` requests of `max_model_len` tokens on a CPU.
 
     Per token and layer: a key and a value for each KV head in 16 bits, as `model_config` (the
-    model's config.json) says. At most `KV_CACHE_LIMIT_BYTES` and a quarter of `memory_bytes`,
-    which is also the answer for a model whose config says it otherwise.
+    model's config.json) says. At most `KV_CACHE_LIMIT_BYTES` and a quarter of the machine's
+    `memory_bytes`, which is also the answer for a model whose config says it otherwise; but
+    always enough for one request, without which vLLM would not start.
     """
     limit = min(KV_CACHE_LIMIT_BYTES, memory_bytes // 4)
     try:
@@ -104,7 +107,8 @@ def kv_cache_bytes(
     except KeyError:
         return limit
     per_token: int = layers * kv_heads * head_dim * 2 * 2
-    return min(limit, per_token * deployment.max_model_len * deployment.max_num_seqs)
+    per_request = per_token * -(-deployment.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
+    return max(per_request, min(limit, per_request * deployment.max_num_seqs))
 
 
 def _refuse_decided_elsewhere(deployment: Deployment, key: str) -> None:

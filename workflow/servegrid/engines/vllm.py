@@ -38,13 +38,14 @@ from servegrid.errors import EngineError
 from servegrid.grid import Deployment
 
 ENVIRONMENT = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-"""Nothing is sent or fetched, and no process that has threads is forked."""
+"""GPUs are counted as NVML does; nothing is sent or fetched; no process with threads is forked."""
 
 PACKAGES = ("torch", "transformers", "tokenizers", "triton", "flashinfer-python", "xformers")
 BACKLOG = 2048
@@ -81,9 +82,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
             rendered = _rendered(deployment, checkpoint, api)
             listener = stack.enter_context(_listener(path))
             endpoint = Endpoint(
-                base_url=UNIX_BASE_URL
-                if path
-                else f"http://{LOOPBACK}:{listener.getsockname()[1]}",
+                base_url=_base_url(listener),
                 model=deployment.model,
                 api_key=secrets.token_urlsafe(24),
                 socket=str(path) if path else None,
@@ -97,7 +96,9 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
                 server.start()
                 wait_until(server.has_engine, deadline, deployment.name)
                 clock.lap("engine")
-                wait_until(lambda: answers(endpoint), deadline, deployment.name)
+                wait_until(
+                    lambda: server.has_engine() and answers(endpoint), deadline, deployment.name
+                )
                 server.watch()
                 clock.lap("server")
             except Failed as failed:
@@ -193,6 +194,12 @@ def _listener(path: Path | None) -> Iterator[socket.socket]:
         listener.bind(str(path) if path else (LOOPBACK, 0))
         listener.listen(BACKLOG)
         yield listener
+
+
+def _base_url(listener: socket.socket) -> str:
+    if listener.family == socket.AF_UNIX:
+        return UNIX_BASE_URL
+    return f"http://{LOOPBACK}:{listener.getsockname()[1]}"
 
 
 def _explained(

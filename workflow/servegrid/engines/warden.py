@@ -110,15 +110,18 @@ def _identity(process: psutil.Process) -> Iterator[tuple[int, float]]:
 
 
 def _lines_until_end_of(parent: int) -> Iterator[str]:
-    """Lines on standard input until it is closed or `parent` has ended."""
+    """Lines on standard input until it is closed, or `parent` has ended and nothing is left."""
     pending = b""
-    while os.getppid() == parent:
-        if select.select([0], [], [], PARENT_CHECK_S)[0]:
+    while True:
+        ended = os.getppid() != parent
+        if select.select([0], [], [], 0 if ended else PARENT_CHECK_S)[0]:
             read = os.read(0, 1 << 16)
             if not read:
                 return
             *lines, pending = (pending + read).split(b"\n")
             yield from (line.decode() for line in lines)
+        elif ended:
+            return
 
 
 def main() -> None:

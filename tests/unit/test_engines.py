@@ -1,0 +1,204 @@
+"""What all engines share, without an engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing import shared_memory
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from servegrid import processes
+from servegrid.endpoint import Endpoint
+from servegrid.engines import Site, bring_up, listening, warden
+from servegrid.engines.vllm import _environment
+from servegrid.engines.vllm_server import resolved
+from servegrid.errors import ConfigError, EngineError
+from servegrid.grid import Deployment
+
+DEPLOYMENT = Deployment(
+    name="small_bf16_vllm_cpu",
+    model="small",
+    checkpoint="org/small",
+    tokenizer="org/small",
+    quantization="bf16",
+    engine="vllm",
+    gpu="cpu",
+    gpu_count=0,
+    max_model_len=1024,
+    max_num_seqs=16,
+)
+
+
+def test_an_engine_that_does_not_exist_is_told_those_that_do() -> None:
+    with pytest.raises(ConfigError, match=r"no engine `vlm`. Use one of: llamacpp, vllm\."):
+        bring_up(replace(DEPLOYMENT, engine="vlm"), Site(models=Path("unused")))
+
+
+def test_a_socket_path_fits_the_kernels_structure_or_is_refused() -> None:
+    name = "/engine.sock"
+    unix = Site(models=Path("unused"), socket="unix")
+    longest = Path("/" + "x" * (107 - 1 - len(name)))
+    assert listening.socket_path(unix, longest) == Path(f"{longest}{name}")
+    with pytest.raises(EngineError, match=r"at most 107 bytes and this one 108.*TMPDIR"):
+        listening.socket_path(unix, Path(f"{longest}x"))
+    assert listening.socket_path(replace(unix, socket="tcp"), longest) is None
+
+
+class Health(BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        known = self.headers["Authorization"] == "Bearer secret"
+        self.send_response(self.status if known and self.path == "/health" else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_an_endpoint_answers_when_its_health_is_200(monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}", "small", "secret")
+        assert listening.answers(endpoint)
+        monkeypatch.setattr(Health, "status", 503)
+        assert not listening.answers(endpoint)
+        server.shutdown()
+        thread.join()
+    assert not listening.answers(endpoint)
+
+
+def test_waiting_ends_with_the_limit_and_names_the_deployment() -> None:
+    listening.wait_until(lambda: True, deadline=0, name="small")
+    with pytest.raises(EngineError, match="`small`: the engine was not up within its limit"):
+        listening.wait_until(lambda: False, deadline=time.monotonic(), name="small")
+
+
+def test_the_environment_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "before")
+    monkeypatch.setenv("REMOVED", "before")
+    before = dict(os.environ)
+    with _environment({"KEPT": "inside", "OURS": "inside"}):
+        assert (os.environ["KEPT"], os.environ["OURS"]) == ("inside", "inside")
+        os.environ["LD_PRELOAD"] = "libsomething.so"
+        del os.environ["REMOVED"]
+    assert dict(os.environ) == before
+
+
+def test_a_resolved_configuration_becomes_plain_data() -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            dtype="torch.bfloat16",
+            quantization=None,
+            max_model_len=1024,
+            enforce_eager=True,
+            seed=0,
+        ),
+        cache_config=SimpleNamespace(
+            num_gpu_blocks=364, block_size=128, cache_dtype="auto", enable_prefix_caching=False
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=2048),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+    )
+    facts = resolved(config)
+    assert facts["dtype"] == "bfloat16"
+    assert facts["kv_capacity_tokens"] == 46_592
+    assert facts["prefix_caching"] is False
+    assert facts["chunked_prefill"] is None  # this version does not say
+    config.cache_config.num_gpu_blocks = None
+    assert resolved(config)["kv_capacity_tokens"] is None
+
+
+def test_processes_begun_while_signals_are_held_never_see_them() -> None:
+    code = "import signal; print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    with processes.signals_held():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    held = sorted(int(each) for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
+    assert list(map(int, done.stdout.split())) == held
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(processes.HELD)
+
+
+LEAKING = """
+import signal, sys, time
+from multiprocessing import shared_memory, resource_tracker
+signal.signal(signal.SIGTERM, getattr(signal, sys.argv[1]))
+memory = shared_memory.SharedMemory(create=True, size=64)
+resource_tracker.unregister(memory._name, "shared_memory")
+print(memory.name, flush=True)
+time.sleep(60)
+"""
+
+
+def start_leaking(on_sigterm: str) -> tuple[subprocess.Popen[str], Path]:
+    """A process, and its segment of shared memory that nobody else would remove."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAKING, on_sigterm], stdout=subprocess.PIPE, text=True
+    )
+    with process.stdout as told:  # type: ignore[union-attr]
+        return process, processes.SHARED_MEMORY / told.readline().strip()
+
+
+def test_shared_memory_is_found_by_who_has_it_mapped() -> None:
+    memory = shared_memory.SharedMemory(create=True, size=64)
+    try:
+        found = processes.shared_memory([psutil.Process()])
+    finally:
+        memory.close()
+        memory.unlink()
+    assert processes.SHARED_MEMORY / memory.name in found
+
+
+def test_a_process_that_does_not_listen_is_killed() -> None:
+    process, segment = start_leaking("SIG_IGN")
+    try:
+        processes.end([psutil.Process(process.pid)], grace_s=0.2)
+        assert process.wait(10) == -signal.SIGKILL
+    finally:
+        segment.unlink()
+
+
+def test_the_warden_ends_what_is_left_and_removes_its_memory_and_folder() -> None:
+    process, segment = start_leaking("SIG_DFL")
+    with warden.guarded() as guard:
+        assert stat.S_IMODE(guard.folder.stat().st_mode) == 0o700
+        (guard.folder / "file").touch()
+        guard.watch([psutil.Process(process.pid)])
+        assert segment.exists()
+    assert process.wait(1) == -signal.SIGTERM
+    assert not segment.exists()
+    assert not guard.folder.exists()
+
+
+def test_the_warden_does_the_same_when_its_parent_is_killed() -> None:
+    process, segment = start_leaking("SIG_DFL")
+    code = (
+        "import sys, time, psutil; from servegrid.engines import warden\n"
+        "with warden.guarded() as guard:\n"
+        f"    guard.watch([psutil.Process({process.pid})])\n"
+        "    print(guard.folder, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    with parent.stdout:
+        folder = Path(parent.stdout.readline().strip())
+    (guard,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([guard], timeout=60)
+    assert gone == [guard]
+    assert process.wait(1) == -signal.SIGTERM
+    assert not segment.exists()
+    assert not folder.exists()

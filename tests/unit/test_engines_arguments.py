@@ -1,0 +1,188 @@
+"""Deployments as vLLM's arguments, for parsers that know more options or fewer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from servegrid.engines import arguments
+from servegrid.errors import ConfigError
+from servegrid.grid import Deployment
+
+ON_CPU = Deployment(
+    name="small_bf16_vllm_cpu",
+    model="small",
+    checkpoint="org/small",
+    tokenizer="org/small",
+    quantization="bf16",
+    engine="vllm",
+    gpu="cpu",
+    gpu_count=0,
+    max_model_len=1024,
+    max_num_seqs=16,
+)
+ON_GPUS = replace(ON_CPU, name="small_fp16_vllm_2xv100", gpu="v100", gpu_count=2)
+
+OPTIONS = {
+    "--model",
+    "--served-model-name",
+    "--max-model-len",
+    "--max-num-seqs",
+    "--tensor-parallel-size",
+    "-tp",
+    "--seed",
+    "--generation-config",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
+    "--shutdown-timeout",
+    "--gpu-memory-utilization",
+    "--dtype",
+    "--enforce-eager",
+    "--no-enforce-eager",
+    "--kv-cache-memory-bytes",
+    "--disable-log-stats",
+    "--hf-overrides",
+    "--middleware",
+    "--max-num-batched-tokens",
+}
+LACKING = {"--shutdown-timeout", "--kv-cache-memory-bytes", "--generation-config"}
+
+
+def rendered(
+    deployment: Deployment, options: set[str] = OPTIONS, **more: Any
+) -> dict[str, list[str]]:
+    """The arguments as flags, each with its words."""
+    deployment = replace(deployment, arguments=more)
+    defaults = arguments.defaults_for(deployment, "/models/small", 1 << 20)
+    flags: dict[str, list[str]] = {}
+    for word in arguments.render(deployment, defaults, options, "0.32.0"):
+        if word.startswith("--"):
+            flag = word
+            assert flag not in flags
+            flags[flag] = []
+        else:
+            flags[flag].append(word)
+    return flags
+
+
+COMMON = {
+    "--model": ["/models/small"],
+    "--served-model-name": ["small"],
+    "--max-model-len": ["1024"],
+    "--max-num-seqs": ["16"],
+    "--seed": ["0"],
+    "--generation-config": ["vllm"],
+    "--no-enable-prefix-caching": [],
+    "--shutdown-timeout": ["15"],
+}
+
+
+def test_a_cpu_deployment_is_eager_in_bfloat16_with_a_kv_cache_of_its_own() -> None:
+    assert rendered(ON_CPU) == COMMON | {
+        "--tensor-parallel-size": ["1"],
+        "--dtype": ["bfloat16"],
+        "--enforce-eager": [],
+        "--kv-cache-memory-bytes": ["1048576"],
+    }
+
+
+def test_a_gpu_deployment_splits_over_its_gpus_and_takes_a_share_of_their_memory() -> None:
+    assert rendered(ON_GPUS) == COMMON | {
+        "--tensor-parallel-size": ["2"],
+        "--gpu-memory-utilization": ["0.9"],
+    }
+
+
+def test_what_an_older_vllm_lacks_is_left_out_of_the_defaults() -> None:
+    assert LACKING & rendered(ON_CPU).keys() == LACKING
+    assert LACKING & rendered(ON_CPU, OPTIONS - LACKING).keys() == set()
+
+
+def test_the_deployments_arguments_come_over_the_defaults() -> None:
+    flags = rendered(ON_GPUS, enable_prefix_caching=True, gpu_memory_utilization=0.8, dtype="half")
+    assert flags["--enable-prefix-caching"] == []
+    assert "--no-enable-prefix-caching" not in flags
+    assert flags["--gpu-memory-utilization"] == ["0.8"]
+    assert flags["--dtype"] == ["half"]
+
+
+def test_null_leaves_the_choice_to_vllm() -> None:
+    assert "--gpu-memory-utilization" not in rendered(ON_GPUS, gpu_memory_utilization=None)
+
+
+def test_each_kind_of_value_has_its_form() -> None:
+    flags = rendered(
+        ON_GPUS,
+        hf_overrides={"b": 1, "a": [2]},
+        middleware=["one", "two"],
+        max_num_batched_tokens=2048,
+        disable_log_stats=True,
+    )
+    assert flags["--hf-overrides"] == ['{"a": [2], "b": 1}']
+    assert flags["--middleware"] == ["one", "two"]
+    assert flags["--max-num-batched-tokens"] == ["2048"]
+    assert flags["--disable-log-stats"] == []
+
+
+def test_false_is_silence_where_there_is_no_negative_flag() -> None:
+    assert "--disable-log-stats" not in rendered(ON_GPUS, disable_log_stats=False)
+    assert "--no-enforce-eager" in rendered(ON_CPU, enforce_eager=False)
+
+
+def test_an_unknown_argument_is_refused_with_those_that_are_close() -> None:
+    with pytest.raises(ConfigError) as caught:
+        rendered(ON_GPUS, max_num_batched_tokns=1)
+    told = str(caught.value)
+    assert "`small_fp16_vllm_2xv100`: arguments.max_num_batched_tokns" in told
+    assert "vLLM 0.32.0 has no option --max-num-batched-tokns" in told
+    assert "Did you mean `max_num_batched_tokens`" in told
+    with pytest.raises(ConfigError, match=r"no option --zzz\. Remove it\."):
+        rendered(ON_GPUS, zzz=1)
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("max_model_len", "own key `max_model_len`"),
+        ("model", "own key `checkpoint`"),
+        ("tensor_parallel_size", "own key `gpu_count`"),
+        ("api_key", "where it runs"),
+        ("port", "where it runs"),
+    ],
+)
+def test_what_is_decided_elsewhere_is_refused(key: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=rf"arguments\.{key} is decided by .*{instead}"):
+        rendered(ON_CPU, **{key: "x"})
+
+
+GIB = 1 << 30
+SMOLLM2 = {
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_size": 576,
+}
+
+
+def test_the_kv_cache_holds_all_requests_where_that_is_little() -> None:
+    # 30 layers × 3 heads × 64 × (key + value) × 2 bytes = 23,040 bytes a token; 16 × 1024 tokens.
+    wanted = 23_040 * 16 * 1024
+    assert arguments.kv_cache_bytes(ON_CPU, SMOLLM2, 64 * GIB) == wanted
+    derived = {key: value for key, value in SMOLLM2.items() if key != "head_dim"}
+    assert arguments.kv_cache_bytes(ON_CPU, derived, 64 * GIB) == wanted
+    # Without KV heads of their own, all 9 heads have a key and a value.
+    unshared = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
+    four = replace(ON_CPU, max_num_seqs=4)
+    assert arguments.kv_cache_bytes(four, unshared, 64 * GIB) == 3 * wanted // 4
+
+
+def test_the_kv_cache_is_bounded_but_holds_one_request() -> None:
+    many = replace(ON_CPU, max_num_seqs=256)
+    assert arguments.kv_cache_bytes(many, SMOLLM2, 64 * GIB) == GIB
+    assert arguments.kv_cache_bytes(many, SMOLLM2, 2 * GIB) == GIB // 2
+    long = replace(ON_CPU, max_model_len=100_000)
+    assert arguments.kv_cache_bytes(long, SMOLLM2, 64 * GIB) == 23_040 * 100_096  # in blocks of 128
+    assert arguments.kv_cache_bytes(many, {"model_type": "other"}, 64 * GIB) == GIB

@@ -1,0 +1,117 @@
+"""Deployments as llama.cpp's settings."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from servegrid.engines.llamacpp import gguf_file, settings_for
+from servegrid.engines.llamacpp_server import apply
+from servegrid.errors import ConfigError, ModelError
+from servegrid.grid import Deployment
+
+DEPLOYMENT = Deployment(
+    name="small_q4_llamacpp_cpu",
+    model="small",
+    checkpoint="small.gguf",
+    tokenizer="org/small",
+    quantization="q4_1",
+    engine="llamacpp",
+    gpu="cpu",
+    gpu_count=0,
+    max_model_len=1024,
+    max_num_seqs=8,
+)
+
+
+def test_the_context_is_shared_by_all_slots_and_no_prompt_is_reused() -> None:
+    settings = settings_for(DEPLOYMENT, Path("/models/small.gguf"), threads=6)
+    assert settings["model.path"] == "/models/small.gguf"
+    assert settings["n_parallel"] == 8
+    assert settings["n_ctx"] == 8 * 1024
+    assert settings["cpuparams.n_threads"] == settings["cpuparams_batch.n_threads"] == 6
+    assert settings["n_gpu_layers"] == 0
+    assert settings["cache_prompt"] is False
+    assert settings["cache_ram_mib"] == settings["n_cache_reuse"] == 0
+    on_gpu = replace(DEPLOYMENT, gpu="a100", gpu_count=1)
+    assert settings_for(on_gpu, Path("small.gguf"), 6)["n_gpu_layers"] == -1
+
+
+def test_the_deployments_arguments_come_over_them() -> None:
+    chosen = replace(DEPLOYMENT, arguments={"cache_prompt": True, "n_ubatch": 256})
+    settings = settings_for(chosen, Path("small.gguf"), 2)
+    assert settings["cache_prompt"] is True
+    assert settings["n_ubatch"] == 256
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"), [("n_ctx", "own key `max_model_len`"), ("port", "where it runs")]
+)
+def test_what_is_decided_elsewhere_is_refused(key: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=rf"arguments\.{key} is decided by .*{instead}"):
+        settings_for(replace(DEPLOYMENT, arguments={key: 1}), Path("small.gguf"), 2)
+
+
+class Kind(enum.IntEnum):
+    F16 = 1
+    Q8_0 = 8
+
+
+class Parameters:
+    """As strict as llama.cpp's own."""
+
+    __slots__ = ("cpuparams", "kind", "model_alias", "n_ctx")
+
+    def __init__(self) -> None:
+        self.kind = Kind.F16
+        self.model_alias: set[str] = set()
+        self.n_ctx = 0
+        self.cpuparams = SimpleNamespace(n_threads=-1)
+
+
+def test_settings_reach_nested_attributes_enumerations_and_sets() -> None:
+    parameters = Parameters()
+    apply(
+        {"n_ctx": 4, "cpuparams.n_threads": 2, "kind": "Q8_0", "model_alias": ["small"]},
+        parameters,
+    )
+    assert (parameters.n_ctx, parameters.cpuparams.n_threads) == (4, 2)
+    assert (parameters.kind, parameters.model_alias) == (Kind.Q8_0, {"small"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            {"n_ctxt": 1},
+            r"arguments\.n_ctxt: llama\.cpp has no such setting\. Did you mean `n_ctx`",
+        ),
+        ({"nothing.like.it": 1}, r"arguments\.nothing\.like\.it: llama\.cpp has no such setting\."),
+        ({"kind": "Q9"}, r"arguments\.kind: 'Q9' does not fit"),
+    ],
+)
+def test_what_llamacpp_does_not_know_is_named(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        apply(settings, Parameters())
+
+
+def test_a_folder_with_one_gguf_file_means_that_file(tmp_path: Path) -> None:
+    folder = replace(DEPLOYMENT, checkpoint=str(tmp_path))
+    with pytest.raises(ModelError, match="has 0 GGUF files"):
+        gguf_file(folder, tmp_path)
+    (tmp_path / "one.gguf").write_bytes(b"GGUF....")
+    assert gguf_file(folder, tmp_path) == tmp_path / "one.gguf"
+    (tmp_path / "two.gguf").write_bytes(b"GGUF....")
+    with pytest.raises(ModelError, match=r"has 2 GGUF files\. .*name the file"):
+        gguf_file(folder, tmp_path)
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    other = replace(DEPLOYMENT, checkpoint=str(tmp_path / "model.safetensors"))
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        gguf_file(other, tmp_path)

@@ -1,0 +1,188 @@
+"""The sampler's rows from scripted /proc and NVML, and the process that writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from servegrid import records, telemetry
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def write_process(
+    proc: Path, pid: int, anonymous: int, files: int, shared: int, ticks: tuple[int, int]
+) -> None:
+    """A process of /proc with memory in kB; see proc(5) for the fields."""
+    folder = proc / str(pid)
+    folder.mkdir(parents=True)
+    (folder / "status").write_text(
+        f"Name:\tpython\nState:\tS (sleeping)\nThreads:\t4\n"
+        f"VmRSS:\t{anonymous + files + shared} kB\n"
+        f"RssAnon:\t{anonymous} kB\nRssFile:\t{files} kB\nRssShmem:\t{shared} kB\n"
+    )
+    before = f"{pid} (an odd) name) S 1 1 1 0 -1 4194304 0 0 0 0"
+    (folder / "stat").write_text(f"{before} {ticks[0]} {ticks[1]} 7 7 20 0 4 0 100 0 0\n")
+
+
+def test_memory_counts_files_once_and_cpu_time_adds_up(tmp_path: Path) -> None:
+    write_process(tmp_path, 10, anonymous=1000, files=300, shared=20, ticks=(150, 50))
+    write_process(tmp_path, 11, anonymous=4000, files=500, shared=30, ticks=(900, 100))
+    assert telemetry.engine_row([10, 11], tmp_path) == {
+        "device": "engine",
+        "memory_bytes": (1000 + 20 + 4000 + 30 + 500) * 1024,
+        "cpu_s": 1200 / TICKS,
+    }
+
+
+def test_processes_that_ended_count_no_more_and_none_left_is_unknown(tmp_path: Path) -> None:
+    write_process(tmp_path, 10, anonymous=1000, files=300, shared=20, ticks=(150, 50))
+    assert telemetry.engine_row([9, 10], tmp_path)["memory_bytes"] == 1320 * 1024
+    assert telemetry.engine_row([9], tmp_path) == {"device": "engine"}
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvml(**functions: Callable[..., Any]) -> SimpleNamespace:
+    """Two GPUs of which handles are their numbers; readings as given, else unsupported."""
+
+    def unsupported(*arguments: Any) -> Any:
+        raise NVMLError
+
+    names = (
+        "nvmlDeviceGetMemoryInfo",
+        "nvmlDeviceGetUtilizationRates",
+        "nvmlDeviceGetPowerUsage",
+        "nvmlDeviceGetTotalEnergyConsumption",
+        "nvmlDeviceGetClockInfo",
+    )
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{'ab'[handle]}0",
+        **dict.fromkeys(names, unsupported) | functions,
+    )
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (None, [0, 1]),
+        ("1", [1]),
+        ("1,0", [1, 0]),
+        ("GPU-b0", [1]),
+        ("GPU-a", [0]),
+        ("", []),
+        ("7", []),
+    ],
+)
+def test_only_the_allocations_gpus_are_sampled(named: str | None, expected: list[int]) -> None:
+    environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
+    assert telemetry.visible_gpus(nvml(), environment) == expected
+
+
+def test_readings_are_in_the_columns_units() -> None:
+    driver = nvml(
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=100, used=64),
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=75, memory=10),
+        nvmlDeviceGetPowerUsage=lambda handle: 250_500,  # mW
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 2_000,  # mJ
+        nvmlDeviceGetClockInfo=lambda handle, clock: {1: 1380, 2: 877}[clock],
+        nvmlDeviceGetTemperature=lambda handle, sensor: 41,
+        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 4,
+    )
+    row = telemetry.gpu_row(driver, 1)
+    assert row == {
+        "device": "GPU-b0",
+        "memory_bytes": 64,
+        "utilization": pytest.approx(0.75),
+        "power_w": pytest.approx(250.5),
+        "energy_j": pytest.approx(2.0),
+        "sm_clock_mhz": 1380,
+        "memory_clock_mhz": 877,
+        "temperature_c": 41,
+        "throttle_reasons": 4,
+    }
+    assert row.keys() <= {column.name for column in records.TELEMETRY}
+
+
+def test_what_a_gpu_does_not_support_is_null_and_zero_stays_zero() -> None:
+    driver = nvml(nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=0))
+    row = telemetry.gpu_row(driver, 0)
+    assert row.pop("device") == "GPU-a0"
+    assert row.pop("utilization") == 0.0
+    assert set(row.values()) == {None}
+
+
+def test_a_slice_is_what_was_sampled_behind_the_offset_and_within_the_times(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "telemetry.jsonl"
+
+    def append(*times: int) -> None:
+        with file.open("a") as stream:
+            stream.writelines(json.dumps({"time_ns": time}) + "\n" for time in times)
+
+    append(1, 2)
+    offset = telemetry.offset(file)
+    append(2, 3, 4, 5)
+    with file.open("a") as stream:
+        stream.write('{"time_ns": 4')  # still being written
+    assert [row["time_ns"] for row in telemetry.slice(file, offset, 2, 4)] == [2, 3, 4]
+    assert [row["time_ns"] for row in telemetry.slice(file, 0, 1, 2)] == [1, 2, 2]
+
+
+def samples(file: Path, count: int) -> list[dict[str, Any]]:
+    deadline = time.monotonic() + 30
+    while len(rows := telemetry.slice(file, 0, 0, time.monotonic_ns())) < count:
+        assert time.monotonic() < deadline, f"{len(rows)} samples"
+        time.sleep(0.02)
+    return rows
+
+
+def test_the_sampler_sees_a_process_until_it_is_left(tmp_path: Path) -> None:
+    file = tmp_path / "telemetry.jsonl"
+    with telemetry.Sampler([os.getpid()], file, hz=50):
+        assert telemetry.offset(file) >= 0
+        rows = samples(file, 3)
+        (sampler,) = (each for each in psutil.Process().children() if str(file) in each.cmdline())
+    assert not sampler.is_running()
+    times = [row["time_ns"] for row in rows]
+    assert times == sorted(set(times))
+    rss = psutil.Process().memory_info().rss
+    assert rows[-1]["memory_bytes"] == pytest.approx(rss, rel=0.2)
+    assert 0 < rows[-1]["cpu_s"] <= sum(psutil.Process().cpu_times()[:2]) + 1 / TICKS
+    assert records.table_of(records.TELEMETRY, rows).num_rows == len(rows)
+
+
+def test_the_sampler_ends_with_its_parent(tmp_path: Path) -> None:
+    file = tmp_path / "telemetry.jsonl"
+    code = (
+        "import os, sys, time, pathlib; from servegrid import telemetry\n"
+        "with telemetry.Sampler([os.getpid()], pathlib.Path(sys.argv[1]), hz=50): time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, str(file)])
+    while not file.exists():
+        time.sleep(0.02)
+    samples(file, 1)
+    (sampler,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    gone, _ = psutil.wait_procs([sampler], timeout=30)
+    assert gone == [sampler]

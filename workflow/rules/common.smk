@@ -1,0 +1,10 @@
+def trial_of(wildcards):
+    return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
+
+
+def modules(*names):
+    """Modules of the package that decide an output: these rules are cheap enough to follow them.
+
+    What was measured follows its specification only, so `measure` names none.
+    """
+    return [f"{workflow.basedir}/workflow/servegrid/{name}.py" for name in names]
