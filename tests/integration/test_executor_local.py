@@ -111,14 +111,16 @@ def work(tmp_path: Path) -> Iterator[Workspace]:
     assert left == []
 
 
+@pytest.mark.slow
 def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace) -> None:
-    work.plan(out={"a": 3, "b": 2}, alone={"x": 1})
-    told = work.run(linger=2)
+    odd = "../ü $x/"
+    work.plan(out={"a": 3, "b": 2}, alone={"x": 1}, prefix=odd)
+    told = work.run(linger=0)
     first = work.outputs()
     assert sorted(first) == ["a0", "a1", "a2", "b0", "b1", "x0"]
-    assert sorted(work.bring_ups()) == ["a", "b"]
-    assert told.count("Allocation a: submitted") == 1
-    assert "Allocation a: ended; 3 of 3 jobs done." in told
+    assert sorted(work.bring_ups()) == [f"{odd}a", f"{odd}b"]
+    assert told.count(f"Allocation {odd}a: submitted") == 1
+    assert f"Allocation {odd}a: ended; 3 of 3 jobs done." in told
 
     assert "Nothing to be done" in work.run()
     (work.folder / "out" / "a1").unlink()
@@ -130,13 +132,14 @@ def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace)
     assert len({note["pid"] for note in begins}) == 7
     assert not any(note["service_imported"] for note in begins)
     assert all(note["usr2_blocked"] for note in begins)
-    assert all(note["allocation"] == note["cell"][0] for note in begins if note["cell"] != "x0")
-    assert [note["allocation"] for note in begins if note["cell"] == "x0"] == [None]
+    for note in begins:
+        expected = None if note["cell"] == "x0" else odd + note["cell"][0]
+        assert note["allocation"] == expected
     for name in "ab":
-        spans = [(note["begin"], note["end"]) for note in ends if note["allocation"] == name]
+        spans = [(note["begin"], note["end"]) for note in ends if note["cell"][0] == name]
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     service = work.notes("service", "enter")[0]
-    assert service["params"] == {"version": 1, "group": service["name"]}
+    assert service["params"] == {"version": 1, "group": service["name"][-1]}
     assert service["resources"]["allocation"] == service["name"]
     assert "measuring a0" in (work.folder / "logs" / "a0.log").read_text()
 
@@ -174,6 +177,7 @@ def test_a_lost_allocation_is_continued(work: Workspace) -> None:
     assert work.bring_ups() == ["a", "a"]
 
 
+@pytest.mark.slow
 def test_a_job_that_takes_its_allocation_down_fails_alone(work: Workspace) -> None:
     work.plan(out={"a": 3})
     work.act(a1="crash")
@@ -184,6 +188,7 @@ def test_a_job_that_takes_its_allocation_down_fails_alone(work: Workspace) -> No
     assert told.count("Jobs not done: 1 of measure.") == 1
 
 
+@pytest.mark.slow
 def test_an_unhealthy_service_gets_no_further_job(work: Workspace) -> None:
     work.plan(out={"a": 4})
     work.act(a1="sicken")
@@ -193,29 +198,43 @@ def test_an_unhealthy_service_gets_no_further_job(work: Workspace) -> None:
     assert [note["name"] for note in work.notes("service", "down")] == ["a", "a"]
 
 
-@pytest.mark.parametrize("retries", [0, 1])
-def test_a_bring_up_that_fails_is_one_error(work: Workspace, retries: int) -> None:
+@pytest.mark.slow
+def test_a_bring_up_that_fails_is_one_error(work: Workspace) -> None:
     work.plan(out={"a": 3, "b": 2})
     (work.folder / "refuse-a").write_text("tiny")
-    told = work.run("--retries", str(retries), status=1, linger=2)
+    told = work.run(status=1)
     assert sorted(work.outputs()) == ["b0", "b1"]
-    assert work.bring_ups().count("a") == 1 + retries
-    assert told.count("RuntimeError: no such model: tiny") == 1 + retries
-    assert told.count("Jobs not done: 3 of measure.") == 1 + retries
+    assert sorted(work.bring_ups()) == ["a", "b"]
+    assert "Allocation a: its service did not come up; 0 of 3 jobs done." in told
+    assert told.count("RuntimeError: no such model: tiny") == 1
+    assert told.count("Jobs not done: 3 of measure.") == 1
     assert "Error in rule" not in told
     assert "Traceback" not in told
-    logs = [line.split()[-1] for line in told.splitlines() if line.strip().startswith("Log: ")]
-    assert "Traceback" in Path(logs[0]).read_text()
+    (log,) = {line.split()[-1] for line in told.splitlines() if line.strip().startswith("Log: ")}
+    assert "Traceback" in Path(log).read_text()
 
 
-def test_a_time_limit_ends_one_allocation_but_not_the_run(work: Workspace) -> None:
-    work.plan(out={"a": 4}, kind="toy")
-    (work.folder / "kinds.yaml").write_text("toy: {timeout_min: 0.15, signal_delay_s: 2}\n")
-    work.act(**{f"a{number}": "2.5" for number in range(4)})
-    told = work.run("--submitit-kinds", "kinds.yaml")
-    assert len(work.outputs()) == 4
-    assert "ended by its time limit" in told
-    assert len(work.notes("service", "down")) == len(work.bring_ups()) > 1
+@pytest.mark.slow
+def test_a_bring_up_is_tried_again_as_often_as_its_jobs(work: Workspace) -> None:
+    work.plan(out={"a": 2})
+    (work.folder / "refuse-a").write_text("tiny")
+    told = work.run("--retries", "1", status=1)
+    assert work.bring_ups() == ["a", "a"]
+    assert told.count("RuntimeError: no such model: tiny") == 2
+
+
+@pytest.mark.slow
+def test_the_warning_of_a_time_limit_ends_one_allocation_but_not_the_run(work: Workspace) -> None:
+    work.plan(out={"a": 3})
+    work.act(a1="wait")
+    process = work.start()
+    work.wait(lambda: "a1" in work.begun())
+    os.kill(work.notes("service", "up")[0]["pid"], signal.SIGUSR2)
+    (work.folder / "go").touch()
+    told = work.end(process, 0)
+    assert "ended by its time limit; 1 of 3 jobs done; 2 jobs left" in told
+    assert work.begun() == ["a0", "a1", "a2", "a1"]
+    assert len(work.notes("service", "down")) == 2
 
 
 def test_an_interrupt_takes_everything_down(work: Workspace) -> None:
@@ -234,6 +253,7 @@ def test_an_interrupt_takes_everything_down(work: Workspace) -> None:
     assert sorted(work.outputs()) == ["a0", "a1", "a2", "x0"]
 
 
+@pytest.mark.slow
 def test_a_terminated_allocation_takes_its_service_and_job_down(work: Workspace) -> None:
     work.plan(out={"a": 2})
     work.act(a0="spawn")
@@ -241,7 +261,7 @@ def test_a_terminated_allocation_takes_its_service_and_job_down(work: Workspace)
     work.wait(lambda: "a0" in work.begun())
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGTERM)
     told = work.end(process, 1)
-    assert "Allocation a: stopped by SIGTERM; 0 of 2 jobs done" in told
+    assert "Allocation a: was stopped by SIGTERM; 0 of 2 jobs done" in told
     assert len(work.notes("service", "down")) == 1
     assert work.outputs() == {}
 
@@ -252,6 +272,7 @@ def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None
     work.run("--unlock")
 
 
+@pytest.mark.slow
 def test_a_new_run_takes_up_what_a_killed_one_has_left(work: Workspace) -> None:
     work.plan(out={"a": 4}, alone={"x": 1})
     work.act(a1="wait", x0="wait")
@@ -269,6 +290,7 @@ def test_a_new_run_takes_up_what_a_killed_one_has_left(work: Workspace) -> None:
     assert "Nothing to be done" in work.run()
 
 
+@pytest.mark.slow
 def test_an_orphan_finishes_alone_and_nothing_is_left_to_do(work: Workspace) -> None:
     work.plan(out={"a": 3})
     work.act(a0="wait")
@@ -283,6 +305,7 @@ def test_an_orphan_finishes_alone_and_nothing_is_left_to_do(work: Workspace) -> 
     assert work.outputs() == kept
 
 
+@pytest.mark.slow
 def test_an_orphan_that_is_not_wanted_begins_nothing_more(work: Workspace) -> None:
     work.plan(out={"a": 5})
     work.act(a1="wait")
@@ -298,6 +321,7 @@ def test_an_orphan_that_is_not_wanted_begins_nothing_more(work: Workspace) -> No
     assert work.begun() == ["a0", "a1", "b0"]
 
 
+@pytest.mark.slow
 def test_what_is_under_way_with_other_params_does_not_count(work: Workspace) -> None:
     work.plan(out={"a": 1})
     work.act(a0="wait")
@@ -314,13 +338,7 @@ def test_what_is_under_way_with_other_params_does_not_count(work: Workspace) -> 
     assert work.bring_ups() == ["a"]
 
 
-def test_names_may_be_unfit_for_files(work: Workspace) -> None:
-    work.plan(out={"a": 1, "b": 1}, prefix="../ü $x/")
-    work.run(linger=1)
-    assert sorted(work.outputs()) == ["a0", "b0"]
-    assert sorted(work.bring_ups()) == ["../ü $x/a", "../ü $x/b"]
-
-
+@pytest.mark.slow
 def test_another_directory_and_a_profile_s_paths(work: Workspace) -> None:
     inside = work.folder / "inside"
     (inside / "acts").mkdir(parents=True)
@@ -332,9 +350,8 @@ def test_another_directory_and_a_profile_s_paths(work: Workspace) -> None:
 
 REFUSED = {
     "cluster": (["--submitit-cluster", "slrum"], "`slrum` is unknown. Valid are: slurm, local"),
-    "service": (["--submitit-service", "toy_service"], "not of the form module:function"),
-    "kinds": (["--submitit-kinds", "nowhere.yaml"], "nowhere.yaml cannot be read"),
     "allocations": (["--submitit-allocations", "0"], "at least 1"),
+    "precommand": (["--precommand", "true"], "give the kind of node a `setup` instead"),
 }
 
 

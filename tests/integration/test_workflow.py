@@ -47,7 +47,8 @@ class Workspace:
         self.folder = folder
         self.config = folder / "study.yaml"
         self.study = json.loads(json.dumps(STUDY))
-        self.processes: list[subprocess.Popen[str]] = []
+        self.output = folder / "output.txt"
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def command(self, *arguments: str) -> list[str]:
         self.config.write_text(yaml.safe_dump(self.study))
@@ -65,15 +66,15 @@ class Workspace:
         assert done.returncode == status, told
         return told
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            self.command(*arguments),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        with self.output.open("w") as output:
+            process = subprocess.Popen(
+                self.command(*arguments),
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self.processes.append(process)
         return process
 
@@ -124,8 +125,6 @@ def workspace(tmp_path: Path) -> Iterator[Workspace]:
     for process in work.processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        assert process.stdout is not None
-        process.stdout.close()
         process.wait()
     work.wait_until_gone()
     assert set(os.listdir("/dev/shm")) <= shared_memory
@@ -199,8 +198,7 @@ def test_a_killed_allocation_is_continued_by_the_same_command(workspace: Workspa
         each for each in workspace.survivors() if "submitit.core._submit" in each.cmdline()
     )
     allocation.kill()
-    told, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, told
+    assert process.wait(200) == 0, workspace.output.read_text()
     assert len(workspace.cells()) == 8
     # The last one may have been written and not yet reported.
     repeated = {trial for trial in kept if workspace.cells()[trial] != kept[trial]}
@@ -214,7 +212,7 @@ def test_a_killed_main_process_is_taken_up_again(workspace: Workspace) -> None:
     process = workspace.start()
     workspace.wait_for_cells(2)
     process.kill()
-    process.communicate(timeout=30)
+    process.wait()
     kept = workspace.cells()
     workspace.run("--unlock")
     workspace.run()
@@ -231,8 +229,7 @@ def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
     process = workspace.start()
     workspace.wait_for_cells(1)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.wait(60) != 0
     workspace.wait_until_gone()
     assert all(record["verdict"] == "ok" for record in workspace.records())
     workspace.run()

@@ -21,7 +21,7 @@ from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
 
-from snakemake_executor_plugin_submitit.fleet import Failure, Fleet, Need, Queued
+from snakemake_executor_plugin_submitit.fleet import Fleet
 from snakemake_executor_plugin_submitit.jobs import (
     allocation_of,
     argv_of,
@@ -37,8 +37,7 @@ from snakemake_executor_plugin_submitit.submission import (
     choose_cluster,
     read_kinds,
 )
-
-POLL_S = 0.5
+from snakemake_executor_plugin_submitit.tracking import Failure, Need, Queued
 
 
 @dataclass
@@ -90,6 +89,8 @@ common_settings = CommonSettings(
 
 
 class Executor(RemoteExecutor):  # type: ignore[misc]
+    _poll_s = 0.5  # asked for before __post_init__ as well
+
     def __post_init__(self) -> None:
         settings = self.workflow.executor_settings
         if self.workflow.remote_execution_settings.precommand:
@@ -99,6 +100,8 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         if settings.allocations is not None and settings.allocations < 1:
             raise WorkflowError("submitit-allocations: at least 1 allocation must be allowed.")
         self._cluster = choose_cluster(settings.cluster)
+        if self._cluster == "slurm":
+            self._poll_s = 2.0  # hundreds of journals, perhaps, on a shared file system
         self._service = checked_service(settings.service)
         start = Path(self.workflow.rundir)  # before --directory
         self._kinds_path = start / settings.kinds if settings.kinds else None
@@ -116,7 +119,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         return "--quiet progress rules host"
 
     async def sleep(self) -> None:
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(self._poll_s)
 
     def run_job(self, job: JobExecutorInterface) -> None:
         self.run_jobs([job])

@@ -21,13 +21,13 @@ from typing import Any, Protocol
 from snakemake_executor_plugin_submitit import spool as events
 from snakemake_executor_plugin_submitit.liveness import start_ticks
 from snakemake_executor_plugin_submitit.runner import Runner
-from snakemake_executor_plugin_submitit.spool import Spool
+from snakemake_executor_plugin_submitit.spool import Spool, Task
 
-IDLE, CLOSED, WALLTIME = "idle", "closed", "walltime"
+IDLE, CLOSED, WALLTIME, PREEMPTED = "idle", "closed", "walltime", "preempted"
 UNHEALTHY, BRING_UP, FAILURE = "unhealthy", "bring-up", "failure"
 """Why an allocation has ended, as its journal says it."""
 
-POLL_S = 0.1
+POLL_S = 0.2
 AFTERSHOCK_S = 1.0
 """How long after a failed job the signal that ended it may still be on its way here as well."""
 WALLTIME_MARGIN_S = 90.0
@@ -97,15 +97,11 @@ class Allocation:
         spool = Spool(Path(self.folder))
         if not spool.restore():
             return
-        own_session = "SLURM_JOB_ID" not in os.environ
-        if own_session:  # Slurm may track processes by their session, a terminal signals by it
-            os.setsid()
+        if "SLURM_JOB_ID" not in os.environ:
+            os.setsid()  # the terminal's Ctrl-C is for the main process
+        pid = os.getpid()
         spool.record(
-            events.STARTED,
-            pid=os.getpid(),
-            start_ticks=start_ticks(os.getpid()),
-            host=socket.gethostname(),
-            own_session=own_session,
+            events.STARTED, pid=pid, start_ticks=start_ticks(pid), host=socket.gethostname()
         )
         _raise_on_signals()
         try:
@@ -147,20 +143,15 @@ class Allocation:
     def _work(self, spool: Spool, runner: Runner, service: Service) -> tuple[str, str]:
         idle_since = time.monotonic()
         while True:
-            if not service.healthy():
-                return UNHEALTHY, "the service is not healthy"
             # Closed is looked at before the queue: what was put before closing is still taken.
             closed = spool.closed
-            if taken := spool.take():
-                ticket, task = taken
-                spool.record(events.BEGAN, ticket=ticket)
-                caught = spool.log_of(ticket)
-                status = runner.run(task, service.env, caught)
-                if status:
-                    time.sleep(AFTERSHOCK_S)
-                if task.log:
-                    _move_behind(caught, Path(task.log))
-                spool.finish(ticket, status)
+            if spool.waiting():
+                if not service.healthy():
+                    return UNHEALTHY, ""
+                taken = spool.take()
+                failed = taken is not None and self._run(spool, runner, service, *taken) != 0
+                if failed and not service.healthy():
+                    return UNHEALTHY, ""
                 idle_since = time.monotonic()
             elif closed:
                 return CLOSED, ""
@@ -169,18 +160,31 @@ class Allocation:
             else:
                 time.sleep(POLL_S)
 
+    def _run(self, spool: Spool, runner: Runner, service: Service, ticket: str, task: Task) -> int:
+        spool.record(events.BEGAN, ticket=ticket)
+        caught = spool.log_of(ticket)
+        status = runner.run(task, service.env, caught)
+        if status:
+            time.sleep(AFTERSHOCK_S)
+        if task.log:
+            _move_behind(caught, Path(task.log))
+        spool.finish(ticket, status)
+        return status
+
     def _stopped(self, spool: Spool, number: signal.Signals, elapsed: float) -> None:
         """Say so; after the warning of a preemption, ask Slurm for another start."""
         if number != signal.SIGUSR2:
             spool.record(events.STOPPED, reason=number.name)
             return
         job = os.environ.get("SLURM_JOB_ID")
-        if job and self.limit - elapsed > self.warned + WALLTIME_MARGIN_S:
-            spool.record(events.STOPPED, reason="preemption")
-            with contextlib.suppress(OSError, subprocess.SubprocessError):
-                subprocess.run(["scontrol", "requeue", job], check=True, timeout=30)
-                return
-        spool.record(events.ENDED, reason=WALLTIME, detail="")
+        if job is None or self.limit - elapsed <= self.warned + WALLTIME_MARGIN_S:
+            spool.record(events.ENDED, reason=WALLTIME, detail="")
+            return
+        spool.record(events.STOPPED, reason="preemption")
+        try:
+            subprocess.run(["scontrol", "requeue", job], check=True, timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            spool.record(events.ENDED, reason=PREEMPTED, detail="")
 
 
 def _raise_on_signals() -> None:
@@ -208,8 +212,8 @@ def _raise_on_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    # The main process starts local allocations with it blocked: Ctrl-C is for itself.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # submission.submit has blocked them for the time before this has its own session.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
     threading.Thread(target=wait_for_warning, daemon=True).start()
 
 

@@ -58,6 +58,6 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(each, where) for each in value]
     raise WorkflowError(
-        f"{where}: a {type(value).__name__} cannot be handed to the service of an allocation. "
+        f"{where}: `{type(value).__name__}` cannot be handed to the service of an allocation. "
         "Use numbers, text, lists and mappings."
     )

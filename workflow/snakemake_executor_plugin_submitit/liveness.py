@@ -32,11 +32,13 @@ class Submission:
     """What is known of a submitted job: enough to find it again, and nothing else by mistake.
 
     Job ids and process ids are reused, so `job_name` has a random part, and `start_ticks` is
-    when the local process began (null on Slurm). `submitted` is seconds since the epoch.
+    when the local process began (None on Slurm). `submitted` is seconds since the epoch, `host`
+    where it was submitted.
     """
 
     name: str
     cluster: str
+    host: str
     job_id: str
     job_name: str
     submitted: float

@@ -46,7 +46,7 @@ class Event:
     data: Mapping[str, Any]
 
 
-STARTED = "started"  # pid, start_ticks, host
+STARTED = "started"  # pid, start_ticks (see liveness), host
 UP = "up"  # seconds
 BEGAN = "began"  # ticket
 DONE = "done"  # ticket, status (negative: killed by that signal)
@@ -107,13 +107,19 @@ class Spool:
 
     # the allocation
 
-    def take(self) -> tuple[str, Task] | None:
-        """Claim the oldest task, or None where the queue is empty."""
+    def waiting(self) -> bool:
+        """Whether there is something to take."""
         if not self._known:
+            # What others have put appears at once on network file systems only after a change.
+            os.utime(self._todo)
             # A listing is sorted once for all it contains, not once for each task.
             names = (path.name for path in self._todo.iterdir())
             self._known.extend(sorted(name for name in names if not name.startswith(".")))
-        while self._known:
+        return bool(self._known)
+
+    def take(self) -> tuple[str, Task] | None:
+        """Claim the oldest task, or None where the queue is empty."""
+        while self.waiting():
             ticket = self._known.popleft()
             with contextlib.suppress(FileNotFoundError):
                 claimed = (self._todo / ticket).rename(self._doing / ticket)
@@ -147,10 +153,8 @@ class Spool:
                 path.unlink()
             else:
                 path.rename(self._todo / path.name)
-        if events:
-            # A line that was cut off must not swallow the next one.
-            with (self.root / "journal.jsonl").open("a") as file:
-                file.write("\n")
+        with (self.root / "journal.jsonl").open("a") as file:
+            file.write("\n")  # a line that was cut off must not swallow the next one
         return not any(event.kind == ENDED for event in events)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -167,10 +168,9 @@ class Parameters:
         """As the parameters of submitit's SlurmExecutor."""
         values = dict(self.values)
         cpus, nodes = values["cpus_per_task"], values.get("nodes", 1)
-        # srun does not take the batch job's --cpus-per-task over since Slurm 22.05; and an
-        # allocation of several nodes has one process, on the first of them.
-        arguments = [f"--cpus-per-task={cpus}"]
-        arguments += ["--nodes=1", "--ntasks=1"] if nodes > 1 else []
+        # srun would start one process per CPU of an exclusive node, and one per node of several;
+        # since Slurm 22.05 it does not take the batch job's --cpus-per-task over.
+        arguments = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={cpus}"]
         memory = {"mem": f"{round(values['mem_gb'] * 1024)}M"} if "mem_gb" in values else {}
         return {
             "time": math.ceil(values["timeout_min"]),
@@ -202,14 +202,6 @@ class Parameters:
         }
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """A submission of this process: what is recorded of it, and submitit's handle."""
-
-    submission: Submission
-    handle: Any
-
-
 def submit(
     name: str,
     cluster: str,
@@ -217,10 +209,11 @@ def submit(
     folder: Path,
     parameters: Parameters,
     function: Callable[[], None],
-) -> Submitted:
+) -> tuple[Submission, Any]:
     """Submit `function`, which must be importable on the node, as one submitit job.
 
-    `folder` is where submitit keeps its files. Raises WorkflowError where the cluster refuses.
+    `folder` is where submitit keeps its files. Returns what to remember of the job, and
+    submitit's handle. Raises WorkflowError where the cluster refuses.
     """
     python = parameters.values.get("python")
     try:
@@ -234,18 +227,17 @@ def submit(
             handle = executor.submit(function)
     except (OSError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
         raise WorkflowError(f"{cluster} refused the allocation {name}: {error}") from error
-    return Submitted(
-        Submission(
-            name=name,
-            cluster=cluster,
-            job_id=handle.job_id,
-            job_name=job_name,
-            submitted=time.time(),
-            log=str(handle.paths.stdout),
-            start_ticks=start_ticks(int(handle.job_id)) if cluster == "local" else None,
-        ),
-        handle,
+    submission = Submission(
+        name=name,
+        cluster=cluster,
+        host=socket.gethostname(),
+        job_id=handle.job_id,
+        job_name=job_name,
+        submitted=time.time(),
+        log=str(handle.paths.stdout),
+        start_ticks=start_ticks(int(handle.job_id)) if cluster == "local" else None,
     )
+    return submission, handle
 
 
 def cancel(submission: Submission) -> None:

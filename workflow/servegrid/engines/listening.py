@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import httpx
 
 from servegrid.endpoint import Endpoint
 from servegrid.engines.base import Site
@@ -18,7 +19,7 @@ UNIX_BASE_URL = "http://localhost"
 SOCKET_PATH_BYTES = 107
 """What fits into sockaddr_un.sun_path beside its final zero; see unix(7)."""
 
-HEALTH_LIMIT_S = 5.0
+ANSWER_LIMIT_S = 5.0
 POLL_S = 0.05
 
 
@@ -30,32 +31,53 @@ def socket_path(site: Site, folder: Path) -> Path | None:
     if site.socket == "tcp":
         return None
     path = folder / "engine.sock"
+    refuse_too_long(path)
+    return path
+
+
+def refuse_too_long(path: Path) -> None:
+    """Raise EngineError where no Unix socket can have this path."""
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_BYTES:
         raise EngineError(
             f"{path}: a Unix socket's path has at most {SOCKET_PATH_BYTES} bytes and this one "
-            f"{length}. Set TMPDIR to a shorter folder, or `socket: tcp` in the profile."
+            f"{length}. Set TMPDIR to a shorter folder."
         )
-    return path
 
 
-def client_of(endpoint: Endpoint) -> httpx.Client:
-    """A client of the endpoint, for short questions."""
+class _Connection(http.client.HTTPConnection):
+    """To an endpoint on TCP or on a Unix socket."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint.base_url.removeprefix("http://"), timeout=ANSWER_LIMIT_S)
+        self._path = endpoint.socket
+
+    def connect(self) -> None:
+        if self._path is None:
+            super().connect()
+            return
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
+    """Status and body of GET `path`.
+
+    Raises OSError or http.client.HTTPException where no answer comes within `ANSWER_LIMIT_S`.
+    """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    return httpx.Client(
-        base_url=endpoint.base_url,
-        headers=headers,
-        transport=httpx.HTTPTransport(uds=endpoint.socket),
-        timeout=HEALTH_LIMIT_S,
-    )
+    with contextlib.closing(_Connection(endpoint)) as connection:
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read()
 
 
 def answers(endpoint: Endpoint) -> bool:
-    """Whether GET /health is answered with 200 within `HEALTH_LIMIT_S`."""
+    """Whether GET /health is answered with 200 in time."""
     try:
-        with client_of(endpoint) as client:
-            return client.get("/health").status_code == 200
-    except httpx.HTTPError:
+        return get(endpoint, "/health")[0] == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
         return False
 
 

@@ -30,7 +30,7 @@ from servegrid.engines.listening import (
     LOOPBACK,
     UNIX_BASE_URL,
     answers,
-    client_of,
+    get,
     socket_path,
     wait_until,
 )
@@ -73,9 +73,7 @@ class LlamaCpp:
 def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
     """See `servegrid.engines.bring_up`."""
     started = time.monotonic()
-    settings = settings_for(
-        deployment, gguf_file(deployment, site.models), len(os.sched_getaffinity(0))
-    )
+    settings = settings_for(deployment, gguf_file(deployment, site.models), threads())
     key = secrets.token_urlsafe(24)
     with guarded() as warden:
         socket = socket_path(site, warden.folder)
@@ -126,6 +124,14 @@ def gguf_file(deployment: Deployment, cache: Path) -> Path:
                 "llama.cpp serves nothing else; use the engine `vllm` for safetensors."
             )
     return path
+
+
+def threads() -> int:
+    """Threads that compute: a core is left to the server and the load, as vLLM leaves one.
+
+    They wait for each other by spinning: one more than there are free cores stops them all.
+    """
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def settings_for(deployment: Deployment, checkpoint: Path, threads: int) -> dict[str, Any]:
@@ -238,9 +244,8 @@ class _Server:
 
 def _resolved(deployment: Deployment, endpoint: Endpoint) -> dict[str, Any]:
     """What the server says that it uses. Raises ConfigError where the model cannot do it."""
-    with client_of(endpoint) as client:
-        properties = client.get("/props").raise_for_status().json()
-        (model,) = client.get("/v1/models").raise_for_status().json()["data"]
+    properties = json.loads(get(endpoint, "/props")[1])
+    (model,) = json.loads(get(endpoint, "/v1/models")[1])["data"]
     longest = model["meta"]["n_ctx_train"]
     if deployment.max_model_len > longest:
         raise ConfigError(

@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -28,6 +29,7 @@ from servegrid.engines.listening import (
     LOOPBACK,
     UNIX_BASE_URL,
     answers,
+    refuse_too_long,
     socket_path,
     wait_until,
 )
@@ -77,6 +79,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
     with contextlib.ExitStack() as stack:
         warden = stack.enter_context(guarded())
         path = socket_path(site, warden.folder)
+        refuse_too_long(warden.folder / str(uuid.uuid4()))  # as vLLM names its own sockets
         with _environment(variables(warden.folder)):
             api = _load(deployment)
             rendered = _rendered(deployment, checkpoint, api)
@@ -103,6 +106,10 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
                 clock.lap("server")
             except Failed as failed:
                 raise _explained(deployment, api, failed, warden.folder) from None
+            except BaseException:
+                # As long as it goes on starting, it must find its variables.
+                server.stop()
+                raise
         facts = {
             "engine": "vllm",
             "version": api.version,

@@ -1,0 +1,59 @@
+"""The demo's model, and a real engine for all who need just any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from servegrid import models
+from servegrid.endpoint import Endpoint
+from servegrid.engines import Site, bring_up
+from servegrid.grid import Deployment
+
+
+class DemoModel(NamedTuple):
+    """The demo's model: its cache folder, the folder of safetensors, and the GGUF file."""
+
+    models: Path
+    folder: Path
+    gguf: Path
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> DemoModel:
+    """Prepared once per machine, in SERVEGRID_MODELS or the user's cache."""
+    cache = models.default_folder()
+    models.prepare(cache)
+    return DemoModel(
+        cache,
+        models.locate("demo:smollm2-135m-instruct", cache),
+        models.locate("demo:smollm2-135m-instruct.gguf", cache),
+    )
+
+
+@pytest.fixture(scope="session")
+def llamacpp_deployment() -> Deployment:
+    return Deployment(
+        name="smollm2-135m-instruct_q4_1_llamacpp_cpu",
+        model="smollm2-135m-instruct",
+        checkpoint="demo:smollm2-135m-instruct.gguf",
+        tokenizer="demo:smollm2-135m-instruct",
+        quantization="q4_1",
+        engine="llamacpp",
+        gpu="cpu",
+        gpu_count=0,
+        max_model_len=512,
+        max_num_seqs=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def llamacpp_endpoint(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> Iterator[tuple[Endpoint, Path]]:
+    """A llama.cpp that serves the demo's model on TCP, and the folder of its tokenizer."""
+    with bring_up(llamacpp_deployment, Site(models=demo_model.models, startup_s=120)) as engine:
+        yield engine.endpoint, demo_model.folder

@@ -1,0 +1,83 @@
+"""Brings one engine up, as an allocation does, for a test that watches from outside.
+
+Usage: serve_engine.py DEPLOYMENT SITE, both JSON. When the engine is up, a line of JSON tells
+what a test cannot see; a failure is told as one, too. Each line on standard input asks whether
+the engine is healthy; the end of standard input ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from servegrid import processes
+from servegrid.engines import Site, bring_up
+from servegrid.errors import ServegridError
+from servegrid.grid import Deployment
+
+
+def tell(**facts: Any) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+class Watch(threading.Thread):
+    """Sees all processes and shared memory that there are while an engine starts."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.pids: set[int] = set()
+        self.segments: set[str] = set()
+
+    def run(self) -> None:
+        while True:
+            found = processes.descendants()
+            self.pids.update(process.pid for process in found)
+            self.segments.update(map(str, processes.shared_memory(found)))
+            time.sleep(0.1)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    deployment = Deployment(**json.loads(sys.argv[1]))
+    site = json.loads(sys.argv[2])
+    watch = Watch()
+    watch.start()
+    tell(pid=os.getpid())
+    environment = dict(os.environ)
+    try:
+        with bring_up(deployment, Site(**site | {"models": Path(site["models"])})) as engine:
+            tell(
+                endpoint=json.loads(engine.endpoint.to_json()),
+                facts=engine.facts,
+                pids=engine.pids(),
+                all_pids=sorted(watch.pids),
+                segments=sorted(watch.segments),
+                healthy=engine.healthy(),
+                environment_kept=environment == dict(os.environ),
+            )
+            for _ in sys.stdin:
+                tell(healthy=engine.healthy())
+    except ServegridError as error:
+        tell(error=f"{type(error).__name__}: {error}", all_pids=sorted(watch.pids))
+    tell(
+        pids_left=[pid for pid in watch.pids if _is_running(pid)],
+        segments=sorted(watch.segments),
+        segments_left=[each for each in watch.segments if Path(each).exists()],
+    )
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""llama.cpp as an engine: what it serves, how it fails, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from conftest import DemoModel
+from serving import Serving, client_of
+
+from servegrid.engines import Site, bring_up
+from servegrid.errors import ConfigError, EngineError
+from servegrid.grid import Deployment
+
+
+def site(demo_model: DemoModel, **more: Any) -> Site:
+    return Site(**{"models": demo_model.models, "startup_s": 120.0} | more)
+
+
+def complete(client: httpx.Client, prompt: str | list[int], tokens: int) -> dict[str, Any]:
+    response = client.post(
+        "/v1/completions",
+        json={
+            "model": "smollm2-135m-instruct",
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        },
+        timeout=120,
+    )
+    response.raise_for_status()
+    body: dict[str, Any] = response.json()
+    return body
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith(f"llamacpp:{name} "):
+            return float(line.split()[1])
+    raise AssertionError(f"no metric {name}")
+
+
+def test_it_serves_the_model_and_every_prompt_in_full(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with (
+        bring_up(llamacpp_deployment, site(demo_model)) as engine,
+        client_of(engine.endpoint) as client,
+    ):
+        assert complete(client, "The capital of France is", 3)["choices"][0]["text"].startswith(
+            " Paris"
+        )
+        prompt = list(range(1000, 1200))
+        before = metric(client, "prompt_tokens_total")
+        for _ in range(3):
+            usage = complete(client, prompt, 4)["usage"]
+            assert (usage["prompt_tokens"], usage["completion_tokens"]) == (200, 4)
+        assert metric(client, "prompt_tokens_total") - before == 3 * 200
+        assert metric(client, "prompt_tokens_cached_total") == 0
+
+        assert engine.facts["quantization"] == "Q4_1"
+        assert engine.facts["max_model_len"] == 512
+        assert engine.facts["max_num_seqs"] == 8
+        assert engine.facts["kv_capacity_tokens"] == 8 * 512
+        assert engine.facts["parameters"] == 134_515_008
+        assert engine.endpoint.api_key
+        assert engine.endpoint.api_key not in repr(engine.facts)
+
+
+def test_a_request_may_fill_the_context_and_no_more(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with (
+        bring_up(llamacpp_deployment, site(demo_model)) as engine,
+        client_of(engine.endpoint) as client,
+    ):
+        usage = complete(client, [1000] * 500, 12)["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (500, 12)
+        with pytest.raises(httpx.HTTPStatusError, match="400"):
+            complete(client, [1000] * 513, 1)
+
+
+def test_as_many_requests_as_it_has_slots_run_at_once_while_it_stays_healthy(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with (
+        bring_up(llamacpp_deployment, site(demo_model)) as engine,
+        client_of(engine.endpoint) as client,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        requests = [pool.submit(complete, client, [1000 + n] * 8, 40) for n in range(12)]
+        running = waiting = 0.0
+        while not all(request.done() for request in requests):
+            running = max(running, metric(client, "requests_processing"))
+            waiting = max(waiting, metric(client, "requests_deferred"))
+            assert engine.healthy()
+            time.sleep(0.02)
+        assert (running, waiting) == (8, 4)
+        assert [r.result()["usage"]["completion_tokens"] for r in requests] == [40] * 12
+
+
+def test_only_who_has_the_key_is_served(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with bring_up(llamacpp_deployment, site(demo_model)) as engine:
+        with client_of(replace(engine.endpoint, api_key="another")) as client:
+            assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
+        (pid,) = engine.pids()
+        assert engine.endpoint.api_key
+        assert engine.endpoint.api_key not in " ".join(psutil.Process(pid).cmdline())
+
+
+def test_it_listens_on_a_unix_socket_that_only_its_user_reaches(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with bring_up(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
+        assert engine.endpoint.socket
+        socket = Path(engine.endpoint.socket)
+        assert socket.is_socket()
+        assert socket.parent.stat().st_mode & 0o777 == 0o700
+        with client_of(engine.endpoint) as client:
+            assert complete(client, "a b c", 2)["usage"]["completion_tokens"] == 2
+        (pid,) = engine.pids()
+        assert psutil.Process(pid).net_connections("inet") == []
+    assert not socket.parent.exists()
+
+
+def test_a_second_one_comes_up_after_the_first(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    pids = set()
+    for _ in range(2):
+        with bring_up(llamacpp_deployment, site(demo_model)) as engine:
+            assert engine.healthy()
+            pids |= set(engine.pids())
+        assert not engine.healthy()
+    assert len(pids) == 2
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def test_a_killed_engine_is_not_healthy_and_leaves_nothing(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with bring_up(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
+        (pid,) = engine.pids()
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while engine.healthy():
+            assert time.monotonic() < deadline
+    assert engine.endpoint.socket
+    assert not Path(engine.endpoint.socket).parent.exists()
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_damaged_model_is_told_in_one_line(
+    demo_model: DemoModel, llamacpp_deployment: Deployment, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(demo_model.gguf.read_bytes()[:50_000_000])
+    with (
+        pytest.raises(EngineError, match="corrupted or incomplete") as caught,
+        bring_up(replace(llamacpp_deployment, checkpoint=str(damaged)), site(demo_model)),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+    assert llamacpp_deployment.name in str(caught.value)
+
+
+def test_a_misspelt_argument_is_refused_with_what_was_meant(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    misspelt = replace(llamacpp_deployment, arguments={"cache_promt": True})
+    with (
+        pytest.raises(ConfigError, match=r"arguments\.cache_promt.*Did you mean `cache_prompt`"),
+        bring_up(misspelt, site(demo_model)),
+    ):
+        pass
+
+
+def test_a_context_longer_than_the_models_is_refused(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    long = replace(llamacpp_deployment, max_model_len=8448, max_num_seqs=1)
+    with (
+        pytest.raises(ConfigError, match="max_model_len 8448 is more than the 8192 tokens"),
+        bring_up(long, site(demo_model)),
+    ):
+        pass
+
+
+def test_a_start_that_takes_too_long_is_given_up(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with (
+        pytest.raises(EngineError, match="not up within its limit"),
+        bring_up(llamacpp_deployment, site(demo_model, startup_s=0.0)),
+    ):
+        pass
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert not any("llamacpp_server" in command for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)],
+)
+@pytest.mark.parametrize("moment", ["starting", "up"])
+def test_a_signal_ends_it_and_leaves_nothing(
+    demo_model: DemoModel,
+    llamacpp_deployment: Deployment,
+    tmp_path: Path,
+    signal_number: signal.Signals,
+    status: int,
+    moment: str,
+) -> None:
+    with Serving(llamacpp_deployment, demo_model.models, tmp_path, socket="unix") as serving:
+        if moment == "up":
+            serving.up()
+        else:
+            time.sleep(0.2)
+        assert serving.end(signal_number) == status
+
+
+def test_the_schedulers_warning_does_not_reach_the_engine(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    with bring_up(llamacpp_deployment, site(demo_model)) as engine:
+        (pid,) = engine.pids()
+        for signal_number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            os.kill(pid, signal_number)
+        time.sleep(0.2)
+        assert engine.healthy()

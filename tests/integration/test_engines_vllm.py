@@ -1,0 +1,189 @@
+"""The real vLLM on the CPU: three bring-ups that succeed, and starts that fail early.
+
+Each runs in a process of its own, as in an allocation; see `serve_engine.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from conftest import DemoModel
+from serving import Serving
+
+from servegrid.grid import Deployment
+
+HELD = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+DEPLOYMENT = Deployment(
+    name="smollm2-135m-instruct_bf16_vllm_cpu",
+    model="smollm2-135m-instruct",
+    checkpoint="demo:smollm2-135m-instruct",
+    tokenizer="demo:smollm2-135m-instruct",
+    quantization="bf16",
+    engine="vllm",
+    gpu="cpu",
+    gpu_count=0,
+    max_model_len=512,
+    max_num_seqs=8,
+)
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def held_by(pid: int) -> set[int]:
+    """The signals that the main thread of `pid` has blocked; see proc(5)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(status.partition("SigBlk:")[2].split()[0], 16)
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+
+
+def complete(client: httpx.Client, prompt: str | list[int], tokens: int) -> dict[str, Any]:
+    response = client.post(
+        "/v1/completions",
+        json={
+            "model": "smollm2-135m-instruct",
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        },
+    )
+    response.raise_for_status()
+    body: dict[str, Any] = response.json()
+    return body
+
+
+def metric(client: httpx.Client, name: str) -> float:
+    """The sum over all labels."""
+    lines = client.get("/metrics").text.splitlines()
+    values = [float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}{{")]
+    assert values, f"no metric {name}"
+    return sum(values)
+
+
+def test_it_serves_with_what_was_asked_and_a_sigterm_ends_it(
+    demo_model: DemoModel, tmp_path: Path
+) -> None:
+    with Serving(DEPLOYMENT, demo_model.models, tmp_path) as serving:
+        up = serving.up()
+        assert up["healthy"]
+        assert up["environment_kept"]
+        facts = up["facts"]
+        expected = {
+            "engine": "vllm",
+            "dtype": "bfloat16",
+            "max_model_len": 512,
+            "max_num_seqs": 8,
+            "prefix_caching": False,
+            "tensor_parallel_size": 1,
+            "enforce_eager": True,
+            "attention_backends": ["CPU_ATTN"],
+            # 23,040 bytes a token, for 8 requests of 512: see the unit test of the arguments.
+            "kv_capacity_tokens": 8 * 512,
+        }
+        assert facts | expected == facts
+        assert facts["bring_up_s"].keys() == {"import", "engine", "server"}
+        assert up["endpoint"]["api_key"] not in repr(facts)
+
+        job, *engine = up["pids"]
+        assert job == serving.process.pid
+        assert len(engine) == 2
+        assert all(held_by(pid) >= HELD for pid in engine)
+        assert not held_by(job) & HELD
+        os.kill(engine[0], signal.SIGUSR2)
+        os.kill(engine[1], signal.SIGINT)
+
+        with serving.client() as client:
+            text = complete(client, "The capital of France is", 3)["choices"][0]["text"]
+            assert text.startswith(" Paris")
+            prompt = list(range(1000, 1200))
+            before = metric(client, "prompt_tokens_total")
+            for _ in range(2):
+                usage = complete(client, prompt, 4)["usage"]
+                assert (usage["prompt_tokens"], usage["completion_tokens"]) == (200, 4)
+            assert metric(client, "prompt_tokens_total") - before == 2 * 200
+            assert metric(client, "prefix_cache_hits_total") == 0
+            client.headers["Authorization"] = "Bearer another"
+            assert client.get("/v1/models").status_code == 401
+        assert serving.healthy()
+        assert serving.end(signal.SIGTERM) == 143
+
+
+def test_a_killed_worker_is_noticed_and_nothing_is_left(
+    demo_model: DemoModel, tmp_path: Path
+) -> None:
+    with Serving(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
+        up = serving.up()
+        socket = Path(up["endpoint"]["socket"])
+        assert socket.is_socket()
+        assert socket.parent.stat().st_mode & 0o777 == 0o700
+        with serving.client() as client:
+            assert complete(client, "a b c", 2)["usage"]["completion_tokens"] == 2
+        os.kill(up["pids"][-1], signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while serving.healthy():
+            assert time.monotonic() < deadline
+        left = serving.finish()
+        assert left["segments"]
+        assert (left["pids_left"], left["segments_left"]) == ([], [])
+        assert not socket.exists()
+
+
+def test_an_allocation_that_is_killed_outright_takes_its_engine_along(
+    demo_model: DemoModel, tmp_path: Path
+) -> None:
+    with Serving(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
+        engine = serving.up()["pids"][1:]
+        assert serving.told["segments"]
+        assert all(map(psutil.pid_exists, engine))
+        assert serving.end(signal.SIGKILL) == -signal.SIGKILL
+
+
+def test_a_start_that_fails_in_the_engine_tells_its_cause(
+    demo_model: DemoModel, tmp_path: Path
+) -> None:
+    small = replace(DEPLOYMENT, arguments={"kv_cache_memory_bytes": 1000})
+    with Serving(small, demo_model.models, tmp_path) as serving:
+        error = serving.hear()["error"]
+        assert error.startswith(f"EngineError: deployment `{DEPLOYMENT.name}`: vLLM ")
+        assert "ValueError: No available memory for the cache blocks" in error
+        assert "\n" not in error
+        assert "Traceback" in serving.log.read_text()
+        left = serving.finish()
+        assert (left["pids_left"], left["segments_left"]) == ([], [])
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(demo_model: DemoModel, tmp_path: Path) -> None:
+    with Serving(DEPLOYMENT, demo_model.models, tmp_path) as serving:
+        log, deadline = serving.log, time.monotonic() + 120
+        while "Initializing a V1 LLM engine" not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = psutil.Process(serving.process.pid).children(recursive=True)
+        assert serving.end(signal.SIGTERM) == 143
+        _, left = psutil.wait_procs(children, timeout=60)
+        assert left == []
+
+
+def test_a_start_that_takes_too_long_is_given_up(demo_model: DemoModel, tmp_path: Path) -> None:
+    with Serving(DEPLOYMENT, demo_model.models, tmp_path, startup_s=1.0) as serving:
+        assert "not up within its limit" in serving.hear()["error"]
+        assert serving.finish()["pids_left"] == []
+
+
+def test_arguments_are_checked_by_the_installed_vllm_before_anything_starts(
+    demo_model: DemoModel, tmp_path: Path
+) -> None:
+    misspelt = replace(DEPLOYMENT, arguments={"max_num_batched_tokns": 512})
+    with Serving(misspelt, demo_model.models, tmp_path) as serving:
+        error = serving.hear()["error"]
+        assert error.startswith("ConfigError: ")
+        assert "Did you mean `max_num_batched_tokens`" in error
+        assert serving.finish()["segments"] == []

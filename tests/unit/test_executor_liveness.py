@@ -1,0 +1,125 @@
+"""Whether a job still exists, as squeue and /proc tell it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+
+from snakemake_executor_plugin_submitit.liveness import (
+    GONE,
+    LocalLiveness,
+    SlurmLiveness,
+    Submission,
+    parse_squeue,
+    runs,
+    start_ticks,
+)
+
+SQUEUE = """\
+101|RUNNING|alpha-1f
+102|CANCELLED|beta-2e
+103_[0-9]|PENDING|somebody's array
+104|NODE_FAIL|odd|name
+"""
+
+
+def submission(job_id: str, job_name: str = "alpha-1f", ticks: int | None = None) -> Submission:
+    cluster = "slurm" if ticks is None else "local"
+    return Submission("alpha", cluster, "here", job_id, job_name, 0.0, "log", ticks)
+
+
+def test_lines_of_squeue() -> None:
+    assert parse_squeue(SQUEUE) == {
+        ("101", "alpha-1f"): "RUNNING",
+        ("102", "beta-2e"): "CANCELLED",
+        ("103_[0-9]", "somebody's array"): "PENDING",
+        ("104", "odd|name"): "NODE_FAIL",
+    }
+    assert parse_squeue("") == {}
+
+
+class Cluster:
+    """A clock and a squeue that says what it is told to."""
+
+    def __init__(self, answer: str | None) -> None:
+        self.answer, self.now, self.asked = answer, 0.0, 0
+        self.liveness = SlurmLiveness(self.ask, lambda: self.now, period=30, confirmation=8)
+
+    def ask(self) -> str | None:
+        self.asked += 1
+        return self.answer
+
+    def end(self, after: float = 0.0, job: str = "101") -> str | None:
+        self.now += after
+        return self.liveness.end_of(submission(job))
+
+
+def test_all_jobs_share_one_call_in_a_period() -> None:
+    cluster = Cluster("101|RUNNING|alpha-1f\n102|PENDING|alpha-1f\n")
+    assert [cluster.end(), cluster.end(job="102"), cluster.end(29)] == [None, None, None]
+    assert cluster.asked == 1
+    cluster.end(1)
+    assert cluster.asked == 2
+
+
+@pytest.mark.parametrize("state", ["FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"])
+def test_an_end_is_believed_when_it_is_said_twice(state: str) -> None:
+    cluster = Cluster(f"101|{state}|alpha-1f\n")
+    assert cluster.end() is None
+    assert cluster.end(7) is None
+    assert cluster.end(1) == state
+
+
+def test_a_requeued_job_is_alive() -> None:
+    cluster = Cluster("101|NODE_FAIL|alpha-1f\n")
+    assert cluster.end() is None
+    cluster.answer = "101|PENDING|alpha-1f\n"
+    assert cluster.end(8) is None
+    # The earlier suspicion is forgotten: a new one has to be confirmed as well.
+    cluster.answer = "101|FAILED|alpha-1f\n"
+    assert cluster.end(30) is None
+    assert cluster.end(8) == "FAILED"
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETED"])
+def test_a_certain_end_is_believed_at_once(state: str) -> None:
+    assert Cluster(f"101|{state}|alpha-1f\n").end() == state
+
+
+def test_a_job_with_a_reused_number_is_another_one() -> None:
+    cluster = Cluster("101|RUNNING|alpha-99\n")
+    assert cluster.end() is None
+    assert cluster.end(8) == GONE
+
+
+def test_a_silent_squeue_ends_nothing() -> None:
+    cluster = Cluster(None)
+    assert [cluster.end(100) for _ in range(5)] == [None] * 5
+    cluster.answer = ""
+    assert cluster.end(100) is None
+    cluster.answer = None
+    assert cluster.end(8) is None
+    cluster.answer = ""
+    assert cluster.end(30) == GONE
+
+
+def test_a_process_is_known_by_its_number_and_its_beginning() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        begun = start_ticks(process.pid)
+        assert begun is not None
+        assert runs(process.pid, begun)
+        assert not runs(process.pid, begun - 1)
+        job = submission(str(process.pid), ticks=begun)
+        assert LocalLiveness().end_of(job) is None
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        # It has ended, though its parent has not asked for its status yet.
+        assert start_ticks(process.pid) is None
+        assert LocalLiveness().end_of(job) == GONE
+    finally:
+        process.kill()
+        process.wait()
+    assert start_ticks(process.pid) is None

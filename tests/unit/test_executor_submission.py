@@ -1,0 +1,249 @@
+"""What is asked of the cluster, down to the text that sbatch gets."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from snakemake_interface_common.exceptions import WorkflowError
+from submitit.slurm.slurm import _make_sbatch_string
+
+from snakemake_executor_plugin_submitit.fleet import slug
+from snakemake_executor_plugin_submitit.submission import (
+    KIND_KEYS,
+    Parameters,
+    cancel,
+    checked_service,
+    choose_cluster,
+    read_kinds,
+    submit,
+)
+
+
+def of(resources: dict[str, Any], kind: dict[str, Any] | None = None) -> Parameters:
+    return Parameters.of("slurm", {"runtime": 90, "_cores": 1, **resources}, kind or {})
+
+
+def test_resources_become_parameters() -> None:
+    resources = {
+        "mem_mb": 4000,
+        "gpus": 2,
+        "cpus_per_task": 8,
+        "slurm_partition": "routage",
+        "slurm_account": "me",
+        "slurm_constraint": "sirocco&a100",
+        "slurm_qos": "long",
+    }
+    assert of(resources).for_slurm() == {
+        "time": 90,
+        "signal_delay_s": 60,
+        "nodes": 1,
+        "cpus_per_task": 8,
+        "srun_args": ["--nodes=1", "--ntasks=1", "--cpus-per-task=8"],
+        "stderr_to_stdout": True,
+        "gpus_per_node": 2,
+        "mem": "4000M",
+        "partition": "routage",
+        "account": "me",
+        "constraint": "sirocco&a100",
+        "qos": "long",
+    }
+
+
+def test_a_kind_of_node_wins_over_resources() -> None:
+    kind = {
+        "timeout_min": 30,
+        "slurm_mem": 0,
+        "slurm_gres": "gpu:a100:2",
+        "slurm_exclusive": True,
+        "cpus_per_task": 32,
+    }
+    asked = of({"mem_mb": 1000, "gpus": 1}, kind).for_slurm()
+    assert (asked["time"], asked["mem"], asked["cpus_per_task"]) == (30, 0, 32)
+    assert asked["gres"] == "gpu:a100:2"
+    assert asked["exclusive"] is True
+    assert "gpus_per_node" not in asked
+
+
+def test_no_gpu_is_not_a_request_for_none() -> None:
+    assert "gpus_per_node" not in of({"gpus": 0}).for_slurm()
+
+
+def test_gpus_are_those_of_all_nodes() -> None:
+    asked = of({"nodes": 2, "gpus": 4}).for_slurm()
+    assert (asked["nodes"], asked["gpus_per_node"]) == (2, 2)
+
+
+def test_a_kind_s_arguments_of_srun_come_last() -> None:
+    asked = of({}, {"srun_args": ["--mpi=none"]}).for_slurm()
+    assert asked["srun_args"] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--mpi=none"]
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(1, 15), (2, 30), (4, 60), (720, 60)])
+def test_the_warning_comes_before_the_last_quarter_or_minute(minutes: int, seconds: int) -> None:
+    assert of({"runtime": minutes}).warned_s == seconds
+
+
+def test_memory_in_gigabytes_is_not_rounded() -> None:
+    assert of({}, {"mem_gb": 1.5}).for_slurm()["mem"] == "1536M"
+
+
+def test_slurm_needs_a_time_limit_and_this_machine_does_not() -> None:
+    with pytest.raises(WorkflowError, match="needs a time limit"):
+        Parameters.of("slurm", {}, {})
+    assert Parameters.of("local", {}, {}).limit_s == 7 * 24 * 3600
+
+
+def test_this_machine_counts_gpus_of_any_type() -> None:
+    kind = {"gpus_per_node": "a100:2"}
+    assert Parameters.of("local", {}, kind).for_local()["gpus_per_node"] == 2
+
+
+def test_every_slurm_key_of_a_kind_is_one_of_submitit() -> None:
+    known = set(inspect.signature(_make_sbatch_string).parameters)
+    assert {key.removeprefix("slurm_") for key in KIND_KEYS if key.startswith("slurm_")} <= known
+
+
+def test_a_kinds_file(tmp_path: Path) -> None:
+    path = tmp_path / "kinds.yaml"
+    path.write_text('a100: {slurm_constraint: "sirocco&a100", setup: [module load cuda]}\n')
+    assert read_kinds(path) == {
+        "a100": {"slurm_constraint": "sirocco&a100", "setup": ["module load cuda"]}
+    }
+
+
+WRONG_KINDS = {
+    "a100: {slurm_partitoin: x}": r"a100: unknown key `slurm_partitoin`.*slurm_partition",
+    "a100: {nodes: two}": r"a100\.nodes: 'two' is not int",
+    "a100: {setup: module load}": r"a100\.setup: 'module load' is not list",
+    "a100: 3": "a100 must map parameters",
+    "[a100]": "must map kinds",
+    "a: [": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_KINDS)
+def test_a_wrong_kinds_file_is_refused_by_place(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "kinds.yaml"
+    path.write_text(text)
+    with pytest.raises(WorkflowError, match=WRONG_KINDS[text]) as refused:
+        read_kinds(path)
+    assert str(path) in str(refused.value)
+
+
+def test_names_fit_for_files_stay_and_others_stay_different() -> None:
+    assert slug("smollm2_bf16_1xcpu_vllm.3f2a9c1d") == "smollm2_bf16_1xcpu_vllm.3f2a9c1d"
+    odd = [slug(name) for name in ("a/b", "a b", "../a", ".", "x" * 300, "x" * 301)]
+    assert len(set(odd)) == len(odd)
+    assert all(len(name) < 120 and "/" not in name and name[0] != "." for name in odd)
+
+
+@pytest.mark.parametrize("service", ["module", "module:", ":function", "a b:c", "m:f()"])
+def test_a_service_is_module_and_function(service: str) -> None:
+    with pytest.raises(WorkflowError, match="module:function"):
+        checked_service(service)
+    assert checked_service("a_package.of.mine:serve") == "a_package.of.mine:serve"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Programs of Slurm that note their arguments, their environment and the file they get."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    answers = {"sbatch": "Submitted batch job 4711", "scancel": "", "squeue": "", "srun": ""}
+    for name, answer in answers.items():
+        path = programs / name
+        path.write_text(
+            f'#!/bin/sh\necho "$@" >{path}.args\nenv >{path}.env\n'
+            f'[ -n "$1" ] && cp "$1" {path}.file 2>/dev/null\necho {answer}\n'
+        )
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    return programs
+
+
+def test_slurm_is_chosen_where_it_is_installed(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(slurm))
+    assert choose_cluster(None) == "slurm"
+    assert choose_cluster("local") == "local"
+    (slurm / "squeue").unlink()
+    assert choose_cluster(None) == "local"
+    with pytest.raises(WorkflowError, match="needs squeue on the PATH"):
+        choose_cluster("slurm")
+
+
+GOLDEN = """\
+#!/bin/bash
+
+# Parameters
+#SBATCH --constraint='sirocco&a100'
+#SBATCH --cpus-per-task=8
+#SBATCH --exclusive
+#SBATCH --gpus-per-node=2
+#SBATCH --job-name=tiny-5e1f0c2a
+#SBATCH --mem=0
+#SBATCH --nodes=1
+#SBATCH --open-mode=append
+#SBATCH --output=FOLDER/%j_0_log.out
+#SBATCH --partition=routage
+#SBATCH --signal=USR2@60
+#SBATCH --time=90
+#SBATCH --wckey=submitit
+
+# setup
+module load compiler/cuda
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output FOLDER/%j_%t_log.out --nodes=1 --ntasks=1 --cpus-per-task=8 \
+PYTHON -u -m submitit.core._submit FOLDER
+"""
+
+
+def test_the_text_that_sbatch_gets(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")  # as on a node of another job
+    monkeypatch.setenv("SBATCH_PARTITION", "unwanted")
+    kind = {
+        "slurm_partition": "routage",
+        "slurm_constraint": "sirocco&a100",
+        "slurm_exclusive": True,
+        "slurm_mem": "0",
+        "gpus_per_node": 2,
+        "setup": ["module load compiler/cuda"],
+    }
+    folder = tmp_path / "submitit"
+    submission, _ = submit(
+        "tiny", "slurm", "tiny-5e1f0c2a", folder, of({"cpus_per_task": 8}, kind), print
+    )
+    text = (slurm / "sbatch.file").read_text()
+    assert text == GOLDEN.replace("FOLDER", str(folder)).replace("PYTHON", sys.executable)
+    assert (submission.job_id, submission.job_name) == ("4711", "tiny-5e1f0c2a")
+    assert submission.log == f"{folder}/4711_0_log.out"
+    environment = (slurm / "sbatch.env").read_text()
+    assert "SLURM_JOB_ID" not in environment
+    assert "SBATCH_PARTITION" not in environment
+    assert os.environ["SLURM_JOB_ID"] == "1"
+    cancel(submission)
+    assert (slurm / "scancel.args").read_text() == "4711\n"
+
+
+def test_a_refusal_of_sbatch_says_why(slurm: Path, tmp_path: Path) -> None:
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified' >&2\nexit 1\n")
+    with pytest.raises(WorkflowError, match=r"slurm refused the allocation tiny[\s\S]*partition"):
+        submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", of({}), print)
+
+
+def test_submitting_leaves_the_signals_of_this_process_alone(slurm: Path, tmp_path: Path) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", of({}), print)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

@@ -1,0 +1,188 @@
+"""One allocation as the main process sees it: what it was given, what it says, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from snakemake_executor_plugin_submitit import allocation as inside
+from snakemake_executor_plugin_submitit import spool as events
+from snakemake_executor_plugin_submitit.liveness import GONE, Submission, runs, start_ticks
+from snakemake_executor_plugin_submitit.spool import Event, Spool, Task
+from snakemake_executor_plugin_submitit.submission import Parameters
+
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True)
+class Need:
+    """What an allocation is to be: all but its tasks. One that does not linger takes no more."""
+
+    name: str
+    service: str | None
+    params: dict[str, Any]
+    resources: dict[str, Any]
+    parameters: Parameters
+    lingers: bool = True
+
+
+@dataclass(frozen=True)
+class Queued(Generic[Job]):
+    """A job with the task that carries it out; `need` is asked where it is the first one."""
+
+    job: Job
+    task: Task
+    need: Callable[[], Need]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why jobs are not done, and where to read on.
+
+    `of_allocation` where the jobs themselves are not to blame.
+    """
+
+    message: str
+    log: str | None
+    of_allocation: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Job]):
+    """Jobs that have ended in the same way: well where there is no failure."""
+
+    jobs: tuple[Job, ...]
+    failure: Failure | None = None
+
+
+@dataclass
+class Tracked(Generic[Job]):
+    """An allocation that has not been seen to end.
+
+    `handle` is submitit's, None where an earlier run has submitted it. `tickets` are the jobs
+    that it was given and has not finished; `under_way` are tickets by the key of their task,
+    begun for an earlier run. `busy` is when it last finished a job (time.monotonic).
+    """
+
+    submission: Submission
+    spool: Spool
+    handle: Any = None
+    closing: bool = False
+    announced: bool = False
+    tickets: dict[str, Queued[Job]] = field(default_factory=dict)
+    under_way: dict[str, str] = field(default_factory=dict)
+    given: int = 0
+    finished: int = 0
+    busy: float = field(default_factory=time.monotonic)
+    process: Event | None = None
+    interrupted: str | None = None
+    stopped: Event | None = None
+    ended: Event | None = None
+
+    def __post_init__(self) -> None:
+        self._journal = self.spool.journal()
+
+    @property
+    def name(self) -> str:
+        return self.submission.name
+
+    @property
+    def reason(self) -> str | None:
+        """Why it has ended by its own words."""
+        return self.ended.data["reason"] if self.ended else None
+
+    def read(self, tell: Callable[[str], None]) -> list[Outcome[Job]]:
+        """What it has finished since the last call."""
+        outcomes = []
+        for event in self._journal.new():
+            if event.kind == events.STARTED:
+                self.process, self.stopped = event, None
+            elif event.kind == events.UP and self.announced:
+                tell(f"Allocation {self.name}: up after {event.data['seconds']:.0f} s.")
+            elif event.kind == events.BEGAN:
+                self.interrupted = event.data["ticket"]
+            elif event.kind == events.DONE:
+                self.interrupted, self.busy = None, time.monotonic()
+                if queued := self.tickets.pop(event.data["ticket"], None):
+                    self.finished += 1
+                    failure = self._failure(event, queued.task)
+                    outcomes.append(Outcome((queued.job,), failure))
+            elif event.kind == events.STOPPED:
+                self.stopped = event
+            elif event.kind == events.ENDED:
+                self.ended = event
+        return outcomes
+
+    def _failure(self, done: Event, task: Task) -> Failure | None:
+        status = done.data["status"]
+        if status == 0:
+            return None
+        how = f"Exit status {status}" if status > 0 else f"Killed by {signal.Signals(-status).name}"
+        log = task.log or str(self.spool.log_of(done.data["ticket"]))
+        return Failure(f"{how} in allocation {self.name}.", log, of_allocation=False)
+
+    def told_end(self, state: str | None) -> str:
+        """How it has ended, for people; `state` is what the cluster says."""
+        words = {
+            inside.IDLE: "ended",
+            inside.CLOSED: "ended",
+            inside.WALLTIME: "ended by its time limit",
+            inside.PREEMPTED: "was preempted",
+            inside.UNHEALTHY: "ended, its service is no longer healthy",
+            inside.BRING_UP: "its service did not come up",
+            inside.FAILURE: "failed",
+        }
+        if self.reason:
+            how = words[self.reason]
+        elif self.stopped:
+            how = f"was stopped by {self.stopped.data['reason']}"
+        elif state == GONE:
+            how = "was killed" if self.submission.cluster == "local" else "is unknown to Slurm"
+        else:
+            how = f"ended as {state}"
+        return f"Allocation {self.name}: {how}; {self.finished} of {self.given} jobs done"
+
+    def left(self) -> list[Queued[Job]]:
+        """The unfinished jobs.
+
+        The one under way comes last: if it takes allocations down, the others are done first.
+        """
+        suspect = self.tickets.get(self.interrupted or "")
+        return sorted(self.tickets.values(), key=lambda queued: queued is suspect)
+
+    def may_be_continued(self, state: str | None) -> bool:
+        """Whether a further allocation is to take what is left.
+
+        Not without a finished job: what has prevented the first will prevent the second as well.
+        """
+        if self.reason in (inside.IDLE, inside.CLOSED):
+            return True  # jobs came just as it ended
+        if state == "CANCELLED":
+            return False  # somebody wants it so
+        adopted_too_late = self.handle is None and self.ended is None
+        return self.finished > 0 or adopted_too_late
+
+    def runs_here(self) -> bool:
+        """Whether its process is one of this machine and still there."""
+        if self.handle is not None:
+            self.handle.done()  # reaps submitit's
+        process = self.process
+        return process is not None and runs(process.data["pid"], process.data["start_ticks"])
+
+    def kill_here(self) -> None:
+        """Kill what a local allocation has left behind, and itself."""
+        pid, begun = int(self.submission.job_id), self.submission.start_ticks
+        if begun is not None and runs(pid, begun):
+            os.kill(pid, signal.SIGKILL)
+        if self.process is None:
+            return
+        leader, begun = self.process.data["pid"], self.process.data["start_ticks"]
+        # Its number is not given to others as long as its process group has members.
+        if start_ticks(leader) in (None, begun):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
