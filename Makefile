@@ -9,7 +9,8 @@ CHECKED := workflow tests docs
 help:
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
 
-run: .venv/.ready model  ## measure the demo study: tables, plots, report
+run: .venv/.ready model  ## measure the demo study: tables and plots
+	$(PYTHON) -m snakemake_executor_plugin_submitit unlock  # if the last run was killed
 	.venv/bin/snakemake --profile $(PROFILE)
 
 test: .venv/.dev model  ## lint, type-check and run all tests

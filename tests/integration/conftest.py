@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,5 +56,6 @@ def llamacpp_endpoint(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> Iterator[tuple[Endpoint, Path]]:
     """A llama.cpp that serves the demo's model on TCP, and the folder of its tokenizer."""
-    with bring_up(llamacpp_deployment, Site(models=demo_model.models, startup_s=120)) as engine:
+    deployment = replace(llamacpp_deployment, max_model_len=1024, max_num_seqs=16)
+    with bring_up(deployment, Site(models=demo_model.models, startup_s=120)) as engine:
         yield engine.endpoint, demo_model.folder

@@ -197,6 +197,17 @@ def test_a_context_longer_than_the_models_is_refused(
         pass
 
 
+def test_gpus_that_are_not_there_are_missed(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    on_gpus = replace(llamacpp_deployment, gpu="a100", gpu_count=64)
+    with (
+        pytest.raises(EngineError, match="is for 64 GPUs of kind `a100`, but"),
+        bring_up(on_gpus, site(demo_model)),
+    ):
+        pass
+
+
 def test_a_start_that_takes_too_long_is_given_up(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:

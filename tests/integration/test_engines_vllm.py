@@ -1,4 +1,4 @@
-"""The real vLLM on the CPU: three bring-ups that succeed, and starts that fail early.
+"""The real vLLM on the CPU: two bring-ups that succeed, and starts that do not.
 
 Each runs in a process of its own, as in an allocation; see `serve_engine.py`.
 """
@@ -136,16 +136,6 @@ def test_a_killed_worker_is_noticed_and_nothing_is_left(
         assert not socket.exists()
 
 
-def test_an_allocation_that_is_killed_outright_takes_its_engine_along(
-    demo_model: DemoModel, tmp_path: Path
-) -> None:
-    with Serving(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
-        engine = serving.up()["pids"][1:]
-        assert serving.told["segments"]
-        assert all(map(psutil.pid_exists, engine))
-        assert serving.end(signal.SIGKILL) == -signal.SIGKILL
-
-
 def test_a_start_that_fails_in_the_engine_tells_its_cause(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
@@ -160,22 +150,21 @@ def test_a_start_that_fails_in_the_engine_tells_its_cause(
         assert (left["pids_left"], left["segments_left"]) == ([], [])
 
 
-def test_a_start_that_is_interrupted_leaves_nothing(demo_model: DemoModel, tmp_path: Path) -> None:
-    with Serving(DEPLOYMENT, demo_model.models, tmp_path) as serving:
-        log, deadline = serving.log, time.monotonic() + 120
-        while "Initializing a V1 LLM engine" not in log.read_text():
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_allocation_that_ends_while_its_engine_starts_takes_it_along(
+    demo_model: DemoModel, tmp_path: Path, signal_number: signal.Signals
+) -> None:
+    with Serving(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
+        deadline = time.monotonic() + 120
+        while "Initializing a V1 LLM engine" not in serving.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        time.sleep(1)  # the warden hears of new processes twice a second
         children = psutil.Process(serving.process.pid).children(recursive=True)
-        assert serving.end(signal.SIGTERM) == 143
+        assert len(children) >= 2
+        serving.end(signal_number)
         _, left = psutil.wait_procs(children, timeout=60)
         assert left == []
-
-
-def test_a_start_that_takes_too_long_is_given_up(demo_model: DemoModel, tmp_path: Path) -> None:
-    with Serving(DEPLOYMENT, demo_model.models, tmp_path, startup_s=1.0) as serving:
-        assert "not up within its limit" in serving.hear()["error"]
-        assert serving.finish()["pids_left"] == []
 
 
 def test_arguments_are_checked_by_the_installed_vllm_before_anything_starts(

@@ -269,7 +269,13 @@ def test_a_terminated_allocation_takes_its_service_and_job_down(work: Workspace)
 def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-    work.run("--unlock")
+    assert "LockException" in work.run(status=1)
+    unlock = [sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock"]
+    told = subprocess.run(unlock, cwd=work.folder, check=True, timeout=HANG_S, capture_output=True)
+    assert (told.stdout, told.stderr) == (
+        b"Removed the lock of a Snakemake that was killed.\n",
+        b"",
+    )
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ from snakemake_executor_plugin_submitit.submission import (
     read_kinds,
 )
 from snakemake_executor_plugin_submitit.tracking import Failure, Need, Queued
+from snakemake_executor_plugin_submitit.unlock import hold
 
 
 @dataclass
@@ -103,6 +104,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         if self._cluster == "slurm":
             self._poll_s = 2.0  # hundreds of journals, perhaps, on a shared file system
         self._service = checked_service(settings.service)
+        hold()
         start = Path(self.workflow.rundir)  # before --directory
         self._kinds_path = start / settings.kinds if settings.kinds else None
         self._kinds = read_kinds(self._kinds_path) if self._kinds_path else {}
@@ -116,7 +118,8 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self._outcomes: dict[JobExecutorInterface, Failure | None] = {}
 
     def additional_general_args(self) -> str:
-        return "--quiet progress rules host"
+        # One job needs no solver to be scheduled.
+        return "--quiet progress rules host --scheduler greedy"
 
     async def sleep(self) -> None:
         await asyncio.sleep(self._poll_s)

@@ -105,6 +105,9 @@ class Fleet(Generic[Job]):
             if cancelled:
                 cancel(live.submission)
                 self._tell(f"Allocation {live.name}: cancelled.")
+            elif self._cluster == "slurm" and live.given:
+                done = f"{live.finished} of {live.given} jobs done"
+                self._tell(f"Allocation {live.name}: {done}; ends now.")
         if self._cluster == "local":
             deadline = time.monotonic() + LOCAL_EXIT_S
             for live in self._live.values():

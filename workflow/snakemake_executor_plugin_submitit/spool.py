@@ -154,7 +154,8 @@ class Spool:
             else:
                 path.rename(self._todo / path.name)
         with (self.root / "journal.jsonl").open("a") as file:
-            file.write("\n")  # a line that was cut off must not swallow the next one
+            if file.tell():
+                file.write("\n")  # a line that was cut off must not swallow the next one
         return not any(event.kind == ENDED for event in events)
 
 

@@ -8,6 +8,7 @@ and CPU time cannot be told from ours.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import secrets
@@ -38,6 +39,7 @@ from servegrid.engines.warden import guarded
 from servegrid.errors import ConfigError, EngineError, ModelError
 from servegrid.grid import Deployment
 
+PACKAGE = "xllamacpp"
 GGUF_MAGIC = b"GGUF"
 HTTP_THREADS = 512
 """Each open request keeps one busy: as long as there are more, /health is answered at once."""
@@ -73,6 +75,7 @@ class LlamaCpp:
 def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
     """See `servegrid.engines.bring_up`."""
     started = time.monotonic()
+    _refuse_missing_package(deployment)
     settings = settings_for(deployment, gguf_file(deployment, site.models), threads())
     key = secrets.token_urlsafe(24)
     with guarded() as warden:
@@ -82,6 +85,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
         try:
             warden.watch([psutil.Process(server.process.pid)])
             wait_until(server.is_listening, started + site.startup_s, deployment.name)
+            _refuse_missing_gpus(deployment, server.told["gpus"])
             endpoint = Endpoint(
                 base_url=UNIX_BASE_URL if socket else server.told["address"],
                 model=deployment.model,
@@ -91,10 +95,11 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
             wait_until(lambda: answers(endpoint), started + site.startup_s, deployment.name)
             facts = {
                 "engine": "llamacpp",
-                "version": metadata.version("xllamacpp"),
+                "version": metadata.version(PACKAGE),
                 **_resolved(deployment, endpoint),
                 "arguments": settings,
                 "system": server.told["system"],
+                "gpus": server.told["gpus"],
                 "model_files": models.digest(Path(settings["model.path"])),
                 "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
             }
@@ -240,6 +245,23 @@ class _Server:
             _, is_error, text = line.partition(" E ")
             if is_error:
                 self._complaints.append(" ".join(text.split()))
+
+
+def _refuse_missing_package(deployment: Deployment) -> None:
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise EngineError(
+            f"deployment `{deployment.name}`: {PACKAGE}, which brings llama.cpp, is not installed "
+            "here. Install it, from the list of workflow/envs that has it."
+        )
+
+
+def _refuse_missing_gpus(deployment: Deployment, gpus: list[str]) -> None:
+    if len(gpus) < deployment.gpu_count:
+        raise EngineError(
+            f"deployment `{deployment.name}` is for {deployment.gpu_count} GPUs of kind "
+            f"`{deployment.gpu}`, but the installed llama.cpp sees {len(gpus)} here. Use a build "
+            "for that kind, on a node that has it."
+        )
 
 
 def _resolved(deployment: Deployment, endpoint: Endpoint) -> dict[str, Any]:

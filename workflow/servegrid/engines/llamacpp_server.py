@@ -54,7 +54,12 @@ def main() -> None:
         server = xllamacpp.Server(params)
     except RuntimeError:
         sys.exit("llama.cpp did not start.")
-    tell(address=server.listening_address, system=" ".join(xllamacpp.get_system_info().split()))
+    gpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_GPU
+    tell(
+        address=server.listening_address,
+        system=" ".join(xllamacpp.get_system_info().split()),
+        gpus=[each["description"] for each in xllamacpp.get_device_info() if each["type"] == gpu],
+    )
     while True:
         signal.pause()
 
