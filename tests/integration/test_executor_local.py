@@ -144,6 +144,7 @@ def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace)
     assert "measuring a0" in (work.folder / "logs" / "a0.log").read_text()
 
 
+@pytest.mark.slow
 def test_one_failing_job_is_alone_in_failing(work: Workspace) -> None:
     work.plan(out={"a": 4}, alone={"x": 1})
     work.act(a1="fail", x0="fail")
@@ -237,6 +238,7 @@ def test_the_warning_of_a_time_limit_ends_one_allocation_but_not_the_run(work: W
     assert len(work.notes("service", "down")) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupt_takes_everything_down(work: Workspace) -> None:
     work.plan(out={"a": 3}, alone={"x": 1})
     work.act(a1="spawn")

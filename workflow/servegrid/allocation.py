@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ import psutil
 from servegrid import environment, models
 from servegrid.endpoint import Endpoint
 from servegrid.engines import Site, bring_up
+from servegrid.engines.warden import guarded
 from servegrid.errors import EngineError
 from servegrid.grid import Trial, digest_of
 from servegrid.telemetry import Sampler
@@ -103,7 +103,8 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         models=models.default_folder(),
     )
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="servegrid-")))
+        # A warden, so that the folder with the engine's key goes even if this process is killed.
+        folder = stack.enter_context(guarded()).folder
         engine = stack.enter_context(bring_up(deployment, site))
         samples = folder / "telemetry.jsonl"
         stack.enter_context(Sampler(engine.pids(), samples))

@@ -70,7 +70,8 @@ TELEMETRY = (
         "memory_bytes",
         pa.int64(),
         "bytes",
-        "Memory in use on the GPU; for `engine` the resident sets of its processes, summed",
+        "Memory in use on the GPU; for `engine` anonymous and shared memory of its processes "
+        "plus the mapped files of the one that has most",
     ),
     Column("cpu_s", pa.float64(), "s", "CPU time used so far by the engine's processes"),
     Column("utilization", pa.float64(), "0 to 1", "Share of time with a kernel running on the GPU"),
