@@ -18,7 +18,7 @@ test: .venv/.dev model  ## lint, type-check and run all tests
 	$(PYTHON) -m pytest
 
 lint: .venv/.dev  ## what must be clean: ruff, mypy, snakefmt, snakemake --lint
-	.venv/bin/ruff check $(CHECKED)
+	.venv/bin/ruff check --no-cache $(CHECKED)
 	.venv/bin/ruff format --check $(CHECKED)
 	.venv/bin/mypy
 	.venv/bin/snakefmt --check Snakefile workflow/rules

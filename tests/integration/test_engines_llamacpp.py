@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import DemoModel
 from serving import Serving, client_of
 
+from conftest import DemoModel
 from servegrid.engines import Site, bring_up
 from servegrid.errors import ConfigError, EngineError
 from servegrid.grid import Deployment

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import DemoModel
 from serving import Serving
 
+from conftest import DemoModel
 from servegrid.grid import Deployment
 
 HELD = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
