@@ -5,7 +5,7 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
 from servegrid.config import study_of
-from servegrid.preflight import refuse_missing_models
+from servegrid.preflight import refuse_unready
 from servegrid.script import told_as
 
 min_version("9.27")
@@ -39,7 +39,7 @@ include: "workflow/rules/analyse.smk"
 
 onstart:
     with told_as(WorkflowError):
-        refuse_missing_models(study, "results/cells")
+        refuse_unready(study, "results/cells")
 
 
 rule all:

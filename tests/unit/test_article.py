@@ -92,7 +92,7 @@ def test_the_page_is_headed_by_the_deployment_in_words(tmp_path: Path) -> None:
 
 
 def test_emulated_numbers_say_so_before_the_first_of_them(tmp_path: Path) -> None:
-    emulated = PLAIN.assign(engine="emulated")
+    emulated = PLAIN.assign(engine="emulated", time_scale=1.0)
     write_article(emulated, "d", markdown=tmp_path / "d.md", csv=tmp_path / "d.csv")
     lines = (tmp_path / "d.md").read_text().split("\n")
     assert lines[2] == "Emulated: no hardware was measured for it."

@@ -59,9 +59,15 @@ def test_counts() -> None:
     assert load_title("steady", 1) == "steady, 1 output token per request"
 
 
+EMULATED = {"engine": "emulated", "time_scale": 1.0}
+
+
 def test_emulated_numbers_are_called_so_and_measured_ones_are_not() -> None:
-    measured, emulated = pd.DataFrame([ROW]), pd.DataFrame([ROW | {"engine": "emulated"}])
+    measured, emulated = pd.DataFrame([ROW]), pd.DataFrame([ROW | EMULATED])
     assert emulation_notes(measured) == []
     assert emulation_notes(emulated) == ["Emulated: no hardware was measured for it."]
+    scaled = emulated.assign(time_scale=0.01)
+    told = ["Emulated at 0.01 × time: no hardware was measured for it."]
+    assert emulation_notes(scaled) == told
     both = pd.concat([measured, emulated])
     assert emulation_notes(both) == ["Partly emulated: no hardware was measured for it."]

@@ -151,7 +151,7 @@ def test_each_protocol_and_output_length_has_its_own_panel(tmp_path: Path) -> No
 
 
 def test_emulated_numbers_carry_a_mark(tmp_path: Path) -> None:
-    emulated = cells(PLAIN).assign(engine="emulated")
+    emulated = cells(PLAIN).assign(engine="emulated", time_scale=1.0)
     for figure in (deployment_figure(emulated, "d", TOTAL), overview_figure(emulated)):
         texts = svg_texts(figure, tmp_path)
         assert "EMULATED" in texts

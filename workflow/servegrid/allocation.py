@@ -19,10 +19,10 @@ import psutil
 
 from servegrid import environment, models
 from servegrid.endpoint import Endpoint
-from servegrid.engines import Site, bring_up
+from servegrid.engines import EMULATED, Site, bring_up
 from servegrid.engines.warden import guarded
 from servegrid.errors import EngineError
-from servegrid.grid import Trial, digest_of
+from servegrid.grid import Deployment, Trial, digest_of
 from servegrid.telemetry import Sampler
 
 VARIABLE = "SERVEGRID_ALLOCATION"
@@ -43,7 +43,8 @@ class Handover:
 
     endpoint: Endpoint
     deployment_digest: str
-    tokenizer: Path
+    tokenizer: Path | None
+    """None where the engine takes any token ids."""
     telemetry: Path
     process: tuple[int, float]
     """Pid and start time of the allocation's process."""
@@ -51,7 +52,10 @@ class Handover:
     environment: Mapping[str, Any]
 
     def write(self, path: Path) -> None:
-        data = asdict(self) | {"tokenizer": str(self.tokenizer), "telemetry": str(self.telemetry)}
+        paths = {"telemetry": str(self.telemetry)}
+        if self.tokenizer is not None:
+            paths["tokenizer"] = str(self.tokenizer)
+        data = asdict(self) | paths
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(data, file)
 
@@ -74,7 +78,8 @@ class Handover:
                 "Run the same command again: only what is missing is measured."
             ) from error
         data["endpoint"] = Endpoint(**data["endpoint"])
-        data["tokenizer"], data["telemetry"] = Path(data["tokenizer"]), Path(data["telemetry"])
+        data["telemetry"] = Path(data["telemetry"])
+        data["tokenizer"] = data["tokenizer"] and Path(data["tokenizer"])
         return cls(**data)
 
     def refuse_ended(self) -> None:
@@ -111,7 +116,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         handover = Handover(
             endpoint=engine.endpoint,
             deployment_digest=digest_of(asdict(deployment)),
-            tokenizer=Path(models.locate(deployment.tokenizer, site.models)),
+            tokenizer=_tokenizer(deployment, site),
             telemetry=samples,
             process=(os.getpid(), psutil.Process().create_time()),
             engine=engine.facts,
@@ -120,3 +125,9 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         )
         handover.write(folder / "handover.json")
         yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)
+
+
+def _tokenizer(deployment: Deployment, site: Site) -> Path | None:
+    return (
+        None if deployment.engine == EMULATED else models.locate(deployment.tokenizer, site.models)
+    )

@@ -158,6 +158,8 @@ def expand(config: Mapping[str, Any]) -> Study:
         numbers = range(1, keys.get("trials", 1) + 1)
         trials += [Trial(deployment, load, number) for load in loads for number in numbers]
     kept = tuple(trial for trial in trials if _kept(trial, config))
+    if not config.get("mix_emulated", False):
+        _refuse_mixed(kept)
     if not kept:
         raise ConfigError(
             f"include, exclude: none of the {len(trials)} cells and trials is left. "
@@ -223,6 +225,16 @@ def _refuse_too_long(deployment: Deployment, loads: Sequence[Load], where: str) 
                 f"than max_model_len {deployment.max_model_len} of `{deployment.name}`. "
                 "Shorten the prompt or raise max_model_len (as far as the model goes)."
             )
+
+
+def _refuse_mixed(trials: Sequence[Trial]) -> None:
+    by_emulation = {trial.deployment.engine == "emulated": trial.deployment for trial in trials}
+    if len(by_emulation) > 1:
+        raise ConfigError(
+            f"deployments: `{by_emulation[True].name}` is emulated and "
+            f"`{by_emulation[False].name}` is not, and their figures would stand side by side. Make two studies of it, or set "
+            "`mix_emulated: true`."
+        )
 
 
 def _kept(trial: Trial, config: Mapping[str, Any]) -> bool:

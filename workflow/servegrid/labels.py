@@ -16,7 +16,7 @@ PROTOCOLS = {
 }
 """What each protocol does, in words."""
 
-_ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp"}
+_ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", EMULATED: "emulated by servegrid"}
 
 
 def deployment_title(cells: pd.DataFrame) -> str:
@@ -58,7 +58,11 @@ def emulation(cells: pd.DataFrame) -> str | None:
 def emulation_notes(cells: pd.DataFrame) -> list[str]:
     """The sentence that must stand beside emulated numbers; nothing for measured ones."""
     mark = emulation(cells)
-    return [f"{mark.capitalize()}: no hardware was measured for it."] if mark else []
+    if mark is None:
+        return []
+    scales = sorted(cells["time_scale"].dropna().unique())
+    scaled = "" if scales == [1.0] else f" at {' and '.join(f'{each:g}' for each in scales)} × time"
+    return [f"{mark.capitalize()}{scaled}: no hardware was measured for it."]
 
 
 def counted(number: int, noun: str) -> str:

@@ -62,6 +62,7 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
         "gpu_count": deployment.gpu_count,
         "engine": record["engine"]["engine"],
         "engine_version": record["engine"].get("version"),
+        "time_scale": record["engine"].get("time_scale"),
         "protocol": load.protocol,
         "concurrency": load.concurrency,
         "input_len": load.input_len,

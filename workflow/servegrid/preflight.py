@@ -5,23 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 
 from servegrid import models
+from servegrid.engines import EMULATED
 from servegrid.errors import ModelError
-from servegrid.grid import Study
+from servegrid.grid import Deployment, Study
 
 
-def refuse_missing_models(study: Study, cells: str | Path) -> None:
-    """Raise ModelError, naming the deployment, where a model that is needed is not there.
+def refuse_unready(study: Study, cells: str | Path) -> None:
+    """Raise where a deployment of the study cannot come up, as far as this machine can tell.
 
-    Models of deployments that have all their records in `cells` are not needed.
+    ModelError, naming the deployment, where a model that is needed is not there; ConfigError
+    where an emulated deployment's arguments do not fit. Deployments that have all their records
+    in `cells` are not looked at.
     """
     to_measure = {
         trial.deployment.name: trial.deployment
         for trial in study.trials
         if not (Path(cells) / trial.id / "requests.parquet").exists()
     }
-    for name, deployment in to_measure.items():
-        for key in ("checkpoint", "tokenizer"):
-            try:
-                models.locate(getattr(deployment, key), models.default_folder())
-            except ModelError as error:
-                raise ModelError(f"deployment `{name}`: {error}") from None
+    for deployment in to_measure.values():
+        if deployment.engine == EMULATED:
+            from servegrid.engines.emulated import settings_of
+
+            settings_of(deployment)
+        else:
+            _refuse_missing_models(deployment)
+
+
+def _refuse_missing_models(deployment: Deployment) -> None:
+    for key in ("checkpoint", "tokenizer"):
+        try:
+            models.locate(getattr(deployment, key), models.default_folder())
+        except ModelError as error:
+            raise ModelError(f"deployment `{deployment.name}`: {error}") from None

@@ -92,6 +92,12 @@ CELLS = (
     Column("gpu_count", pa.int32(), "", "GPUs of the deployment"),
     Column("engine", pa.string(), "", "Engine that served"),
     Column("engine_version", pa.string(), "", "Its version"),
+    Column(
+        "time_scale",
+        pa.float64(),
+        "",
+        "Emulated time per time that the emulation stands for; null where an engine was measured",
+    ),
     Column("protocol", pa.string(), "", "burst or steady"),
     Column("concurrency", pa.int32(), "requests", "Requests in flight at once"),
     Column("input_len", pa.int32(), "tokens", "Prompt tokens of each request"),

@@ -9,9 +9,13 @@ from servegrid.engines.base import Engine, Site
 from servegrid.errors import ConfigError
 from servegrid.grid import Deployment
 
-__all__ = ["ENGINES", "Engine", "Site", "bring_up"]
+__all__ = ["EMULATED", "ENGINES", "Engine", "Site", "bring_up"]
+
+EMULATED = "emulated"
+"""The engine that needs neither hardware nor models."""
 
 ENGINES = {
+    EMULATED: "servegrid.engines.emulated",
     "llamacpp": "servegrid.engines.llamacpp",
     "vllm": "servegrid.engines.vllm",
 }

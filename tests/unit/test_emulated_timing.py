@@ -1,0 +1,106 @@
+"""What the emulated engine makes of a table: its figures, what lies between, and its gaps."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servegrid.config import read_study
+from servegrid.engines.emulated import settings_of
+from servegrid.engines.emulated_timing import Timing, timing_of
+from servegrid.errors import ConfigError
+from servegrid.grid import Deployment
+
+ROOT = Path(__file__).parents[2]
+MISTRAL, *_, MIXTRAL_22B, LLAMA = read_study(ROOT / "config/rehearsal.yaml").deployments
+
+
+def seconds_per_100_tokens(timing: Timing, concurrency: int, input_len: int) -> float:
+    times = timing(concurrency, input_len)
+    assert times is not None
+    return times.e2el_s(100)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "concurrency", "input_len", "published"),
+    [
+        (MISTRAL, 1, 31, 1.8),
+        (MISTRAL, 128, 2193, 72.1),
+        (MIXTRAL_22B, 1, 31, 6.0),
+        (LLAMA, 1, 21, 3.6),
+    ],
+)
+def test_the_articles_cells_take_as_long_as_published(
+    deployment: Deployment, concurrency: int, input_len: int, published: float
+) -> None:
+    timing = timing_of(deployment, "inria-2024")
+    assert seconds_per_100_tokens(timing, concurrency, input_len) == pytest.approx(published)
+
+
+def table(folder: Path, rows: list[tuple[int, int, str]]) -> str:
+    lines = ["model,quantization,gpu,gpu_count,concurrency,input_len,output_len,"]
+    lines[0] += "seconds_per_100_tokens"
+    lines += [
+        f"mistral-7b,fp16,v100-16gb,2,{n},{length},100,{seconds}" for n, length, seconds in rows
+    ]
+    path = folder / "table.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_between_cells_time_is_linear(tmp_path: Path) -> None:
+    rows = [(1, 10, "2"), (3, 10, "4"), (1, 20, "6"), (3, 20, "8")]
+    timing = timing_of(MISTRAL, table(tmp_path, rows))
+    assert seconds_per_100_tokens(timing, 2, 10) == pytest.approx(3)
+    assert seconds_per_100_tokens(timing, 1, 15) == pytest.approx(4)
+    assert seconds_per_100_tokens(timing, 2, 15) == pytest.approx(5)
+
+
+def test_gaps_and_what_lies_outside_are_not_served(tmp_path: Path) -> None:
+    timing = timing_of(MISTRAL, table(tmp_path, [(1, 10, "2"), (2, 10, "3"), (4, 10, "")]))
+    assert timing(2, 10) is not None
+    assert timing(4, 10) is None
+    assert timing(3, 10) is None  # beside the gap
+    assert timing(5, 10) is None
+    assert timing(1, 11) is None
+
+
+def test_a_time_scale_and_a_slow_down_multiply_all_times() -> None:
+    arguments = {"timing": "inria-2024", "time_scale": 0.5, "slowdown": 1.1}
+    _, timing, _ = settings_of(replace(MISTRAL, arguments=arguments))
+    assert seconds_per_100_tokens(timing, 1, 31) == pytest.approx(1.8 * 0.5 * 1.1)
+
+
+def test_the_roofline_is_a_timing() -> None:
+    # 14.5 GB of weights from 2 × 900 GB/s, a hundred times; the KV cache adds 0.2%.
+    timing = timing_of(MISTRAL, "roofline")
+    assert seconds_per_100_tokens(timing, 1, 31) == pytest.approx(0.806, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"time_scal": 1}, "arguments.time_scal: .* Did you mean `time_scale`"),
+        ({"time_scale": 0}, "arguments.time_scale: 0 is not a number above 0"),
+        ({"slowdown": "a lot"}, "arguments.slowdown: 'a lot' is not a number above 0"),
+        ({"startup_s": -1}, "arguments.startup_s: -1 is not"),
+        ({"timing": "bionic"}, "`bionic` is not one of roofline, inria-2024"),
+        ({"timing": "no/such.csv"}, "no/such.csv cannot be read"),
+        ({"faults": {"kind": "die"}}, "arguments.faults: .* is not a list"),
+        ({"faults": ["die"]}, r"arguments.faults\[0\]: 'die' is not a mapping"),
+        ({"faults": [{"kind": "dye"}]}, r"faults\[0\].kind: 'dye' is not one of `refuse`"),
+        ({"faults": [{"kind": "die", "concurency": 1}]}, "Did you mean `concurrency`"),
+        ({"faults": [{"kind": "die", "concurrency": "8"}]}, "'8' is not a number"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as refused:
+        settings_of(replace(MISTRAL, arguments=arguments))
+    assert str(refused.value).startswith(f"deployment `{MISTRAL.name}`: ")
+
+
+def test_a_table_without_the_deployment_is_refused() -> None:
+    other = replace(MISTRAL, gpu_count=4, arguments={"timing": "inria-2024"})
+    with pytest.raises(ConfigError, match="`inria-2024` has no rows for model mistral-7b"):
+        settings_of(other)

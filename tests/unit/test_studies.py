@@ -1,0 +1,56 @@
+"""The studies that come with servegrid are what they say."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from servegrid import reference
+from servegrid.config import read_study, study_of
+from servegrid.errors import ConfigError
+from servegrid.grid import Deployment
+
+CONFIG = Path(__file__).parents[2] / "config"
+ARTICLE = read_study(CONFIG / "inria-2024.yaml")
+REHEARSAL = read_study(CONFIG / "rehearsal.yaml")
+
+
+def test_the_articles_study_has_exactly_the_published_cells() -> None:
+    keys = ["model", "quantization", "gpu", "gpu_count", "concurrency", "input_len", "output_len"]
+    published = set(reference.published("inria-2024")[keys].itertuples(index=False, name=None))
+    asked = {
+        tuple({**vars(trial.deployment), **vars(trial.load)}[key] for key in keys)
+        for trial in ARTICLE.trials
+    }
+    assert len(ARTICLE.trials) == len(published) == 392
+    assert asked == published
+    assert {trial.load.protocol for trial in ARTICLE.trials} == {"burst"}
+
+
+def science(deployment: Deployment) -> Deployment:
+    return replace(deployment, name="", engine="", arguments={})
+
+
+def test_the_rehearsal_is_the_articles_study_on_another_engine() -> None:
+    assert [science(each) for each in REHEARSAL.deployments] == [
+        science(each) for each in ARTICLE.deployments
+    ]
+    assert [trial.load for trial in REHEARSAL.trials] == [trial.load for trial in ARTICLE.trials]
+    assert {each.engine for each in REHEARSAL.deployments} == {"emulated"}
+
+
+def test_emulated_and_real_deployments_share_a_study_only_if_told_so() -> None:
+    def entry(model: str, engine: str) -> dict[str, object]:
+        fixed = {"checkpoint": "org/m", "quantization": "fp16", "gpu": "cpu", "max_model_len": 512}
+        return {"model": model, "engine": engine} | fixed
+
+    config = {
+        "study": "mixed",
+        "load": {"concurrency": 1, "input_len": 10},
+        "deployments": [entry("a", "vllm"), entry("b", "emulated")],
+    }
+    with pytest.raises(
+        ConfigError, match="`b_fp16_emulated_cpu` is emulated and `a_fp16_vllm_cpu`"
+    ):
+        study_of(config)
+    assert len(study_of(config | {"mix_emulated": True}).trials) == 2
