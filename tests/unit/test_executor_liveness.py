@@ -18,10 +18,11 @@ from snakemake_executor_plugin_submitit.liveness import (
 )
 
 SQUEUE = """\
-101|RUNNING|alpha-1f
-102|CANCELLED|beta-2e
-103_[0-9]|PENDING|somebody's array
-104|NODE_FAIL|odd|name
+101|RUNNING|None|alpha-1f
+102|CANCELLED|None|beta-2e
+103_[0-9]|PENDING|Priority|somebody's array
+104|NODE_FAIL|NodeDown|odd|name
+slurm_load_jobs error: Unable to contact slurm controller
 """
 
 
@@ -32,10 +33,10 @@ def submission(job_id: str, job_name: str = "alpha-1f", ticks: int | None = None
 
 def test_lines_of_squeue() -> None:
     assert parse_squeue(SQUEUE) == {
-        ("101", "alpha-1f"): "RUNNING",
-        ("102", "beta-2e"): "CANCELLED",
-        ("103_[0-9]", "somebody's array"): "PENDING",
-        ("104", "odd|name"): "NODE_FAIL",
+        ("101", "alpha-1f"): ("RUNNING", "None"),
+        ("102", "beta-2e"): ("CANCELLED", "None"),
+        ("103_[0-9]", "somebody's array"): ("PENDING", "Priority"),
+        ("104", "odd|name"): ("NODE_FAIL", "NodeDown"),
     }
     assert parse_squeue("") == {}
 
@@ -57,7 +58,7 @@ class Cluster:
 
 
 def test_all_jobs_share_one_call_in_a_period() -> None:
-    cluster = Cluster("101|RUNNING|alpha-1f\n102|PENDING|alpha-1f\n")
+    cluster = Cluster("101|RUNNING|None|alpha-1f\n102|PENDING|None|alpha-1f\n")
     assert [cluster.end(), cluster.end(job="102"), cluster.end(29)] == [None, None, None]
     assert cluster.asked == 1
     cluster.end(1)
@@ -66,30 +67,30 @@ def test_all_jobs_share_one_call_in_a_period() -> None:
 
 @pytest.mark.parametrize("state", ["FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"])
 def test_an_end_is_believed_when_it_is_said_twice(state: str) -> None:
-    cluster = Cluster(f"101|{state}|alpha-1f\n")
+    cluster = Cluster(f"101|{state}|None|alpha-1f\n")
     assert cluster.end() is None
     assert cluster.end(7) is None
     assert cluster.end(1) == state
 
 
 def test_a_requeued_job_is_alive() -> None:
-    cluster = Cluster("101|NODE_FAIL|alpha-1f\n")
+    cluster = Cluster("101|NODE_FAIL|None|alpha-1f\n")
     assert cluster.end() is None
-    cluster.answer = "101|PENDING|alpha-1f\n"
+    cluster.answer = "101|PENDING|None|alpha-1f\n"
     assert cluster.end(8) is None
     # The earlier suspicion is forgotten: a new one has to be confirmed as well.
-    cluster.answer = "101|FAILED|alpha-1f\n"
+    cluster.answer = "101|FAILED|None|alpha-1f\n"
     assert cluster.end(30) is None
     assert cluster.end(8) == "FAILED"
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETED"])
 def test_a_certain_end_is_believed_at_once(state: str) -> None:
-    assert Cluster(f"101|{state}|alpha-1f\n").end() == state
+    assert Cluster(f"101|{state}|None|alpha-1f\n").end() == state
 
 
 def test_a_job_with_a_reused_number_is_another_one() -> None:
-    cluster = Cluster("101|RUNNING|alpha-99\n")
+    cluster = Cluster("101|RUNNING|None|alpha-99\n")
     assert cluster.end() is None
     assert cluster.end(8) == GONE
 
@@ -123,3 +124,12 @@ def test_a_process_is_known_by_its_number_and_its_beginning() -> None:
         process.kill()
         process.wait()
     assert start_ticks(process.pid) is None
+
+
+def test_people_are_told_state_and_reason() -> None:
+    cluster = Cluster("101|PENDING|Resources|alpha-1f\n102|RUNNING|None|alpha-1f\n")
+    assert cluster.liveness.told(submission("101")) == ""  # nobody has asked yet
+    cluster.end()
+    assert cluster.liveness.told(submission("101")) == "pending (Resources)"
+    assert cluster.liveness.told(submission("102")) == "running"
+    assert cluster.liveness.told(submission("103")) == ""

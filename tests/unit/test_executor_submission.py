@@ -19,8 +19,10 @@ from snakemake_executor_plugin_submitit.submission import (
     KIND_KEYS,
     Parameters,
     cancel,
-    checked_service,
+    checked_name,
     choose_cluster,
+    loaded,
+    python_of,
     read_kinds,
     submit,
 )
@@ -80,6 +82,31 @@ def test_gpus_are_those_of_all_nodes() -> None:
     assert (asked["nodes"], asked["gpus_per_node"]) == (2, 2)
 
 
+@pytest.mark.parametrize(("gpus", "nodes", "each"), [(1, 1, 1), (2, 1, 2), (4, 2, 2), (3, 2, 2)])
+def test_more_gpus_than_a_node_has_take_several_nodes(gpus: int, nodes: int, each: int) -> None:
+    asked = of({"gpus": gpus}, {"gpus_of_node": 2}).for_slurm()
+    assert (asked["nodes"], asked["gpus_per_node"]) == (nodes, each)
+
+
+def test_whole_nodes_bring_their_gpus_along() -> None:
+    asked = of({"gpus": 4}, {"gpus_of_node": 2, "gpus_per_node": 0}).for_slurm()
+    assert asked["nodes"] == 2
+    assert "gpus_per_node" not in asked
+
+
+def test_a_kind_s_python_is_a_path_from_where_snakemake_was_started(tmp_path: Path) -> None:
+    def python(kind: dict[str, Any], **resources: Any) -> dict[str, str]:
+        return python_of(kind, resources, tmp_path, "kinds.yaml: v100")
+
+    (tmp_path / "python").touch()
+    assert python({"python": "./python"}) == {"python": str(tmp_path / "python")}
+    assert python({"python": "python3.12"}) == {"python": "python3.12"}
+    assert python({}) == {}
+    with pytest.raises(WorkflowError, match=r"kinds.yaml: v100.python: .*/gone/python does not"):
+        python({"python": "gone/python"})
+    assert python({"python": "gone/python"}, environment="main") == {}
+
+
 def test_a_kind_s_arguments_of_srun_come_last() -> None:
     asked = of({}, {"srun_args": ["--mpi=none"]}).for_slurm()
     assert asked["srun_args"] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--mpi=none"]
@@ -120,6 +147,7 @@ def test_a_kinds_file(tmp_path: Path) -> None:
 
 WRONG_KINDS = {
     "a100: {slurm_partitoin: x}": r"a100: unknown key `slurm_partitoin`.*slurm_partition",
+    "a100: {gpus_of_node: 0}": r"a100\.gpus_of_node: it must be 1 or more",
     "a100: {nodes: two}": r"a100\.nodes: 'two' is not int",
     "a100: {setup: module load}": r"a100\.setup: 'module load' is not list",
     "a100: 3": "a100 must map parameters",
@@ -147,8 +175,16 @@ def test_names_fit_for_files_stay_and_others_stay_different() -> None:
 @pytest.mark.parametrize("service", ["module", "module:", ":function", "a b:c", "m:f()"])
 def test_a_service_is_module_and_function(service: str) -> None:
     with pytest.raises(WorkflowError, match="module:function"):
-        checked_service(service)
-    assert checked_service("a_package.of.mine:serve") == "a_package.of.mine:serve"
+        checked_name(service, "submitit-service")
+    assert checked_name("a_package.of.mine:serve", "x") == "a_package.of.mine:serve"
+
+
+def test_a_check_must_exist() -> None:
+    assert loaded("os.path:join", "submitit-check") is os.path.join
+    assert loaded(None, "submitit-check") is None
+    for name in ("os.path:joint", "no_such_module:f"):
+        with pytest.raises(WorkflowError, match=f"submitit-check: `{name}` cannot be imported"):
+            loaded(name, "submitit-check")
 
 
 @pytest.fixture
@@ -234,7 +270,7 @@ def test_the_text_that_sbatch_gets(
     assert "SBATCH_PARTITION" not in environment
     assert os.environ["SLURM_JOB_ID"] == "1"
     cancel(submission)
-    assert (slurm / "scancel.args").read_text() == "4711\n"
+    assert (slurm / "scancel.args").read_text() == "--name=tiny-5e1f0c2a 4711\n"
 
 
 def test_a_refusal_of_sbatch_says_why(slurm: Path, tmp_path: Path) -> None:

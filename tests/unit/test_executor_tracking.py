@@ -61,10 +61,21 @@ def test_outcomes_name_jobs_logs_and_signals(spool: Spool) -> None:
 
 def test_only_what_makes_progress_is_continued(spool: Spool) -> None:
     live = tracked(spool, "ab", handle=object())
-    assert not live.may_be_continued("NODE_FAIL")
+    assert not live.may_be_continued("FAILED")
     spool.finish(ticket_of(live, "a"), 3)
     live.read(silent)
-    assert live.may_be_continued("NODE_FAIL")
+    assert live.may_be_continued("FAILED")
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED", "BOOT_FAIL"])
+def test_what_the_cluster_takes_away_is_continued_but_not_for_ever(
+    spool: Spool, state: str
+) -> None:
+    live = tracked(spool, "ab", handle=object())
+    assert [live.may_be_continued(state) for _ in range(6)] == [True] * 4 + [False] * 2
+    spool.finish(ticket_of(live, "a"), 0)
+    live.read(silent)
+    assert live.may_be_continued(state)  # it got something done, and has new patience
 
 
 def test_what_somebody_has_cancelled_is_not_continued(spool: Spool) -> None:

@@ -13,6 +13,7 @@ rule measure:
         allocation=lambda wildcards: trial_of(wildcards).deployment.allocation,
         kind=lambda wildcards: trial_of(wildcards).deployment.gpu,
         gpus=lambda wildcards: trial_of(wildcards).deployment.gpu_count,
+        environment=lambda wildcards: trial_of(wildcards).deployment.environment,
         attempt=lambda wildcards, attempt: attempt,
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,

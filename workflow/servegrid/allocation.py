@@ -21,7 +21,7 @@ from servegrid import environment, models
 from servegrid.endpoint import Endpoint
 from servegrid.engines import EMULATED, Site, bring_up
 from servegrid.engines.warden import guarded
-from servegrid.errors import EngineError
+from servegrid.errors import ConfigError, EngineError
 from servegrid.grid import Deployment, Trial, digest_of
 from servegrid.telemetry import Sampler
 
@@ -94,6 +94,24 @@ class Handover:
         )
 
 
+def refuse_unservable(
+    name: str, params: Mapping[str, Any], resources: Mapping[str, Any], site: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError where the deployment cannot be served on what is asked of the cluster.
+
+    The executor asks this before it submits; `site` are the submission parameters.
+    """
+    deployment = Trial.from_spec(json.loads(params["spec"])).deployment
+    nodes = site.get("nodes", 1)
+    if nodes > 1 and deployment.engine != EMULATED:
+        raise ConfigError(
+            f"deployment `{deployment.name}` needs {deployment.gpu_count} GPUs on {nodes} nodes, "
+            f"and servegrid brings {deployment.engine} up on one: over several it would take a "
+            "process on each of them and a network between their GPUs, which is not supported. "
+            "Choose a kind of node with enough GPUs, or leave it out by `exclude` in the study."
+        )
+
+
 @contextlib.contextmanager
 def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) -> Iterator[Service]:
     """Bring up the deployment that the cells of one allocation share.
@@ -107,6 +125,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         startup_s=float(resources.get("startup_s", STARTUP_S)),
         models=models.default_folder(),
     )
+    refuse_missing_gpus(deployment, os.environ)
     with contextlib.ExitStack() as stack:
         # A warden, so that the folder with the engine's key goes even if this process is killed.
         folder = stack.enter_context(guarded()).folder
@@ -125,6 +144,24 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         )
         handover.write(folder / "handover.json")
         yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)
+
+
+def refuse_missing_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:
+    """Raise EngineError where Slurm has handed over fewer GPUs than the deployment needs.
+
+    Where it hands none over by name (whole nodes, on sites without GRES), nothing is known here.
+    """
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    if "SLURM_JOB_ID" not in env or visible is None or not deployment.gpu_count:
+        return
+    nodes = int(env.get("SLURM_JOB_NUM_NODES", 1))
+    found, wanted = len(list(filter(None, visible.split(",")))), -(-deployment.gpu_count // nodes)
+    if found < wanted:
+        raise EngineError(
+            f"deployment `{deployment.name}`: this allocation has {found} of {wanted} GPUs on "
+            f"node {env.get('SLURMD_NODENAME', '')} (CUDA_VISIBLE_DEVICES={visible}). Make the "
+            f"kind `{deployment.gpu}` of the profile ask for them, by slurm_gres or gpus_per_node."
+        )
 
 
 def _tokenizer(deployment: Deployment, site: Site) -> Path | None:

@@ -14,6 +14,7 @@ from servegrid.allocation import Handover
 from servegrid.errors import EngineError
 from servegrid.grid import Trial, digest_of
 from servegrid.load import Measurement, measure, server
+from servegrid.script import at_work
 from servegrid.verdict import SERVER_DIED, verdict_of
 
 RECORD_FORMAT = 1
@@ -37,7 +38,8 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     records.refuse_unwritable(requests.parent)
     before = server.metrics(handover.endpoint)
     offset = telemetry.offset(handover.telemetry)
-    measurement = measure(handover.endpoint, trial.load, handover.tokenizer, salt=trial.digest)
+    with at_work():
+        measurement = measure(handover.endpoint, trial.load, handover.tokenizer, salt=trial.digest)
     alive = _alive(handover, measurement)
     if not alive:
         handover.refuse_ended()

@@ -40,6 +40,11 @@ class Deployment:
         """The name of its allocations: another one as soon as anything in it changes."""
         return f"{self.name}.{digest_of(asdict(self))[:8]}"
 
+    @property
+    def environment(self) -> str:
+        """Whose Python it runs in: that of its kind of node, or the main process's."""
+        return "main" if self.engine == "emulated" else "kind"
+
 
 @dataclass(frozen=True)
 class Load:
@@ -232,8 +237,8 @@ def _refuse_mixed(trials: Sequence[Trial]) -> None:
     if len(by_emulation) > 1:
         raise ConfigError(
             f"deployments: `{by_emulation[True].name}` is emulated and "
-            f"`{by_emulation[False].name}` is not, and their figures would stand side by side. Make two studies of it, or set "
-            "`mix_emulated: true`."
+            f"`{by_emulation[False].name}` is not, and their figures would stand side by side. "
+            "Make two studies of it, or set `mix_emulated: true`."
         )
 
 

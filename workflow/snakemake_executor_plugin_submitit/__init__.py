@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
@@ -33,8 +33,10 @@ from snakemake_executor_plugin_submitit.jobs import (
 from snakemake_executor_plugin_submitit.spool import Task
 from snakemake_executor_plugin_submitit.submission import (
     Parameters,
-    checked_service,
+    checked_name,
     choose_cluster,
+    loaded,
+    python_of,
     read_kinds,
 )
 from snakemake_executor_plugin_submitit.tracking import Failure, Need, Queued
@@ -55,6 +57,13 @@ class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
             "of its first job"
         },
     )
+    check: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "module:function that is called before an allocation is submitted, with its "
+            "name, params, resources and submission parameters; what it raises refuses it"
+        },
+    )
     kinds: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
@@ -68,6 +77,10 @@ class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
             "help": "most allocations at once (default: unlimited on slurm, 1 on local)",
             "type": int,
         },
+    )
+    records: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={"help": "folder that keeps a JSON file of each allocation that has ended"},
     )
     linger: int = field(
         default=15, metadata={"help": "seconds that an idle allocation waits for further jobs"}
@@ -103,10 +116,11 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self._cluster = choose_cluster(settings.cluster)
         if self._cluster == "slurm":
             self._poll_s = 2.0  # hundreds of journals, perhaps, on a shared file system
-        self._service = checked_service(settings.service)
+        self._service = checked_name(settings.service, "submitit-service")
+        self._check = loaded(checked_name(settings.check, "submitit-check"), "submitit-check")
         hold()
-        start = Path(self.workflow.rundir)  # before --directory
-        self._kinds_path = start / settings.kinds if settings.kinds else None
+        self._start = Path(self.workflow.rundir)  # before --directory
+        self._kinds_path = self._start / settings.kinds if settings.kinds else None
         self._kinds = read_kinds(self._kinds_path) if self._kinds_path else {}
         self._fleet: Fleet[JobExecutorInterface] = Fleet(
             Path(settings.folder).absolute(),
@@ -114,6 +128,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             most=settings.allocations or (1 if self._cluster == "local" else None),
             linger=settings.linger,
             tell=self.logger.info,
+            records=Path(settings.records).absolute() if settings.records else None,
         )
         self._outcomes: dict[JobExecutorInterface, Failure | None] = {}
 
@@ -128,6 +143,8 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self.run_jobs([job])
 
     def run_jobs(self, jobs: list[JobExecutorInterface]) -> None:
+        for job in jobs:  # before any of them is submitted
+            self._kind_of(job)
         batch = []
         for job in sorted(jobs, key=lambda job: str(job.jobid).zfill(12)):
             self.run_job_pre(job)
@@ -176,24 +193,38 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         """What the allocation is to be of which this job is the first."""
         rule = f"{job.name}: resources"
         resources = {key: plain(value, f"{rule}.{key}") for key, value in job.resources.items()}
-        kind = str(resources.get("kind", ""))
-        if self._kinds and kind and kind not in self._kinds:
-            raise WorkflowError(
-                f"{rule}: kind `{kind}` is not in {self._kinds_path}. "
-                f"Valid are: {', '.join(self._kinds)}."
-            )
         of_its_own = allocation_of(job) is None
         params = {} if of_its_own else params_of(job)
-        return Need(
+        need = Need(
             name=name,
             service=None if of_its_own else self._service,
             params={
                 key: plain(value, f"{job.name}: params.{key}") for key, value in params.items()
             },
             resources={key: each for key, each in resources.items() if key[0] != "_"},
-            parameters=Parameters.of(self._cluster, resources, self._kinds.get(kind, {})),
+            parameters=Parameters.of(self._cluster, resources, self._kind_of(job)),
             lingers=not of_its_own,
         )
+        if self._check and not of_its_own:
+            try:
+                self._check(name, need.params, need.resources, need.parameters.values)
+            except Exception as error:
+                raise WorkflowError(f"Allocation {name}: not submitted. {error}") from error
+        return need
+
+    def _kind_of(self, job: JobExecutorInterface) -> dict[str, Any]:
+        """What the site says of the job's kind of node, with its Python as an absolute path."""
+        kind = str(job.resources.get("kind", ""))
+        if not self._kinds or not kind:
+            return {}
+        if kind not in self._kinds:
+            raise WorkflowError(
+                f"{job.name}: resources: kind `{kind}` is not in {self._kinds_path}. "
+                f"Valid are: {', '.join(self._kinds)}."
+            )
+        where = f"{self._kinds_path}: {kind}"
+        given = {key: value for key, value in self._kinds[kind].items() if key != "python"}
+        return given | python_of(self._kinds[kind], job.resources, self._start, where)
 
     def _report_once(self, jobs: Sequence[JobExecutorInterface], failure: Failure) -> None:
         """One error, however many jobs it concerns."""

@@ -27,6 +27,10 @@ IDLE, CLOSED, WALLTIME, PREEMPTED = "idle", "closed", "walltime", "preempted"
 UNHEALTHY, BRING_UP, FAILURE = "unhealthy", "bring-up", "failure"
 """Why an allocation has ended, as its journal says it."""
 
+REPORT_VARIABLE = "SUBMITIT_TASK_REPORT"
+"""Names a file into which a job may write two times (seconds since the epoch): between them it
+did what it exists for. The rest of the allocation's time was spent on getting there."""
+
 POLL_S = 0.2
 AFTERSHOCK_S = 1.0
 """How long after a failed job the signal that ended it may still be on its way here as well."""
@@ -163,12 +167,13 @@ class Allocation:
     def _run(self, spool: Spool, runner: Runner, service: Service, ticket: str, task: Task) -> int:
         spool.record(events.BEGAN, ticket=ticket)
         caught = spool.log_of(ticket)
-        status = runner.run(task, service.env, caught)
+        report = caught.with_suffix(".report")
+        status = runner.run(task, {**service.env, REPORT_VARIABLE: str(report)}, caught)
         if status:
             time.sleep(AFTERSHOCK_S)
         if task.log:
             _move_behind(caught, Path(task.log))
-        spool.finish(ticket, status)
+        spool.finish(ticket, status, _at_work(report))
         return status
 
     def _stopped(self, spool: Spool, number: signal.Signals, elapsed: float) -> None:
@@ -215,6 +220,15 @@ def _raise_on_signals() -> None:
     # submission.submit has blocked them for the time before this has its own session.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
     threading.Thread(target=wait_for_warning, daemon=True).start()
+
+
+def _at_work(report: Path) -> list[float] | None:
+    try:
+        began, ended = map(float, report.read_text().split())
+        report.unlink()
+    except (OSError, ValueError):
+        return None
+    return [began, ended]
 
 
 def _move_behind(caught: Path, log: Path) -> None:

@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -21,7 +23,10 @@ from typing import Generic
 
 from snakemake_interface_common.exceptions import WorkflowError
 
+from snakemake_executor_plugin_submitit import spool as spool_events
+from snakemake_executor_plugin_submitit.account import Account, State, progress, summary
 from snakemake_executor_plugin_submitit.allocation import Allocation
+from snakemake_executor_plugin_submitit.history import slurm_record
 from snakemake_executor_plugin_submitit.liveness import (
     GONE,
     Liveness,
@@ -30,11 +35,19 @@ from snakemake_executor_plugin_submitit.liveness import (
     Submission,
 )
 from snakemake_executor_plugin_submitit.spool import Spool, write_atomically
-from snakemake_executor_plugin_submitit.submission import cancel, submit
+from snakemake_executor_plugin_submitit.submission import OutOfReach, cancel, submit
 from snakemake_executor_plugin_submitit.tracking import Failure, Job, Outcome, Queued, Tracked
 
 YIELD_S = 3.0
 """How long an allocation without jobs may keep others waiting: Snakemake's next job takes less."""
+SLURM_EXIT_S = 30.0
+"""How long the end of Slurm's jobs is waited for, so that it can be recorded."""
+HEARD_S = 60.0
+"""For so long after an allocation has last written, squeue's not knowing it is not believed."""
+RETRY_S = 20.0
+"""How long after a cluster has not answered it is asked again."""
+PROGRESS_S = (10.0, 60.0)
+"""Seconds until the first report of progress; the pauses then double up to the second."""
 LOCAL_EXIT_S = 60.0
 """How long local allocations have to take their services down before they are killed."""
 
@@ -52,9 +65,15 @@ class Fleet(Generic[Job]):
         most: int | None,
         linger: float,
         tell: Callable[[str], None],
+        records: Path | None = None,
     ) -> None:
         self._folder, self._cluster, self._most, self._linger = folder, cluster, most, linger
-        self._tell = tell
+        self._tell, self._records = tell, records
+        self._began = time.monotonic()
+        self._accounts: dict[str, Account] = {}
+        self._not_before: dict[str, float] = {}
+        self._reported, self._report_after = self._began, PROGRESS_S[0]
+        self._progress: list[str] = []
         self._liveness: Liveness = SlurmLiveness() if cluster == "slurm" else LocalLiveness()
         self._guard = threading.RLock()
         self._waiting: dict[str, list[Queued[Job]]] = {}
@@ -69,6 +88,7 @@ class Fleet(Generic[Job]):
         with self._guard:
             for name, queued in jobs:
                 self._waiting.setdefault(name, []).append(queued)
+                self._account(name).given.add(queued.task.key)
             self._dispatch()
 
     def poll(self) -> list[Outcome[Job]]:
@@ -85,6 +105,7 @@ class Fleet(Generic[Job]):
                     del self._live[live.name]
                     outcomes += self._settle(live, state)
             self._dispatch()
+            self._report()
             return outcomes
 
     def close(self) -> None:
@@ -98,6 +119,8 @@ class Fleet(Generic[Job]):
             self._end(cancelled=True)
 
     def _end(self, cancelled: bool) -> None:
+        if self._ending:
+            return
         self._ending = True
         for live in self._live.values():
             live.spool.clear()
@@ -117,7 +140,29 @@ class Fleet(Generic[Job]):
                 live.read(self._tell)
                 live.tickets.clear()
                 self._settle(live, GONE)
+        else:
+            self._see_off()
         self._live.clear()
+        seconds = time.monotonic() - self._began
+        told = summary(self._accounts.values(), seconds, shlex.join(sys.argv))
+        if told:
+            self._tell("\n    ".join(["Allocations:", *told]))
+
+    def _see_off(self) -> None:
+        """Wait a moment until Slurm's jobs are gone, so that their ends can be kept."""
+        deadline = time.monotonic() + SLURM_EXIT_S
+        liveness = SlurmLiveness(period=1.0, confirmation=1.0)
+        left = dict(self._live)
+        while left and time.monotonic() < deadline:
+            for name, live in list(left.items()):
+                live.read(self._tell)
+                if state := liveness.end_of(live.submission):
+                    live.read(self._tell)
+                    self._keep(live, state)
+                    del left[name]
+            time.sleep(0.5 if left else 0)
+        for live in left.values():
+            self._keep(live, None)
 
     # allocations begin
 
@@ -125,19 +170,35 @@ class Fleet(Generic[Job]):
         if self._ending:
             return
         for name in list(self._waiting):
-            if name not in self._live and self._full():
+            if name not in self._live and (self._full() or self._later(name)):
                 continue
             jobs = self._waiting.pop(name)
             try:
                 self._assign(name, jobs)
+            except OutOfReach as error:
+                self._waiting[name] = jobs
+                self._not_before[name] = time.monotonic() + RETRY_S
+                self._tell(
+                    f"Allocation {name}: {self._cluster} does not answer ({error}); "
+                    f"once more in {RETRY_S:.0f} s."
+                )
             except WorkflowError as error:
                 refused = tuple(queued.job for queued in jobs)
+                account = self._account(name)
+                account.shown = True
+                account.failures.append(_first_line(error))
                 self._refused.append(Outcome(refused, Failure(str(error), None)))
         if self._waiting and self._full():
             for live in self._live.values():
                 if not live.tickets and time.monotonic() - live.busy > YIELD_S:
                     live.spool.close()
                     live.closing = True
+
+    def _account(self, name: str) -> Account:
+        return self._accounts.setdefault(name, Account(name))
+
+    def _later(self, name: str) -> bool:
+        return time.monotonic() < self._not_before.get(name, 0.0)
 
     def _full(self) -> bool:
         return self._most is not None and len(self._live) >= self._most
@@ -188,12 +249,16 @@ class Fleet(Generic[Job]):
             f"Allocation {need.name}: submitted as job {submission.job_id} with "
             f"{_count(len(jobs), 'job')}; log: {submission.log}"
         )
+        account = self._account(need.name)
+        account.jobs.append(f"job {submission.job_id}")
+        account.shown = need.service is not None
         return Tracked(
             submission,
             spool,
             handle,
             closing=not need.lingers,
             announced=need.service is not None,
+            account=account,
             tickets=tickets,
             given=len(jobs),
         )
@@ -223,15 +288,17 @@ class Fleet(Generic[Job]):
                     spool.close()
                 entry.unlink()
                 continue
-            live: Tracked[Job] = Tracked(record, spool, closing=spool.closed)
+            account = Account(record.name, shown=True, jobs=[f"job {record.job_id}, adopted"])
+            live: Tracked[Job] = Tracked(record, spool, closing=spool.closed, account=account)
             live.under_way = spool.under_way()
             # Not through `live`: it has to tell what has been done to those who will ask for it.
             seen: Tracked[Job] = Tracked(record, spool)
             seen.read(self._tell)
-            live.process = seen.process
+            live.process, live.up = seen.process, seen.up
             if seen.ended or self._end_of(seen):
                 entry.unlink()
             else:
+                self._accounts[record.name] = account
                 yield live
 
     def _is_ours(self, record: Submission) -> bool:
@@ -243,13 +310,24 @@ class Fleet(Generic[Job]):
     def _end_of(self, live: Tracked[Job]) -> str | None:
         if self._cluster == "local" and live.runs_here():
             return None
-        return self._liveness.end_of(live.submission)
+        state = self._liveness.end_of(live.submission, urgent=live.stopped is not None)
+        if state == GONE and self._cluster == "slurm" and time.monotonic() - live.heard < HEARD_S:
+            return None  # squeue may be wrong; whoever writes is alive
+        return state
 
     def _settle(self, live: Tracked[Job], state: str | None) -> list[Outcome[Job]]:
         """What becomes of the jobs of an allocation that has ended."""
         (self._index / live.spool.root.name).unlink(missing_ok=True)
-        if live.ended is None and self._cluster == "local":
-            live.kill_here()
+        if live.ended is None:
+            # Should it be alive after all, it does no more of what others will do now.
+            with contextlib.suppress(OSError):
+                live.spool.clear()
+                live.spool.close()
+            if self._cluster == "local":
+                live.kill_here()
+            elif state == GONE:
+                cancel(live.submission)
+        self._keep(live, state)
         if not live.given:
             return []
         told = live.told_end(state)
@@ -260,11 +338,60 @@ class Fleet(Generic[Job]):
         if not live.may_be_continued(state):
             detail = live.ended.data["detail"] if live.ended else ""
             message = "\n".join(filter(None, (f"{told}.", detail)))
+            live.account.failures.append(_first_line(detail or told))
             failure = Failure(message, live.submission.log)
             return [Outcome(tuple(queued.job for queued in left), failure)]
         self._tell(f"{told}; {_count(len(left), 'job')} left for a further allocation.")
         self._waiting[live.name] = left + self._waiting.get(live.name, [])
         return []
+
+    def _keep(self, live: Tracked[Job], state: str | None) -> None:
+        """Keep what is known of an allocation that has ended: our account and Slurm's record."""
+        if self._records is None or not live.announced:
+            return
+        record = {
+            "allocation": asdict(live.submission),
+            "state": state,
+            "reason": live.reason or (live.stopped.data["reason"] if live.stopped else None),
+            "jobs_given": live.given,
+            "jobs_finished": live.finished,
+            "journal": [
+                {"event": event.kind, **event.data}
+                for event in live.spool.journal().new()
+                if event.kind not in (spool_events.BEGAN, spool_events.DONE)
+            ],
+        }
+        if self._cluster == "slurm":
+            record["slurm"] = slurm_record(live.submission.job_id)
+        name = f"{slug(live.name)}.{live.submission.job_id}.json"
+        with contextlib.suppress(OSError):
+            self._records.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._records / name, json.dumps(record, indent=2) + "\n")
+
+    # what people are told
+
+    def _report(self) -> None:
+        """Now and then, where something has changed: how far each allocation is."""
+        if time.monotonic() - self._reported < self._report_after:
+            return
+        lines = progress([*self._states()])
+        if lines and lines != self._progress:
+            done = sum(len(each.done) for each in self._accounts.values())
+            given = sum(len(each.given) for each in self._accounts.values())
+            self._tell("\n    ".join([f"Progress: {done} of {_count(given, 'job')} done", *lines]))
+        self._progress, self._reported = lines, time.monotonic()
+        self._report_after = min(2 * self._report_after, PROGRESS_S[1])
+
+    def _states(self) -> Iterator[State]:
+        for name, account in self._accounts.items():
+            live, waiting = self._live.get(name), len(self._waiting.get(name, []))
+            left = waiting + (len(live.tickets) if live else 0)
+            if live and live.announced:
+                each_s = account.job_s()
+                rest = left * each_s if each_s and live.up else None
+                yield State(account, left, live.now(self._liveness.told(live.submission)), rest)
+            elif left and live is None:
+                yield State(account, left, "waits for its turn")
 
 
 def slug(name: str) -> str:
@@ -272,6 +399,10 @@ def slug(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", name).lstrip(".-")[:100]
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return plain if plain == name else f"{plain}-{digest}"
+
+
+def _first_line(told: object) -> str:
+    return (str(told).strip().splitlines() or [""])[0]
 
 
 def _count(number: int, noun: str) -> str:

@@ -47,22 +47,32 @@ class Submission:
 
 
 class Liveness(Protocol):
-    def end_of(self, submission: Submission) -> str | None:
-        """The state in which the job has ended, or None as long as it may still run."""
+    def end_of(self, submission: Submission, urgent: bool = False) -> str | None:
+        """The state in which the job has ended, or None as long as it may still run.
+
+        `urgent` where there is reason to believe that it has.
+        """
+
+    def told(self, submission: Submission) -> str:
+        """What the cluster says of the job, for people."""
 
 
 class LocalLiveness:
     """Of processes of this machine."""
 
-    def end_of(self, submission: Submission) -> str | None:
+    def end_of(self, submission: Submission, urgent: bool = False) -> str | None:
         pid, begun = int(submission.job_id), submission.start_ticks
         return None if begun is not None and runs(pid, begun) else GONE
+
+    def told(self, submission: Submission) -> str:
+        return ""
 
 
 class SlurmLiveness:
     """One call of squeue for all jobs, at most every `period` seconds.
 
-    A job that seems to have ended is asked for again after `confirmation` seconds.
+    A job that seems to have ended is asked for again after `confirmation` seconds, which is also
+    how often it is asked about urgent ones.
     """
 
     def __init__(
@@ -74,20 +84,20 @@ class SlurmLiveness:
     ) -> None:
         self._ask, self._clock = ask or ask_squeue, clock
         self._period, self._confirmation = period, confirmation
-        self._states: dict[tuple[str, str], str] | None = None
+        self._states: dict[tuple[str, str], tuple[str, str]] | None = None
         self._asked = float("-inf")
         self._suspected: dict[tuple[str, str], float] = {}
 
-    def end_of(self, submission: Submission) -> str | None:
+    def end_of(self, submission: Submission, urgent: bool = False) -> str | None:
         key = (submission.job_id, submission.job_name)
         since = self._clock() - self._asked
-        if since >= (self._confirmation if self._suspected else self._period):
+        if since >= (self._confirmation if self._suspected or urgent else self._period):
             self._asked = self._clock()
             answer = self._ask()
             self._states = None if answer is None else parse_squeue(answer)
         if self._states is None:
             return None
-        state = self._states.get(key, GONE)
+        state, _ = self._states.get(key, (GONE, ""))
         if state in ALIVE_STATES:
             self._suspected.pop(key, None)
             return None
@@ -97,10 +107,19 @@ class SlurmLiveness:
             return state
         return None
 
+    def told(self, submission: Submission) -> str:
+        """State and reason as Slurm last gave them, for people; empty where it said nothing."""
+        found = (self._states or {}).get((submission.job_id, submission.job_name))
+        if found is None:
+            return ""
+        state, reason = found
+        shown = state.lower()
+        return f"{shown} ({reason})" if reason not in ("", "None", "none") else shown
+
 
 def ask_squeue() -> str | None:
-    """The user's jobs, one `id|state|name` a line; None where squeue does not answer."""
-    command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%j"]
+    """The user's jobs, one `id|state|reason|name` a line; None where squeue does not answer."""
+    command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
     try:
         return subprocess.run(
             [*command, "--user", getpass.getuser()],
@@ -113,12 +132,17 @@ def ask_squeue() -> str | None:
         return None
 
 
-def parse_squeue(text: str) -> dict[tuple[str, str], str]:
-    """The state by job id and job name. States such as `CANCELLED by 1000` lose their detail."""
+def parse_squeue(text: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """State and reason by job id and job name.
+
+    States such as `CANCELLED by 1000` lose their detail; what is not such a line is left out.
+    """
     states = {}
     for line in text.splitlines():
-        job_id, state, name = line.split("|", 2)
-        states[job_id.strip(), name.strip()] = state.split()[0]
+        fields = line.split("|", 3)
+        if len(fields) == 4 and fields[1].strip():
+            job_id, state, reason, name = fields
+            states[job_id.strip(), name.strip()] = state.split()[0], reason.strip()
     return states
 
 

@@ -49,7 +49,7 @@ class Event:
 STARTED = "started"  # pid, start_ticks (see liveness), host
 UP = "up"  # seconds
 BEGAN = "began"  # ticket
-DONE = "done"  # ticket, status (negative: killed by that signal)
+DONE = "done"  # ticket, status (negative: killed by that signal), at_work (two times or null)
 STOPPED = "stopped"  # reason; Slurm may start this allocation again
 ENDED = "ended"  # reason, detail; it will not go on
 
@@ -137,8 +137,8 @@ class Spool:
         finally:
             os.close(descriptor)
 
-    def finish(self, ticket: str, status: int) -> None:
-        self.record(DONE, ticket=ticket, status=status)
+    def finish(self, ticket: str, status: int, at_work: list[float] | None = None) -> None:
+        self.record(DONE, ticket=ticket, status=status, at_work=at_work)
         (self._doing / ticket).unlink(missing_ok=True)
 
     def restore(self) -> bool:

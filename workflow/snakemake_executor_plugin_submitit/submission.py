@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import re
@@ -30,7 +31,8 @@ KIND_KEYS: Mapping[str, type | tuple[type, ...]] = {
     "timeout_min": (int, float),
     "signal_delay_s": int,
     "nodes": int,
-    "gpus_per_node": (int, str),
+    "gpus_of_node": int,  # how many a node has: those who want more get several nodes
+    "gpus_per_node": (int, str),  # 0: none are asked for, the nodes bring theirs along
     "cpus_per_task": int,
     "mem_gb": (int, float),
     "python": str,
@@ -81,14 +83,26 @@ def choose_cluster(wanted: str | None) -> str:
     return cluster
 
 
-def checked_service(service: str | None) -> str | None:
-    """The name of a service. Raises WorkflowError where it is not of the form module:function."""
-    if service is not None and not re.fullmatch(r"[\w.]+:\w+", service):
+def checked_name(name: str | None, setting: str) -> str | None:
+    """The name of a function. Raises WorkflowError where it is not of the form module:function."""
+    if name is not None and not re.fullmatch(r"[\w.]+:\w+", name):
         raise WorkflowError(
-            f"submitit-service: `{service}` is not of the form module:function, "
+            f"{setting}: `{name}` is not of the form module:function, "
             "as in my_package.services:serve."
         )
-    return service
+    return name
+
+
+def loaded(name: str | None, setting: str) -> Callable[..., Any] | None:
+    """The function of that name. Raises WorkflowError where there is none."""
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise WorkflowError(f"{setting}: `{name}` cannot be imported ({error}).") from error
+    return found
 
 
 def read_kinds(path: Path) -> dict[str, dict[str, Any]]:
@@ -114,7 +128,31 @@ def read_kinds(path: Path) -> dict[str, dict[str, Any]]:
                 )
             if not isinstance(value, KIND_KEYS[key]):
                 raise WorkflowError(f"{where}.{key}: {value!r} is not {_named(KIND_KEYS[key])}.")
+        if parameters.get("gpus_of_node", 1) < 1:
+            raise WorkflowError(f"{where}.gpus_of_node: it must be 1 or more.")
     return kinds
+
+
+def python_of(
+    kind: Mapping[str, Any], resources: Mapping[str, Any], start: Path, where: str
+) -> dict[str, str]:
+    """The kind's `python` as an absolute path, empty where it has none.
+
+    Paths are as seen from `start`; a bare name is looked for on the node. A job whose resource
+    `environment` is `main` wants the main process's Python, whatever its kind says. Raises
+    WorkflowError, naming `where`, where the path leads nowhere.
+    """
+    python = kind.get("python")
+    if python is None or resources.get("environment") == "main":
+        return {}
+    if "/" not in python:
+        return {"python": python}
+    path = start / Path(python).expanduser()
+    if not path.exists():
+        raise WorkflowError(
+            f"{where}.python: {path} does not exist. Make that environment, or correct the path."
+        )
+    return {"python": str(path)}
 
 
 def _named(types: type | tuple[type, ...]) -> str:
@@ -150,10 +188,14 @@ class Parameters:
             values["timeout_min"] = resources["runtime"]
         if "mem_mb" in resources and not _MEMORY_KEYS & kind.keys():
             values["slurm_mem"] = f"{resources['mem_mb']}M"
-        if resources.get("gpus") and not _GPU_KEYS & kind.keys():
-            nodes = kind.get("nodes", values.get("nodes", 1))
-            values["gpus_per_node"] = math.ceil(resources["gpus"] / nodes)
-        values |= kind
+        gpus, has = int(resources.get("gpus") or 0), kind.get("gpus_of_node")
+        nodes = kind.get("nodes", values.get("nodes", math.ceil(gpus / has) if gpus and has else 1))
+        values["nodes"] = nodes
+        if gpus and not _GPU_KEYS & kind.keys():
+            values["gpus_per_node"] = math.ceil(gpus / nodes)
+        values |= {key: value for key, value in kind.items() if key != "gpus_of_node"}
+        if values.get("gpus_per_node") == 0:
+            del values["gpus_per_node"]
         if "timeout_min" not in values:
             if cluster == "slurm":
                 raise WorkflowError(
@@ -202,6 +244,17 @@ class Parameters:
         }
 
 
+class OutOfReach(Exception):
+    """The cluster could not be asked: this says nothing of what was asked."""
+
+
+_OUT_OF_REACH = re.compile(
+    "Unable to contact slurm controller|Socket timed out|Connection refused|Resource temporarily "
+    "unavailable|slurm_persist_conn_open|Zero Bytes were transmitted|Transport endpoint",
+    re.IGNORECASE,
+)
+
+
 def submit(
     name: str,
     cluster: str,
@@ -213,7 +266,8 @@ def submit(
     """Submit `function`, which must be importable on the node, as one submitit job.
 
     `folder` is where submitit keeps its files. Returns what to remember of the job, and
-    submitit's handle. Raises WorkflowError where the cluster refuses.
+    submitit's handle. Raises WorkflowError where the cluster refuses, OutOfReach where it does
+    not answer.
     """
     python = parameters.values.get("python")
     try:
@@ -226,7 +280,10 @@ def submit(
         with clean_env(), _deaf_to_the_terminal():
             handle = executor.submit(function)
     except (OSError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
-        raise WorkflowError(f"{cluster} refused the allocation {name}: {error}") from error
+        told = " ".join(str(error).split())
+        if _OUT_OF_REACH.search(told):
+            raise OutOfReach(told) from error
+        raise WorkflowError(f"{cluster} refused the allocation {name}: {told}") from error
     submission = Submission(
         name=name,
         cluster=cluster,
@@ -243,7 +300,9 @@ def submit(
 def cancel(submission: Submission) -> None:
     """Ask a submitted job to end; it does so when its service is down."""
     if submission.cluster == "slurm":
-        subprocess.run(["scancel", submission.job_id], capture_output=True, timeout=60)
+        # By its name as well: job ids are used again.
+        command = ["scancel", f"--name={submission.job_name}", submission.job_id]
+        subprocess.run(command, capture_output=True, timeout=60)
         return
     pid = int(submission.job_id)
     if submission.start_ticks is not None and runs(pid, submission.start_ticks):

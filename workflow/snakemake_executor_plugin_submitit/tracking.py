@@ -12,11 +12,17 @@ from typing import Any, Generic, TypeVar
 
 from snakemake_executor_plugin_submitit import allocation as inside
 from snakemake_executor_plugin_submitit import spool as events
+from snakemake_executor_plugin_submitit.account import Account, duration
 from snakemake_executor_plugin_submitit.liveness import GONE, Submission, runs, start_ticks
 from snakemake_executor_plugin_submitit.spool import Event, Spool, Task
 from snakemake_executor_plugin_submitit.submission import Parameters
 
 Job = TypeVar("Job")
+
+TAKEN_AWAY = frozenset(("PREEMPTED", "NODE_FAIL", "BOOT_FAIL"))
+"""Ends that the cluster brought about, and that say nothing of the allocation itself."""
+PATIENCE = 5
+"""So many allocations in a row may be taken away before they have done a job."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Tracked(Generic[Job]):
 
     `handle` is submitit's, None where an earlier run has submitted it. `tickets` are the jobs
     that it was given and has not finished; `under_way` are tickets by the key of their task,
-    begun for an earlier run. `busy` is when it last finished a job (time.monotonic).
+    begun for an earlier run. `busy` is when it last finished a job, `heard` when it last wrote
+    anything (time.monotonic).
     """
 
     submission: Submission
@@ -74,11 +81,14 @@ class Tracked(Generic[Job]):
     handle: Any = None
     closing: bool = False
     announced: bool = False
+    account: Account = field(default_factory=lambda: Account(""))
     tickets: dict[str, Queued[Job]] = field(default_factory=dict)
     under_way: dict[str, str] = field(default_factory=dict)
     given: int = 0
     finished: int = 0
     busy: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=time.monotonic)
+    up: Event | None = None
     process: Event | None = None
     interrupted: str | None = None
     stopped: Event | None = None
@@ -100,10 +110,14 @@ class Tracked(Generic[Job]):
         """What it has finished since the last call."""
         outcomes = []
         for event in self._journal.new():
+            self.heard = time.monotonic()
+            self.account.note(event)
             if event.kind == events.STARTED:
-                self.process, self.stopped = event, None
-            elif event.kind == events.UP and self.announced:
-                tell(f"Allocation {self.name}: up after {event.data['seconds']:.0f} s.")
+                self.process, self.stopped, self.up = event, None, None
+            elif event.kind == events.UP:
+                self.up = event
+                if self.announced:
+                    tell(f"Allocation {self.name}: up after {event.data['seconds']:.0f} s.")
             elif event.kind == events.BEGAN:
                 self.interrupted = event.data["ticket"]
             elif event.kind == events.DONE:
@@ -111,6 +125,8 @@ class Tracked(Generic[Job]):
                 if queued := self.tickets.pop(event.data["ticket"], None):
                     self.finished += 1
                     failure = self._failure(event, queued.task)
+                    ended = self.account.failed if failure else self.account.done
+                    ended.add(queued.task.key)
                     outcomes.append(Outcome((queued.job,), failure))
             elif event.kind == events.STOPPED:
                 self.stopped = event
@@ -164,8 +180,23 @@ class Tracked(Generic[Job]):
             return True  # jobs came just as it ended
         if state == "CANCELLED":
             return False  # somebody wants it so
+        if state in TAKEN_AWAY or self.reason == inside.PREEMPTED:
+            self.account.lost += 1
+            return self.account.lost < PATIENCE
         adopted_too_late = self.handle is None and self.ended is None
         return self.finished > 0 or adopted_too_late
+
+    def now(self, told: str) -> str:
+        """Where it stands, in words; `told` is what the cluster says of it."""
+        job = f"job {self.submission.job_id}"
+        if self.process is None or self.stopped:
+            waited = duration(time.time() - self.submission.submitted)
+            return f"{job} {told or 'not yet begun'} since {waited}"
+        where = f"{job} on {self.process.data['host']}"
+        if self.up is None and self.announced:
+            since = time.time() - self.process.data["time"]
+            return f"bringing up since {duration(since)}, {where}"
+        return f"{'working' if self.tickets else 'idle'}, {where}"
 
     def runs_here(self) -> bool:
         """Whether its process is one of this machine and still there."""

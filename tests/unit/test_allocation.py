@@ -1,0 +1,58 @@
+"""What an allocation refuses, before it is submitted and before anything comes up in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from servegrid.allocation import refuse_missing_gpus, refuse_unservable
+from servegrid.config import read_study
+from servegrid.errors import ConfigError, EngineError
+from servegrid.grid import Trial
+
+CONFIG = Path(__file__).parents[2] / "config"
+ARTICLE = read_study(CONFIG / "inria-2024.yaml")
+FOUR_A100 = next(trial for trial in ARTICLE.trials if trial.deployment.gpu_count == 4)
+TWO_V100 = ARTICLE.deployments[0]
+
+
+def params(trial: Trial) -> dict[str, str]:
+    return {"spec": trial.spec_json}
+
+
+def test_a_real_engine_on_several_nodes_is_refused_with_reason_and_remedy() -> None:
+    told = r"needs 4 GPUs on 2 nodes.*brings vllm up on one.*`exclude`"
+    with pytest.raises(ConfigError, match=told):
+        refuse_unservable("a", params(FOUR_A100), {}, {"nodes": 2})
+    refuse_unservable("a", params(FOUR_A100), {}, {"nodes": 1})
+    refuse_unservable("a", params(FOUR_A100), {}, {})
+
+
+def test_an_emulated_one_may_rehearse_them() -> None:
+    deployment = replace(FOUR_A100.deployment, engine="emulated")
+    refuse_unservable("a", params(replace(FOUR_A100, deployment=deployment)), {}, {"nodes": 2})
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},  # not on Slurm
+        {"CUDA_VISIBLE_DEVICES": ""},
+        {"SLURM_JOB_ID": "7"},  # no GRES: whole nodes bring their GPUs along
+        {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0,1"},
+        {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "2,3,5"},
+        {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": "0", "SLURM_JOB_NUM_NODES": "2"},
+    ],
+)
+def test_enough_gpus_or_no_knowledge_of_them(env: dict[str, str]) -> None:
+    refuse_missing_gpus(TWO_V100, env)
+
+
+@pytest.mark.parametrize("visible", ["", "0"])
+def test_fewer_gpus_than_needed_are_refused(visible: str) -> None:
+    env = {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": visible, "SLURMD_NODENAME": "sirocco14"}
+    found = len(visible)
+    with pytest.raises(EngineError, match=f"has {found} of 2 GPUs on node sirocco14.*slurm_gres"):
+        refuse_missing_gpus(TWO_V100, env)
