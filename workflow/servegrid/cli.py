@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
     _add_prepare(subcommands)
     _add_load(subcommands)
+    _add_doctor(subcommands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -116,6 +119,35 @@ def _load(options: argparse.Namespace) -> int:
     records.write(measurement.requests.replace_schema_metadata(schema.metadata), options.out)
     print(_summary(measurement))
     return 1 if any(measurement.errors) else 0
+
+
+def _add_doctor(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "doctor",
+        help="check a cluster and a profile before the first study",
+        description="Checks, on a login node, what a study will need of a profile, of Slurm, of "
+        "files, environments and models. Nothing is submitted. The status is 1 if a check failed, "
+        "2 if the profile or the study cannot be read.",
+    )
+    add = parser.add_argument
+    add("--profile", required=True, type=Path, metavar="DIR", help="as profiles/plafrim")
+    add("--configfile", type=Path, metavar="FILE", help="a study, as config/inria-2024.yaml")
+    add("--directory", type=Path, default=Path(), metavar="DIR", help="where results/ will lie")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from servegrid.doctor import examine, report
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    findings = []
+    checks = examine(options.profile, options.configfile, options.directory)
+    for _, of_group in itertools.groupby(checks, key=lambda finding: finding.group):
+        group = list(of_group)
+        findings += group
+        print(report.told(group, width), end="\n\n", flush=True)
+    print(report.summary(findings))
+    return report.exit_status(findings)
 
 
 def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:

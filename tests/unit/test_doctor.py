@@ -1,0 +1,215 @@
+"""`servegrid doctor`: its report, the profile and the study, and the command as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from doctoring import GROUP, study
+from servegrid.cli import main
+from servegrid.doctor import site
+from servegrid.doctor.commands import ask
+from servegrid.doctor.demands import demand_of
+from servegrid.doctor.report import Status, exit_status, summary, told
+from servegrid.doctor.site import Profile
+from servegrid.errors import ConfigError
+from snakemake_executor_plugin_submitit.submission import KIND_KEYS
+
+
+def profile_in(
+    folder: Path,
+    options: str = "executor: submitit\nsubmitit-cluster: slurm\n",
+    kinds_text: str | None = "v100: {slurm_partition: routage, gpus_of_node: 2}\n",
+) -> Path:
+    if kinds_text is not None:
+        (folder / "kinds.yaml").write_text(kinds_text)
+        options += f"submitit-kinds: {folder}/kinds.yaml\n"
+    (folder / "config.yaml").write_text(options)
+    return folder
+
+
+def test_findings_are_aligned_and_counted() -> None:
+    findings = [
+        GROUP.ok("a", "fine"),
+        GROUP.warn("longer", "so\nso", "do this"),
+        GROUP.skip("b", "no"),
+    ]
+    assert told(findings) == (
+        "kind v100\n"
+        "  OK    a       fine\n"
+        "  WARN  longer  so so\n"
+        "                remedy: do this\n"
+        "  SKIP  b       no"
+    )
+    assert summary(findings) == "1 ok, 1 warning, 0 failures"
+    assert exit_status(findings) == 0
+    assert exit_status([*findings, GROUP.fail("c", "bad", "mend it")]) == 1
+
+
+def test_lines_are_wrapped_to_a_terminal_and_never_inside_words() -> None:
+    path = "/a/very/long/path/that/must/stay/in/one/piece/to/be/copied"
+    lines = told([GROUP.warn("x", "word " * 20, f"look at {path} at once")], 60).splitlines()
+    assert all(len(line) <= 60 or path in line for line in lines)
+    assert any(path in line for line in lines)
+
+
+# Profile and study
+
+
+def test_the_keys_of_kinds_are_those_of_the_executor() -> None:
+    assert set(KIND_KEYS) == site.KEYS
+
+
+def test_a_profile_is_read_with_its_kinds(tmp_path: Path) -> None:
+    profile = Profile.read(profile_in(tmp_path))
+    assert profile.cluster == "slurm"
+    assert [each.status for each in site.judge_profile(profile)] == [Status.OK, Status.OK]
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds_text", "named"),
+    [
+        ("executor: [", None, r"--profile: .*config\.yaml is not valid YAML.*Correct it"),
+        ("- a", None, r"config\.yaml is not a mapping of keys\. Write"),
+        ("executor: submitit\n", "v100: 3", r"kinds\.yaml: v100: is not a mapping.*Write"),
+        ("executor: submitit\n", "v100: {nodes: '2'}", r"v100\.nodes: '2' is not a number.*Write"),
+        ("executor: submitit\n", "v100: {slurm_qos: 7}", r"v100\.slurm_qos: 7 is not a text"),
+        ("executor: submitit\n", "[", r"submitit-kinds: .*kinds\.yaml is not valid YAML"),
+        (
+            "executor: submitit\n",
+            "v100: {slurm_additional_parameters: x}",
+            r"v100\.slurm_additional_parameters: is not a mapping",
+        ),
+    ],
+)
+def test_an_unreadable_profile_is_one_error_with_file_key_and_remedy(
+    tmp_path: Path, options: str, kinds_text: str | None, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        Profile.read(profile_in(tmp_path, options, kinds_text))
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--profile: .*config\.yaml cannot be read.*Correct"):
+        Profile.read(tmp_path)
+    (tmp_path / "config.yaml").write_text("submitit-kinds: no/where.yaml\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: submitit-kinds: no/where\.yaml cannot"):
+        Profile.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds_text", "status", "words"),
+    [
+        ("executor: slurm\n", None, Status.FAIL, "executor is slurm"),
+        ("jobs: 3\n", None, Status.FAIL, "executor is not set"),
+        ("executor: submitit\nsubmitit-cluster: sge\n", None, Status.FAIL, "`sge`"),
+        ("executor: submitit\nsubmitit-cluster: slurm\n", None, Status.WARN, "no submitit-kinds"),
+        ("executor: submitit\n", "{}", Status.FAIL, "no kinds in it"),
+        ("executor: submitit\n", "a: {slurm_partitoin: x}", Status.FAIL, "`slurm_partitoin`"),
+    ],
+)
+def test_a_profile_that_cannot_serve_is_judged(
+    tmp_path: Path, options: str, kinds_text: str | None, status: Status, words: str
+) -> None:
+    profile = Profile.read(profile_in(tmp_path, options, kinds_text))
+    bad = [each for each in site.judge_profile(profile) if each.status is not Status.OK]
+    assert [each.status for each in bad] == [status]
+    assert words in bad[0].found
+    assert bad[0].remedy
+
+
+def test_a_misspelt_key_is_told_the_right_one(tmp_path: Path) -> None:
+    profile = Profile.read(profile_in(tmp_path, kinds_text="a: {slurm_partitoin: x}"))
+    remedies = [each.remedy for each in site.judge_profile(profile)]
+    assert "Did you mean `slurm_partition`?" in remedies[-1]
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    [(720, 720), ("720", 720), ("12h", 720), ("1h30m", 90), ("2 days", 2880), ("soon", None)],
+)
+def test_runtimes_are_read_as_snakemake_reads_them(written: object, minutes: float | None) -> None:
+    assert site.minutes_of(written) == minutes
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [
+        {"set-resources": {"measure": {"runtime": 60}}},
+        {"set-resources": ["plot:runtime=5", "measure:runtime=60"]},
+        {"default-resources": ["runtime=60"]},
+        {"default-resources": {"runtime": 5}, "set-resources": {"measure": {"runtime": 60}}},
+    ],
+)
+def test_the_runtime_is_found_in_each_place_of_a_profile(resources: dict[str, object]) -> None:
+    profile = Profile(Path("config.yaml"), resources, None, {})
+    assert demand_of(profile, "v100", ()).minutes == 60
+
+
+def test_a_kind_of_the_study_must_be_in_the_profile(tmp_path: Path) -> None:
+    profile = Profile.read(profile_in(tmp_path, kinds_text="a100: {slurm_partition: x}"))
+    bad = list(site.judge_study(profile, study(), Path("s.yaml")))[-1]
+    assert (bad.status, bad.subject) == (Status.FAIL, "kind v100")
+    assert "a100" in bad.remedy
+
+
+@pytest.mark.parametrize(
+    ("gpu_count", "engine", "status", "words"),
+    [
+        (2, "vllm", Status.OK, "one node"),
+        (3, "vllm", Status.WARN, "m_fp16_vllm_3xv100"),
+        (4, "emulated", Status.OK, "up to 2 nodes"),
+    ],
+)
+def test_more_gpus_than_a_node_has_are_told(
+    tmp_path: Path, gpu_count: int, engine: str, status: Status, words: str
+) -> None:
+    profile = Profile.read(profile_in(tmp_path))
+    last = list(site.judge_study(profile, study(gpu_count, engine), Path("s.yaml")))[-1]
+    assert last.status is status
+    assert words in last.found
+
+
+# Programs, and the command as a whole
+
+
+def test_programs_have_a_time_limit_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = ask(["sleep", "5"], 0.1)
+    assert (late.good, late.complaint) == (False, "no answer within 0.1 s")
+    assert "cannot be run" in ask(["/no/such/program"]).complaint
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    seen = ask(["env"]).stdout.splitlines()
+    assert "SLURM_CONF=/etc/slurm.conf" in seen
+    assert not any(line.startswith("SLURM_JOB_ID") for line in seen)
+
+
+def test_a_slurm_profile_without_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = profile_in(tmp_path, kinds_text="cpu: {slurm_partition: x, timeout_min: 60}\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["doctor", "--profile", str(folder), "--directory", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("FAIL") == 1
+    assert "SKIP  controller" in out
+    assert out.splitlines()[-1].endswith("1 failure")
+
+
+def test_a_local_profile_needs_no_slurm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "executor: submitit\nsubmitit-cluster: local\n"
+    folder = profile_in(tmp_path, options, None)
+    assert main(["doctor", "--profile", str(folder), "--directory", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "SKIP  Slurm  not needed" in out
+    assert out.splitlines()[-1].endswith("0 failures")
+
+
+def test_an_unreadable_profile_ends_with_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--profile", str(tmp_path)]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"servegrid: --profile: {tmp_path / 'config.yaml'} cannot be read")
