@@ -1,21 +1,23 @@
 # Every target does its own set-up. `make run` and `make test` are all that a newcomer needs.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format docs model lock clean
+.PHONY: help run test lint bench format docs model lock clean
 
 PROFILE ?= profiles/local
 PYTHON := .venv/bin/python
-CHECKED := workflow tests docs
+CHECKED := workflow tests docs bench
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile | expand -t 14
 
 run: .venv/.ready model  ## measure the demo study: tables and plots
 	$(PYTHON) -m snakemake_executor_plugin_submitit unlock  # if the last run was killed
 	.venv/bin/snakemake --profile $(PROFILE)
 
 test: .venv/.dev model  ## lint, type-check and run all tests
+	tests/slurm/install.sh
 	$(MAKE) --no-print-directory lint
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --ignore tests/slurm
+	$(PYTHON) -m pytest -n 3 tests/slurm  # they mostly wait, each for a Slurm of its own
 
 lint: .venv/.dev  ## what must be clean: ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/ruff check --no-cache $(CHECKED)
@@ -23,6 +25,9 @@ lint: .venv/.dev  ## what must be clean: ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/mypy
 	.venv/bin/snakefmt --check Snakefile workflow/rules
 	.venv/bin/snakemake --lint
+
+bench: .venv/.ready  ## what the machinery costs around the measuring
+	$(PYTHON) bench/machinery.py
 
 format: .venv/.dev  ## let the formatters do their work
 	.venv/bin/ruff check --fix $(CHECKED)
@@ -35,15 +40,26 @@ docs: .venv/.ready  ## write the generated parts of the documentation
 model: .venv/.ready  ## fetch and convert the demo's model, once
 	.venv/bin/servegrid prepare
 
+env-cpu: .venv/.ready  ## the environment without a GPU: .venv
+
+env-v100: .venv-v100/.ready  ## the one for V100 GPUs (9 GB): .venv-v100
+
+env-a100: .venv-a100/.ready  ## the one for A100 GPUs and newer: .venv-a100
+
 lock: .venv/.dev  ## resolve the lists in workflow/envs anew
 	workflow/envs/lock.sh
 
-clean:  ## remove the environment; results stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove the environments; results stay
+	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache
 
 .venv/.ready: workflow/envs/create.sh workflow/envs/cpu.txt pyproject.toml
 	workflow/envs/create.sh .venv workflow/envs/cpu.txt
 	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv-%/.ready: workflow/envs/create.sh workflow/envs/%.txt pyproject.toml
+	workflow/envs/create.sh .venv-$* workflow/envs/$*.txt
+	.venv-$*/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 .venv/.dev: .venv/.ready workflow/envs/dev.txt

@@ -103,10 +103,8 @@ class Allocation:
             return
         if "SLURM_JOB_ID" not in os.environ:
             os.setsid()  # the terminal's Ctrl-C is for the main process
-        pid = os.getpid()
-        spool.record(
-            events.STARTED, pid=pid, start_ticks=start_ticks(pid), host=socket.gethostname()
-        )
+        pid, host = os.getpid(), os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        spool.record(events.STARTED, pid=pid, start_ticks=start_ticks(pid), host=host)
         _raise_on_signals()
         try:
             reason, detail = self._serve(spool)

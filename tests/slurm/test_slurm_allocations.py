@@ -1,0 +1,272 @@
+"""Allocations on a real Slurm, with toy cells: what is lost, taken away, refused and delayed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import time
+
+import pytest
+
+from slurm.cluster import Options
+from slurm.conftest import GPU, KIND, Workspace, with_options
+
+PREEMPTIBLE = KIND | {"slurm_partition": "preempt", "slurm_constraint": "a100"}
+V100 = KIND | {"slurm_constraint": "sirocco&v100"}
+
+
+def names(prefix: str, count: int) -> set[str]:
+    return {f"{prefix}{number}" for number in range(count)}
+
+
+@with_options(Options(), Options(accounting=True))
+def test_every_deployment_has_a_node_and_slurm_s_record_is_kept(work: Workspace) -> None:
+    work.plan(out={"a": 3, "b": 3})
+    told = work.run()
+    assert work.outputs() == names("a", 3) | names("b", 3)
+    assert work.bring_ups() == 2
+    assert "Together: 6 of 6 jobs done" in told
+    assert "2 bring-ups, 0 starts repeated" in told
+    records = work.records()
+    assert {each["allocation"]["name"] for each in records} == {"a", "b"}
+    for each in records:
+        assert each["slurm"]["JobId"] == each["allocation"]["job_id"]
+        assert each["slurm"]["NodeList"].startswith("sirocco")
+        assert each["slurm"]["Restarts"] == "0"
+        assert each["slurm"]["ExitCode"] == "0:0"
+        assert (each["jobs_given"], each["jobs_finished"]) == (3, 3)
+    assert work.queue() == []
+
+
+def test_a_lost_node_costs_the_cell_under_way_and_no_other(work: Workspace) -> None:
+    work.plan(out={"a": 4})
+    work.act(a2="wait")
+    run = work.start()
+    work.wait_begun("a2")
+    [(job, _, node)] = work.queue()
+    work.cluster.lose_node(node)
+    # Slurm has it run again by itself, somewhere else.
+    work.wait(lambda: work.begun().count("a2") == 2)
+    [(again, _, other)] = work.queue()
+    assert (again, other != node) == (job, True)
+    (work.folder / "go").touch()
+    told = work.end(run)
+    assert work.outputs() == names("a", 4)
+    assert sorted(work.begun()) == ["a0", "a1", "a2", "a2", "a3"]
+    assert "1 start repeated" in told
+    assert work.records()[0]["slurm"]["Restarts"] == "1"
+
+
+def preempted(work: Workspace) -> subprocess.Popen[bytes]:
+    """A run in the preemptible partition whose node is taken away in the middle of a cell."""
+    work.kinds(toy=PREEMPTIBLE)
+    work.plan(out={"a": 4})
+    work.act(a1="wait")
+    run = work.start()
+    work.wait_begun("a1")
+    [(_, _, node)] = work.queue()
+    work.cluster.call(
+        *("sbatch", "--partition=routage", f"--nodelist={node}", "--exclusive", "--mem=0"),
+        *("--output=/dev/null", "--time=1", "--wrap=sleep 4"),
+    )
+    return run
+
+
+@with_options(
+    Options(),
+    Options(grace_s=30, preempt_sends_user_signal=True),
+    Options(preempt_mode="CANCEL"),
+    Options(preempt_mode="CANCEL", grace_s=30, preempt_sends_user_signal=True),
+)
+def test_preemption_costs_the_cell_under_way_at_most(work: Workspace) -> None:
+    run = preempted(work)
+    work.wait(lambda: work.begun().count("a1") == 2, limit_s=150)
+    (work.folder / "go").touch()
+    work.end(run)
+    assert work.outputs() == names("a", 4)
+    assert sorted(work.begun()) == ["a0", "a1", "a1", "a2", "a3"]
+    assert work.bring_ups() == 2
+
+
+@pytest.mark.slow
+def test_a_time_limit_is_carried_over_to_further_allocations(work: Workspace) -> None:
+    # Six cells of 15 s do not fit into a minute, and Slurm warns up to a minute before its end.
+    work.plan(out={"a": 6})
+    work.act(**dict.fromkeys(names("a", 6), "15"))
+    told = work.run(runtime=1)
+    assert work.outputs() == names("a", 6)
+    assert work.bring_ups() >= 2
+    assert "ended by its time limit" in told
+    # One cell under way per allocation that has ended early.
+    assert len(work.begun()) <= 6 + work.bring_ups() - 1
+
+
+@pytest.mark.slow
+def test_a_time_limit_during_the_bring_up_is_an_error_that_says_so(work: Workspace) -> None:
+    work.plan(out={"a": 2}, bring_up_s=300)
+    told = work.run(runtime=1, status=1)
+    assert "0 of 2 jobs done" in told
+    assert "time limit" in told or "TIMEOUT" in told
+    assert work.begun() == []
+    assert work.queue() == []
+
+
+def test_what_somebody_cancels_stays_cancelled_until_the_next_run(work: Workspace) -> None:
+    work.plan(out={"a": 3, "b": 2})
+    work.act(a1="wait", b1="wait")
+    run = work.start()
+    work.wait_begun("a1")
+    work.wait_begun("b1")
+    job = next(each["allocation"] for each in work.notes("cells", "begin") if each["cell"] == "a1")
+    assert job == "a"
+    jobs = {
+        line.split("|")[0]: line.split("|")[1]
+        for line in work.cluster.call("squeue", "-h", "-o", "%i|%j").splitlines()
+    }
+    work.cluster.call("scancel", next(each for each, name in jobs.items() if name[0] == "a"))
+    work.wait(lambda: "was stopped by" in work.log.read_text())
+    (work.folder / "go").touch()
+    told = work.end(run, status=1)
+    assert work.outputs() == {"a0", "b0", "b1"}
+    assert "Not done in a: Allocation a: was stopped by SIGTERM; 1 of 3 jobs done" in told
+    assert "To do what is left, and nothing else, type the same again: " in told
+    work.run()
+    assert work.outputs() == names("a", 3) | names("b", 2)
+    assert work.begun().count("a0") == work.begun().count("b1") == 1
+
+
+def test_ctrl_c_leaves_nothing_in_the_queue(work: Workspace) -> None:
+    work.plan(out={"a": 2, "b": 2})
+    work.act(a0="wait", b0="wait")
+    run = work.start()
+    work.wait_begun("a0")
+    work.wait_begun("b0")
+    work.interrupt(run)
+    began = time.monotonic()
+    run.wait(timeout=60)
+    assert run.returncode != 0
+    work.wait(lambda: work.queue() == [], limit_s=15)
+    assert time.monotonic() - began < 40
+    assert len(work.notes("service", "down")) == 2
+    (work.folder / "go").touch()
+    work.run()
+    assert work.outputs() == names("a", 2) | names("b", 2)
+
+
+def test_a_killed_main_process_finds_its_allocation_again(work: Workspace) -> None:
+    work.plan(out={"a": 4})
+    work.act(a1="wait")
+    run = work.start()
+    work.wait_begun("a1")
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    again = work.start("--nolock")
+    work.wait(lambda: "of an earlier run is still there" in work.log.read_text())
+    (work.folder / "go").touch()
+    told = work.end(again)
+    assert work.outputs() == names("a", 4)
+    assert sorted(work.begun()) == ["a0", "a1", "a2", "a3"]
+    assert work.bring_ups() == 1
+    assert "adopted" in told
+
+
+def test_a_killed_allocation_is_continued(work: Workspace) -> None:
+    work.plan(out={"a": 4})
+    work.act(a1="wait")
+    run = work.start()
+    work.wait_begun("a1")
+    os.kill(work.notes("service", "up")[0]["pid"], signal.SIGKILL)
+    work.wait(lambda: work.begun().count("a2") == 1, limit_s=120)
+    (work.folder / "go").touch()
+    work.end(run)
+    assert work.outputs() == names("a", 4)
+    assert work.bring_ups() == 2
+
+
+def fake(work: Workspace, name: str, text: str) -> None:
+    """Put another program in front of Slurm's."""
+    folder = work.folder / "bin"
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    work.env["PATH"] = f"{folder}:{work.cluster.env['PATH']}"
+
+
+@pytest.mark.parametrize(
+    "squeue",
+    ["exit 1", "exit 0", "sleep 300", "echo '1|FAILED|None|other'; echo nonsense"],
+    ids=["fails", "forgets", "hangs", "lies"],
+)
+def test_a_squeue_that_cannot_be_believed_ends_nothing(work: Workspace, squeue: str) -> None:
+    fake(work, "squeue", f'[ -e {work.folder}/sane ] && exec squeue.real "$@"\n{squeue}')
+    fake(work, "squeue.real", f'exec {work.cluster.folder}/bin/squeue "$@"')
+    fake(work, "sacct", "sleep 300")  # nobody should ask it
+    work.plan(out={"a": 8})
+    work.act(**dict.fromkeys(names("a", 8), "6"))
+    run = work.start()
+    work.wait(lambda: len(work.begun()) >= 7, limit_s=120)
+    (work.folder / "sane").touch()
+    work.end(run)
+    assert work.outputs() == names("a", 8)
+    assert sorted(work.begun()) == sorted(names("a", 8))
+    assert work.bring_ups() == 1
+
+
+def test_a_controller_that_goes_and_comes_back_costs_nothing(work: Workspace) -> None:
+    work.plan(out={"a": 3})
+    work.act(a1="wait")
+    run = work.start()
+    work.wait_begun("a1")
+    work.cluster.lose_controller()
+    time.sleep(5)
+    work.cluster.return_controller()
+    (work.folder / "go").touch()
+    work.end(run)
+    assert sorted(work.begun()) == ["a0", "a1", "a2"]
+    assert work.bring_ups() == 1
+
+
+def test_a_controller_that_is_away_is_asked_again(work: Workspace) -> None:
+    work.plan(out={"a": 2})
+    work.cluster.lose_controller()
+    run = work.start()
+    work.wait(lambda: "slurm does not answer" in work.log.read_text(), limit_s=120)
+    work.cluster.return_controller()
+    work.end(run)
+    assert work.outputs() == names("a", 2)
+
+
+def test_a_refused_submission_concerns_its_own_kind(work: Workspace) -> None:
+    work.kinds(toy=GPU | {"slurm_partition": "nowhere"})
+    work.plan(out={"a": 2}, alone={"b": 1})
+    told = work.run(status=1)
+    assert "slurm refused the allocation a" in told
+    assert "invalid partition specified: nowhere" in told
+    assert told.count("slurm refused the allocation a") == 2  # as the error, and in the summary
+    assert (work.folder / "alone" / "b0").exists()
+
+
+def test_waiting_for_a_node_is_told_with_slurm_s_reason(work: Workspace) -> None:
+    work.kinds(toy=V100)
+    for node in ("sirocco14", "sirocco15"):
+        work.cluster.lose_node(node)
+    work.plan(out={"a": 2})
+    run = work.start()
+    work.wait(lambda: "pending (" in work.log.read_text(), limit_s=90)
+    assert work.begun() == []
+    work.cluster.resume_node("sirocco15")
+    told = work.end(run)
+    assert work.outputs() == names("a", 2)
+    assert "  0/2  job " in told
+
+
+def test_more_gpus_than_a_node_has_take_several_nodes(work: Workspace) -> None:
+    work.kinds(toy=KIND | {"slurm_constraint": "a100", "gpus_of_node": 2})
+    work.plan(out={"a": 2}, gpus=4)
+    work.run()
+    [record] = work.records()
+    assert record["slurm"]["NumNodes"] == "2"
+    assert len(work.notes("service", "up")) == 1  # on the first of them

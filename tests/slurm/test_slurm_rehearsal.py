@@ -1,0 +1,214 @@
+"""The article's study rehearsed through a real Slurm with the profile of PlaFRIM, undisturbed and
+with everything that a cluster does to it: nothing finished is measured twice, nothing is missing.
+
+By default with a few cells of each deployment; `--full` takes all 392. Each scenario prints a
+report (`-s` shows it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from slurm.conftest import Workspace
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 900.0
+
+
+class Rehearsal:
+    """One run of the study, and what its journals say of it."""
+
+    def __init__(self, work: Workspace, full: bool) -> None:
+        self.work = work
+        study = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
+        if not full:
+            study["include"] = [{"concurrency": [1, 8, 32], "input_len": [31, 21]}]
+        (work.folder / "study.yaml").write_text(yaml.safe_dump(study))
+        self.cells = 392 if full else 21
+        kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
+        work.kinds(**kinds)
+
+    def start(self, *arguments: str, profile: str = "plafrim") -> subprocess.Popen[bytes]:
+        return self.work.launch(
+            *("--snakefile", str(ROOT / "Snakefile"), "--configfile", "study.yaml", "--nocolor"),
+            *("--profile", str(ROOT / "profiles" / profile), "--submitit-kinds", "kinds.yaml"),
+            *arguments,
+        )
+
+    def end(self, run: subprocess.Popen[bytes]) -> None:
+        run.wait(timeout=LIMIT_S)
+        assert run.returncode == 0, self.work.log.read_text()[-6000:]
+
+    def journal(self) -> list[dict[str, Any]]:
+        events = []
+        for path in self.work.folder.glob(".snakemake/submitit/*/*/journal.jsonl"):
+            lines = path.read_text().splitlines()
+            events += [json.loads(line) | {"spool": path.parent.name} for line in lines if line]
+        return sorted(events, key=lambda event: event["time"])
+
+    def done(self) -> int:
+        return sum(event["event"] == "done" for event in self.journal())
+
+    def wait_done(self, cells: int) -> None:
+        self.work.wait(lambda: self.done() >= cells, limit_s=LIMIT_S)
+
+    def report(self, scenario: str, seconds: float) -> Counter[str]:
+        """Checks that all cells are there and none was finished twice, and tells the figures."""
+        events = self.journal()
+        counts = Counter(event["event"] for event in events)
+        finished = Counter(
+            event["ticket"].partition("-")[2]
+            for event in events
+            if event["event"] == "done" and event["status"] == 0
+        )
+        assert len(finished) == self.cells
+        assert set(finished.values()) == {1}, "a finished cell was measured again"
+        assert len(list(self.work.folder.glob("results/cells/**/requests.parquet"))) == self.cells
+        assert len(list(self.work.folder.glob("results/tables/*.md"))) == 7
+        repeated = counts["began"] - self.cells
+        restarts = [int(each["slurm"]["Restarts"]) for each in self.records() if each["slurm"]]
+        print(
+            f"\n{scenario}: {self.cells} cells, {counts['up']} bring-ups, {repeated} cells begun "
+            f"again, {len({event['spool'] for event in events})} allocations, "
+            f"{sum(restarts)} requeued, {seconds:.0f} s"
+        )
+        return counts
+
+    def records(self) -> list[dict[str, Any]]:
+        """What is kept of the allocations."""
+        paths = self.work.folder.glob("results/logs/allocations/*.json")
+        return [json.loads(path.read_text()) for path in paths]
+
+    def nothing_is_left_to_do(self, profile: str = "plafrim") -> None:
+        run = self.start("--dry-run", profile=profile)
+        self.end(run)
+        assert "Nothing to be done" in self.work.log.read_text()
+
+
+@pytest.fixture
+def rehearsal(work: Workspace, request: pytest.FixtureRequest) -> Rehearsal:
+    return Rehearsal(work, request.config.getoption("--full"))
+
+
+def timed(action: Callable[[], None]) -> float:
+    began = time.monotonic()
+    action()
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_undisturbed(rehearsal: Rehearsal) -> None:
+    seconds = timed(lambda: rehearsal.end(rehearsal.start()))
+    counts = rehearsal.report("undisturbed", seconds)
+    assert (counts["up"], counts["began"]) == (7, rehearsal.cells)
+    told = rehearsal.work.log.read_text()
+    assert f"Together: {rehearsal.cells} of {rehearsal.cells} jobs done" in told
+    assert "7 bring-ups, 0 starts repeated" in told
+    assert len(rehearsal.records()) == 7
+    for record in rehearsal.records():
+        name = record["allocation"]["name"]
+        wanted = "v100" if "v100" in name else "a100"
+        assert record["slurm"]["Features"] == f"sirocco&{wanted}"
+        assert record["slurm"]["Partition"] == "routage"
+        assert record["slurm"]["NumNodes"] == ("2" if "4xa100" in name else "1")
+    submitted = [each["allocation"]["submitted"] for each in rehearsal.records()]
+    print(f"submission of the seven allocations: {max(submitted) - min(submitted):.1f} s")
+    cells = pd.read_parquet(rehearsal.work.folder / "results/tables/cells.parquet")
+    assert set(cells["engine"]) == {"emulated"}
+    assert set(cells["time_scale"]) == {0.005}
+    page = rehearsal.work.folder / "results/tables/mistral-7b_fp16_emulated_2xv100-16gb.md"
+    assert "Emulated at 0.005 × time: no hardware was measured for it." in page.read_text()
+    rehearsal.nothing_is_left_to_do()
+    # The site is not the science: another profile has nothing to do either.
+    rehearsal.nothing_is_left_to_do(profile="local")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_a_node_goes_down_in_the_middle(rehearsal: Rehearsal) -> None:
+    def run() -> None:
+        process = rehearsal.start()
+        rehearsal.wait_done(rehearsal.cells // 4)
+        busy = next(node for _, state, node in rehearsal.work.queue() if state == "RUNNING")
+        node = busy.partition("[")[0] if "[" not in busy else "sirocco21"
+        rehearsal.work.cluster.lose_node(node)
+        time.sleep(5)
+        rehearsal.work.cluster.resume_node(node)
+        rehearsal.end(process)
+
+    seconds = timed(run)
+    counts = rehearsal.report("a node down", seconds)
+    assert counts["up"] == 8
+    assert counts["began"] <= rehearsal.cells + 1
+    rehearsal.nothing_is_left_to_do()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_preemption_in_the_middle(rehearsal: Rehearsal) -> None:
+    work = rehearsal.work
+    kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
+    work.kinds(**{name: kind | {"slurm_partition": "preempt"} for name, kind in kinds.items()})
+
+    def run() -> None:
+        process = rehearsal.start()
+        rehearsal.wait_done(rehearsal.cells // 4)
+        for node in ("sirocco14", "sirocco22"):
+            work.cluster.call(
+                *("sbatch", "--partition=routage", f"--nodelist={node}", "--exclusive", "--mem=0"),
+                *("--output=/dev/null", "--time=1", "--wrap=sleep 5"),
+            )
+        rehearsal.end(process)
+
+    seconds = timed(run)
+    counts = rehearsal.report("preemption of two nodes", seconds)
+    assert 8 <= counts["up"] <= 10
+    assert counts["began"] <= rehearsal.cells + 3
+    rehearsal.nothing_is_left_to_do()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_a_time_limit_that_is_too_short(rehearsal: Rehearsal) -> None:
+    full = rehearsal.cells == 392
+    limit = ("--set-resources", f"measure:runtime={2 if full else 1}")
+    seconds = timed(lambda: rehearsal.end(rehearsal.start(*limit)))
+    counts = rehearsal.report("2 minutes of walltime" if full else "1 minute of walltime", seconds)
+    assert counts["up"] >= 7
+    # At most the cell under way in each allocation that has ended early.
+    assert counts["began"] <= rehearsal.cells + counts["up"] - 7
+    rehearsal.nothing_is_left_to_do()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + 60)
+def test_the_main_process_is_killed_and_started_again(rehearsal: Rehearsal) -> None:
+    def run() -> None:
+        process = rehearsal.start()
+        rehearsal.wait_done(rehearsal.cells // 4)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        unlock = [sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock"]
+        subprocess.run(unlock, check=True, cwd=rehearsal.work.folder)
+        rehearsal.end(rehearsal.start())
+
+    seconds = timed(run)
+    counts = rehearsal.report("main process killed", seconds)
+    # The deployments that waited for a node begin anew; the others go on where they were.
+    assert counts["up"] == 7
+    assert counts["began"] == rehearsal.cells
+    rehearsal.nothing_is_left_to_do()

@@ -1,0 +1,124 @@
+"""The whole workflow with the profile of PlaFRIM, on a private Slurm with its features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from servegrid import models
+from slurm.cluster import Cluster
+from slurm.conftest import KIND, Workspace
+
+ROOT = Path(__file__).parents[2]
+REHEARSAL = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
+FEW = {"include": [{"concurrency": [1, 8], "input_len": [31, 21]}]}
+
+
+class Study(Workspace):
+    """A folder for the results of the repository's own workflow."""
+
+    def study(self, config: dict[str, Any], *arguments: str) -> str:
+        path = self.folder / "study.yaml"
+        path.write_text(yaml.safe_dump(config))
+        options = [
+            *("--snakefile", str(ROOT / "Snakefile"), "--configfile", str(path), "--nocolor"),
+            *("--profile", str(ROOT / "profiles/plafrim")),
+            *("--submitit-kinds", str(ROOT / "profiles/plafrim/kinds.yaml")),
+        ]
+        process = self.launch(*options, *arguments)
+        process.wait(timeout=280)
+        told = self.log.read_text()
+        return f"{told}\nstatus {process.returncode}"
+
+    def cells(self) -> pd.DataFrame:
+        return pd.read_parquet(self.folder / "results/tables/cells.parquet")
+
+    def kept(self) -> dict[str, dict[str, Any]]:
+        """The records of allocations, by the name of the deployment."""
+        paths = (self.folder / "results/logs/allocations").iterdir()
+        records = [json.loads(path.read_text()) for path in paths]
+        return {each["allocation"]["name"].rpartition(".")[0]: each for each in records}
+
+
+@pytest.fixture
+def study(cluster: Cluster, tmp_path: Path) -> Iterator[Study]:
+    workspace = Study(tmp_path / "work", cluster)
+    try:
+        yield workspace
+    finally:
+        workspace.close()
+
+
+@pytest.mark.slow
+def test_a_real_engine_over_several_nodes_is_refused_before_it_is_submitted(study: Study) -> None:
+    four = [each for each in REHEARSAL["deployments"] if each.get("gpu_count") == 4]
+    real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in four]
+    real[0].pop("arguments")
+    study.kinds(**{"a100-40gb": KIND | {"gpus_of_node": 2}})
+    told = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
+    assert told.endswith("status 1")
+    assert "not submitted. deployment `mixtral-8x22b_awq-4bit_vllm_4xa100-40gb` needs 4" in told
+    assert "GPUs on 2 nodes" in told
+    assert study.queue() == []
+
+
+@pytest.mark.slow
+def test_a_missing_environment_is_refused_before_anything_is_submitted(study: Study) -> None:
+    some = [each for each in REHEARSAL["deployments"] if each["gpu"] == "v100-16gb"][:1]
+    real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in some]
+    real[0].pop("arguments")
+    study.kinds(**{"v100-16gb": KIND | {"python": ".venv-none/bin/python"}})
+    told = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
+    assert told.endswith("status 1")
+    assert "v100-16gb.python: " in told
+    assert "/.venv-none/bin/python does not exist. Make that environment" in told
+    assert "submitted as" not in told
+
+
+@pytest.mark.slow
+def test_an_allocation_with_fewer_gpus_than_needed_is_refused_on_the_node(study: Study) -> None:
+    some = [each for each in REHEARSAL["deployments"] if each["gpu"] == "v100-16gb"][:1]
+    gres = {"slurm_constraint": "v100", "slurm_gres": "gpu:v100:1"}
+    study.kinds(**{"v100-16gb": KIND | gres})
+    config = REHEARSAL | FEW | {"deployments": some}
+    told = study.study(config, "--submitit-kinds", "kinds.yaml")
+    assert told.endswith("status 1")
+    assert "this allocation has 1 of 2 GPUs on node sirocco1" in told
+    assert "slurm_gres or gpus_per_node" in told
+    study.kinds(**{"v100-16gb": KIND | gres | {"slurm_gres": "gpu:v100:2"}})
+    told = study.study(config, "--submitit-kinds", "kinds.yaml")
+    assert told.endswith("status 0"), told[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_real_vllm_on_a_node_without_gpus(study: Study) -> None:
+    if not (models.default_folder() / models.DEMO_FOLDER).exists():
+        pytest.skip("the demo's model is missing: type `make model`")
+    fixed = {
+        "model": "smollm2-135m-instruct",
+        "checkpoint": "demo:smollm2-135m-instruct",
+        "quantization": "bf16",
+        "engine": "vllm",
+        "gpu": "cpu",
+    }
+    config = {
+        "study": "real",
+        "load": {"concurrency": [1, 4], "input_len": 31, "output_len": 20},
+        "deployments": [
+            fixed | {"name": "short", "max_model_len": 256},
+            fixed | {"name": "long", "max_model_len": 512},
+        ],
+    }
+    told = study.study(config)
+    assert told.endswith("status 0"), told[-6000:]
+    cells = study.cells()
+    assert list(cells["verdict"]) == ["ok"] * 4
+    assert set(cells["engine"]) == {"vllm"}
+    assert {record["slurm"]["NodeList"] for record in study.kept().values()} == {"bora001"}
