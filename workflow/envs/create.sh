@@ -35,10 +35,11 @@ fi
 rm -rf "$folder"
 "$python" -m venv "$folder"
 pip="$folder/bin/pip --disable-pip-version-check"
-torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' "$1")
 # The CPU build of torch is not among the public packages: pip's own sources first, then the
-# index that PyTorch keeps for it, which uv knows by name. The plain torch would be CUDA.
-if ! $pip install --quiet --no-deps "torch==$torch" 2>/dev/null; then
+# index that PyTorch keeps for it, which uv knows by name. The plain torch would be CUDA, and
+# that is what the lists for GPUs name.
+torch=$(sed -n 's/^torch==\([^ ;]*+cpu\).*/\1/p' "$1")
+if [ -n "$torch" ] && ! $pip install --quiet --no-deps "torch==$torch" 2>/dev/null; then
     say "torch $torch is not in pip's sources; asking PyTorch's CPU index"
     $pip install --quiet uv
     "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --no-deps \

@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 from servegrid.errors import ConfigError
@@ -23,10 +24,15 @@ class Api:
 
     version: str
     device: str
-    parser: ArgumentParser
+    make_parser: Callable[[], ArgumentParser]
     build_engine: Callable[[Namespace], AbstractAsyncContextManager[Any]]
     build_app: Callable[..., Any]
     init_state: Callable[..., Any]
+
+    @cached_property
+    def parser(self) -> ArgumentParser:
+        """Made when it is asked for: 0.10 raises RuntimeError where it finds no device."""
+        return self.make_parser()
 
     @property
     def options(self) -> frozenset[str]:
@@ -83,7 +89,7 @@ def load() -> Api:
     return Api(
         version=vllm.__version__,
         device=current_platform.device_type,
-        parser=make_arg_parser(FlexibleArgumentParser(prog="vllm")),
+        make_parser=lambda: make_arg_parser(FlexibleArgumentParser(prog="vllm")),
         build_engine=build_async_engine_client,
         build_app=build_app,
         init_state=init_app_state,

