@@ -23,7 +23,7 @@ import psutil
 
 from servegrid import models
 from servegrid.endpoint import Endpoint
-from servegrid.engines import arguments, causes, vllm_api
+from servegrid.engines import arguments, causes, fit, vllm_api
 from servegrid.engines.base import Site
 from servegrid.engines.listening import (
     LOOPBACK,
@@ -93,6 +93,9 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
             hidden = ["--api-key", str(endpoint.api_key), *_worker_extension(api)]
             parsed = api.parse([*rendered, *hidden], deployment.name)
             clock.lap("import")
+            if deployment.gpu_count:
+                defaults = arguments.defaults_for(deployment, str(checkpoint), None)
+                fit.refuse_misfit(deployment, defaults, checkpoint, api.version)
             server = Server(api, parsed, listener, warden)
             stack.callback(server.stop)
             try:

@@ -1,0 +1,315 @@
+"""What is refused before a start on GPUs, and what must not be. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from servegrid.engines import fit, node
+from servegrid.engines.node import Capability, Gpu, Software
+from servegrid.errors import EngineError
+from servegrid.grid import Deployment
+
+GIB = 1 << 30
+V100 = Gpu("Tesla V100-PCIE-16GB", (7, 0), 16 * GIB)
+T4 = Gpu("Tesla T4", (7, 5), 15 * GIB)
+A100 = Gpu("NVIDIA A100-PCIE-40GB", (8, 0), 40 * GIB)
+L40S = Gpu("NVIDIA L40S", (8, 9), 45 * GIB)
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79 * GIB)
+
+FOR_V100 = Software(
+    vllm="0.10.1.1",
+    cuda="12.6",
+    architectures=("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),
+    driver="550.54.15",
+    driver_cuda=(12, 4),
+)
+FOR_A100 = Software(
+    vllm="0.32.0",
+    cuda="13.0",
+    architectures=("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"),
+    driver="580.65.06",
+    driver_cuda=(13, 0),
+)
+LAST_FOR_V100 = replace(FOR_V100, vllm="0.19.1", cuda="12.8")
+
+DEPLOYMENT = Deployment(
+    name="mistral-7b_fp16_vllm_1xgpu",
+    model="mistral-7b",
+    checkpoint="org/mistral",
+    tokenizer="org/mistral",
+    quantization="fp16",
+    engine="vllm",
+    gpu="v100-16gb",
+    gpu_count=1,
+    max_num_seqs=256,
+    max_model_len=4096,
+)
+DEFAULTS = {"gpu_memory_utilization": 0.9}
+# Of 0.10.1.1; the methods of Marlin alone ask for 7.5 from 0.16 on.
+ASKED: Mapping[str, Capability] = {
+    "awq": (7, 5),
+    "gptq": (6, 0),
+    "gptq_marlin": (8, 0),
+    "fp8": (8, 0),
+    "compressed-tensors": (7, 0),
+}
+
+
+def needs(
+    config: Mapping[str, Any] | None = None,
+    weights: float | None = 13.5,
+    gpu_count: int = 1,
+    asked: Mapping[str, Capability] = ASKED,
+    **arguments: Any,
+) -> fit.Needs:
+    """Of a deployment with these `arguments`, whose weights have so many GiB."""
+    deployment = replace(DEPLOYMENT, gpu_count=gpu_count, arguments=arguments)
+    size = None if weights is None else int(weights * GIB)
+    return fit.needs_of(deployment, DEFAULTS, config or {}, size, asked.get)
+
+
+def quantized(method: str) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": method, "bits": 4}, "torch_dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("needed", "gpus", "software"),
+    [
+        (needs(dtype="half"), [V100], FOR_V100),
+        (needs({"torch_dtype": "bfloat16"}), [V100], FOR_V100),  # vLLM turns it into float16
+        (needs({"torch_dtype": "bfloat16"}, dtype="auto"), [T4], FOR_A100),
+        (needs(dtype="bfloat16"), [A100], FOR_A100),
+        (needs(quantized("gptq"), 11), [V100], FOR_V100),
+        (needs(quantized("gptq"), 11), [V100], LAST_FOR_V100),
+        (needs(quantized("awq"), 4), [T4], FOR_V100),
+        (needs(quantized("awq"), 11), [A100], FOR_A100),
+        (needs(quantized("fp8"), 7), [A100], FOR_V100),  # weights alone in fp8, by Marlin
+        (needs(quantized("fp8"), 7), [H100], FOR_A100),
+        (needs(quantized("of tomorrow"), 7), [V100], FOR_V100),
+        (needs(kv_cache_dtype="fp8"), [A100], FOR_A100),
+        (needs(kv_cache_dtype="fp8"), [V100], FOR_V100),  # V0 converts it itself
+        (needs(), [L40S], FOR_A100),  # by the code for 8.6
+        (needs(weights=41.5, gpu_count=2), [A100, A100], FOR_A100),
+        (needs(weights=13.5), [A100, V100], FOR_A100),  # the second is not used
+        (needs({"dtype": "float32"}, weights=27), [V100], FOR_V100),  # halved while loading
+        (needs(weights=100, cpu_offload_gb=90), [A100], FOR_A100),
+        (needs(weights=100, quantization="fp8"), [H100], FOR_A100),
+        (needs(weights=None), [A100], FOR_A100),
+        (needs(), [replace(V100, capability=None)], FOR_A100),
+        (needs(weights=100), [replace(A100, memory_bytes=None)], FOR_A100),
+        (needs(gpu_count=4), None, FOR_A100),  # not even listed
+        # Within a major version, an older driver does.
+        (needs(), [A100], replace(FOR_A100, cuda="13.2")),
+        (needs(), [A100], replace(FOR_A100, driver=None, driver_cuda=None)),
+        (needs(), [A100], replace(FOR_A100, architectures=())),
+        (needs(), [A100], replace(FOR_A100, architectures=("gfx90a",))),
+    ],
+)
+def test_what_may_run_is_let_through(
+    needed: fit.Needs, gpus: list[Gpu] | None, software: Software
+) -> None:
+    assert fit.misfit(needed, gpus, software) is None
+
+
+@pytest.mark.parametrize(
+    ("needed", "gpus", "software", "told"),
+    [
+        (
+            needs(gpu_count=2),
+            [V100],
+            FOR_V100,
+            ["GPUs needed: 2, visible here: 1", "CUDA_VISIBLE_DEVICES"],
+        ),
+        (needs(pipeline_parallel_size=2), [V100], FOR_V100, ["GPUs needed: 2"]),
+        (
+            needs(),
+            [A100],
+            replace(FOR_A100, driver="550.54.15", driver_cuda=(12, 4)),
+            ["CUDA 13.0", "driver 550.54.15 knows CUDA up to 12.4", "from 580 on", "a100.in"],
+        ),
+        (
+            needs(),
+            [V100],
+            FOR_A100,
+            ["V100-PCIE-16GB has compute capability 7.0", "code from 7.5 on", "`make env-v100`"],
+        ),
+        (needs(), [V100], replace(FOR_A100, vllm="0.20.0"), ["vLLM 0.20.0 has code from 7.5 on"]),
+        (
+            needs(),
+            [V100],
+            replace(LAST_FOR_V100, architectures=("sm_75", "sm_80")),
+            ["torch has code for sm_75, sm_80 only", "`make env-v100`"],
+        ),
+        (
+            needs(),
+            [replace(H100, name="NVIDIA B200", capability=(10, 0))],
+            FOR_V100,
+            ["NVIDIA B200 has compute capability 10.0", "sm_90 only", "made for that kind of GPU"],
+        ),
+        (
+            needs(),
+            [A100],
+            replace(FOR_V100, architectures=("sm_86", "sm_90a")),
+            ["8.0, and the installed torch"],
+        ),
+        (
+            needs(quantized("awq"), 4),
+            [V100],
+            FOR_V100,
+            [
+                "quantization `awq` needs compute capability 7.5 in vLLM 0.10.1.1",
+                "GPTQ",
+                "or newer",
+            ],
+        ),
+        (needs(quantized("AWQ"), 4), [V100], LAST_FOR_V100, ["quantization `awq`"]),
+        (
+            needs(quantized("gptq"), 4, quantization="gptq_marlin"),
+            [T4],
+            FOR_V100,
+            ["quantization `gptq_marlin` needs compute capability 8.0"],
+        ),
+        (needs(quantized("fp8"), 7), [V100], FOR_V100, ["`fp8` needs compute capability 8.0"]),
+        (
+            needs(quantized("compressed-tensors"), 7),
+            [V100],
+            FOR_V100,
+            ["`compressed-tensors` needs compute capability 7.5"],
+        ),
+        (
+            needs(dtype="bfloat16"),
+            [V100],
+            FOR_V100,
+            ["dtype bfloat16 needs compute capability 8.0", "`arguments: {dtype: half}`"],
+        ),
+        (needs(dtype="bfloat16", gpu_count=2), [A100, T4], FOR_A100, ["Tesla T4"]),
+        (
+            needs(kv_cache_dtype="fp8_e5m2"),
+            [V100],
+            LAST_FOR_V100,
+            ["kv_cache_dtype fp8_e5m2 needs compute capability 7.5", "Remove the argument"],
+        ),
+        (
+            needs(weights=41.5),
+            [V100],
+            FOR_V100,
+            ["weights have 41.5 GiB", "14.4 GiB", "utilization 0.9", "Raise `gpu_count`"],
+        ),
+        (needs({"dtype": "float32"}, weights=40), [V100], FOR_V100, ["weights have 20.0 GiB"]),
+    ],
+)
+def test_what_cannot_run_is_told_in_one_line(
+    needed: fit.Needs, gpus: list[Gpu], software: Software, told: list[str]
+) -> None:
+    reason = fit.misfit(needed, gpus, software)
+    assert reason
+    assert reason.startswith("deployment `mistral-7b_fp16_vllm_1xgpu`: ")
+    assert "\n" not in reason
+    for part in told:
+        assert part in reason
+
+
+def test_the_weights_are_those_that_vllm_loads(tmp_path: Path) -> None:
+    assert node.weight_bytes(tmp_path) is None
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"x" * 7)
+    (tmp_path / "training_args.bin").write_bytes(b"x" * 100)
+    assert node.weight_bytes(tmp_path) == 7
+    (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 50)
+    assert node.weight_bytes(tmp_path) == 50
+    for name, size in {"model-1": 20, "model-2": 31}.items():
+        (tmp_path / f"{name}.safetensors").write_bytes(b"x" * size)
+    assert node.weight_bytes(tmp_path) == 51
+    index = {"weight_map": {"a": "model-2.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert node.weight_bytes(tmp_path) == 31
+
+
+class NotSupportedError(Exception):
+    pass
+
+
+class Nvml:
+    """Two GPUs, as NVML shows them; of the second, little can be read."""
+
+    NVMLError = NotSupportedError
+    nvmlDeviceGetCount = staticmethod(lambda: 2)
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
+    nvmlDeviceGetUUID = staticmethod("GPU-{}".format)
+    nvmlDeviceGetName = staticmethod(lambda gpu: [V100, T4][gpu].name)
+    nvmlSystemGetCudaDriverVersion_v2 = staticmethod(lambda: 12040)
+    nvmlSystemGetDriverVersion = staticmethod(lambda: "550.54.15")
+
+    @staticmethod
+    def nvmlDeviceGetCudaComputeCapability(gpu: int) -> list[int]:
+        if gpu:
+            raise NotSupportedError
+        return [7, 0]
+
+    @staticmethod
+    def nvmlDeviceGetMemoryInfo(gpu: int) -> SimpleNamespace:
+        if gpu:
+            raise NotSupportedError
+        return SimpleNamespace(total=16 * GIB)
+
+
+SECOND = Gpu("Tesla T4", None, None)
+
+
+@pytest.mark.parametrize(
+    ("named", "seen"),
+    [
+        (None, [V100, SECOND]),
+        ("1,0", [SECOND, V100]),
+        ("GPU-1", [SECOND]),
+        ("", []),
+        ("MIG-2a1c", None),
+    ],
+)
+def test_gpus_are_those_that_cuda_sees(named: str | None, seen: list[Gpu] | None) -> None:
+    environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
+    assert node.visible(Nvml, environment) == seen
+
+
+def test_gpus_that_nvml_will_not_show_are_not_counted_as_none() -> None:
+    class Forbidden(Nvml):
+        @staticmethod
+        def nvmlDeviceGetHandleByIndex(index: int) -> int:
+            raise NotSupportedError
+
+    assert node.visible(Forbidden, {}) is None
+
+
+def test_the_driver_is_read_where_there_is_one() -> None:
+    software = node.installed("0.32.0", Nvml)
+    assert (software.driver, software.driver_cuda) == ("550.54.15", (12, 4))
+    software = node.installed("0.32.0", None)
+    assert (software.vllm, software.driver, software.driver_cuda) == ("0.32.0", None, None)
+
+
+class ADriver:
+    def __enter__(self) -> type[Nvml]:
+        return Nvml
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(quantized("awq")))
+    monkeypatch.setattr(node, "visible", lambda nvml, environment: [V100])
+    monkeypatch.setattr(node, "installed", lambda vllm, nvml: FOR_V100)
+    monkeypatch.setattr(node, "capability_for", ASKED.get)
+    monkeypatch.setattr(node, "driver", ADriver)
+    with pytest.raises(EngineError, match="quantization `awq` needs"):
+        fit.refuse_misfit(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
+    (tmp_path / "config.json").write_text(json.dumps(quantized("gptq")))
+    fit.refuse_misfit(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
