@@ -14,6 +14,7 @@ from typing import Any
 from servegrid import records
 from servegrid.config import schema
 from servegrid.load.failure import KINDS
+from servegrid.validity import RULES
 from servegrid.verdict import VERDICTS
 
 ROOT = Path(__file__).parent.parent
@@ -38,9 +39,13 @@ def columns() -> str:
     for name, (described, where) in TABLES.items():
         rows = [(f"`{c.name}`", str(c.type), c.unit, c.meaning) for c in described]
         text += f"\n## {name}\n\n{where}\n\n" + table(("column", "type", "unit", "meaning"), rows)
+    rules = [(f"`{name}`", meaning) for name, (meaning, _) in RULES.items()]
     verdicts = [(f"`{name}`", meaning) for name, meaning in VERDICTS.items()]
     kinds = [(f"`{kind}`", meaning) for kind, meaning in KINDS.items()]
     text += "\n## Verdicts of cells\n\n" + table(("verdict", "meaning"), verdicts)
+    text += "\n## Rules of validity\n\nWhat must hold for a cell that was served to be `valid`; "
+    text += "what speaks against it stands in `invalid_reason`.\n\n"
+    text += table(("rule", "what must hold"), rules)
     return text + "\n## Kinds of errors of requests\n\n" + table(("kind", "meaning"), kinds)
 
 

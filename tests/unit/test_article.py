@@ -27,6 +27,8 @@ def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -
         "output_len": 100,
         "trial": 1,
         "reason": None,
+        "valid": True if seconds else None,
+        "invalid_reason": None,
         "seconds_per_100_tokens": seconds,
         **verdict,
         **other,
@@ -114,6 +116,18 @@ def test_the_median_over_the_trials_that_were_served() -> None:
         "- 8 × 31: 1 of 4 trials, `timeout`, `stalled: 120 s`\n"
     )
     assert as_csv(article_tables(frame, "d")).endswith("\nburst,100,8,2.0,3.0\n")
+
+
+def test_what_may_not_be_believed_is_marked_with_the_reason() -> None:
+    doubt = {"valid": False, "invalid_reason": "preempted: 2 times"}
+    frame = cells([row(8, 31, 2.0, **doubt), row(8, 63, 3.0), row(16, 31, 4.0, **doubt)])
+    text = markdown(frame)
+    assert "|        8 | 2.0! | 3.0 |\n" in text
+    assert text.endswith(
+        "!: may not be believed (requests × prompt tokens):\n\n"
+        "- 8 × 31, 16 × 31: `preempted: 2 times`\n"
+    )
+    assert as_csv(article_tables(frame, "d")).splitlines()[1] == "burst,100,8,2.0,3.0"
 
 
 def test_a_cell_that_no_trial_served_has_all_its_reasons() -> None:

@@ -33,6 +33,7 @@ def row(
         "output_len": 100,
         "trial": 1,
         "verdict": "ok" if tokens_per_s else "timeout",
+        "valid": True if tokens_per_s else None,
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": tokens_per_s and tokens_per_s / concurrency,
         **other,
@@ -138,6 +139,23 @@ def test_a_cell_that_some_trials_served_is_drawn_from_these() -> None:
     figure = deployment_figure(cells([row(4, 31, 10.0), row(4, 31, None, trial=2)]), "d", TOTAL)
     assert drawn(panel(figure)) == [[(4, 10)]]
     assert crosses(panel(figure)) == []
+
+
+def test_what_may_not_be_believed_is_hollow_and_the_legend_says_so(tmp_path: Path) -> None:
+    doubtful = [*PLAIN[:2], row(4, 31, 80.0, valid=False), *PLAIN[3:]]
+    for figure in (
+        deployment_figure(cells(doubtful), "d", TOTAL),
+        overview_figure(cells(doubtful)),
+    ):
+        hollow = [
+            tuple(np.asarray(line.get_xydata(), dtype=float)[0])
+            for line in panel(figure).lines
+            if line.get_markerfacecolor() == "white"
+        ]
+        assert [x for x, _ in hollow] == [4]
+        assert "may not be believed" in " ".join(svg_texts(figure, tmp_path))
+    texts = svg_texts(deployment_figure(cells(PLAIN), "d", TOTAL), tmp_path)
+    assert "may not be believed" not in texts
 
 
 def test_each_protocol_and_output_length_has_its_own_panel(tmp_path: Path) -> None:

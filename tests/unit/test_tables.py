@@ -40,6 +40,9 @@ def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
         "verdict": "ok",
         "reason": None,
         "engine": {"engine": "vllm", "version": "0.32.0"},
+        "client": {"window_ns": [0, 10**9], "cpu_s": 0.1},
+        "metrics_before": None,
+        "metrics_after": None,
     } | changes
 
 
@@ -54,6 +57,7 @@ def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None 
         "token_ns": [10**8, n * 10**9],
         "chunk_tokens": [1, 9],
         "done_ns": n * 10**9,
+        "prompt_tokens": 31,
         "completion_tokens": 10,
     }
     record = record or record_of(trial)
@@ -123,9 +127,9 @@ def test_the_csv_has_the_same_numbers(study: Study) -> None:
     assert header == ",".join(column.name for column in records.CELLS)
     # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, as Python writes these floats in full
     assert lines == [
-        "b,m,q,cpu,0,vllm,0.32.0,,burst,1,31,10,1,ok,,1,0,1.0,10.0,0.1,0.1,0.1,1.0,1.0,10.0,10.0,"
+        "b,m,q,cpu,0,vllm,0.32.0,,burst,1,31,10,1,ok,,True,,1,0,1.0,10.0,0.1,0.1,0.1,1.0,1.0,10.0,10.0,"
         f"1152921504606846977,{trials[0].digest}",
-        'b,m,q,cpu,0,vllm,0.32.0,,burst,2,31,10,1,timeout,"1, 2",2,0,2.0,,0.1,0.1,'
+        'b,m,q,cpu,0,vllm,0.32.0,,burst,2,31,10,1,timeout,"1, 2",,,2,0,2.0,,0.1,0.1,'
         f"0.2111111111111111,2.0,2.0,10.0,5.0,1152921504606846977,{trials[1].digest}",
         "",
     ]

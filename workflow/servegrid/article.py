@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from servegrid import records
-from servegrid.labels import PROTOCOLS, counted, deployment_title, emulation_notes
+from servegrid.labels import PROTOCOLS, counted, deployment_title, doubtful, emulation_notes
 from servegrid.verdict import OK
 
 NOT_SERVED = "-"
@@ -32,7 +32,8 @@ class ArticleTable:
 
     `seconds` is indexed by concurrent requests, with a column per number of prompt tokens; its
     entries are text: a number, NOT_SERVED or NOT_IN_STUDY. `failures` says, in Markdown, why the
-    trials that failed were not served, for each cell that has any.
+    trials that failed were not served, for each cell that has any; `doubts`, why those that were
+    served may not be believed.
     """
 
     protocol: str
@@ -40,6 +41,7 @@ class ArticleTable:
     trials: int
     seconds: pd.DataFrame
     failures: dict[Cell, str]
+    doubts: dict[Cell, str]
 
 
 def article_tables(cells: pd.DataFrame, deployment: str) -> list[ArticleTable]:
@@ -114,6 +116,7 @@ def _table(rows: pd.DataFrame) -> ArticleTable:
     lengths = sorted(rows["input_len"].unique())
     seconds = pd.DataFrame(NOT_IN_STUDY, index=requests, columns=lengths)
     failures: dict[Cell, str] = {}
+    doubts: dict[Cell, str] = {}
     for cell in itertools.product(requests, lengths):
         trials = rows[(rows["concurrency"] == cell[0]) & (rows["input_len"] == cell[1])]
         served = trials.loc[trials["verdict"] == OK, "seconds_per_100_tokens"]
@@ -121,9 +124,18 @@ def _table(rows: pd.DataFrame) -> ArticleTable:
             seconds.loc[cell] = NOT_SERVED if served.empty else number(served.median())
         if len(served) < len(trials):
             failures[cell] = _failure(trials)
+        if doubtful(trials).any():
+            doubts[cell] = "; ".join(
+                _quoted(reason) for reason in dict.fromkeys(trials["invalid_reason"].dropna())
+            )
     first = rows.iloc[0]
     return ArticleTable(
-        first["protocol"], int(first["output_len"]), rows["trial"].nunique(), seconds, failures
+        protocol=first["protocol"],
+        output_len=int(first["output_len"]),
+        trials=rows["trial"].nunique(),
+        seconds=seconds,
+        failures=failures,
+        doubts=doubts,
     )
 
 
@@ -147,7 +159,7 @@ def _grid(table: ArticleTable) -> str:
     lines = [["Requests", *map(str, lengths)]]
     for requests in table.seconds.index.tolist():
         cells = [(requests, length) for length in lengths]
-        marks = ["*" if _partly_served(table, cell) else "" for cell in cells]
+        marks = ["*" * _partly_served(table, cell) + "!" * (cell in table.doubts) for cell in cells]
         texts = [table.seconds.loc[cell] for cell in cells]
         lines.append([str(requests), *map("".join, zip(texts, marks, strict=True))])
     widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
@@ -169,11 +181,18 @@ def _gap_notes(table: ArticleTable) -> list[str]:
     notes = []
     if (table.seconds == NOT_IN_STUDY).to_numpy().any():
         notes.append("Empty: not part of the study.")
-    for mark, partly in (("`-`: not served", False), ("\\*: not served in every trial", True)):
+    partly = {
+        cell: reason for cell, reason in table.failures.items() if _partly_served(table, cell)
+    }
+    not_at_all = {cell: why for cell, why in table.failures.items() if cell not in partly}
+    for mark, reasons in {
+        "`-`: not served": not_at_all,
+        "\\*: not served in every trial": partly,
+        "!: may not be believed": table.doubts,
+    }.items():
         by_reason: dict[str, list[str]] = {}
-        for (concurrency, length), reason in table.failures.items():
-            if _partly_served(table, (concurrency, length)) == partly:
-                by_reason.setdefault(reason, []).append(f"{concurrency} × {length}")
+        for (concurrency, length), reason in reasons.items():
+            by_reason.setdefault(reason, []).append(f"{concurrency} × {length}")
         if by_reason:
             lines = [f"- {', '.join(where)}: {reason}" for reason, where in by_reason.items()]
             notes.append(f"{mark} (requests × prompt tokens):\n\n" + "\n".join(lines))

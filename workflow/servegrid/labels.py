@@ -65,6 +65,11 @@ def emulation_notes(cells: pd.DataFrame) -> list[str]:
     return [f"{mark.capitalize()}{scaled}: no hardware was measured for it."]
 
 
+def doubtful(cells: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows were served and may not be believed."""
+    return cells["valid"].eq(False).fillna(False).astype(bool)
+
+
 def counted(number: int, noun: str) -> str:
     """`1 trial`, `3 trials`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

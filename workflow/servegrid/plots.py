@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from servegrid import records
-from servegrid.labels import deployment_titles, emulation, emulation_notes, load_title
+from servegrid.labels import deployment_titles, doubtful, emulation, emulation_notes, load_title
 from servegrid.verdict import OK
 
 PNG_DPI = 150
@@ -268,6 +268,8 @@ def _draw(axes: Axes, lines: Iterable[tuple[pd.DataFrame, _Look]], metric: Metri
             marker=look.marker,
             capsize=2,
         )
+        hollow = rows.loc[doubtful(rows), "concurrency"].unique()
+        _draw_doubtful(axes, points.loc[points.index.isin(hollow), "median"], look)
         for concurrency in points.index[points["median"].isna()]:
             missing.setdefault(concurrency, []).append(look)
     for concurrency, looks in missing.items():
@@ -280,6 +282,21 @@ def _points(rows: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     points = served.agg(["median", "min", "max"]).reindex(sorted(rows["concurrency"].unique()))
     points.index = points.index.astype(int)
     return points
+
+
+def _draw_doubtful(axes: Axes, points: pd.Series[float], look: _Look) -> None:
+    """Hollow markers over the points of cells that may not be believed."""
+    if points.empty:
+        return
+    axes.plot(
+        points.index,
+        points,
+        linestyle="none",
+        marker=look.marker,
+        color=look.colour,
+        markerfacecolor="white",
+        zorder=3,
+    )
 
 
 def _draw_crosses(axes: Axes, concurrency: int, looks: Sequence[_Look]) -> None:
@@ -357,6 +374,17 @@ def _handles(looks: Mapping[str, _Look], rows: pd.DataFrame) -> list[Line2D]:
     if len(_places(rows)) > len(_places(rows[rows["verdict"] == OK])):
         cross = Line2D([], [], color="0.3", marker="x", linestyle="none", label="not served")
         handles.append(cross)
+    if doubtful(rows).any():
+        hollow = Line2D(
+            [],
+            [],
+            color="0.3",
+            marker="o",
+            markerfacecolor="white",
+            linestyle="none",
+            label="may not be believed",
+        )
+        handles.append(hollow)
     return handles
 
 

@@ -105,6 +105,13 @@ CELLS = (
     Column("trial", pa.int32(), "", "Repeat of the cell, from 1"),
     Column("verdict", pa.string(), "", "ok, or why the cell could not be served"),
     Column("reason", pa.string(), "", "The verdict's evidence; null when ok"),
+    Column(
+        "valid",
+        pa.bool_(),
+        "",
+        "Whether the cell may be believed; null where its verdict says that it was not served",
+    ),
+    Column("invalid_reason", pa.string(), "", "The rules that speak against it; null where none"),
     Column("requests", pa.int32(), "requests", "Requests sent"),
     Column("failed_requests", pa.int32(), "requests", "Requests that failed"),
     Column(

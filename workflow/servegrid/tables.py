@@ -14,13 +14,20 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid import metrics, records
+from servegrid import metrics, records, validity
 from servegrid.errors import RecordError
 from servegrid.grid import Trial, canonical
+from servegrid.validity import Evidence, certificate
 
 _LISTED = 10
-_PANDAS_TYPES = {pa.int32(): pd.Int32Dtype(), pa.int64(): pd.Int64Dtype()}
-"""Integers that may be unknown: pandas would turn them into floats."""
+_REQUEST_COLUMNS = sorted({*metrics.REQUEST_COLUMNS, *validity.REQUEST_COLUMNS})
+_TELEMETRY_COLUMNS = sorted({*metrics.TELEMETRY_COLUMNS, *validity.TELEMETRY_COLUMNS})
+_PANDAS_TYPES = {
+    pa.int32(): pd.Int32Dtype(),
+    pa.int64(): pd.Int64Dtype(),
+    pa.bool_(): pd.BooleanDtype(),
+}
+"""Of what may be unknown: pandas would turn integers into floats, and booleans into objects."""
 
 
 def gather(trials: Sequence[Trial], folder: Path) -> pd.DataFrame:
@@ -74,14 +81,16 @@ def _row_or_error(trial: Trial, folder: Path) -> dict[str, Any] | RecordError:
 
 
 def _row(trial: Trial, folder: Path) -> dict[str, Any]:
-    record, requests = _read(folder / "requests.parquet", metrics.REQUEST_COLUMNS)
+    record, requests = _read(folder / "requests.parquet", _REQUEST_COLUMNS)
     if record.get("spec_digest") != trial.digest:
         raise RecordError(_staleness(record, trial))
-    same, telemetry = _read(folder / "telemetry.parquet", metrics.TELEMETRY_COLUMNS)
+    same, telemetry = _read(folder / "telemetry.parquet", _TELEMETRY_COLUMNS)
     if same != record:
         raise RecordError("telemetry.parquet is of another measurement than requests.parquet")
     try:
-        return metrics.row_of(record, requests, telemetry)
+        valid, reason = certificate(Evidence(record, requests, telemetry))
+        row = metrics.row_of(record, requests, telemetry)
+        return row | {"valid": valid, "invalid_reason": reason}
     except (KeyError, TypeError) as error:
         raise RecordError(f"its record is not complete ({error})") from error
 

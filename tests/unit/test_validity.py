@@ -1,0 +1,161 @@
+"""Each rule of the certificate broken by itself, and a cell in which nothing is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from servegrid.config import study_of
+from servegrid.validity import RULES, Evidence, certificate
+
+TRIAL = study_of(
+    {
+        "study": "s",
+        "load": {"concurrency": 2, "input_len": 7, "output_len": 3},
+        "deployments": [
+            {
+                "model": "m",
+                "checkpoint": "c",
+                "quantization": "fp16",
+                "engine": "vllm",
+                "gpu": "a100",
+                "max_model_len": 64,
+                "max_num_seqs": 2,
+            }
+        ],
+    }
+).trials[0]
+
+MS = 1_000_000
+COUNTERS = {"vllm:prefix_cache_hits_total": 5.0, "vllm:num_preemptions_total": 1.0}
+ROW = {
+    "scheduled_ns": 0,
+    "sent_ns": 1 * MS,
+    "first_token_ns": 101 * MS,
+    "chunk_tokens": [1, 2],
+    "prompt_tokens": 7,
+    "completion_tokens": 3,
+}
+
+
+def evidence(
+    row: dict[str, Any] | None = None,
+    client: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+    after: dict[str, float] | None = None,
+    reasons: list[int | None] | None = None,
+    **record: Any,
+) -> Evidence:
+    """Two requests of 100 ms to the first token, the second one as `row` says."""
+    facts = {
+        "spec": TRIAL.spec,
+        "verdict": "ok",
+        "engine": {"max_num_seqs": 2, "prefix_caching": False} | (engine or {}),
+        "client": {
+            "window_ns": [0, 1000 * MS],
+            "cpu_s": 0.1,
+            "clock_offset_before_ns": 0,
+            "clock_offset_after_ns": 0,
+        }
+        | (client or {}),
+        "metrics_before": COUNTERS,
+        "metrics_after": COUNTERS | (after or {}),
+    }
+    throttle = pa.table({"throttle_reasons": pa.array(reasons or [None, 0, 4], pa.int64())})
+    return Evidence(facts | record, pa.Table.from_pylist([ROW, ROW | (row or {})]), throttle)
+
+
+def test_a_cell_in_which_nothing_is_broken_is_valid() -> None:
+    assert certificate(evidence()) == (True, None)
+
+
+BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
+    "fewer tokens than asked": (
+        lambda: evidence(row={"completion_tokens": 2, "chunk_tokens": [1, 1]}),
+        "tokens: completion_tokens are [3, 2] and not 3",
+    ),
+    "another prompt": (
+        lambda: evidence(row={"prompt_tokens": 8}),
+        "tokens: prompt_tokens are [7, 8] and not 7",
+    ),
+    "chunks that do not add up": (
+        lambda: evidence(row={"chunk_tokens": [1, 1]}),
+        "tokens: chunks carry 2 to 3 tokens and not 3",
+    ),
+    "a prefix cache": (
+        lambda: evidence(after={"vllm:prefix_cache_hits_total": 21.0}),
+        "prefix_cache: 16 tokens came from it",
+    ),
+    "preemption": (
+        lambda: evidence(after={"vllm:num_preemptions_total": 3.0}),
+        "preempted: 2 times, for want of KV cache",
+    ),
+    "fewer seats than requests": (
+        lambda: evidence(engine={"max_num_seqs": 1}),
+        "queued: max_num_seqs 1 is less than concurrency 2",
+    ),
+    "a late request": (
+        lambda: evidence(row={"sent_ns": 11 * MS, "first_token_ns": 111 * MS}),
+        "sent_late: up to 11.0 ms, with a median ttft of 100 ms",
+    ),
+    "a busy client": (
+        lambda: evidence(client={"cpu_s": 0.71}),
+        "client_busy: 71% of a core while measuring",
+    ),
+    "a clock that was set": (
+        lambda: evidence(client={"clock_offset_after_ns": -2 * MS}),
+        "clock: the system's clock moved by 2.0 ms",
+    ),
+    "a hot GPU": (
+        lambda: evidence(reasons=[0, 0x20, 0x40 | 0x04]),
+        "slowed: in 2 samples of its GPUs",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_named(what: str) -> None:
+    make, reason = BROKEN[what]
+    assert certificate(make()) == (False, reason)
+
+
+def test_every_rule_is_broken_above() -> None:
+    assert {reason.partition(":")[0] for _, reason in BROKEN.values()} == set(RULES)
+
+
+def test_all_that_is_broken_is_named() -> None:
+    valid, reason = certificate(evidence(client={"cpu_s": 1.0}, engine={"max_num_seqs": 1}))
+    assert not valid
+    assert reason is not None
+    assert reason.split("; ")[0].startswith("queued: ")
+    assert reason.split("; ")[1].startswith("client_busy: ")
+
+
+def test_what_is_just_within_its_limit_is_valid() -> None:
+    late = {"sent_ns": 10 * MS, "first_token_ns": 110 * MS}
+    assert certificate(evidence(row=late, client={"cpu_s": 0.7})) == (True, None)
+
+
+def test_a_long_first_token_allows_more_lag() -> None:
+    late = {"sent_ns": 14 * MS, "first_token_ns": 1014 * MS}
+    first = {"first_token_ns": 601 * MS}  # the median of 600 and 1000 ms: 5% are 40 ms
+    both = evidence(row=late)
+    rows = pa.Table.from_pylist([ROW | first, ROW | late])
+    assert certificate(replace(both, requests=rows)) == (True, None)
+
+
+def test_a_cache_that_the_study_asks_for_is_no_fault() -> None:
+    cached = evidence(engine={"prefix_caching": True}, after={"vllm:prefix_cache_hits_total": 9.0})
+    assert certificate(cached) == (True, None)
+
+
+def test_a_server_without_counters_is_not_accused() -> None:
+    assert certificate(evidence(metrics_before=None, metrics_after=None)) == (True, None)
+
+
+def test_a_cell_that_was_not_served_has_a_verdict_instead() -> None:
+    assert certificate(evidence(verdict="timeout")) == (None, None)
