@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 CHECKED := workflow tests docs bench
 
 help:
-	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile | expand -t 16
 
 run: .venv/.ready model  ## measure the demo study: tables and plots
 	$(PYTHON) -m snakemake_executor_plugin_submitit unlock  # if the last run was killed

@@ -25,6 +25,7 @@ from servegrid.engines.vllm import _environment
 from servegrid.engines.vllm_server import resolved
 from servegrid.errors import ConfigError, EngineError
 from servegrid.grid import Deployment
+from servegrid.server import healthy
 
 DEPLOYMENT = Deployment(
     name="small_bf16_vllm_cpu",
@@ -41,7 +42,9 @@ DEPLOYMENT = Deployment(
 
 
 def test_an_engine_that_does_not_exist_is_told_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"no engine `vlm`. Use one of: llamacpp, vllm\."):
+    with pytest.raises(
+        ConfigError, match=r"no engine `vlm`. Use one of: emulated, llamacpp, vllm\."
+    ):
         bring_up(replace(DEPLOYMENT, engine="vlm"), Site(models=Path("unused")))
 
 
@@ -73,12 +76,12 @@ def test_an_endpoint_answers_when_its_health_is_200(monkeypatch: pytest.MonkeyPa
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}", "small", "secret")
-        assert listening.answers(endpoint)
+        assert healthy(endpoint)
         monkeypatch.setattr(Health, "status", 503)
-        assert not listening.answers(endpoint)
+        assert not healthy(endpoint)
         server.shutdown()
         thread.join()
-    assert not listening.answers(endpoint)
+    assert not healthy(endpoint)
 
 
 def test_waiting_ends_with_the_limit_and_names_the_deployment() -> None:

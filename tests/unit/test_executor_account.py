@@ -69,11 +69,11 @@ def test_a_run_without_allocations_says_nothing() -> None:
 def test_progress_is_aligned() -> None:
     states = [
         State(Account("a", given={"x", "y"}, done={"x"}), 1, "working, job 7 on n1", rest_s=61.0),
-        State(Account("longer", given={"z"}), 1, "job 8 pending (Resources) since 2 min"),
+        State(Account("longer", given={"z"}), 1, "job 8 pending (Resources), waiting for 2 min"),
     ]
     assert progress(states) == [
         "a       1/2  working, job 7 on n1, about 1 min 1 s left",
-        "longer  0/1  job 8 pending (Resources) since 2 min",
+        "longer  0/1  job 8 pending (Resources), waiting for 2 min",
     ]
 
 

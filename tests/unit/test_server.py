@@ -1,6 +1,6 @@
 """What a server's /metrics page becomes."""
 
-from servegrid.load.server import parsed
+from servegrid.server import parsed
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.

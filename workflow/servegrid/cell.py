@@ -9,11 +9,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from servegrid import __version__, records, telemetry
+from servegrid import __version__, records, server, telemetry
 from servegrid.allocation import Handover
 from servegrid.errors import EngineError
 from servegrid.grid import Trial, digest_of
-from servegrid.load import Measurement, measure, server
+from servegrid.load import Measurement, measure
 from servegrid.script import at_work
 from servegrid.verdict import SERVER_DIED, verdict_of
 

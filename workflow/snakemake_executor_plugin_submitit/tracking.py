@@ -191,7 +191,7 @@ class Tracked(Generic[Job]):
         job = f"job {self.submission.job_id}"
         if self.process is None or self.stopped:
             waited = duration(time.time() - self.submission.submitted)
-            return f"{job} {told or 'not yet begun'} since {waited}"
+            return f"{job} {told or 'submitted'}, waiting for {waited}"
         where = f"{job} on {self.process.data['host']}"
         if self.up is None and self.announced:
             since = time.time() - self.process.data["time"]

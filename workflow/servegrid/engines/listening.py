@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from servegrid.endpoint import Endpoint
 from servegrid.engines.base import Site
 from servegrid.errors import EngineError
 
@@ -19,7 +15,6 @@ UNIX_BASE_URL = "http://localhost"
 SOCKET_PATH_BYTES = 107
 """What fits into sockaddr_un.sun_path beside its final zero; see unix(7)."""
 
-ANSWER_LIMIT_S = 5.0
 POLL_S = 0.05
 
 
@@ -43,42 +38,6 @@ def refuse_too_long(path: Path) -> None:
             f"{path}: a Unix socket's path has at most {SOCKET_PATH_BYTES} bytes and this one "
             f"{length}. Set TMPDIR to a shorter folder."
         )
-
-
-class _Connection(http.client.HTTPConnection):
-    """To an endpoint on TCP or on a Unix socket."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint.base_url.removeprefix("http://"), timeout=ANSWER_LIMIT_S)
-        self._path = endpoint.socket
-
-    def connect(self) -> None:
-        if self._path is None:
-            super().connect()
-            return
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-def get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
-    """Status and body of GET `path`.
-
-    Raises OSError or http.client.HTTPException where no answer comes within `ANSWER_LIMIT_S`.
-    """
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    with contextlib.closing(_Connection(endpoint)) as connection:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read()
-
-
-def answers(endpoint: Endpoint) -> bool:
-    """Whether GET /health is answered with 200 in time."""
-    try:
-        return get(endpoint, "/health")[0] == http.HTTPStatus.OK
-    except (OSError, http.client.HTTPException):
-        return False
 
 
 def wait_until(ready: Callable[[], bool], deadline: float, name: str) -> None:

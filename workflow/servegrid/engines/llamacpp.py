@@ -30,14 +30,13 @@ from servegrid.engines.base import Site
 from servegrid.engines.listening import (
     LOOPBACK,
     UNIX_BASE_URL,
-    answers,
-    get,
     socket_path,
     wait_until,
 )
 from servegrid.engines.warden import guarded
 from servegrid.errors import ConfigError, EngineError, ModelError
 from servegrid.grid import Deployment
+from servegrid.server import get, healthy
 
 PACKAGE = "xllamacpp"
 GGUF_MAGIC = b"GGUF"
@@ -68,7 +67,7 @@ class LlamaCpp:
         return [self.process.pid]
 
     def healthy(self) -> bool:
-        return self.process.poll() is None and answers(self.endpoint)
+        return self.process.poll() is None and healthy(self.endpoint)
 
 
 @contextlib.contextmanager
@@ -92,7 +91,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
                 api_key=key,
                 socket=str(socket) if socket else None,
             )
-            wait_until(lambda: answers(endpoint), started + site.startup_s, deployment.name)
+            wait_until(lambda: healthy(endpoint), started + site.startup_s, deployment.name)
             facts = {
                 "engine": "llamacpp",
                 "version": metadata.version(PACKAGE),

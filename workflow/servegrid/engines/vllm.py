@@ -28,7 +28,6 @@ from servegrid.engines.base import Site
 from servegrid.engines.listening import (
     LOOPBACK,
     UNIX_BASE_URL,
-    answers,
     refuse_too_long,
     socket_path,
     wait_until,
@@ -38,6 +37,7 @@ from servegrid.engines.vllm_worker import Facts
 from servegrid.engines.warden import guarded
 from servegrid.errors import EngineError
 from servegrid.grid import Deployment
+from servegrid.server import healthy
 
 ENVIRONMENT = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -67,7 +67,7 @@ class Vllm:
         return [os.getpid(), *(child.pid for child in self.server.children if child.is_running())]
 
     def healthy(self) -> bool:
-        return self.server.is_alive() and answers(self.endpoint)
+        return self.server.is_alive() and healthy(self.endpoint)
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
                 wait_until(server.has_engine, deadline, deployment.name)
                 clock.lap("engine")
                 wait_until(
-                    lambda: server.has_engine() and answers(endpoint), deadline, deployment.name
+                    lambda: server.has_engine() and healthy(endpoint), deadline, deployment.name
                 )
                 server.watch()
                 clock.lap("server")
