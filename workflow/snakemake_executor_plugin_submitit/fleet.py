@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Generic
 
+import psutil
 from snakemake_interface_common.exceptions import WorkflowError
 
 from snakemake_executor_plugin_submitit import spool as spool_events
@@ -77,9 +78,10 @@ class Fleet(Generic[Job]):
         self._liveness: Liveness = SlurmLiveness() if cluster == "slurm" else LocalLiveness()
         self._guard = threading.RLock()
         self._waiting: dict[str, list[Queued[Job]]] = {}
-        self._refused: list[Outcome[Job]] = []
+        self._settled: list[Outcome[Job]] = []
         self._ending = False
         self._live: dict[str, Tracked[Job]] = {}
+        self._done_meanwhile: set[str] = set()
         for orphan in self._orphans():
             self._live[orphan.submission.name] = orphan
 
@@ -87,8 +89,13 @@ class Fleet(Generic[Job]):
         """Queue jobs, each with the name of its allocation."""
         with self._guard:
             for name, queued in jobs:
-                self._waiting.setdefault(name, []).append(queued)
-                self._account(name).given.add(queued.task.key)
+                account = self._account(name)
+                account.given.add(queued.task.key)
+                if queued.task.key in self._done_meanwhile:
+                    account.done.add(queued.task.key)
+                    self._settled.append(Outcome((queued.job,)))
+                else:
+                    self._waiting.setdefault(name, []).append(queued)
             self._dispatch()
 
     def poll(self) -> list[Outcome[Job]]:
@@ -96,7 +103,7 @@ class Fleet(Generic[Job]):
         with self._guard:
             if self._ending:
                 return []
-            outcomes, self._refused = self._refused, []
+            outcomes, self._settled = self._settled, []
             for live in list(self._live.values()):
                 outcomes += live.read(self._tell)
                 state = None if live.ended else self._end_of(live)
@@ -187,7 +194,7 @@ class Fleet(Generic[Job]):
                 account = self._account(name)
                 account.shown = True
                 account.failures.append(_first_line(error))
-                self._refused.append(Outcome(refused, Failure(str(error), None)))
+                self._settled.append(Outcome(refused, Failure(str(error), None)))
         if self._waiting and self._full():
             for live in self._live.values():
                 if not live.tickets and time.monotonic() - live.busy > YIELD_S:
@@ -274,6 +281,7 @@ class Fleet(Generic[Job]):
 
     def _orphans(self) -> Iterator[Tracked[Job]]:
         """Those that still run; what they have not begun is taken back."""
+        began = psutil.Process().create_time()
         for entry in sorted(self._index.iterdir()):
             spool = Spool(Path(entry.read_text()))
             try:
@@ -282,6 +290,8 @@ class Fleet(Generic[Job]):
                 record = None
             with contextlib.suppress(FileNotFoundError):
                 spool.clear()
+            # Done since Snakemake looked for what is missing, or was about to look.
+            self._done_meanwhile |= spool.done_since(began)
             if record is None or not self._is_ours(record):
                 # Killed while it was submitted, or out of sight from here: should it run, it ends.
                 with contextlib.suppress(FileNotFoundError):

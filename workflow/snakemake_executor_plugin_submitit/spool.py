@@ -102,6 +102,14 @@ class Spool:
         tickets = (path.name for path in self._doing.iterdir())
         return {key_of(ticket): ticket for ticket in tickets}
 
+    def done_since(self, when: float) -> set[str]:
+        """The keys of the tasks that ended well after `when` (seconds since the epoch)."""
+        return {
+            key_of(event.data["ticket"])
+            for event in self.journal().new()
+            if event.kind == DONE and event.data["status"] == 0 and event.data["time"] > when
+        }
+
     def journal(self) -> JournalReader:
         return JournalReader(self.root / "journal.jsonl")
 

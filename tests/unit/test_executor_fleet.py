@@ -1,0 +1,66 @@
+"""What the main process makes of the allocations of an earlier run, before any of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from snakemake_executor_plugin_submitit.fleet import Fleet
+from snakemake_executor_plugin_submitit.spool import DONE, Spool, Task
+from snakemake_executor_plugin_submitit.tracking import Need, Queued
+
+
+def needless() -> Need:
+    raise AssertionError("nothing is to be submitted")
+
+
+def queued(key: str) -> Queued[str]:
+    return Queued(f"job {key}", Task(key, (), "/", None), needless)
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Spool:
+    """Of an allocation that an earlier run has submitted and that is gone."""
+    spool = Spool.create(tmp_path / "a" / "1f")
+    index = tmp_path / "live"
+    index.mkdir()
+    (index / "1f").write_text(str(spool.root))
+    return spool
+
+
+def fleet_of(folder: Path) -> Fleet[str]:
+    return Fleet(folder, "local", most=1, linger=1, tell=lambda _: None)
+
+
+def record_done(spool: Spool, key: str, status: int, when: float) -> None:
+    """As `Spool.finish` does, at a time of one's own."""
+    event = {"event": DONE, "time": when, "ticket": f"00017-{key}", "status": status}
+    with (spool.root / "journal.jsonl").open("a") as journal:
+        journal.write(json.dumps(event) + "\n")
+
+
+def test_what_was_done_while_snakemake_planned_is_not_done_again(
+    tmp_path: Path, spool: Spool
+) -> None:
+    record_done(spool, "x", 0, time.time())
+    fleet = fleet_of(tmp_path)
+    fleet.put([("a", queued("x"))])
+    (outcome,) = fleet.poll()
+    assert (outcome.jobs, outcome.failure) == (("job x",), None)
+
+
+@pytest.mark.parametrize(
+    ("status", "when"),
+    [(1, time.time()), (0, 0.0)],
+    ids=["it failed", "before this process began: its result may have been removed since"],
+)
+def test_what_is_asked_for_again_is_done_again(
+    tmp_path: Path, spool: Spool, status: int, when: float
+) -> None:
+    record_done(spool, "x", status, when)
+    fleet = fleet_of(tmp_path)
+    with pytest.raises(AssertionError, match="nothing is to be submitted"):
+        fleet.put([("a", queued("x"))])
