@@ -130,6 +130,7 @@ def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace)
 
     begins, ends = work.notes("cells", "begin"), work.notes("cells", "end")
     assert len({note["pid"] for note in begins}) == 7
+    assert all(note["is_the_job"] for note in begins)  # ADR 6: no further process
     assert not any(note["service_imported"] for note in begins)
     assert all(note["usr2_blocked"] for note in begins)
     for note in begins:
@@ -139,7 +140,8 @@ def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace)
         spans = [(note["begin"], note["end"]) for note in ends if note["cell"][0] == name]
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     service = work.notes("service", "enter")[0]
-    assert service["params"] == {"version": 1, "group": service["name"][-1]}
+    group = service["name"][-1]
+    assert service["params"] == {"version": 1, "group": group, "bring_up_s": 0}
     assert service["resources"]["allocation"] == service["name"]
     assert "measuring a0" in (work.folder / "logs" / "a0.log").read_text()
 

@@ -78,6 +78,13 @@ class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
             "type": int,
         },
     )
+    preload: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "modules, separated by commas, that the jobs of an allocation import anyway: "
+            "they are imported once"
+        },
+    )
     records: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={"help": "folder that keeps a JSON file of each allocation that has ended"},
@@ -129,6 +136,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             linger=settings.linger,
             tell=self.logger.info,
             records=Path(settings.records).absolute() if settings.records else None,
+            preload=tuple(filter(None, (settings.preload or "").replace(" ", "").split(","))),
         )
         self._outcomes: dict[JobExecutorInterface, Failure | None] = {}
 

@@ -84,7 +84,8 @@ class Allocation:
 
     All its state is in the spool, so that it goes on when Slurm starts it again. `service` is
     `module:function`, a ServiceFactory, or None. Times are seconds; after `linger` without a
-    job it ends. `warned` is how long before the time limit `limit` SIGUSR2 comes.
+    job it ends. `warned` is how long before the time limit `limit` SIGUSR2 comes. `preload` names
+    modules that all jobs need.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Allocation:
     linger: float
     limit: float
     warned: float
+    preload: tuple[str, ...] = ()
 
     def __call__(self) -> None:
         began = time.monotonic()
@@ -117,7 +119,7 @@ class Allocation:
 
     def _serve(self, spool: Spool) -> tuple[str, str]:
         """Why the allocation has ended, and the details for people."""
-        with contextlib.closing(Runner()) as runner, contextlib.ExitStack() as up:
+        with contextlib.closing(Runner(self.preload)) as runner, contextlib.ExitStack() as up:
             began = time.monotonic()
             try:
                 service = up.enter_context(self._service())

@@ -67,9 +67,10 @@ class Fleet(Generic[Job]):
         linger: float,
         tell: Callable[[str], None],
         records: Path | None = None,
+        preload: tuple[str, ...] = (),
     ) -> None:
         self._folder, self._cluster, self._most, self._linger = folder, cluster, most, linger
-        self._tell, self._records = tell, records
+        self._tell, self._records, self._preload = tell, records, preload
         self._began = time.monotonic()
         self._accounts: dict[str, Account] = {}
         self._not_before: dict[str, float] = {}
@@ -244,6 +245,7 @@ class Fleet(Generic[Job]):
             linger=self._linger,
             limit=need.parameters.limit_s,
             warned=need.parameters.warned_s,
+            preload=self._preload if need.service else (),
         )
         tickets = {spool.put(queued.task): queued for queued in jobs}
         job_name = f"{slug(need.name)[:80]}-{identity}"

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,11 +37,14 @@ SIGNAL_LATENCY_S = 0.5
 
 
 class Runner:
-    """The allocation's end: starts the runner's process and speaks to it."""
+    """The allocation's end: starts the runner's process and speaks to it.
 
-    def __init__(self) -> None:
+    `preload` names modules that its jobs will need.
+    """
+
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import {__name__} as runner; runner.main()"],
+            [sys.executable, "-c", f"import {__name__} as runner; runner.main()", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # it must survive its allocation to clean up behind it
@@ -91,7 +94,7 @@ def main() -> None:
     # A signal to all processes of an allocation is for the allocation to act on.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _preload()
+    _preload(sys.argv[1:])
     while line := requests.readline():
         pid = os.fork()
         if pid == 0:
@@ -116,12 +119,15 @@ def _take_over_standard_streams() -> tuple[IO[bytes], IO[bytes]]:
     return requests, answers
 
 
-def _preload() -> None:
-    for name in PRELOADED:
+def _preload(more: Sequence[str]) -> None:
+    for name in (*PRELOADED, *more):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     from snakemake.cli import get_argument_parser
 
+    from snakemake_executor_plugin_submitit import inprocess
+
+    inprocess.install()
     get_argument_parser()  # finds and imports the plugins
     gc.collect()
     gc.freeze()

@@ -22,6 +22,7 @@ entry = {"cell": output.name, "begin": time.monotonic(), "pid": os.getpid()}
 entry |= {
     "allocation": os.environ.get("TOY_ALLOCATION"),
     "service_imported": "toy_service" in sys.modules,
+    "is_the_job": os.getsid(0) == os.getpid(),
     "usr2_blocked": signal.SIGUSR2 in signal.pthread_sigmask(signal.SIG_BLOCK, []),
 }
 print(f"measuring {output.name}")
