@@ -110,6 +110,9 @@ def test_a_burst_of_two() -> None:
         "output_tokens_per_s": 8.0,
         "output_tokens_per_s_per_user": 4.0,
         "memory_peak_bytes": None,
+        "power_w_mean": None,
+        "power_disagreement": None,
+        "energy_j_per_output_token": None,
     }
 
 
@@ -206,6 +209,17 @@ def test_the_memory_peak_is_that_of_the_sum_and_not_the_sum_of_the_peaks() -> No
     ]
     assert cell(TWO, gpus)["memory_peak_bytes"] == 1 + 6
     assert cell(TWO, gpus[::-1])["memory_peak_bytes"] == 1 + 6
+
+
+def test_energy_per_token_is_the_power_over_the_speed() -> None:
+    def reading(seconds: int, watts: float, joules: float) -> dict[str, Any]:
+        energy = {"power_w": watts, "energy_j": joules}
+        return {"time_ns": seconds * 10**9, "device": "GPU-a", **energy}
+
+    row = cell(TWO, [reading(0, 110.0, 500.0), reading(2, 110.0, 700.0)])
+    assert row["power_w_mean"] == 100.0
+    assert row["power_disagreement"] == pytest.approx(0.1)
+    assert row["energy_j_per_output_token"] == pytest.approx(100.0 / row["output_tokens_per_s"])
 
 
 def test_a_device_counts_with_its_first_sample_before_it() -> None:

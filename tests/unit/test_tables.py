@@ -128,9 +128,9 @@ def test_the_csv_has_the_same_numbers(study: Study) -> None:
     # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, as Python writes these floats in full
     assert lines == [
         "b,m,q,cpu,0,vllm,0.32.0,,burst,1,31,10,1,ok,,True,,1,0,1.0,10.0,0.1,0.1,0.1,1.0,1.0,10.0,10.0,"
-        f"1152921504606846977,{trials[0].digest}",
+        f"1152921504606846977,,,,{trials[0].digest}",
         'b,m,q,cpu,0,vllm,0.32.0,,burst,2,31,10,1,timeout,"1, 2",,,2,0,2.0,,0.1,0.1,'
-        f"0.2111111111111111,2.0,2.0,10.0,5.0,1152921504606846977,{trials[1].digest}",
+        f"0.2111111111111111,2.0,2.0,10.0,5.0,1152921504606846977,,,,{trials[1].digest}",
         "",
     ]
 

@@ -12,7 +12,7 @@ rule gather:
             trial=[trial.id for trial in study.trials],
             part=["requests", "telemetry"],
         ),
-        modules("metrics", "records", "tables", "validity"),
+        modules("energy", "metrics", "records", "tables", "validity"),
     output:
         parquet="results/tables/cells.parquet",
         csv=report(

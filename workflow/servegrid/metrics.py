@@ -14,11 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from servegrid import energy
+from servegrid.energy import ENGINE_DEVICE, power_of
 from servegrid.grid import Load, Trial
 from servegrid.verdict import OK
-
-ENGINE_DEVICE = "engine"
-"""The `device` of the samples that tell of the engine's processes and not of a GPU."""
 
 REQUEST_COLUMNS = (
     "wave",
@@ -32,7 +31,7 @@ REQUEST_COLUMNS = (
 )
 """The columns of `records.REQUESTS` that `row_of` needs."""
 
-TELEMETRY_COLUMNS = ("time_ns", "device", "memory_bytes")
+TELEMETRY_COLUMNS = (*energy.COLUMNS, "memory_bytes")
 """The columns of `records.TELEMETRY` that `row_of` needs."""
 
 _Floats = npt.NDArray[np.float64]
@@ -53,6 +52,7 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
     ttft = _seconds(served["sent_ns"], served["first_token_ns"])
     e2el = _seconds(served["sent_ns"], last_token_ns(served))
     tokens_per_s = _ratio(_total(served["completion_tokens"]), makespan)
+    power = power_of(telemetry)
     ok = record["verdict"] == OK
     return {
         "deployment": deployment.name,
@@ -82,6 +82,9 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": _ratio(tokens_per_s, load.concurrency),
         "memory_peak_bytes": memory_peak_bytes(telemetry),
+        "power_w_mean": power.mean_w,
+        "power_disagreement": power.disagreement,
+        "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),
         "spec_digest": record["spec_digest"],
     }
 

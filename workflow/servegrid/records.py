@@ -147,6 +147,24 @@ CELLS = (
         "output_tokens_per_s / concurrency: what a user sees, the prompt's time included",
     ),
     Column("memory_peak_bytes", pa.int64(), "bytes", "Peak memory: GPUs summed, else the engine's"),
+    Column(
+        "power_w_mean",
+        pa.float64(),
+        "W",
+        "Mean power of all GPUs by their energy counters, else as sampled",
+    ),
+    Column(
+        "power_disagreement",
+        pa.float64(),
+        "",
+        "Sampled power / power by the energy counters - 1; null where one is unknown",
+    ),
+    Column(
+        "energy_j_per_output_token",
+        pa.float64(),
+        "J/token",
+        "power_w_mean × makespan / output tokens of all users",
+    ),
     Column("spec_digest", pa.string(), "", "Digest of the specification that was measured"),
 )
 """One row per cell and trial."""

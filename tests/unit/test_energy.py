@@ -1,0 +1,60 @@
+"""Power of GPUs from their counters and samples, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from servegrid import records
+from servegrid.energy import Power, power_of
+
+SECOND = 1_000_000_000
+
+
+def power(*rows: tuple[float, str, float | None, float | None]) -> Power:
+    """From time in s, device, W and J."""
+    samples: list[dict[str, Any]] = [
+        {"time_ns": int(time * SECOND), "device": device, "power_w": watts, "energy_j": joules}
+        for time, device, watts, joules in rows
+    ]
+    return power_of(records.table_of(records.TELEMETRY, samples))
+
+
+def test_counters_and_samples_of_all_gpus_are_added() -> None:
+    both = power(
+        (0, "GPU-a", 100, 5000),
+        (1, "GPU-a", 300, 5200),
+        (3, "GPU-a", 100, 5800),  # 800 J in 3 s; 200 J + 400 J in 3 s
+        (0, "GPU-b", 50, 10),
+        (2, "GPU-b", 70, 110),  # 100 J in 2 s; 120 J in 2 s
+        (1, "engine", None, None),
+    )
+    assert both.counted_w == pytest.approx(800 / 3 + 50)
+    assert both.sampled_w == pytest.approx(200 + 60)
+    assert both.mean_w == both.counted_w
+    assert both.disagreement == pytest.approx(260 / (800 / 3 + 50) - 1)
+
+
+def test_without_a_counter_the_sampled_power_stands() -> None:
+    sampled = power((0, "GPU-a", 100, None), (2, "GPU-a", 200, None))
+    assert (sampled.counted_w, sampled.mean_w, sampled.disagreement) == (None, 150, None)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [(0, "engine", None, None)],
+        [(0, "GPU-a", 100, 1)],  # one sample is no time
+        [(0, "GPU-a", 100, 1), (1, "GPU-a", 100, 2), (0, "GPU-b", 9, 1)],
+        [(0, "GPU-a", None, None), (1, "GPU-a", None, None)],
+    ],
+)
+def test_what_is_not_known_of_every_gpu_is_null(rows: list[Any]) -> None:
+    assert power(*rows) == Power(None, None)
+
+
+def test_samples_need_not_be_in_order() -> None:
+    rows = [(2, "GPU-a", 100, 300), (0, "GPU-a", 100, 100), (1, "GPU-a", 100, 200)]
+    assert power(*rows) == Power(100, 100)
