@@ -153,9 +153,9 @@ def test_what_may_not_be_believed_is_hollow_and_the_legend_says_so(tmp_path: Pat
             if line.get_markerfacecolor() == "white"
         ]
         assert [x for x, _ in hollow] == [4]
-        assert "may not be believed" in " ".join(svg_texts(figure, tmp_path))
+        assert "not valid" in " ".join(svg_texts(figure, tmp_path))
     texts = svg_texts(deployment_figure(cells(PLAIN), "d", TOTAL), tmp_path)
-    assert "may not be believed" not in texts
+    assert "not valid" not in texts
 
 
 def test_each_protocol_and_output_length_has_its_own_panel(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def _gap_notes(table: ArticleTable) -> list[str]:
     for mark, reasons in {
         "`-`: not served": not_at_all,
         "\\*: not served in every trial": partly,
-        "!: may not be believed": table.doubts,
+        "!: not valid": table.doubts,
     }.items():
         by_reason: dict[str, list[str]] = {}
         for (concurrency, length), reason in reasons.items():

@@ -382,7 +382,7 @@ def _handles(looks: Mapping[str, _Look], rows: pd.DataFrame) -> list[Line2D]:
             marker="o",
             markerfacecolor="white",
             linestyle="none",
-            label="may not be believed",
+            label="not valid",
         )
         handles.append(hollow)
     return handles
