@@ -124,8 +124,7 @@ def test_what_may_not_be_believed_is_marked_with_the_reason() -> None:
     text = markdown(frame)
     assert "|        8 | 2.0! | 3.0 |\n" in text
     assert text.endswith(
-        "!: not valid (requests × prompt tokens):\n\n"
-        "- 8 × 31, 16 × 31: `preempted: 2 times`\n"
+        "!: not valid (requests × prompt tokens):\n\n- 8 × 31, 16 × 31: `preempted: 2 times`\n"
     )
     assert as_csv(article_tables(frame, "d")).splitlines()[1] == "burst,100,8,2.0,3.0"
 
