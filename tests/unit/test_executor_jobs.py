@@ -17,11 +17,13 @@ from snakemake_executor_plugin_submitit.jobs import (
     log_of,
     params_of,
     plain,
+    turn_of,
 )
 
 
 class FakeJob:
     def __init__(self, **properties: Any) -> None:
+        self.name = "measure"
         self.params = properties.get("params", {})
         self.resources = properties.get("resources", {})
         self.log = properties.get("log", [])
@@ -83,3 +85,11 @@ def test_plain_data_of_numbers_paths_and_containers() -> None:
 def test_what_is_not_plain_is_refused_by_place() -> None:
     with pytest.raises(WorkflowError, match=r"measure: params\.table\.inner: `object` cannot"):
         plain({"inner": object()}, "measure: params.table")
+
+
+def test_a_turn_is_a_number_and_0_where_none_is_given() -> None:
+    assert turn_of(job()) == 0
+    assert turn_of(job(resources={"turn": np.int64(12)})) == 12
+    for wrong in (-1, 10**6, "first", 1.5):
+        with pytest.raises(WorkflowError, match=r"measure: resources\.turn: .* is not a number"):
+            turn_of(job(resources={"turn": wrong}))

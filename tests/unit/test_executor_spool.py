@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from snakemake_executor_plugin_submitit.spool import BEGAN, DONE, ENDED, STOPPED, Spool, Task
+from snakemake_executor_plugin_submitit.spool import (
+    BEGAN,
+    DONE,
+    ENDED,
+    STOPPED,
+    Spool,
+    Task,
+    key_of,
+)
 
 
 def task(key: str) -> Task:
@@ -49,6 +58,15 @@ def test_what_is_taken_back_is_not_done_and_what_is_claimed_is_not_taken_back(
     assert there.take() is None
     there.finish(tickets["a"], 0)
     assert spool.under_way() == {}
+
+
+def test_a_lower_turn_goes_first_and_equal_ones_as_they_came(spool: Spool) -> None:
+    for key, turn in (("late", 11), ("a", 2), ("b", 2)):
+        spool.put(replace(task(key), turn=turn))
+    there = Spool(spool.root)
+    taken = [there.take() for _ in range(3)]
+    assert [each[1].key for each in taken if each] == ["a", "b", "late"]
+    assert [key_of(each[0]) for each in taken if each] == ["a", "b", "late"]
 
 
 def test_the_same_task_gets_a_new_ticket_each_time(spool: Spool) -> None:

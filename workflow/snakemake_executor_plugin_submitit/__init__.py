@@ -1,8 +1,8 @@
 """Snakemake executor: jobs with the same resource `allocation` share one submitit job.
 
 In that job a service, any context manager, is up once for all of them, and they run against it
-one after another, each in its own process. Every other job gets a submitit job of its own. What
-a service is, `allocation.ServiceFactory` says.
+one after another, in the order of their resource `turn`, each in its own process. Every other
+job gets a submitit job of its own. What a service is, `allocation.ServiceFactory` says.
 """
 
 # No `from __future__ import annotations`, and Optional instead of `| None`: Snakemake reads the
@@ -29,6 +29,7 @@ from snakemake_executor_plugin_submitit.jobs import (
     log_of,
     params_of,
     plain,
+    turn_of,
 )
 from snakemake_executor_plugin_submitit.spool import Task
 from snakemake_executor_plugin_submitit.submission import (
@@ -195,6 +196,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             argv=argv_of(self.format_job_exec(job)),
             cwd=self.workflow.workdir_init,
             log=log_of(job),
+            turn=turn_of(job),
         )
 
     def _need(self, job: JobExecutorInterface, name: str) -> Need:

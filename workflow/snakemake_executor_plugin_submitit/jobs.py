@@ -20,6 +20,14 @@ def allocation_of(job: JobExecutorInterface) -> str | None:
     return str(wanted) if wanted else None
 
 
+def turn_of(job: JobExecutorInterface) -> int:
+    """The job's place among those of its allocation: its resource `turn`, 0 without."""
+    turn = job.resources.get("turn", 0)
+    if isinstance(turn, Integral) and 0 <= int(turn) < 10**6:
+        return int(turn)
+    raise WorkflowError(f"{job.name}: resources.turn: {turn!r} is not a number from 0 to 999999.")
+
+
 def key_of(job: JobExecutorInterface) -> str:
     """The same for the same job in every run, another one as soon as its params differ."""
     identity = [str(job.get_target_spec()), repr(params_of(job))]

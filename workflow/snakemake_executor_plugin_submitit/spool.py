@@ -29,13 +29,15 @@ class Task:
     """One Snakemake job as an allocation runs it.
 
     `key` is the same for the same job in every run of the workflow. `log` is where the output
-    of the job goes in the end (absolute; None: it stays in the spool).
+    of the job goes in the end (absolute; None: it stays in the spool). Of several that wait, the
+    one with the lowest `turn` is begun first.
     """
 
     key: str
     argv: tuple[str, ...]
     cwd: str
     log: str | None
+    turn: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ class Spool:
     # the main process
 
     def put(self, task: Task) -> str:
-        """Queue a task behind all others and return its ticket."""
+        """Queue a task behind all others of its turn and return its ticket."""
         self._sequence = max(time.time_ns(), self._sequence + 1)
-        ticket = f"{self._sequence:020d}-{task.key}"
+        ticket = f"{task.turn:06d}.{self._sequence:020d}-{task.key}"
         write_atomically(self._todo / ticket, json.dumps(asdict(task)))
         return ticket
 
@@ -126,7 +128,7 @@ class Spool:
         return bool(self._known)
 
     def take(self) -> tuple[str, Task] | None:
-        """Claim the oldest task, or None where the queue is empty."""
+        """Claim the task whose turn it is, or None where the queue is empty."""
         while self.waiting():
             ticket = self._known.popleft()
             with contextlib.suppress(FileNotFoundError):
