@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from servegrid import records
 from servegrid.endpoint import Endpoint
 from servegrid.errors import LoadError
 from servegrid.grid import Load
-from servegrid.load import measure
+from servegrid.load import measure, plan
 
 BURST = Load("burst", 4, 9, 5, 8, warmup_waves=0, timeout_s=60, stall_s=20)
 STEADY = replace(BURST, protocol="steady", requests=10, concurrency=3)
@@ -106,6 +108,100 @@ def test_steady_keeps_the_users_busy_until_all_requests_are_sent() -> None:
         mine = [row for row in rows if row["user"] == user]
         ends = [row["done_ns"] for row in mine]
         assert [row["scheduled_ns"] for row in mine][1:] == ends[:-1]
+
+
+def test_steady_for_a_time_sends_nothing_after_it_and_finishes_what_was_sent() -> None:
+    load = replace(STEADY, requests=None, duration_s=0.5, warmup_waves=1)
+    with serving(Script(ttft_s=0.02, itl_s=0.01)) as server:
+        measurement = measure(server.endpoint, load, None, "cell")
+        sent = server.log().requests
+    rows = measurement.requests.to_pylist()
+    start_ns = rows[0]["scheduled_ns"]
+    due = [(row["scheduled_ns"] - start_ns) / 1e9 for row in rows]
+    # A request takes 60 ms: each of 3 users sends 8 or 9, fewer where the machine is slow.
+    assert 3 < len(rows) <= 27
+    assert max(due) <= 0.5 < (max(row["done_ns"] for row in rows) - start_ns) / 1e9
+    assert {row["error"] for row in rows} == {None}
+    assert measurement.facts["left"] > 0
+    assert len(sent) == 1 + 3 + len(rows)
+
+
+def test_users_rest_between_an_answer_and_their_next_request() -> None:
+    load = replace(STEADY, requests=30, think_s=0.03)
+    with serving(Script(ttft_s=0.005)) as server:
+        rows = rows_of(server, load)
+    assert len(rows) == 30
+    rests = []
+    for user in range(3):
+        mine = sorted((r for r in rows if r["user"] == user), key=lambda row: row["scheduled_ns"])
+        for before, after in pairwise(mine):
+            rests.append((after["scheduled_ns"] - before["done_ns"]) / 1e9)
+            assert after["sent_ns"] >= before["done_ns"]
+    assert len(rests) == 27
+    assert min(rests) > 0
+    # Exponential with a mean of 30 ms: that of 27 lies within 4 standard errors of 5.8 ms.
+    assert 0.007 < statistics.mean(rests) < 0.053
+    again = plan.rests(load, 30, "cell")
+    assert again is not None
+    assert set(map(microseconds, rests)) <= set(map(microseconds, again))
+
+
+def microseconds(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def test_an_open_loop_sends_when_requests_are_due_however_slow_the_server_is() -> None:
+    load = Load("poisson", None, 9, 5, 40, rate_per_s=20.0, warmup_waves=0, stall_s=20)
+    with serving(Script(ttft_s=1.5)) as server:
+        rows = rows_of(server, load)
+    arrivals = plan.arrivals(load, "cell")
+    assert arrivals is not None
+    start_ns = rows[0]["scheduled_ns"] - round(arrivals[0] * 1e9)
+    assert [row["scheduled_ns"] - start_ns for row in rows] == [round(a * 1e9) for a in arrivals]
+    assert {row["error"] for row in rows} == {None}
+    assert all(row["sent_ns"] >= row["scheduled_ns"] for row in rows)
+    # All that were due before the first answer were sent by users of their own, of whom as many
+    # were ready as arrive in a second; the others joined.
+    waited_for = sum(arrival < arrivals[0] + 1.4 for arrival in arrivals)
+    assert waited_for > 20
+    assert len({row["user"] for row in rows}) >= waited_for
+    assert max(row["user"] for row in rows) >= 20
+
+
+def test_an_open_loop_for_a_time_has_the_arrivals_within_it() -> None:
+    load = Load("poisson", None, 9, 5, None, rate_per_s=50.0, duration_s=0.4, stall_s=20)
+    with serving(Script()) as server:
+        rows = rows_of(server, load)
+    assert len(rows) == len(plan.arrivals(load, "cell") or ())
+    assert (rows[-1]["scheduled_ns"] - rows[0]["scheduled_ns"]) / 1e9 < 0.4
+
+
+def test_output_lengths_are_spread_and_each_answer_must_have_its_own() -> None:
+    load = replace(BURST, concurrency=8, output_len=10, output_spread=0.5)
+    with serving(Script()) as server:
+        rows = rows_of(server, load)
+        asked = [each["body"]["max_tokens"] for each in server.log().requests]
+    lengths = [row["asked_tokens"] for row in rows]
+    assert set(lengths) <= set(range(5, 16)) and len(set(lengths)) > 1
+    assert [row["completion_tokens"] for row in rows] == lengths
+    assert sorted(asked) == sorted([1, *lengths])
+    assert {row["error"] for row in rows} == {None}
+
+
+def test_counters_are_asked_for_around_the_measured_load_alone() -> None:
+    seen: list[tuple[int, int]] = []
+    with serving(Script()) as server:
+
+        def counters(finished: int) -> dict[str, float]:
+            seen.append((finished, len(server.log().requests)))
+            return {"asked": float(len(seen))}
+
+        load = replace(BURST, warmup_waves=1)
+        measurement = measure(server.endpoint, load, None, "cell", counters)
+    # The probe and the four of the warm-up were before; then the eight.
+    assert seen == [(0, 5), (8, 13)]
+    assert measurement.counters_before == {"asked": 1.0}
+    assert measurement.counters_after == {"asked": 2.0}
 
 
 def test_the_request_is_as_the_load_says() -> None:
@@ -299,18 +395,7 @@ def test_the_command_writes_a_record_and_tells_what_it_measured(
     table = pq.read_table(out)
     assert table["request_id"].to_pylist() == ["s/0", "s/1", "s/2", "s/3"]
     record = records.read_record(out)
-    assert record["load"] == {
-        "protocol": "burst",
-        "concurrency": 2,
-        "input_len": 9,
-        "output_len": 5,
-        "requests": 4,
-        "prompts": "distinct",
-        "warmup_waves": 1,
-        "seed": 0,
-        "timeout_s": 600.0,
-        "stall_s": 120.0,
-    }
+    assert Load(**record["load"]) == Load("burst", 2, 9, 5, 4)
     assert (record["endpoint"]["model"], record["facts"]["salt"]) == (MODEL, "s")
     assert "secret" not in str(pq.read_schema(out).metadata) + done.stdout
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
@@ -329,6 +414,22 @@ def test_the_command_measures_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with serving(Script(unix_socket=str(path))):
         assert command(f"unix://{path}", tmp_path / "cell.parquet").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--protocol", "poisson"], "poisson needs --rate"),
+        (["--think", "1"], "--think is for steady"),
+    ],
+)
+def test_options_that_contradict_the_protocol_are_refused(
+    options: list[str], told: str, tmp_path: Path
+) -> None:
+    done = command("http://127.0.0.1:1", tmp_path / "cell.parquet", *options)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_command_has_status_1_where_a_request_failed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,6 +66,95 @@ def test_a_burst_is_one_wave_unless_more_are_asked_for() -> None:
     assert {t.load.requests for t in twice.trials if t.load.concurrency == 4} == {8}
 
 
+def loads_of(**load: Any) -> list[Load]:
+    config = changed(lambda c: (c["load"].update(load), c["deployments"].pop()))
+    return [trial.load for trial in study_of(config).trials]
+
+
+def test_a_steady_load_has_64_requests_between_the_first_and_the_last_of_each_user() -> None:
+    loads = loads_of(protocol="steady", concurrency=[1, 8, 100])[:3]
+    assert [load.requests for load in loads] == [2 + 64, 16 + 64, 200 + 600]
+    told = loads_of(protocol="steady", requests_per_user=3)[0]
+    assert (told.requests, told.duration_s) == (3, None)
+    timed = loads_of(protocol="steady", duration_s=60, think_s=2)[0]
+    assert (timed.requests, timed.duration_s, timed.think_s) == (None, 60, 2)
+
+
+def test_an_open_loop_has_a_rate_and_no_concurrency() -> None:
+    loads = loads_of(protocol="poisson", rate_per_s=[0.5, 4], think_s=2)
+    assert [load.cell for load in loads] == [
+        "poisson-r0.5-i31-o100",
+        "poisson-r4-i31-o100",
+        "poisson-r0.5-i119-o100",
+        "poisson-r4-i119-o100",
+    ]
+    assert {(load.concurrency, load.requests, load.think_s) for load in loads} == {(None, 128, 0.0)}
+
+
+def test_several_protocols_side_by_side() -> None:
+    loads = loads_of(protocol=["burst", "steady"], input_len=31)
+    assert [load.cell for load in loads] == [
+        "burst-c1-i31-o100",
+        "burst-c4-i31-o100",
+        "steady-c1-i31-o100",
+        "steady-c4-i31-o100",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        ({"protocol": "poisson"}, "the protocol `poisson` needs `rate_per_s`"),
+        ({"protocol": "steady", "duration_s": 9, "warmup_waves": 0}, "needs `warmup_waves`"),
+        ({"output_len": 300, "output_spread": 0.5}, "plus output_len 450 is more than"),
+        ({"protocol": ["burst", "bursts"]}, "'bursts' is not one of `burst`, `steady`, `poisson`"),
+        ({"rate_per_s": 0}, "0 must be greater than 0"),
+    ],
+)
+def test_loads_that_do_not_fit_are_refused(load: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        loads_of(**load)
+
+
+def test_sentinels_are_measured_at_the_start_in_the_middle_and_at_the_end() -> None:
+    config = changed(lambda c: c["load"].update(trials=3))  # 12 trials; 4 of the second, as before
+    study = study_of(config)
+    assert [trial.id for trial in study.sentinels] == [
+        f"small_fp16_vllm_2xa100-40gb/sentinel-burst-c4-i31-o100/trial-{number}"
+        for number in (1, 2, 3)
+    ]
+    first, second = study.deployments
+    of_first = [trial for trial in study.measured if trial.deployment == first]
+    assert sorted(map(study.position, of_first)) == list(range(15))
+    assert [study.position(trial) for trial in study.sentinels] == [0, 7, 14]
+    of_second = [trial for trial in study.trials if trial.deployment == second]
+    assert sorted(map(study.position, of_second)) == list(range(4))
+    again = Trial.from_spec(json.loads(study.sentinels[0].spec_json))
+    assert again == study.sentinels[0]
+    assert study.trial(first.name, "sentinel-burst-c4-i31-o100", 2) == study.sentinels[1]
+
+
+def test_the_order_is_random_and_always_the_same() -> None:
+    study = study_of(changed(lambda c: c["load"].update(concurrency=[*range(1, 17)])))
+    positions = [study.position(trial) for trial in study.trials if trial.load.input_len == 31]
+    assert positions != sorted(positions)
+    again = study_of(changed(lambda c: c["load"].update(concurrency=[*range(1, 17)])))
+    assert positions == [again.position(t) for t in again.trials if t.load.input_len == 31]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_sentinels_can_be_asked_for_and_left_out(wanted: bool) -> None:
+    config = changed(lambda c: c["load"].update(trials=3, sentinels=wanted))
+    assert len(study_of(config).sentinels) == (6 if wanted else 0)
+
+
+def test_the_most_streams_of_a_deployment() -> None:
+    study = study_of(TWO)
+    assert [study.streams(each) for each in study.deployments] == [4, 4]
+    opened = study_of(changed(lambda c: c["load"].update(protocol="poisson", rate_per_s=1)))
+    assert {opened.streams(each) for each in opened.deployments} == {256}
+
+
 def test_defaults_are_the_same_in_schema_and_code() -> None:
     defaults = {
         key: value["default"]
@@ -74,7 +164,7 @@ def test_defaults_are_the_same_in_schema_and_code() -> None:
     load = study_of(TWO).trials[0].load
     told = {key: getattr(load, key) for key in defaults if hasattr(load, key)}
     assert told == {key: defaults[key] for key in told} | {"output_len": 100}
-    assert set(defaults) - set(told) == {"requests_per_user", "trials"}
+    assert set(defaults) - set(told) == {"trials"}
 
 
 def test_filters_keep_and_drop() -> None:

@@ -94,6 +94,7 @@ def test_usage_per_chunk_gives_each_chunk_its_tokens_also_without_text() -> None
         "error": None,
         "prompt_tokens": 7,
         "completion_tokens": 4,
+        "asked_tokens": 4,
     }
 
 

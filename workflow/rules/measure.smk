@@ -14,6 +14,8 @@ rule measure:
         kind=lambda wildcards: trial_of(wildcards).deployment.gpu,
         gpus=lambda wildcards: trial_of(wildcards).deployment.gpu_count,
         environment=lambda wildcards: trial_of(wildcards).deployment.environment,
+        turn=lambda wildcards: study.position(trial_of(wildcards)),
+        streams=lambda wildcards: study.streams(trial_of(wildcards).deployment),
         attempt=lambda wildcards, attempt: attempt,
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,

@@ -17,7 +17,7 @@ from servegrid.load import Measurement, measure
 from servegrid.script import at_work
 from servegrid.verdict import SERVER_DIED, verdict_of
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 DEATH_CONFIRMED_S = 5.0
 """How long a server may be silent after a failed load before it counts as dead."""
 
@@ -36,10 +36,15 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             "Run the same command again when that allocation has ended."
         )
     records.refuse_unwritable(requests.parent)
-    before = server.metrics(handover.endpoint)
     offset = telemetry.offset(handover.telemetry)
     with at_work():
-        measurement = measure(handover.endpoint, trial.load, handover.tokenizer, salt=trial.digest)
+        measurement = measure(
+            handover.endpoint,
+            trial.load,
+            handover.tokenizer,
+            salt=trial.digest,
+            counters=lambda finished: server.metrics(handover.endpoint),
+        )
     alive = _alive(handover, measurement)
     if not alive:
         handover.refuse_ended()
@@ -56,8 +61,8 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "client": measurement.facts,
         "engine": handover.engine,
         "environment": handover.environment,
-        "metrics_before": before,
-        "metrics_after": server.metrics(handover.endpoint) if alive else None,
+        "metrics_before": measurement.counters_before,
+        "metrics_after": measurement.counters_after,
     }
     window = measurement.facts["window_ns"]
     rows = telemetry.slice(handover.telemetry, offset, *window)

@@ -73,11 +73,21 @@ def _add_load(subcommands: Any) -> None:
     add = parser.add_argument
     add("--url", required=True, type=_url, help="http://…, https://… or unix:///path/of/socket")
     add("--model", required=True, help="name under which the server serves it")
-    add("--concurrency", required=True, type=_positive, metavar="N", help="requests at once")
-    add("--requests", required=True, type=_positive, metavar="R", help="requests in all")
+    intensity = parser.add_mutually_exclusive_group(required=True).add_argument
+    intensity("--concurrency", type=_positive, metavar="N", help="requests at once")
+    intensity("--rate", type=_seconds, metavar="X", help="requests per second (poisson)")
+    length = parser.add_mutually_exclusive_group(required=True).add_argument
+    length("--requests", type=_positive, metavar="R", help="requests in all")
+    length("--duration", type=_seconds, metavar="S", help="seconds (steady, poisson)")
     add("--input-len", required=True, type=_positive, metavar="I", help="tokens per prompt")
     add("--output-len", required=True, type=_positive, metavar="O", help="tokens per answer")
-    add("--protocol", required=True, choices=["burst", "steady"], help="waves, or closed loop")
+    add(
+        "--protocol",
+        required=True,
+        choices=["burst", "steady", "poisson"],
+        help="waves, closed loop, or open loop",
+    )
+    add("--think", type=_pause, default=0.0, metavar="S", help="mean pause of a user (steady)")
     add("--out", required=True, type=Path, metavar="FILE", help="Parquet, a row per request")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; without: random ids")
     add("--api-key-env", metavar="VAR", help="environment variable that holds the API key")
@@ -92,9 +102,13 @@ def _add_load(subcommands: Any) -> None:
 
 def _load(options: argparse.Namespace) -> int:
     endpoint = _endpoint(options.url, options.model, options.api_key_env)
+    _refuse_unfitting(options)
     load = Load(
         protocol=options.protocol,
         concurrency=options.concurrency,
+        rate_per_s=options.rate,
+        duration_s=options.duration,
+        think_s=options.think,
         input_len=options.input_len,
         output_len=options.output_len,
         requests=options.requests,
@@ -119,6 +133,23 @@ def _load(options: argparse.Namespace) -> int:
     records.write(measurement.requests.replace_schema_metadata(schema.metadata), options.out)
     print(_summary(measurement))
     return 1 if any(measurement.errors) else 0
+
+
+def _refuse_unfitting(options: argparse.Namespace) -> None:
+    """Raise LoadError where the options contradict the protocol."""
+    protocol = options.protocol
+    for wrong, told in (
+        (protocol == "poisson" and options.rate is None, "poisson needs --rate"),
+        (protocol != "poisson" and options.rate is not None, f"{protocol} needs --concurrency"),
+        (protocol == "burst" and options.duration is not None, "burst needs --requests"),
+        (protocol != "steady" and options.think > 0, "--think is for steady"),
+        (
+            protocol == "steady" and options.duration is not None and not options.warmup_waves,
+            "steady with --duration needs a warm-up wave to tell how many requests to hold ready",
+        ),
+    ):
+        if wrong:
+            raise LoadError(f"--protocol {protocol}: {told}.")
 
 
 def _add_doctor(subcommands: Any) -> None:
@@ -220,13 +251,17 @@ def _count(text: str) -> int:
     return 0 if text == "0" else _positive(text)
 
 
+def _pause(text: str) -> float:
+    return 0.0 if text == "0" else _seconds(text)
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return seconds
 
 

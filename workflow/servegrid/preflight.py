@@ -19,7 +19,7 @@ def refuse_unready(study: Study, cells: str | Path) -> None:
     """
     to_measure = {
         trial.deployment.name: trial.deployment
-        for trial in study.trials
+        for trial in study.measured
         if not (Path(cells) / trial.id / "requests.parquet").exists()
     }
     for deployment in to_measure.values():

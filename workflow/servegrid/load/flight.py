@@ -11,10 +11,16 @@ from servegrid.load.wire import Framing
 
 @dataclass(frozen=True)
 class Message:
-    """A request as bytes."""
+    """A request as bytes, and when it is due.
+
+    Of an open loop it is `due_ns` after the clock has started. Otherwise it is whenever a user is
+    free, who then rests for `rest_ns` after the answer to it.
+    """
 
     method: str
     data: bytes
+    due_ns: int | None = None
+    rest_ns: int = 0
 
 
 class Flight:

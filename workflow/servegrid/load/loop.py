@@ -1,17 +1,21 @@
 """The hot loop: requests out, bytes in, each with the time of its arrival.
 
 One thread, one epoll, no parsing beyond what shows the end of a response. The messages of a
-wave are served by users: each takes the next message as soon as its last has been answered, on
-a connection of its own. As many users as messages make a burst, fewer make a closed loop.
+wave are served by users: each takes the next message when its last has been answered, on a
+connection of its own. As many users as messages make a burst, fewer make a closed loop. The
+messages of an open loop have times of their own, at which a user who is free takes them, or one
+more user who joins.
 """
 
 from __future__ import annotations
 
+import heapq
 import select
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from servegrid.load.clock import OffsetLog
 from servegrid.load.failure import Failure, Kind
@@ -23,14 +27,17 @@ CONNECT_LIMIT_S = 20.0
 _TICK_S = 1.0
 _SHORTEST_TICK_S = 0.005
 _QUEUE_RETRY_S = 0.01
+_FOREVER_NS = 10**18
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds for the whole wave, and seconds that may pass without a byte for a request."""
+    """Seconds for the whole wave, seconds that may pass without a byte for a request, and seconds
+    after which no further request is begun: the rest of the messages is left."""
 
     timeout_s: float
     stall_s: float
+    sending_s: float = inf
 
     @property
     def connect_s(self) -> float:
@@ -47,20 +54,25 @@ class Wave:
 
     `run` connects the users who are not connected, starts the clock and returns when every
     message has been answered or has failed; `flights` are then in the order of the messages.
+    Messages that would be due after `limits.sending_s` have none. Users may join `users`.
     """
 
     def __init__(
-        self, server: Server, users: Sequence[User], messages: Sequence[Message], limits: Limits
+        self, server: Server, users: list[User], messages: Sequence[Message], limits: Limits
     ) -> None:
         self.flights: list[Flight] = []
         self.offsets = OffsetLog()
         self.start_ns = 0
         self._server = server
-        self._users = users
+        self.users = users
         self._limits = limits
         self._waiting = deque(messages)
+        self._open_loop = any(message.due_ns is not None for message in messages)
         self._under_way = 0
-        self._idle: deque[User] = deque()
+        self._failed: deque[User] = deque()
+        self._free: list[User] = []
+        self._resting: list[tuple[int, int, User, Flight | None]] = []
+        self._sending_until_ns = 0
         self._queue_full: list[User] = []
         self._by_descriptor: dict[int, User] = {}
         self._epoll = select.epoll()
@@ -71,19 +83,19 @@ class Wave:
             self._serve_all()
         finally:
             self._epoll.close()
-            for user in self._users:
+            for user in self.users:
                 if user.flight is not None or not user.ready:
                     user.flight = None
                     user.close()
 
     def _connect_all(self) -> None:
-        for user in self._users:
+        for user in self.users:
             if user.connection is not None and not self._still_open(user, user.connection):
                 self._close(user)
             if user.connection is None:
                 self._open(user)
         deadline = time.monotonic() + self._limits.connect_s
-        while any(user.connection is not None and not user.ready for user in self._users):
+        while any(user.connection is not None and not user.ready for user in self.users):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
@@ -105,14 +117,19 @@ class Wave:
         now = time.monotonic()
         deadline, next_tick = now + self._limits.timeout_s, now + self._limits.tick_s
         self.start_ns = time.monotonic_ns()
+        self._sending_until_ns = self.start_ns + int(min(self._limits.sending_s * 1e9, _FOREVER_NS))
         if self._limits.timeout_s <= 0:
             self._time_out()
-        for user in self._users:
-            self._take_next(user, None)
-        while self._under_way or self._idle:
-            self._handle_events(0 if self._idle else next_tick - time.monotonic())
-            while self._idle:
-                user = self._idle.popleft()
+        if self._open_loop:
+            self._free = list(reversed(self.users))
+        else:
+            for user in self.users:
+                self._take_next(user, None)
+        while self._under_way or self._failed or self._next_due_ns() is not None:
+            self._handle_events(self._patience(next_tick))
+            self._begin_due()
+            while self._failed:
+                user = self._failed.popleft()
                 self._take_next(user, user.flight)
             now = time.monotonic()
             if now >= deadline:
@@ -121,6 +138,45 @@ class Wave:
                 self._tick(now)
                 next_tick = now + self._limits.tick_s
         self.offsets.take()
+
+    # When messages are due.
+
+    def _next_due_ns(self) -> int | None:
+        """When something is due for which no answer is awaited; None where nothing is."""
+        if self._resting:
+            return self._resting[0][0]
+        if not self._open_loop or not self._waiting:
+            return None
+        due_ns = self._waiting[0].due_ns
+        assert due_ns is not None
+        if self.start_ns + due_ns > self._sending_until_ns:
+            self._waiting.clear()
+            return None
+        return self.start_ns + due_ns
+
+    def _patience(self, next_tick: float) -> float:
+        """Seconds to wait for events. epoll counts whole ms: the last before a due time is spun."""
+        if self._failed:
+            return 0.0
+        patience = next_tick - time.monotonic()
+        due_ns = self._next_due_ns()
+        if due_ns is None:
+            return patience
+        left_ms = (due_ns - time.monotonic_ns()) // 1_000_000
+        return min(patience, max(left_ms, 0) / 1e3)
+
+    def _begin_due(self) -> None:
+        while (due_ns := self._next_due_ns()) is not None and due_ns <= time.monotonic_ns():
+            if self._resting:
+                _, _, user, predecessor = heapq.heappop(self._resting)
+                self._begin(user, predecessor)
+            else:
+                self._begin(self._free.pop() if self._free else self._joining(), None)
+
+    def _joining(self) -> User:
+        user = User(len(self.users))
+        self.users.append(user)
+        return user
 
     def _handle_events(self, limit_s: float) -> None:
         if self._queue_full:
@@ -201,7 +257,23 @@ class Wave:
     # Requests and responses.
 
     def _take_next(self, user: User, predecessor: Flight | None) -> None:
+        """What `user` does once its last request has ended, or the clock has started."""
         user.flight = None
+        if self._open_loop:
+            self._free.append(user)
+            return
+        if not self._waiting:
+            return
+        rest_ns = 0 if predecessor is None else predecessor.message.rest_ns
+        due_ns = time.monotonic_ns() + rest_ns
+        if due_ns > self._sending_until_ns:
+            return
+        if rest_ns:
+            heapq.heappush(self._resting, (due_ns, user.number, user, predecessor))
+        else:
+            self._begin(user, predecessor)
+
+    def _begin(self, user: User, predecessor: Flight | None) -> None:
         if not self._waiting:
             return
         user.flight = flight = Flight(self._waiting.popleft(), user.number, predecessor)
@@ -293,11 +365,11 @@ class Wave:
         flight.failed_ns = time.monotonic_ns()
         self._close(user)
         self._under_way -= 1
-        self._idle.append(user)
+        self._failed.append(user)
 
     def _tick(self, now: float) -> None:
         self.offsets.take()
-        for user in self._users:
+        for user in self.users:
             flight = user.flight
             if flight is None:
                 continue
@@ -312,7 +384,7 @@ class Wave:
                 self._fail(user, flight, "stalled", detail)
 
     def _time_out(self) -> None:
-        for user in self._users:
+        for user in self.users:
             if user.flight is not None:
                 self._fail(
                     user,
@@ -320,6 +392,7 @@ class Wave:
                     "timeout",
                     "the load's time was up before the answer was complete",
                 )
+        self._resting.clear()
         for message in self._waiting:
             flight = Flight(message, None, None)
             flight.failure = Failure("timeout", "the load's time was up before it was sent")

@@ -1,18 +1,21 @@
 """A load put on an endpoint: what is sent when, and what is kept of it.
 
 burst: waves of `concurrency` requests, all of a wave at once, each wave when the one before has
-ended. steady: a closed loop, in which `concurrency` users each send another request as soon as
-their last has ended, until `requests` have been sent.
+ended. steady: a closed loop, in which `concurrency` users each send another request when their
+last has ended and they have rested. poisson: an open loop, in which requests are due at random
+times of a given rate, whatever has become of those before.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,13 @@ from servegrid import records
 from servegrid.endpoint import Endpoint
 from servegrid.errors import LoadError
 from servegrid.grid import Load
-from servegrid.load import prompts
+from servegrid.load import plan, prompts
 from servegrid.load.request import Writer, accepted, headers
 from servegrid.load.stream import Asked, row_of
 from servegrid.load.transport import Exchanged, MeasuringTransport
+
+Counters = Mapping[str, float] | None
+"""What a server counts, by name; None where it does not tell."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,17 @@ class Measurement:
       `reads`: reads with data; `token_chunks`: chunks with tokens
     - `continuous_usage`: whether usage per chunk was asked for
     - `warmup_s`: duration of the warm-up; `warmup_errors`: its failures, with their number
+    - `left`: requests held ready that were not begun in the load's duration; 0 means, where there
+      is a duration, that more would have been sent
+
+    `counters_before` and `counters_after`: what the server had counted when the clock started,
+    and after its end.
     """
 
     requests: pa.Table
     facts: dict[str, Any]
+    counters_before: Counters
+    counters_after: Counters
 
     @property
     def errors(self) -> list[str | None]:
@@ -58,33 +71,53 @@ class Measurement:
         return errors
 
 
-def measure(endpoint: Endpoint, load: Load, tokenizer: Path | None, salt: str) -> Measurement:
+def measure(
+    endpoint: Endpoint,
+    load: Load,
+    tokenizer: Path | None,
+    salt: str,
+    counters: Callable[[int], Counters] = lambda finished: None,
+) -> Measurement:
     """Put `load` on `endpoint` and keep one row per request, failures included.
 
     Before the clock starts, a request of one token shows whether the server takes such requests
-    at all, and `load.warmup_waves` waves of `load.concurrency` requests warm it up. The limits
-    `timeout_s` and `stall_s` hold for the warm-up and for the measured load, each by itself.
-    `salt` makes the prompts (see `prompts.make`) and begins every X-Request-Id.
+    at all, and `load.warmup_waves` waves warm it up: of `load.concurrency` requests, or of as many
+    as an open loop sends in a second. The limits `timeout_s` and `stall_s` hold for the warm-up
+    and for the measured load, each by itself; with a duration, `timeout_s` begins after it.
+    `salt` makes the prompts (see `prompts.make`) and begins every X-Request-Id. `counters` is
+    asked just before the clock starts, with 0, and after its end, with the number of requests
+    that the server has completed in between.
 
     Raises LoadError where the server cannot be reached or refuses the key, the model or a part
     of the request, where the prompts cannot be made, and where `load.requests` do not fill it.
     """
     _refuse_partly_filled(load)
-    warming = load.warmup_waves * load.concurrency
-    prepared = prompts.make(load, load.requests + warming, tokenizer, salt)
-    measured, warmup = prepared[: load.requests], prepared[load.requests :]
+    users = load.concurrency or math.ceil(load.intensity)
+    arrivals = plan.arrivals(load, salt)
+    warming = load.warmup_waves * users
+    first = prompts.make(load, warming or 1, tokenizer, f"{salt}/warmup")
     transport = MeasuringTransport(endpoint.socket)
     with httpx.Client(
         base_url=endpoint.base_url, headers=headers(endpoint), transport=transport
     ) as client:
-        writer = accepted(Writer(client, endpoint.model, salt), prepared[0][0], load.stall_s)
-        sender = _Sender(transport, writer, load)
-        warmed = sender.send("warmup/", _in_waves(warmup, load.concurrency))
-        wave = load.concurrency if load.protocol == "burst" else load.requests
+        writer = accepted(Writer(client, endpoint.model, salt), first[0][0], load.stall_s)
+        sender = _Sender(transport, writer, load, users)
+        warmed = sender.send("warmup/", _in_waves(first[:warming], users), load.timeout_s)
+        count = len(arrivals or ()) or load.requests or _enough(load, users, warmed)
+        prepared = prompts.make(load, count, tokenizer, salt)
+        wave = users if load.protocol == "burst" else count
+        counted_before = counters(0)
         started_at = datetime.now(UTC)
-        sent = sender.send("", _in_waves(measured, wave))
+        sent = sender.send(
+            "",
+            _in_waves(prepared, wave),
+            load.timeout_s + (load.duration_s or 0.0),
+            due_s=arrivals,
+            rest_s=plan.rests(load, count, salt),
+        )
     before_parsing = time.process_time()
     rows = sent.rows()
+    parse_cpu_s = time.process_time() - before_parsing
     facts = {
         "started_at": started_at.isoformat(),
         "salt": salt,
@@ -92,14 +125,20 @@ def measure(endpoint: Endpoint, load: Load, tokenizer: Path | None, salt: str) -
         **_facts_of(sent.waves),
         **_send_lag(rows),
         "token_chunks": sum(len(row["token_ns"]) for row in rows),
-        "parse_cpu_s": time.process_time() - before_parsing,
+        "parse_cpu_s": parse_cpu_s,
         "warmup_s": warmed.duration_s,
         "warmup_errors": dict(Counter(row["error"] for row in warmed.rows() if row["error"])),
+        "left": count - len(rows),
     }
-    return Measurement(records.table_of(records.REQUESTS, rows), facts)
+    completed = sum(row["error"] is None for row in rows)
+    return Measurement(
+        records.table_of(records.REQUESTS, rows), facts, counted_before, counters(completed)
+    )
 
 
 def _refuse_partly_filled(load: Load) -> None:
+    if load.concurrency is None or load.requests is None:
+        return
     whole_waves = load.requests % load.concurrency == 0 or load.protocol == "steady"
     if load.requests < load.concurrency or not whole_waves:
         wanted = "a multiple of" if load.protocol == "burst" else "at least"
@@ -109,6 +148,24 @@ def _refuse_partly_filled(load: Load) -> None:
         )
 
 
+def _enough(load: Load, users: int, warmed: _Sent) -> int:
+    """Requests for all of the duration, judged by the fastest of the warm-up.
+
+    A wave is warmed up with all its prompts at once: its fastest request may have been slower
+    than one in the closed loop will be.
+    """
+    assert load.duration_s is not None
+    times = [
+        exchange.done_ns - exchange.sent_ns
+        for wave in warmed.waves
+        for exchange in wave.exchanges
+        if exchange.sent_ns is not None and exchange.failure is None
+    ]
+    fastest_s = min(times, default=1e9 * load.duration_s) / 1e9
+    return users * (1 + math.ceil(_MARGIN * load.duration_s / fastest_s))
+
+
+_MARGIN = 3
 _Prompts = Sequence[list[int]]
 
 
@@ -125,10 +182,11 @@ class _Sent:
     duration_s: float
 
     def rows(self) -> list[dict[str, Any]]:
+        """A row for each request that was due."""
         return [
             row_of(exchange, asked)
             for wave, asked_of_wave in zip(self.waves, self.asked, strict=True)
-            for exchange, asked in zip(wave.exchanges, asked_of_wave, strict=True)
+            for exchange, asked in zip(wave.exchanges, asked_of_wave, strict=False)
         ]
 
 
@@ -137,31 +195,46 @@ class _Sender:
     transport: MeasuringTransport
     writer: Writer
     load: Load
+    users: int
 
-    def send(self, prefix: str, waves: list[_Prompts]) -> _Sent:
-        """Send the waves one after another, all of them within the load's limit."""
+    def send(
+        self,
+        prefix: str,
+        waves: list[_Prompts],
+        timeout_s: float,
+        due_s: list[float] | None = None,
+        rest_s: list[float] | None = None,
+    ) -> _Sent:
+        """Send the waves one after another, all of them within `timeout_s`."""
         started = time.monotonic()
-        exchanged, asked, number = [], [], 0
+        exchanged, asked = [], []
+        lengths = plan.lengths(self.load, sum(map(len, waves)), f"{self.writer.salt}/{prefix}")
+        numbered = enumerate(lengths)
         for wave, prepared in enumerate(waves):
-            names = [f"{prefix}{number + place}" for place in range(len(prepared))]
-            number += len(prepared)
-            left_s = started + self.load.timeout_s - time.monotonic()
-            exchanged.append(self._exchange(names, prepared, left_s))
-            asked.append([self._asked(name, wave) for name in names])
+            named = [
+                (f"{prefix}{number}", length) for number, length in islice(numbered, len(prepared))
+            ]
+            requests = [
+                self.writer.completion(name, prompt, length)
+                for (name, length), prompt in zip(named, prepared, strict=True)
+            ]
+            left_s = started + timeout_s - time.monotonic()
+            exchanged.append(
+                self.transport.exchange(
+                    requests,
+                    self.users,
+                    timeout_s=left_s,
+                    stall_s=self.load.stall_s,
+                    sending_s=self.load.duration_s or math.inf,
+                    due_s=due_s,
+                    rest_s=rest_s,
+                )
+            )
+            asked.append([self._asked(name, wave, length) for name, length in named])
         return _Sent(exchanged, asked, time.monotonic() - started)
 
-    def _exchange(self, names: list[str], prepared: _Prompts, left_s: float) -> Exchanged:
-        output_len = self.load.output_len
-        requests = [
-            self.writer.completion(name, prompt, output_len)
-            for name, prompt in zip(names, prepared, strict=True)
-        ]
-        users, stall_s = self.load.concurrency, self.load.stall_s
-        return self.transport.exchange(requests, users, timeout_s=left_s, stall_s=stall_s)
-
-    def _asked(self, name: str, wave: int) -> Asked:
-        request_id = self.writer.request_id(name)
-        return Asked(request_id, wave, self.load.input_len, self.load.output_len)
+    def _asked(self, name: str, wave: int, length: int) -> Asked:
+        return Asked(self.writer.request_id(name), wave, self.load.input_len, length)
 
 
 def _facts_of(waves: list[Exchanged]) -> dict[str, Any]:

@@ -175,3 +175,9 @@ def allow_open_files(connections: int) -> None:
             f"{hard}. Raise the hard limit (`ulimit -Hn`), or lower the concurrency."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def allow_all_open_files() -> None:
+    """Raise this process's limit of open files as far as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -88,6 +88,7 @@ def row_of(exchange: Exchange, asked: Asked) -> dict[str, Any]:
         "error": None if failure is None else str(failure),
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.completion_tokens,
+        "asked_tokens": asked.completion_tokens,
     }
 
 

@@ -6,8 +6,9 @@ import contextlib
 import gc
 import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from math import inf
 
 import httpx
@@ -15,7 +16,7 @@ import httpx
 from servegrid.load.failure import Failure, Kind
 from servegrid.load.flight import Flight, Message, User
 from servegrid.load.loop import Limits, Wave
-from servegrid.load.sockets import Server, Stamps, allow_open_files
+from servegrid.load.sockets import Server, Stamps, allow_all_open_files, allow_open_files
 from servegrid.load.wire import Head, WireError, body_spans, render
 
 _RAISED: dict[Kind, type[httpx.TransportError]] = {
@@ -31,9 +32,10 @@ class Exchange:
     """One request and what came back, unparsed. Times are ns of CLOCK_MONOTONIC.
 
     `arrivals` and `ends` have one entry per read: when it arrived, and how many bytes of `raw`
-    had arrived then. `scheduled_ns` is the start of the wave, or the end of the exchange that
-    the same user had before; it, `user` and `sent_ns` are None where the request was never due
-    or never sent. `head` is None where no whole head came.
+    had arrived then. `scheduled_ns` is when the request was due: at the start of the wave, or when
+    the same user had ended the exchange before and rested, or of an open loop at its own time.
+    It, `user` and `sent_ns` are None where the request was never due or never sent. `head` is
+    None where no whole head came.
     """
 
     user: int | None
@@ -56,6 +58,7 @@ class Exchange:
 class Exchanged:
     """A wave that is over: its exchanges in the order of the requests, and how it was measured.
 
+    There are fewer exchanges than requests where the time for sending was over before the last.
     `stamps` tells whose clock the arrivals are from. `offset_before_ns` and `offset_after_ns` are
     CLOCK_REALTIME minus CLOCK_MONOTONIC. `cpu_s` is the CPU time of this process.
     """
@@ -83,28 +86,49 @@ class MeasuringTransport(httpx.BaseTransport):
         self._users: dict[_Origin, list[User]] = {}
 
     def exchange(
-        self, requests: Sequence[httpx.Request], users: int, *, timeout_s: float, stall_s: float
+        self,
+        requests: Sequence[httpx.Request],
+        users: int,
+        *,
+        timeout_s: float,
+        stall_s: float,
+        sending_s: float = inf,
+        due_s: Sequence[float] | None = None,
+        rest_s: Sequence[float] | None = None,
     ) -> Exchanged:
         """Send `requests`, all to one server, from `users` at once, and keep what comes back.
 
         Each user sends its first request at the start and another as soon as its last has been
-        answered or has failed, until none is left. Connections are made and requests rendered
-        before. What takes longer than `timeout_s` since the start, or shows no byte for
-        `stall_s`, fails. Raises httpx.ConnectError where the server cannot be reached at all,
-        httpx.LocalProtocolError where a request is not HTTP, and LoadError where the system
-        does not allow as many open files.
+        answered or has failed, until none is left. With `rest_s`, one per request, it rests for
+        so long after that one. With `due_s`, one per request and ascending, each is sent at that
+        time after the start, by as many more users as it takes. Connections are made and
+        requests rendered before; only users who join later connect while the clock runs.
+
+        None is begun after `sending_s`. What takes longer than `timeout_s` since the start, or
+        shows no byte for `stall_s`, fails. Raises httpx.ConnectError where the server cannot be
+        reached at all, httpx.LocalProtocolError where a request is not HTTP, and LoadError
+        where the system does not allow as many open files.
         """
         origins = {_origin(request.url) for request in requests}
         if len(origins) != 1:
             raise ValueError(f"a wave goes to one server, not to {len(origins)}")
-        messages = [_message(request) for request in requests]
-        allow_open_files(users)
-        wave = self._wave(requests[0], messages, users, Limits(timeout_s, stall_s))
+        (origin,) = origins
+        due = repeat(None) if due_s is None else map(_ns, due_s)
+        rest = repeat(0) if rest_s is None else map(_ns, rest_s)
+        messages = [_message(*each) for each in zip(requests, due, rest, strict=False)]
+        if due_s is None:
+            allow_open_files(users)
+        else:
+            allow_all_open_files()
+            users = max(users, len(self._users.get(origin, ())))
+        limits = Limits(timeout_s, stall_s, sending_s)
+        wave = self._wave(requests[0], messages, users, limits)
         with _undisturbed():
             cpu_before = time.process_time()
             wave.run()
             cpu_s = time.process_time() - cpu_before
-        stamps = self._servers[origins.pop()].stamps
+        self._users[origin] += wave.users[users:]
+        stamps = self._servers[origin].stamps
         return Exchanged(
             exchanges=_landed(wave, stamps),
             start_ns=wave.start_ns,
@@ -164,9 +188,13 @@ def _origin(url: httpx.URL) -> _Origin:
     return url.scheme, url.host, url.port
 
 
-def _message(request: httpx.Request) -> Message:
+def _ns(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _message(request: httpx.Request, due_ns: int | None = None, rest_ns: int = 0) -> Message:
     try:
-        return Message(request.method, render(request))
+        return Message(request.method, render(request), due_ns, rest_ns)
     except WireError as error:
         raise httpx.LocalProtocolError(str(error), request=request) from error
 
@@ -180,11 +208,10 @@ def _landed(wave: Wave, stamps: Stamps) -> list[Exchange]:
         if stamps == "kernel":
             arrivals = wave.offsets.to_monotonic(arrivals)
         done[flight] = arrivals[-1] if flight.failed_ns is None else flight.failed_ns
-        before = wave.start_ns if flight.predecessor is None else done[flight.predecessor]
         exchanges.append(
             Exchange(
                 user=flight.user,
-                scheduled_ns=None if flight.user is None else before,
+                scheduled_ns=None if flight.user is None else _due_ns(wave, flight, done),
                 sent_ns=flight.sent_ns,
                 done_ns=done[flight],
                 arrivals=arrivals,
@@ -196,6 +223,14 @@ def _landed(wave: Wave, stamps: Stamps) -> list[Exchange]:
             )
         )
     return exchanges
+
+
+def _due_ns(wave: Wave, flight: Flight, done: Mapping[Flight, int]) -> int:
+    if flight.message.due_ns is not None:
+        return wave.start_ns + flight.message.due_ns
+    if flight.predecessor is None:
+        return wave.start_ns
+    return done[flight.predecessor] + flight.predecessor.message.rest_ns
 
 
 @contextlib.contextmanager
