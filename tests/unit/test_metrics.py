@@ -28,6 +28,8 @@ def trial_of(**load: Any) -> Trial:
         max_num_seqs=64,
     )
     defaults = {"protocol": "burst", "concurrency": 2, "input_len": 31, "output_len": 4}
+    if load.get("protocol") == "poisson":
+        load["concurrency"] = None
     return Trial(deployment, Load(**{**defaults, "requests": 2, **load}), number=3)
 
 
@@ -37,6 +39,7 @@ def request(
     """A request that succeeded; all times in ms after START."""
     return {
         "wave": 0,
+        "user": sent,
         "scheduled_ns": START,
         "sent_ns": START + sent * MS,
         "first_token_ns": START + stamps[0] * MS if stamps else None,
@@ -56,7 +59,7 @@ FAILED = request(1, [], [], 1500, error="stalled: no byte for 1 s", completion_t
 
 
 def cell(
-    requests: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
     samples: list[Mapping[str, Any]] | None = None,
     verdict: str = "ok",
     **load: Any,
@@ -68,18 +71,26 @@ def cell(
         "verdict": verdict,
         "reason": None if verdict == "ok" else "the evidence",
         "engine": {"engine": "emulated", "version": "0.32.0"},
+        "environment": {"allocation": "d.1234", "started": "2026-11-23T01:02:03+00:00"},
     }
     return row_of(
         record,
-        records.table_of(records.REQUESTS, requests),
+        records.table_of(records.REQUESTS, rows),
         records.table_of(records.TELEMETRY, samples or []),
     )
+
+
+def latencies(name: str, mean: float, median: float) -> dict[str, Any]:
+    rare = {f"{name}_s_p{each}": None for each in (90, 95, 99)}
+    known = {f"{name}_s_mean": mean, f"{name}_s_p50": median}
+    return {key: pytest.approx(value, rel=1e-12) for key, value in known.items()} | rare
 
 
 def test_a_burst_of_two() -> None:
     row = cell(TWO)
     known = [column.name for column in records.CELLS]
-    assert list(row) == [name for name in known if name not in ("valid", "invalid_reason")]
+    elsewhere = ("valid", "invalid_reason", "sentinel_drift")
+    assert list(row) == [name for name in known if name not in elsewhere]
     digest = row.pop("spec_digest")
     assert digest == trial_of().digest
     assert row == {
@@ -91,8 +102,10 @@ def test_a_burst_of_two() -> None:
         "engine": "emulated",
         "engine_version": "0.32.0",
         "time_scale": None,
+        "allocation": "d.1234 2026-11-23T01:02:03+00:00",
         "protocol": "burst",
         "concurrency": 2,
+        "rate_per_s": None,
         "input_len": 31,
         "output_len": 4,
         "trial": 3,
@@ -102,11 +115,14 @@ def test_a_burst_of_two() -> None:
         "failed_requests": 0,
         "makespan_s": 1.0,
         "seconds_per_100_tokens": 25.0,
-        "ttft_s_mean": pytest.approx(0.15, rel=1e-12),
-        "ttft_s_p50": pytest.approx(0.15, rel=1e-12),
-        "tpot_s_mean": pytest.approx(0.15, rel=1e-12),
-        "e2el_s_mean": pytest.approx(0.6, rel=1e-12),
-        "e2el_s_p50": pytest.approx(0.6, rel=1e-12),
+        "window_s": 1.0,
+        "requests_in_window": 2,
+        "in_flight_mean": pytest.approx(0.401 + 0.998),
+        **latencies("ttft", 0.15, 0.15),
+        **latencies("tpot", 0.15, 0.15),
+        **latencies("itl", 0.15, 0.2),  # 0.05 twice, 0.2; 0.2 three times
+        **latencies("e2el", 0.6, 0.6),
+        "shared_read_share": 0.0,
         "output_tokens_per_s": 8.0,
         "output_tokens_per_s_per_user": 4.0,
         "memory_peak_bytes": None,
@@ -149,9 +165,10 @@ def test_failed_requests_are_counted_and_leave_the_latencies_alone() -> None:
 
 def test_where_every_request_failed_nothing_is_made_up() -> None:
     row = cell([FAILED], verdict="timeout")
-    latencies = [name for name in row if name.startswith(("ttft", "tpot", "e2el", "output_tok"))]
-    assert len(latencies) == 7
-    assert [row[name] for name in latencies] == [None] * 7
+    speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "shared")
+    latencies = [name for name in row if name.startswith(speeds)]
+    assert len(latencies) == 4 * 5 + 3
+    assert [row[name] for name in latencies] == [None] * len(latencies)
     assert row["makespan_s"] == 1.5
 
 
@@ -182,9 +199,62 @@ def test_waves_are_timed_apart_and_the_pause_between_them_is_not() -> None:
     assert row["output_tokens_per_s"] == pytest.approx(12 / 1.5)
 
 
-def test_steady_load_is_judged_by_the_latency_of_a_request() -> None:
+def loop(count: int, **load: Any) -> dict[str, Any]:
+    """`count` requests of one user, one after another: 0.1 s each, of 4 tokens, ttft 0.04 s."""
+    requests = [
+        request(
+            100 * n,
+            [100 * n + t for t in (40, 60, 60, 100)],
+            [1, 1, 1, 1],
+            100 * n + 100,
+            user=0,
+            scheduled_ns=START + (100 * n - 5) * MS,
+        )
+        for n in range(count)
+    ]
+    return cell(requests, concurrency=1, **load)
+
+
+def test_a_steady_load_is_judged_by_its_stationary_part() -> None:
+    row = loop(30, protocol="steady")
+    # From the end of the first to when the last was due, 5 ms before it was sent.
+    assert row["window_s"] == pytest.approx(2.795)
+    assert row["requests_in_window"] == 27  # of the 2nd to the 28th; the 29th ended 5 ms later
+    # Tokens in (100, 2895]: 28 times at +40, 28 times two at +60, 27 times at +100.
+    assert row["output_tokens_per_s"] == pytest.approx((28 + 56 + 27) / 2.795)
+    assert row["in_flight_mean"] == pytest.approx(1.0)
+    assert row["ttft_s_mean"] == pytest.approx(0.04)
+    assert row["itl_s_mean"] == pytest.approx(0.06 / 3)
+    assert row["itl_s_p50"] == pytest.approx(0.02)
+    assert row["shared_read_share"] == pytest.approx(1 / 4)
+    assert row["seconds_per_100_tokens"] == pytest.approx(0.1 / 4 * 100)
+
+
+def test_the_latencies_of_an_open_loop_count_from_when_a_request_was_due() -> None:
+    row = loop(30, protocol="poisson", rate_per_s=10.0) | {"spec_digest": ""}
+    assert row["ttft_s_mean"] == pytest.approx(0.045)
+    assert row["e2el_s_p50"] == pytest.approx(0.105)
+    assert row["rate_per_s"] == 10.0
+
+
+def test_without_a_steady_state_no_figure_is_given() -> None:
     row = cell(TWO, protocol="steady")
-    assert row["seconds_per_100_tokens"] == pytest.approx(0.6 / 4 * 100)
+    known = {name for name, value in row.items() if value is not None}
+    assert not [name for name in known if "_s_" in name]
+    for name in ("window_s", "requests_in_window", "in_flight_mean", "seconds_per_100_tokens"):
+        assert row[name] is None
+    assert row["makespan_s"] == 1.0
+
+
+@pytest.mark.parametrize(("percentile", "least"), [(90, 64), (95, 130), (99, 662)])
+def test_a_percentile_needs_enough_samples(percentile: int, least: int) -> None:
+    def ttft(count: int) -> Any:
+        requests = [request(0, [n + 1], [1], 900) for n in range(count)]
+        return cell(requests, output_len=1)[f"ttft_s_p{percentile}"]
+
+    assert ttft(least - 1) is None
+    # Of 1, 2, … n ms the q-quantile lies at 1 + q (n - 1), between two of them.
+    assert ttft(least) == pytest.approx((1 + percentile / 100 * (least - 1)) / 1e3)
 
 
 def test_a_request_without_stamps_has_no_last_token() -> None:

@@ -1,5 +1,6 @@
 """Gathering a study's records: order, types, and refusals that name places and remedy."""
 
+import csv
 import json
 import shlex
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +16,7 @@ from servegrid import records
 from servegrid.config import study_of
 from servegrid.errors import RecordError
 from servegrid.grid import Trial
-from servegrid.tables import gather, read_cells, write_cells
+from servegrid.tables import drift_by_allocation, gather, read_cells, write_cells
 
 
 def trials_of(concurrency: int = 2, **load: Any) -> tuple[Trial, ...]:
@@ -41,6 +43,7 @@ def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
         "reason": None,
         "engine": {"engine": "vllm", "version": "0.32.0"},
         "client": {"window_ns": [0, 10**9], "cpu_s": 0.1},
+        "environment": {"allocation": f"{trial.deployment.name}.1", "started": "now"},
         "metrics_before": None,
         "metrics_after": None,
     } | changes
@@ -49,6 +52,7 @@ def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
 def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
     """Every request takes 1 s per concurrent one, for 10 tokens."""
     n = trial.load.concurrency
+    assert n is not None
     request = {
         "wave": 0,
         "scheduled_ns": 0,
@@ -59,6 +63,7 @@ def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None 
         "done_ns": n * 10**9,
         "prompt_tokens": 31,
         "completion_tokens": 10,
+        "asked_tokens": 10,
     }
     record = record or record_of(trial)
     table = records.table_of(records.REQUESTS, [request] * n, record)
@@ -98,6 +103,26 @@ def test_rows_are_in_the_order_of_the_study(study: Study) -> None:
     assert list(cells["spec_digest"]) == [trial.digest for trial in trials]
 
 
+def test_where_sentinels_differ_all_of_their_allocation_is_marked(study: Study) -> None:
+    trials, folder = study
+    # The sentinels of a: 1, 1.2 and 1 tokens/s, those of b: one alone, which tells nothing.
+    sentinels = pd.DataFrame(
+        {
+            "allocation": ["a.1 now", "a.1 now", "a.1 now", "b.1 now", "b.1 now"],
+            "output_tokens_per_s": [1.0, 1.2, 1.0, 9.0, None],
+        }
+    )
+    drifts = drift_by_allocation(sentinels)
+    assert drifts == {"a.1 now": pytest.approx(0.2)}
+    cells = gather(trials, folder, drifts).set_index("deployment")
+    assert cells.loc["b", "sentinel_drift"].isna().all()
+    assert cells.loc["b", "valid"].all()
+    assert not cells.loc["a", "valid"].any()
+    assert set(cells.loc["a", "invalid_reason"]) == {
+        "drifted: the sentinels of its allocation differed by 20%"
+    }
+
+
 def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) -> None:
     trials, folder = study
     cells = gather(trials, folder)
@@ -123,16 +148,18 @@ def test_the_csv_has_the_same_numbers(study: Study) -> None:
     reason = "1, 2"
     write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", reason=reason))
     write_cells(gather(trials[:2], folder), folder / "cells.parquet", folder / "cells.csv")
-    header, *lines = (folder / "cells.csv").read_text().split("\n")
-    assert header == ",".join(column.name for column in records.CELLS)
+    with (folder / "cells.csv").open(newline="") as file:
+        reader = csv.DictReader(file)
+        first, second = reader
+    assert reader.fieldnames == [column.name for column in records.CELLS]
     # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, as Python writes these floats in full
-    assert lines == [
-        "b,m,q,cpu,0,vllm,0.32.0,,burst,1,31,10,1,ok,,True,,1,0,1.0,10.0,0.1,0.1,0.1,1.0,1.0,10.0,10.0,"
-        f"1152921504606846977,,,,{trials[0].digest}",
-        'b,m,q,cpu,0,vllm,0.32.0,,burst,2,31,10,1,timeout,"1, 2",,,2,0,2.0,,0.1,0.1,'
-        f"0.2111111111111111,2.0,2.0,10.0,5.0,1152921504606846977,,,,{trials[1].digest}",
-        "",
-    ]
+    for row, told in (
+        (first, {"verdict": "ok", "reason": "", "valid": "True", "tpot_s_mean": "0.1"}),
+        (second, {"verdict": "timeout", "reason": "1, 2", "valid": ""}),
+        (second, {"tpot_s_mean": "0.2111111111111111", "seconds_per_100_tokens": ""}),
+        (first, {"concurrency": "1", "rate_per_s": "", "memory_peak_bytes": str(2**60 + 1)}),
+    ):
+        assert row | told == row
 
 
 def test_stale_cells_are_refused_and_what_has_changed_is_named(study: Study) -> None:

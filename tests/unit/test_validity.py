@@ -39,6 +39,10 @@ ROW = {
     "chunk_tokens": [1, 2],
     "prompt_tokens": 7,
     "completion_tokens": 3,
+    "asked_tokens": 3,
+    "user": 0,
+    "done_ns": 301 * MS,
+    "error": None,
 }
 
 
@@ -69,14 +73,34 @@ def evidence(
     return Evidence(facts | record, pa.Table.from_pylist([ROW, ROW | (row or {})]), throttle)
 
 
-def test_a_cell_in_which_nothing_is_broken_is_valid() -> None:
-    assert certificate(evidence()) == (True, None)
+@pytest.mark.parametrize("make", [evidence, lambda: steady()])
+def test_a_cell_in_which_nothing_is_broken_is_valid(make: Callable[[], Evidence]) -> None:
+    assert certificate(make()) == (True, None)
+
+
+def steady(count: int = 40, pause: int = 1) -> Evidence:
+    """Two users who send `pause` ms after each answer of 100 ms, and say they were due then."""
+    load = replace(TRIAL.load, protocol="steady", requests=2 * count)
+    rows = [
+        ROW
+        | {
+            "user": user,
+            "scheduled_ns": (100 + pause) * number * MS,
+            "sent_ns": (100 + pause) * number * MS,
+            "first_token_ns": ((100 + pause) * number + 50) * MS,
+            "done_ns": ((100 + pause) * number + 100) * MS,
+        }
+        for user in (0, 1)
+        for number in range(count)
+    ]
+    given = evidence(spec=replace(TRIAL, load=load).spec)
+    return replace(given, requests=pa.Table.from_pylist(rows))
 
 
 BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     "fewer tokens than asked": (
         lambda: evidence(row={"completion_tokens": 2, "chunk_tokens": [1, 1]}),
-        "tokens: completion_tokens are [3, 2] and not 3",
+        "tokens: 1 of 2 answers have not the tokens asked for, as counted by the server",
     ),
     "another prompt": (
         lambda: evidence(row={"prompt_tokens": 8}),
@@ -84,7 +108,16 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "chunks that do not add up": (
         lambda: evidence(row={"chunk_tokens": [1, 1]}),
-        "tokens: chunks carry 2 to 3 tokens and not 3",
+        "tokens: 1 of 2 answers have not the tokens asked for, as in its chunks",
+    ),
+    "a load that is over before it is steady": (
+        lambda: steady(count=11),
+        "no_steady_state: 18 requests ended between the start transient and the end, and it "
+        "takes 20 to tell",
+    ),
+    "users who are slow to send again": (
+        lambda: steady(pause=15),
+        "too_few_in_flight: 1.7 requests on average and not 2",
     ),
     "a prefix cache": (
         lambda: evidence(after={"vllm:prefix_cache_hits_total": 21.0}),
@@ -109,6 +142,10 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     "a clock that was set": (
         lambda: evidence(client={"clock_offset_after_ns": -2 * MS}),
         "clock: the system's clock moved by 2.0 ms",
+    ),
+    "another node than before": (
+        lambda: replace(evidence(), drift=0.101),
+        "drifted: the sentinels of its allocation differed by 10%",
     ),
     "a hot GPU": (
         lambda: evidence(reasons=[0, 0x20, 0x40 | 0x04]),
@@ -137,7 +174,8 @@ def test_all_that_is_broken_is_named() -> None:
 
 def test_what_is_just_within_its_limit_is_valid() -> None:
     late = {"sent_ns": 10 * MS, "first_token_ns": 110 * MS}
-    assert certificate(evidence(row=late, client={"cpu_s": 0.7})) == (True, None)
+    within = replace(evidence(row=late, client={"cpu_s": 0.7}), drift=0.10)
+    assert certificate(within) == (True, None)
 
 
 def test_a_long_first_token_allows_more_lag() -> None:

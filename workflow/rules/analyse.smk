@@ -9,10 +9,10 @@ rule gather:
     input:
         expand(
             "results/cells/{trial}/{part}.parquet",
-            trial=[trial.id for trial in study.trials],
+            trial=[trial.id for trial in study.measured],
             part=["requests", "telemetry"],
         ),
-        modules("energy", "metrics", "records", "tables", "validity"),
+        modules("energy", "metrics", "records", "stationarity", "tables", "validity"),
     output:
         parquet="results/tables/cells.parquet",
         csv=report(
@@ -21,12 +21,13 @@ rule gather:
             category="Tables",
             labels={"table": "all cells", "format": "CSV"},
         ),
+        sentinels="results/tables/sentinels.csv",
     log:
         "results/logs/gather.log",
     conda:
         "../envs/cpu.yaml"
     params:
-        specs=[trial.digest for trial in study.trials],
+        specs=[trial.digest for trial in study.measured],
     script:
         "../scripts/gather.py"
 

@@ -2,8 +2,11 @@ from pathlib import Path
 
 from servegrid.config import study_of
 from servegrid.script import logged
-from servegrid.tables import gather, write_cells
+from servegrid.tables import drift_by_allocation, gather, write_cells, write_csv
 
 with logged(snakemake.log[0]):
-    cells = gather(study_of(snakemake.config).trials, Path("results/cells"))
+    study, folder = study_of(snakemake.config), Path("results/cells")
+    sentinels = gather(study.sentinels, folder)
+    cells = gather(study.trials, folder, drift_by_allocation(sentinels))
     write_cells(cells, Path(snakemake.output.parquet), Path(snakemake.output.csv))
+    write_csv(sentinels, Path(snakemake.output.sentinels))

@@ -14,19 +14,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from servegrid import energy
+from servegrid import energy, stationarity
 from servegrid.energy import ENGINE_DEVICE, power_of
 from servegrid.grid import Load, Trial
+from servegrid.records import PERCENTILES
+from servegrid.stationarity import Window, window_of
 from servegrid.verdict import OK
 
 REQUEST_COLUMNS = (
+    *stationarity.COLUMNS,
     "wave",
-    "scheduled_ns",
-    "sent_ns",
     "first_token_ns",
     "token_ns",
-    "done_ns",
-    "error",
+    "chunk_tokens",
     "completion_tokens",
 )
 """The columns of `records.REQUESTS` that `row_of` needs."""
@@ -42,16 +42,23 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
 
     `requests` and `telemetry` have one row per request and per sample, with at least
     REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens are those of the requests
-    that succeeded; the makespan is that of all of them.
-    Raises KeyError where a column or a key of the record is missing.
+    that succeeded, of a burst all of them, else those in its stationary part; the makespan is
+    that of all. Raises KeyError where a column or a key of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
     deployment, load = trial.deployment, trial.load
     served = requests.filter(pc.is_null(requests["error"]))
     makespan, waves = makespan_s(requests)
-    ttft = _seconds(served["sent_ns"], served["first_token_ns"])
-    e2el = _seconds(served["sent_ns"], last_token_ns(served))
-    tokens_per_s = _ratio(_total(served["completion_tokens"]), makespan)
+    whole = load.protocol == "burst"
+    window = None if whole else stationary(requests, load)
+    inside = served if whole else within(served, window)
+    window_s = makespan if whole else None if window is None else window.seconds
+    due = inside["scheduled_ns" if load.protocol == "poisson" else "sent_ns"]
+    ttft = _seconds(due, inside["first_token_ns"])
+    e2el = _seconds(due, last_token_ns(inside))
+    itl, shared = _itl_s(inside)
+    tokens = _total(served["completion_tokens"]) if whole else _tokens_in(served, window)
+    tokens_per_s = _ratio(tokens, window_s)
     power = power_of(telemetry)
     ok = record["verdict"] == OK
     return {
@@ -63,8 +70,10 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
         "engine": record["engine"]["engine"],
         "engine_version": record["engine"].get("version"),
         "time_scale": record["engine"].get("time_scale"),
+        "allocation": allocation_of(record["environment"]),
         "protocol": load.protocol,
         "concurrency": load.concurrency,
+        "rate_per_s": load.rate_per_s,
         "input_len": load.input_len,
         "output_len": load.output_len,
         "trial": trial.number,
@@ -74,11 +83,14 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
         "failed_requests": requests.num_rows - served.num_rows,
         "makespan_s": makespan,
         "seconds_per_100_tokens": _per_100_tokens(load, makespan, waves, e2el) if ok else None,
-        "ttft_s_mean": _mean(ttft),
-        "ttft_s_p50": _median(ttft),
-        "tpot_s_mean": _mean(_tpot_s(ttft, e2el, served["completion_tokens"])),
-        "e2el_s_mean": _mean(e2el),
-        "e2el_s_p50": _median(e2el),
+        "window_s": window_s,
+        "requests_in_window": None if window_s is None else inside.num_rows,
+        "in_flight_mean": in_flight_mean(requests, window, makespan if whole else None),
+        **_latencies("ttft", ttft),
+        **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
+        **_latencies("itl", itl),
+        **_latencies("e2el", e2el),
+        "shared_read_share": shared,
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": _ratio(tokens_per_s, load.concurrency),
         "memory_peak_bytes": memory_peak_bytes(telemetry),
@@ -87,6 +99,44 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
         "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),
         "spec_digest": record["spec_digest"],
     }
+
+
+def stationary(requests: pa.Table, load: Load) -> Window | None:
+    """The stationary part of a steady or poisson load; None where there is none."""
+    window = window_of(requests, load)
+    return None if isinstance(window, str) else window
+
+
+def within(served: pa.Table, window: Window | None) -> pa.Table:
+    """The requests that ended in the window; none without one.
+
+    Those that end in a stretch of a stationary load are a fair sample of all its requests.
+    """
+    if window is None:
+        return served.slice(0, 0)
+    return served.filter(pa.array(window.has(served["done_ns"].to_numpy())))
+
+
+def in_flight_mean(
+    requests: pa.Table, window: Window | None, makespan: float | None
+) -> float | None:
+    """Requests in flight, sent and not ended, as a mean over the window or else the makespan.
+
+    None where neither is known.
+    """
+    known = requests.filter(
+        pc.and_(pc.is_valid(requests["sent_ns"]), pc.is_valid(requests["done_ns"]))
+    )
+    sent, done = known["sent_ns"].to_numpy(), known["done_ns"].to_numpy()
+    if window is not None:
+        sent, done = (np.clip(each, window.start_ns, window.end_ns) for each in (sent, done))
+        return float((done - sent).sum() / 1e9 / window.seconds)
+    return _ratio(float((done - sent).sum() / 1e9), makespan)
+
+
+def allocation_of(environment: Mapping[str, Any]) -> str:
+    """What tells one bring-up from another: the allocation's name and when it was up."""
+    return f"{environment['allocation']} {environment['started']}"
 
 
 def makespan_s(requests: pa.Table) -> tuple[float | None, int]:
@@ -140,6 +190,42 @@ def _per_100_tokens(load: Load, makespan: float | None, waves: int, e2el: _Float
     return None if seconds is None else seconds / load.output_len * 100
 
 
+def _tokens_in(served: pa.Table, window: Window | None) -> int | None:
+    """The tokens that arrived in the window."""
+    if window is None:
+        return None
+    arrived = window.has(served["token_ns"].combine_chunks().flatten().to_numpy())
+    return int(served["chunk_tokens"].combine_chunks().flatten().to_numpy()[arrived].sum())
+
+
+def _itl_s(requests: pa.Table) -> tuple[_Floats, float | None]:
+    """Seconds between tokens, and the share of chunks that were read with the one before.
+
+    A chunk of several tokens came once all of them were there: the time since the one before is
+    shared evenly among them.
+    """
+    stamps = requests["token_ns"].combine_chunks()
+    times = stamps.flatten().to_numpy()
+    tokens = requests["chunk_tokens"].combine_chunks().flatten().to_numpy()
+    if not times.size:
+        return np.empty(0), None
+    first = np.zeros(times.size, dtype=bool)
+    starts = stamps.offsets.to_numpy()[:-1] - stamps.offsets[0].as_py()
+    first[starts[starts < times.size]] = True
+    gaps = np.diff(times, prepend=times[0])[~first]
+    counts = tokens[~first]
+    return np.repeat(gaps / 1e9 / counts, counts), float((gaps == 0).sum() / times.size)
+
+
+def _latencies(name: str, values: _Floats) -> dict[str, float | None]:
+    """Mean and percentiles, None where there are fewer samples than one needs."""
+    known = values[~np.isnan(values)]
+    return {f"{name}_s_mean": _mean(known)} | {
+        f"{name}_s_p{each}": float(np.percentile(known, each)) if known.size >= least else None
+        for each, least in PERCENTILES.items()
+    }
+
+
 def _tpot_s(ttft: _Floats, e2el: _Floats, tokens: pa.ChunkedArray) -> _Floats:
     gaps = _floats(tokens) - 1
     tpot: _Floats = (e2el - ttft) / np.where(gaps > 0, gaps, np.nan)
@@ -169,8 +255,3 @@ def _ratio(value: float | None, divisor: float | None) -> float | None:
 def _mean(values: _Floats) -> float | None:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else None
-
-
-def _median(values: _Floats) -> float | None:
-    known = values[~np.isnan(values)]
-    return float(np.median(known)) if known.size else None

@@ -60,6 +60,7 @@ REQUESTS = (
     Column("error", pa.string(), "", "`kind: detail` of the failure; null where it succeeded"),
     Column("prompt_tokens", pa.int32(), "tokens", "Prompt tokens as counted by the server"),
     Column("completion_tokens", pa.int32(), "tokens", "Output tokens as counted by the server"),
+    Column("asked_tokens", pa.int32(), "tokens", "Output tokens asked for"),
 )
 """One row per request."""
 
@@ -84,6 +85,30 @@ TELEMETRY = (
 )
 """One row per device and sample; unknown is null, never 0."""
 
+PERCENTILES = {50: 1, 90: 64, 95: 130, 99: 662}
+"""The percentiles that are published, and the samples that each needs. With so many, the chance
+that fewer than two of them lie above the true percentile is under 1%: n is the least for which
+q^n + n (1 - q) q^(n - 1) <= 0.01. MLPerf Inference asks for the same before it stops early."""
+
+
+def _latencies(name: str, meaning: str) -> list[Column]:
+    """Mean and percentiles of one kind of latency."""
+    return [
+        Column(f"{name}_s_mean", pa.float64(), "s", f"{meaning}; mean"),
+        *(
+            Column(
+                f"{name}_s_p{each}",
+                pa.float64(),
+                "s",
+                f"The same, {each}th percentile; null under {least} samples"
+                if least > 1
+                else "The same, median",
+            )
+            for each, least in PERCENTILES.items()
+        ),
+    ]
+
+
 CELLS = (
     Column("deployment", pa.string(), "", "Name of the deployment"),
     Column("model", pa.string(), "", "Name of the model"),
@@ -98,8 +123,15 @@ CELLS = (
         "",
         "Emulated time per time that the emulation stands for; null where an engine was measured",
     ),
-    Column("protocol", pa.string(), "", "burst or steady"),
-    Column("concurrency", pa.int32(), "requests", "Requests in flight at once"),
+    Column("allocation", pa.string(), "", "The allocation that measured it, and when it was up"),
+    Column("protocol", pa.string(), "", "burst, steady or poisson"),
+    Column(
+        "concurrency",
+        pa.int32(),
+        "requests",
+        "Requests in flight at once; null when poisson, where that follows from the rate",
+    ),
+    Column("rate_per_s", pa.float64(), "requests/s", "Rate of a poisson load; null otherwise"),
     Column("input_len", pa.int32(), "tokens", "Prompt tokens of each request"),
     Column("output_len", pa.int32(), "tokens", "Output tokens asked of each request"),
     Column("trial", pa.int32(), "", "Repeat of the cell, from 1"),
@@ -112,6 +144,13 @@ CELLS = (
         "Whether the cell may be believed; null where its verdict says that it was not served",
     ),
     Column("invalid_reason", pa.string(), "", "The rules that speak against it; null where none"),
+    Column(
+        "sentinel_drift",
+        pa.float64(),
+        "",
+        "Output tokens/s of the allocation's sentinels: (highest - lowest) / median; null under "
+        "two of them",
+    ),
     Column("requests", pa.int32(), "requests", "Requests sent"),
     Column("failed_requests", pa.int32(), "requests", "Requests that failed"),
     Column(
@@ -127,24 +166,47 @@ CELLS = (
         "The article's figure: a wave's makespan (burst) or the mean e2el (steady), "
         "per output token asked, times 100; null unless ok",
     ),
-    Column("ttft_s_mean", pa.float64(), "s", "Time to first token: sent until first token, mean"),
-    Column("ttft_s_p50", pa.float64(), "s", "Time to first token, median"),
     Column(
-        "tpot_s_mean",
+        "window_s",
         pa.float64(),
         "s",
-        "Time per output token after the first, (e2el - ttft) / (output tokens - 1), mean",
+        "Time that the figures are of: the makespan of a burst, else the stationary part; "
+        "null where there is none",
     ),
-    Column("e2el_s_mean", pa.float64(), "s", "End-to-end latency: sent until last token, mean"),
-    Column("e2el_s_p50", pa.float64(), "s", "End-to-end latency, median"),
     Column(
-        "output_tokens_per_s", pa.float64(), "tokens/s", "Output tokens of all users / makespan"
+        "requests_in_window",
+        pa.int32(),
+        "requests",
+        "Requests that the latencies are of: all that succeeded in a burst, else those of them "
+        "that ended in the window",
+    ),
+    Column("in_flight_mean", pa.float64(), "requests", "Requests in flight, mean over the window"),
+    *_latencies("ttft", "Time to first token: due (poisson) or sent until first token"),
+    *_latencies("tpot", "Time per output token after the first, (e2el - ttft) / (tokens - 1)"),
+    *_latencies(
+        "itl",
+        "Inter-token latency: time between two chunks with tokens, shared among the later "
+        "one's tokens",
+    ),
+    *_latencies("e2el", "End-to-end latency: due (poisson) or sent until last token"),
+    Column(
+        "shared_read_share",
+        pa.float64(),
+        "0 to 1",
+        "Chunks with tokens that were read together with the one before and bear its time",
+    ),
+    Column(
+        "output_tokens_per_s",
+        pa.float64(),
+        "tokens/s",
+        "Output tokens of all users that came in the window / window_s",
     ),
     Column(
         "output_tokens_per_s_per_user",
         pa.float64(),
         "tokens/s",
-        "output_tokens_per_s / concurrency: what a user sees, the prompt's time included",
+        "output_tokens_per_s / concurrency: what a user sees, the prompt's time included; "
+        "null when poisson",
     ),
     Column("memory_peak_bytes", pa.int64(), "bytes", "Peak memory: GPUs summed, else the engine's"),
     Column(
@@ -163,7 +225,7 @@ CELLS = (
         "energy_j_per_output_token",
         pa.float64(),
         "J/token",
-        "power_w_mean × makespan / output tokens of all users",
+        "power_w_mean / output_tokens_per_s",
     ),
     Column("spec_digest", pa.string(), "", "Digest of the specification that was measured"),
 )

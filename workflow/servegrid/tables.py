@@ -30,15 +30,18 @@ _PANDAS_TYPES = {
 """Of what may be unknown: pandas would turn integers into floats, and booleans into objects."""
 
 
-def gather(trials: Sequence[Trial], folder: Path) -> pd.DataFrame:
+def gather(
+    trials: Sequence[Trial], folder: Path, drifts: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """One row of `records.CELLS` per trial, in the order of `trials`.
 
-    `folder` has each trial's `requests.parquet` and `telemetry.parquet` under its id.
+    `folder` has each trial's `requests.parquet` and `telemetry.parquet` under its id. `drifts`
+    tells by how much the sentinels of each allocation differed (see `drift_by_allocation`).
     Raises RecordError where any is missing, damaged or was measured with another
     specification: one error that lists them and says how to measure just these anew.
     """
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        gathered = list(pool.map(lambda trial: _row_or_error(trial, folder), trials))
+        gathered = list(pool.map(lambda trial: _row_or_error(trial, folder, drifts or {}), trials))
     rows = [each for each in gathered if not isinstance(each, RecordError)]
     errors = {
         trial.id: each
@@ -50,6 +53,19 @@ def gather(trials: Sequence[Trial], folder: Path) -> pd.DataFrame:
     return _frame(records.table_of(records.CELLS, rows))
 
 
+def drift_by_allocation(sentinels: pd.DataFrame) -> dict[str, float]:
+    """By which share the output tokens per second of an allocation's sentinels differ.
+
+    (highest - lowest) / median, of the allocations that have at least two that were served.
+    `sentinels` has the columns of `records.CELLS`.
+    """
+    speeds = sentinels.dropna(subset="output_tokens_per_s").groupby("allocation")
+    known = speeds["output_tokens_per_s"].agg(["min", "median", "max", "count"])
+    known = known[known["count"] > 1]
+    shares = (known["max"] - known["min"]) / known["median"]
+    return {str(allocation): float(share) for allocation, share in shares.items()}
+
+
 def write_cells(cells: pd.DataFrame, parquet: Path, csv: Path) -> None:
     """Write `cells` twice: as Parquet with its columns' units and meanings, and as CSV.
 
@@ -59,8 +75,13 @@ def write_cells(cells: pd.DataFrame, parquet: Path, csv: Path) -> None:
     schema = records.schema_of(records.CELLS)
     table = pa.Table.from_pandas(cells, schema=schema, preserve_index=False)
     records.write(table.replace_schema_metadata(None), parquet)
+    write_csv(cells, csv)
+
+
+def write_csv(table: pd.DataFrame, csv: Path) -> None:
+    """Write `table` as CSV, its columns only. Raises RecordError where that is not possible."""
     with records.written_whole(csv) as temporary:
-        cells.to_csv(temporary, index=False, lineterminator="\n")
+        table.to_csv(temporary, index=False, lineterminator="\n")
 
 
 def read_cells(parquet: Path) -> pd.DataFrame:
@@ -73,14 +94,16 @@ def _frame(table: pa.Table) -> pd.DataFrame:
     return cells
 
 
-def _row_or_error(trial: Trial, folder: Path) -> dict[str, Any] | RecordError:
+def _row_or_error(
+    trial: Trial, folder: Path, drifts: Mapping[str, float]
+) -> dict[str, Any] | RecordError:
     try:
-        return _row(trial, folder / trial.id)
+        return _row(trial, folder / trial.id, drifts)
     except RecordError as error:
         return error
 
 
-def _row(trial: Trial, folder: Path) -> dict[str, Any]:
+def _row(trial: Trial, folder: Path, drifts: Mapping[str, float]) -> dict[str, Any]:
     record, requests = _read(folder / "requests.parquet", _REQUEST_COLUMNS)
     if record.get("spec_digest") != trial.digest:
         raise RecordError(_staleness(record, trial))
@@ -88,9 +111,10 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
     if same != record:
         raise RecordError("telemetry.parquet is of another measurement than requests.parquet")
     try:
-        valid, reason = certificate(Evidence(record, requests, telemetry))
         row = metrics.row_of(record, requests, telemetry)
-        return row | {"valid": valid, "invalid_reason": reason}
+        drift = drifts.get(row["allocation"])
+        valid, reason = certificate(Evidence(record, requests, telemetry, drift))
+        return row | {"sentinel_drift": drift, "valid": valid, "invalid_reason": reason}
     except (KeyError, TypeError) as error:
         raise RecordError(f"its record is not complete ({error})") from error
 

@@ -14,11 +14,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from servegrid import stationarity
 from servegrid.grid import Trial
+from servegrid.metrics import in_flight_mean, stationary
+from servegrid.stationarity import window_of
 from servegrid.verdict import OK
 
 LAG_SHARE, LAG_S = 0.05, 0.010
 """A request may be sent late by this share of the median time to first token, or by so much."""
+IN_FLIGHT_SHARE = 0.95
+"""Of the users of a closed loop, that are always waiting for an answer."""
+DRIFT = 0.10
+"""By which share the same load may be served faster or slower in one allocation."""
 CLIENT_CPU_SHARE = 0.7
 """More of one core than that, and the client may have been what was measured."""
 CLOCK_DRIFT_S = 0.001
@@ -37,6 +44,8 @@ class Evidence:
     record: Mapping[str, Any]
     requests: pa.Table
     telemetry: pa.Table
+    drift: float | None = None
+    """By which share the sentinels of its allocation differed; None where they don't tell."""
 
     @property
     def trial(self) -> Trial:
@@ -51,8 +60,8 @@ class Evidence:
 
 
 REQUEST_COLUMNS = (
-    *("sent_ns", "first_token_ns", "scheduled_ns", "chunk_tokens"),
-    *("prompt_tokens", "completion_tokens"),
+    *stationarity.COLUMNS,
+    *("first_token_ns", "chunk_tokens", "prompt_tokens", "completion_tokens", "asked_tokens"),
 )
 TELEMETRY_COLUMNS = ("throttle_reasons",)
 
@@ -70,18 +79,38 @@ def certificate(evidence: Evidence) -> tuple[bool | None, str | None]:
 
 
 def _tokens(evidence: Evidence) -> str | None:
-    load, rows = evidence.trial.load, evidence.requests
-    for column, asked in (
-        ("prompt_tokens", load.input_len),
-        ("completion_tokens", load.output_len),
+    rows, input_len = evidence.requests, evidence.trial.load.input_len
+    prompts = pc.unique(rows["prompt_tokens"]).to_pylist()
+    if prompts != [input_len]:
+        return f"prompt_tokens are {prompts} and not {input_len}"
+    asked = rows["asked_tokens"].to_pylist()
+    chunks = map(sum, rows["chunk_tokens"].to_pylist())
+    for what, found in (
+        ("counted by the server", rows["completion_tokens"].to_pylist()),
+        ("in its chunks", chunks),
     ):
-        found = pc.unique(rows[column]).to_pylist()
-        if found != [asked]:
-            return f"{column} are {found} and not {asked}"
-    chunks = [sum(each) for each in rows["chunk_tokens"].to_pylist()]
-    if set(chunks) != {load.output_len}:
-        return f"chunks carry {min(chunks)} to {max(chunks)} tokens and not {load.output_len}"
+        wrong = sum(one != other for one, other in zip(found, asked, strict=True))
+        if wrong:
+            return f"{wrong} of {len(asked)} answers have not the tokens asked for, as {what}"
     return None
+
+
+def _no_steady_state(evidence: Evidence) -> str | None:
+    load = evidence.trial.load
+    if load.protocol == "burst":
+        return None
+    window = window_of(evidence.requests, load)
+    return window if isinstance(window, str) else None
+
+
+def _too_few_in_flight(evidence: Evidence) -> str | None:
+    load = evidence.trial.load
+    if load.protocol != "steady" or load.concurrency is None or load.think_s:
+        return None
+    mean = in_flight_mean(evidence.requests, stationary(evidence.requests, load), None)
+    if mean is None or mean >= IN_FLIGHT_SHARE * load.concurrency:
+        return None
+    return f"{mean:.1f} requests on average and not {load.concurrency}"
 
 
 def _prefix_cache(evidence: Evidence) -> str | None:
@@ -98,7 +127,7 @@ def _preempted(evidence: Evidence) -> str | None:
 def _queued(evidence: Evidence) -> str | None:
     trial = evidence.trial
     seats = evidence.record["engine"].get("max_num_seqs") or trial.deployment.max_num_seqs
-    if trial.load.concurrency <= seats:
+    if trial.load.concurrency is None or trial.load.concurrency <= seats:
         return None
     return f"max_num_seqs {seats} is less than concurrency {trial.load.concurrency}"
 
@@ -134,10 +163,25 @@ def _slowed(evidence: Evidence) -> str | None:
     return f"in {slowed} samples of its GPUs" if slowed else None
 
 
+def _drifted(evidence: Evidence) -> str | None:
+    if evidence.drift is None or evidence.drift <= DRIFT:
+        return None
+    return f"the sentinels of its allocation differed by {evidence.drift:.0%}"
+
+
 Rule = Callable[[Evidence], str | None]
 
 RULES: Mapping[str, tuple[str, Rule]] = {
     "tokens": ("Every request has exactly the tokens asked for, by the server's count", _tokens),
+    "no_steady_state": (
+        "A steady or poisson load has a stationary part; without, no figure is given",
+        _no_steady_state,
+    ),
+    "too_few_in_flight": (
+        f"Without think time, at least {IN_FLIGHT_SHARE:.0%} of a steady load's concurrency is in "
+        "flight on average",
+        _too_few_in_flight,
+    ),
     "prefix_cache": ("No prompt came from a cache, unless the study asks for one", _prefix_cache),
     "preempted": ("The server has not preempted requests for want of memory", _preempted),
     "queued": ("The engine works on as many requests at once as are sent", _queued),
@@ -149,5 +193,9 @@ RULES: Mapping[str, tuple[str, Rule]] = {
     "client_busy": (f"The client used at most {CLIENT_CPU_SHARE:.0%} of a core", _client_busy),
     "clock": (f"The clock did not move by more than {1e3 * CLOCK_DRIFT_S:.0f} ms", _clock),
     "slowed": ("No GPU was slowed down by heat or power brake", _slowed),
+    "drifted": (
+        f"The sentinels of its allocation differed by at most {DRIFT:.0%} in tokens per second",
+        _drifted,
+    ),
 }
 """The rules: what must hold, and what speaks against it (None: nothing)."""
