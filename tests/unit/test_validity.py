@@ -61,7 +61,7 @@ def evidence(
         "engine": {"max_num_seqs": 2, "prefix_caching": False} | (engine or {}),
         "client": {
             "window_ns": [0, 1000 * MS],
-            "cpu_s": 0.1,
+            "cpu_s_busiest": 0.1,
             "clock_offset_before_ns": 0,
             "clock_offset_after_ns": 0,
         }
@@ -136,7 +136,7 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
         "sent_late: up to 11.0 ms, with a median ttft of 100 ms",
     ),
     "a busy client": (
-        lambda: evidence(client={"cpu_s": 0.71}),
+        lambda: evidence(client={"cpu_s_busiest": 0.71}),
         "client_busy: 71% of a core while measuring",
     ),
     "a clock that was set": (
@@ -165,7 +165,7 @@ def test_every_rule_is_broken_above() -> None:
 
 
 def test_all_that_is_broken_is_named() -> None:
-    valid, reason = certificate(evidence(client={"cpu_s": 1.0}, engine={"max_num_seqs": 1}))
+    valid, reason = certificate(evidence(client={"cpu_s_busiest": 1.0}, engine={"max_num_seqs": 1}))
     assert not valid
     assert reason is not None
     assert reason.split("; ")[0].startswith("queued: ")
@@ -174,7 +174,7 @@ def test_all_that_is_broken_is_named() -> None:
 
 def test_what_is_just_within_its_limit_is_valid() -> None:
     late = {"sent_ns": 10 * MS, "first_token_ns": 110 * MS}
-    within = replace(evidence(row=late, client={"cpu_s": 0.7}), drift=0.10)
+    within = replace(evidence(row=late, client={"cpu_s_busiest": 0.7}), drift=0.10)
     assert certificate(within) == (True, None)
 
 

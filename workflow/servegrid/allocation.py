@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from servegrid import environment, models
+from servegrid import cores, environment, models
 from servegrid.endpoint import Endpoint
 from servegrid.engines import EMULATED, Site, bring_up
 from servegrid.engines.warden import guarded
@@ -50,6 +50,8 @@ class Handover:
     """Pid and start time of the allocation's process."""
     engine: Mapping[str, Any]
     environment: Mapping[str, Any]
+    places: Sequence[Sequence[int]]
+    """The cores of each process of the load client."""
 
     def write(self, path: Path) -> None:
         paths = {"telemetry": str(self.telemetry)}
@@ -117,7 +119,8 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     """Bring up the deployment that the cells of one allocation share.
 
     `params["spec"]` is the specification of any of its trials, as JSON. The site speaks through
-    `resources`: `socket` (tcp or unix) and `startup_s`, the limit of the bring-up in seconds.
+    `resources`: `socket` (tcp or unix) and `startup_s`, the limit of the bring-up in seconds; the
+    study as well: `streams`, the most requests that will be in flight.
     """
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
     site = Site(
@@ -126,10 +129,14 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         models=models.default_folder(),
     )
     refuse_missing_gpus(deployment, os.environ)
+    shared = cores.shares(
+        os.sched_getaffinity(0), int(resources.get("streams", 1)), deployment.gpu_count > 0
+    )
     with contextlib.ExitStack() as stack:
         # A warden, so that the folder with the engine's key goes even if this process is killed.
         folder = stack.enter_context(guarded()).folder
-        engine = stack.enter_context(bring_up(deployment, site))
+        with cores.kept_to(shared.engine):
+            engine = stack.enter_context(bring_up(deployment, site))
         samples = folder / "telemetry.jsonl"
         stack.enter_context(Sampler(engine.pids(), samples))
         handover = Handover(
@@ -141,6 +148,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             engine=engine.facts,
             environment=environment.describe()
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
+            places=[sorted(each) for each in shared.client],
         )
         handover.write(folder / "handover.json")
         yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)

@@ -5,6 +5,7 @@ The requests are written last: where they lie, the trial is complete.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from servegrid import __version__, records, server, telemetry
 from servegrid.allocation import Handover
 from servegrid.errors import EngineError
 from servegrid.grid import Trial, digest_of
-from servegrid.load import Measurement, measure
+from servegrid.load import Measurement, crew, measure
 from servegrid.script import at_work
 from servegrid.verdict import SERVER_DIED, verdict_of
 
@@ -37,6 +38,11 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         )
     records.refuse_unwritable(requests.parent)
     offset = telemetry.offset(handover.telemetry)
+    # Of an open loop nobody knows how many will be in flight.
+    streams = trial.load.concurrency
+    places = handover.places[: streams and crew.wanted(streams)]
+    if len(places) == 1:
+        os.sched_setaffinity(0, places[0])
     with at_work():
         measurement = measure(
             handover.endpoint,
@@ -44,6 +50,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             handover.tokenizer,
             salt=trial.digest,
             counters=lambda finished: server.metrics(handover.endpoint),
+            places=places,
         )
     alive = _alive(handover, measurement)
     if not alive:

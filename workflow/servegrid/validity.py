@@ -145,7 +145,7 @@ def _sent_late(evidence: Evidence) -> str | None:
 def _client_busy(evidence: Evidence) -> str | None:
     client = evidence.record["client"]
     start_ns, end_ns = client["window_ns"]
-    share = client["cpu_s"] / ((end_ns - start_ns) / 1e9)
+    share = client["cpu_s_busiest"] / ((end_ns - start_ns) / 1e9)
     return f"{share:.0%} of a core while measuring" if share > CLIENT_CPU_SHARE else None
 
 
@@ -190,7 +190,10 @@ RULES: Mapping[str, tuple[str, Rule]] = {
         f"{1e3 * LAG_S:.0f} ms",
         _sent_late,
     ),
-    "client_busy": (f"The client used at most {CLIENT_CPU_SHARE:.0%} of a core", _client_busy),
+    "client_busy": (
+        f"No process of the client used more than {CLIENT_CPU_SHARE:.0%} of a core",
+        _client_busy,
+    ),
     "clock": (f"The clock did not move by more than {1e3 * CLOCK_DRIFT_S:.0f} ms", _clock),
     "slowed": ("No GPU was slowed down by heat or power brake", _slowed),
     "drifted": (

@@ -13,7 +13,7 @@ import heapq
 import select
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -77,9 +77,12 @@ class Wave:
         self._by_descriptor: dict[int, User] = {}
         self._epoll = select.epoll()
 
-    def run(self) -> None:
+    def run(self, start: Callable[[], int] = time.monotonic_ns) -> None:
+        """`start` tells the time at which the clock starts, and may wait for it."""
         try:
             self._connect_all()
+            self.offsets.take()
+            self.start_ns = start()
             self._serve_all()
         finally:
             self._epoll.close()
@@ -113,10 +116,8 @@ class Wave:
         return False
 
     def _serve_all(self) -> None:
-        self.offsets.take()
-        now = time.monotonic()
+        now = self.start_ns / 1e9
         deadline, next_tick = now + self._limits.timeout_s, now + self._limits.tick_s
-        self.start_ns = time.monotonic_ns()
         self._sending_until_ns = self.start_ns + int(min(self._limits.sending_s * 1e9, _FOREVER_NS))
         if self._limits.timeout_s <= 0:
             self._time_out()

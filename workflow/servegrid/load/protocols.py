@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
@@ -48,7 +48,8 @@ class Measurement:
     - `send_lag_ns_p50`, `send_lag_ns_max`: from a request being due to its first byte being
       sent, None where none was; `resent`: requests sent again on a new connection because the
       server was just closing the old one
-    - `cpu_s`: CPU time of this process while the clock ran, `parse_cpu_s`: afterwards;
+    - `processes` of the client; `cpu_s`: CPU time of all of them while the clock ran,
+      `cpu_s_busiest`: of the one that used most, `parse_cpu_s`: of parsing, afterwards;
       `reads`: reads with data; `token_chunks`: chunks with tokens
     - `continuous_usage`: whether usage per chunk was asked for
     - `warmup_s`: duration of the warm-up; `warmup_errors`: its failures, with their number
@@ -77,6 +78,7 @@ def measure(
     tokenizer: Path | None,
     salt: str,
     counters: Callable[[int], Counters] = lambda finished: None,
+    places: Sequence[Collection[int]] = (),
 ) -> Measurement:
     """Put `load` on `endpoint` and keep one row per request, failures included.
 
@@ -86,7 +88,8 @@ def measure(
     and for the measured load, each by itself; with a duration, `timeout_s` begins after it.
     `salt` makes the prompts (see `prompts.make`) and begins every X-Request-Id. `counters` is
     asked just before the clock starts, with 0, and after its end, with the number of requests
-    that the server has completed in between.
+    that the server has completed in between. With several `places`, sets of cores, the load comes
+    from a process on each of them.
 
     Raises LoadError where the server cannot be reached or refuses the key, the model or a part
     of the request, where the prompts cannot be made, and where `load.requests` do not fill it.
@@ -101,7 +104,7 @@ def measure(
         base_url=endpoint.base_url, headers=headers(endpoint), transport=transport
     ) as client:
         writer = accepted(Writer(client, endpoint.model, salt), first[0][0], load.stall_s)
-        sender = _Sender(transport, writer, load, users)
+        sender = _Sender(transport, writer, load, users, places)
         warmed = sender.send("warmup/", _in_waves(first[:warming], users), load.timeout_s)
         count = len(arrivals or ()) or load.requests or _enough(load, users, warmed)
         prepared = prompts.make(load, count, tokenizer, salt)
@@ -184,9 +187,9 @@ class _Sent:
     def rows(self) -> list[dict[str, Any]]:
         """A row for each request that was due."""
         return [
-            row_of(exchange, asked)
-            for wave, asked_of_wave in zip(self.waves, self.asked, strict=True)
-            for exchange, asked in zip(wave.exchanges, asked_of_wave, strict=False)
+            row_of(exchange, asked[exchange.number])
+            for wave, asked in zip(self.waves, self.asked, strict=True)
+            for exchange in wave.exchanges
         ]
 
 
@@ -196,6 +199,7 @@ class _Sender:
     writer: Writer
     load: Load
     users: int
+    places: Sequence[Collection[int]]
 
     def send(
         self,
@@ -228,6 +232,7 @@ class _Sender:
                     sending_s=self.load.duration_s or math.inf,
                     due_s=due_s,
                     rest_s=rest_s,
+                    places=self.places,
                 )
             )
             asked.append([self._asked(name, wave, length) for name, length in named])
@@ -245,7 +250,9 @@ def _facts_of(waves: list[Exchanged]) -> dict[str, Any]:
         "clock_offset_before_ns": waves[0].offset_before_ns,
         "clock_offset_after_ns": waves[-1].offset_after_ns,
         "resent": sum(exchange.resent for exchange in exchanges),
-        "cpu_s": sum(wave.cpu_s for wave in waves),
+        "processes": len(waves[0].cpu_s),
+        "cpu_s": sum(sum(wave.cpu_s) for wave in waves),
+        "cpu_s_busiest": max(map(sum, zip(*(wave.cpu_s for wave in waves), strict=True))),
         "reads": sum(len(exchange.arrivals) for exchange in exchanges),
     }
 

@@ -6,13 +6,16 @@ import contextlib
 import gc
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import repeat
 from math import inf
 
 import httpx
 
+from servegrid.load import crew
+from servegrid.load.crew import Start
 from servegrid.load.failure import Failure, Kind
 from servegrid.load.flight import Flight, Message, User
 from servegrid.load.loop import Limits, Wave
@@ -31,6 +34,8 @@ _RAISED: dict[Kind, type[httpx.TransportError]] = {
 class Exchange:
     """One request and what came back, unparsed. Times are ns of CLOCK_MONOTONIC.
 
+    `number` is its place among the requests of its wave.
+
     `arrivals` and `ends` have one entry per read: when it arrived, and how many bytes of `raw`
     had arrived then. `scheduled_ns` is when the request was due: at the start of the wave, or when
     the same user had ended the exchange before and rested, or of an open loop at its own time.
@@ -38,6 +43,7 @@ class Exchange:
     None where no whole head came.
     """
 
+    number: int
     user: int | None
     scheduled_ns: int | None
     sent_ns: int | None
@@ -60,7 +66,7 @@ class Exchanged:
 
     There are fewer exchanges than requests where the time for sending was over before the last.
     `stamps` tells whose clock the arrivals are from. `offset_before_ns` and `offset_after_ns` are
-    CLOCK_REALTIME minus CLOCK_MONOTONIC. `cpu_s` is the CPU time of this process.
+    CLOCK_REALTIME minus CLOCK_MONOTONIC. `cpu_s` is the CPU time of each process.
     """
 
     exchanges: list[Exchange]
@@ -68,7 +74,7 @@ class Exchanged:
     stamps: Stamps
     offset_before_ns: int
     offset_after_ns: int
-    cpu_s: float
+    cpu_s: list[float]
 
 
 class MeasuringTransport(httpx.BaseTransport):
@@ -95,6 +101,7 @@ class MeasuringTransport(httpx.BaseTransport):
         sending_s: float = inf,
         due_s: Sequence[float] | None = None,
         rest_s: Sequence[float] | None = None,
+        places: Sequence[Collection[int]] = (),
     ) -> Exchanged:
         """Send `requests`, all to one server, from `users` at once, and keep what comes back.
 
@@ -103,6 +110,9 @@ class MeasuringTransport(httpx.BaseTransport):
         so long after that one. With `due_s`, one per request and ascending, each is sent at that
         time after the start, by as many more users as it takes. Connections are made and
         requests rendered before; only users who join later connect while the clock runs.
+
+        With several `places`, sets of cores, there is a process for each of them, and requests and
+        users are dealt out to them.
 
         None is begun after `sending_s`. What takes longer than `timeout_s` since the start, or
         shows no byte for `stall_s`, fails. Raises httpx.ConnectError where the server cannot be
@@ -122,21 +132,22 @@ class MeasuringTransport(httpx.BaseTransport):
             allow_all_open_files()
             users = max(users, len(self._users.get(origin, ())))
         limits = Limits(timeout_s, stall_s, sending_s)
-        wave = self._wave(requests[0], messages, users, limits)
-        with _undisturbed():
-            cpu_before = time.process_time()
-            wave.run()
-            cpu_s = time.process_time() - cpu_before
-        self._users[origin] += wave.users[users:]
-        stamps = self._servers[origin].stamps
-        return Exchanged(
-            exchanges=_landed(wave, stamps),
-            start_ns=wave.start_ns,
-            stamps=stamps,
-            offset_before_ns=wave.offsets.offsets[0].offset_ns,
-            offset_after_ns=wave.offsets.offsets[-1].offset_ns,
-            cpu_s=cpu_s,
-        )
+        server = self._located(requests[0], limits)
+        if len(places) > 1:
+            crews = len(places)
+            shares = crew.run(
+                [
+                    partial(_share_of, server, messages[part::crews], users, limits, (part, crews))
+                    for part in range(crews)
+                ],
+                places,
+            )
+            return _joined(shares)
+        known = self._known(requests[0], users)
+        wave = Wave(server, known[:users], messages, limits)
+        exchanged = _measured(wave, server.stamps)
+        known += wave.users[users:]
+        return exchanged
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """One request, as httpx asks for it; its read timeout is the longest silence."""
@@ -166,6 +177,10 @@ class MeasuringTransport(httpx.BaseTransport):
     def _wave(
         self, request: httpx.Request, messages: list[Message], users: int, limits: Limits
     ) -> Wave:
+        server = self._located(request, limits)
+        return Wave(server, self._known(request, users)[:users], messages, limits)
+
+    def _located(self, request: httpx.Request, limits: Limits) -> Server:
         origin = _origin(request.url)
         if origin[0] not in ("http", "https"):
             raise httpx.UnsupportedProtocol(f"{request.url}: neither http nor https")
@@ -176,12 +191,53 @@ class MeasuringTransport(httpx.BaseTransport):
                 )
             except OSError as error:
                 raise httpx.ConnectError(error.strerror or str(error), request=request) from error
-        known = self._users.setdefault(origin, [])
+        return self._servers[origin]
+
+    def _known(self, request: httpx.Request, users: int) -> list[User]:
+        """The users of that server, at least so many."""
+        known = self._users.setdefault(_origin(request.url), [])
         known += [User(number) for number in range(len(known), users)]
-        return Wave(self._servers[origin], known[:users], messages, limits)
+        return known
+
+
+def _measured(
+    wave: Wave, stamps: Stamps, part: _Part = (0, 1), start: Start = time.monotonic_ns
+) -> Exchanged:
+    with _undisturbed():
+        cpu_before = time.process_time()
+        wave.run(start)
+        cpu_s = time.process_time() - cpu_before
+    return Exchanged(
+        exchanges=_landed(wave, stamps, part),
+        start_ns=wave.start_ns,
+        stamps=stamps,
+        offset_before_ns=wave.offsets.offsets[0].offset_ns,
+        offset_after_ns=wave.offsets.offsets[-1].offset_ns,
+        cpu_s=[cpu_s],
+    )
+
+
+def _share_of(
+    server: Server, messages: list[Message], users: int, limits: Limits, part: _Part, start: Start
+) -> Exchanged:
+    """What one process of several does: every so many-th message and user are its own."""
+    first, step = part
+    own = [User(number) for number in range(len(range(first, users, step)))]
+    return _measured(Wave(server, own, messages, limits), server.stamps, part, start)
+
+
+def _joined(shares: Sequence[Exchanged]) -> Exchanged:
+    exchanges = [exchange for share in shares for exchange in share.exchanges]
+    return replace(
+        shares[0],
+        exchanges=sorted(exchanges, key=lambda exchange: exchange.number),
+        cpu_s=[cpu_s for share in shares for cpu_s in share.cpu_s],
+    )
 
 
 _Origin = tuple[str, str, int | None]
+_Part = tuple[int, int]
+"""Which of how many processes."""
 
 
 def _origin(url: httpx.URL) -> _Origin:
@@ -199,18 +255,20 @@ def _message(request: httpx.Request, due_ns: int | None = None, rest_ns: int = 0
         raise httpx.LocalProtocolError(str(error), request=request) from error
 
 
-def _landed(wave: Wave, stamps: Stamps) -> list[Exchange]:
+def _landed(wave: Wave, stamps: Stamps, part: _Part = (0, 1)) -> list[Exchange]:
     """The flights as exchanges, their times all on CLOCK_MONOTONIC."""
+    first, step = part
     done: dict[Flight, int] = {}
     exchanges = []
-    for flight in wave.flights:
+    for place, flight in enumerate(wave.flights):
         arrivals = flight.stamps
         if stamps == "kernel":
             arrivals = wave.offsets.to_monotonic(arrivals)
         done[flight] = arrivals[-1] if flight.failed_ns is None else flight.failed_ns
         exchanges.append(
             Exchange(
-                user=flight.user,
+                number=first + place * step,
+                user=None if flight.user is None else first + flight.user * step,
                 scheduled_ns=None if flight.user is None else _due_ns(wave, flight, done),
                 sent_ns=flight.sent_ns,
                 done_ns=done[flight],
