@@ -37,6 +37,7 @@ def trials_of(concurrency: int = 2, **load: Any) -> tuple[Trial, ...]:
 
 def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
     return {
+        "format": records.RECORD_FORMAT,
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": "ok",
@@ -179,6 +180,12 @@ def test_a_digest_that_alone_is_different_is_refused_as_well(study: Study) -> No
     trials, folder = study
     write_requests(folder, trials[0], record_of(trials[0], spec_digest="0" * 16))
     assert f'digest is "{trials[0].digest}" and was "{"0" * 16}"' in refusal(trials, folder)
+
+
+def test_records_of_another_format_are_refused(study: Study) -> None:
+    trials, folder = study
+    write_trial(folder, trials[0], record_of(trials[0], format=1))
+    assert "its record has the format 1, this version of servegrid reads 2" in refusal(*study)
 
 
 def test_the_remedy_removes_what_is_stale_and_nothing_else(study: Study) -> None:

@@ -18,7 +18,6 @@ from servegrid.load import Measurement, crew, measure
 from servegrid.script import at_work
 from servegrid.verdict import SERVER_DIED, verdict_of
 
-RECORD_FORMAT = 2
 DEATH_CONFIRMED_S = 5.0
 """How long a server may be silent after a failed load before it counts as dead."""
 
@@ -59,7 +58,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     if verdict == SERVER_DIED and not last_attempt:
         raise EngineError(f"{trial.id}: the engine died under this load; trying once more.")
     record = {
-        "format": RECORD_FORMAT,
+        "format": records.RECORD_FORMAT,
         "servegrid": __version__,
         "spec": trial.spec,
         "spec_digest": trial.digest,

@@ -23,8 +23,6 @@ from servegrid.errors import LoadError, ServegridError
 from servegrid.grid import Load
 from servegrid.load import Measurement, measure
 
-RECORD_FORMAT = 1
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its status: 2 where it could not do what was asked."""
@@ -123,7 +121,7 @@ def _load(options: argparse.Namespace) -> int:
     salt = options.salt or secrets.token_hex(4)
     measurement = measure(endpoint, load, options.tokenizer, salt)
     record = {
-        "format": RECORD_FORMAT,
+        "format": records.RECORD_FORMAT,
         "servegrid": __version__,
         "load": asdict(load),
         "facts": measurement.facts,

@@ -20,6 +20,9 @@ import pyarrow.parquet as pq
 
 from servegrid.errors import RecordError
 
+RECORD_FORMAT = 2
+"""Raise it when records get other keys or columns: those before can't be gathered any more."""
+
 RECORD_KEY = b"servegrid"
 """The key of the schema metadata under which a file's record lies, as JSON."""
 

@@ -107,6 +107,11 @@ def _row(trial: Trial, folder: Path, drifts: Mapping[str, float]) -> dict[str, A
     record, requests = _read(folder / "requests.parquet", _REQUEST_COLUMNS)
     if record.get("spec_digest") != trial.digest:
         raise RecordError(_staleness(record, trial))
+    if record.get("format") != records.RECORD_FORMAT:
+        raise RecordError(
+            f"its record has the format {record.get('format')}, this version of servegrid reads "
+            f"{records.RECORD_FORMAT}"
+        )
     same, telemetry = _read(folder / "telemetry.parquet", _TELEMETRY_COLUMNS)
     if same != record:
         raise RecordError("telemetry.parquet is of another measurement than requests.parquet")
