@@ -18,7 +18,13 @@ import pytest
 from serving import Serving
 
 from conftest import DemoModel
-from servegrid.grid import Deployment
+from servegrid import records, telemetry
+from servegrid.endpoint import Endpoint
+from servegrid.grid import Deployment, Load
+from servegrid.load import measure
+from servegrid.server import counters_of
+from servegrid.serverside import columns_of
+from servegrid.telemetry import Sampler
 
 HELD = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 DEPLOYMENT = Deployment(
@@ -68,6 +74,40 @@ def metric(client: httpx.Client, name: str) -> float:
     return sum(values)
 
 
+def check_the_servers_view(
+    endpoint: Endpoint, pids: list[int], demo_model: DemoModel, folder: Path
+) -> None:
+    """Two waves of eight: what vLLM says of them beside what its client saw."""
+    load = Load("burst", concurrency=8, input_len=31, output_len=40, requests=16)
+    file = folder / "telemetry.jsonl"
+    with Sampler(pids, file, endpoint):
+        counters = counters_of(endpoint)
+        measured = measure(endpoint, load, demo_model.folder, "a trial", counters)
+    assert measured.errors == [None] * 16
+    before, after = measured.counters_before, measured.counters_after
+    assert before and after
+    for name, counted in {
+        "time_to_first_token_seconds_count": 16,
+        "e2e_request_latency_seconds_count": 16,
+        "inter_token_latency_seconds_count": 16 * 39,
+        "prompt_tokens_total": 16 * 31,
+        "generation_tokens_total": 16 * 40,
+    }.items():
+        assert after[f"vllm:{name}"] - before[f"vllm:{name}"] == counted
+
+    samples = records.table_of(
+        records.TELEMETRY, telemetry.slice(file, 0, *measured.facts["window_ns"])
+    )
+    record = {"metrics_before": before, "metrics_after": after}
+    row = columns_of(record, measured.requests, samples)
+    assert None not in row.values()
+    assert 0 < row["ttft_beyond_server_s"] < row["server_ttft_s_mean"] < row["server_e2el_s_mean"]
+    assert 0 < row["server_itl_s_mean"] < row["server_e2el_s_mean"] / 39
+    assert 0 < row["running_mean"] <= 8
+    assert 0 < row["kv_cache_use_max"] < 1
+    assert (row["preemptions"], row["prefix_hit_tokens"]) == (0, 0)
+
+
 def test_it_serves_with_what_was_asked_and_a_sigterm_ends_it(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
@@ -112,6 +152,7 @@ def test_it_serves_with_what_was_asked_and_a_sigterm_ends_it(
             assert metric(client, "prefix_cache_hits_total") == 0
             client.headers["Authorization"] = "Bearer another"
             assert client.get("/v1/models").status_code == 401
+        check_the_servers_view(Endpoint(**up["endpoint"]), up["pids"], demo_model, tmp_path)
         assert serving.healthy()
         assert serving.end(signal.SIGTERM) == 143
 

@@ -1,12 +1,17 @@
 #!/bin/sh
-# Slurm from Debian's or Ubuntu's packages, for the tests alone: nothing of it is started, and a
-# machine that has it, or may not install it, is left as it is.
+# Slurm, and a C compiler for the fake NVML, from Debian's or Ubuntu's packages, for the tests alone:
+# nothing of it is started, and a machine that has them, or may not install them, is left as it is.
 set -eu
 PATH="$PATH:/usr/sbin:/sbin"
-if command -v slurmctld >/dev/null && command -v mariadbd >/dev/null; then exit 0; fi
+slurm="slurmctld slurmd slurm-client munge slurmdbd mariadb-server"
+if command -v slurmctld >/dev/null && command -v mariadbd >/dev/null; then slurm=; fi
+compiler="gcc libc6-dev"
+if command -v cc >/dev/null; then compiler=; fi
+if [ -z "$slurm$compiler" ]; then exit 0; fi
+left_out="What is not installed is left out of the tests: $slurm $compiler"
 if [ "$(id -u)" = 0 ]; then as_root=; else as_root="sudo -n"; fi
 if ! $as_root true 2>/dev/null || ! command -v apt-get >/dev/null; then
-    echo "tests/slurm is left out: Slurm is not installed and cannot be (no root, or no apt)." >&2
+    echo "$left_out (no root, or no apt)." >&2
     exit 0
 fi
 # Packages of servers start them, unless this says no.
@@ -18,6 +23,6 @@ if [ ! -e $policy ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 $as_root apt-get -qq update
-$as_root apt-get -qq install -y --no-install-recommends \
-    slurmctld slurmd slurm-client munge slurmdbd mariadb-server >/dev/null ||
-    echo "tests/slurm is left out: apt could not install Slurm." >&2
+# shellcheck disable=SC2086  # lists of names
+$as_root apt-get -qq install -y --no-install-recommends $slurm $compiler >/dev/null ||
+    echo "$left_out (apt could not install it)." >&2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from servegrid import records
-from servegrid.energy import Power, power_of
+from servegrid.energy import Power, power_of, state_of
 
 SECOND = 1_000_000_000
 
@@ -49,10 +49,54 @@ def test_without_a_counter_the_sampled_power_stands() -> None:
         [(0, "GPU-a", 100, 1)],  # one sample is no time
         [(0, "GPU-a", 100, 1), (1, "GPU-a", 100, 2), (0, "GPU-b", 9, 1)],
         [(0, "GPU-a", None, None), (1, "GPU-a", None, None)],
+        [(0, "GPU-a", 100, 1), (1, "GPU-a", 100, 2), (3.5, "engine", None, None)],
+        [(0, "engine", None, None), (2.5, "GPU-a", 100, 1), (3, "GPU-a", 100, 2)],
+        [(0, "GPU-a", 100, 1), (2.5, "GPU-a", 100, 2)],
+        [(0, "GPU-a", 100, 1), (1, "GPU-a", 100, 2), (3.5, "GPU-a", None, None)],
     ],
 )
 def test_what_is_not_known_of_every_gpu_is_null(rows: list[Any]) -> None:
     assert power(*rows) == Power(None, None)
+
+
+def test_a_counter_that_ran_backwards_began_anew_and_tells_nothing() -> None:
+    rows = [(0, "GPU-a", 100, 500), (1, "GPU-a", 100, 3), (2, "GPU-a", 100, 900)]
+    assert power(*rows) == Power(None, 100)
+
+
+@pytest.mark.parametrize(
+    ("counted", "sampled", "doubtful"),
+    [
+        (100, 111, True),
+        (100, 89, True),
+        (100, 109, False),
+        (100, 91, False),
+        (None, 100, None),
+        (100, None, None),
+        (0, 100, None),
+    ],
+)
+def test_power_is_doubtful_where_counter_and_samples_differ_by_more_than_a_tenth(
+    counted: float | None, sampled: float | None, doubtful: bool | None
+) -> None:
+    assert Power(counted, sampled).doubtful is doubtful
+
+
+def test_the_state_of_the_gpus_is_that_of_all_their_samples() -> None:
+    samples: list[dict[str, Any]] = [
+        {"device": "GPU-a", "utilization": 0.5, "temperature_c": 60, "sm_clock_mhz": 1400},
+        {"device": "GPU-a", "utilization": None, "temperature_c": None, "sm_clock_mhz": None},
+        {"device": "GPU-b", "utilization": 1.0, "temperature_c": 71, "sm_clock_mhz": 1100},
+        {"device": "engine"},
+    ]
+    assert state_of(records.table_of(records.TELEMETRY, samples)) == {
+        "gpu_utilization_mean": 0.75,
+        "gpu_temperature_c_max": 71,
+        "sm_clock_mhz_min": 1100,
+        "sm_clock_mhz_max": 1400,
+    }
+    nothing = state_of(records.table_of(records.TELEMETRY, samples[-1:]))
+    assert set(nothing.values()) == {None}
 
 
 def test_samples_need_not_be_in_order() -> None:

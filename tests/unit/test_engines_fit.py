@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from servegrid import nvml
 from servegrid.engines import fit, node
 from servegrid.engines.node import Capability, Gpu, Software
 from servegrid.errors import EngineError
@@ -232,13 +233,14 @@ def test_the_weights_are_those_that_vllm_loads(tmp_path: Path) -> None:
 
 
 class NotSupportedError(Exception):
-    pass
+    value = 3
 
 
 class Nvml:
     """Two GPUs, as NVML shows them; of the second, little can be read."""
 
     NVMLError = NotSupportedError
+    NVML_ERROR_NO_PERMISSION = 4
     nvmlDeviceGetCount = staticmethod(lambda: 2)
     nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
     nvmlDeviceGetUUID = staticmethod("GPU-{}".format)
@@ -308,7 +310,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     monkeypatch.setattr(node, "visible", lambda nvml, environment: [V100])
     monkeypatch.setattr(node, "installed", lambda vllm, nvml: FOR_V100)
     monkeypatch.setattr(node, "capability_for", ASKED.get)
-    monkeypatch.setattr(node, "driver", ADriver)
+    monkeypatch.setattr(nvml, "driver", ADriver)
     with pytest.raises(EngineError, match="quantization `awq` needs"):
         fit.refuse_misfit(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
     (tmp_path / "config.json").write_text(json.dumps(quantized("gptq")))

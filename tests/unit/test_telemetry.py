@@ -1,4 +1,4 @@
-"""The sampler's rows from scripted /proc and NVML, and the process that writes them."""
+"""The sampler's rows of an engine from a scripted /proc, and the process that writes them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -49,85 +47,6 @@ def test_processes_that_ended_count_no_more_and_none_left_is_unknown(tmp_path: P
     write_process(tmp_path, 10, anonymous=1000, files=300, shared=20, ticks=(150, 50))
     assert telemetry.engine_row([9, 10], tmp_path)["memory_bytes"] == 1320 * 1024
     assert telemetry.engine_row([9], tmp_path) == {"device": "engine"}
-
-
-class NVMLError(Exception):
-    pass
-
-
-def nvml(**functions: Callable[..., Any]) -> SimpleNamespace:
-    """Two GPUs of which handles are their numbers; readings as given, else unsupported."""
-
-    def unsupported(*arguments: Any) -> Any:
-        raise NVMLError
-
-    names = (
-        "nvmlDeviceGetMemoryInfo",
-        "nvmlDeviceGetUtilizationRates",
-        "nvmlDeviceGetPowerUsage",
-        "nvmlDeviceGetTotalEnergyConsumption",
-        "nvmlDeviceGetClockInfo",
-    )
-    return SimpleNamespace(
-        NVMLError=NVMLError,
-        NVML_CLOCK_SM=1,
-        NVML_CLOCK_MEM=2,
-        NVML_TEMPERATURE_GPU=0,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetUUID=lambda handle: f"GPU-{'ab'[handle]}0",
-        **dict.fromkeys(names, unsupported) | functions,
-    )
-
-
-@pytest.mark.parametrize(
-    ("named", "expected"),
-    [
-        (None, [0, 1]),
-        ("1", [1]),
-        ("1,0", [1, 0]),
-        ("GPU-b0", [1]),
-        ("GPU-a", [0]),
-        ("", []),
-        ("7", []),
-    ],
-)
-def test_only_the_allocations_gpus_are_sampled(named: str | None, expected: list[int]) -> None:
-    environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
-    assert telemetry.visible_gpus(nvml(), environment) == expected
-
-
-def test_readings_are_in_the_columns_units() -> None:
-    driver = nvml(
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=100, used=64),
-        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=75, memory=10),
-        nvmlDeviceGetPowerUsage=lambda handle: 250_500,  # mW
-        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 2_000,  # mJ
-        nvmlDeviceGetClockInfo=lambda handle, clock: {1: 1380, 2: 877}[clock],
-        nvmlDeviceGetTemperature=lambda handle, sensor: 41,
-        nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 4,
-    )
-    row = telemetry.gpu_row(driver, 1)
-    assert row == {
-        "device": "GPU-b0",
-        "memory_bytes": 64,
-        "utilization": pytest.approx(0.75),
-        "power_w": pytest.approx(250.5),
-        "energy_j": pytest.approx(2.0),
-        "sm_clock_mhz": 1380,
-        "memory_clock_mhz": 877,
-        "temperature_c": 41,
-        "throttle_reasons": 4,
-    }
-    assert row.keys() <= {column.name for column in records.TELEMETRY}
-
-
-def test_what_a_gpu_does_not_support_is_null_and_zero_stays_zero() -> None:
-    driver = nvml(nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=0))
-    row = telemetry.gpu_row(driver, 0)
-    assert row.pop("device") == "GPU-a0"
-    assert row.pop("utilization") == 0.0
-    assert set(row.values()) == {None}
 
 
 def test_a_slice_is_what_was_sampled_behind_the_offset_and_within_the_times(

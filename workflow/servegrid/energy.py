@@ -1,4 +1,4 @@
-"""Power and energy of a cell from its GPUs' samples. Pure.
+"""Power and energy of a cell from its GPUs' samples, and the state that they were in. Pure.
 
 NVML tells both an energy counter and a momentary power, and neither is beyond doubt: an A100
 samples its power a quarter of the time, and counters move in steps. The counter is believed where
@@ -18,8 +18,22 @@ import pyarrow.compute as pc
 ENGINE_DEVICE = "engine"
 """The `device` of the samples that tell of the engine's processes and not of a GPU."""
 
-COLUMNS = ("time_ns", "device", "power_w", "energy_j")
-"""The columns of `records.TELEMETRY` that `power_of` needs."""
+DOUBTFUL = 0.10
+"""By which share counted and sampled power may differ before the energy is in doubt."""
+
+GAP_S = 2.0
+"""Without a reading for longer than that, a GPU's mean power is not known."""
+
+COLUMNS = (
+    "time_ns",
+    "device",
+    "power_w",
+    "energy_j",
+    "utilization",
+    "temperature_c",
+    "sm_clock_mhz",
+)
+"""The columns of `records.TELEMETRY` that `power_of` and `state_of` need."""
 
 _Samples = tuple[Any, Any]
 """Times in s and values, as arrays of floats of the same length, at least two."""
@@ -29,7 +43,8 @@ _Samples = tuple[Any, Any]
 class Power:
     """Mean power in W of all GPUs together, by their counters and by their sampled power.
 
-    Each is None where one of the GPUs has no two samples of it, or where there is no GPU.
+    Each is None where there is no GPU, or where one of them has no two samples of it, none for
+    GAP_S, or a counter that ran backwards.
     """
 
     counted_w: float | None
@@ -46,32 +61,59 @@ class Power:
             return None
         return self.sampled_w / self.counted_w - 1
 
+    @property
+    def doubtful(self) -> bool | None:
+        """Whether they differ by more than DOUBTFUL; None where one is unknown."""
+        return None if self.disagreement is None else abs(self.disagreement) > DOUBTFUL
+
 
 def power_of(telemetry: pa.Table) -> Power:
     """The mean power over the samples, which has at least COLUMNS, a row per device and sample."""
-    gpus = sorted(set(telemetry["device"].to_pylist()) - {ENGINE_DEVICE})
     return Power(
-        counted_w=_summed(telemetry, gpus, "energy_j", _growth),
-        sampled_w=_summed(telemetry, gpus, "power_w", _mean_over_time),
+        counted_w=_summed(telemetry, "energy_j", _growth),
+        sampled_w=_summed(telemetry, "power_w", _mean_over_time),
     )
 
 
+def state_of(telemetry: pa.Table) -> dict[str, float | None]:
+    """The columns of `records.CELLS` that tell how the GPUs fared, over all of their samples."""
+    gpus = telemetry.filter(pc.not_equal(telemetry["device"], ENGINE_DEVICE))
+    return {
+        "gpu_utilization_mean": pc.mean(gpus["utilization"]).as_py(),
+        "gpu_temperature_c_max": pc.max(gpus["temperature_c"]).as_py(),
+        "sm_clock_mhz_min": pc.min(gpus["sm_clock_mhz"]).as_py(),
+        "sm_clock_mhz_max": pc.max(gpus["sm_clock_mhz"]).as_py(),
+    }
+
+
 def _summed(
-    telemetry: pa.Table, gpus: list[str], column: str, mean: Callable[[_Samples], float]
+    telemetry: pa.Table, column: str, mean: Callable[[_Samples], float | None]
 ) -> float | None:
+    gpus = sorted(set(telemetry["device"].to_pylist()) - {ENGINE_DEVICE})
+    whole = np.sort(telemetry["time_ns"].to_numpy()) / 1e9
     total = 0.0
     for gpu in gpus:
         known = pc.and_(pc.equal(telemetry["device"], gpu), pc.is_valid(telemetry[column]))
         rows = telemetry.filter(known).sort_by("time_ns")
         times = rows["time_ns"].to_numpy() / 1e9
-        if rows.num_rows < 2 or times[-1] == times[0]:
+        if rows.num_rows < 2 or times[-1] == times[0] or _gap(whole, times) > GAP_S:
             return None
-        total += mean((times, rows[column].to_numpy()))
+        value = mean((times, rows[column].to_numpy()))
+        if value is None:
+            return None
+        total += value
     return total if gpus else None
 
 
-def _growth(samples: _Samples) -> float:
+def _gap(whole: Any, times: Any) -> float:
+    """The longest time in s without a sample, from the first to the last of any device."""
+    return float(np.diff(times, prepend=whole[0], append=whole[-1]).max())
+
+
+def _growth(samples: _Samples) -> float | None:
     times, joules = samples
+    if (np.diff(joules) < 0).any():
+        return None
     return float((joules[-1] - joules[0]) / (times[-1] - times[0]))
 
 

@@ -2,7 +2,8 @@
 
 The sampler is a process of its own and ends with the one that started it. It appends one line of
 JSON per device and sample, keyed as `records.TELEMETRY`; a cell remembers where the file ended
-when its load began and reads on from there.
+when its load began and reads on from there. The engine, the GPUs and the server are each asked in
+a thread of their own: where one hangs, its rows or values are missing, and the others go on.
 """
 
 from __future__ import annotations
@@ -13,29 +14,44 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from servegrid import processes
+from servegrid import nvml, processes
+from servegrid.endpoint import Endpoint
+from servegrid.nvml import Row
+from servegrid.server import gauges
 
 RATE_HZ = 10.0
+SCRAPE_HZ = 1.0
 STOP_LIMIT_S = 5.0
 ENGINE = "engine"
-
-Row = dict[str, Any]
 
 _KIB = 1024
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Sampler:
-    """Samples the processes `pids` and the allocation's GPUs into `file` while it is entered."""
+    """Samples the processes `pids` and the allocation's GPUs into `file` while it is entered.
 
-    def __init__(self, pids: Sequence[int], file: Path, hz: float = RATE_HZ) -> None:
+    With `endpoint`, also what its server says of its load, in rows of the engine about SCRAPE_HZ
+    times a second.
+    """
+
+    def __init__(
+        self,
+        pids: Sequence[int],
+        file: Path,
+        endpoint: Endpoint | None = None,
+        hz: float = RATE_HZ,
+    ) -> None:
         self._file = file
+        self._endpoint = endpoint
         self._command = [sys.executable, "-m", __name__, "--out", str(file), "--hz", str(hz)]
         self._command += ["--parent", str(os.getpid()), "--pids", *map(str, pids)]
 
@@ -43,8 +59,12 @@ class Sampler:
         self._file.touch()
         with processes.signals_held():
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, start_new_session=True
+                self._command, stdin=subprocess.PIPE, text=True, start_new_session=True
             )
+        assert self._process.stdin
+        # What stands on a command line can be read by others.
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
+            stdin.write(self._endpoint.to_json() if self._endpoint else "")
         return self
 
     def __exit__(
@@ -53,12 +73,12 @@ class Sampler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        # A process that waits in the kernel for a driver ends when that answers, not when asked.
+        for end in (self._process.terminate, self._process.kill):
+            end()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_LIMIT_S)
+                return
 
 
 def offset(file: Path) -> int:
@@ -97,92 +117,74 @@ def engine_row(pids: Sequence[int], proc: Path = Path("/proc")) -> Row:
     return {"device": ENGINE, "memory_bytes": (memory + files) * _KIB, "cpu_s": cpu}
 
 
-def visible_gpus(nvml: Any, environment: Mapping[str, str]) -> list[Any]:
-    """NVML's handles of the GPUs that CUDA_VISIBLE_DEVICES names: all of them where it is unset.
+class Gauges:
+    """What a server says of its load, asked in a thread: a slow answer delays no sample."""
 
-    NVML itself knows nothing of that variable, whose entries are indices, here in PCI order as
-    NVML counts, or UUIDs that may be cut short.
-    """
-    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-    named = environment.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return handles
-    by_uuid = {nvml.nvmlDeviceGetUUID(handle): handle for handle in handles}
-    found = []
-    for name in filter(None, map(str.strip, named.split(","))):
-        if name.isdecimal():
-            found += handles[int(name) : int(name) + 1]
-        else:
-            found += [handle for uuid, handle in by_uuid.items() if uuid.startswith(name)]
-    return found
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._told: deque[Row] = deque(maxlen=1)
+        threading.Thread(target=self._ask, daemon=True).start()
 
+    def take(self) -> Row:
+        """What it has said since this was last asked; empty where nothing."""
+        with contextlib.suppress(IndexError):
+            return self._told.pop()
+        return {}
 
-def gpu_row(nvml: Any, handle: Any) -> Row:
-    """One sample of a GPU; a reading that it does not support is null."""
-
-    def read(name: str, *arguments: Any) -> Any:
-        with contextlib.suppress(nvml.NVMLError, AttributeError):
-            return getattr(nvml, name)(handle, *arguments)
-        return None
-
-    def scaled(value: float | None, factor: float) -> float | None:
-        return None if value is None else value * factor
-
-    memory, rates = read("nvmlDeviceGetMemoryInfo"), read("nvmlDeviceGetUtilizationRates")
-    return {
-        "device": nvml.nvmlDeviceGetUUID(handle),
-        "memory_bytes": memory and memory.used,
-        "utilization": rates and scaled(rates.gpu, 0.01),
-        "power_w": scaled(read("nvmlDeviceGetPowerUsage"), 0.001),
-        "energy_j": scaled(read("nvmlDeviceGetTotalEnergyConsumption"), 0.001),
-        "sm_clock_mhz": read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
-        "temperature_c": read("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-        "throttle_reasons": read("nvmlDeviceGetCurrentClocksThrottleReasons"),
-    }
-
-
-@contextlib.contextmanager
-def gpu_source(environment: Mapping[str, str]) -> Iterator[Callable[[], list[Row]]]:
-    """What gives a row for each of the allocation's GPUs; none where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield list
-        return
-    try:
-        handles = visible_gpus(pynvml, environment)
-        yield lambda: [gpu_row(pynvml, handle) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def sample(rows: Callable[[], list[Row]], file: Path, hz: float, parent: int) -> None:
-    """Append `rows` to `file` `hz` times a second for as long as `parent` lives.
-
-    Samples that cannot be taken in time are left out, not made up for.
-    """
-    with file.open("ab", buffering=0) as stream:
-        due = time.monotonic()
-        while os.getppid() == parent:
-            time_ns = time.monotonic_ns()
-            lines = (json.dumps({"time_ns": time_ns, **row}) for row in rows())
-            stream.write("".join(f"{line}\n" for line in lines).encode())
-            due = max(due + 1 / hz, time.monotonic())
-            time.sleep(max(0.0, due - time.monotonic()))
+    def _ask(self) -> None:
+        for _ in _ticks(SCRAPE_HZ):
+            self._told.append(gauges(self._endpoint))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Samples an engine's processes and GPUs.")
+    parser = argparse.ArgumentParser(
+        description="Samples an engine's processes, its GPUs and what its server says. The "
+        "endpoint of the server, if any, comes as JSON on standard input, as it holds a key."
+    )
     parser.add_argument("--pids", type=int, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--hz", type=float, default=RATE_HZ)
+    parser.add_argument("--hz", type=float, required=True)
     parser.add_argument("--parent", type=int, required=True, help="the process to end with")
     options = parser.parse_args(arguments)
-    with gpu_source(os.environ) as gpus:
-        sample(lambda: [engine_row(options.pids), *gpus()], options.out, options.hz, options.parent)
+    endpoint = sys.stdin.read()
+    server = Gauges(Endpoint.from_json(endpoint)) if endpoint else None
+    # Whole lines at the end, whichever thread they are from; closed with the process alone.
+    file = os.open(options.out, os.O_WRONLY | os.O_APPEND)
+    # A driver that hangs takes its own thread along, and neither the engine's samples nor the end.
+    threading.Thread(target=_sample_gpus, args=(file, options.hz), daemon=True).start()
+    for time_ns in _ticks(options.hz):
+        if os.getppid() != options.parent:
+            return
+        told = server.take() if server else {}
+        _append(file, time_ns, engine_row(options.pids) | told)
+
+
+def _sample_gpus(file: int, hz: float) -> None:
+    with nvml.driver() as driver:
+        if driver is None:
+            return
+        try:
+            gpus = nvml.visible_gpus(driver, os.environ)
+        except driver.NVMLError as error:
+            nvml.complain(error)
+            return
+        for _ in _ticks(hz) if gpus else ():
+            for uuid, handle in gpus.items():
+                time_ns = time.monotonic_ns()
+                _append(file, time_ns, nvml.gpu_row(driver, uuid, handle))
+
+
+def _append(file: int, time_ns: int, row: Row) -> None:
+    os.write(file, f"{json.dumps({'time_ns': time_ns, **row})}\n".encode())
+
+
+def _ticks(hz: float) -> Iterator[int]:
+    """The time in ns, `hz` times a second; what cannot be in time is left out, not made up for."""
+    due = time.monotonic()
+    while True:
+        yield time.monotonic_ns()
+        due = max(due + 1 / hz, time.monotonic())
+        time.sleep(max(0.0, due - time.monotonic()))
 
 
 def _status(path: Path) -> dict[str, int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from servegrid import nvml
 from servegrid.engines import node
 from servegrid.engines.node import Capability, Gpu, Software
 from servegrid.errors import EngineError
@@ -132,9 +133,9 @@ def refuse_misfit(
         node.weight_bytes(checkpoint),
         node.capability_for,
     )
-    with node.driver() as nvml:
-        gpus = node.visible(nvml, os.environ) if nvml else None
-        software = node.installed(vllm, nvml)
+    with nvml.driver() as driver:
+        gpus = node.visible(driver, os.environ) if driver else None
+        software = node.installed(vllm, driver)
     if reason := misfit(needs, gpus, software):
         raise EngineError(reason)
 

@@ -192,6 +192,8 @@ class _Server:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
+                # GPUs are counted as NVML does, which samples them.
+                env=os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
             )
         self._readers = [
             threading.Thread(target=read, daemon=True) for read in (self._hear, self._log)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from servegrid import telemetry
+from servegrid.nvml import visible_gpus
 
 Capability = tuple[int, int]
 """NVIDIA's "compute capability": 7.0 is Volta, 7.5 Turing, 8.0 Ampere, 9.0 Hopper."""
@@ -41,22 +41,6 @@ class Software:
     driver_cuda: tuple[int, int] | None
 
 
-@contextlib.contextmanager
-def driver() -> Iterator[Any]:
-    """The module `pynvml`, ready to be asked; None where there is no driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        yield None
-        return
-    try:
-        yield pynvml
-    finally:
-        pynvml.nvmlShutdown()
-
-
 def weight_bytes(checkpoint: Path) -> int | None:
     """The size of the weights that vLLM would load from a folder; None where it has none.
 
@@ -81,9 +65,12 @@ def visible(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:
     if "MIG" in environment.get("CUDA_VISIBLE_DEVICES", ""):
         return None
     try:
-        return [_gpu(nvml, handle) for handle in telemetry.visible_gpus(nvml, environment)]
+        handles = visible_gpus(nvml, environment).values()
     except nvml.NVMLError:
         return None
+    if None in handles:
+        return None
+    return [_gpu(nvml, handle) for handle in handles]
 
 
 def installed(vllm: str, nvml: Any) -> Software:

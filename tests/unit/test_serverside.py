@@ -1,0 +1,119 @@
+"""The server's view of a load from its metrics around it and its gauges meanwhile, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from servegrid import records
+from servegrid.serverside import columns_of
+
+MS = 1_000_000
+VLLM = "vllm:{}_seconds_{}".format
+BEFORE = {
+    VLLM("time_to_first_token", "sum"): 10.0,
+    VLLM("time_to_first_token", "count"): 5.0,
+    VLLM("inter_token_latency", "sum"): 1.0,
+    VLLM("inter_token_latency", "count"): 50.0,
+    VLLM("request_queue_time", "sum"): 0.5,
+    VLLM("request_queue_time", "count"): 5.0,
+    VLLM("e2e_request_latency", "sum"): 20.0,
+    VLLM("e2e_request_latency", "count"): 5.0,
+    "vllm:num_preemptions_total": 1.0,
+    "vllm:prefix_cache_hits_total": 32.0,
+}
+AFTER = {
+    VLLM("time_to_first_token", "sum"): 10.3,  # two of 0.15 s
+    VLLM("time_to_first_token", "count"): 7.0,
+    VLLM("inter_token_latency", "sum"): 1.08,  # four of 0.02 s
+    VLLM("inter_token_latency", "count"): 54.0,
+    VLLM("request_queue_time", "sum"): 0.51,
+    VLLM("request_queue_time", "count"): 7.0,
+    VLLM("e2e_request_latency", "sum"): 20.5,
+    VLLM("e2e_request_latency", "count"): 7.0,
+    "vllm:num_preemptions_total": 4.0,
+    "vllm:prefix_cache_hits_total": 32.0,
+}
+REQUESTS = [
+    {"sent_ns": 100 * MS, "first_token_ns": 250 * MS},
+    {"sent_ns": 100 * MS, "first_token_ns": 290 * MS},
+]
+"""Of 0.15 and 0.19 s until the first token: 0.02 s more than the server's mean."""
+SAMPLES = [
+    {"running": 2, "waiting": 1, "kv_cache_use": 0.25, "preemptions": 1},
+    {"running": None},
+    {"running": 1, "waiting": 0, "kv_cache_use": 0.5, "preemptions": 2},
+]
+
+
+def columns(
+    before: dict[str, float] | None = BEFORE,
+    after: dict[str, float] | None = AFTER,
+    requests: list[dict[str, Any]] = REQUESTS,
+    samples: list[dict[str, Any]] = SAMPLES,
+) -> dict[str, float | None]:
+    return columns_of(
+        {"metrics_before": before, "metrics_after": after},
+        records.table_of(records.REQUESTS, requests),
+        records.table_of(records.TELEMETRY, samples),
+    )
+
+
+def test_histograms_and_counters_are_of_the_load_alone() -> None:
+    assert columns() == {
+        "server_ttft_s_mean": pytest.approx(0.15),
+        "server_itl_s_mean": pytest.approx(0.02),
+        "server_queue_s_mean": pytest.approx(0.005),
+        "server_e2el_s_mean": pytest.approx(0.25),
+        "ttft_beyond_server_s": pytest.approx(0.02),
+        "running_mean": 1.5,
+        "waiting_mean": 0.5,
+        "waiting_max": 1,
+        "kv_cache_use_max": 0.5,
+        "preemptions": 3,
+        "prefix_hit_tokens": 0,
+    }
+    assert columns().keys() <= {column.name for column in records.CELLS}
+
+
+def test_older_versions_call_the_time_between_tokens_otherwise() -> None:
+    def renamed(counters: dict[str, float]) -> dict[str, float]:
+        names = ("inter_token_latency", "time_per_output_token")
+        return {name.replace(*names): value for name, value in counters.items()}
+
+    assert columns(renamed(BEFORE), renamed(AFTER)) == columns()
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, AFTER), (BEFORE, None), ({}, {})])
+def test_what_the_server_does_not_tell_is_null(
+    before: dict[str, float] | None, after: dict[str, float] | None
+) -> None:
+    assert set(columns(before, after, samples=[]).values()) == {None}
+
+
+def test_a_mean_over_nothing_is_null() -> None:
+    row = columns(AFTER, AFTER)
+    assert (row["server_ttft_s_mean"], row["ttft_beyond_server_s"]) == (None, None)
+    assert row["preemptions"] == 0
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        REQUESTS[:1],
+        [REQUESTS[0], REQUESTS[1] | {"first_token_ns": None}],
+        [*REQUESTS, REQUESTS[0]],
+    ],
+)
+def test_views_of_different_requests_are_not_compared(requests: list[dict[str, Any]]) -> None:
+    row = columns(requests=requests)
+    assert row["ttft_beyond_server_s"] is None
+    assert row["server_ttft_s_mean"] == pytest.approx(0.15)
+
+
+def test_requests_that_never_had_a_token_are_left_out_of_the_comparison() -> None:
+    failed = {"sent_ns": 100 * MS, "first_token_ns": None}
+    unsent = {"sent_ns": None, "first_token_ns": None}
+    row = columns(requests=[*REQUESTS, failed, unsent])
+    assert row["ttft_beyond_server_s"] == pytest.approx(0.02)
