@@ -24,6 +24,7 @@ def row(reads: Reads, failure: Failure | None = None, asked: Asked = ASKED) -> d
         raw += data
         ends.append(len(raw))
     exchange = Exchange(
+        number=0,
         user=3,
         scheduled_ns=90,
         sent_ns=95,

@@ -71,13 +71,31 @@ def cell(
         "verdict": verdict,
         "reason": None if verdict == "ok" else "the evidence",
         "engine": {"engine": "emulated", "version": "0.32.0"},
+        "client": {"window_ns": [START, START + 1000 * MS], "token_chunks": 5, "processes": 1},
+        "self_check": {
+            "arrival_error_s_p99": 1e-5,
+            "ttft_error_s_p50": 1e-3,
+            "itl_error_s_p99": 2e-5,
+            "cpu_s_per_1000_events": 0.01,
+        },
         "environment": {"allocation": "d.1234", "started": "2026-11-23T01:02:03+00:00"},
+        "metrics_before": None,
+        "metrics_after": None,
     }
     return row_of(
         record,
         records.table_of(records.REQUESTS, rows),
         records.table_of(records.TELEMETRY, samples or []),
     )
+
+
+UNKNOWN = (
+    *("gpu_utilization_mean", "gpu_temperature_c_max", "sm_clock_mhz_min", "sm_clock_mhz_max"),
+    *("server_ttft_s_mean", "server_itl_s_mean", "server_queue_s_mean", "server_e2el_s_mean"),
+    *("ttft_beyond_server_s", "running_mean", "waiting_mean", "waiting_max", "kv_cache_use_max"),
+    *("preemptions", "prefix_hit_tokens"),
+)
+"""What is null without a GPU's samples and a server's metrics."""
 
 
 def latencies(name: str, mean: float, median: float) -> dict[str, Any]:
@@ -128,7 +146,13 @@ def test_a_burst_of_two() -> None:
         "memory_peak_bytes": None,
         "power_w_mean": None,
         "power_disagreement": None,
+        "power_doubtful": None,
         "energy_j_per_output_token": None,
+        **dict.fromkeys(UNKNOWN),
+        "client_arrival_error_s_p99": 1e-5,
+        "client_ttft_error_s_p50": 1e-3,
+        "client_itl_error_s_p99": 2e-5,
+        "client_headroom": 20000.0,  # 100,000 chunks/s, and 5 in 1 s
     }
 
 
@@ -167,7 +191,7 @@ def test_where_every_request_failed_nothing_is_made_up() -> None:
     row = cell([FAILED], verdict="timeout")
     speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "shared")
     latencies = [name for name in row if name.startswith(speeds)]
-    assert len(latencies) == 4 * 5 + 3
+    assert len(latencies) == 4 * 5 + 4
     assert [row[name] for name in latencies] == [None] * len(latencies)
     assert row["makespan_s"] == 1.5
 
@@ -240,7 +264,8 @@ def test_the_latencies_of_an_open_loop_count_from_when_a_request_was_due() -> No
 def test_without_a_steady_state_no_figure_is_given() -> None:
     row = cell(TWO, protocol="steady")
     known = {name for name, value in row.items() if value is not None}
-    assert not [name for name in known if "_s_" in name]
+    latencies = ("ttft_s", "tpot_s", "itl_s", "e2el_s", "output_tokens")
+    assert not [name for name in known if name.startswith(latencies)]
     for name in ("window_s", "requests_in_window", "in_flight_mean", "seconds_per_100_tokens"):
         assert row[name] is None
     assert row["makespan_s"] == 1.0
@@ -290,6 +315,27 @@ def test_energy_per_token_is_the_power_over_the_speed() -> None:
     assert row["power_w_mean"] == 100.0
     assert row["power_disagreement"] == pytest.approx(0.1)
     assert row["energy_j_per_output_token"] == pytest.approx(100.0 / row["output_tokens_per_s"])
+
+
+def test_what_gpus_and_server_did_outside_the_stationary_part_is_left_out() -> None:
+    def gpu(time: int, watts: float, joules: float, clock: int) -> dict[str, Any]:
+        reading = {"power_w": watts, "energy_j": joules, "sm_clock_mhz": clock}
+        return sample(time, "GPU-a", 1) | reading
+
+    samples = [
+        gpu(50, 900.0, 0.0, 300),
+        gpu(200, 100.0, 1000.0, 1400),
+        gpu(1200, 100.0, 1100.0, 1410),
+        gpu(2200, 100.0, 1200.0, 1400),
+        gpu(2950, 900.0, 5000.0, 300),
+        sample(50, "engine", 1) | {"running": 0, "waiting": 8, "kv_cache_use": 0.9},
+        sample(1200, "engine", 1) | {"running": 1, "waiting": 0, "kv_cache_use": 0.1},
+    ]
+    row = loop(30, protocol="steady", samples=samples)  # from 100 ms to 2895 ms
+    assert (row["power_w_mean"], row["power_disagreement"]) == (100.0, 0.0)
+    assert row["power_doubtful"] is False
+    assert (row["sm_clock_mhz_min"], row["sm_clock_mhz_max"]) == (1400, 1410)
+    assert (row["running_mean"], row["waiting_max"], row["kv_cache_use_max"]) == (1.0, 0, 0.1)
 
 
 def test_a_device_counts_with_its_first_sample_before_it() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from servegrid import records
 from servegrid.config import study_of
 from servegrid.validity import RULES, Evidence, certificate
 
@@ -51,6 +52,7 @@ def evidence(
     client: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
     after: dict[str, float] | None = None,
+    check: dict[str, Any] | None = None,
     reasons: list[int | None] | None = None,
     **record: Any,
 ) -> Evidence:
@@ -62,30 +64,50 @@ def evidence(
         "client": {
             "window_ns": [0, 1000 * MS],
             "cpu_s_busiest": 0.1,
+            "token_chunks": 100,
+            "processes": 1,
             "clock_offset_before_ns": 0,
             "clock_offset_after_ns": 0,
         }
         | (client or {}),
+        "self_check": {
+            "arrival_error_s_p99": 0.01,
+            "ttft_error_s_p50": 0.02,
+            "itl_error_s_p99": 0.001,
+            "cpu_s_per_1000_events": 5.0,  # 200 events/s
+            "requests": 2,
+            "lost": 0,
+        }
+        | (check or {}),
         "metrics_before": COUNTERS,
         "metrics_after": COUNTERS | (after or {}),
     }
-    throttle = pa.table({"throttle_reasons": pa.array(reasons or [None, 0, 4], pa.int64())})
-    return Evidence(facts | record, pa.Table.from_pylist([ROW, ROW | (row or {})]), throttle)
+    samples = telemetry([{"time_ns": 0, "throttle_reasons": each} for each in reasons or [None, 4]])
+    return Evidence(facts | record, pa.Table.from_pylist([ROW, ROW | (row or {})]), samples)
 
 
-@pytest.mark.parametrize("make", [evidence, lambda: steady()])
+def telemetry(samples: list[dict[str, Any]]) -> pa.Table:
+    return records.table_of(records.TELEMETRY, samples)
+
+
+@pytest.mark.parametrize("make", [evidence, lambda: steady(), lambda: steady(waiting=(0, 0))])
 def test_a_cell_in_which_nothing_is_broken_is_valid(make: Callable[[], Evidence]) -> None:
     assert certificate(make()) == (True, None)
 
 
-def steady(count: int = 40, pause: int = 1) -> Evidence:
-    """Two users who send `pause` ms after each answer of 100 ms, and say they were due then."""
+def steady(
+    count: int = 40, pause: int = 1, lag: int = 0, waiting: tuple[int, ...] = ()
+) -> Evidence:
+    """Two users who send `pause` ms after each answer of 100 ms, having been due `lag` ms before.
+
+    From 2.5 s on, the server tells every 100 ms how many are `waiting`.
+    """
     load = replace(TRIAL.load, protocol="steady", requests=2 * count)
     rows = [
         ROW
         | {
             "user": user,
-            "scheduled_ns": (100 + pause) * number * MS,
+            "scheduled_ns": ((100 + pause) * number - lag) * MS,
             "sent_ns": (100 + pause) * number * MS,
             "first_token_ns": ((100 + pause) * number + 50) * MS,
             "done_ns": ((100 + pause) * number + 100) * MS,
@@ -94,7 +116,13 @@ def steady(count: int = 40, pause: int = 1) -> Evidence:
         for number in range(count)
     ]
     given = evidence(spec=replace(TRIAL, load=load).spec)
-    return replace(given, requests=pa.Table.from_pylist(rows))
+    told = [
+        {"time_ns": (2500 + 100 * number) * MS, "waiting": each}
+        for number, each in enumerate(waiting)
+    ]
+    # Both users begin at once, so that one of them waits: no part of the steady state.
+    samples = telemetry([{"time_ns": 0, "waiting": 2}, {"time_ns": 2550 * MS}, *told])
+    return replace(given, requests=pa.Table.from_pylist(rows), telemetry=samples)
 
 
 BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
@@ -131,13 +159,41 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
         lambda: evidence(engine={"max_num_seqs": 1}),
         "queued: max_num_seqs 1 is less than concurrency 2",
     ),
+    "requests that wait in the server": (
+        lambda: steady(waiting=(0, 1, 0, 0, 0, 0)),
+        "queued: 0.2 of 2 requests waited in the server on average",
+    ),
     "a late request": (
         lambda: evidence(row={"sent_ns": 11 * MS, "first_token_ns": 111 * MS}),
         "sent_late: up to 11.0 ms, with a median ttft of 100 ms",
     ),
+    "users who are sent late": (
+        lambda: steady(lag=11),
+        "sent_late: on average 11.0 ms, with a median e2el of 100 ms",
+    ),
     "a busy client": (
         lambda: evidence(client={"cpu_s_busiest": 0.71}),
         "client_busy: 71% of a core while measuring",
+    ),
+    "stamps that are wrong": (
+        lambda: evidence(check={"arrival_error_s_p99": 0.0101}),
+        "distorted: 1% of arrivals were wrong by 10.1 ms and more in the self-check",
+    ),
+    "times between tokens that are wrong": (  # of 100 ms each: 5% are 5 ms
+        lambda: evidence(check={"itl_error_s_p99": 0.0051}),
+        "distorted: 1% of times between tokens were wrong by 5.1 ms and more in the self-check",
+    ),
+    "a client at its limit": (
+        lambda: evidence(client={"token_chunks": 101}),
+        "distorted: the client can take in only 2.0 times the chunks of this cell",
+    ),
+    "a client that loses answers": (
+        lambda: evidence(check={"lost": 1}),
+        "distorted: 1 of 2 requests were lost in the self-check",
+    ),
+    "a self-check that failed": (
+        lambda: evidence(check={"error": "no connection"}),
+        "distorted: what the client distorts is not known: no connection",
     ),
     "a clock that was set": (
         lambda: evidence(client={"clock_offset_after_ns": -2 * MS}),
@@ -189,6 +245,10 @@ def test_a_long_first_token_allows_more_lag() -> None:
 def test_a_cache_that_the_study_asks_for_is_no_fault() -> None:
     cached = evidence(engine={"prefix_caching": True}, after={"vllm:prefix_cache_hits_total": 9.0})
     assert certificate(cached) == (True, None)
+
+
+def test_without_a_real_engine_there_is_no_self_check() -> None:
+    assert certificate(evidence(self_check=None)) == (True, None)
 
 
 def test_a_server_without_counters_is_not_accused() -> None:

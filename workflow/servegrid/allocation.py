@@ -23,6 +23,7 @@ from servegrid.engines import EMULATED, Site, bring_up
 from servegrid.engines.warden import guarded
 from servegrid.errors import ConfigError, EngineError
 from servegrid.grid import Deployment, Trial, digest_of
+from servegrid.selfcheck import self_check, told
 from servegrid.telemetry import Sampler
 
 VARIABLE = "SERVEGRID_ALLOCATION"
@@ -52,6 +53,8 @@ class Handover:
     environment: Mapping[str, Any]
     places: Sequence[Sequence[int]]
     """The cores of each process of the load client."""
+    self_check: Mapping[str, Any] | None
+    """What the load client distorts on this node; None where nothing real is served."""
 
     def write(self, path: Path) -> None:
         paths = {"telemetry": str(self.telemetry)}
@@ -129,16 +132,20 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         models=models.default_folder(),
     )
     refuse_missing_gpus(deployment, os.environ)
-    shared = cores.shares(
-        os.sched_getaffinity(0), int(resources.get("streams", 1)), deployment.gpu_count > 0
-    )
+    streams = int(resources.get("streams", 1))
+    shared = cores.shares(os.sched_getaffinity(0), streams, deployment.gpu_count > 0)
     with contextlib.ExitStack() as stack:
         # A warden, so that the folder with the engine's key goes even if this process is killed.
         folder = stack.enter_context(guarded()).folder
+        check = None
+        if deployment.engine != EMULATED:
+            socket = None if site.socket == "tcp" else folder / "self-check"
+            check = self_check(streams, shared, socket)
+            print(f"The load client on this node: {told(check)}", flush=True)
         with cores.kept_to(shared.engine):
             engine = stack.enter_context(bring_up(deployment, site))
         samples = folder / "telemetry.jsonl"
-        stack.enter_context(Sampler(engine.pids(), samples))
+        stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
         handover = Handover(
             endpoint=engine.endpoint,
             deployment_digest=digest_of(asdict(deployment)),
@@ -149,6 +156,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             environment=environment.describe()
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
             places=[sorted(each) for each in shared.client],
+            self_check=check,
         )
         handover.write(folder / "handover.json")
         yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)

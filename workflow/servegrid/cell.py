@@ -48,7 +48,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             trial.load,
             handover.tokenizer,
             salt=trial.digest,
-            counters=lambda finished: server.metrics(handover.endpoint),
+            counters=server.counters_of(handover.endpoint),
             places=places,
         )
     alive = _alive(handover, measurement)
@@ -67,6 +67,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "client": measurement.facts,
         "engine": handover.engine,
         "environment": handover.environment,
+        "self_check": handover.self_check,
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }

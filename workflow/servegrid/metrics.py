@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from servegrid import energy, stationarity
-from servegrid.energy import ENGINE_DEVICE, power_of
+from servegrid import energy, fidelity, serverside, stationarity
+from servegrid.energy import ENGINE_DEVICE, power_of, state_of
 from servegrid.grid import Load, Trial
 from servegrid.records import PERCENTILES
 from servegrid.stationarity import Window, window_of
@@ -31,7 +31,7 @@ REQUEST_COLUMNS = (
 )
 """The columns of `records.REQUESTS` that `row_of` needs."""
 
-TELEMETRY_COLUMNS = (*energy.COLUMNS, "memory_bytes")
+TELEMETRY_COLUMNS = (*energy.COLUMNS, *serverside.TELEMETRY_COLUMNS, "memory_bytes")
 """The columns of `records.TELEMETRY` that `row_of` needs."""
 
 _Floats = npt.NDArray[np.float64]
@@ -59,7 +59,8 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
     itl, shared = _itl_s(inside)
     tokens = _total(served["completion_tokens"]) if whole else _tokens_in(served, window)
     tokens_per_s = _ratio(tokens, window_s)
-    power = power_of(telemetry)
+    samples = during(telemetry, window)
+    power = power_of(samples)
     ok = record["verdict"] == OK
     return {
         "deployment": deployment.name,
@@ -96,7 +97,11 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
         "memory_peak_bytes": memory_peak_bytes(telemetry),
         "power_w_mean": power.mean_w,
         "power_disagreement": power.disagreement,
+        "power_doubtful": power.doubtful,
         "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),
+        **state_of(samples),
+        **serverside.columns_of(record, requests, samples),
+        **fidelity.columns_of(record),
         "spec_digest": record["spec_digest"],
     }
 
@@ -115,6 +120,13 @@ def within(served: pa.Table, window: Window | None) -> pa.Table:
     if window is None:
         return served.slice(0, 0)
     return served.filter(pa.array(window.has(served["done_ns"].to_numpy())))
+
+
+def during(telemetry: pa.Table, window: Window | None) -> pa.Table:
+    """The samples of the window; all of them without one."""
+    if window is None:
+        return telemetry
+    return telemetry.filter(pa.array(window.has(telemetry["time_ns"].to_numpy())))
 
 
 def in_flight_mean(

@@ -69,22 +69,44 @@ REQUESTS = (
 
 TELEMETRY = (
     Column("time_ns", pa.int64(), _TIME, "When the sample was taken"),
-    Column("device", pa.string(), "", "`engine` for the engine's processes, else the GPU's UUID"),
+    Column(
+        "device",
+        pa.string(),
+        "",
+        "`engine` for the engine's processes, else the GPU's UUID, or its index where it could "
+        "not be opened",
+    ),
     Column(
         "memory_bytes",
         pa.int64(),
         "bytes",
-        "Memory in use on the GPU; for `engine` anonymous and shared memory of its processes "
+        "Memory in use on the GPU, without what its driver reserves where that can be told apart; "
+        "for `engine` anonymous and shared memory of its processes "
         "plus the mapped files of the one that has most",
     ),
     Column("cpu_s", pa.float64(), "s", "CPU time used so far by the engine's processes"),
     Column("utilization", pa.float64(), "0 to 1", "Share of time with a kernel running on the GPU"),
-    Column("power_w", pa.float64(), "W", "Power drawn by the GPU"),
+    Column(
+        "power_w",
+        pa.float64(),
+        "W",
+        "Power drawn by the GPU, of the moment where the driver tells that, else as it averages it",
+    ),
     Column("energy_j", pa.float64(), "J", "The GPU's energy counter"),
     Column("sm_clock_mhz", pa.int32(), "MHz", "Clock of the GPU's multiprocessors"),
     Column("memory_clock_mhz", pa.int32(), "MHz", "Clock of the GPU's memory"),
     Column("temperature_c", pa.int32(), "°C", "Temperature of the GPU"),
     Column("throttle_reasons", pa.int64(), "bit mask", "NVML's reasons for reduced clocks"),
+    Column(
+        "running",
+        pa.int32(),
+        "requests",
+        "Requests that the server works on; it is asked about once a second, and this is null in "
+        "between, as are the next three",
+    ),
+    Column("waiting", pa.int32(), "requests", "Requests that wait in the server's queue"),
+    Column("kv_cache_use", pa.float64(), "0 to 1", "Share of the server's KV cache in use"),
+    Column("preemptions", pa.int64(), "", "Preemptions since the server came up"),
 )
 """One row per device and sample; unknown is null, never 0."""
 
@@ -225,14 +247,128 @@ CELLS = (
         "Sampled power / power by the energy counters - 1; null where one is unknown",
     ),
     Column(
+        "power_doubtful",
+        pa.bool_(),
+        "",
+        "Whether power_disagreement is more than 10% either way: the counters are kept, but power "
+        "and energy are to be quoted with care; null where one is unknown",
+    ),
+    Column(
         "energy_j_per_output_token",
         pa.float64(),
         "J/token",
         "power_w_mean / output_tokens_per_s",
     ),
+    Column("gpu_utilization_mean", pa.float64(), "0 to 1", "Utilization, mean of all GPUs"),
+    Column("gpu_temperature_c_max", pa.int32(), "°C", "Temperature of the hottest GPU"),
+    Column("sm_clock_mhz_min", pa.int32(), "MHz", "Lowest clock of any GPU's multiprocessors"),
+    Column("sm_clock_mhz_max", pa.int32(), "MHz", "Highest clock of any GPU's multiprocessors"),
+    Column(
+        "server_ttft_s_mean",
+        pa.float64(),
+        "s",
+        "Time to first token by the server's own clock, mean over all requests of the load",
+    ),
+    Column(
+        "server_itl_s_mean",
+        pa.float64(),
+        "s",
+        "Inter-token latency by the server's clock, likewise",
+    ),
+    Column("server_queue_s_mean", pa.float64(), "s", "Time in the server's queue, likewise"),
+    Column(
+        "server_e2el_s_mean",
+        pa.float64(),
+        "s",
+        "End-to-end latency by the server's clock, likewise",
+    ),
+    Column(
+        "ttft_beyond_server_s",
+        pa.float64(),
+        "s",
+        "Sent until first token as the client saw it, mean over all requests of the load, minus "
+        "server_ttft_s_mean: network, HTTP and what the client itself adds; null where the server "
+        "counted other requests",
+    ),
+    Column(
+        "running_mean",
+        pa.float64(),
+        "requests",
+        "Requests that the server worked on, mean over its answers in the window",
+    ),
+    Column("waiting_mean", pa.float64(), "requests", "Requests in its queue, likewise"),
+    Column("waiting_max", pa.int32(), "requests", "The same, the most"),
+    Column("kv_cache_use_max", pa.float64(), "0 to 1", "Share of its KV cache in use, the most"),
+    Column("preemptions", pa.int64(), "", "Preemptions during the load"),
+    Column(
+        "prefix_hit_tokens", pa.int64(), "tokens", "Prompt tokens that the server had in a cache"
+    ),
+    Column(
+        "client_arrival_error_s_p99",
+        pa.float64(),
+        "s",
+        "Self-check before the engine came up: a chunk's arrival as stamped, from when a scripted "
+        "server sent it; 99th percentile",
+    ),
+    Column(
+        "client_ttft_error_s_p50",
+        pa.float64(),
+        "s",
+        "Self-check: ttft from what the scripted server was to take, median; it holds the "
+        "server's reading of all the requests that come at once",
+    ),
+    Column(
+        "client_itl_error_s_p99",
+        pa.float64(),
+        "s",
+        "Self-check: time between two tokens, from the true one; 99th percentile",
+    ),
+    Column(
+        "client_headroom",
+        pa.float64(),
+        "",
+        "Chunks/s that the client can take in by the self-check / those of this cell",
+    ),
     Column("spec_digest", pa.string(), "", "Digest of the specification that was measured"),
 )
 """One row per cell and trial."""
+
+
+_OF_CELLS = {column.name: column for column in CELLS}
+
+SUMMARY_KEYS = tuple(
+    _OF_CELLS[name]
+    for name in (
+        *("deployment", "model", "quantization", "gpu", "gpu_count", "engine", "time_scale"),
+        *("protocol", "concurrency", "rate_per_s", "input_len", "output_len"),
+    )
+)
+"""What tells one cell from another."""
+
+SUMMARISED = (
+    *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
+    *("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+)
+"""The columns of CELLS of which a summary has the median over the trials and its interval."""
+
+
+def _with_interval(name: str) -> list[Column]:
+    of = _OF_CELLS[name]
+    return [
+        Column(name, of.type, of.unit, "Median over the trials that are valid, else served"),
+        Column(f"{name}_low", of.type, of.unit, "Lower end of its 95% interval; null of one trial"),
+        Column(f"{name}_high", of.type, of.unit, "Upper end of it"),
+    ]
+
+
+SUMMARY = (
+    *SUMMARY_KEYS,
+    Column("trials", pa.int32(), "", "Trials of the cell"),
+    Column("trials_served", pa.int32(), "", "Those of them with the verdict ok"),
+    Column("trials_valid", pa.int32(), "", "Those that may be believed; 0: the figures may not"),
+    *(column for name in SUMMARISED for column in _with_interval(name)),
+)
+"""One row per cell."""
 
 
 def schema_of(columns: Iterable[Column], record: Mapping[str, Any] | None = None) -> pa.Schema:

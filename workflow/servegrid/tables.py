@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from servegrid import metrics, records, validity
 from servegrid.errors import RecordError
 from servegrid.grid import Trial, canonical
+from servegrid.records import Column
 from servegrid.validity import Evidence, certificate
 
 _LISTED = 10
@@ -72,10 +73,15 @@ def write_cells(cells: pd.DataFrame, parquet: Path, csv: Path) -> None:
     In the CSV an unknown value is an empty field, and a float has as many digits as it takes
     to read the same value back. Raises RecordError where a file cannot be written.
     """
-    schema = records.schema_of(records.CELLS)
-    table = pa.Table.from_pandas(cells, schema=schema, preserve_index=False)
-    records.write(table.replace_schema_metadata(None), parquet)
-    write_csv(cells, csv)
+    write(cells, records.CELLS, parquet, csv)
+
+
+def write(table: pd.DataFrame, columns: Iterable[Column], parquet: Path, csv: Path) -> None:
+    """Write a table of `columns` twice, as `write_cells` does."""
+    schema = records.schema_of(columns)
+    written = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
+    records.write(written.replace_schema_metadata(None), parquet)
+    write_csv(table, csv)
 
 
 def write_csv(table: pd.DataFrame, csv: Path) -> None:
@@ -87,6 +93,12 @@ def write_csv(table: pd.DataFrame, csv: Path) -> None:
 def read_cells(parquet: Path) -> pd.DataFrame:
     """The table that `write_cells` wrote."""
     return _frame(pq.read_table(parquet))
+
+
+def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
+    """`table` with the types of `columns`, in which integers can be unknown."""
+    schema = records.schema_of(columns)
+    return _frame(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:

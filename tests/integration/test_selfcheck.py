@@ -1,0 +1,95 @@
+"""The self-check: plausible where nothing is wrong, and able to fail where something is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from servegrid import selfcheck
+from servegrid.cores import shares
+from servegrid.selfcheck import self_check, told
+
+SHARES = shares(os.sched_getaffinity(0), 8, on_gpu=False)
+
+
+@pytest.mark.parametrize("unix", [False, True])
+def test_a_check_gives_the_distortion_and_leaves_nothing_behind(unix: bool, tmp_path: Path) -> None:
+    before = psutil.Process().children()
+    check = self_check(8, SHARES, tmp_path / "socket" if unix else None)
+    assert psutil.Process().children() == before
+    assert list(tmp_path.iterdir()) == []
+    json.dumps(check)
+    assert (check["streams"], check["requests"], check["lost"]) == (8, 8, 0)
+    assert check["token_events"] == 800
+    assert 0 <= check["arrival_error_s_p50"] <= check["arrival_error_s_p99"]
+    assert 0 < check["reading_s_p50"] < check["ttft_error_s_p50"] + 0.1
+    assert check["cpu_s_per_1000_events"] > 0
+    assert "at 8 streams" in told(check)
+
+
+def test_a_client_that_is_stopped_for_a_while_shows_it(tmp_path: Path) -> None:
+    """On a Unix socket, where the reader's clock must do."""
+    program = (
+        "import json, os, sys; from pathlib import Path;"
+        "from servegrid.cores import shares; from servegrid.selfcheck import self_check;"
+        "check = self_check(4, shares(os.sched_getaffinity(0), 4, False), Path(sys.argv[1]));"
+        "print(json.dumps(check))"
+    )
+    client = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "socket")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    stopping = threading.Event()
+
+    def interrupt() -> None:
+        while not stopping.wait(0.2):
+            client.send_signal(signal.SIGSTOP)
+            time.sleep(0.2)
+            client.send_signal(signal.SIGCONT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        check = json.loads(client.communicate(timeout=120)[0])
+    finally:
+        stopping.set()
+        thread.join()
+        client.kill()
+        client.wait()
+    # Stopped for half of the time, 0.2 s at once: of the arrivals at least the latest 1% bear it.
+    assert check["arrival_error_s_p99"] > 0.1
+
+
+def test_a_check_that_fails_is_told_and_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = replace(selfcheck.burst(4), input_len=7, requests=5)
+    monkeypatch.setattr(selfcheck, "burst", lambda streams: broken)
+    check = self_check(4, SHARES)
+    assert check["error"].startswith("requests 5: a burst load of concurrency 4 needs a multiple")
+    assert "no cell will be valid" in told(check)
+
+
+def test_the_server_ends_with_the_process_that_checks() -> None:
+    program = (
+        "import time; from servegrid.scripted.process import running;"
+        "from servegrid.scripted.script import Script\n"
+        "with running(Script()): print('up', flush=True); time.sleep(99)"
+    )
+    client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None
+    client.stdout.readline()
+    (server,) = psutil.Process(client.pid).children()
+    client.kill()
+    client.wait()
+    client.stdout.close()
+    server.wait(20)
