@@ -47,6 +47,7 @@ rule all:
     input:
         rules.gather.input,  # a record that has been deleted is missed
         rules.gather.output,
+        rules.summarise.output,
         rules.plot_overview.output,
         expand(
             rules.tabulate.output, deployment=[each.name for each in study.deployments]
@@ -54,5 +55,5 @@ rule all:
         expand(
             rules.plot.output,
             deployment=[each.name for each in study.deployments],
-            metric=["per_user", "total"],
+            figure=["per_user", "total", "latency"],
         ),

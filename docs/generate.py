@@ -20,6 +20,7 @@ from servegrid.verdict import VERDICTS
 ROOT = Path(__file__).parent.parent
 TABLES = {
     "cells": (records.CELLS, "`results/tables/cells.parquet` and `.csv`"),
+    "summary": (records.SUMMARY, "`results/tables/summary.parquet` and `.csv`"),
     "requests": (
         records.REQUESTS,
         "`results/cells/<deployment>/<cell>/trial-<k>/requests.parquet`",

@@ -107,15 +107,41 @@ def test_the_median_over_the_trials_that_were_served() -> None:
         + [row(8, 63, 3.0, trial=trial) for trial in (1, 2, 3, 4)]
     )
     text = markdown(frame)
-    assert (
-        "| Requests |   31 |  63 |\n| -------: | ---: | --: |\n|        8 | 2.0* | 3.0 |\n" in text
-    )
-    assert "per request, median of 4 trials." in text
+    # Logarithms of 1, 2 and 5: mean 0.7675, s 0.8073; ± 4.303 × 0.8073 / sqrt(3) = 2.0056.
+    assert "|        8 | 2.0 [0.29, 16.0]* | 3.0 [3.0, 3.0] |\n" in text
+    trials_told = "median of 4 trials [95% interval, Student's t on the logarithms]."
+    assert f"per request, {trials_told}" in text
     assert text.endswith(
         "\\*: not served in every trial (requests × prompt tokens):\n\n"
         "- 8 × 31: 1 of 4 trials, `timeout`, `stalled: 120 s`\n"
     )
     assert as_csv(article_tables(frame, "d")).endswith("\nburst,100,8,2.0,3.0\n")
+
+
+def test_the_figure_is_of_the_trials_that_may_be_believed() -> None:
+    doubt = {"valid": False, "invalid_reason": "preempted: 2 times"}
+    frame = cells([row(8, 31, 2.0), row(8, 31, 9.0, trial=2, **doubt)])
+    assert "|        8 | 2.0! |\n" in markdown(frame)
+
+
+def test_an_open_loop_has_rates_for_rows() -> None:
+    load = {"protocol": "poisson", "concurrency": None}
+    frame = cells(row(0, 31, 2.0) | load | {"rate_per_s": rate} for rate in (0.5, 2.0))
+    text = markdown(frame)
+    assert "rows are requests per second, columns prompt tokens" in text
+    assert "| Requests/s |  31 |\n" in text
+    assert "|        0.5 | 2.0 |\n|          2 | 2.0 |\n" in text
+    assert as_csv(article_tables(frame, "d")).endswith(
+        "\npoisson,100,0.5,2.0\npoisson,100,2.0,2.0\n"
+    )
+
+
+def test_a_load_without_steady_state_has_no_figure_and_its_reason() -> None:
+    doubt = {"valid": False, "invalid_reason": "no_steady_state: it grew", "verdict": "ok"}
+    text = markdown(cells([row(8, 31, None, protocol="steady", **doubt), row(16, 31, 4.0)]))
+    assert "|        8 | ?! |\n" in text
+    assert "`?`: served, but no figure can be given." in text
+    assert "- 8 × 31: `no_steady_state: it grew`" in text
 
 
 def test_what_may_not_be_believed_is_marked_with_the_reason() -> None:

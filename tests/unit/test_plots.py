@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from servegrid.plots import PER_USER, TOTAL, deployment_figure, overview_figure, save
+from servegrid.drawing import save
+from servegrid.plots import ITL, PER_USER, TOTAL, TTFT, deployment_figure, overview_figure
 
 
 def row(
@@ -80,23 +81,23 @@ def svg_texts(figure: Figure, folder: Path) -> list[str]:
 
 
 def test_lines_per_prompt_length_in_total_and_per_user() -> None:
-    total = panel(deployment_figure(cells(PLAIN), "d", TOTAL))
+    total = panel(deployment_figure(cells(PLAIN), "d", (TOTAL,)))
     assert drawn(total) == [[(1, 30), (2, 50), (4, 80)], [(1, 20)]]
-    per_user = panel(deployment_figure(cells(PLAIN), "d", PER_USER))
+    per_user = panel(deployment_figure(cells(PLAIN), "d", (PER_USER,)))
     assert drawn(per_user) == [[(1, 30), (2, 25), (4, 20)], [(1, 20)]]
 
 
 def test_what_was_not_served_is_a_cross_and_not_a_zero(tmp_path: Path) -> None:
-    figure = deployment_figure(cells(PLAIN), "d", TOTAL)
+    figure = deployment_figure(cells(PLAIN), "d", (TOTAL,))
     assert crosses(panel(figure)) == [2, 4]
     assert "not served" in svg_texts(figure, tmp_path)
-    served = deployment_figure(cells(PLAIN[:3]), "d", TOTAL)
+    served = deployment_figure(cells(PLAIN[:3]), "d", (TOTAL,))
     assert crosses(panel(served)) == []
     assert "not served" not in svg_texts(served, tmp_path)
 
 
 def test_the_axes_double_and_begin_at_zero() -> None:
-    axes = panel(deployment_figure(cells(PLAIN), "d", TOTAL))
+    axes = panel(deployment_figure(cells(PLAIN), "d", (TOTAL,)))
     assert axes.get_xscale() == "log"
     assert list(axes.get_xticks()) == [1, 2, 4]
     assert axes.get_ylim()[0] == 0
@@ -104,7 +105,7 @@ def test_the_axes_double_and_begin_at_zero() -> None:
 
 
 def test_words_are_in_the_svg_as_text(tmp_path: Path) -> None:
-    texts = svg_texts(deployment_figure(cells(PLAIN), "d", PER_USER), tmp_path)
+    texts = svg_texts(deployment_figure(cells(PLAIN), "d", (PER_USER,)), tmp_path)
     for words in (
         "m · awq · 2 × A100 40 GB · vLLM 0.32.0",
         "Burst, 100 output tokens per request. 1 trial.",
@@ -118,25 +119,26 @@ def test_words_are_in_the_svg_as_text(tmp_path: Path) -> None:
         assert words in texts
 
 
-def test_several_trials_are_their_median_with_whiskers_to_the_extremes(tmp_path: Path) -> None:
+def test_several_trials_are_their_median_in_its_interval(tmp_path: Path) -> None:
     trials = [row(4, 31, rate, trial=trial) for trial, rate in enumerate((10.0, 40.0, 20.0), 1)]
-    figure = deployment_figure(cells([*trials, row(8, 31, 30.0)]), "d", TOTAL)
+    figure = deployment_figure(cells([*trials, row(8, 31, 30.0)]), "d", (TOTAL,))
     axes = panel(figure)
     assert drawn(axes) == [[(4, 20), (8, 30)]]
     (whiskers,) = axes.containers[0].lines[2]
-    assert [segment.tolist() for segment in whiskers.get_segments()] == [
-        [[4, 10], [4, 40]],
-        [[8, 30], [8, 30]],
-    ]
+    # Logarithms to base 2 of 10, 20 and 40 are 1 apart, so that s is 1.
+    reach = 2 ** (4.303 / 3**0.5)
+    (bar, none) = (segment.tolist() for segment in whiskers.get_segments())
+    assert bar == [[4, pytest.approx(20 / reach)], [4, pytest.approx(20 * reach)]]
+    assert none == []  # one trial alone
     caption = (
         "Burst, 100 output tokens per request. "
-        "Median of 3 trials, whiskers from the lowest to the highest."
+        "Median of 3 trials, bars: 95% interval, Student's t on the logarithms."
     )
     assert caption in " ".join(svg_texts(figure, tmp_path))
 
 
 def test_a_cell_that_some_trials_served_is_drawn_from_these() -> None:
-    figure = deployment_figure(cells([row(4, 31, 10.0), row(4, 31, None, trial=2)]), "d", TOTAL)
+    figure = deployment_figure(cells([row(4, 31, 10.0), row(4, 31, None, trial=2)]), "d", (TOTAL,))
     assert drawn(panel(figure)) == [[(4, 10)]]
     assert crosses(panel(figure)) == []
 
@@ -144,7 +146,7 @@ def test_a_cell_that_some_trials_served_is_drawn_from_these() -> None:
 def test_what_may_not_be_believed_is_hollow_and_the_legend_says_so(tmp_path: Path) -> None:
     doubtful = [*PLAIN[:2], row(4, 31, 80.0, valid=False), *PLAIN[3:]]
     for figure in (
-        deployment_figure(cells(doubtful), "d", TOTAL),
+        deployment_figure(cells(doubtful), "d", (TOTAL,)),
         overview_figure(cells(doubtful)),
     ):
         hollow = [
@@ -154,13 +156,13 @@ def test_what_may_not_be_believed_is_hollow_and_the_legend_says_so(tmp_path: Pat
         ]
         assert [x for x, _ in hollow] == [4]
         assert "not valid" in " ".join(svg_texts(figure, tmp_path))
-    texts = svg_texts(deployment_figure(cells(PLAIN), "d", TOTAL), tmp_path)
+    texts = svg_texts(deployment_figure(cells(PLAIN), "d", (TOTAL,)), tmp_path)
     assert "not valid" not in texts
 
 
 def test_each_protocol_and_output_length_has_its_own_panel(tmp_path: Path) -> None:
     steady = [row(1, 31, 10.0, protocol="steady"), row(2, 31, 15.0, protocol="steady")]
-    figure = deployment_figure(cells([*PLAIN, *steady]), "d", TOTAL)
+    figure = deployment_figure(cells([*PLAIN, *steady]), "d", (TOTAL,))
     assert drawn(panel(figure, 0))[0] == [(1, 30), (2, 50), (4, 80)]
     assert drawn(panel(figure, 1))[0] == [(1, 10), (2, 15)]
     texts = svg_texts(figure, tmp_path)
@@ -170,7 +172,7 @@ def test_each_protocol_and_output_length_has_its_own_panel(tmp_path: Path) -> No
 
 def test_emulated_numbers_carry_a_mark(tmp_path: Path) -> None:
     emulated = cells(PLAIN).assign(engine="emulated", time_scale=1.0)
-    for figure in (deployment_figure(emulated, "d", TOTAL), overview_figure(emulated)):
+    for figure in (deployment_figure(emulated, "d", (TOTAL,)), overview_figure(emulated)):
         texts = svg_texts(figure, tmp_path)
         assert "EMULATED" in texts
         assert "Emulated: no hardware was measured for it." in " ".join(texts)
@@ -188,14 +190,14 @@ DEGENERATE = {
 @pytest.mark.parametrize("case", DEGENERATE)
 def test_every_study_has_its_figures(case: str, tmp_path: Path) -> None:
     frame = cells(DEGENERATE[case])
-    save(deployment_figure(frame, "d", PER_USER), tmp_path / "d.svg", tmp_path / "d.png")
+    save(deployment_figure(frame, "d", (PER_USER,)), tmp_path / "d.svg", tmp_path / "d.png")
     save(overview_figure(frame), tmp_path / "o.svg", tmp_path / "o.png")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["d.png", "d.svg", "o.png", "o.svg"]
 
 
 def test_tick_labels_give_way_to_each_other_and_the_largest_stays() -> None:
     levels = range(1, 65)
-    figure = deployment_figure(cells(row(n, 31, 10.0) for n in levels), "d", TOTAL)
+    figure = deployment_figure(cells(row(n, 31, 10.0) for n in levels), "d", (TOTAL,))
     axes = panel(figure)
     assert list(axes.get_xticks()) == list(levels)
     labels = [label.get_text() for label in axes.get_xticklabels() if label.get_text()]
@@ -205,7 +207,7 @@ def test_tick_labels_give_way_to_each_other_and_the_largest_stays() -> None:
 
 
 def test_a_png_has_150_dots_per_inch(tmp_path: Path) -> None:
-    figure = deployment_figure(cells(PLAIN), "d", TOTAL)
+    figure = deployment_figure(cells(PLAIN), "d", (TOTAL,))
     save(figure, tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         picture.load()
@@ -216,7 +218,7 @@ def test_a_png_has_150_dots_per_inch(tmp_path: Path) -> None:
 
 def test_the_same_cells_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        save(deployment_figure(cells(PLAIN), "d", TOTAL), tmp_path / f"{name}.svg")
+        save(deployment_figure(cells(PLAIN), "d", (TOTAL,)), tmp_path / f"{name}.svg")
         save(overview_figure(cells(PLAIN)), tmp_path / f"{name}-overview.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     first, second = (tmp_path / f"{name}-overview.svg" for name in ("a", "b"))
@@ -299,3 +301,45 @@ def test_the_looks_of_twenty_deployments_differ() -> None:
     rows = [row(1, 31, 10.0, deployment=f"d{k}") for k in range(20)]
     lines = [container.lines[0] for container in panel(overview_figure(cells(rows))).containers]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 20
+
+
+LATENCY = (TTFT, ITL)
+
+
+def latencies(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    names = [name for metric in LATENCY for name in (metric.column, metric.beyond) if name]
+    given = cells(rows)
+    return given.reindex(columns=[*dict.fromkeys([*given.columns, *names])]).astype(
+        dict.fromkeys(names, "float64")
+    )
+
+
+def test_latencies_have_a_panel_each_and_a_dotted_line_beyond(tmp_path: Path) -> None:
+    known = {"ttft_s_p50": 0.2, "itl_s_p50": 0.02, "itl_s_p99": 0.05}
+    figure = deployment_figure(latencies([row(1, 31, 30.0, **known)]), "d", LATENCY)
+    ttft, itl = figure.axes
+    assert (drawn(ttft), drawn(itl)) == ([[(1, 0.2)]], [[(1, 0.02)]])
+    assert ttft.get_ylabel() == "time to first token, s"
+    dotted = [line for line in itl.lines if line.get_linestyle() == ":"]
+    assert [np.asarray(line.get_ydata()).tolist() for line in dotted] == [[0.05]]
+    assert "dotted: their 99th percentile." in " ".join(svg_texts(figure, tmp_path))
+
+
+def test_an_open_loop_is_drawn_over_its_rate() -> None:
+    load = {"protocol": "poisson", "concurrency": None, "output_tokens_per_s_per_user": None}
+    rows = [row(1, 31, 30.0 * rate) | load | {"rate_per_s": rate} for rate in (0.5, 2.0)]
+    axes = panel(deployment_figure(cells(rows), "d", (TOTAL,)))
+    assert drawn(axes) == [[(0.5, 15), (2, 60)]]
+    assert axes.get_xlabel() == "requests per second"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.5", "2"]
+    (alone,) = overview_figure(cells(rows)).axes
+    assert alone.get_ylabel() == "tokens/s in total"
+
+
+def test_a_load_without_steady_state_is_no_cross() -> None:
+    served = {"verdict": "ok", "valid": False}
+    axes = panel(
+        deployment_figure(cells([row(1, 31, 30.0), row(2, 31, None) | served]), "d", (TOTAL,))
+    )
+    assert drawn(axes) == [[(1, 30)]]
+    assert crosses(axes) == []

@@ -1,5 +1,6 @@
 localrules:
     gather,
+    summarise,
     tabulate,
     plot,
     plot_overview,
@@ -12,7 +13,8 @@ rule gather:
             trial=[trial.id for trial in study.measured],
             part=["requests", "telemetry"],
         ),
-        modules("energy", "metrics", "records", "stationarity", "tables", "validity"),
+        modules("counters", "energy", "fidelity", "metrics", "records"),
+        modules("serverside", "stationarity", "tables", "validity"),
     output:
         parquet="results/tables/cells.parquet",
         csv=report(
@@ -32,9 +34,29 @@ rule gather:
         "../scripts/gather.py"
 
 
+rule summarise:
+    input:
+        modules("intervals", "records", "summary", "tables"),
+        cells=rules.gather.output.parquet,
+    output:
+        parquet="results/tables/summary.parquet",
+        csv=report(
+            "results/tables/summary.csv",
+            "../report/summary.rst",
+            category="Tables",
+            labels={"table": "all cells over their trials", "format": "CSV"},
+        ),
+    log:
+        "results/logs/summarise.log",
+    conda:
+        "../envs/cpu.yaml"
+    script:
+        "../scripts/summarise.py"
+
+
 rule tabulate:
     input:
-        modules("article", "labels"),
+        modules("article", "intervals", "labels", "summary"),
         cells=rules.gather.output.parquet,
     output:
         markdown=report(
@@ -54,21 +76,21 @@ rule tabulate:
 
 rule plot:
     input:
-        modules("plots", "labels"),
+        modules("drawing", "intervals", "labels", "plots", "summary"),
         cells=rules.gather.output.parquet,
     output:
         report(
-            "results/plots/{deployment}.{metric}.svg",
+            "results/plots/{deployment}.{figure}.svg",
             "../report/figure.rst",
             category="Figures",
             subcategory="{deployment}",
-            labels={"figure": "{metric}"},
+            labels={"figure": "{figure}"},
         ),
-        "results/plots/{deployment}.{metric}.png",
+        "results/plots/{deployment}.{figure}.png",
     log:
-        "results/logs/plot/{deployment}.{metric}.log",
+        "results/logs/plot/{deployment}.{figure}.log",
     wildcard_constraints:
-        metric="per_user|total",
+        figure="per_user|total|latency",
     conda:
         "../envs/cpu.yaml"
     script:
@@ -77,7 +99,7 @@ rule plot:
 
 rule plot_overview:
     input:
-        modules("plots", "labels"),
+        modules("drawing", "intervals", "labels", "plots", "summary"),
         cells=rules.gather.output.parquet,
     output:
         report(

@@ -1,11 +1,12 @@
 from pathlib import Path
 
-from servegrid.plots import PER_USER, TOTAL, deployment_figure, save
+from servegrid.drawing import save
+from servegrid.plots import FIGURES, deployment_figure
 from servegrid.script import logged
 from servegrid.tables import read_cells
 
 with logged(snakemake.log[0]):
-    metric = {"per_user": PER_USER, "total": TOTAL}[snakemake.wildcards.metric]
     cells = read_cells(Path(snakemake.input.cells))
-    figure = deployment_figure(cells, snakemake.wildcards.deployment, metric)
+    metrics = FIGURES[snakemake.wildcards.figure]
+    figure = deployment_figure(cells, snakemake.wildcards.deployment, metrics)
     save(figure, *map(Path, snakemake.output))

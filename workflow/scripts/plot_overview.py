@@ -1,6 +1,7 @@
 from pathlib import Path
 
-from servegrid.plots import overview_figure, save
+from servegrid.drawing import save
+from servegrid.plots import overview_figure
 from servegrid.script import logged
 from servegrid.tables import read_cells
 

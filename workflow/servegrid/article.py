@@ -2,7 +2,8 @@
 
 The shape is that of "Deploying Open-Source Large Language Models: A Performance Analysis"
 (Bendi-Ouis, Dutarte, Hinaut, 2024): a row per number of concurrent requests, a column per
-number of prompt tokens, `-` where the cell was not served.
+number of prompt tokens, `-` where the cell was not served. Of several trials the median is shown
+with its 95% interval; rates take the place of concurrent requests where a load has one.
 """
 
 from __future__ import annotations
@@ -12,34 +13,49 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from servegrid import records
-from servegrid.labels import PROTOCOLS, counted, deployment_title, doubtful, emulation_notes
+from servegrid.labels import (
+    INTERVAL_TITLE,
+    PROTOCOLS,
+    axis_title,
+    counted,
+    deployment_title,
+    doubtful,
+    emulation_notes,
+    with_intensity,
+)
+from servegrid.summary import median
 from servegrid.verdict import OK
 
 NOT_SERVED = "-"
 NOT_IN_STUDY = ""
+NO_FIGURE = "?"
+"""Of a load that was served and has no steady state."""
 
-Cell = tuple[int, int]
-"""Concurrent requests and prompt tokens."""
+Cell = tuple[Any, int]
+"""Concurrent requests, or requests per second, and prompt tokens."""
 
 
 @dataclass(frozen=True)
 class ArticleTable:
     """One deployment under one protocol and output length.
 
-    `seconds` is indexed by concurrent requests, with a column per number of prompt tokens; its
-    entries are text: a number, NOT_SERVED or NOT_IN_STUDY. `failures` says, in Markdown, why the
-    trials that failed were not served, for each cell that has any; `doubts`, why those that were
-    served may not be believed.
+    `seconds` is indexed by concurrent requests or by rates, with a column per number of prompt
+    tokens; its entries are text: a number or one of the signs above. `intervals` has the ends of
+    the interval around those that have one. `failures` says, in Markdown, why the trials that
+    failed were not served, for each cell that has any; `doubts`, why those that were served may
+    not be believed.
     """
 
     protocol: str
     output_len: int
     trials: int
     seconds: pd.DataFrame
+    intervals: dict[Cell, str]
     failures: dict[Cell, str]
     doubts: dict[Cell, str]
 
@@ -53,7 +69,9 @@ def article_tables(cells: pd.DataFrame, deployment: str) -> list[ArticleTable]:
     own = cells[cells["deployment"] == deployment]
     loads = own[["protocol", "output_len"]].drop_duplicates()
     return [
-        _table(own[(own["protocol"] == protocol) & (own["output_len"] == output_len)])
+        _table(
+            with_intensity(own[(own["protocol"] == protocol) & (own["output_len"] == output_len)])
+        )
         for protocol, output_len in loads.itertuples(index=False)
     ]
 
@@ -66,7 +84,8 @@ def as_markdown(title: str, tables: Sequence[ArticleTable], notes: Sequence[str]
             tokens = counted(table.output_len, "output token")
             blocks.append(f"## {table.protocol.capitalize()}, {tokens}")
         blocks += [
-            "Seconds per 100 tokens; rows are concurrent requests, columns prompt tokens.",
+            f"Seconds per 100 tokens; rows are {axis_title(table.protocol)}, columns prompt "
+            "tokens.",
             _grid(table),
             _load_note(table),
             *_gap_notes(table),
@@ -112,16 +131,24 @@ def number(seconds: float) -> str:
 
 
 def _table(rows: pd.DataFrame) -> ArticleTable:
-    requests = sorted(rows["concurrency"].unique())
+    requests = sorted(rows["intensity"].unique())
+    if rows.iloc[0]["protocol"] != "poisson":
+        requests = [int(each) for each in requests]
     lengths = sorted(rows["input_len"].unique())
     seconds = pd.DataFrame(NOT_IN_STUDY, index=requests, columns=lengths)
+    intervals: dict[Cell, str] = {}
     failures: dict[Cell, str] = {}
     doubts: dict[Cell, str] = {}
     for cell in itertools.product(requests, lengths):
-        trials = rows[(rows["concurrency"] == cell[0]) & (rows["input_len"] == cell[1])]
-        served = trials.loc[trials["verdict"] == OK, "seconds_per_100_tokens"]
+        trials = rows[(rows["intensity"] == cell[0]) & (rows["input_len"] == cell[1])]
+        served = trials[trials["verdict"] == OK]
         if not trials.empty:
-            seconds.loc[cell] = NOT_SERVED if served.empty else number(served.median())
+            seconds.loc[cell] = NOT_SERVED if served.empty else NO_FIGURE
+        value, around = median(trials, "seconds_per_100_tokens")
+        if value is not None:
+            seconds.loc[cell] = number(value)
+        if around is not None:
+            intervals[cell] = "[{}, {}]".format(*map(number, around))
         if len(served) < len(trials):
             failures[cell] = _failure(trials)
         if doubtful(trials).any():
@@ -134,6 +161,7 @@ def _table(rows: pd.DataFrame) -> ArticleTable:
         output_len=int(first["output_len"]),
         trials=rows["trial"].nunique(),
         seconds=seconds,
+        intervals=intervals,
         failures=failures,
         doubts=doubts,
     )
@@ -156,12 +184,15 @@ def _quoted(text: str) -> str:
 
 def _grid(table: ArticleTable) -> str:
     lengths = [int(length) for length in table.seconds.columns]
-    lines = [["Requests", *map(str, lengths)]]
+    lines = [["Requests/s" if table.protocol == "poisson" else "Requests", *map(str, lengths)]]
     for requests in table.seconds.index.tolist():
         cells = [(requests, length) for length in lengths]
         marks = ["*" * _partly_served(table, cell) + "!" * (cell in table.doubts) for cell in cells]
-        texts = [table.seconds.loc[cell] for cell in cells]
-        lines.append([str(requests), *map("".join, zip(texts, marks, strict=True))])
+        texts = [
+            " ".join(filter(None, [str(table.seconds.loc[cell]), table.intervals.get(cell)]))
+            for cell in cells
+        ]
+        lines.append([f"{requests:g}", *map("".join, zip(texts, marks, strict=True))])
     widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)
@@ -172,7 +203,9 @@ def _partly_served(table: ArticleTable, cell: Cell) -> bool:
 
 
 def _load_note(table: ArticleTable) -> str:
-    trials = f", median of {table.trials} trials" if table.trials > 1 else ", 1 trial"
+    trials = ", 1 trial"
+    if table.trials > 1:
+        trials = f", median of {table.trials} trials [{INTERVAL_TITLE}]"
     protocol = f"{table.protocol.capitalize()} ({PROTOCOLS[table.protocol]})"
     return f"{protocol}, {counted(table.output_len, 'output token')} per request{trials}."
 
@@ -181,6 +214,8 @@ def _gap_notes(table: ArticleTable) -> list[str]:
     notes = []
     if (table.seconds == NOT_IN_STUDY).to_numpy().any():
         notes.append("Empty: not part of the study.")
+    if (table.seconds == NO_FIGURE).to_numpy().any():
+        notes.append("`?`: served, but no figure can be given.")
     partly = {
         cell: reason for cell, reason in table.failures.items() if _partly_served(table, cell)
     }
@@ -192,7 +227,7 @@ def _gap_notes(table: ArticleTable) -> list[str]:
     }.items():
         by_reason: dict[str, list[str]] = {}
         for (concurrency, length), reason in reasons.items():
-            by_reason.setdefault(reason, []).append(f"{concurrency} × {length}")
+            by_reason.setdefault(reason, []).append(f"{concurrency:g} × {length}")
         if by_reason:
             lines = [f"- {', '.join(where)}: {reason}" for reason, where in by_reason.items()]
             notes.append(f"{mark} (requests × prompt tokens):\n\n" + "\n".join(lines))

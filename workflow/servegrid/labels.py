@@ -13,6 +13,7 @@ EMULATED = "emulated"
 PROTOCOLS = {
     "burst": "all requests sent at once, time until the last has finished",
     "steady": "every user sends again as soon as the answer is complete",
+    "poisson": "requests come at random times, at a given rate",
 }
 """What each protocol does, in words."""
 
@@ -63,6 +64,22 @@ def emulation_notes(cells: pd.DataFrame) -> list[str]:
     scales = sorted(cells["time_scale"].dropna().unique())
     scaled = "" if scales == [1.0] else f" at {' and '.join(f'{each:g}' for each in scales)} × time"
     return [f"{mark.capitalize()}{scaled}: no hardware was measured for it."]
+
+
+INTERVAL_TITLE = "95% interval, Student's t on the logarithms"
+
+
+def axis_title(protocol: str) -> str:
+    """What the intensity of a load counts: `concurrent requests`, or `requests per second`."""
+    return "requests per second" if protocol == "poisson" else "concurrent requests"
+
+
+def with_intensity(cells: pd.DataFrame) -> pd.DataFrame:
+    """`cells` with the column `intensity`: the concurrency, or the rate of an open loop."""
+    intensity = cells["concurrency"].astype("Float64")
+    if "rate_per_s" in cells:
+        intensity = intensity.fillna(cells["rate_per_s"])
+    return cells.assign(intensity=intensity.astype(float))
 
 
 def doubtful(cells: pd.DataFrame) -> pd.Series[bool]:

@@ -1,0 +1,83 @@
+"""One row per cell over its trials."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from servegrid import records, summary
+from servegrid.summary import summarise
+from servegrid.tables import typed
+
+KEYS = {
+    "deployment": "d",
+    "model": "m",
+    "quantization": "q",
+    "gpu": "cpu",
+    "gpu_count": 0,
+    "engine": "vllm",
+    "protocol": "steady",
+    "concurrency": 8,
+    "input_len": 31,
+    "output_len": 100,
+}
+
+
+def cells(*rows: dict[str, Any]) -> pd.DataFrame:
+    given = pd.DataFrame(
+        [KEYS | {"trial": n, "verdict": "ok", "valid": True} | row for n, row in enumerate(rows)],
+        columns=[column.name for column in records.CELLS],
+    )
+    return typed(given, records.CELLS)
+
+
+def test_the_median_of_the_valid_trials_and_its_interval() -> None:
+    table = summarise(
+        cells(
+            {"output_tokens_per_s": 10.0, "ttft_s_p50": 0.2},
+            {"output_tokens_per_s": 1000.0, "ttft_s_p50": 0.3, "valid": False},
+            {"output_tokens_per_s": 12.1},
+            {"verdict": "timeout", "valid": None},
+        )
+    )
+    (row,) = table.to_dict("records")
+    assert (row["trials"], row["trials_served"], row["trials_valid"]) == (4, 3, 2)
+    assert row["output_tokens_per_s"] == pytest.approx(11.05)
+    # Geometric mean 11; s of the logarithms is ln(1.21) / sqrt(2), and t is 12.706.
+    assert row["output_tokens_per_s_low"] == pytest.approx(11 / 1.1**12.706, rel=1e-6)
+    assert row["output_tokens_per_s_high"] == pytest.approx(11 * 1.1**12.706, rel=1e-6)
+    assert row["ttft_s_p50"] == 0.2
+    assert pd.isna(row["ttft_s_p50_low"])
+    assert pd.isna(row["e2el_s_p50"])
+
+
+def test_where_no_trial_is_valid_the_served_ones_are_shown_and_counted_as_such() -> None:
+    (row,) = summarise(cells({"output_tokens_per_s": 5.0, "valid": False})).to_dict("records")
+    assert (row["trials_served"], row["trials_valid"]) == (1, 0)
+    assert row["output_tokens_per_s"] == 5.0
+
+
+def test_a_row_per_cell_in_study_order_also_at_a_rate() -> None:
+    table = summarise(
+        cells(
+            {"concurrency": 8},
+            {"concurrency": 2},
+            {"concurrency": None, "rate_per_s": 1.5, "protocol": "poisson"},
+            {"concurrency": 8},
+        )
+    )
+    assert table["concurrency"].tolist()[:2] == [8, 2]
+    assert pd.isna(table["concurrency"][2])
+    assert table["rate_per_s"][2] == 1.5
+    assert table["trials"].tolist() == [2, 1, 1]
+
+
+def test_it_is_written_with_its_units(tmp_path: Path) -> None:
+    table = summarise(cells({"output_tokens_per_s": 5.0}))
+    summary.write(table, tmp_path / "s.parquet", tmp_path / "s.csv")
+    schema = pq.read_schema(tmp_path / "s.parquet")
+    assert schema.equals(records.schema_of(records.SUMMARY), check_metadata=True)
+    header = (tmp_path / "s.csv").read_text().split("\n")[0]
+    assert header == ",".join(column.name for column in records.SUMMARY)
