@@ -33,10 +33,10 @@ def main() -> None:
     options = parser.parse_args()
     start = median(seconds_of("-m", "snakemake", "--version") for _ in range(3))
     one = REHEARSAL | {"deployments": REHEARSAL["deployments"][:1]}
-    print("one deployment alone, 56 cells:")
+    print("one deployment alone, 56 cells and 3 sentinels:")
     report(*rehearsed(one, allocations=1), start)
     if not options.quick:
-        print("\nall seven at once, 392 cells:")
+        print("\nall seven at once, 392 cells and 21 sentinels:")
         report(*rehearsed(REHEARSAL, allocations=7), start)
 
 
@@ -69,7 +69,7 @@ def report(took: float, accounts: list[Account], start: float) -> None:
     lost = allocated - at_work
     scale = REHEARSAL["deployments"][0]["arguments"]["time_scale"]
     for what, value in {
-        "whole run": f"{took:.0f} s for {cells} cells",
+        "whole run": f"{took:.0f} s for {cells} of them",
         "gap between two cells' loads": f"{median(gaps):.2f} s median, "
         f"{quantiles(gaps, n=10)[-1]:.2f} s p90; {median(gaps) / start:.2f} × the time that "
         f"`snakemake --version` takes here ({start:.2f} s)",

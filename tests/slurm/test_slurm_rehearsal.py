@@ -1,8 +1,8 @@
 """The article's study rehearsed through a real Slurm with the profile of PlaFRIM, undisturbed and
 with everything that a cluster does to it: nothing finished is measured twice, nothing is missing.
 
-By default with a few cells of each deployment; `--full` takes all 392. Each scenario prints a
-report (`-s` shows it).
+By default with a few cells of each deployment; `--full` takes all 392 and their sentinels. Each
+scenario prints a report (`-s` shows it).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from slurm.conftest import Workspace
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 900.0
+ALL = 392 + 7 * 3
+"""The article's cells, and three sentinels for each of its deployments."""
 
 
 class Rehearsal:
@@ -37,7 +39,7 @@ class Rehearsal:
         if not full:
             study["include"] = [{"concurrency": [1, 8, 32], "input_len": [31, 21]}]
         (work.folder / "study.yaml").write_text(yaml.safe_dump(study))
-        self.cells = 392 if full else 21
+        self.cells = ALL if full else 21
         kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
         work.kinds(**kinds)
 
@@ -184,7 +186,7 @@ def test_preemption_in_the_middle(rehearsal: Rehearsal) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_a_time_limit_that_is_too_short(rehearsal: Rehearsal) -> None:
-    full = rehearsal.cells == 392
+    full = rehearsal.cells == ALL
     limit = ("--set-resources", f"measure:runtime={2 if full else 1}")
     seconds = timed(lambda: rehearsal.end(rehearsal.start(*limit)))
     counts = rehearsal.report("2 minutes of walltime" if full else "1 minute of walltime", seconds)

@@ -1,0 +1,111 @@
+"""Cells measured on a server that breaks a rule on purpose, and on one that breaks none.
+
+What no server can break, such as the client's own lateness, is in tests/unit/test_validity.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripted import Script, serving
+from servegrid import records, server, telemetry
+from servegrid.grid import Deployment, Load, Trial
+from servegrid.load import measure
+from servegrid.telemetry import Sampler
+from servegrid.validity import Evidence, certificate
+from servegrid.verdict import verdict_of
+
+BURST = Load("burst", 4, 9, 5, 8, stall_s=20)
+STEADY = Load("steady", 2, 9, 5, 80, stall_s=20)
+SLOW = Script(ttft_s=0.1, itl_s=0.02)
+# What the self-check finds is tested where it is made: here the machine may be busy otherwise.
+TRUE_CLIENT = {"arrival_error_s_p99": 0.0, "itl_error_s_p99": 0.0, "cpu_s_per_1000_events": 0.01}
+DEPLOYMENT = Deployment("d", "m", "c", "c", "fp16", "vllm", "cpu", 0, 64, 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load on a scripted server, and what the engine's facts say beside it."""
+
+    reason: str | None
+    script: Script = SLOW
+    load: Load = BURST
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "nothing, a burst": Case(None),
+    "nothing, a steady load": Case(None, load=STEADY),
+    "nothing, and the cache that the study asks for": Case(
+        None,
+        script=replace(SLOW, counters=(("vllm:prefix_cache_hits_total", 8.0),)),
+        engine={"prefix_caching": True},
+    ),
+    "prompts from a cache": Case(
+        "prefix_cache: 64 tokens came from it",
+        script=replace(SLOW, counters=(("vllm:prefix_cache_hits_total", 8.0),)),
+    ),
+    "preemptions": Case(
+        "preempted: 8 times, for want of KV cache",
+        script=replace(SLOW, counters=(("vllm:num_preemptions_total", 1.0),)),
+    ),
+    "fewer seats than requests": Case(
+        "queued: max_num_seqs 3 is less than concurrency 4", engine={"max_num_seqs": 3}
+    ),
+    "requests that wait in the server": Case(
+        "queued: 1.0 of 2 requests waited in the server on average",
+        script=replace(SLOW, gauges=(("vllm:num_requests_waiting", 1.0),)),
+        load=STEADY,
+    ),
+    "a server that gets slower and slower": Case(
+        "no_steady_state: the latency", script=replace(SLOW, slower_s=0.008), load=STEADY
+    ),
+}
+
+
+def measured(case: Case, folder: Path) -> Evidence:
+    """The case's load through the real client, sampler and counters."""
+    samples = folder / "telemetry.jsonl"
+    with serving(case.script) as up, Sampler([up.process.pid], samples, up.endpoint):
+        counters = server.counters_of(up.endpoint)
+        measurement = measure(up.endpoint, case.load, None, "cell", counters)
+        rows = telemetry.slice(samples, 0, *measurement.facts["window_ns"])
+    verdict, reason = verdict_of(measurement.errors, engine_alive=True)
+    record = {
+        "spec": Trial(DEPLOYMENT, case.load, 1).spec,
+        "verdict": verdict,
+        "reason": reason,
+        "client": measurement.facts,
+        "engine": {"max_num_seqs": 4, "prefix_caching": False, **case.engine},
+        "self_check": TRUE_CLIENT,
+        "metrics_before": measurement.counters_before,
+        "metrics_after": measurement.counters_after,
+    }
+    return Evidence(record, measurement.requests, records.table_of(records.TELEMETRY, rows))
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_a_cell_is_marked_with_what_was_broken_and_with_nothing_else(
+    what: str, tmp_path: Path
+) -> None:
+    case = CASES[what]
+    valid, reason = certificate(measured(case, tmp_path))
+    if case.reason is None:
+        assert (valid, reason) == (True, None)
+    else:
+        assert valid is False
+        assert reason is not None and reason.startswith(case.reason)
+        assert ";" not in reason
+
+
+def test_a_server_with_other_tokens_than_asked_has_a_verdict_and_no_certificate(
+    tmp_path: Path,
+) -> None:
+    evidence = measured(Case(None, script=Script(fault="fewer_tokens")), tmp_path)
+    assert evidence.record["verdict"] == "wrong_tokens"
+    assert certificate(evidence) == (None, None)
