@@ -24,7 +24,13 @@ BURST = Load("burst", 4, 9, 5, 8, stall_s=20)
 STEADY = Load("steady", 2, 9, 5, 80, stall_s=20)
 SLOW = Script(ttft_s=0.1, itl_s=0.02)
 # What the self-check finds is tested where it is made: here the machine may be busy otherwise.
-TRUE_CLIENT = {"arrival_error_s_p99": 0.0, "itl_error_s_p99": 0.0, "cpu_s_per_1000_events": 0.01}
+TRUE_CLIENT = {
+    "requests": 1,
+    "lost": 0,
+    "arrival_error_s_p99": 0.0,
+    "itl_error_s_p99": 0.0,
+    "cpu_s_per_1000_events": 0.01,
+}
 DEPLOYMENT = Deployment("d", "m", "c", "c", "fp16", "vllm", "cpu", 0, 64, 4)
 
 
