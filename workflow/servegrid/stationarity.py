@@ -21,6 +21,8 @@ BATCH = 5
 """Requests whose mean is one value of the series, as in MSER-5."""
 LEAST = 20
 """Requests without which nothing can be said."""
+SLIGHT = 0.01
+"""By which share a transient may shift the mean before it is worth cutting."""
 DRIFT = 0.10
 """By which share the second half's mean latency may differ from the first half's."""
 STANDARD_ERRORS = 2.0
@@ -55,9 +57,10 @@ def window_of(requests: pa.Table, load: Load) -> Window | str:
     the first answer to each user of a closed loop, who all began at once, and after the start
     transient of the end-to-end latencies in the order of their ends. That is what MSER-5 cuts: so
     many batch means x[0..d) that the sum of (x - mean)² over the n - d others, divided by
-    (n - d)², is least (White, Cobb and Spratt, 2000). Where that would be more than half, or where
-    the means of the two halves of the rest differ by more than DRIFT and STANDARD_ERRORS, there is
-    no steady state.
+    (n - d)², is least (White, Cobb and Spratt, 2000), or less where that shifts the mean by no more
+    than SLIGHT: of latencies that are all but alike, the least is anywhere. Where it would be more
+    than half, or where the means of the two halves of the rest differ by more than DRIFT and
+    STANDARD_ERRORS, there is no steady state.
     """
     served = requests.filter(pc.is_null(requests["error"]))
     begun = pc.drop_null(requests["scheduled_ns"]).to_numpy()
@@ -87,13 +90,16 @@ def window_of(requests: pa.Table, load: Load) -> Window | str:
 
 
 def _transient(latencies: _Floats) -> int:
-    """How many values to cut, by MSER-5."""
+    """How many values to cut: the fewest batches whose going does what MSER-5's cut does."""
     batches = latencies[: len(latencies) // BATCH * BATCH].reshape(-1, BATCH).mean(axis=1)
     count = len(batches)
     # The last few batches alone would vary little by chance.
     candidates = range(max(count - BATCH, 1))
     errors = [batches[cut:].var() / (count - cut) for cut in candidates]
-    return BATCH * int(np.argmin(errors))
+    longest = int(np.argmin(errors))
+    settled = batches[longest:].mean()
+    shifts = (abs(batches[cut:].mean() - settled) for cut in candidates)
+    return BATCH * next(cut for cut, shift in enumerate(shifts) if shift <= SLIGHT * settled)
 
 
 def _drift(latencies: _Floats) -> str | None:
