@@ -23,6 +23,7 @@ def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -
         "engine_version": "0.32.0",
         "protocol": "burst",
         "concurrency": concurrency,
+        "rate_per_s": None,
         "input_len": input_len,
         "output_len": 100,
         "trial": 1,
@@ -37,7 +38,8 @@ def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -
 
 def cells(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
-    return frame.astype({"reason": "str", "seconds_per_100_tokens": "float64"})
+    numbers = dict.fromkeys(("rate_per_s", "seconds_per_100_tokens"), "float64")
+    return frame.astype({"reason": "str"} | numbers)
 
 
 PLAIN = cells(
@@ -112,7 +114,7 @@ def test_the_median_over_the_trials_that_were_served() -> None:
     trials_told = "median of 4 trials [95% interval, Student's t on the logarithms]."
     assert f"per request, {trials_told}" in text
     assert text.endswith(
-        "\\*: not served in every trial (requests × prompt tokens):\n\n"
+        "\\*: without the trials that were not served or not valid (requests × prompt tokens):\n\n"
         "- 8 × 31: 1 of 4 trials, `timeout`, `stalled: 120 s`\n"
     )
     assert as_csv(article_tables(frame, "d")).endswith("\nburst,100,8,2.0,3.0\n")
@@ -120,8 +122,15 @@ def test_the_median_over_the_trials_that_were_served() -> None:
 
 def test_the_figure_is_of_the_trials_that_may_be_believed() -> None:
     doubt = {"valid": False, "invalid_reason": "preempted: 2 times"}
-    frame = cells([row(8, 31, 2.0), row(8, 31, 9.0, trial=2, **doubt)])
-    assert "|        8 | 2.0! |\n" in markdown(frame)
+    text = markdown(cells([row(8, 31, 2.0), row(8, 31, 9.0, trial=2, **doubt)]))
+    assert "|        8 | 2.0* |\n" in text
+    assert text.endswith("- 8 × 31: 1 of 2 trials, `preempted`, `2 times`\n")
+    neither = [row(8, 31, 2.0, **doubt), row(8, 31, 4.0, trial=2, **doubt)]
+    text = markdown(cells([*neither, row(8, 31, None, trial=3)]))
+    # Logarithms to base 2 are 1 and 2, so that the interval is 1.5 ± 12.706 / 2.
+    assert "|        8 | 3.0 [0.035, 231.2]*! |\n" in text
+    assert "\n\n- 8 × 31: 1 of 3 trials, `timeout`, `stalled: 120 s`\n\n!: not valid" in text
+    assert text.endswith("- 8 × 31: 2 of 3 trials, `preempted`, `2 times`\n")
 
 
 def test_an_open_loop_has_rates_for_rows() -> None:
@@ -131,8 +140,14 @@ def test_an_open_loop_has_rates_for_rows() -> None:
     assert "rows are requests per second, columns prompt tokens" in text
     assert "| Requests/s |  31 |\n" in text
     assert "|        0.5 | 2.0 |\n|          2 | 2.0 |\n" in text
-    assert as_csv(article_tables(frame, "d")).endswith(
-        "\npoisson,100,0.5,2.0\npoisson,100,2.0,2.0\n"
+    assert as_csv(article_tables(frame, "d")).endswith("\npoisson,100,0.5,2.0\npoisson,100,2,2.0\n")
+
+
+def test_rates_beside_a_burst_leave_its_requests_whole_numbers() -> None:
+    rate = {"protocol": "poisson", "concurrency": None, "rate_per_s": 0.5}
+    frame = cells([row(8, 31, 1.0), row(8, 63, 3.0), row(0, 31, 2.0) | rate])
+    assert as_csv(article_tables(frame, "d")) == (
+        "protocol,output_len,requests,31,63\nburst,100,8,1.0,3.0\npoisson,100,0.5,2.0,\n"
     )
 
 
@@ -141,7 +156,7 @@ def test_a_load_without_steady_state_has_no_figure_and_its_reason() -> None:
     text = markdown(cells([row(8, 31, None, protocol="steady", **doubt), row(16, 31, 4.0)]))
     assert "|        8 | ?! |\n" in text
     assert "`?`: served, but no figure can be given." in text
-    assert "- 8 × 31: `no_steady_state: it grew`" in text
+    assert "- 8 × 31: `no_steady_state`, `it grew`" in text
 
 
 def test_what_may_not_be_believed_is_marked_with_the_reason() -> None:
@@ -150,7 +165,7 @@ def test_what_may_not_be_believed_is_marked_with_the_reason() -> None:
     text = markdown(frame)
     assert "|        8 | 2.0! | 3.0 |\n" in text
     assert text.endswith(
-        "!: not valid (requests × prompt tokens):\n\n- 8 × 31, 16 × 31: `preempted: 2 times`\n"
+        "!: not valid (requests × prompt tokens):\n\n- all × 31: `preempted`, `2 times`\n"
     )
     assert as_csv(article_tables(frame, "d")).splitlines()[1] == "burst,100,8,2.0,3.0"
 
@@ -160,9 +175,7 @@ def test_a_cell_that_no_trial_served_has_all_its_reasons() -> None:
     frame = cells(
         row(8, 31, None, trial=trial, reason=reason) for trial, reason in enumerate(reasons, 1)
     )
-    assert markdown(frame).endswith(
-        "- 8 × 31: `timeout`, `stalled: 120 s`; `timeout`, `'a' |b| *c*`\n"
-    )
+    assert markdown(frame).endswith("- 8 × 31: `timeout`, `stalled: 120 s`; `'a' |b| *c*`\n")
 
 
 def test_cells_with_the_same_reason_share_a_line() -> None:

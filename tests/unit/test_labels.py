@@ -3,7 +3,15 @@
 import pandas as pd
 import pytest
 
-from servegrid.labels import counted, deployment_titles, emulation_notes, hardware_title, load_title
+from servegrid.labels import (
+    axis_title,
+    counted,
+    deployment_titles,
+    emulation_notes,
+    hardware_title,
+    load_title,
+    with_intensity,
+)
 
 ROW = {
     "deployment": "d",
@@ -71,3 +79,10 @@ def test_emulated_numbers_are_called_so_and_measured_ones_are_not() -> None:
     assert emulation_notes(scaled) == told
     both = pd.concat([measured, emulated])
     assert emulation_notes(both) == ["Partly emulated: no hardware was measured for it."]
+
+
+def test_the_intensity_of_a_load_is_its_concurrency_or_its_rate() -> None:
+    loads = pd.DataFrame({"concurrency": [8, None], "rate_per_s": [None, 0.5]}, dtype="Float64")
+    assert with_intensity(loads)["intensity"].tolist() == [8.0, 0.5]
+    assert axis_title("steady") == "concurrent requests"
+    assert axis_title("poisson") == "requests per second"

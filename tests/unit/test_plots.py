@@ -30,6 +30,7 @@ def row(
         "engine_version": "0.32.0",
         "protocol": "burst",
         "concurrency": concurrency,
+        "rate_per_s": None,
         "input_len": input_len,
         "output_len": 100,
         "trial": 1,
@@ -42,8 +43,8 @@ def row(
 
 
 def cells(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    numbers = {"output_tokens_per_s": "float64", "output_tokens_per_s_per_user": "float64"}
-    return pd.DataFrame(rows).astype(numbers)
+    numbers = ("rate_per_s", "output_tokens_per_s", "output_tokens_per_s_per_user")
+    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, "float64"))
 
 
 PLAIN = [
@@ -67,9 +68,18 @@ def drawn(axes: Axes) -> list[list[tuple[float, float]]]:
     return [[(x, y) for x, y in each if not np.isnan(y)] for each in points]
 
 
+def marked(axes: Axes, marker: str) -> list[float]:
+    lines = [line for line in axes.lines if line.get_marker() == marker]
+    return [float(np.asarray(line.get_xdata())[0]) for line in lines]
+
+
 def crosses(axes: Axes) -> list[float]:
-    marked = [line for line in axes.lines if line.get_marker() == "x"]
-    return [float(np.asarray(line.get_xdata())[0]) for line in marked]
+    return marked(axes, "x")
+
+
+def hollow(axes: Axes) -> list[tuple[float, float]]:
+    lines = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    return [(x, y) for line in lines for x, y in np.asarray(line.get_xydata()).tolist()]
 
 
 def svg_texts(figure: Figure, folder: Path) -> list[str]:
@@ -149,12 +159,7 @@ def test_what_may_not_be_believed_is_hollow_and_the_legend_says_so(tmp_path: Pat
         deployment_figure(cells(doubtful), "d", (TOTAL,)),
         overview_figure(cells(doubtful)),
     ):
-        hollow = [
-            tuple(np.asarray(line.get_xydata(), dtype=float)[0])
-            for line in panel(figure).lines
-            if line.get_markerfacecolor() == "white"
-        ]
-        assert [x for x, _ in hollow] == [4]
+        assert [x for x, _ in hollow(panel(figure))] == [4]
         assert "not valid" in " ".join(svg_texts(figure, tmp_path))
     texts = svg_texts(deployment_figure(cells(PLAIN), "d", (TOTAL,)), tmp_path)
     assert "not valid" not in texts
@@ -285,9 +290,9 @@ def test_the_same_text_in_another_tokenizer_is_the_same_column_and_another_text_
         "63 prompt tokens",
         "240 to 296 prompt tokens",
     ]
-    assert drawn(panel(figure, 0)) == [[(1, 10)], [(1, 20)], []]
-    assert drawn(panel(figure, 1)) == [[(1, 10)], [], []]
-    assert drawn(panel(figure, 2)) == [[(1, 10)], [(1, 20)], []]
+    assert drawn(panel(figure, 0)) == [[(1, 10)], [(1, 20)]]
+    assert drawn(panel(figure, 1)) == [[(1, 10)]]
+    assert drawn(panel(figure, 2)) == [[(1, 10)], [(1, 20)]]
 
 
 def test_the_overview_shows_the_load_with_the_most_cells(tmp_path: Path) -> None:
@@ -336,10 +341,61 @@ def test_an_open_loop_is_drawn_over_its_rate() -> None:
     assert alone.get_ylabel() == "tokens/s in total"
 
 
-def test_a_load_without_steady_state_is_no_cross() -> None:
+def test_a_load_without_steady_state_is_a_question_mark(tmp_path: Path) -> None:
     served = {"verdict": "ok", "valid": False}
-    axes = panel(
-        deployment_figure(cells([row(1, 31, 30.0), row(2, 31, None) | served]), "d", (TOTAL,))
-    )
-    assert drawn(axes) == [[(1, 30)]]
-    assert crosses(axes) == []
+    figure = deployment_figure(cells([row(1, 31, 30.0), row(2, 31, None) | served]), "d", (TOTAL,))
+    assert drawn(panel(figure)) == [[(1, 30)]]
+    assert crosses(panel(figure)) == []
+    assert marked(panel(figure), "$?$") == [2]
+    texts = svg_texts(figure, tmp_path)
+    assert "no figure" in texts
+    assert "not valid" not in texts  # nothing is drawn so
+
+
+def test_a_cell_with_a_valid_trial_is_drawn_from_it_and_not_hollow() -> None:
+    trials = [row(4, 31, 10.0), row(4, 31, 90.0, trial=2, valid=False)]
+    axes = panel(deployment_figure(cells(trials), "d", (TOTAL,)))
+    assert drawn(axes) == [[(4, 10)]]
+    assert hollow(axes) == []
+
+
+@pytest.mark.parametrize("rates", [[3.0, 3.0], [1.0] * 6 + [10.0] * 5])
+def test_trials_that_agree_or_fall_in_groups_are_drawn(rates: list[float]) -> None:
+    trials = [row(4, 31, rate, trial=trial) for trial, rate in enumerate(rates, 1)]
+    axes = panel(deployment_figure(cells(trials), "d", (TOTAL,)))
+    assert drawn(axes) == [[(4, rates[0])]]
+
+
+def test_a_bar_of_many_times_the_points_leaves_them_their_height() -> None:
+    trials = [row(4, 31, 10.0), row(4, 31, 20.0, trial=2)]
+    axes = panel(deployment_figure(cells([*trials, row(8, 31, 40.0)]), "d", (TOTAL,)))
+    # The interval of 10 and 20 is a factor of 82 wide to either side; the highest point is 40.
+    assert 40 < axes.get_ylim()[1] < 80
+
+
+def test_users_figures_are_of_the_loads_that_have_users() -> None:
+    rate = {"protocol": "poisson", "concurrency": None, "rate_per_s": 2.0}
+    rows = [*PLAIN, row(1, 31, 30.0) | rate | {"output_tokens_per_s_per_user": None}]
+    assert len(deployment_figure(cells(rows), "d", (TOTAL,)).axes) == 2
+    (axes,) = deployment_figure(cells(rows), "d", (PER_USER,)).axes
+    assert axes.get_xlabel() == "concurrent requests"
+    alone = panel(deployment_figure(cells(rows[-1:]), "d", (PER_USER,)))
+    assert marked(alone, "$?$") == [2]
+
+
+def test_a_load_that_was_not_served_at_all_keeps_its_panel() -> None:
+    steady = [row(n, 31, None, protocol="steady") for n in (1, 2)]
+    figure = deployment_figure(cells([*PLAIN, *steady]), "d", (TOTAL,))
+    assert crosses(panel(figure, 1)) == [1, 2]
+
+
+def test_a_legend_of_long_titles_stays_in_the_figure() -> None:
+    rows = [
+        row(1, length, 10.0, deployment=name, model=name)
+        for length in (31, 296, 2193)
+        for name in (f"mixtral-8x22b-instruct-v{n}" for n in range(4))
+    ]
+    figure = overview_figure(cells(rows))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x1 <= figure.bbox.x1

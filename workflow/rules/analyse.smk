@@ -56,7 +56,7 @@ rule summarise:
 
 rule tabulate:
     input:
-        modules("article", "intervals", "labels", "summary"),
+        modules("article", "intervals", "labels", "reasons", "summary"),
         cells=rules.gather.output.parquet,
     output:
         markdown=report(

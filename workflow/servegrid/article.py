@@ -8,10 +8,10 @@ with its 95% interval; rates take the place of concurrent requests where a load 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,47 +24,61 @@ from servegrid.labels import (
     axis_title,
     counted,
     deployment_title,
-    doubtful,
     emulation_notes,
     with_intensity,
 )
-from servegrid.summary import median
-from servegrid.verdict import OK
+from servegrid.reasons import Cell, Reason, doubts, failures, listed
+from servegrid.summary import median, served, valid
 
 NOT_SERVED = "-"
 NOT_IN_STUDY = ""
 NO_FIGURE = "?"
 """Of a load that was served and has no steady state."""
 
-Cell = tuple[Any, int]
-"""Concurrent requests, or requests per second, and prompt tokens."""
+
+@dataclass(frozen=True)
+class Entry:
+    """What the table shows of one cell: a number of seconds, with its interval, or a sign.
+
+    The reasons say why it was not served, why its figure is without some of its trials, and why
+    none of them is valid.
+    """
+
+    seconds: str
+    interval: str | None
+    not_served: Sequence[Reason] = ()
+    left_out: Sequence[Reason] = ()
+    not_valid: Sequence[Reason] = ()
+
+    @property
+    def text(self) -> str:
+        marks = "*" * bool(self.left_out) + "!" * bool(self.not_valid)
+        return " ".join(filter(None, (self.seconds, self.interval))) + marks
 
 
 @dataclass(frozen=True)
 class ArticleTable:
-    """One deployment under one protocol and output length.
-
-    `seconds` is indexed by concurrent requests or by rates, with a column per number of prompt
-    tokens; its entries are text: a number or one of the signs above. `intervals` has the ends of
-    the interval around those that have one. `failures` says, in Markdown, why the trials that
-    failed were not served, for each cell that has any; `doubts`, why those that were served may
-    not be believed.
-    """
+    """One deployment under one protocol and output length."""
 
     protocol: str
     output_len: int
     trials: int
-    seconds: pd.DataFrame
-    intervals: dict[Cell, str]
-    failures: dict[Cell, str]
-    doubts: dict[Cell, str]
+    entries: Mapping[Cell, Entry]
+
+    @property
+    def intensities(self) -> list[float]:
+        return sorted({intensity for intensity, _ in self.entries})
+
+    @property
+    def input_lens(self) -> list[int]:
+        return sorted({input_len for _, input_len in self.entries})
 
 
 def article_tables(cells: pd.DataFrame, deployment: str) -> list[ArticleTable]:
     """The tables of `deployment`: one for each protocol and output length, in study order.
 
     `cells` has the columns of `records.CELLS`. A cell with several trials shows the median of
-    those that were served.
+    those that are valid, or of those that were served where none is.
     """
     own = cells[cells["deployment"] == deployment]
     loads = own[["protocol", "output_len"]].drop_duplicates()
@@ -95,15 +109,19 @@ def as_markdown(title: str, tables: Sequence[ArticleTable], notes: Sequence[str]
 
 def as_csv(tables: Sequence[ArticleTable]) -> str:
     """The same numbers as CSV: the article's columns after protocol, output_len and requests."""
-    frames = [
-        table.seconds.rename_axis("requests")
-        .reset_index()
-        .assign(protocol=table.protocol, output_len=table.output_len)
+    rows = [
+        {"protocol": table.protocol, "output_len": table.output_len, "requests": f"{intensity:g}"}
+        | {
+            length: table.entries[intensity, length].seconds
+            for length in table.input_lens
+            if (intensity, length) in table.entries
+        }
         for table in tables
+        for intensity in table.intensities
     ]
-    keys = ["protocol", "output_len", "requests"]
-    joined = pd.concat(frames).set_index(keys)
-    csv: str = joined[sorted(joined.columns)].to_csv(lineterminator="\n", na_rep=NOT_IN_STUDY)
+    lengths = sorted({length for table in tables for length in table.input_lens})
+    columns = ["protocol", "output_len", "requests", *lengths]
+    csv: str = pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n")
     return csv
 
 
@@ -131,75 +149,41 @@ def number(seconds: float) -> str:
 
 
 def _table(rows: pd.DataFrame) -> ArticleTable:
-    requests = sorted(rows["intensity"].unique())
-    if rows.iloc[0]["protocol"] != "poisson":
-        requests = [int(each) for each in requests]
-    lengths = sorted(rows["input_len"].unique())
-    seconds = pd.DataFrame(NOT_IN_STUDY, index=requests, columns=lengths)
-    intervals: dict[Cell, str] = {}
-    failures: dict[Cell, str] = {}
-    doubts: dict[Cell, str] = {}
-    for cell in itertools.product(requests, lengths):
-        trials = rows[(rows["intensity"] == cell[0]) & (rows["input_len"] == cell[1])]
-        served = trials[trials["verdict"] == OK]
-        if not trials.empty:
-            seconds.loc[cell] = NOT_SERVED if served.empty else NO_FIGURE
-        value, around = median(trials, "seconds_per_100_tokens")
-        if value is not None:
-            seconds.loc[cell] = number(value)
-        if around is not None:
-            intervals[cell] = "[{}, {}]".format(*map(number, around))
-        if len(served) < len(trials):
-            failures[cell] = _failure(trials)
-        if doubtful(trials).any():
-            doubts[cell] = "; ".join(
-                _quoted(reason) for reason in dict.fromkeys(trials["invalid_reason"].dropna())
-            )
-    first = rows.iloc[0]
+    cells: Any = rows.groupby(["intensity", "input_len"])
     return ArticleTable(
-        protocol=first["protocol"],
-        output_len=int(first["output_len"]),
+        protocol=rows["protocol"].iloc[0],
+        output_len=int(rows["output_len"].iloc[0]),
         trials=rows["trial"].nunique(),
-        seconds=seconds,
-        intervals=intervals,
-        failures=failures,
-        doubts=doubts,
+        entries={(float(level), int(length)): _entry(own) for (level, length), own in cells},
     )
 
 
-def _failure(trials: pd.DataFrame) -> str:
-    failed = trials[trials["verdict"] != OK]
-    share = "" if len(failed) == len(trials) else f"{len(failed)} of {len(trials)} trials, "
-    told = dict.fromkeys(
-        f"`{verdict}`, {_quoted(reason)}" if isinstance(reason, str) else f"`{verdict}`"
-        for verdict, reason in zip(failed["verdict"], failed["reason"], strict=True)
+def _entry(trials: pd.DataFrame) -> Entry:
+    if served(trials).empty:
+        return Entry(NOT_SERVED, None, not_served=failures(trials))
+    value, around = median(trials, "seconds_per_100_tokens")
+    believable = not valid(trials).empty
+    return Entry(
+        seconds=NO_FIGURE if value is None else number(value),
+        interval=around and "[{}, {}]".format(*map(number, around)),
+        left_out=failures(trials) + (doubts(trials) if believable else []),
+        not_valid=[] if believable else doubts(trials),
     )
-    return share + "; ".join(told)
-
-
-def _quoted(text: str) -> str:
-    """Text of a server on one line, as code: nothing in it is Markdown."""
-    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def _grid(table: ArticleTable) -> str:
-    lengths = [int(length) for length in table.seconds.columns]
-    lines = [["Requests/s" if table.protocol == "poisson" else "Requests", *map(str, lengths)]]
-    for requests in table.seconds.index.tolist():
-        cells = [(requests, length) for length in lengths]
-        marks = ["*" * _partly_served(table, cell) + "!" * (cell in table.doubts) for cell in cells]
-        texts = [
-            " ".join(filter(None, [str(table.seconds.loc[cell]), table.intervals.get(cell)]))
-            for cell in cells
-        ]
-        lines.append([f"{requests:g}", *map("".join, zip(texts, marks, strict=True))])
+    lines = [[_rows_title(table), *map(str, table.input_lens)]]
+    for intensity in table.intensities:
+        entries = [table.entries.get((intensity, length)) for length in table.input_lens]
+        texts = [NOT_IN_STUDY if entry is None else entry.text for entry in entries]
+        lines.append([f"{intensity:g}", *texts])
     widths = [max(2, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "\n".join("| " + " | ".join(map(str.rjust, line, widths)) + " |" for line in lines)
 
 
-def _partly_served(table: ArticleTable, cell: Cell) -> bool:
-    return cell in table.failures and str(table.seconds.loc[cell]) != NOT_SERVED
+def _rows_title(table: ArticleTable) -> str:
+    return "Requests/s" if table.protocol == "poisson" else "Requests"
 
 
 def _load_note(table: ArticleTable) -> str:
@@ -212,23 +196,17 @@ def _load_note(table: ArticleTable) -> str:
 
 def _gap_notes(table: ArticleTable) -> list[str]:
     notes = []
-    if (table.seconds == NOT_IN_STUDY).to_numpy().any():
+    if len(table.entries) < len(table.intensities) * len(table.input_lens):
         notes.append("Empty: not part of the study.")
-    if (table.seconds == NO_FIGURE).to_numpy().any():
+    if any(entry.seconds == NO_FIGURE for entry in table.entries.values()):
         notes.append("`?`: served, but no figure can be given.")
-    partly = {
-        cell: reason for cell, reason in table.failures.items() if _partly_served(table, cell)
-    }
-    not_at_all = {cell: why for cell, why in table.failures.items() if cell not in partly}
-    for mark, reasons in {
-        "`-`: not served": not_at_all,
-        "\\*: not served in every trial": partly,
-        "!: not valid": table.doubts,
-    }.items():
-        by_reason: dict[str, list[str]] = {}
-        for (concurrency, length), reason in reasons.items():
-            by_reason.setdefault(reason, []).append(f"{concurrency:g} × {length}")
-        if by_reason:
-            lines = [f"- {', '.join(where)}: {reason}" for reason, where in by_reason.items()]
-            notes.append(f"{mark} (requests × prompt tokens):\n\n" + "\n".join(lines))
+    where = f"({_rows_title(table).lower()} × prompt tokens)"
+    for mark, reasons_of in (
+        ("`-`: not served", attrgetter("not_served")),
+        ("\\*: without the trials that were not served or not valid", attrgetter("left_out")),
+        ("!: not valid", attrgetter("not_valid")),
+    ):
+        lines = listed({cell: reasons_of(entry) for cell, entry in table.entries.items()})
+        if lines:
+            notes.append(f"{mark} {where}:\n\n" + "\n".join(lines))
     return notes

@@ -1,8 +1,8 @@
 """What all figures are drawn with: their look, their panels, their points and marks.
 
-A cell that was not served is a gap in its line and a cross on the axis, never a zero; one that may
-not be believed has a hollow marker. With several trials a point is their median, in its 95%
-interval.
+A cell that was not served is a gap in its line and a cross on the axis, never a zero; one that was
+served and has no figure, a question mark there. One without a valid trial has a hollow marker. With
+several trials a point is their median, in its 95% interval.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
 from matplotlib.transforms import ScaledTranslation
 
 from servegrid import records
-from servegrid.labels import INTERVAL_TITLE, doubtful, emulation
-from servegrid.summary import median
-from servegrid.verdict import OK
+from servegrid.labels import INTERVAL_TITLE, emulation
+from servegrid.summary import median, served, valid
 
 PNG_DPI = 150
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -36,10 +36,14 @@ EDGE_IN = 0.1
 LEFT_IN = 0.75
 GAP_IN = 0.22
 PANEL_IN = 2.1
-_CROSS_PT = 3.5
-_CROSS_STEP_PT = 5.0
+_SIGN_STEP_PT = 5.0
+_HEIGHT_PT = {"not served": 0.0, "no figure": 5.0}
+"""Of the signs above the axis; a question mark on it would not be read."""
+_LONGEST_BAR = 1.5
+"""Where a bar ends that is longer, from the highest point: two trials can have one of ten times
+that, which would leave the points no height."""
 _TICK_LABELS = 10
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 9,
@@ -58,10 +62,27 @@ STYLE = {
 }
 
 
+MARKS: Mapping[str, Mapping[str, Any]] = {
+    "not served": {"marker": "x", "markersize": 3.5, "markeredgewidth": 1.2},
+    "no figure": {"marker": "$?$", "markersize": 6.0, "markeredgewidth": 0.3},
+    "not valid": {"marker": "o", "markerfacecolor": "white"},
+}
+"""What a cell is marked with that is not to be taken as it stands."""
+
+
 @dataclass(frozen=True)
 class Look:
     colour: Any
     marker: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """`points` of one column as by `points_of`, and `beyond` of one that goes with it, if any."""
+
+    points: pd.DataFrame
+    look: Look
+    beyond: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -101,37 +122,67 @@ def looks_of(keys: Iterable[Any], colours: Sequence[Any]) -> dict[Any, Look]:
     return {key: Look(*pair) for key, pair in zip(keys, pairs, strict=False)}
 
 
-def draw(axes: Axes, lines: Iterable[tuple[pd.DataFrame, Look]], column: str) -> None:
-    """A line of `column` for each pair of rows and look, and crosses for what was not served.
+def points_of(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The figures of `column` by the column `intensity` of `labels.with_intensity`.
 
-    `rows` have the column `intensity` of `labels.with_intensity`.
+    `median`, with `low` and `high` of its interval, NaN where not known; `mark` is one of MARKS
+    or None.
     """
-    missing: dict[float, list[Look]] = {}
-    for rows, look in lines:
-        points = points_of(rows, column)
-        known = points["high"].notna().any()
+    points = {level: _point(trials, column) for level, trials in rows.groupby("intensity")}
+    names = ["median", "low", "high", "mark"]
+    frame = pd.DataFrame.from_dict(points, orient="index", columns=names)
+    return frame.astype(dict.fromkeys(names[:3], float))
+
+
+def marks_of(lines: Iterable[Line]) -> list[str]:
+    """Those of MARKS that are in `lines`."""
+    found = {mark for line in lines for mark in line.points["mark"]}
+    return [mark for mark in MARKS if mark in found]
+
+
+def draw(axes: Axes, lines: Sequence[Line]) -> None:
+    """Each line with its bars, a dotted one for what is beyond it, and the marks of its cells."""
+    for line in lines:
+        points, look = line.points, line.look
+        bars = [points["median"] - points["low"], points["high"] - points["median"]]
         axes.errorbar(
             points.index,
             points["median"],
-            yerr=[points["median"] - points["low"], points["high"] - points["median"]]
-            if known
-            else None,
+            yerr=bars if points["high"].notna().any() else None,
             color=look.colour,
             marker=look.marker,
+            elinewidth=0.9,
             capsize=2,
         )
-        hollow = rows.loc[doubtful(rows), "intensity"].unique()
-        _draw_doubtful(axes, points.loc[points.index.isin(hollow), "median"], look)
-        for intensity in rows.loc[rows["verdict"] != OK, "intensity"].unique():
-            if pd.isna(points.loc[intensity, "median"]):
-                missing.setdefault(intensity, []).append(look)
-    for intensity, looks in missing.items():
-        _draw_crosses(axes, intensity, looks)
+        _draw_hollow(axes, points.loc[points["mark"] == "not valid", "median"], look)
+        if line.beyond is not None:
+            _draw_lightly(axes, line.beyond["median"].dropna(), look)
+    _draw_on_axis(axes, lines)
 
 
-def draw_lightly(axes: Axes, rows: pd.DataFrame, look: Look, column: str) -> None:
-    """A dotted line of `column`, which goes with the one that `draw` has drawn."""
-    points = points_of(rows, column)["median"].dropna()
+def _point(trials: pd.DataFrame, column: str) -> tuple[float, float, float, str | None]:
+    value, around = median(trials, column)
+    low, high = around or (math.nan, math.nan)
+    if served(trials).empty:
+        return math.nan, low, high, "not served"
+    if value is None:
+        return math.nan, low, high, "no figure"
+    return value, low, high, "not valid" if valid(trials).empty else None
+
+
+def _draw_hollow(axes: Axes, points: pd.Series[float], look: Look) -> None:
+    axes.plot(
+        points.index,
+        points,
+        linestyle="none",
+        marker=look.marker,
+        color=look.colour,
+        markerfacecolor="white",
+        zorder=3,
+    )
+
+
+def _draw_lightly(axes: Axes, points: pd.Series[float], look: Look) -> None:
     axes.plot(
         points.index,
         points,
@@ -144,59 +195,41 @@ def draw_lightly(axes: Axes, rows: pd.DataFrame, look: Look, column: str) -> Non
     )
 
 
-def points_of(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """`median` over the trials by intensity, with `low` and `high` of its interval or NaN."""
-    levels = sorted(rows["intensity"].unique())
-    points = pd.DataFrame(index=levels, columns=["median", "low", "high"], dtype=float)
-    for level in levels:
-        value, around = median(rows[rows["intensity"] == level], column)
-        if value is not None:
-            points.loc[level] = [value, *(around or (math.nan, math.nan))]
-    return points
-
-
-def _draw_doubtful(axes: Axes, points: pd.Series[float], look: Look) -> None:
-    """Hollow markers over the points of cells that may not be believed."""
-    if points.empty:
-        return
-    axes.plot(
-        points.index,
-        points,
-        linestyle="none",
-        marker=look.marker,
-        color=look.colour,
-        markerfacecolor="white",
-        zorder=3,
-    )
-
-
-def _draw_crosses(axes: Axes, intensity: float, looks: Sequence[Look]) -> None:
-    """One cross per line on the axis at `intensity`, side by side."""
+def _draw_on_axis(axes: Axes, lines: Sequence[Line]) -> None:
+    """A sign for each cell without a figure, side by side where lines have them together."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    for position, look in enumerate(looks):
-        aside = (position - (len(looks) - 1) / 2) * _CROSS_STEP_PT / 72
-        axes.plot(
-            intensity,
-            0,
-            marker="x",
-            markersize=_CROSS_PT,
-            markeredgewidth=1.2,
-            color=look.colour,
-            clip_on=False,
-            zorder=3,
-            transform=axes.get_xaxis_transform()
-            + ScaledTranslation(aside, 0, figure.dpi_scale_trans),
-        )
+    signs: dict[Any, list[tuple[str, Any]]] = {}
+    for line in lines:
+        marks = line.points["mark"]
+        for intensity, mark in marks[marks.isin(_HEIGHT_PT)].items():
+            signs.setdefault(intensity, []).append((mark, line.look.colour))
+    for intensity, together in signs.items():
+        for position, (mark, colour) in enumerate(together):
+            aside = (position - (len(together) - 1) / 2) * _SIGN_STEP_PT
+            place = ScaledTranslation(aside / 72, _HEIGHT_PT[mark] / 72, figure.dpi_scale_trans)
+            axes.plot(
+                intensity,
+                0,
+                color=colour,
+                clip_on=False,
+                zorder=3,
+                transform=axes.get_xaxis_transform() + place,
+                **MARKS[mark],
+            )
 
 
-def start_at_zero(panels: Sequence[Axes]) -> None:
-    """Once all is drawn in `panels`, which share their vertical axis."""
-    if max(axes.dataLim.y1 for axes in panels) > 0:
-        panels[0].set_ylim(bottom=0)
-    else:
+def start_at_zero(panels: Sequence[Axes], lines: Sequence[Line]) -> None:
+    """The vertical axis of `panels`, in which `lines` have been drawn and which share it."""
+    drawn = [each for line in lines for each in (line.points, line.beyond) if each is not None]
+    medians = pd.concat([points["median"] for points in drawn])
+    bars = pd.concat([line.points["high"] for line in lines])
+    highest = medians.max()
+    if not highest > 0:
         panels[0].set_ylim(0, 1)
         panels[0].set_yticks([])
+        return
+    panels[0].set_ylim(0, 1.05 * min(pd.concat([medians, bars]).max(), _LONGEST_BAR * highest))
 
 
 def label_intensity(axes: Axes, rows: pd.DataFrame) -> None:
@@ -237,31 +270,20 @@ def _thinned(levels: Sequence[float]) -> list[str]:
     return labels[::-1]
 
 
-def handles_of(looks: Mapping[str, Look], rows: pd.DataFrame) -> list[Line2D]:
-    handles = [
+def handles_of(looks: Mapping[str, Look], marks: Iterable[str]) -> list[Line2D]:
+    """For the legend: a line per look, and what `marks` look like."""
+    lines = [
         Line2D([], [], color=look.colour, marker=look.marker, label=label)
         for label, look in looks.items()
     ]
-    if len(_places(rows)) > len(_places(rows[rows["verdict"] == OK])):
-        cross = Line2D([], [], color="0.3", marker="x", linestyle="none", label="not served")
-        handles.append(cross)
-    if doubtful(rows).any():
-        hollow = Line2D(
-            [],
-            [],
-            color="0.3",
-            marker="o",
-            markerfacecolor="white",
-            linestyle="none",
-            label="not valid",
-        )
-        handles.append(hollow)
-    return handles
+    return lines + [
+        Line2D([], [], color="0.3", linestyle="none", label=mark, **MARKS[mark]) for mark in marks
+    ]
 
 
-def _places(rows: pd.DataFrame) -> pd.DataFrame:
-    keys = ["deployment", "protocol", "output_len", "input_len", "intensity"]
-    return rows[keys].drop_duplicates()
+def text_width(text: str) -> float:
+    """In inches, in the figures' font."""
+    return float(TextPath((0, 0), text, size=STYLE["font.size"]).get_extents().width) / 72
 
 
 def trials_note(cells: pd.DataFrame) -> str:

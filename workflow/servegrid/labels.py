@@ -76,15 +76,8 @@ def axis_title(protocol: str) -> str:
 
 def with_intensity(cells: pd.DataFrame) -> pd.DataFrame:
     """`cells` with the column `intensity`: the concurrency, or the rate of an open loop."""
-    intensity = cells["concurrency"].astype("Float64")
-    if "rate_per_s" in cells:
-        intensity = intensity.fillna(cells["rate_per_s"])
+    intensity = cells["concurrency"].astype("Float64").fillna(cells["rate_per_s"])
     return cells.assign(intensity=intensity.astype(float))
-
-
-def doubtful(cells: pd.DataFrame) -> pd.Series[bool]:
-    """Which rows were served and may not be believed."""
-    return cells["valid"].eq(False).fillna(False).astype(bool)
 
 
 def counted(number: int, noun: str) -> str:

@@ -5,9 +5,11 @@ Drawn from the table of cells alone.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,15 +21,18 @@ from servegrid.drawing import (
     OKABE_ITO,
     STYLE,
     Layout,
+    Line,
     Look,
     draw,
-    draw_lightly,
     framed,
     handles_of,
     label_intensity,
     looks_of,
     mark_emulated,
+    marks_of,
+    points_of,
     start_at_zero,
+    text_width,
     trials_note,
 )
 from servegrid.labels import (
@@ -41,21 +46,25 @@ from servegrid.labels import (
 SAME_PROMPT_FACTOR = 1.5
 """Tokenizers count the same text differently: lengths this close are compared with each other."""
 
-_CHARACTER_IN = 0.064
-"""Of the legend's text, on average."""
+_HANDLE_IN = 0.7
+"""Of the legend's columns, for their handles and what is left free between them."""
 
 
 @dataclass(frozen=True)
 class Metric:
     """A column of `records.CELLS` that is drawn, what its axis is called, and a second column, of
-    which a thin line tells where it is known."""
+    which a thin line tells where it is known. `of_users` has no meaning at a rate."""
 
     column: str
     axis: str
     beyond: str | None = None
+    of_users: bool = False
+
+    def of_load(self, protocol: str) -> bool:
+        return not (self.of_users and protocol == "poisson")
 
 
-PER_USER = Metric("output_tokens_per_s_per_user", "tokens/s per user")
+PER_USER = Metric("output_tokens_per_s_per_user", "tokens/s per user", of_users=True)
 TOTAL = Metric("output_tokens_per_s", "tokens/s in total")
 TTFT = Metric("ttft_s_p50", "time to first token, s", "ttft_s_p99")
 ITL = Metric("itl_s_p50", "time between tokens, s", "itl_s_p99")
@@ -69,12 +78,12 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Me
     """`metrics` of one deployment over the load, a line per prompt length.
 
     A row of panels for each protocol and output length, in study order, a column for each metric.
-    Those that have none of the metrics, such as users' tokens per second at a rate, are left out.
+    Rates are left out where users' figures are drawn of other loads.
     """
     own = with_intensity(cells[cells["deployment"] == deployment])
-    columns = [metric.column for metric in metrics]
-    told = [load for load in _loads(own) if _of_load(own, load)[columns].notna().any(axis=None)]
-    loads = told or _loads(own)
+    loads = [
+        load for load in _loads(own) if all(metric.of_load(load[0]) for metric in metrics)
+    ] or _loads(own)
     figure, grid = framed(
         deployment_titles(own)[deployment],
         _caption(own, loads, metrics),
@@ -91,25 +100,22 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Me
     lengths = sorted(own["input_len"].unique())
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(lengths))).tolist()
     looks = looks_of(lengths, colours)
+    drawn = []
     for panels, load in zip(grid, loads, strict=True):
         rows = _of_load(own, load)
-        lines = [(rows[rows["input_len"] == length], look) for length, look in looks.items()]
-        lines = [(of_length, look) for of_length, look in lines if not of_length.empty]
         for axes, metric in zip(panels, metrics, strict=True):
-            draw(axes, lines, metric.column)
-            if metric.beyond is not None:
-                for of_length, look in lines:
-                    draw_lightly(axes, of_length, look, metric.beyond)
+            lines = _lines(rows, "input_len", looks, metric)
+            drawn += lines
+            draw(axes, lines)
             label_intensity(axes, rows)
             mark_emulated(axes, rows)
-            start_at_zero([axes])
+            start_at_zero([axes], lines)
             axes.set_ylabel(metric.axis)
             axes.set_xlabel(axis_title(load[0]))
         if len(loads) > 1:
             panels[0].set_title(load_title(*load).capitalize(), loc="left")
-    handles = handles_of({str(length): look for length, look in looks.items()}, own)
     grid[0][-1].legend(
-        handles=handles,
+        handles=handles_of({str(length): looks[length] for length in lengths}, marks_of(drawn)),
         title="prompt tokens",
         alignment="left",
         loc="upper left",
@@ -131,16 +137,20 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
     columns = _prompt_columns(rows)
     titles = deployment_titles(rows)
     looks: dict[str, Look] = looks_of(titles, OKABE_ITO)
-    handles = handles_of({titles[name]: look for name, look in looks.items()}, pd.concat(columns))
+    metrics = [metric for metric in (PER_USER, TOTAL) if metric.of_load(load[0])]
+    lines = [
+        [_lines(column, "deployment", looks, metric) for column in columns] for metric in metrics
+    ]
+    marks = marks_of(line for panels in lines for panel in panels for line in panel)
+    handles = handles_of({titles[name]: look for name, look in looks.items()}, marks)
     width = max(4.8, 1.0 + 2.4 * len(columns))
-    widest = 0.5 + _CHARACTER_IN * max(map(len, titles.values()))
+    widest = _HANDLE_IN + max(map(text_width, titles.values()))
     legend_columns = 2 if len(handles) > 3 and 2 * widest < width else 1
-    metrics = [metric for metric in (PER_USER, TOTAL) if rows[metric.column].notna().any()]
     figure, grid = framed(
         "Output tokens per second, per user and in total",
         _caption(rows, [load], metrics),
         Layout(
-            rows=len(metrics or [TOTAL]),
+            rows=len(metrics),
             columns=len(columns),
             width=width,
             right=EDGE_IN,
@@ -149,17 +159,13 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
             foot=0.05 + 0.18 * math.ceil(len(handles) / legend_columns),
         ),
     )
-    for panels, metric in zip(grid, metrics or [TOTAL], strict=True):
-        for axes, column in zip(panels, columns, strict=True):
-            draw(
-                axes,
-                [(column[column["deployment"] == name], look) for name, look in looks.items()],
-                metric.column,
-            )
+    for panels, metric, of_panels in zip(grid, metrics, lines, strict=True):
+        for axes, column, of_panel in zip(panels, columns, of_panels, strict=True):
+            draw(axes, of_panel)
             label_intensity(axes, rows)
-            mark_emulated(axes, rows)
+            mark_emulated(axes, column)
             axes.label_outer()
-        start_at_zero(panels)
+        start_at_zero(panels, list(itertools.chain(*of_panels)))
         panels[0].set_ylabel(metric.axis)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(_prompt_title(column))
@@ -185,6 +191,17 @@ def _loads(cells: pd.DataFrame) -> list[_Load]:
 
 def _of_load(cells: pd.DataFrame, load: _Load) -> pd.DataFrame:
     return cells[(cells["protocol"] == load[0]) & (cells["output_len"] == load[1])]
+
+
+def _lines(rows: pd.DataFrame, key: str, looks: Mapping[Any, Look], metric: Metric) -> list[Line]:
+    """A line of `metric` for each look whose key is in `rows`."""
+    lines = []
+    for value, look in looks.items():
+        own = rows[rows[key] == value]
+        if not own.empty:
+            beyond = None if metric.beyond is None else points_of(own, metric.beyond)
+            lines.append(Line(points_of(own, metric.column), look, beyond))
+    return lines
 
 
 def _prompt_columns(rows: pd.DataFrame) -> list[pd.DataFrame]:

@@ -24,11 +24,19 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     return tables.typed(frame.astype(object).where(frame.notna(), None), records.SUMMARY)
 
 
+def served(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials with the verdict ok."""
+    return trials[trials["verdict"] == OK]
+
+
+def valid(trials: pd.DataFrame) -> pd.DataFrame:
+    """Those of them that may be believed."""
+    return trials[trials["valid"].eq(True).fillna(False).astype(bool)]
+
+
 def believed(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials of one cell that its figures are of."""
-    served = trials[trials["verdict"] == OK]
-    valid = served[served["valid"].eq(True).fillna(False).astype(bool)]
-    return served if valid.empty else valid
+    """The trials of one cell that its figures are of: the valid ones, or all served without any."""
+    return served(trials) if valid(trials).empty else valid(trials)
 
 
 def median(trials: pd.DataFrame, figure: str) -> tuple[float | None, Interval | None]:
@@ -47,8 +55,8 @@ def write(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
 def _row(trials: pd.DataFrame) -> dict[str, Any]:
     row: dict[str, Any] = {
         "trials": len(trials),
-        "trials_served": int((trials["verdict"] == OK).sum()),
-        "trials_valid": int(trials["valid"].eq(True).fillna(False).sum()),
+        "trials_served": len(served(trials)),
+        "trials_valid": len(valid(trials)),
     }
     for figure in records.SUMMARISED:
         value, around = median(trials, figure)
