@@ -26,8 +26,9 @@ lint: .venv/.dev  ## what must be clean: ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/snakefmt --check Snakefile workflow/rules
 	.venv/bin/snakemake --lint
 
-bench: .venv/.ready  ## what the machinery costs around the measuring
+bench: .venv/.ready model  ## what measuring costs: the machinery, the client (PEERS=1: beside others)
 	$(PYTHON) bench/machinery.py
+	$(PYTHON) bench/client.py $(if $(PEERS),--peers)
 
 format: .venv/.dev  ## let the formatters do their work
 	.venv/bin/ruff check --fix $(CHECKED)

@@ -1,0 +1,34 @@
+"""servegrid's client as one command, as the comparison with other clients runs it.
+
+python bench/one_load.py URL STREAMS REQUESTS TOKENS FILE: the requests' rows, as Parquet.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pyarrow.parquet as pq
+
+from servegrid.endpoint import Endpoint
+from servegrid.grid import Load
+from servegrid.load import measure
+from servegrid.scripted.script import MODEL
+
+PROMPT_TOKENS = 8
+
+
+def main(url: str, streams: str, requests: str, tokens: str, file: str) -> None:
+    load = Load(
+        protocol="steady",
+        concurrency=int(streams),
+        input_len=PROMPT_TOKENS,
+        output_len=int(tokens),
+        requests=int(requests),
+        warmup_waves=0,
+    )
+    measured = measure(Endpoint(url, MODEL), load, tokenizer=None, salt="bench")
+    pq.write_table(measured.requests, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
