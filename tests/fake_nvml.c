@@ -197,6 +197,16 @@ int nvmlDeviceGetUUID(gpu *of, char *out, unsigned length) {
     return SUCCESS;
 }
 
+int nvmlDeviceGetName(gpu *of, char *out, unsigned length) {
+    snprintf(out, length, of->part ? "Scripted part" : "Scripted GPU");
+    return SUCCESS;
+}
+
+int nvmlSystemGetDriverVersion(char *out, unsigned length) {
+    snprintf(out, length, "580.65.06");
+    return SUCCESS;
+}
+
 typedef struct {
     unsigned long long total, free, used;
 } memory;

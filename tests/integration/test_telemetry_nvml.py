@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -307,3 +308,20 @@ def test_a_sampler_whose_driver_hangs_ends_with_its_parent(
     parent.wait()
     gone, _ = psutil.wait_procs([sampler], timeout=30)
     assert gone == [sampler]
+
+
+def test_a_record_names_the_driver_and_the_gpus_that_the_allocation_has(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script()
+    script.gpu(A)
+    script.gpu(B)
+    script.use(library, tmp_path, monkeypatch, CUDA_VISIBLE_DEVICES="1")
+    code = (
+        "import json, os; from servegrid import nvml; print(json.dumps(nvml.described(os.environ)))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert json.loads(told.stdout) == {
+        "driver": "580.65.06",
+        "gpus": [{"uuid": B, "name": "Scripted GPU"}],
+    }

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from servegrid import cores, environment, models
+from servegrid import cores, environment, models, nvml
 from servegrid.endpoint import Endpoint
 from servegrid.engines import EMULATED, Site, bring_up
 from servegrid.engines.warden import guarded
@@ -154,6 +154,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             process=(os.getpid(), psutil.Process().create_time()),
             engine=engine.facts,
             environment=environment.describe()
+            | (nvml.described(os.environ) if deployment.gpu_count else {})
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
             places=[sorted(each) for each in shared.client],
             self_check=check,

@@ -72,6 +72,29 @@ def visible_gpus(nvml: Any, environment: Mapping[str, str]) -> dict[str, Any]:
     return found
 
 
+def described(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The driver's version and the GPUs that CUDA shows where `environment` holds.
+
+    `driver` is None and `gpus` is empty where there are none, or where nothing can be said.
+    """
+    with driver() as nvml:
+        if nvml is None:
+            return {"driver": None, "gpus": []}
+        try:
+            version, visible = nvml.nvmlSystemGetDriverVersion(), visible_gpus(nvml, environment)
+        except nvml.NVMLError as error:
+            complain(error)
+            return {"driver": None, "gpus": []}
+        gpus = []
+        for uuid, handle in visible.items():
+            name = None
+            if handle is not None:
+                with contextlib.suppress(nvml.NVMLError):
+                    name = nvml.nvmlDeviceGetName(handle)
+            gpus.append({"uuid": uuid, "name": name})
+        return {"driver": version, "gpus": gpus}
+
+
 def gpu_row(nvml: Any, uuid: str, handle: Any) -> Row:
     """One sample of a GPU, keyed as `records.TELEMETRY`."""
 
