@@ -348,16 +348,17 @@ SUMMARY_KEYS = tuple(
 SUMMARISED = (
     *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
     *("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+    *("memory_peak_bytes", "power_w_mean", "energy_j_per_output_token"),
 )
 """The columns of CELLS of which a summary has the median over the trials and its interval."""
 
 
 def _with_interval(name: str) -> list[Column]:
-    of = _OF_CELLS[name]
+    of, number = _OF_CELLS[name], pa.float64()
     return [
-        Column(name, of.type, of.unit, "Median over the trials that are valid, else served"),
-        Column(f"{name}_low", of.type, of.unit, "Lower end of its 95% interval; null of one trial"),
-        Column(f"{name}_high", of.type, of.unit, "Upper end of it"),
+        Column(name, number, of.unit, "Median over the trials that are valid, else served"),
+        Column(f"{name}_low", number, of.unit, "Lower end of its 95% interval; null of one trial"),
+        Column(f"{name}_high", number, of.unit, "Upper end of it"),
     ]
 
 
