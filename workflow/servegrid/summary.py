@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from servegrid import records, tables
@@ -18,10 +22,23 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     Figures are of the trials that may be believed; where none may, of all that were served.
     """
     keys = [column.name for column in records.SUMMARY_KEYS]
-    groups = cells.groupby(keys, sort=False, dropna=False)
-    rows = [dict(zip(keys, key, strict=True)) | _row(trials) for key, trials in groups]
-    frame = pd.DataFrame(rows, columns=[column.name for column in records.SUMMARY])
-    return tables.typed(frame.astype(object).where(frame.notna(), None), records.SUMMARY)
+    figures = cells[list(records.SUMMARISED)].astype("Float64").to_numpy(float, na_value=math.nan)
+    is_served = (cells["verdict"] == OK).to_numpy(bool)
+    is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
+    firsts, rows = [], []
+    of_cell: Any = cells.groupby(keys, sort=False, dropna=False).indices.values()
+    for trials in sorted(of_cell, key=lambda places: int(places[0])):
+        own_served, own_valid = trials[is_served[trials]], trials[is_valid[trials]]
+        firsts.append(trials[0])
+        counts = {
+            "trials": len(trials),
+            "trials_served": len(own_served),
+            "trials_valid": len(own_valid),
+        }
+        rows.append(counts | _figures(figures[own_valid if own_valid.size else own_served]))
+    frame = pd.DataFrame(rows, columns=[column.name for column in records.SUMMARY[len(keys) :]])
+    of_cells = cells[keys].iloc[firsts].reset_index(drop=True)
+    return tables.typed(pd.concat([of_cells, frame], axis=1), records.SUMMARY)
 
 
 def served(trials: pd.DataFrame) -> pd.DataFrame:
@@ -52,14 +69,12 @@ def write(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
     tables.write(summary, records.SUMMARY, parquet, csv)
 
 
-def _row(trials: pd.DataFrame) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "trials": len(trials),
-        "trials_served": len(served(trials)),
-        "trials_valid": len(valid(trials)),
-    }
-    for figure in records.SUMMARISED:
-        value, around = median(trials, figure)
-        low, high = around or (None, None)
-        row |= {figure: value, f"{figure}_low": low, f"{figure}_high": high}
+def _figures(trials: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The figures of one cell, a column each of SUMMARISED in its trials; unknown is NaN."""
+    row: dict[str, Any] = {}
+    for name, column in zip(records.SUMMARISED, trials.T, strict=True):
+        values = column[~np.isnan(column)].tolist()
+        low, high = interval(values) or (None, None)
+        value = statistics.median(values) if values else None
+        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return row
