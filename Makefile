@@ -14,7 +14,7 @@ run: .venv/.ready model  ## measure the demo study: tables and plots
 	.venv/bin/snakemake --profile $(PROFILE)
 
 test: .venv/.dev model  ## lint, type-check and run all tests
-	tests/slurm/install.sh
+	tests/install.sh
 	$(MAKE) --no-print-directory lint
 	$(PYTHON) -m pytest --ignore tests/slurm
 	$(PYTHON) -m pytest -n 3 tests/slurm  # they mostly wait, each for a Slurm of its own

@@ -35,6 +35,7 @@ localrules:
 include: "workflow/rules/common.smk"
 include: "workflow/rules/measure.smk"
 include: "workflow/rules/analyse.smk"
+include: "workflow/rules/present.smk"
 
 
 onstart:
@@ -49,6 +50,7 @@ rule all:
         rules.gather.output,
         rules.summarise.output,
         rules.plot_overview.output,
+        rules.render.output,
         expand(
             rules.tabulate.output, deployment=[each.name for each in study.deployments]
         ),

@@ -127,7 +127,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]
     """A cluster; `@with_options(...)` gives it other options than the plain ones."""
     options = getattr(request, "param", Options())
     if lacking := missing(options):
-        pytest.skip(f"no private Slurm without {', '.join(lacking)}: tests/slurm/install.sh")
+        pytest.skip(f"no private Slurm without {', '.join(lacking)}: tests/install.sh")
     with private_cluster(tmp_path / "slurm", options) as cluster:
         yield cluster
 

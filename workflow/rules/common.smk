@@ -8,3 +8,10 @@ def modules(*names):
     What was measured follows its specification only, so `measure` names none.
     """
     return [f"{workflow.basedir}/workflow/servegrid/{name}.py" for name in names]
+
+
+def page_files():
+    """All that the page is made with."""
+    folder = Path(workflow.basedir) / "workflow/servegrid/page"
+    files = [*folder.glob("*.*"), *folder.glob("charts/*.json")]
+    return sorted(map(str, files))

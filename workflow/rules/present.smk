@@ -1,0 +1,23 @@
+localrules:
+    render,
+
+
+rule render:
+    input:
+        modules("labels", "provenance"),
+        page_files(),
+        cells=rules.gather.output.parquet,
+        summary=rules.summarise.output.parquet,
+    output:
+        report(
+            "results/report/index.html",
+            "../report/page.rst",
+            category="Page",
+            labels={"page": "all of the study"},
+        ),
+    log:
+        "results/logs/render.log",
+    conda:
+        "../envs/cpu.yaml"
+    script:
+        "../scripts/render.py"
