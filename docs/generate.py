@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 TABLES = {
     "cells": (records.CELLS, "`results/tables/cells.parquet` and `.csv`"),
     "summary": (records.SUMMARY, "`results/tables/summary.parquet` and `.csv`"),
+    "capacity": (records.PLAN, "`results/tables/capacity.parquet` and `.csv`"),
     "requests": (
         records.REQUESTS,
         "`results/cells/<deployment>/<cell>/trial-<k>/requests.parquet`",
@@ -67,6 +68,8 @@ def readme(text: str) -> str:
     definitions = schema()["$defs"]
     parts = {
         "study": schema()["properties"],
+        "limits": definitions["limits"]["properties"],
+        "capacity": definitions["capacity"]["properties"],
         "load": definitions["load"]["properties"],
         "deployment": definitions["deployment"]["properties"],
     }

@@ -12,10 +12,12 @@ import pytest
 
 from browsing import browser, opened
 from servegrid import records
+from servegrid.capacity import Demand, Hardware, plan
 from servegrid.page import compose
 from servegrid.summary import summarise
 from servegrid.tables import typed
 
+HARDWARE = Hardware("USD", {"a100-40gb": 8500.0}, electricity_per_kwh=0.2, years_in_use=4.0)
 CONCURRENCIES, LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128), (31, 63, 119, 296, 480, 822, 2193)
 
 
@@ -65,7 +67,9 @@ def study(*rows: dict[str, Any]) -> pd.DataFrame:
 
 
 def written(cells: pd.DataFrame, file: Path) -> Path:
-    file.write_text(compose.page("a <study>", cells, summarise(cells), []), encoding="utf-8")
+    file.write_text(
+        compose.page("a <study>", cells, summarise(cells), [], Demand(), HARDWARE), encoding="utf-8"
+    )
     return file
 
 
@@ -162,6 +166,81 @@ def test_every_control_has_a_name_and_can_be_reached_by_keyboard(
             found.page.keyboard.press("Tab")
             reached.add(found.page.evaluate("document.activeElement.name || ''"))
         assert {"metric", "deployment", "input_len"} <= reached
+
+
+REPEATED = [
+    trial(
+        place,
+        concurrency,
+        length,
+        protocol=protocol,
+        trial=number,
+        time_scale=0.5 if place == 5 else None,
+        energy_j_per_output_token=0.5 + 4 / concurrency,
+        seconds_per_100_tokens=noise * (2 + place + concurrency / (3 if place else 8))
+        + length / 99,
+        valid=not (place == 2 and concurrency == 8),
+        verdict="ok" if place != 3 or concurrency < 16 else "timeout",
+    )
+    for protocol in ("burst", "steady")
+    for place in range(7)
+    for length in (31, 119)
+    for concurrency in (1, 2, 8, 16, 64)
+    for number, noise in ((1, 1.0), (2, 1.1), (3, 1.02))
+    if not (place == 4 and length == 119) and (place != 6 or number == 1)
+]
+"""Deployments with intervals and one without, with gaps, loads not served, and times that fall."""
+
+ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
+    ({}, Demand()),
+    ({"users": "50000", "logged_in": "25"}, Demand(users=50_000, logged_in=0.25)),
+    ({"think_s": "5", "probability": "99"}, Demand(think_s=5.0, probability=0.99)),
+    ({"tokens_per_s_per_user": "12.5"}, Demand(tokens_per_s_per_user=12.5)),
+    ({"tokens_per_s_per_user": "300"}, Demand(tokens_per_s_per_user=300.0)),
+    ({"input_len": "119", "users": "7"}, Demand(input_len=119, users=7)),
+]
+
+
+@pytest.mark.parametrize(("typed_in", "demand"), ASSUMPTIONS)
+def test_the_plan_follows_the_assumptions_as_python_computes_it(
+    chromium: Any, tmp_path: Path, typed_in: dict[str, str], demand: Demand
+) -> None:
+    cells = study(*REPEATED)
+    expected = plan(summarise(cells), demand, HARDWARE)
+    with opened(chromium, written(cells, tmp_path / "index.html")) as found:
+        for load, protocol in enumerate(("burst", "steady")):
+            found.page.select_option("select[name=plan_load]", str(load))
+            for name, value in typed_in.items():
+                control = found.page.locator(f"#demand [name={name}]")
+                control.select_option(value) if name == "input_len" else control.fill(value)
+            rows = found.page.eval_on_selector_all(
+                "#plan tbody tr", "rows => rows.map(row => JSON.parse(row.dataset.row))"
+            )
+            own = expected[expected["protocol"] == protocol].to_dict("records")
+            assert len(rows) == len(own) == 7
+            for shown, computed in zip(rows, own, strict=True):
+                for name in set(expected.columns) - {"gpu", "gpu_count", "protocol", "output_len"}:
+                    value = None if pd.isna(computed[name]) else computed[name]
+                    if isinstance(value, float):
+                        assert shown[name] == pytest.approx(value, rel=1e-9), name
+                    else:
+                        assert shown.get(name) == value, name
+        assert found.complaints == []
+
+
+def test_an_assumption_out_of_range_is_refused_and_can_be_taken_back(
+    chromium: Any, whole: tuple[pd.DataFrame, Path]
+) -> None:
+    with opened(chromium, whole[1]) as found:
+        headline = found.page.locator("#headline").inner_text()
+        assert headline.startswith("95% of the requests of 1,000 registered users (100 logged in")
+        found.page.fill("[name=users]", "2000")
+        assert "2,000 registered users" in found.page.locator("#headline").inner_text()
+        found.page.fill("[name=users]", "0")
+        assert found.page.locator("#demand-error").inner_text().startswith("Registered users: ")
+        found.page.click("button[type=reset]")
+        found.page.wait_for_selector("#demand-error", state="hidden")
+        assert found.page.locator("#headline").inner_text() == headline
 
 
 @pytest.mark.parametrize("rows", [[], [WHOLE[0]], [WHOLE[0] | FAILED]])

@@ -1,3 +1,6 @@
+HARDWARE = f"{workflow.basedir}/config/hardware.yaml"
+
+
 def trial_of(wildcards):
     return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
 

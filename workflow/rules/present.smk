@@ -4,10 +4,11 @@ localrules:
 
 rule render:
     input:
-        modules("labels", "provenance"),
+        modules("capacity", "labels", "provenance", "queueing"),
         page_files(),
         cells=rules.gather.output.parquet,
         summary=rules.summarise.output.parquet,
+        hardware=HARDWARE,
     output:
         report(
             "results/report/index.html",

@@ -35,9 +35,7 @@ def study_of(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> Stu
     have the same name, a prompt does not fit, or no cell is left.
     """
     source = ", ".join(str(file) for file in files) or "configuration"
-    problems = list(Draft202012Validator(schema()).iter_errors(config))
-    if problems:
-        raise ConfigError(f"{source}: {_told(best_match(problems))}")
+    refuse_unfitting(config, schema(), source)
     try:
         return expand(config)
     except ConfigError as error:
@@ -46,6 +44,11 @@ def study_of(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> Stu
 
 def read_study(file: Path) -> Study:
     """The study in a YAML file. Raises ConfigError as `study_of`, or where it is not YAML."""
+    return study_of(read_mapping(file), [file])
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file. Raises ConfigError where it has none."""
     try:
         config = yaml.safe_load(file.read_text())
     except OSError as error:
@@ -54,7 +57,17 @@ def read_study(file: Path) -> Study:
         raise ConfigError(f"{file}: is not valid YAML: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: is not a mapping of keys; see config/README.md.")
-    return study_of(config, [file])
+    return config
+
+
+def refuse_unfitting(config: Mapping[str, Any], rules: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError, naming `source`, the key and the remedy, where `rules` are broken.
+
+    `rules` are a JSON Schema whose keys have descriptions.
+    """
+    problems = list(Draft202012Validator(rules).iter_errors(config))
+    if problems:
+        raise ConfigError(f"{source}: {_told(best_match(problems), rules)}")
 
 
 def place(path: Iterable[str | int]) -> str:
@@ -63,27 +76,29 @@ def place(path: Iterable[str | int]) -> str:
     return text.removeprefix(".") or "the top level"
 
 
-def _told(error: Any) -> str:
+def _told(error: Any, rules: Mapping[str, Any]) -> str:
     where = place(error.absolute_path)
     if error.validator == "additionalProperties":
         return _unknown_keys(where, error)
     if error.validator == "required":
         missing = next(key for key in error.validator_value if key not in error.instance)
-        path = [*error.absolute_schema_path][:-1]
-        return f"{where}: `{missing}` is missing. {_description([*path, 'properties', missing])}"
+        path = [*[*error.absolute_schema_path][:-1], "properties", missing]
+        return f"{where}: `{missing}` is missing. {_description(rules, path)}"
     if error.validator == "oneOf":  # one value or a list of them: speak of what was meant
         is_list = isinstance(error.instance, list)
-        return _told(next(e for e in error.context if (e.schema_path[0] == 1) == is_list))
-    return f"{where}: {_complaint(error)} {_description(error.absolute_schema_path)}".rstrip()
+        return _told(next(e for e in error.context if (e.schema_path[0] == 1) == is_list), rules)
+    return (
+        f"{where}: {_complaint(error)} {_description(rules, error.absolute_schema_path)}".rstrip()
+    )
 
 
-def _description(schema_path: Iterable[str | int]) -> str:
+def _description(rules: Mapping[str, Any], schema_path: Iterable[str | int]) -> str:
     """The description nearest to the rule that was broken."""
-    node: Any = schema()
+    node: Any = rules
     nearest = ""
     for step in schema_path:
         if "$ref" in node and step not in node:
-            node = schema()["$defs"][node["$ref"].rpartition("/")[2]]
+            node = rules["$defs"][node["$ref"].rpartition("/")[2]]
         node = node[step]
         if isinstance(node, dict):
             nearest = node.get("description", nearest)
@@ -96,8 +111,12 @@ def _complaint(error: Any) -> str:
     match error.validator:
         case "minimum":
             return f"{shown} is less than {error.validator_value}."
+        case "maximum":
+            return f"{shown} is more than {error.validator_value}."
         case "exclusiveMinimum":
             return f"{shown} must be greater than {error.validator_value}."
+        case "exclusiveMaximum":
+            return f"{shown} must be less than {error.validator_value}."
         case "type":
             return f"{shown} is not of type {error.validator_value}."
         case "enum":

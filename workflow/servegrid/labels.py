@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -16,6 +17,9 @@ PROTOCOLS = {
     "poisson": "requests come at random times, at a given rate",
 }
 """What each protocol does, in words."""
+
+SAME_PROMPT_FACTOR = 1.5
+"""Prompt lengths this close are compared with each other."""
 
 _ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", EMULATED: "emulated by servegrid"}
 
@@ -78,6 +82,15 @@ def with_intensity(cells: pd.DataFrame) -> pd.DataFrame:
     """`cells` with the column `intensity`: the concurrency, or the rate of an open loop."""
     intensity = cells["concurrency"].astype("Float64").fillna(cells["rate_per_s"])
     return cells.assign(intensity=intensity.astype(float))
+
+
+def nearest_length(lengths: Sequence[int], wanted: int) -> int | None:
+    """Of the measured prompt lengths the one nearest to `wanted`, None where none is near.
+
+    Tokenizers count the same text differently, so that deployments have lengths of their own.
+    """
+    nearest = min(lengths, key=lambda length: max(length, wanted) / min(length, wanted))
+    return nearest if max(nearest, wanted) / min(nearest, wanted) <= SAME_PROMPT_FACTOR else None
 
 
 def counted(number: int, noun: str) -> str:

@@ -40,11 +40,9 @@ from servegrid.labels import (
     deployment_titles,
     emulation_notes,
     load_title,
+    nearest_length,
     with_intensity,
 )
-
-SAME_PROMPT_FACTOR = 1.5
-"""Tokenizers count the same text differently: lengths this close are compared with each other."""
 
 _HANDLE_IN = 0.7
 """Of the legend's columns, for their handles and what is left free between them."""
@@ -216,11 +214,8 @@ def _prompt_columns(rows: pd.DataFrame) -> list[pd.DataFrame]:
 
 
 def _nearest(own: pd.DataFrame, length: int) -> pd.DataFrame:
-    factors = {each: max(each, length) / min(each, length) for each in own["input_len"].unique()}
-    nearest = min(factors, key=lambda each: factors[each])
-    near: pd.DataFrame = own[
-        (own["input_len"] == nearest) & (factors[nearest] <= SAME_PROMPT_FACTOR)
-    ]
+    nearest = nearest_length(own["input_len"].unique().tolist(), length)
+    near: pd.DataFrame = own[own["input_len"] == nearest]
     return near
 
 

@@ -371,6 +371,62 @@ SUMMARY = (
 )
 """One row per cell."""
 
+_MONEY = "as config/hardware.yaml says"
+
+PLAN = (
+    *(_OF_CELLS[name] for name in ("deployment", "gpu", "gpu_count")),
+    Column("emulated", pa.bool_(), "", "Whether no hardware was measured for it"),
+    *(_OF_CELLS[name] for name in ("protocol", "output_len")),
+    Column("prompt_tokens", pa.string(), "tokens", "The prompt lengths that it is made from"),
+    Column(
+        "most_in_flight",
+        pa.int32(),
+        "requests",
+        "Requests at once that one replica gives the wanted speed, of those that were measured",
+    ),
+    Column("at_least", pa.bool_(), "", "Whether it could be more: nothing above was tried"),
+    Column(
+        "users_carried",
+        pa.int32(),
+        "users",
+        "Logged-in users whose requests get the speed with the wanted probability on one replica",
+    ),
+    Column(
+        "users_carried_low",
+        pa.int32(),
+        "users",
+        "The same where all times are at the slow end of their 95% intervals; null of one trial",
+    ),
+    Column("users_carried_high", pa.int32(), "users", "The same at their fast end"),
+    Column(
+        "users_per_replica",
+        pa.int32(),
+        "users",
+        "Nine tenths of users_carried_low, or of users_carried where that is not known",
+    ),
+    Column("replicas", pa.int32(), "", "Replicas that carry all users, split evenly among them"),
+    Column("gpus", pa.int32(), "", "Their GPUs"),
+    Column("in_flight_mean", pa.float64(), "requests", "Requests in flight on all, mean"),
+    Column("output_tokens_per_s", pa.float64(), "tokens/s", "Output tokens of all users, mean"),
+    Column("purchase", pa.float64(), _MONEY, "Price of all GPUs"),
+    Column(
+        "purchase_per_token_per_s",
+        pa.float64(),
+        _MONEY,
+        "The same per output token/s that they give at most_in_flight",
+    ),
+    Column(
+        "purchase_per_million_tokens",
+        pa.float64(),
+        _MONEY,
+        "The same spread over the years of use, at output_tokens_per_s all the time",
+    ),
+    Column("energy_j_per_output_token", pa.float64(), "J/token", "Energy of the GPUs at that load"),
+    Column("energy_cost_per_million_tokens", pa.float64(), _MONEY, "What that energy costs"),
+    Column("reason", pa.string(), "", "Why nothing can be said; null where something is"),
+)
+"""One row per deployment and closed-loop load: what the wanted users need."""
+
 
 def schema_of(columns: Iterable[Column], record: Mapping[str, Any] | None = None) -> pa.Schema:
     """The Arrow schema of `columns`, with `record` as its metadata."""

@@ -45,7 +45,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Field:
-    """An assumption that can be changed in the page; `choices` are its values and their texts."""
+    """An assumption that can be changed in the page. `choices` are its values and their texts, if
+    it has but these; one that is not `needed` may be left empty."""
 
     name: str
     label: str
@@ -53,24 +54,14 @@ class Field:
     least: float = 0
     most: float | None = None
     step: str = "any"
+    needed: bool = True
     choices: Sequence[tuple[Any, str]] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The plan under the study's own assumptions, as the page shows it before any is changed."""
-
-    headline: str
-    fields: Sequence[Field] = ()
-    head: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    method: Sequence[str] = ()
 
 
 def render(
     payload: Mapping[str, Any],
     counts_text: str,
-    answer: Answer,
+    fields: Sequence[Field],
     parts: Sequence[Part],
     files: Sequence[tuple[str, str]],
 ) -> str:
@@ -86,11 +77,7 @@ def render(
         payload=payload,
         payload_json=_in_script(dict(payload) | {"charts": charts()}),
         counts_text=counts_text,
-        headline=answer.headline,
-        fields=answer.fields,
-        plan_head=answer.head,
-        plan_rows=answer.rows,
-        method=answer.method,
+        fields=fields,
         sections=sections,
         parts=parts,
         files=files,

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.labels import deployment_titles
-from servegrid.page import Answer, parts, render
+from servegrid.capacity import CLOSED, Demand, Hardware
+from servegrid.labels import deployment_titles, hardware_title, load_title
+from servegrid.page import Field, parts, render
 from servegrid.page.payload import counts_of, payload_of
 
 FILES = (
@@ -25,6 +26,8 @@ def page(
     cells: pd.DataFrame,
     summary: pd.DataFrame,
     allocations: Sequence[Mapping[str, Any]],
+    demand: Demand,
+    hardware: Hardware,
 ) -> str:
     """The page as text, of tables of `records.CELLS` and `records.SUMMARY`.
 
@@ -36,9 +39,64 @@ def page(
         for deployment, title in deployment_titles(cells).items()
     ]
     return render(
-        payload_of(name, summary, cells, allocations),
+        payload_of(name, summary, cells, demand, hardware),
         parts.counts_text(counts, cells),
-        Answer(""),
+        fields(summary, demand, hardware),
         [parts.verdicts(cells), parts.provenance(allocations)],
         [*FILES, *tables],
     )
+
+
+def fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[Field]:
+    """The assumptions that can be changed; none where no load was one of users."""
+    loads = list(summary[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
+    closed = [(place, load_title(*load)) for place, load in enumerate(loads) if load[0] in CLOSED]
+    if not closed:
+        return []
+    lengths = sorted(int(length) for length in summary["input_len"].unique())
+    prompts = [("", "all that were measured, in equal parts"), *((n, str(n)) for n in lengths)]
+    gpus = sorted(str(gpu) for gpu in summary["gpu"].unique())
+    money = hardware.currency
+    return [
+        Field("users", "Registered users", demand.users, least=1, step="1"),
+        Field("logged_in", "Of these logged in, %", number(100 * demand.logged_in), 0.001, 100),
+        Field("think_s", "Seconds between answer and next request", number(demand.think_s), 0.1),
+        Field(
+            "tokens_per_s_per_user",
+            "Tokens/s that each gets",
+            number(demand.tokens_per_s_per_user),
+            0.01,
+        ),
+        Field(
+            "probability",
+            "Share of requests that get it, %",
+            number(100 * demand.probability),
+            1,
+            99.999,
+        ),
+        Field("input_len", "Prompt tokens", demand.input_len or "", choices=prompts),
+        Field("plan_load", "Measured load", closed[0][0], choices=closed),
+        *(
+            Field(
+                f"price:{gpu}",
+                f"Price of a machine without GPU, {money}"
+                if gpu == "cpu"
+                else f"Price of one {hardware_title(gpu, 1).removeprefix('1 × ')}, {money}",
+                number(hardware.prices.get(gpu)),
+                needed=False,
+            )
+            for gpu in gpus
+        ),
+        Field(
+            "electricity_per_kwh",
+            f"Electricity, {money} per kWh",
+            number(hardware.electricity_per_kwh),
+            needed=False,
+        ),
+        Field("years_in_use", "Years in use", number(hardware.years_in_use), 0.01, needed=False),
+    ]
+
+
+def number(value: float | None) -> str:
+    """As it is typed: no digits that say nothing, and empty where it is not known."""
+    return "" if value is None else f"{value:.10g}"

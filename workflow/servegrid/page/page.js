@@ -206,7 +206,7 @@ function drawPareto({ deployment, load, inputLen, cells }) {
   byId("pareto-caption").textContent = points.length
     ? `All users' tokens/s against one user's at ${spread(together)} prompt tokens; ${payload.loads[load].title}. Filled points are not beaten in both by any other; the numbers are the load. The dashed line is the speed that each user is to have.`
     : "Tokens/s per user are not known of a load that is a rate.";
-  const limit = Number(byId("demand")?.elements.tokens_per_s_per_user?.value ?? payload.limit ?? NaN);
+  const limit = Number(byId("demand")?.elements.tokens_per_s_per_user.value ?? NaN);
   const spec = coloured(charts.pareto, kept);
   if (!Number.isFinite(limit)) spec.layer.pop();
   return draw("pareto", spec, { cells: points, limit: [{ limit }] });
@@ -230,9 +230,113 @@ async function drawAll() {
   document.body.dataset.drawn = "yes";
 }
 
+// What the assumptions' form says; null where an entry is missing or out of its range.
+function demanded() {
+  const form = byId("demand");
+  const wrong = [...form.elements].find((each) => !each.checkValidity());
+  const told = byId("demand-error");
+  told.hidden = !wrong;
+  told.textContent = wrong ? `${wrong.closest("label").firstChild.textContent.trim()}: ${wrong.validationMessage}` : "";
+  if (wrong) return null;
+  const given = Object.fromEntries([...form.elements].filter((each) => each.name).map((each) => [each.name, each.value === "" ? null : Number(each.value)]));
+  const prices = Object.fromEntries(Object.entries(given).filter(([name]) => name.startsWith("price:")).map(([name, value]) => [name.slice(6), value]));
+  return {
+    load: given.plan_load,
+    demand: { ...given, logged_in: given.logged_in / 100, probability: given.probability / 100 },
+    hardware: { ...payload.hardware, prices, electricity_per_kwh: given.electricity_per_kwh, years_in_use: given.years_in_use },
+  };
+}
+
+function range(value, low, high) {
+  return low === null || low === undefined ? figure(value) : `${figure(value)} (${figure(low)} to ${figure(high)})`;
+}
+
+const PLAN = [
+  ["deployment", (row) => row.title],
+  ["prompt tokens", (row) => row.prompt_tokens ?? "–"],
+  ["requests in flight at the speed", (row) => (row.at_least ? "at least " : "") + figure(row.most_in_flight)],
+  ["users one replica carries (95% interval)", (row) => (row.at_least ? "at least " : "") + range(row.users_carried, row.users_carried_low, row.users_carried_high)],
+  ["replicas", (row) => figure(row.replicas)],
+  ["GPUs", (row) => figure(row.gpus)],
+  ["price", (row) => figure(row.purchase)],
+  ["price per token/s", (row) => figure(row.purchase_per_token_per_s)],
+  ["price per million tokens", (row) => figure(row.purchase_per_million_tokens)],
+  ["J per token", (row) => figure(row.energy_j_per_output_token)],
+  ["energy per million tokens", (row) => figure(row.energy_cost_per_million_tokens)],
+];
+
+function drawPlan() {
+  const asked = demanded();
+  if (!asked) return;
+  const { demand, hardware, load } = asked;
+  const rows = planOf(payload, load, demand, hardware);
+  const table = byId("plan");
+  table.replaceChildren();
+  table.createCaption().textContent = `Capacity plan, cheapest first; money in ${hardware.currency}; ${payload.loads[load].title}.`;
+  const planned = rows.filter((each) => each.replicas !== undefined);
+  const columns = PLAN.filter(([, of], place) => place < 6 || planned.some((each) => of(each) !== "–"));
+  row(table.createTHead(), columns.map(([title]) => title), true);
+  const body = table.createTBody();
+  for (const each of rows) {
+    const known = each.replicas !== undefined;
+    const line = row(body, known ? columns.map(([, of]) => of(each)) : [each.title, each.reason]);
+    line.dataset.row = JSON.stringify(each);
+    if (known) continue;
+    line.className = "none";
+    line.cells[1].colSpan = columns.length - 1;
+    line.cells[1].className = "text";
+  }
+  byId("headline").textContent = headline(rows, demand, hardware);
+  byId("rule-of-thumb").textContent = ruleOfThumb(demand);
+}
+
+function counted(number, noun) {
+  return `${figure(number)} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+function headline(rows, demand, hardware) {
+  const users = `${counted(demand.users, "registered user")} (${figure(atOnce(demand))} logged in, ${figure(demand.think_s)} s between an answer and the next request)`;
+  const best = rows.find((each) => each.replicas !== undefined);
+  if (!best) return `No deployment of this study is known to serve ${users} at ${figure(demand.tokens_per_s_per_user)} tokens/s each.`;
+  const cost = best.purchase === null ? "" : `, ${figure(best.purchase)} ${hardware.currency}`;
+  const gpus = best.gpus ? `, ${counted(best.gpus, "GPU")}` : "";
+  const first = best.purchase === null ? "the smallest that was measured" : "the cheapest that was measured";
+  return (
+    `${figure(100 * demand.probability)}% of the requests of ${users} get at least ${figure(demand.tokens_per_s_per_user)} tokens/s from ` +
+    `${counted(best.replicas, "replica")} of ${best.title}${gpus}${cost}: ${first}. ` +
+    `One replica carries ${best.at_least ? "at least " : ""}${range(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.` +
+    (best.emulated ? " These figures are emulated: no hardware was measured." : "")
+  );
+}
+
+// The mean that a rule of thumb counts with, and what lies above it by chance.
+function ruleOfThumb(demand) {
+  const [trials, share] = [demand.users, demand.logged_in * 0.1];
+  let [most, below, p] = [0, 0, (1 - share) ** trials];
+  const quantiles = [0.95, 0.99].map((wanted) => {
+    while (below + p < wanted && most < trials) {
+      below += p;
+      p *= ((trials - most) / (most + 1)) * (share / (1 - share));
+      most += 1;
+    }
+    return most;
+  });
+  return (
+    `A rule of thumb counts a tenth of those logged in as active at once: ${figure(trials * share)} requests in flight on average. ` +
+    `By chance there are then up to ${quantiles[0]} in 95% and up to ${quantiles[1]} in 99% of the time; how many really are follows from the time that users think and wait.`
+  );
+}
+
 const charts = payload.charts;
 if (byId("view")) {
   byId("view").addEventListener("change", drawAll);
   dark.addEventListener("change", drawAll);
   drawAll();
+}
+if (byId("demand")) {
+  const changed = () => { drawPlan(); if (byId("view")) drawPareto(chosen()); };
+  byId("demand").addEventListener("input", changed);
+  byId("demand").addEventListener("reset", () => setTimeout(changed));
+  byId("demand").addEventListener("submit", (event) => event.preventDefault());
+  drawPlan();
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from servegrid.capacity import CLOSED, Demand, Hardware
 from servegrid.labels import (
     EMULATED,
     axis_title,
@@ -21,9 +22,6 @@ from servegrid.labels import (
 from servegrid.records import SUMMARISED
 
 Json = Any
-
-SIGNIFICANT = 6
-"""Digits that figures of the page have at least; all of them are in the tables beside it."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#777777")
 """Okabe and Ito's, as in the figures; grey in place of black, to be seen in the dark as well."""
@@ -55,12 +53,9 @@ METRICS = (
 
 
 def payload_of(
-    name: str, summary: pd.DataFrame, cells: pd.DataFrame, allocations: Sequence[Mapping[str, Any]]
+    name: str, summary: pd.DataFrame, cells: pd.DataFrame, demand: Demand, hardware: Hardware
 ) -> dict[str, Json]:
-    """All that is measured, of tables of `records.SUMMARY` and `records.CELLS`.
-
-    `allocations` are the environments of the study's allocations, as `provenance` reads them.
-    """
+    """All that was measured, from tables of `records.SUMMARY` and `records.CELLS`, and is asked."""
     titles = deployment_titles(cells)
     places = {deployment: place for place, deployment in enumerate(titles)}
     loads = _loads(summary)
@@ -76,7 +71,8 @@ def payload_of(
         "cells": [
             _cell(row, places, loads) for row in with_intensity(summary).to_dict(orient="records")
         ],
-        "allocations": list(allocations),
+        "demand": asdict(demand),
+        "hardware": asdict(hardware),
     }
 
 
@@ -110,6 +106,7 @@ def _load(protocol: str, output_len: int) -> dict[str, Json]:
         "protocol": protocol,
         "output_len": int(output_len),
         "title": load_title(protocol, output_len),
+        "closed": protocol in CLOSED,
         "axis": axis_title(protocol),
     }
 
@@ -123,6 +120,7 @@ def _deployment(name: str, title: str, place: int, summary: pd.DataFrame) -> dic
         "gpu_count": int(first["gpu_count"]),
         "hardware": hardware_title(first["gpu"], first["gpu_count"]),
         "emulated": first["engine"] == EMULATED,
+        "time_scale": _known(first["time_scale"]),
         "colour": COLOURS[place % len(COLOURS)],
     }
 
@@ -149,4 +147,4 @@ def _cell(
 def _known(value: Any) -> float | None:
     if value is None or pd.isna(value) or math.isinf(value):
         return None
-    return float(f"{value:.{SIGNIFICANT}g}")
+    return float(value)

@@ -1,0 +1,189 @@
+"use strict";
+// The capacity plan as servegrid.capacity and servegrid.queueing compute it; tests hold them together.
+const SHARE_USED = 0.9;
+const SAME_PROMPT_FACTOR = 1.5;
+const MOST_USERS = 1e6;
+const YEAR_S = 8766 * 3600;
+const KWH_J = 3.6e6;
+
+function rising(seconds) {
+  const pools = [];
+  for (const value of seconds) {
+    let [mean, count] = [value, 1];
+    while (pools.length && pools.at(-1)[0] > mean) {
+      const [before, many] = pools.pop();
+      mean = (before * many + mean * count) / (many + count);
+      count += many;
+    }
+    pools.push([mean, count]);
+  }
+  return pools.flatMap(([mean, count]) => Array(count).fill(mean));
+}
+
+function curveAt(inFlight, seconds, requests) {
+  if (requests <= inFlight[0]) return seconds[0];
+  const above = inFlight.findIndex((n) => n >= requests);
+  const [n, m] = [inFlight[above - 1], inFlight[above]];
+  const [s, t] = [seconds[above - 1], seconds[above]];
+  return s + ((t - s) * (requests - n)) / (m - n);
+}
+
+function mostInFlight(seconds, limit) {
+  const first = seconds.findIndex((each) => each > limit);
+  return first < 0 ? seconds.length : first;
+}
+
+function inFlight(seconds, users, think) {
+  const logarithms = [0];
+  const last = seconds.length / seconds.at(-1);
+  for (let n = 0; n < users; n++) {
+    const rate = n < seconds.length ? (n + 1) / seconds[n] : last;
+    logarithms.push(logarithms[n] + Math.log((users - n) / think) - Math.log(rate));
+  }
+  const most = logarithms.reduce((a, b) => Math.max(a, b));
+  const weights = logarithms.map((each) => Math.exp(each - most));
+  const whole = weights.reduce((a, b) => a + b);
+  return weights.map((weight) => weight / whole);
+}
+
+function chance(seconds, limit, users, think) {
+  const allowed = mostInFlight(seconds, limit);
+  return inFlight(seconds, users - 1, think).slice(0, allowed).reduce((a, b) => a + b, 0);
+}
+
+function usersCarried(seconds, limit, think, probability) {
+  const kept = (users) => chance(seconds, limit, users, think) >= probability;
+  if (!kept(1)) return 0;
+  let [low, high] = [1, 2];
+  while (high <= MOST_USERS && kept(high)) [low, high] = [high, 2 * high];
+  while (high - low > 1) {
+    const middle = Math.floor((low + high) / 2);
+    if (kept(middle)) low = middle;
+    else high = middle;
+  }
+  return low;
+}
+
+function meanInFlight(seconds, users, think) {
+  return inFlight(seconds, users, think).reduce((sum, p, n) => sum + n * p, 0);
+}
+
+function nearestLength(lengths, wanted) {
+  const apart = (length) => Math.max(length, wanted) / Math.min(length, wanted);
+  const nearest = lengths.reduce((a, b) => (apart(b) < apart(a) ? b : a));
+  return apart(nearest) <= SAME_PROMPT_FACTOR ? nearest : null;
+}
+
+const lengthsIn = (cells) => [...new Set(cells.map((cell) => cell.input_len))].sort((a, b) => a - b);
+
+// What the cells of one deployment under one load say, or in a text why they say nothing.
+function served(cells, outputLen, timeScale, inputLen) {
+  let known = cells.filter((cell) => cell.trials[0] > 0 && cell.seconds_per_100_tokens);
+  if (inputLen !== null) {
+    const nearest = nearestLength([...new Set(cells.map((cell) => cell.input_len))], inputLen);
+    if (nearest === null) return `prompts of about ${inputLen} tokens were not measured`;
+    cells = cells.filter((cell) => cell.input_len === nearest);
+    known = known.filter((cell) => cell.input_len === nearest);
+  }
+  if (!known.length) return "no load was served that may be believed";
+  const lengths = lengthsIn(known);
+  const lacking = lengthsIn(cells).filter((length) => !lengths.includes(length));
+  if (lacking.length) return `prompts of ${lacking[0]} tokens were not served in a way that may be believed`;
+  const parts = lengths.map((length) => known.filter((cell) => cell.input_len === length).sort((a, b) => a.intensity - b.intensity));
+  const highest = (own) => own.at(-1).intensity;
+  const most = Math.min(...parts.map(highest));
+  const factor = outputLen / 100 / timeScale;
+  const mixed = (figure, place, isTime) => {
+    if (parts.some((own) => own.some((cell) => cell[figure]?.[place] === undefined))) return null;
+    const curves = parts.map((own) => {
+      const values = own.map((cell) => cell[figure][place] * (isTime ? factor : 1));
+      return [own.map((cell) => cell.intensity), isTime ? rising(values) : values];
+    });
+    return Array.from({ length: most }, (_, n) => curves.reduce((sum, curve) => sum + curveAt(...curve, n + 1), 0) / curves.length);
+  };
+  const short = parts.filter((own) => highest(own) === most).map((own) => own[0].input_len);
+  return {
+    promptTokens: [...new Set([lengths[0], lengths.at(-1)])].join(" to "),
+    outputLen,
+    seconds: mixed("seconds_per_100_tokens", 0, true),
+    fast: mixed("seconds_per_100_tokens", 1, true),
+    slow: mixed("seconds_per_100_tokens", 2, true),
+    joules: mixed("energy_j_per_output_token", 0, false),
+    moreUntried: !cells.some((cell) => cell.intensity > most && short.includes(cell.input_len)),
+  };
+}
+
+function between(values, place) {
+  if (values.length === 1) return values[0];
+  place = Math.min(Math.max(place, 1), values.length);
+  const before = Math.min(Math.floor(place), values.length - 1);
+  return values[before - 1] + (values[before] - values[before - 1]) * (place - before);
+}
+
+function atOnce(demand) {
+  return Math.max(1, Math.ceil(Math.round(demand.users * demand.logged_in * 1e6) / 1e6));
+}
+
+// What the demand needs of a deployment, by the names of the columns of the plan.
+function needed(found, demand, hardware, gpu, gpuCount) {
+  const limit = found.outputLen / demand.tokens_per_s_per_user;
+  const most = mostInFlight(found.seconds, limit);
+  const carried = (seconds) => seconds && usersCarried(seconds, limit, demand.think_s, demand.probability);
+  const [users, low, high] = [found.seconds, found.slow, found.fast].map(carried);
+  const row = {
+    most_in_flight: most,
+    at_least: most === found.seconds.length && found.moreUntried,
+    users_carried: users,
+    users_carried_low: low,
+    users_carried_high: high,
+  };
+  const sure = low ?? users;
+  const each = sure ? Math.max(1, Math.floor(SHARE_USED * sure)) : 0;
+  if (!each) return { ...row, reason: "one request alone does not get that speed for sure" };
+  const wanted = atOnce(demand);
+  const replicas = Math.ceil(wanted / each);
+  const there = Math.ceil(wanted / replicas);
+  const busy = meanInFlight(found.seconds, there, demand.think_s);
+  const tokens = (((there - busy) / demand.think_s) * found.outputLen * wanted) / there;
+  const able = (replicas * most * found.outputLen) / found.seconds[most - 1];
+  const price = hardware.prices[gpu] ?? null;
+  const purchase = price === null ? null : price * Math.max(1, gpuCount) * replicas;
+  const joules = found.joules && between(found.joules, busy);
+  const known = (value, ...needs) => (needs.some((need) => need === null || need === undefined) ? null : value());
+  return {
+    ...row,
+    users_per_replica: each,
+    replicas,
+    gpus: replicas * gpuCount,
+    in_flight_mean: (busy * wanted) / there,
+    output_tokens_per_s: tokens,
+    purchase,
+    purchase_per_token_per_s: known(() => purchase / able, purchase),
+    energy_j_per_output_token: joules,
+    purchase_per_million_tokens: known(() => (purchase / (hardware.years_in_use * YEAR_S) / tokens) * 1e6, purchase, hardware.years_in_use),
+    energy_cost_per_million_tokens: known(() => ((joules * 1e6) / KWH_J) * hardware.electricity_per_kwh, joules, hardware.electricity_per_kwh),
+    reason: null,
+  };
+}
+
+// One row per deployment under one load, the cheapest first.
+function planOf(payload, load, demand, hardware) {
+  const outputLen = payload.loads[load].output_len;
+  const rows = payload.deployments.flatMap((deployment, place) => {
+    const cells = payload.cells.filter((cell) => cell.deployment === place && cell.load === load);
+    if (!cells.length) return [];
+    const found = served(cells, outputLen, deployment.time_scale ?? 1, demand.input_len);
+    const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated };
+    if (typeof found === "string") return [{ ...head, reason: found }];
+    return [{ ...head, prompt_tokens: found.promptTokens, ...needed(found, demand, hardware, deployment.gpu, deployment.gpu_count) }];
+  });
+  const key = (row, name) => row[name] ?? Infinity;
+  const order = ["purchase", "gpus", "replicas"];
+  return rows
+    .map((row, place) => [row, place])
+    .sort(([a, i], [b, j]) => {
+      for (const name of order) if (key(a, name) !== key(b, name)) return key(a, name) < key(b, name) ? -1 : 1;
+      return i - j;
+    })
+    .map(([row]) => row);
+}

@@ -28,3 +28,12 @@ def models() -> pd.DataFrame:
 def gpus() -> pd.DataFrame:
     """What kinds of GPU can do, by name."""
     return pd.read_csv(FOLDER / "gpus.csv").set_index("gpu")
+
+
+@cache
+def systems() -> pd.DataFrame:
+    """Systems that Bionic compares: parameters of the model in 10⁹, output tokens/s, price in USD.
+
+    A price that is not given is null.
+    """
+    return pd.read_csv(FOLDER / "bionic-2023.csv")
