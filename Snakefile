@@ -35,6 +35,7 @@ localrules:
 include: "workflow/rules/common.smk"
 include: "workflow/rules/measure.smk"
 include: "workflow/rules/analyse.smk"
+include: "workflow/rules/plan.smk"
 include: "workflow/rules/present.smk"
 
 
@@ -47,15 +48,8 @@ rule all:
     default_target: True
     input:
         rules.gather.input,  # a record that has been deleted is missed
-        rules.gather.output,
-        rules.summarise.output,
+        *(rule.output for rule in (rules.gather, rules.summarise, rules.plan_capacity)),
         rules.plot_overview.output,
+        of_each_deployment(rules.tabulate.output),
+        of_each_deployment(rules.plot.output, figure=["per_user", "total", "latency"]),
         rules.render.output,
-        expand(
-            rules.tabulate.output, deployment=[each.name for each in study.deployments]
-        ),
-        expand(
-            rules.plot.output,
-            deployment=[each.name for each in study.deployments],
-            figure=["per_user", "total", "latency"],
-        ),

@@ -8,6 +8,7 @@ import pytest
 
 from servegrid import records
 from servegrid.capacity import Demand, Hardware, demand_of, plan, read_hardware
+from servegrid.cli import main
 from servegrid.errors import ConfigError
 from servegrid.published import summary_of
 from servegrid.tables import typed
@@ -173,3 +174,28 @@ def test_prices_that_cannot_be_used_are_refused(tmp_path: Path, text: str, told:
         read_hardware(file)
     assert str(refused.value).startswith(str(file))
     assert told in str(refused.value)
+
+
+def run(*arguments: str) -> int:
+    return main(["capacity", "--hardware", str(ROOT / "config/hardware.yaml"), *arguments])
+
+
+def test_the_command_plans_from_the_articles_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--published", "inria-2024", "--input-len", "119", "--users", "2000") == 0
+    printed = capsys.readouterr().out
+    assert "2000 registered users, of whom 0.1 are logged in at the busiest time (200)" in printed
+    (line,) = [each for each in printed.splitlines() if each.startswith("| mixtral-8x7b_awq")]
+    assert [part.strip() for part in line.split("|")][1:8] == [
+        *("mixtral-8x7b_awq-4bit_2xa100-40gb", "119", "118", "437", "1", "2", "17,000"),
+    ]
+    assert "about 5,000 USD do not suffice" in printed
+    assert "20 requests in flight on average, by chance up to 28 in 95%" in printed
+
+
+def test_the_command_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--tables", str(tmp_path)) == 2
+    assert "Run the study first" in capsys.readouterr().err
+    assert main(["capacity", "--hardware", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: cannot be read" in capsys.readouterr().err

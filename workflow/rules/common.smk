@@ -5,6 +5,11 @@ def trial_of(wildcards):
     return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
 
 
+def of_each_deployment(outputs, **wildcards):
+    names = [deployment.name for deployment in study.deployments]
+    return expand(outputs, deployment=names, **wildcards)
+
+
 def modules(*names):
     """Modules of the package that decide an output: these rules are cheap enough to follow them.
 

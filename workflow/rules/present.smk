@@ -20,5 +20,7 @@ rule render:
         "results/logs/render.log",
     conda:
         "../envs/cpu.yaml"
+    params:
+        demand=[config.get("limits"), config.get("capacity")],
     script:
         "../scripts/render.py"

@@ -1,7 +1,7 @@
 """Bionic's sizing for 1000 users: its rule, its table, and whether its conclusion follows. Pure.
 
-Source: "LLM hardware requirements for 1000 users", documentation of bionic-gpt, 2023. Its figures are
-tokens per second of whole systems, found in several places; nothing in it says at which load.
+Source: Bionic GPT's page on hardware for 1000 users, 2023. Its figures are tokens per second of
+whole systems, found in several places; nothing in it says at which load.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def in_flight(
 
     It is a mean; the number at a moment is binomial.
     """
-    share = logged_in * active
+    share = logged_in * ACTIVE
     return Quantiles(users * share, quantile(users, share, 0.95), quantile(users, share, 0.99))
 
 
@@ -76,9 +76,10 @@ def conclusion() -> dict[int, tuple[bool, str]]:
         best = own.iloc[0]
         holds = bool(best["usd"] <= 1.1 * CONCLUSION_USD)
         count = "" if best["needed"] == 1 else f"{best['needed']} × "
+        price = f"{best['usd']:,.0f} USD"
         told[int(str(params))] = (
             holds,
-            f"{params} billion parameters: {wanted:g} tokens/s cost at least {best['usd']:,.0f} USD "
+            f"{params} billion parameters: {wanted:g} tokens/s cost at least {price} "
             f"({count}{best['hardware']}, {best['output_tokens_per_s']:g} tokens/s each), so that "
             f"about {CONCLUSION_USD:,.0f} USD {'suffice' if holds else 'do not suffice'}.",
         )

@@ -31,6 +31,7 @@ SHARE_USED = 0.9
 falls from 0.99 to under a half within some 15% more users."""
 CLOSED = ("burst", "steady")
 """Protocols whose cells have a number of requests in flight."""
+Times = Sequence[Sequence[float]]
 HOUR_S, YEAR_H, KWH_J = 3600.0, 8766.0, 3.6e6
 
 
@@ -66,17 +67,18 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Served:
-    """What one deployment does under one load. All times are at 1, 2, … requests in flight.
+    """What one deployment does under one load.
 
-    `fast_s` and `slow_s` are the ends of the 95% intervals, None where one is not known;
-    `joules` are those of an output token. `more_untried` says that nothing above was tried.
+    All but the last are at 1, 2, … requests in flight, times a row for each prompt length:
+    `seconds` of a request, `fast_s` and `slow_s` at the ends of the 95% intervals, None where one
+    is not known; `joules` of an output token. `more_untried` says that nothing above was tried.
     """
 
     prompt_tokens: str
     output_len: int
-    seconds: Sequence[float]
-    fast_s: Sequence[float] | None
-    slow_s: Sequence[float] | None
+    seconds: Times
+    fast_s: Times | None
+    slow_s: Times | None
     joules: Sequence[float] | None
     more_untried: bool
 
@@ -156,10 +158,10 @@ def served(cells: pd.DataFrame, input_len: int | None) -> Served | str:
     return Served(
         prompt_tokens=" to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))),
         output_len=int(cells["output_len"].iloc[0]),
-        seconds=_mixed(parts, "seconds_per_100_tokens", most),
-        fast_s=_mixed_or_none(parts, "seconds_per_100_tokens_low", most),
-        slow_s=_mixed_or_none(parts, "seconds_per_100_tokens_high", most),
-        joules=_mixed_or_none(parts, "energy_j_per_output_token", most),
+        seconds=_times(parts, "seconds_per_100_tokens", most) or [],
+        fast_s=_times(parts, "seconds_per_100_tokens_low", most),
+        slow_s=_times(parts, "seconds_per_100_tokens_high", most),
+        joules=_joules(parts, most),
         more_untried=not short & set(tried),
     )
 
@@ -169,17 +171,19 @@ def needed(
 ) -> dict[str, Any]:
     """What the demand needs of a deployment, by the names of `records.PLAN`."""
     limit_s = found.output_len / demand.tokens_per_s_per_user
-    most = most_in_flight(found.seconds, limit_s)
+    seconds = _mean(found.seconds)
+    most = min(most_in_flight(each, limit_s) for each in found.seconds)
 
-    def carried(seconds: Sequence[float] | None) -> int | None:
-        if seconds is None:
+    def carried(times: Times | None) -> int | None:
+        if times is None:
             return None
-        return users_carried(seconds, limit_s, demand.think_s, demand.probability)
+        allowed = [most_in_flight(each, limit_s) for each in times]
+        return users_carried(_mean(times), allowed, demand.think_s, demand.probability)
 
     users, low, high = map(carried, (found.seconds, found.slow_s, found.fast_s))
     row: dict[str, Any] = {
         "most_in_flight": most,
-        "at_least": most == len(found.seconds) and found.more_untried,
+        "at_least": most == len(seconds) and found.more_untried,
         "users_carried": users,
         "users_carried_low": low,
         "users_carried_high": high,
@@ -190,10 +194,10 @@ def needed(
         return row | {"reason": "one request alone does not get that speed for sure"}
     replicas = math.ceil(demand.at_once / each)
     there = math.ceil(demand.at_once / replicas)
-    busy = mean_in_flight(found.seconds, there, demand.think_s)
-    rate = requests_per_s(found.seconds, there, demand.think_s)
+    busy = mean_in_flight(seconds, there, demand.think_s)
+    rate = requests_per_s(seconds, there, demand.think_s)
     tokens_per_s = rate * found.output_len * demand.at_once / there
-    able = replicas * most * found.output_len / found.seconds[most - 1]
+    able = replicas * most * found.output_len / seconds[most - 1] if most else None
     price = hardware.prices.get(gpu)
     purchase = None if price is None else price * max(1, gpu_count) * replicas
     joules = None if found.joules is None else _between(found.joules, busy)
@@ -204,39 +208,44 @@ def needed(
         "in_flight_mean": busy * demand.at_once / there,
         "output_tokens_per_s": tokens_per_s,
         "purchase": purchase,
-        "purchase_per_token_per_s": None if purchase is None else purchase / able,
+        "purchase_per_token_per_s": purchase and able and purchase / able,
         "energy_j_per_output_token": joules,
     }
     if purchase is not None and hardware.years_in_use is not None:
-        seconds = hardware.years_in_use * YEAR_H * HOUR_S
-        row["purchase_per_million_tokens"] = purchase / seconds / tokens_per_s * 1e6
+        in_use_s = hardware.years_in_use * YEAR_H * HOUR_S
+        row["purchase_per_million_tokens"] = purchase / in_use_s / tokens_per_s * 1e6
     if joules is not None and hardware.electricity_per_kwh is not None:
         row["energy_cost_per_million_tokens"] = joules * 1e6 / KWH_J * hardware.electricity_per_kwh
     return row
 
 
-def _mixed(parts: Sequence[pd.DataFrame], column: str, most: int) -> list[float]:
-    """A column at 1, 2, … `most` in flight, the mean over prompt lengths; times never fall."""
-    curves = []
-    for own in parts:
-        values = (own[column] * _factor(own, column)).astype(float).tolist()
-        fitted = values if column.startswith("energy") else rising(values)
-        curves.append(Curve(tuple(own["concurrency"].astype(int)), tuple(fitted)))
-    return [sum(curve.at(n) for curve in curves) / len(curves) for n in range(1, most + 1)]
-
-
-def _mixed_or_none(parts: Sequence[pd.DataFrame], column: str, most: int) -> list[float] | None:
+def _times(parts: Sequence[pd.DataFrame], column: str, most: int) -> Times | None:
+    """A column at 1, 2, … `most` in flight in seconds of a request, which never fall; None where
+    it is not known of every cell."""
     if any(own[column].isna().any() for own in parts):
         return None
-    return _mixed(parts, column, most)
+    rows = []
+    for own in parts:
+        scale = own["time_scale"].iloc[0]  # of an emulation, whose time goes faster
+        factor = float(own["output_len"].iloc[0]) / 100 / (1.0 if pd.isna(scale) else float(scale))
+        fitted = rising([float(each) * factor for each in own[column]])
+        rows.append(Curve(tuple(own["concurrency"].astype(int)), tuple(fitted)).each()[:most])
+    return rows
 
 
-def _factor(own: pd.DataFrame, column: str) -> float:
-    """From seconds per 100 tokens to those of a request, in time that is not emulated faster."""
-    if column.startswith("energy"):
-        return 1.0
-    scale = own["time_scale"].iloc[0]
-    return float(own["output_len"].iloc[0]) / 100 / (1.0 if pd.isna(scale) else float(scale))
+def _joules(parts: Sequence[pd.DataFrame], most: int) -> Sequence[float] | None:
+    column = "energy_j_per_output_token"
+    if any(own[column].isna().any() for own in parts):
+        return None
+    curves = [
+        Curve(tuple(own["concurrency"].astype(int)), tuple(own[column].astype(float)))
+        for own in parts
+    ]
+    return _mean([curve.each()[:most] for curve in curves])
+
+
+def _mean(rows: Times) -> list[float]:
+    return [sum(each) / len(rows) for each in zip(*rows, strict=True)]
 
 
 def _between(values: Sequence[float], place: float) -> float:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +22,7 @@ from servegrid.endpoint import Endpoint
 from servegrid.errors import LoadError, ServegridError
 from servegrid.grid import Load
 from servegrid.load import Measurement, measure
+from servegrid.reference import STUDIES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_prepare(subcommands)
     _add_load(subcommands)
     _add_doctor(subcommands)
+    _add_capacity(subcommands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -179,6 +181,57 @@ def _doctor(options: argparse.Namespace) -> int:
     return report.exit_status(findings)
 
 
+def _add_capacity(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "capacity",
+        help="what the wanted users need, from measured or published figures",
+        description="Prints the capacity plan as Markdown: from the tables of a study, or from "
+        "published figures. What is not given here is taken from the study's configuration.",
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group().add_argument
+    tables = Path("results/tables")
+    source("--tables", type=Path, default=tables, metavar="DIR", help="default: results/tables")
+    source("--published", choices=STUDIES, help="the figures of an article, and Bionic's table")
+    add("--configfile", type=Path, metavar="FILE", help="a study, for its limits and capacity")
+    add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
+    add("--users", type=_positive, metavar="N", help="registered users")
+    add("--logged-in", type=_share, metavar="X", help="share of them that is logged in, 0 to 1")
+    add("--think", type=_seconds, dest="think_s", metavar="S", help="seconds between requests")
+    add("--probability", type=_share, metavar="X", help="share of requests that get the speed")
+    add(
+        "--speed",
+        type=_seconds,
+        dest="tokens_per_s_per_user",
+        metavar="V",
+        help="tokens per second that each user gets",
+    )
+    add("--input-len", type=_positive, metavar="I", help="prompt tokens; default: all, evenly")
+    parser.set_defaults(run=_capacity)
+
+
+def _capacity(options: argparse.Namespace) -> int:
+    from servegrid import capacity, config, plan_page, published, tables
+
+    study = {} if options.configfile is None else config.read_mapping(options.configfile)
+    if study:
+        config.study_of(study, [options.configfile])
+    given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
+    demand = replace(
+        capacity.demand_of(study),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    hardware = capacity.read_hardware(options.hardware or Path("config/hardware.yaml"))
+    if options.published:
+        summary = published.summary_of(options.published)
+    else:
+        summary = tables.read_summary(options.tables / "summary.parquet")
+    print(plan_page.as_markdown(capacity.plan(summary, demand, hardware), demand, hardware))
+    if options.published:
+        print(plan_page.rule_of_thumb())
+    return 0
+
+
 def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:
     """The endpoint of a URL as people write it, with or without the API's `/v1`.
 
@@ -251,6 +304,13 @@ def _count(text: str) -> int:
 
 def _pause(text: str) -> float:
     return 0.0 if text == "0" else _seconds(text)
+
+
+def _share(text: str) -> float:
+    share = _seconds(text)
+    if share > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return share
 
 
 def _seconds(text: str) -> float:

@@ -89,19 +89,26 @@ def in_flight(seconds: Sequence[float], users: int, think_s: float) -> list[floa
     return [weight / whole for weight in weights]
 
 
-def chance(seconds: Sequence[float], limit_s: float, users: int, think_s: float) -> float:
-    """The chance that a request of one of `users` takes no longer than the limit."""
-    allowed = most_in_flight(seconds, limit_s)
-    return math.fsum(in_flight(seconds, users - 1, think_s)[:allowed])
+def chance(seconds: Sequence[float], allowed: Sequence[int], users: int, think_s: float) -> float:
+    """The chance that a request of one of `users` keeps its limit.
+
+    Requests are of kinds, in equal parts; one keeps the limit with at most as many in flight,
+    itself among them, as `allowed` says for its kind.
+    """
+    seen = in_flight(seconds, users - 1, think_s)
+    return math.fsum(math.fsum(seen[:most]) for most in allowed) / len(allowed)
 
 
 def users_carried(
-    seconds: Sequence[float], limit_s: float, think_s: float, probability: float
+    seconds: Sequence[float], allowed: Sequence[int], think_s: float, probability: float
 ) -> int:
-    """The most users whose requests keep the limit with at least that probability; 0 if none."""
+    """The most users whose requests keep their limit with at least that probability; 0 if none.
+
+    Arguments as of `chance`.
+    """
 
     def kept(users: int) -> bool:
-        return chance(seconds, limit_s, users, think_s) >= probability
+        return chance(seconds, allowed, users, think_s) >= probability
 
     if not kept(1):
         return 0

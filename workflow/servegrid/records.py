@@ -382,7 +382,7 @@ PLAN = (
         "most_in_flight",
         pa.int32(),
         "requests",
-        "Requests at once that one replica gives the wanted speed, of those that were measured",
+        "Requests at once that one replica gives the wanted speed, whatever their prompt length",
     ),
     Column("at_least", pa.bool_(), "", "Whether it could be more: nothing above was tried"),
     Column(

@@ -95,6 +95,17 @@ def read_cells(parquet: Path) -> pd.DataFrame:
     return _frame(pq.read_table(parquet))
 
 
+def read_summary(parquet: Path) -> pd.DataFrame:
+    """The table of a study's summary. Raises RecordError where there is none to be read."""
+    try:
+        return _frame(pq.read_table(parquet))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RecordError(
+            f"{parquet}: no summary of a study ({error}). Run the study first, or name the folder "
+            "of its tables."
+        ) from error
+
+
 def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
     """`table` with the types of `columns`, in which integers can be unknown."""
     schema = records.schema_of(columns)

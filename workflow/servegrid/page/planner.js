@@ -46,13 +46,14 @@ function inFlight(seconds, users, think) {
   return weights.map((weight) => weight / whole);
 }
 
-function chance(seconds, limit, users, think) {
-  const allowed = mostInFlight(seconds, limit);
-  return inFlight(seconds, users - 1, think).slice(0, allowed).reduce((a, b) => a + b, 0);
+function chance(seconds, allowed, users, think) {
+  const seen = inFlight(seconds, users - 1, think);
+  const upTo = (most) => seen.slice(0, most).reduce((a, b) => a + b, 0);
+  return allowed.reduce((sum, most) => sum + upTo(most), 0) / allowed.length;
 }
 
-function usersCarried(seconds, limit, think, probability) {
-  const kept = (users) => chance(seconds, limit, users, think) >= probability;
+function usersCarried(seconds, allowed, think, probability) {
+  const kept = (users) => chance(seconds, allowed, users, think) >= probability;
   if (!kept(1)) return 0;
   let [low, high] = [1, 2];
   while (high <= MOST_USERS && kept(high)) [low, high] = [high, 2 * high];
@@ -74,6 +75,10 @@ function nearestLength(lengths, wanted) {
   return apart(nearest) <= SAME_PROMPT_FACTOR ? nearest : null;
 }
 
+function meanOf(rows) {
+  return rows[0].map((_, n) => rows.reduce((sum, row) => sum + row[n], 0) / rows.length);
+}
+
 const lengthsIn = (cells) => [...new Set(cells.map((cell) => cell.input_len))].sort((a, b) => a - b);
 
 // What the cells of one deployment under one load say, or in a text why they say nothing.
@@ -93,22 +98,23 @@ function served(cells, outputLen, timeScale, inputLen) {
   const highest = (own) => own.at(-1).intensity;
   const most = Math.min(...parts.map(highest));
   const factor = outputLen / 100 / timeScale;
-  const mixed = (figure, place, isTime) => {
+  const at = (figure, place, isTime) => {
     if (parts.some((own) => own.some((cell) => cell[figure]?.[place] === undefined))) return null;
-    const curves = parts.map((own) => {
+    return parts.map((own) => {
       const values = own.map((cell) => cell[figure][place] * (isTime ? factor : 1));
-      return [own.map((cell) => cell.intensity), isTime ? rising(values) : values];
+      const curve = [own.map((cell) => cell.intensity), isTime ? rising(values) : values];
+      return Array.from({ length: most }, (_, n) => curveAt(...curve, n + 1));
     });
-    return Array.from({ length: most }, (_, n) => curves.reduce((sum, curve) => sum + curveAt(...curve, n + 1), 0) / curves.length);
   };
+  const joules = at("energy_j_per_output_token", 0, false);
   const short = parts.filter((own) => highest(own) === most).map((own) => own[0].input_len);
   return {
     promptTokens: [...new Set([lengths[0], lengths.at(-1)])].join(" to "),
     outputLen,
-    seconds: mixed("seconds_per_100_tokens", 0, true),
-    fast: mixed("seconds_per_100_tokens", 1, true),
-    slow: mixed("seconds_per_100_tokens", 2, true),
-    joules: mixed("energy_j_per_output_token", 0, false),
+    seconds: at("seconds_per_100_tokens", 0, true),
+    fast: at("seconds_per_100_tokens", 1, true),
+    slow: at("seconds_per_100_tokens", 2, true),
+    joules: joules && meanOf(joules),
     moreUntried: !cells.some((cell) => cell.intensity > most && short.includes(cell.input_len)),
   };
 }
@@ -127,12 +133,14 @@ function atOnce(demand) {
 // What the demand needs of a deployment, by the names of the columns of the plan.
 function needed(found, demand, hardware, gpu, gpuCount) {
   const limit = found.outputLen / demand.tokens_per_s_per_user;
-  const most = mostInFlight(found.seconds, limit);
-  const carried = (seconds) => seconds && usersCarried(seconds, limit, demand.think_s, demand.probability);
+  const seconds = meanOf(found.seconds);
+  const allowed = (times) => times.map((each) => mostInFlight(each, limit));
+  const most = Math.min(...allowed(found.seconds));
+  const carried = (times) => times && usersCarried(meanOf(times), allowed(times), demand.think_s, demand.probability);
   const [users, low, high] = [found.seconds, found.slow, found.fast].map(carried);
   const row = {
     most_in_flight: most,
-    at_least: most === found.seconds.length && found.moreUntried,
+    at_least: most === seconds.length && found.moreUntried,
     users_carried: users,
     users_carried_low: low,
     users_carried_high: high,
@@ -143,9 +151,9 @@ function needed(found, demand, hardware, gpu, gpuCount) {
   const wanted = atOnce(demand);
   const replicas = Math.ceil(wanted / each);
   const there = Math.ceil(wanted / replicas);
-  const busy = meanInFlight(found.seconds, there, demand.think_s);
+  const busy = meanInFlight(seconds, there, demand.think_s);
   const tokens = (((there - busy) / demand.think_s) * found.outputLen * wanted) / there;
-  const able = (replicas * most * found.outputLen) / found.seconds[most - 1];
+  const able = most ? (replicas * most * found.outputLen) / seconds[most - 1] : null;
   const price = hardware.prices[gpu] ?? null;
   const purchase = price === null ? null : price * Math.max(1, gpuCount) * replicas;
   const joules = found.joules && between(found.joules, busy);
@@ -158,7 +166,7 @@ function needed(found, demand, hardware, gpu, gpuCount) {
     in_flight_mean: (busy * wanted) / there,
     output_tokens_per_s: tokens,
     purchase,
-    purchase_per_token_per_s: known(() => purchase / able, purchase),
+    purchase_per_token_per_s: known(() => purchase / able, purchase, able),
     energy_j_per_output_token: joules,
     purchase_per_million_tokens: known(() => (purchase / (hardware.years_in_use * YEAR_S) / tokens) * 1e6, purchase, hardware.years_in_use),
     energy_cost_per_million_tokens: known(() => ((joules * 1e6) / KWH_J) * hardware.electricity_per_kwh, joules, hardware.electricity_per_kwh),

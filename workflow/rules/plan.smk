@@ -1,0 +1,26 @@
+localrules:
+    plan_capacity,
+
+
+rule plan_capacity:
+    input:
+        modules("bionic", "capacity", "plan_page", "queueing", "records"),
+        summary=rules.summarise.output.parquet,
+        hardware=HARDWARE,
+    output:
+        parquet="results/tables/capacity.parquet",
+        csv="results/tables/capacity.csv",
+        markdown=report(
+            "results/tables/capacity.md",
+            "../report/capacity.rst",
+            category="Tables",
+            labels={"table": "capacity plan", "format": "Markdown"},
+        ),
+    log:
+        "results/logs/plan_capacity.log",
+    conda:
+        "../envs/cpu.yaml"
+    params:
+        demand=[config.get("limits"), config.get("capacity")],
+    script:
+        "../scripts/plan_capacity.py"

@@ -1,0 +1,128 @@
+"""The capacity plan as Markdown, for people without a browser. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from servegrid import bionic
+from servegrid.capacity import Demand, Hardware
+from servegrid.labels import counted
+
+HEAD = (
+    *("deployment", "prompt tokens", "in flight", "users carried", "replicas", "GPUs"),
+    *("price", "price per token/s", "price per 10⁶ tokens", "energy per 10⁶ tokens"),
+)
+
+NOTHING = (
+    "Nothing that users could be planned from was measured: it takes a burst or a steady load."
+)
+
+METHOD = """\
+In flight: requests at once that one replica gives the wanted speed, whatever their prompt length.
+Users carried: those of one replica whose requests get it, by the machine repairman's model with a
+server whose speed depends on its load, [all times at the ends of their 95% intervals at once]. A
+replica is given nine tenths of them, by the slow end where that is known; users are split evenly
+among replicas. Between measured loads times are linear, above the highest nothing is assumed.
+Prompt lengths come in equal parts; how they slow each other down is not measured."""
+
+
+def as_markdown(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
+    """The plan, a table of `records.PLAN`, with its assumptions and what it does not know."""
+    blocks = ["# Capacity plan", _assumptions(demand, hardware)]
+    for (protocol, output_len), own in plan.groupby(["protocol", "output_len"], sort=False):
+        tokens = counted(int(str(output_len)), "output token")
+        blocks += [f"## {str(protocol).capitalize()}, {tokens} per request", _table(own)]
+    if plan.empty:
+        blocks.append(
+            "Nothing that users could be planned from was measured: it takes a burst or a"
+        )
+        blocks[-1] += " steady load."
+    if plan["emulated"].any():
+        blocks.append("Emulated: no hardware was measured for the deployments marked so.")
+    return "\n\n".join([*blocks, _method(demand)]) + "\n"
+
+
+def rule_of_thumb() -> str:
+    """Bionic's table and conclusion as Markdown, from its own figures."""
+    head = ("10⁹ parameters", "hardware", "tokens/s", "USD", "USD per token/s", "for 50 tokens/s")
+    rows = [
+        (
+            str(row["params_b"]),
+            str(row["hardware"]),
+            f"{row['output_tokens_per_s']:g}",
+            _number(row["price_usd"]),
+            _number(row["usd_per_token_per_s"]),
+            f"{row['needed']} × = {_number(row['usd'])} USD",
+        )
+        for row in bionic.systems().to_dict("records")
+    ]
+    told = [f"- {text}" for _, text in bionic.conclusion().values()]
+    return "\n\n".join(
+        ["# Bionic's sizing for 1000 users, 2023", markdown(head, rows), "\n".join(told)]
+    )
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _assumptions(demand: Demand, hardware: Hardware) -> str:
+    prompts = "all measured prompt lengths in equal parts"
+    if demand.input_len is not None:
+        prompts = f"prompts of about {demand.input_len} tokens"
+    return (
+        f"{demand.users} registered users, of whom {demand.logged_in:.4g} are logged in at the "
+        f"busiest time ({demand.at_once}); {demand.think_s:g} s on average between an answer and "
+        f"the same user's next request; {prompts}. {100 * demand.probability:g}% of the requests "
+        f"are to get {demand.tokens_per_s_per_user:g} output tokens/s, the time for the prompt "
+        f"included. Prices are of GPUs alone, in {hardware.currency}."
+    )
+
+
+def _table(own: pd.DataFrame) -> str:
+    return markdown(HEAD, [_row(row) for row in own.to_dict("records")])
+
+
+def _row(row: Mapping[Any, Any]) -> list[str]:
+    name = f"{row['deployment']}{' (emulated)' if row['emulated'] else ''}"
+    if not pd.isna(row["reason"]):
+        return [name, f"– ({row['reason']})", *["–"] * (len(HEAD) - 2)]
+    least = "at least " if row["at_least"] else ""
+    around = ""
+    if not pd.isna(row["users_carried_low"]):
+        around = f" [{row['users_carried_low']}, {row['users_carried_high']}]"
+    figures = ("replicas", "gpus", "purchase", "purchase_per_token_per_s")
+    costs = ("purchase_per_million_tokens", "energy_cost_per_million_tokens")
+    return [
+        name,
+        str(row["prompt_tokens"]),
+        f"{least}{row['most_in_flight']}",
+        f"{least}{row['users_carried']}{around}",
+        *(_number(row[figure]) for figure in (*figures, *costs)),
+    ]
+
+
+def _method(demand: Demand) -> str:
+    rule = bionic.in_flight(demand.users, demand.logged_in)
+    return (
+        f"{METHOD}\n\n"
+        f"A rule of thumb (Bionic, 2023) counts a tenth of those logged in as active: "
+        f"{rule.mean:g} requests in flight on average, by chance up to {rule.p95} in 95% and up to "
+        f"{rule.p99} in 99% of the time."
+    )
+
+
+def _number(value: Any) -> str:
+    """Three digits, or all before the point.
+
+    >>> [_number(each) for each in (None, 0.4567, 12345.6, 8.0)]
+    ['–', '0.457', '12,346', '8']
+    """
+    if value is None or pd.isna(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
