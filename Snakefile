@@ -35,6 +35,7 @@ localrules:
 include: "workflow/rules/common.smk"
 include: "workflow/rules/measure.smk"
 include: "workflow/rules/analyse.smk"
+include: "workflow/rules/conclude.smk"
 include: "workflow/rules/plan.smk"
 include: "workflow/rules/present.smk"
 
@@ -48,8 +49,8 @@ rule all:
     default_target: True
     input:
         rules.gather.input,  # a record that has been deleted is missed
-        *(rule.output for rule in (rules.gather, rules.summarise, rules.plan_capacity)),
-        rules.plot_overview.output,
+        *(each.output for each in (rules.gather, rules.summarise, rules.conclude)),
+        *(each.output for each in (rules.plan_capacity, rules.plot_overview)),
         of_each_deployment(rules.tabulate.output),
         of_each_deployment(rules.plot.output, figure=["per_user", "total", "latency"]),
         rules.render.output,

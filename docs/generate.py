@@ -21,6 +21,8 @@ ROOT = Path(__file__).parent.parent
 TABLES = {
     "cells": (records.CELLS, "`results/tables/cells.parquet` and `.csv`"),
     "summary": (records.SUMMARY, "`results/tables/summary.parquet` and `.csv`"),
+    "frontier": (records.FRONTIER, "`results/tables/frontier.parquet` and others"),
+    "published": (records.BESIDE, "`results/tables/published.parquet` and others"),
     "capacity": (records.PLAN, "`results/tables/capacity.parquet` and `.csv`"),
     "requests": (
         records.REQUESTS,

@@ -13,7 +13,9 @@ import pytest
 from browsing import browser, opened
 from servegrid import records
 from servegrid.capacity import Demand, Hardware, plan
+from servegrid.findings import Limits, frontier
 from servegrid.page import compose
+from servegrid.published import beside, summary_of
 from servegrid.summary import summarise
 from servegrid.tables import typed
 
@@ -67,9 +69,18 @@ def study(*rows: dict[str, Any]) -> pd.DataFrame:
 
 
 def written(cells: pd.DataFrame, file: Path) -> Path:
-    file.write_text(
-        compose.page("a <study>", cells, summarise(cells), [], Demand(), HARDWARE), encoding="utf-8"
+    summary, limits = summarise(cells), Limits()
+    found = compose.Found(
+        cells,
+        summary,
+        frontier(summary, limits),
+        beside(summary, summary_of("inria-2024")),
+        limits,
+        ["What differs."],
+        [],
     )
+    text = compose.page("a <study>", found, Demand(), HARDWARE)
+    file.write_text(text, encoding="utf-8")
     return file
 
 

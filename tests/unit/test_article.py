@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from servegrid.article import article_tables, as_csv, as_markdown, number, write_article
+from servegrid.reference import published
 
 
 def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -> dict[str, Any]:
@@ -87,17 +89,70 @@ def test_the_same_as_csv() -> None:
 
 
 def test_the_page_is_headed_by_the_deployment_in_words(tmp_path: Path) -> None:
-    write_article(PLAIN, "d", markdown=tmp_path / "d.md", csv=tmp_path / "d.csv")
+    write_article(PLAIN, "d", files(tmp_path))
     first, blank, second, *_ = (tmp_path / "d.md").read_text().split("\n")
     assert first == "# mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0"
     assert (blank, second.split(";")[0]) == ("", "Seconds per 100 tokens")
     assert (tmp_path / "d.csv").read_text().startswith("protocol,output_len,requests,31,2193\n")
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["d.csv", "d.md"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "d.csv",
+        "d.md",
+        "d.parquet",
+        "d.tex",
+    ]
+    assert "burst & 100 & 128 & 10.6 & - \\\\" in (tmp_path / "d.tex").read_text().split("\n")
+    table = pq.read_table(tmp_path / "d.parquet").to_pylist()
+    assert table[1] == {
+        "protocol": "burst",
+        "output_len": 100,
+        "requests": 128,
+        "31": 10.6,
+        "2193": None,
+    }
+
+
+def files(folder: Path) -> dict[str, Path]:
+    ends = {"markdown": "md", "csv": "csv", "latex": "tex", "parquet": "parquet"}
+    return {name: folder / f"d.{end}" for name, end in ends.items()}
+
+
+def test_the_articles_own_figures_give_the_articles_tables_cell_by_cell() -> None:
+    source = published("inria-2024")
+    names = source["model"] + "_" + source["quantization"] + "_" + source["gpu_count"].astype(str)
+    served = source["seconds_per_100_tokens"].notna()
+    frame = source.assign(
+        deployment=names,
+        trial=1,
+        rate_per_s=None,
+        verdict=served.map({True: "ok", False: "timeout"}),
+        valid=served.map({True: True, False: None}),
+        reason=None,
+        invalid_reason=None,
+    )
+    for name, own in frame.groupby("deployment"):
+        (table,) = article_tables(frame, str(name))
+        assert len(table.entries) == len(own) == 56
+        for (concurrency, length), entry in table.entries.items():
+            (printed,) = own[(own["concurrency"] == concurrency) & (own["input_len"] == length)][
+                "seconds_per_100_tokens"
+            ]
+            assert entry.text == ("-" if pd.isna(printed) else f"{printed:.1f}")
+    # Rows as they are printed there.
+    assert rows_of(frame, "mixtral-8x22b_awq-4bit_4")[-2:] == [
+        "64 28.0 31.8 35.9 56.0 71.7 - -",
+        "128 52.0 55.3 67.0 111.7 - - -",
+    ]
+    assert rows_of(frame, "llama-3-70b_awq-4bit_2")[0] == "1 3.6 3.7 3.7 3.9 4.0 4.2 4.8"
+
+
+def rows_of(frame: pd.DataFrame, name: str) -> list[str]:
+    lines = as_csv(article_tables(frame, name)).splitlines()[1:]
+    return [" ".join(line.split(",")[2:]) for line in lines]
 
 
 def test_emulated_numbers_say_so_before_the_first_of_them(tmp_path: Path) -> None:
     emulated = PLAIN.assign(engine="emulated", time_scale=1.0)
-    write_article(emulated, "d", markdown=tmp_path / "d.md", csv=tmp_path / "d.csv")
+    write_article(emulated, "d", files(tmp_path))
     lines = (tmp_path / "d.md").read_text().split("\n")
     assert lines[2] == "Emulated: no hardware was measured for it."
 

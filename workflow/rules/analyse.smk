@@ -56,7 +56,7 @@ rule summarise:
 
 rule tabulate:
     input:
-        modules("article", "intervals", "labels", "reasons", "summary"),
+        modules("article", "intervals", "labels", "printable", "reasons", "summary"),
         cells=rules.gather.output.parquet,
     output:
         markdown=report(
@@ -66,6 +66,8 @@ rule tabulate:
             labels={"table": "{deployment}", "format": "Markdown"},
         ),
         csv="results/tables/{deployment}.csv",
+        latex="results/tables/{deployment}.tex",
+        parquet="results/tables/{deployment}.parquet",
     log:
         "results/logs/tabulate/{deployment}.log",
     conda:

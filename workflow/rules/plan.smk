@@ -4,12 +4,13 @@ localrules:
 
 rule plan_capacity:
     input:
-        modules("bionic", "capacity", "plan_page", "queueing", "records"),
+        modules("bionic", "capacity", "plan_page", "printable", "queueing", "records"),
         summary=rules.summarise.output.parquet,
         hardware=HARDWARE,
     output:
         parquet="results/tables/capacity.parquet",
         csv="results/tables/capacity.csv",
+        latex="results/tables/capacity.tex",
         markdown=report(
             "results/tables/capacity.md",
             "../report/capacity.rst",

@@ -4,10 +4,12 @@ localrules:
 
 rule render:
     input:
-        modules("capacity", "labels", "provenance", "queueing"),
+        modules("conclusions", "findings", "labels", "provenance", "published"),
         page_files(),
         cells=rules.gather.output.parquet,
         summary=rules.summarise.output.parquet,
+        frontier=rules.conclude.output.frontier,
+        published=rules.conclude.output.published,
         hardware=HARDWARE,
     output:
         report(

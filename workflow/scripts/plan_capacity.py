@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from servegrid import plan_page, records, tables
+from servegrid import plan_page, printable, records, tables
 from servegrid.capacity import demand_of, plan, read_hardware
 from servegrid.script import logged
 
@@ -9,5 +9,11 @@ with logged(snakemake.log[0]):
     hardware = read_hardware(Path(snakemake.input.hardware))
     planned = plan(tables.read_cells(Path(snakemake.input.summary)), demand, hardware)
     tables.write(planned, records.PLAN, Path(snakemake.output.parquet), Path(snakemake.output.csv))
-    with records.written_whole(Path(snakemake.output.markdown)) as temporary:
-        temporary.write_text(plan_page.as_markdown(planned, demand, hardware), encoding="utf-8")
+    printable.write(
+        {
+            Path(snakemake.output.markdown): plan_page.page(planned, demand, hardware),
+            Path(snakemake.output.latex): printable.as_latex(
+                plan_page.table(planned), f"Capacity plan for {demand.users} users.", "tab:capacity"
+            ),
+        }
+    )

@@ -8,6 +8,5 @@ with logged(snakemake.log[0]):
     write_article(
         read_cells(Path(snakemake.input.cells)),
         snakemake.wildcards.deployment,
-        markdown=Path(snakemake.output.markdown),
-        csv=Path(snakemake.output.csv),
+        {name: Path(path) for name, path in snakemake.output.items()},
     )

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
-from servegrid import records
+from servegrid import printable, records
 from servegrid.labels import (
     INTERVAL_TITLE,
     PROTOCOLS,
@@ -107,12 +108,12 @@ def as_markdown(title: str, tables: Sequence[ArticleTable], notes: Sequence[str]
     return "\n\n".join(blocks) + "\n"
 
 
-def as_csv(tables: Sequence[ArticleTable]) -> str:
-    """The same numbers as CSV: the article's columns after protocol, output_len and requests."""
+def as_frame(tables: Sequence[ArticleTable]) -> pd.DataFrame:
+    """The same numbers as texts: the article's columns after protocol, output_len and requests."""
     rows = [
         {"protocol": table.protocol, "output_len": table.output_len, "requests": f"{intensity:g}"}
         | {
-            length: table.entries[intensity, length].seconds
+            str(length): table.entries[intensity, length].seconds
             for length in table.input_lens
             if (intensity, length) in table.entries
         }
@@ -120,22 +121,45 @@ def as_csv(tables: Sequence[ArticleTable]) -> str:
         for intensity in table.intensities
     ]
     lengths = sorted({length for table in tables for length in table.input_lens})
-    columns = ["protocol", "output_len", "requests", *lengths]
-    csv: str = pd.DataFrame(rows, columns=columns).to_csv(index=False, lineterminator="\n")
+    return pd.DataFrame(
+        rows, columns=["protocol", "output_len", "requests", *map(str, lengths)]
+    ).fillna(NOT_IN_STUDY)
+
+
+def as_csv(tables: Sequence[ArticleTable]) -> str:
+    """The frame as CSV."""
+    csv: str = as_frame(tables).to_csv(index=False, lineterminator="\n")
     return csv
 
 
-def write_article(cells: pd.DataFrame, deployment: str, markdown: Path, csv: Path) -> None:
-    """Write the tables of `deployment` as one Markdown page and one CSV file."""
-    own = cells[cells["deployment"] == deployment]
-    tables = article_tables(own, deployment)
-    texts = {
-        markdown: as_markdown(deployment_title(own), tables, emulation_notes(own)),
-        csv: as_csv(tables),
+def as_parquet(tables: Sequence[ArticleTable]) -> pa.Table:
+    """The frame with numbers in place of texts; what has no figure is null."""
+    frame = as_frame(tables)
+    lengths = {
+        name: pd.to_numeric(frame[name], errors="coerce")
+        for name in frame.columns
+        if name not in ("protocol", "output_len")
     }
-    for path, text in texts.items():
-        with records.written_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    return pa.Table.from_pandas(frame.assign(**lengths), preserve_index=False)
+
+
+def as_latex(title: str, tables: Sequence[ArticleTable], label: str) -> str:
+    """The frame as a LaTeX table."""
+    return printable.as_latex(as_frame(tables), f"Seconds per 100 tokens of {title}.", label)
+
+
+def write_article(cells: pd.DataFrame, deployment: str, paths: Mapping[str, Path]) -> None:
+    """Write the tables of `deployment` to `paths`, by the keys markdown, csv, latex and parquet."""
+    own = cells[cells["deployment"] == deployment]
+    tables, title = article_tables(own, deployment), deployment_title(own)
+    printable.write(
+        {
+            paths["markdown"]: as_markdown(title, tables, emulation_notes(own)),
+            paths["csv"]: as_csv(tables),
+            paths["latex"]: as_latex(title, tables, f"tab:{deployment}"),
+        }
+    )
+    records.write(as_parquet(tables), paths["parquet"])
 
 
 def number(seconds: float) -> str:

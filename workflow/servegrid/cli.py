@@ -226,7 +226,7 @@ def _capacity(options: argparse.Namespace) -> int:
         summary = published.summary_of(options.published)
     else:
         summary = tables.read_summary(options.tables / "summary.parquet")
-    print(plan_page.as_markdown(capacity.plan(summary, demand, hardware), demand, hardware))
+    print(plan_page.page(capacity.plan(summary, demand, hardware), demand, hardware))
     if options.published:
         print(plan_page.rule_of_thumb())
     return 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from servegrid import bionic
 from servegrid.capacity import Demand, Hardware
-from servegrid.labels import counted
+from servegrid.labels import load_title
+from servegrid.printable import as_markdown
 
 HEAD = (
     *("deployment", "prompt tokens", "in flight", "users carried", "replicas", "GPUs"),
@@ -29,12 +30,12 @@ among replicas. Between measured loads times are linear, above the highest nothi
 Prompt lengths come in equal parts; how they slow each other down is not measured."""
 
 
-def as_markdown(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
+def page(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
     """The plan, a table of `records.PLAN`, with its assumptions and what it does not know."""
     blocks = ["# Capacity plan", _assumptions(demand, hardware)]
     for (protocol, output_len), own in plan.groupby(["protocol", "output_len"], sort=False):
-        tokens = counted(int(str(output_len)), "output token")
-        blocks += [f"## {str(protocol).capitalize()}, {tokens} per request", _table(own)]
+        load = load_title(str(protocol), int(str(output_len)))
+        blocks += [f"## {load.capitalize()}", as_markdown(table(own)).rstrip()]
     if plan.empty:
         blocks.append(
             "Nothing that users could be planned from was measured: it takes a burst or a"
@@ -47,7 +48,7 @@ def as_markdown(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
 
 def rule_of_thumb() -> str:
     """Bionic's table and conclusion as Markdown, from its own figures."""
-    head = ("10⁹ parameters", "hardware", "tokens/s", "USD", "USD per token/s", "for 50 tokens/s")
+    head = ["10⁹ parameters", "hardware", "tokens/s", "USD", "USD per token/s", "for 50 tokens/s"]
     rows = [
         (
             str(row["params_b"]),
@@ -60,15 +61,9 @@ def rule_of_thumb() -> str:
         for row in bionic.systems().to_dict("records")
     ]
     told = [f"- {text}" for _, text in bionic.conclusion().values()]
-    return "\n\n".join(
-        ["# Bionic's sizing for 1000 users, 2023", markdown(head, rows), "\n".join(told)]
-    )
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left, the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    title = "# Bionic's sizing for 1000 users, 2023"
+    listed = as_markdown(pd.DataFrame(rows, columns=head)).rstrip()
+    return "\n\n".join([title, listed, "\n".join(told)])
 
 
 def _assumptions(demand: Demand, hardware: Hardware) -> str:
@@ -84,8 +79,9 @@ def _assumptions(demand: Demand, hardware: Hardware) -> str:
     )
 
 
-def _table(own: pd.DataFrame) -> str:
-    return markdown(HEAD, [_row(row) for row in own.to_dict("records")])
+def table(own: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a plan as texts."""
+    return pd.DataFrame([_row(row) for row in own.to_dict("records")], columns=list(HEAD))
 
 
 def _row(row: Mapping[Any, Any]) -> list[str]:

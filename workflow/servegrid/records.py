@@ -371,6 +371,45 @@ SUMMARY = (
 )
 """One row per cell."""
 
+BESIDE = (
+    *(_OF_CELLS[name] for name in ("deployment", "model", "quantization", "gpu", "gpu_count")),
+    Column("emulated", pa.bool_(), "", "Whether no hardware was measured for it"),
+    *(_OF_CELLS[name] for name in ("protocol", "concurrency", "input_len", "output_len")),
+    Column("measured_s", pa.float64(), "s", "seconds_per_100_tokens, in time that is not scaled"),
+    Column("published_s", pa.float64(), "s", "The published figure, to 0.1 s"),
+    Column("ratio", pa.float64(), "", "measured_s / published_s"),
+    Column(
+        "ratio_low",
+        pa.float64(),
+        "",
+        "The least that the published figure's rounding and the measured one's 95% interval allow",
+    ),
+    Column("ratio_high", pa.float64(), "", "The most that they allow"),
+)
+"""One row per cell that was both measured and published."""
+
+FRONTIER = (
+    *(_OF_CELLS[name] for name in ("deployment", "engine", "protocol", "output_len", "input_len")),
+    Column("served_most", pa.int32(), "requests", "Most requests at once that were served"),
+    Column("served_at_least", pa.bool_(), "", "Whether nothing above it was tried"),
+    Column(
+        "within_limits_most",
+        pa.int32(),
+        "requests",
+        "Most requests at once that keep the limits, as all measured numbers below it do; null "
+        "where not even the fewest keep them",
+    ),
+    Column("within_limits_at_least", pa.bool_(), "", "Whether nothing above it was tried"),
+    Column(
+        "knee",
+        pa.int32(),
+        "requests",
+        "Requests at once from which on time grows like their number: each further step by at "
+        "least 1.8 per doubling; null where the last step does not",
+    ),
+)
+"""One row per deployment, closed-loop load and prompt length."""
+
 _MONEY = "as config/hardware.yaml says"
 
 PLAN = (

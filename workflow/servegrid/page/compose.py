@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from servegrid import conclusions, published
 from servegrid.capacity import CLOSED, Demand, Hardware
+from servegrid.findings import Limits, statements
 from servegrid.labels import deployment_titles, hardware_title, load_title
 from servegrid.page import Field, parts, render
 from servegrid.page.payload import counts_of, payload_of
@@ -17,32 +20,52 @@ FILES = (
     ("../tables/cells.csv", "the same as text"),
     ("../tables/summary.parquet", "one row per cell: medians over trials with 95% intervals"),
     ("../tables/summary.csv", "the same as text"),
+    ("../tables/capacity.md", "the capacity plan under the study's own assumptions"),
+    ("../tables/findings.md", "what was found, and the frontier"),
+    ("../tables/published.md", "measured cells beside published ones"),
     ("../tables/sentinels.csv", "the load that was repeated to watch each node"),
 )
 
 
-def page(
-    name: str,
-    cells: pd.DataFrame,
-    summary: pd.DataFrame,
-    allocations: Sequence[Mapping[str, Any]],
-    demand: Demand,
-    hardware: Hardware,
-) -> str:
-    """The page as text, of tables of `records.CELLS` and `records.SUMMARY`.
+@dataclass(frozen=True)
+class Found:
+    """What the page shows: tables of `records.CELLS`, `SUMMARY`, `FRONTIER` and `BESIDE`, with the
+    limits of the frontier, what differs from the published study, and the environments of
+    `provenance.allocations`."""
 
-    `allocations` are those of `provenance.allocations`.
-    """
-    counts = counts_of(summary, cells)
+    cells: pd.DataFrame
+    summary: pd.DataFrame
+    frontier: pd.DataFrame
+    beside: pd.DataFrame
+    limits: Limits
+    differences: Sequence[str]
+    allocations: Sequence[Mapping[str, Any]]
+
+
+def page(name: str, found: Found, demand: Demand, hardware: Hardware) -> str:
+    """The page of the study `name` as text."""
+    cells, summary = found.cells, found.summary
+    counts, titles = counts_of(summary, cells), deployment_titles(cells)
     tables = [
         (f"../tables/{deployment}.md", f"seconds per 100 tokens of {title}")
-        for deployment, title in deployment_titles(cells).items()
+        for deployment, title in titles.items()
     ]
     return render(
-        payload_of(name, summary, cells, demand, hardware),
+        payload_of(name, summary, cells, found.beside, demand, hardware),
         parts.counts_text(counts, cells),
         fields(summary, demand, hardware),
-        [parts.verdicts(cells), parts.provenance(allocations)],
+        [
+            parts.findings(
+                statements(summary, found.frontier, found.limits, titles),
+                conclusions.frontier_table(found.frontier, titles),
+                found.limits,
+            ),
+            parts.beside(
+                published.statements(found.beside, titles), found.differences, found.beside.empty
+            ),
+            parts.verdicts(cells),
+            parts.provenance(found.allocations),
+        ],
         [*FILES, *tables],
     )
 

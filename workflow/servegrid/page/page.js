@@ -117,19 +117,24 @@ function drawHeatmap({ metric, deployment, load, cells }) {
     const shown = shownCell(cell, metric);
     const place = log ? Math.log(shown.value / least) / Math.log(most / least) : (shown.value - least) / (most - least);
     const light = metric.more_is_better ? place : 1 - place;
-    const ink = shown.value === null ? "none" : light > 0.6 ? "dark" : "light";
+    const ink = shown.value === null ? "none" : metric.column === "published_ratio" || light > 0.6 ? "dark" : "light";
     return { ...shown, ink, label: label(cell, metric), labelled: own.length <= MOST_LABELS };
   });
   const spec = structuredClone(charts.heatmap);
   const colour = spec.layer[0].encoding.color;
   spec.encoding.y.title = payload.loads[load].axis;
   colour.scale.reverse = !metric.more_is_better;
-  if (log) colour.scale = { ...colour.scale, type: "log", zero: undefined };
+  const ratio = metric.column === "published_ratio";
+  if (ratio) {
+    const reach = Math.max(most, 1 / least, 1.1);
+    colour.scale = { type: "log", scheme: "blueorange", domain: [1 / reach, reach], interpolate: "lab" };
+  } else if (log) colour.scale = { ...colour.scale, type: "log", zero: undefined };
   colour.legend.title = metric.unit;
   if (own.length > MOST_LABELS) { spec.width = { step: 18 }; spec.height = { step: 12 }; }
   byId("heatmap-caption").textContent =
     `${metric.title} (${metric.unit}) of ${payload.deployments[deployment].title}; ${payload.loads[load].title}. ` +
-    `Light is better. ✕: not served; ?: no figure; !: not valid. Blank: not measured.`;
+    (metric.column === "published_ratio" ? "Blue: faster than published, orange: slower. " : "Light is better. ") +
+    `✕: not served; ?: no figure; !: not valid. Blank: not measured.`;
   fillGrid(own, metric, load);
   return draw("heatmap", spec, { cells: data });
 }

@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from servegrid.conclusions import BESIDE, NOT_COMPARABLE
+from servegrid.findings import Limits
 from servegrid.labels import counted, deployment_titles
 from servegrid.page import Part, Table
 from servegrid.validity import RULES
@@ -35,6 +37,26 @@ def counts_text(counts: Mapping[str, int], cells: pd.DataFrame) -> str:
         f"{counts['requests']:,} requests: {counts['served']} cells served, "
         f"{counts['valid']} of them with figures that may be believed."
     )
+
+
+def findings(told: Sequence[str], frontier: pd.DataFrame, limits: Limits) -> Part:
+    """The statements of `findings.statements` and the frontier as texts."""
+    if not told:
+        return Part("findings", "Findings", ["It takes cells of a burst or a steady load."])
+    caption = (
+        f"Frontier: requests at once that were served, and with {limits} for each; linear from: "
+        "from there on the time grows at least 1.8-fold per doubling of the requests."
+    )
+    return Part("findings", "Findings", points=told, tables=[table_of(caption, frontier)])
+
+
+def beside(told: Sequence[str], differences: Sequence[str], nothing: bool) -> Part:
+    """What `published.statements` says, and what differs beside the figures."""
+    title = "Beside published figures"
+    if nothing:
+        return Part("published", title, [NOT_COMPARABLE])
+    texts = [f"{BESIDE} The ratio can be chosen as the figure of the heat map above."]
+    return Part("published", title, texts, [*told, *differences])
 
 
 def verdicts(cells: pd.DataFrame) -> Part:

@@ -51,25 +51,42 @@ METRICS = (
     Metric("energy_j_per_output_token", "energy per output token", "J", False),
 )
 
+RATIO = Metric("published_ratio", "seconds per 100 tokens / published ones", "×", False)
+"""The figure that cells have which were published, too; 1 is alike."""
+
 
 def payload_of(
-    name: str, summary: pd.DataFrame, cells: pd.DataFrame, demand: Demand, hardware: Hardware
+    name: str,
+    summary: pd.DataFrame,
+    cells: pd.DataFrame,
+    pairs: pd.DataFrame,
+    demand: Demand,
+    hardware: Hardware,
 ) -> dict[str, Json]:
-    """All that was measured, from tables of `records.SUMMARY` and `records.CELLS`, and is asked."""
+    """All that was measured and what is asked.
+
+    `summary`, `cells` and `pairs` are tables of `records.SUMMARY`, `CELLS` and `BESIDE`.
+    """
+    ratios = {
+        tuple(row[key] for key in _PAIRED): [row["ratio"], row["ratio_low"], row["ratio_high"]]
+        for row in pairs.to_dict("records")
+    }
+    metrics = [metric for metric in METRICS if summary[metric.column].notna().any()]
     titles = deployment_titles(cells)
     places = {deployment: place for place, deployment in enumerate(titles)}
     loads = _loads(summary)
     return {
         "study": name,
         "notes": emulation_notes(cells),
-        "metrics": [asdict(metric) for metric in METRICS if summary[metric.column].notna().any()],
+        "metrics": [asdict(metric) for metric in metrics + [RATIO] * bool(ratios)],
         "loads": [_load(*load) for load in loads],
         "deployments": [
             _deployment(deployment, titles[deployment], place, summary)
             for deployment, place in places.items()
         ],
         "cells": [
-            _cell(row, places, loads) for row in with_intensity(summary).to_dict(orient="records")
+            _cell(row, places, loads, ratios)
+            for row in with_intensity(summary).to_dict(orient="records")
         ],
         "demand": asdict(demand),
         "hardware": asdict(hardware),
@@ -125,10 +142,18 @@ def _deployment(name: str, title: str, place: int, summary: pd.DataFrame) -> dic
     }
 
 
+_PAIRED = ("deployment", "protocol", "concurrency", "input_len", "output_len")
+
+
 def _cell(
-    row: Mapping[Any, Any], places: Mapping[str, int], loads: Sequence[tuple[str, int]]
+    row: Mapping[Any, Any],
+    places: Mapping[str, int],
+    loads: Sequence[tuple[str, int]],
+    ratios: Mapping[tuple[Any, ...], list[float]],
 ) -> dict[str, Json]:
-    figures = {}
+    figures: dict[str, Json] = {}
+    if ratio := ratios.get(tuple(row[key] for key in _PAIRED)):
+        figures[RATIO.column] = ratio
     for name in SUMMARISED:
         value, low, high = (_known(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
         if value is not None:
