@@ -96,5 +96,5 @@ def beside_page(
 def _most(row: Mapping[Any, Any], which: str) -> str:
     most = row[f"{which}_most"]
     if pd.isna(most):
-        return "none"
-    return f"at least {most}" if row[f"{which}_at_least"] else str(most)
+        return "–"
+    return f"≥ {most}" if row[f"{which}_at_least"] else str(most)

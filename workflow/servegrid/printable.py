@@ -48,7 +48,7 @@ def bullets(lines: Sequence[str]) -> str:
 
 def _plain(text: object) -> str:
     """Without signs that LaTeX's usual fonts lack."""
-    return str(text).replace("×", "x").replace("–", "--").replace("·", ",")
+    return str(text).replace("×", "x").replace("–", "--").replace("·", ",").replace("≥", ">=")
 
 
 def _escaped(text: str) -> str:

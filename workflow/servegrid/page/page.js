@@ -195,6 +195,11 @@ function spread(cells) {
   return lengths.length > 1 ? `${lengths[0]} to ${lengths[lengths.length - 1]}` : `${lengths[0] ?? "no"}`;
 }
 
+// Whether times are those of an emulation that goes faster than what it stands for.
+function scaled() {
+  return payload.deployments.some((each) => each.time_scale !== null && each.time_scale !== 1);
+}
+
 function drawPareto({ deployment, load, inputLen, cells }) {
   const together = near(cells, inputLen).filter((cell) => cell.output_tokens_per_s_per_user);
   const kept = lined(together, deployment);
@@ -209,11 +214,11 @@ function drawPareto({ deployment, load, inputLen, cells }) {
     point.best = beaten ? "no" : "yes";
   }
   byId("pareto-caption").textContent = points.length
-    ? `All users' tokens/s against one user's at ${spread(together)} prompt tokens; ${payload.loads[load].title}. Filled points are not beaten in both by any other; the numbers are the load. The dashed line is the speed that each user is to have.`
+    ? `All users' tokens/s against one user's at ${spread(together)} prompt tokens; ${payload.loads[load].title}. Filled points are not beaten in both by any other; the numbers are the load.` + (scaled() ? "" : " The dashed line is the speed that each user is to have.")
     : "Tokens/s per user are not known of a load that is a rate.";
   const limit = Number(byId("demand")?.elements.tokens_per_s_per_user.value ?? NaN);
   const spec = coloured(charts.pareto, kept);
-  if (!Number.isFinite(limit)) spec.layer.pop();
+  if (!Number.isFinite(limit) || scaled()) spec.layer.pop();
   return draw("pareto", spec, { cells: points, limit: [{ limit }] });
 }
 
