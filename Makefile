@@ -28,6 +28,7 @@ lint: .venv/.dev  ## what must be clean: ruff, mypy, snakefmt, snakemake --lint
 
 bench: .venv/.ready model  ## what measuring costs: the machinery, the client (PEERS=1: beside others)
 	$(PYTHON) bench/machinery.py
+	$(PYTHON) bench/gather.py
 	$(PYTHON) bench/client.py $(if $(PEERS),--peers)
 
 format: .venv/.dev  ## let the formatters do their work

@@ -45,6 +45,10 @@ onstart:
         refuse_unready(study, "results/cells")
 
 
+onsuccess:
+    print("All of it on one page: results/report/index.html")
+
+
 rule all:
     default_target: True
     input:

@@ -105,6 +105,20 @@ def test_rows_are_in_the_order_of_the_study(study: Study) -> None:
     assert list(cells["spec_digest"]) == [trial.digest for trial in trials]
 
 
+def test_several_processes_read_the_same(
+    study: tuple[tuple[Trial, ...], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials, folder = study
+    alone = gather(trials, folder)
+    (folder / trials[0].id / "telemetry.parquet").unlink()
+    monkeypatch.setattr("servegrid.tables._MANY", 1)
+    with pytest.raises(RecordError, match=r"telemetry\.parquet is missing"):
+        gather(trials, folder)
+    pd.testing.assert_frame_equal(
+        gather(trials[1:], folder), alone.iloc[1:].reset_index(drop=True), check_dtype=True
+    )
+
+
 def test_where_sentinels_differ_all_of_their_allocation_is_marked(study: Study) -> None:
     trials, folder = study
     # The sentinels of a: 1, 1.2 and 1 tokens/s, those of b: one alone, which tells nothing.

@@ -4,7 +4,8 @@ localrules:
 
 rule render:
     input:
-        modules("conclusions", "findings", "labels", "provenance", "published"),
+        modules("beside_engines", "conclusions", "findings", "labels"),
+        modules("provenance", "published"),
         page_files(),
         cells=rules.gather.output.parquet,
         summary=rules.summarise.output.parquet,

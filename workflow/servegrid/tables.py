@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from servegrid.records import Column
 from servegrid.validity import Evidence, certificate
 
 _LISTED = 10
+_MANY = 1000
+"""Trials from which on threads, that share one interpreter, take longer than it takes to fork."""
+_CHUNK = 50
 _REQUEST_COLUMNS = sorted({*metrics.REQUEST_COLUMNS, *validity.REQUEST_COLUMNS})
 _TELEMETRY_COLUMNS = sorted({*metrics.TELEMETRY_COLUMNS, *validity.TELEMETRY_COLUMNS})
 _PANDAS_TYPES = {
@@ -41,8 +46,9 @@ def gather(
     Raises RecordError where any is missing, damaged or was measured with another
     specification: one error that lists them and says how to measure just these anew.
     """
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        gathered = list(pool.map(lambda trial: _row_or_error(trial, folder, drifts or {}), trials))
+    read = partial(_row_or_error, folder=folder, drifts=drifts or {})
+    with _readers(len(trials)) as pool:
+        gathered = list(pool.map(read, trials, chunksize=_CHUNK))
     rows = [each for each in gathered if not isinstance(each, RecordError)]
     errors = {
         trial.id: each
@@ -115,6 +121,17 @@ def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
 def _frame(table: pa.Table) -> pd.DataFrame:
     cells: pd.DataFrame = table.to_pandas(types_mapper=_PANDAS_TYPES.get)
     return cells
+
+
+def _readers(trials: int) -> Executor:
+    """As many readers as there are cores: processes where there is enough to read.
+
+    They are forked, for this may run in a script that must not be started once more.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if trials < _MANY or cores == 1:
+        return ThreadPoolExecutor(cores)
+    return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
 
 
 def _row_or_error(

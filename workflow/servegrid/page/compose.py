@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid import conclusions, published
+from servegrid.beside_engines import compared
 from servegrid.capacity import CLOSED, Demand, Hardware
 from servegrid.findings import Limits, statements
 from servegrid.labels import deployment_titles, hardware_title, load_title
@@ -63,6 +64,7 @@ def page(name: str, found: Found, demand: Demand, hardware: Hardware) -> str:
             parts.beside(
                 published.statements(found.beside, titles), found.differences, found.beside.empty
             ),
+            parts.engines(compared(summary, cells)),
             parts.verdicts(cells),
             parts.provenance(found.allocations),
         ],

@@ -59,6 +59,18 @@ def beside(told: Sequence[str], differences: Sequence[str], nothing: bool) -> Pa
     return Part("published", title, texts, [*told, *differences])
 
 
+def engines(compared: pd.DataFrame) -> Part:
+    """The table of `beside_engines.compared`."""
+    title = "Engines beside each other"
+    if compared.empty:
+        return Part("engines", title, ["No model was served by two engines on the same hardware."])
+    caption = (
+        "Second deployment / first: the median over the cells that both served, and the least and "
+        "the most. Times under 1 and tokens/s over 1 are better."
+    )
+    return Part("engines", title, tables=[table_of(caption, compared)])
+
+
 def verdicts(cells: pd.DataFrame) -> Part:
     """How trials ended, and which rules of validity speak against them."""
     titles = deployment_titles(cells)
