@@ -32,12 +32,9 @@ localrules:
     all,
 
 
-include: "workflow/rules/common.smk"
-include: "workflow/rules/measure.smk"
-include: "workflow/rules/analyse.smk"
-include: "workflow/rules/conclude.smk"
-include: "workflow/rules/plan.smk"
-include: "workflow/rules/present.smk"
+for rules_of in ("common", "measure", "analyse", "conclude", "plan", "present"):
+
+    include: f"workflow/rules/{rules_of}.smk"
 
 
 onstart:
