@@ -89,16 +89,20 @@ def state_of(telemetry: pa.Table) -> dict[str, float | None]:
 def _summed(
     telemetry: pa.Table, column: str, mean: Callable[[_Samples], float | None]
 ) -> float | None:
-    gpus = sorted(set(telemetry["device"].to_pylist()) - {ENGINE_DEVICE})
-    whole = np.sort(telemetry["time_ns"].to_numpy()) / 1e9
-    total = 0.0
+    # In arrays: as tables, filtered and sorted per GPU, this was a fifth of gathering.
+    devices = telemetry["device"].combine_chunks().dictionary_encode()
+    of_device, names = devices.indices.to_numpy(), devices.dictionary.to_pylist()
+    times = telemetry["time_ns"].to_numpy() / 1e9
+    values = telemetry[column].cast(pa.float64()).to_numpy()
+    order = np.argsort(times, kind="stable")
+    whole, total = times[order], 0.0
+    gpus = sorted(set(names) - {ENGINE_DEVICE})
     for gpu in gpus:
-        known = pc.and_(pc.equal(telemetry["device"], gpu), pc.is_valid(telemetry[column]))
-        rows = telemetry.filter(known).sort_by("time_ns")
-        times = rows["time_ns"].to_numpy() / 1e9
-        if rows.num_rows < 2 or times[-1] == times[0] or _gap(whole, times) > GAP_S:
+        rows = order[(of_device[order] == names.index(gpu)) & ~np.isnan(values[order])]
+        own = times[rows]
+        if own.size < 2 or own[-1] == own[0] or _gap(whole, own) > GAP_S:
             return None
-        value = mean((times, rows[column].to_numpy()))
+        value = mean((own, values[rows]))
         if value is None:
             return None
         total += value
