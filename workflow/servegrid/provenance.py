@@ -44,5 +44,5 @@ def told(trial: Trial, record: dict[str, Any]) -> dict[str, str | None]:
         "GPUs": ", ".join(sorted({f"{gpus.count(gpu)} × {gpu}" for gpu in gpus if gpu})) or None,
         "Python": environment.get("python"),
         "servegrid": record.get("servegrid"),
-        "begun": environment.get("started"),
+        "begun": (environment.get("started") or "")[:16].replace("T", " ") or None,
     }
