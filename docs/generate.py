@@ -74,6 +74,7 @@ def readme(text: str) -> str:
         "capacity": definitions["capacity"]["properties"],
         "load": definitions["load"]["properties"],
         "deployment": definitions["deployment"]["properties"],
+        "endpoint": definitions["endpoint"]["properties"],
     }
     for name, properties in parts.items():
         before, start, rest = text.partition(START.format(name))

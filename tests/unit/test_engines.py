@@ -43,7 +43,7 @@ DEPLOYMENT = Deployment(
 
 def test_an_engine_that_does_not_exist_is_told_those_that_do() -> None:
     with pytest.raises(
-        ConfigError, match=r"no engine `vlm`. Use one of: emulated, llamacpp, vllm\."
+        ConfigError, match=r"no engine `vlm`. Use one of: emulated, external, llamacpp, vllm\."
     ):
         bring_up(replace(DEPLOYMENT, engine="vlm"), Site(models=Path("unused")))
 

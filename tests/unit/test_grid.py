@@ -321,7 +321,7 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Any) -> None:
 
 def test_every_key_of_the_schema_has_a_description() -> None:
     definitions = schema()["$defs"]
-    for keys in (schema(), definitions["load"], definitions["deployment"]):
+    for keys in (schema(), definitions["load"], definitions["deployment"], definitions["endpoint"]):
         for key, value in keys["properties"].items():
             assert value["description"].endswith("."), key
 

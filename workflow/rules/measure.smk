@@ -11,8 +11,8 @@ rule measure:
         "../envs/cpu.yaml"
     resources:
         allocation=lambda wildcards: trial_of(wildcards).deployment.allocation,
-        kind=lambda wildcards: trial_of(wildcards).deployment.gpu,
-        gpus=lambda wildcards: trial_of(wildcards).deployment.gpu_count,
+        kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
+        gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
         environment=lambda wildcards: trial_of(wildcards).deployment.environment,
         turn=lambda wildcards: study.position(trial_of(wildcards)),
         streams=lambda wildcards: study.streams(trial_of(wildcards).deployment),

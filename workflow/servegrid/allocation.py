@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 
 from servegrid import cores, environment, models, nvml
-from servegrid.endpoint import Endpoint
-from servegrid.engines import EMULATED, Site, bring_up
+from servegrid.endpoint import Endpoint, key_in
+from servegrid.engines import EMULATED, EXTERNAL, Site, bring_up
 from servegrid.engines.warden import guarded
 from servegrid.errors import ConfigError, EngineError
-from servegrid.grid import Deployment, Trial, digest_of
+from servegrid.grid import Deployment, Trial
 from servegrid.selfcheck import self_check, told
 from servegrid.telemetry import Sampler
 
@@ -55,12 +55,15 @@ class Handover:
     """The cores of each process of the load client."""
     self_check: Mapping[str, Any] | None
     """What the load client distorts on this node; None where nothing real is served."""
+    api_key_env: str | None = None
+    """The variable with the API key of an external endpoint, whose key is not written down."""
 
     def write(self, path: Path) -> None:
         paths = {"telemetry": str(self.telemetry)}
         if self.tokenizer is not None:
             paths["tokenizer"] = str(self.tokenizer)
-        data = asdict(self) | paths
+        endpoint = replace(self.endpoint, api_key=None) if self.api_key_env else self.endpoint
+        data = asdict(self) | paths | {"endpoint": asdict(endpoint)}
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             json.dump(data, file)
 
@@ -68,7 +71,7 @@ class Handover:
     def read(cls) -> Handover:
         """The hand-over of the allocation that this process runs in.
 
-        Raises EngineError where it runs in none.
+        Raises EngineError where it runs in none, or lacks the endpoint's API key.
         """
         try:
             data = json.loads(Path(os.environ[VARIABLE]).read_text())
@@ -83,6 +86,14 @@ class Handover:
                 "Run the same command again: only what is missing is measured."
             ) from error
         data["endpoint"] = Endpoint(**data["endpoint"])
+        if variable := data["api_key_env"]:
+            key = key_in(variable, os.environ)
+            if key is None:
+                raise EngineError(
+                    f"the variable {variable} holds no API key in this job, though it did in its "
+                    "allocation. Have the jobs inherit it."
+                )
+            data["endpoint"] = replace(data["endpoint"], api_key=key)
         data["telemetry"] = Path(data["telemetry"])
         data["tokenizer"] = data["tokenizer"] and Path(data["tokenizer"])
         return cls(**data)
@@ -133,7 +144,9 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     )
     refuse_missing_gpus(deployment, os.environ)
     streams = int(resources.get("streams", 1))
-    shared = cores.shares(os.sched_getaffinity(0), streams, deployment.gpu_count > 0)
+    # Beside an engine that is elsewhere the client has cores of its own, as beside one on GPUs.
+    apart = deployment.engine == EXTERNAL or deployment.gpu_count > 0
+    shared = cores.shares(os.sched_getaffinity(0), streams, apart)
     with contextlib.ExitStack() as stack:
         # A warden, so that the folder with the engine's key goes even if this process is killed.
         folder = stack.enter_context(guarded()).folder
@@ -145,19 +158,23 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         with cores.kept_to(shared.engine):
             engine = stack.enter_context(bring_up(deployment, site))
         samples = folder / "telemetry.jsonl"
-        stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
+        if deployment.engine == EXTERNAL:
+            samples.touch()  # Nothing on this node is the engine's, neither processes nor GPUs.
+        else:
+            stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
         handover = Handover(
             endpoint=engine.endpoint,
-            deployment_digest=digest_of(asdict(deployment)),
+            deployment_digest=deployment.digest,
             tokenizer=_tokenizer(deployment, site),
             telemetry=samples,
             process=(os.getpid(), psutil.Process().create_time()),
             engine=engine.facts,
             environment=environment.describe()
-            | (nvml.described(os.environ) if deployment.gpu_count else {})
+            | (nvml.described(os.environ) if deployment.node_gpus else {})
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
             places=[sorted(each) for each in shared.client],
             self_check=check,
+            api_key_env=None if deployment.endpoint is None else deployment.endpoint.api_key_env,
         )
         handover.write(folder / "handover.json")
         yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)
@@ -169,10 +186,10 @@ def refuse_missing_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:
     Where it hands none over by name (whole nodes, on sites without GRES), nothing is known here.
     """
     visible = env.get("CUDA_VISIBLE_DEVICES")
-    if "SLURM_JOB_ID" not in env or visible is None or not deployment.gpu_count:
+    if "SLURM_JOB_ID" not in env or visible is None or not deployment.node_gpus:
         return
     nodes = int(env.get("SLURM_JOB_NUM_NODES", 1))
-    found, wanted = len(list(filter(None, visible.split(",")))), -(-deployment.gpu_count // nodes)
+    found, wanted = len(list(filter(None, visible.split(",")))), -(-deployment.node_gpus // nodes)
     if found < wanted:
         raise EngineError(
             f"deployment `{deployment.name}`: this allocation has {found} of {wanted} GPUs on "

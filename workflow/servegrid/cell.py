@@ -6,14 +6,15 @@ The requests are written last: where they lie, the trial is complete.
 from __future__ import annotations
 
 import os
+import secrets
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from servegrid import __version__, records, server, telemetry
 from servegrid.allocation import Handover
+from servegrid.deployment import EXTERNAL
 from servegrid.errors import EngineError
-from servegrid.grid import Trial, digest_of
+from servegrid.grid import Trial
 from servegrid.load import Measurement, crew, measure
 from servegrid.script import at_work
 from servegrid.verdict import SERVER_DIED, verdict_of
@@ -30,7 +31,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     LoadError where no load could be put on it, and RecordError where nothing can be written.
     """
     handover = Handover.read()
-    if handover.deployment_digest != digest_of(asdict(trial.deployment)):
+    if handover.deployment_digest != trial.deployment.digest:
         raise EngineError(
             f"{trial.id}: the engine that is up serves another specification of this deployment. "
             "Run the same command again when that allocation has ended."
@@ -47,7 +48,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             handover.endpoint,
             trial.load,
             handover.tokenizer,
-            salt=trial.digest,
+            salt=_salt_of(trial),
             counters=server.counters_of(handover.endpoint),
             places=places,
         )
@@ -78,6 +79,16 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     schema = records.schema_of(records.REQUESTS, record)
     records.write(table.replace_schema_metadata(schema.metadata), requests)
     return verdict
+
+
+def _salt_of(trial: Trial) -> str:
+    """What the trial's prompts are drawn with: the same for every engine that is brought up for it.
+
+    An external one may have kept those of an earlier measurement: it gets others each time.
+    """
+    if trial.deployment.engine != EXTERNAL:
+        return trial.digest
+    return f"{trial.digest}-{secrets.token_hex(4)}"
 
 
 def _alive(handover: Handover, measurement: Measurement) -> bool:

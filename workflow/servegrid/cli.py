@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from servegrid import __version__, models, records
-from servegrid.endpoint import Endpoint
+from servegrid.endpoint import Endpoint, base_of, key_in
 from servegrid.errors import LoadError, ServegridError
 from servegrid.grid import Load
 from servegrid.load import Measurement, measure
@@ -89,6 +89,7 @@ def _add_load(subcommands: Any) -> None:
     )
     add("--think", type=_pause, default=0.0, metavar="S", help="mean pause of a user (steady)")
     add("--out", required=True, type=Path, metavar="FILE", help="Parquet, a row per request")
+    add("--api", choices=["completions", "chat"], default="completions", help="of its APIs which")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; without: random ids")
     add("--api-key-env", metavar="VAR", help="environment variable that holds the API key")
     add("--prompts", choices=["distinct", "identical"], default="distinct", help="the texts")
@@ -101,7 +102,7 @@ def _add_load(subcommands: Any) -> None:
 
 
 def _load(options: argparse.Namespace) -> int:
-    endpoint = _endpoint(options.url, options.model, options.api_key_env)
+    endpoint = replace(_endpoint(options.url, options.model, options.api_key_env), api=options.api)
     _refuse_unfitting(options)
     load = Load(
         protocol=options.protocol,
@@ -127,7 +128,7 @@ def _load(options: argparse.Namespace) -> int:
         "servegrid": __version__,
         "load": asdict(load),
         "facts": measurement.facts,
-        "endpoint": {"url": options.url, "model": endpoint.model},
+        "endpoint": {"url": options.url, "model": endpoint.model, "api": endpoint.api},
     }
     schema = records.schema_of(records.REQUESTS, record)
     records.write(measurement.requests.replace_schema_metadata(schema.metadata), options.out)
@@ -239,14 +240,14 @@ def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:
     """
     key = None
     if key_variable is not None:
-        key = os.environ.get(key_variable, "").strip()
-        if not key or not (key.isascii() and key.isprintable()):
+        key = key_in(key_variable, os.environ)
+        if key is None:
             raise LoadError(
                 f"--api-key-env {key_variable}: this variable holds no API key. Export it first."
             )
     if url.startswith("unix://"):
         return Endpoint("http://localhost", model, key, socket=url.removeprefix("unix://"))
-    return Endpoint(url.rstrip("/").removesuffix("/v1"), model, key)
+    return Endpoint(base_of(url), model, key)
 
 
 def _summary(measurement: Measurement) -> str:

@@ -2,49 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from servegrid.deployment import Deployment, canonical, deployment_of, digest_of
 from servegrid.errors import ConfigError
+
+__all__ = ["Deployment", "Load", "Study", "Trial", "canonical", "digest_of", "expand"]
 
 SPEC_FORMAT = 2
 """Raise it when the meaning of a specification changes: old cells are then stale."""
 
 Protocol = Literal["burst", "steady", "poisson"]
 Prompts = Literal["distinct", "identical"]
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """What one bring-up serves: model × quantization × GPU kind × GPU count × arguments."""
-
-    name: str
-    model: str
-    checkpoint: str
-    tokenizer: str
-    quantization: str
-    engine: str
-    gpu: str
-    gpu_count: int
-    max_model_len: int
-    max_num_seqs: int
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def allocation(self) -> str:
-        """The name of its allocations: another one as soon as anything in it changes."""
-        return f"{self.name}.{digest_of(asdict(self))[:8]}"
-
-    @property
-    def environment(self) -> str:
-        """Whose Python it runs in: that of its kind of node, or the main process's."""
-        return "main" if self.engine == "emulated" else "kind"
 
 
 @dataclass(frozen=True)
@@ -120,7 +94,7 @@ class Trial:
         """All that decides the result, as plain JSON data."""
         return {
             "format": SPEC_FORMAT,
-            "deployment": asdict(self.deployment),
+            "deployment": self.deployment.spec,
             "load": asdict(self.load),
             "trial": self.number,
             "sentinel": self.sentinel,
@@ -137,18 +111,8 @@ class Trial:
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Trial:
         """The inverse of `spec`."""
-        deployment, load = Deployment(**spec["deployment"]), Load(**spec["load"])
+        deployment, load = Deployment.from_spec(spec["deployment"]), Load(**spec["load"])
         return cls(deployment, load, spec["trial"], spec["sentinel"])
-
-
-def canonical(data: Any) -> str:
-    """JSON with sorted keys and no spaces: equal data, equal text, on every machine."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def digest_of(data: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of the canonical JSON."""
-    return hashlib.sha256(canonical(data).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -221,9 +185,9 @@ SENTINELS_FROM = 9
 def expand(config: Mapping[str, Any]) -> Study:
     """All trials of a configuration that fits the schema.
 
-    Raises ConfigError, naming the key, where two deployments have the same name, a CPU
-    deployment has GPUs, a prompt and its output are longer than `max_model_len`, or nothing
-    is left after `include` and `exclude`.
+    Raises ConfigError, naming the key, where two deployments have the same name, one does
+    not fit together (see `deployment_of`), a prompt and its output are longer than
+    `max_model_len`, or nothing is left after `include` and `exclude`.
     """
     trials: list[Trial] = []
     names: dict[str, int] = {}
@@ -232,7 +196,7 @@ def expand(config: Mapping[str, Any]) -> Study:
         where = f"deployments[{position}]"
         keys = {**config["load"], **entry.get("load", {})}
         loads = _loads(keys, where)
-        deployment = _deployment(entry, where)
+        deployment = deployment_of(entry, where)
         first = names.setdefault(deployment.name, position)
         if first != position:
             raise ConfigError(
@@ -275,31 +239,6 @@ def _sentinels(
         middle = loads[sorted(loads)[(len(loads) - 1) // 2]]
         for number in range(1, SENTINELS + 1):
             yield Trial(deployment, middle, number, sentinel=True)
-
-
-def _deployment(entry: Mapping[str, Any], where: str) -> Deployment:
-    on_cpu = entry["gpu"] == "cpu"
-    gpu_count = entry.get("gpu_count", 0 if on_cpu else 1)
-    if on_cpu != (gpu_count == 0):
-        raise ConfigError(
-            f"{where}.gpu_count: {gpu_count} does not go with gpu `{entry['gpu']}`. "
-            "`cpu` has 0 GPUs, every other kind at least 1."
-        )
-    gpus = "cpu" if on_cpu else f"{gpu_count}x{entry['gpu']}"
-    parts = (entry["model"], entry["quantization"], entry["engine"], gpus)
-    return Deployment(
-        name=entry.get("name", "_".join(parts)),
-        model=entry["model"],
-        checkpoint=entry["checkpoint"],
-        tokenizer=entry.get("tokenizer", entry["checkpoint"]),
-        quantization=entry["quantization"],
-        engine=entry["engine"],
-        gpu=entry["gpu"],
-        gpu_count=gpu_count,
-        max_model_len=entry["max_model_len"],
-        max_num_seqs=entry.get("max_num_seqs", 256),
-        arguments=entry.get("arguments", {}),
-    )
 
 
 def _loads(keys: Mapping[str, Any], where: str) -> list[Load]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from servegrid import models
-from servegrid.engines import EMULATED
+from servegrid.engines import EMULATED, EXTERNAL
 from servegrid.errors import ModelError
 from servegrid.grid import Deployment, Study
 
@@ -14,8 +14,8 @@ def refuse_unready(study: Study, cells: str | Path) -> None:
     """Raise where a deployment of the study cannot come up, as far as this machine can tell.
 
     ModelError, naming the deployment, where a model that is needed is not there; ConfigError
-    where an emulated deployment's arguments do not fit. Deployments that have all their records
-    in `cells` are not looked at.
+    where an emulated deployment's arguments do not fit; EngineError where the API key of an
+    external one is missing. Deployments that have all their records in `cells` are not looked at.
     """
     to_measure = {
         trial.deployment.name: trial.deployment
@@ -28,11 +28,15 @@ def refuse_unready(study: Study, cells: str | Path) -> None:
 
             settings_of(deployment)
         else:
+            if deployment.engine == EXTERNAL:
+                from servegrid.engines.external import endpoint_of
+
+                endpoint_of(deployment)
             _refuse_missing_models(deployment)
 
 
 def _refuse_missing_models(deployment: Deployment) -> None:
-    for key in ("checkpoint", "tokenizer"):
+    for key in ("checkpoint", "tokenizer") if deployment.endpoint is None else ("tokenizer",):
         try:
             models.locate(getattr(deployment, key), models.default_folder())
         except ModelError as error:

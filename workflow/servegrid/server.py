@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -21,6 +21,8 @@ SHARES = "_usage_perc"
 """How the names of gauges end that are shares of a whole, of which there is one per label."""
 GAUGES_PATH = f"/metrics/?{urlencode([('name[]', name) for name in counters.GAUGES])}"
 """Where vLLM tells some of its metrics alone: what is mounted there is Prometheus' own server."""
+MODELS_PATH = "/v1/models"
+NO_SUCH_PATH = (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.METHOD_NOT_ALLOWED)
 LIMIT_S = 5.0
 SETTLED_S = 1.0
 """How long a server is given to count the requests that it has finished."""
@@ -29,20 +31,26 @@ POLL_S = 0.02
 _LEFT_OUT = re.compile(r"[^{ ]*(_bucket|_created)[{ ]")
 
 
-class _Connection(http.client.HTTPConnection):
-    """To an endpoint on TCP or on a Unix socket; httpx leaves the latter open if none listens."""
+class _UnixConnection(http.client.HTTPConnection):
+    """To a Unix socket; httpx leaves that open if none listens."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint.base_url.removeprefix("http://"), timeout=LIMIT_S)
-        self._path = endpoint.socket
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=LIMIT_S)
+        self._path = path
 
     def connect(self) -> None:
-        if self._path is None:
-            super().connect()
-            return
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
         self.sock.connect(self._path)
+
+
+def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
+    if endpoint.socket is not None:
+        return _UnixConnection(endpoint.socket)
+    parts = urlsplit(endpoint.base_url)
+    encrypted = parts.scheme == "https"
+    kind = http.client.HTTPSConnection if encrypted else http.client.HTTPConnection
+    return kind(parts.netloc, timeout=LIMIT_S)
 
 
 def get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
@@ -51,16 +59,19 @@ def get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
     Raises OSError or http.client.HTTPException where none comes within `LIMIT_S`.
     """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    with contextlib.closing(_Connection(endpoint)) as connection:
-        connection.request("GET", path, headers=headers)
+    with contextlib.closing(_connection(endpoint)) as connection:
+        connection.request("GET", urlsplit(endpoint.base_url).path + path, headers=headers)
         response = connection.getresponse()
         return response.status, response.read()
 
 
 def healthy(endpoint: Endpoint) -> bool:
-    """Whether GET /health is answered with 200 within the limit."""
+    """Whether GET /health, or /v1/models where there is none, is answered with 200 in time."""
     try:
-        return get(endpoint, "/health")[0] == http.HTTPStatus.OK
+        status, _ = get(endpoint, "/health")
+        if status in NO_SUCH_PATH:
+            status, _ = get(endpoint, MODELS_PATH)
+        return status == http.HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False
 

@@ -86,7 +86,10 @@ def certificate(evidence: Evidence) -> tuple[bool | None, str | None]:
 def _tokens(evidence: Evidence) -> str | None:
     rows, input_len = evidence.requests, evidence.trial.load.input_len
     prompts = pc.unique(rows["prompt_tokens"]).to_pylist()
-    if prompts != [input_len]:
+    as_text = evidence.record["client"].get("prompt_form", "ids") != "ids"
+    if as_text and (len(prompts) != 1 or prompts[0] < input_len):
+        return f"prompt_tokens are {prompts}: not always as many more than {input_len}"
+    if not as_text and prompts != [input_len]:
         return f"prompt_tokens are {prompts} and not {input_len}"
     asked = rows["asked_tokens"].to_pylist()
     chunks = map(sum, rows["chunk_tokens"].to_pylist())
@@ -120,8 +123,12 @@ def _too_few_in_flight(evidence: Evidence) -> str | None:
 
 def _prefix_cache(evidence: Evidence) -> str | None:
     hits = evidence.counted(PREFIX_HITS)
-    asked = evidence.record["engine"].get("prefix_caching")
-    return f"{hits:.0f} tokens came from it" if hits and not asked else None
+    if not hits or evidence.record["engine"].get("prefix_caching"):
+        return None
+    # What a template puts before each prompt is the same every time, and may be kept.
+    added = evidence.record["client"].get("prompt_tokens_added") or 0
+    beyond = hits - added * evidence.requests.num_rows
+    return f"{hits:.0f} tokens came from it" if beyond > 0 else None
 
 
 def _preempted(evidence: Evidence) -> str | None:
@@ -218,7 +225,11 @@ def _drifted(evidence: Evidence) -> str | None:
 Rule = Callable[[Evidence], str | None]
 
 RULES: Mapping[str, tuple[str, Rule]] = {
-    "tokens": ("Every request has exactly the tokens asked for, by the server's count", _tokens),
+    "tokens": (
+        "Every request has exactly the tokens asked for, by the server's count; where prompts are "
+        "sent as text, the server adds the same number of tokens to each",
+        _tokens,
+    ),
     "no_steady_state": (
         "A steady or poisson load has a stationary part; without, no figure is given",
         _no_steady_state,
@@ -228,7 +239,11 @@ RULES: Mapping[str, tuple[str, Rule]] = {
         "flight on average",
         _too_few_in_flight,
     ),
-    "prefix_cache": ("No prompt came from a cache, unless the study asks for one", _prefix_cache),
+    "prefix_cache": (
+        "No prompt came from a cache, unless the study asks for one; what the server adds to each "
+        "may",
+        _prefix_cache,
+    ),
     "preempted": ("The server has not preempted requests for want of memory", _preempted),
     "queued": (
         "The engine works on as many requests at once as are sent; of a steady load, on average "

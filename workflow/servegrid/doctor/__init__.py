@@ -87,9 +87,9 @@ def _is_slurm(profile: site.Profile) -> bool:
 def _demands(profile: site.Profile, study: Study | None) -> list[Demand]:
     """Of the kinds that the study needs and the profile knows; without a study, of all."""
     deployments = study.deployments if study else ()
-    names = dict.fromkeys(each.gpu for each in deployments) if study else profile.kinds
+    names = dict.fromkeys(each.node_kind for each in deployments) if study else profile.kinds
     of_kind = {
-        str(name): [each for each in deployments if each.gpu == name]
+        str(name): [each for each in deployments if each.node_kind == name]
         for name in names
         if name in profile.kinds or not profile.kinds
     }
@@ -98,10 +98,10 @@ def _demands(profile: site.Profile, study: Study | None) -> list[Demand]:
 
 def _python(demand: Demand, deployments: Sequence[Deployment]) -> str | None:
     """The kind's own Python, unless all that the study runs there wants the main process's."""
-    wanted = {each.environment for each in deployments if each.gpu == demand.kind}
+    wanted = {each.environment for each in deployments if each.node_kind == demand.kind}
     return None if wanted == {"main"} else demand.values.get("python")
 
 
 def _engine_packages(kind: str, deployments: Sequence[Deployment]) -> list[str]:
-    engines = dict.fromkeys(each.engine for each in deployments if each.gpu == kind)
+    engines = dict.fromkeys(each.engine for each in deployments if each.node_kind == kind)
     return [ENGINE_PACKAGES[engine] for engine in engines if engine in ENGINE_PACKAGES]

@@ -102,7 +102,7 @@ def demand_of(profile: Profile, kind: str, deployments: Sequence[Deployment]) ->
     if "runtime" in resources:
         values["timeout_min"] = resources["runtime"]
     values |= parameters
-    of_node = [math.ceil(each.gpu_count / nodes_of(each, values)) for each in deployments]
+    of_node = [math.ceil(each.node_gpus / nodes_of(each, values)) for each in deployments]
     wants_gpus = any(of_node) if deployments else kind != CPU
     unknown = int(parameters.get("gpus_of_node", 1)) if wants_gpus else 0
     return Demand(

@@ -147,7 +147,7 @@ def judge_study(profile: Profile, study: Study, file: Path) -> Iterator[Finding]
     group = Group("study")
     by_kind: dict[str, list[Deployment]] = {}
     for deployment in study.deployments:
-        by_kind.setdefault(deployment.gpu, []).append(deployment)
+        by_kind.setdefault(deployment.node_kind, []).append(deployment)
     yield group.ok(
         str(file),
         f"{len(study.deployments)} deployments, {len(study.trials)} cells and trials, "
@@ -195,7 +195,7 @@ def nodes_of(deployment: Deployment, parameters: Mapping[str, Any]) -> int:
     """How many nodes a deployment takes where a kind has so many GPUs in each."""
     most = parameters.get("gpus_of_node")
     if most and "nodes" not in parameters:
-        return max(1, math.ceil(deployment.gpu_count / int(most)))
+        return max(1, math.ceil(deployment.node_gpus / int(most)))
     return max(1, int(parameters.get("nodes", 1)))
 
 

@@ -31,7 +31,7 @@ def judge_models(
     deployment: Deployment, locate: Callable[[str, Path], Path], folder: Path, study: Path
 ) -> Iterator[Finding]:
     """Checkpoint and tokenizer of a deployment; `locate` is that of servegrid.models."""
-    for name in dict.fromkeys((deployment.checkpoint, deployment.tokenizer)):
+    for name in _names(deployment):
         key = "checkpoint" if name == deployment.checkpoint else "tokenizer"
         try:
             path = locate(name, folder)
@@ -42,6 +42,11 @@ def judge_models(
             yield GROUP.skip(deployment.name, f"{key} `{name}` cannot be looked up: {error}")
         else:
             yield GROUP.ok(deployment.name, f"{key} {path}")
+
+
+def _names(deployment: Deployment) -> list[str]:
+    """Its checkpoint, unless it is external, and its tokenizer."""
+    return list(filter(None, dict.fromkeys((deployment.checkpoint, deployment.tokenizer))))
 
 
 def remedy(name: str, key: str, study: Path) -> str:
@@ -79,7 +84,7 @@ def examine_models(
 def _judge_caches(
     deployments: Sequence[Deployment], folder: Path, mounts: Sequence[Mount]
 ) -> Iterator[Finding]:
-    names = {name for each in deployments for name in (each.checkpoint, each.tokenizer)}
+    names = {name for each in deployments for name in _names(each)}
     caches = {
         (folder if name.startswith(models.DEMO) else hub_cache(os.environ)).resolve()
         for name in names

@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib
 from contextlib import AbstractContextManager
 
+from servegrid.deployment import EMULATED, EXTERNAL
 from servegrid.engines.base import Engine, Site
 from servegrid.errors import ConfigError
 from servegrid.grid import Deployment
 
-__all__ = ["EMULATED", "ENGINES", "Engine", "Site", "bring_up"]
-
-EMULATED = "emulated"
-"""The engine that needs neither hardware nor models."""
+__all__ = ["EMULATED", "ENGINES", "EXTERNAL", "Engine", "Site", "bring_up"]
 
 ENGINES = {
     EMULATED: "servegrid.engines.emulated",
+    EXTERNAL: "servegrid.engines.external",
     "llamacpp": "servegrid.engines.llamacpp",
     "vllm": "servegrid.engines.vllm",
 }
@@ -26,9 +25,10 @@ def bring_up(deployment: Deployment, site: Site) -> AbstractContextManager[Engin
     """The engine of `deployment`, up for the length of a `with` block.
 
     To be entered in the main thread. When the block ends, however it ends, no process, socket
-    or shared memory of the engine is left. Raises ConfigError where the deployment cannot be
-    served as it stands, ModelError where its model is missing, and EngineError, with the cause,
-    where the engine does not come up within `site.startup_s`.
+    or shared memory of the engine is left; one that was up before is left as it was. Raises
+    ConfigError where the deployment cannot be served as it stands, ModelError where its model is
+    missing, and EngineError, with the cause, where the engine does not come up within
+    `site.startup_s`.
     """
     if deployment.engine not in ENGINES:
         raise ConfigError(

@@ -35,7 +35,7 @@ class Engine(Protocol):
         """What it really uses, as plain JSON data for the records."""
 
     def pids(self) -> list[int]:
-        """The processes that serve, for telemetry."""
+        """The processes that serve, for telemetry; none where they are somebody else's."""
 
     def healthy(self) -> bool:
         """Whether it still serves."""

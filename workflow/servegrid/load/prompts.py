@@ -1,16 +1,18 @@
-"""Prompts of exactly so many tokens: running text as token ids, reproducible and distinct.
+"""Prompts of exactly so many tokens: running text, reproducible and distinct.
 
-The text is the corpus beside this module, English and French prose written for servegrid. Ids
-are sent instead of text because a text that was cut to N tokens need not have N tokens when
-it is tokenized again.
+The text is the corpus beside this module, English and French prose written for servegrid. It is
+sent as token ids where the server takes them, because a text that was cut to N tokens need not
+have N tokens when it is tokenized again; else as texts that do.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -25,8 +27,17 @@ ORDINARY_IDS = range(1_000, 30_000)
 """Ids that are ordinary text in every customary vocabulary: control and byte tokens lie below
 (up to 1000 of them), and the smallest vocabularies in use end at 32,000."""
 
+Form = Literal["ids", "text", "messages"]
+"""How a prompt is sent: as token ids, as text, or as what a user says in a chat."""
+Prompt = list[int] | str
+"""Token ids, or text."""
+
 _OPENING = 4
 _DRAWS_PER_PROMPT = 20
+_MORE_CHARACTERS = 2
+"""Times the corpus' mean characters per token: a text that is long enough to be cut."""
+
+_Made = TypeVar("_Made", list[int], str)
 
 
 def make(load: Load, count: int, tokenizer: Path | None, salt: str) -> list[list[int]]:
@@ -48,20 +59,44 @@ def make(load: Load, count: int, tokenizer: Path | None, salt: str) -> list[list
     if tokenizer is None:
         endless = _random_ids(rng, load.input_len)
     else:
-        endless = _running_text(rng, load.input_len, *_tokenized_corpus(tokenizer))
-    if load.prompts == "identical":
-        return [next(endless)] * count
-    prompts: dict[tuple[int, ...], list[int]] = {}
-    for drawn, prompt in enumerate(endless):
-        if len(prompts) == count:
+        endless = _running_text(rng, load.input_len, _tokenized_corpus(tokenizer))
+    return _chosen(((prompt, prompt) for prompt in endless), load, count)
+
+
+def make_texts(load: Load, count: int, tokenizer: Path | None, salt: str) -> list[str]:
+    """`count` prompts as text that has `load.input_len` tokens each, tokenized by itself.
+
+    As `make` says of token ids. None begins or ends with white space, which templates strip.
+    Raises LoadError also where there is no tokenizer to count with.
+    """
+    if tokenizer is None:
+        raise LoadError(
+            "Prompts are sent as text here, and only a tokenizer tells how many tokens a text "
+            "has. Name the model's tokenizer.json."
+        )
+    rng = random.Random(f"{load.seed}/{salt}")
+    corpus = _tokenized_corpus(tokenizer)
+    drawn = _running_characters(rng, load.input_len, corpus)
+    return _chosen((_cut(corpus.tokenizer, text, load.input_len) for text in drawn), load, count)
+
+
+def _chosen(drawn: Iterable[tuple[list[int], _Made] | None], load: Load, count: int) -> list[_Made]:
+    """Of prompts with their ids as many as are wanted; None is a draw that gave no prompt."""
+    wanted = 1 if load.prompts == "identical" else count
+    chosen: dict[tuple[int, ...], _Made] = {}
+    for number, made in enumerate(drawn):
+        if len(chosen) == wanted:
             break
-        if drawn == _DRAWS_PER_PROMPT * count:
+        if number == _DRAWS_PER_PROMPT * wanted:
             raise LoadError(
                 f"input_len {load.input_len}: there are not {count} distinct prompts that short. "
                 "Ask for longer prompts, fewer requests, or identical prompts."
             )
-        prompts.setdefault(tuple(prompt[:DISTINCT_WITHIN]), prompt)
-    return list(prompts.values())
+        if made is not None:
+            ids, prompt = made
+            chosen.setdefault(tuple(ids[:DISTINCT_WITHIN]), prompt)
+    prompts = list(chosen.values())
+    return prompts * count if load.prompts == "identical" else prompts
 
 
 def _random_ids(rng: random.Random, length: int) -> Iterator[list[int]]:
@@ -70,20 +105,58 @@ def _random_ids(rng: random.Random, length: int) -> Iterator[list[int]]:
             yield [first, *rng.choices(ORDINARY_IDS, k=length - 1)]
 
 
-def _running_text(
-    rng: random.Random, length: int, ids: list[int], word_starts: list[int]
-) -> Iterator[list[int]]:
-    places = {ids[start]: start for start in rng.sample(word_starts, len(word_starts))}
-    enough = ids * (2 + length // len(ids))
+class _Corpus(NamedTuple):
+    """The corpus, its tokens' ids and places in the text, and which of them begin words."""
+
+    tokenizer: Tokenizer
+    text: str
+    ids: list[int]
+    places: list[tuple[int, int]]
+    word_starts: list[int]
+
+
+def _drawn(rng: random.Random, corpus: _Corpus) -> Iterator[tuple[int, int]]:
+    """For each prompt where its opening and where its text begins, as numbers of tokens."""
+    starts = corpus.word_starts
+    openings = {corpus.ids[start]: start for start in rng.sample(starts, len(starts))}
     while True:
-        for opening in rng.sample(list(places.values()), len(places)):
-            text = rng.choice(word_starts)
-            prompt = enough[opening : opening + _OPENING] + enough[text : text + length]
-            yield prompt[:length]
+        for opening in rng.sample(list(openings.values()), len(openings)):
+            yield opening, rng.choice(starts)
 
 
-def _tokenized_corpus(tokenizer: Path) -> tuple[list[int], list[int]]:
-    """The corpus as ids, and the places among them at which a word starts."""
+def _running_text(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[list[int]]:
+    enough = corpus.ids * (2 + length // len(corpus.ids))
+    for opening, text in _drawn(rng, corpus):
+        prompt = enough[opening : opening + _OPENING] + enough[text : text + length]
+        yield prompt[:length]
+
+
+def _running_characters(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[str]:
+    """Texts of more than `length` tokens, most of them."""
+    characters = _MORE_CHARACTERS * math.ceil(length * len(corpus.text) / len(corpus.ids))
+    enough = f"{corpus.text}\n\n" * (2 + characters // len(corpus.text))
+    for opening, text in _drawn(rng, corpus):
+        last = min(opening + _OPENING, len(corpus.places)) - 1
+        begin, end = corpus.places[opening][0], corpus.places[last][1]
+        start = corpus.places[text][0]
+        following = enough[start : start + characters].lstrip()
+        yield f"{enough[begin:end].strip()} {following}"
+
+
+def _cut(tokenizer: Tokenizer, text: str, length: int) -> tuple[list[int], str] | None:
+    """The beginning of `text` that has `length` tokens, with their ids; None where none has.
+
+    A beginning that was cut at the end of a token need not have the same tokens by itself.
+    """
+    places = tokenizer.encode(text, add_special_tokens=False).offsets
+    if len(places) < length:
+        return None
+    beginning = text[: places[length - 1][1]]
+    ids = tokenizer.encode(beginning, add_special_tokens=False).ids
+    return (ids, beginning) if len(ids) == length and beginning == beginning.strip() else None
+
+
+def _tokenized_corpus(tokenizer: Path) -> _Corpus:
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not file.is_file():
         raise LoadError(
@@ -98,12 +171,11 @@ def _tokenized_corpus(tokenizer: Path) -> tuple[list[int], list[int]]:
     loaded.no_padding()
     text = corpus()
     encoded = loaded.encode(text, add_special_tokens=False)
-    starts = [
-        place for place, (start, end) in enumerate(encoded.offsets) if _is_word(text, start, end)
-    ]
+    places = encoded.offsets
+    starts = [number for number, (start, end) in enumerate(places) if _is_word(text, start, end)]
     if not starts:
         raise LoadError(f"{file}: this tokenizer makes no words of plain English and French.")
-    return encoded.ids, starts
+    return _Corpus(loaded, text, encoded.ids, places, starts)
 
 
 def _is_word(text: str, start: int, end: int) -> bool:

@@ -27,7 +27,8 @@ from servegrid.endpoint import Endpoint
 from servegrid.errors import LoadError
 from servegrid.grid import Load
 from servegrid.load import plan, prompts
-from servegrid.load.request import Writer, accepted, headers
+from servegrid.load.prompts import Prompt
+from servegrid.load.request import Writer, accepted_in_some_form, headers, without_key
 from servegrid.load.stream import Asked, row_of
 from servegrid.load.transport import Exchanged, MeasuringTransport
 
@@ -51,7 +52,11 @@ class Measurement:
     - `processes` of the client; `cpu_s`: CPU time of all of them while the clock ran,
       `cpu_s_busiest`: of the one that used most, `parse_cpu_s`: of parsing, afterwards;
       `reads`: reads with data; `token_chunks`: chunks with tokens
-    - `continuous_usage`: whether usage per chunk was asked for
+    - `continuous_usage`: whether usage per chunk was asked for; `keys_refused`: the keys of a
+      request that the server refuses and that were left out
+    - `prompt_form`: how prompts were sent, `ids`, `text` or `messages`; `prompt_tokens_added`: by
+      how many tokens the server counted more than were asked for, as its template adds them to a
+      text; None where that is not the same for all requests
     - `warmup_s`: duration of the warm-up; `warmup_errors`: its failures, with their number
     - `left`: requests held ready that were not begun in the load's duration; 0 means, where there
       is a duration, that more would have been sent
@@ -86,6 +91,7 @@ def measure(
     at all, and `load.warmup_waves` waves warm it up: of `load.concurrency` requests, or of as many
     as an open loop sends in a second. The limits `timeout_s` and `stall_s` hold for the warm-up
     and for the measured load, each by itself; with a duration, `timeout_s` begins after it.
+    Prompts are sent as token ids, or as text where the API is chat or the server takes no ids.
     `salt` makes the prompts (see `prompts.make`) and begins every X-Request-Id. `counters` is
     asked just before the clock starts, with 0, and after its end, with the number of requests
     that the server has completed in between. With several `places`, sets of cores, the load comes
@@ -98,16 +104,25 @@ def measure(
     users = load.concurrency or math.ceil(load.intensity)
     arrivals = plan.arrivals(load, salt)
     warming = load.warmup_waves * users
-    first = prompts.make(load, warming or 1, tokenizer, f"{salt}/warmup")
+    warmup = f"{salt}/warmup"
+    chat = endpoint.api == "chat"
+    ids = [] if chat else prompts.make(load, warming or 1, tokenizer, warmup)
     transport = MeasuringTransport(endpoint.socket)
     with httpx.Client(
         base_url=endpoint.base_url, headers=headers(endpoint), transport=transport
     ) as client:
-        writer = accepted(Writer(client, endpoint.model, salt), first[0][0], load.stall_s)
+        writer = accepted_in_some_form(
+            Writer(client, endpoint.model, salt, "messages" if chat else "ids"),
+            token=ids[0][0] if ids else 0,
+            limit_s=load.stall_s,
+            as_text=tokenizer is not None,
+        )
+        prepare = prompts.make if writer.form == "ids" else prompts.make_texts
+        first = ids if writer.form == "ids" else prepare(load, warming or 1, tokenizer, warmup)
         sender = _Sender(transport, writer, load, users, places)
         warmed = sender.send("warmup/", _in_waves(first[:warming], users), load.timeout_s)
         count = len(arrivals or ()) or load.requests or _enough(load, users, warmed)
-        prepared = prompts.make(load, count, tokenizer, salt)
+        prepared = prepare(load, count, tokenizer, salt)
         wave = users if load.protocol == "burst" else count
         counted_before = counters(0)
         started_at = datetime.now(UTC)
@@ -124,7 +139,10 @@ def measure(
     facts = {
         "started_at": started_at.isoformat(),
         "salt": salt,
-        "continuous_usage": writer.continuous_usage,
+        "continuous_usage": "continuous_usage_stats" not in writer.left_out,
+        "keys_refused": sorted(writer.left_out),
+        "prompt_form": writer.form,
+        "prompt_tokens_added": _added(rows, load),
         **_facts_of(sent.waves),
         **_send_lag(rows),
         "token_chunks": sum(len(row["token_ns"]) for row in rows),
@@ -169,7 +187,7 @@ def _enough(load: Load, users: int, warmed: _Sent) -> int:
 
 
 _MARGIN = 3
-_Prompts = Sequence[list[int]]
+_Prompts = Sequence[Prompt]
 
 
 def _in_waves(prepared: _Prompts, size: int) -> list[_Prompts]:
@@ -183,14 +201,18 @@ class _Sent:
     waves: list[Exchanged]
     asked: list[list[Asked]]
     duration_s: float
+    client: httpx.Client
 
     def rows(self) -> list[dict[str, Any]]:
         """A row for each request that was due."""
-        return [
+        rows = [
             row_of(exchange, asked[exchange.number])
             for wave, asked in zip(self.waves, self.asked, strict=True)
             for exchange in wave.exchanges
         ]
+        for row in rows:
+            row["error"] = row["error"] and without_key(row["error"], self.client)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -236,10 +258,16 @@ class _Sender:
                 )
             )
             asked.append([self._asked(name, wave, length) for name, length in named])
-        return _Sent(exchanged, asked, time.monotonic() - started)
+        return _Sent(exchanged, asked, time.monotonic() - started, self.writer.client)
 
     def _asked(self, name: str, wave: int, length: int) -> Asked:
-        return Asked(self.writer.request_id(name), wave, self.load.input_len, length)
+        return Asked(
+            request_id=self.writer.request_id(name),
+            wave=wave,
+            prompt_tokens=self.load.input_len,
+            completion_tokens=length,
+            form=self.writer.form,
+        )
 
 
 def _facts_of(waves: list[Exchanged]) -> dict[str, Any]:
@@ -255,6 +283,11 @@ def _facts_of(waves: list[Exchanged]) -> dict[str, Any]:
         "cpu_s_busiest": max(map(sum, zip(*(wave.cpu_s for wave in waves), strict=True))),
         "reads": sum(len(exchange.arrivals) for exchange in exchanges),
     }
+
+
+def _added(rows: list[dict[str, Any]], load: Load) -> int | None:
+    counted = {row["prompt_tokens"] for row in rows if row["error"] is None}
+    return counted.pop() - load.input_len if len(counted) == 1 else None
 
 
 def _send_lag(rows: list[dict[str, Any]]) -> dict[str, int | None]:

@@ -1,7 +1,8 @@
 """From the bytes of a response to its row of `records.REQUESTS`: all that is parsed, afterwards.
 
 Events are read as the WHATWG's HTML standard defines server-sent events, chunks as OpenAI's
-completions API defines them, with vLLM's usage per chunk where the server gives it.
+completions and chat completions APIs define them, with vLLM's usage per chunk where the server
+gives it, and the names that vLLM and llama.cpp have for a model's thoughts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 from servegrid.load.failure import Failure, Kind
+from servegrid.load.prompts import Form
 from servegrid.load.transport import Exchange
 from servegrid.load.wire import WireError
 
@@ -21,16 +23,21 @@ _EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _DONE = b"[DONE]"
 _SHOWN = 200
+_TEXTS_OF_A_CHAT = ("content", "reasoning_content", "reasoning")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asked for: the server must confirm both numbers."""
+    """What a request asked for: the server must confirm both numbers.
+
+    To a prompt that is not sent as token ids it may add some, and count more.
+    """
 
     request_id: str
     wave: int
     prompt_tokens: int
     completion_tokens: int
+    form: Form = "ids"
 
 
 class _Failed(Exception):
@@ -68,7 +75,7 @@ def row_of(exchange: Exchange, asked: Asked) -> dict[str, Any]:
     answer = _Answer()
     failure = exchange.failure
     try:
-        _read(exchange, answer)
+        _read(exchange, answer, chat=asked.form == "messages")
     except _Failed as failed:
         failure = failure or failed.failure
     token_ns, chunk_tokens, estimated = _tokens_of(answer)
@@ -100,7 +107,8 @@ def _shortcoming(answer: _Answer, asked: Asked) -> Failure | None:
         return Failure("usage_missing", "no usage in the stream, although it was asked for")
     if answer.completion_tokens and not answer.chunks:
         return Failure("malformed", f"{answer.completion_tokens} tokens counted, none came")
-    if answer.prompt_tokens != asked.prompt_tokens:
+    more = answer.prompt_tokens - asked.prompt_tokens
+    if more < 0 or (more and asked.form == "ids"):
         detail = f"{answer.prompt_tokens} counted by the server, {asked.prompt_tokens} sent"
         return Failure("wrong_prompt_tokens", detail)
     if answer.completion_tokens != asked.completion_tokens:
@@ -109,7 +117,7 @@ def _shortcoming(answer: _Answer, asked: Asked) -> Failure | None:
     return None
 
 
-def _read(exchange: Exchange, answer: _Answer) -> None:
+def _read(exchange: Exchange, answer: _Answer, chat: bool) -> None:
     """Read the response into `answer`, event by event. Raises _Failed."""
     head = exchange.head
     if head is None:
@@ -127,7 +135,7 @@ def _read(exchange: Exchange, answer: _Answer) -> None:
         if data == _DONE:
             answer.done = True
         else:
-            _take(answer, arrival_ns, _object_of(data))
+            _take(answer, arrival_ns, _object_of(data), chat)
 
 
 def _message_of(exchange: Exchange) -> str:
@@ -214,7 +222,7 @@ def _shown(data: bytes) -> str:
     return data[:_SHOWN].decode(errors="replace")
 
 
-def _take(answer: _Answer, arrival_ns: int, chunk: dict[str, Any]) -> None:
+def _take(answer: _Answer, arrival_ns: int, chunk: dict[str, Any], chat: bool) -> None:
     """Add one chunk to the answer. Raises _Failed where it is not as the API says."""
     try:
         so_far = None
@@ -224,11 +232,19 @@ def _take(answer: _Answer, arrival_ns: int, chunk: dict[str, Any]) -> None:
         if choices := chunk["choices"]:
             choice = choices[0]
             finished = choice.get("finish_reason") is not None
-            has_text = bool(choice["text"])
-            answer.chunks.append(_Chunk(arrival_ns, has_text, finished, so_far))
+            has_text = _is_said(choice["delta"]) if chat else bool(choice["text"])
+            # A chat begins with a chunk that only says whose words will come.
+            opens = chat and not (answer.chunks or has_text or finished or so_far)
+            if not opens:
+                answer.chunks.append(_Chunk(arrival_ns, has_text, finished, so_far))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
         shown = json.dumps(chunk)[:_SHOWN]
         raise _Failed("malformed", f"an event is no completion chunk: {shown}") from None
+
+
+def _is_said(delta: dict[str, Any]) -> bool:
+    """Whether a chunk of a chat has text; a model's thoughts before its answer count."""
+    return any(delta.get(key) for key in _TEXTS_OF_A_CHAT)
 
 
 def _count(told: Any) -> int:
