@@ -32,7 +32,15 @@ localrules:
     all,
 
 
-for rules_of in ("common", "measure", "analyse", "conclude", "plan", "present"):
+for rules_of in (
+    "common",
+    "measure",
+    "analyse",
+    "conclude",
+    "plan",
+    "present",
+    "publish",
+):
 
     include: f"workflow/rules/{rules_of}.smk"
 

@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from servegrid import __version__, models, records
+from servegrid.bundle.commands import add_open, add_verify
 from servegrid.endpoint import Endpoint, base_of, key_in
 from servegrid.errors import LoadError, ServegridError
 from servegrid.grid import Load
@@ -36,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_load(subcommands)
     _add_doctor(subcommands)
     _add_capacity(subcommands)
+    add_verify(subcommands)
+    add_open(subcommands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

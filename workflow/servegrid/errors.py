@@ -5,7 +5,8 @@ ServegridError
  ├── ModelError          a model is missing, damaged or not of the expected kind
  ├── EngineError         an engine did not come up, or died
  ├── LoadError           the load could not be put on the endpoint at all
- └── RecordError         a record cannot be written, read or believed
+ ├── RecordError         a record cannot be written, read or believed
+ └── BundleError         a bundle cannot be made, or is not safe to read
 """
 
 
@@ -31,3 +32,7 @@ class LoadError(ServegridError):
 
 class RecordError(ServegridError):
     """A record cannot be written, cannot be read, or does not belong to the study."""
+
+
+class BundleError(ServegridError):
+    """A bundle cannot be made of these results, or this file is not one that can be read safely."""

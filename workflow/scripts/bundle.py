@@ -1,0 +1,12 @@
+import getpass
+import os
+from pathlib import Path
+
+from servegrid.bundle.pack import Origin, pack
+from servegrid.script import logged
+
+terminal = os.dup(2)
+with logged(snakemake.log[0]):
+    origin = Origin(Path(snakemake.params.root), [Path(each) for each in snakemake.params.profiles])
+    archive = pack(snakemake.config, origin, Path(), [getpass.getuser()])
+    os.write(terminal, f"{archive}\n".encode())

@@ -1,0 +1,189 @@
+"""The metadata of a bundle as a Workflow Run RO-Crate, that other software reads.
+
+The terms are those of RO-Crate 1.1 (https://w3id.org/ro/crate/1.1) and of the profile Workflow
+Run Crate 0.5 (https://w3id.org/ro/wfrun/workflow/0.5). What is not known is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+CRATE = "ro-crate-metadata.json"
+WORKFLOW = "Snakefile"
+_PROFILES = {
+    "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
+    "https://w3id.org/ro/wfrun/workflow/0.5": ("Workflow Run Crate", "0.5"),
+    "https://w3id.org/workflowhub/workflow-ro-crate/1.0": ("Workflow RO-Crate", "1.0"),
+}
+_FORMATS = {
+    ".csv": "text/csv",
+    ".html": "text/html",
+    ".json": "application/json",
+    ".log": "text/plain",
+    ".md": "text/markdown",
+    ".parquet": "application/vnd.apache.parquet",
+    ".patch": "text/x-diff",
+    ".png": "image/png",
+    ".py": "text/x-python",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+    ".yaml": "application/yaml",
+}
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of the bundle."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the crate says of the study as a whole. Times are ISO 8601, None where unknown."""
+
+    study: str
+    version: str
+    configuration: str
+    started: str | None
+    ended: str | None
+    missing: Sequence[str]
+
+
+def crate(run: Run, files: Sequence[File], unhashed: Sequence[str]) -> dict[str, Any]:
+    """The JSON-LD of a bundle with `files`, and the files `unhashed`, that come after it."""
+    results = [each.name for each in files if _is_result(each.name)]
+    named = {each.name for each in files}
+    graph = [
+        {
+            "@id": CRATE,
+            "@type": "CreativeWork",
+            "conformsTo": [
+                {"@id": "https://w3id.org/ro/crate/1.1"},
+                {"@id": "https://w3id.org/workflowhub/workflow-ro-crate/1.0"},
+            ],
+            "about": {"@id": "./"},
+        },
+        _root(run, [*sorted(named), *unhashed]),
+        *(
+            {"@id": url, "@type": "CreativeWork", "name": name, "version": version}
+            for url, (name, version) in _PROFILES.items()
+        ),
+        {
+            "@id": "#licence",
+            "@type": "CreativeWork",
+            "name": "No licence stated",
+            "description": "The study states no licence for its results. That of the workflow is "
+            "in the file LICENSE.",
+        },
+        {
+            "@id": "#snakemake",
+            "@type": "ComputerLanguage",
+            "name": "Snakemake",
+            "identifier": {"@id": "https://snakemake.readthedocs.io"},
+            "url": {"@id": "https://snakemake.readthedocs.io"},
+        },
+        {
+            "@id": "#servegrid",
+            "@type": "SoftwareApplication",
+            "name": "servegrid",
+            "softwareVersion": run.version,
+        },
+        _action(run, results),
+        *(_file(each) for each in files),
+        *({"@id": name, "@type": "File", "name": name} for name in unhashed),
+    ]
+    return {
+        "@context": [
+            "https://w3id.org/ro/crate/1.1/context",
+            "https://w3id.org/ro/terms/workflow-run/context",
+        ],
+        "@graph": graph,
+    }
+
+
+def files_of(data: Mapping[str, Any]) -> dict[str, File]:
+    """The files that a crate describes with size and hash, by their names.
+
+    Raises KeyError, TypeError or ValueError where it is no crate of ours.
+    """
+    found: dict[str, File] = {}
+    for entity in data["@graph"]:
+        types = entity["@type"]
+        if "File" in (types if isinstance(types, list) else [types]) and "sha256" in entity:
+            name = str(entity["@id"])
+            if name in found:
+                raise ValueError(f"{name} is described twice")
+            found[name] = File(name, int(entity["contentSize"]), str(entity["sha256"]))
+    return found
+
+
+def _root(run: Run, names: Sequence[str]) -> dict[str, Any]:
+    about = "Measurements of what language models serve under load, by servegrid"
+    partial = f"; partial, {len(run.missing)} trials are missing" if run.missing else ""
+    return _known(
+        {
+            "@id": "./",
+            "@type": "Dataset",
+            "name": f"Study {run.study}" + (" (partial)" if run.missing else ""),
+            "description": f"{about}: raw records, configuration, workflow, tables{partial}.",
+            "datePublished": run.ended or run.started,
+            "license": {"@id": "#licence"},
+            "conformsTo": [{"@id": url} for url in _PROFILES],
+            "mainEntity": {"@id": WORKFLOW},
+            "mentions": [{"@id": "#run"}],
+            "hasPart": [{"@id": name} for name in names],
+        }
+    )
+
+
+def _action(run: Run, results: Sequence[str]) -> dict[str, Any]:
+    status = "FailedActionStatus" if run.missing else "CompletedActionStatus"
+    error = "Not measured: " + ", ".join(run.missing) if run.missing else None
+    return _known(
+        {
+            "@id": "#run",
+            "@type": "CreateAction",
+            "name": f"Measurement of the study {run.study}",
+            "instrument": {"@id": WORKFLOW},
+            "object": [{"@id": run.configuration}],
+            "result": [{"@id": name} for name in results],
+            "startTime": run.started,
+            "endTime": run.ended,
+            "actionStatus": {"@id": f"http://schema.org/{status}"},
+            "error": error,
+        }
+    )
+
+
+def _file(file: File) -> dict[str, Any]:
+    entity: dict[str, Any] = {
+        "@id": file.name,
+        "@type": "File",
+        "name": PurePosixPath(file.name).name,
+        "contentSize": file.bytes,
+        "sha256": file.sha256,
+    }
+    if file.name == WORKFLOW:
+        entity |= {
+            "@type": ["File", "SoftwareSourceCode", "ComputationalWorkflow"],
+            "name": "servegrid",
+            "programmingLanguage": {"@id": "#snakemake"},
+            "license": {"@id": "LICENSE"},
+            "softwareRequirements": {"@id": "#servegrid"},
+        }
+    kind = _FORMATS.get(PurePosixPath(file.name).suffix)
+    return entity | ({"encodingFormat": kind} if kind else {})
+
+
+def _is_result(name: str) -> bool:
+    return name.startswith("results/") and not name.startswith("results/logs/")
+
+
+def _known(entity: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entity.items() if value is not None}

@@ -1,0 +1,110 @@
+"""Two tables of the same name, one shipped and one derived: where they are not the same."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+RELATIVE = 1e-9
+"""By how much floats may differ: another processor may sum in another order."""
+_KEYS = ("protocol", "concurrency", "rate_per_s", "input_len", "output_len")
+
+
+def between_files(shipped: Path, derived: Path) -> Iterator[str]:
+    """Where the shipped table is not the derived one: a line each, with row, column and values.
+
+    Parquet by value: names, types, integers and strings exactly, floats to `RELATIVE`. CSV
+    likewise, field by field. Anything else by its text.
+    """
+    if not shipped.exists():
+        yield "is missing"
+    elif shipped.suffix == ".parquet":
+        yield from _of_parquet(shipped, derived)
+    elif shipped.suffix == ".csv":
+        yield from _of_csv(shipped, derived)
+    else:
+        yield from _of_text(shipped, derived)
+
+
+def of_cell(row: Mapping[Any, Any]) -> str:
+    """`deployment/protocol-c8-i31-o100/trial-1` of a row that has these keys, else what it has."""
+    known = {key: value for key, value in row.items() if not _is_unknown(value)}
+    if not {"deployment", "protocol", "input_len", "output_len"} <= known.keys():
+        return "a row"
+    intensity = f"r{known['rate_per_s']:g}" if "rate_per_s" in known else ""
+    intensity = intensity or f"c{known.get('concurrency', '?')}"
+    load = f"{known['protocol']}-{intensity}-i{known['input_len']}-o{known['output_len']}"
+    trial = f"/trial-{known['trial']}" if "trial" in known else ""
+    return f"{known['deployment']}/{load}{trial}"
+
+
+def _of_parquet(shipped: Path, derived: Path) -> Iterator[str]:
+    ours = pq.read_table(derived)
+    theirs = pq.read_table(shipped)
+    if not theirs.schema.equals(ours.schema):
+        yield "its columns or their types are others"
+        return
+    if theirs.num_rows != ours.num_rows:
+        yield f"has {theirs.num_rows} rows, {ours.num_rows} follow from the records"
+    for theirs_row, ours_row in zip(theirs.to_pylist(), ours.to_pylist(), strict=False):
+        for column, value in ours_row.items():
+            if not _same(theirs_row[column], value):
+                yield _told(f"{column} of {of_cell(ours_row)}", theirs_row[column], value)
+
+
+def _of_csv(shipped: Path, derived: Path) -> Iterator[str]:
+    with shipped.open(newline="") as file:
+        theirs = list(csv.reader(file))
+    with derived.open(newline="") as file:
+        header, *ours = list(csv.reader(file))
+    if not theirs or theirs[0] != header:
+        yield "its columns are others"
+        return
+    if len(theirs) - 1 != len(ours):
+        yield f"has {len(theirs) - 1} rows, {len(ours)} follow from the records"
+    for number, (theirs_row, ours_row) in enumerate(zip(theirs[1:], ours, strict=False), 2):
+        if len(theirs_row) != len(ours_row):
+            yield f"line {number} has {len(theirs_row)} fields instead of {len(ours_row)}"
+            continue
+        for column, told, value in zip(header, theirs_row, ours_row, strict=True):
+            if told != value and not _same(_number(told), _number(value)):
+                yield _told(f"{column} in line {number}", told, value)
+
+
+def _of_text(shipped: Path, derived: Path) -> Iterator[str]:
+    theirs = shipped.read_text(errors="replace").splitlines()
+    ours = derived.read_text().splitlines()
+    for number, (told, line) in enumerate(zip(theirs, ours, strict=False), 1):
+        if told != line:
+            yield _told(f"line {number}", told, line)
+    if len(theirs) != len(ours):
+        yield f"has {len(theirs)} lines, {len(ours)} follow from the records"
+
+
+def _same(told: Any, value: Any) -> bool:
+    if isinstance(told, float) and isinstance(value, float):
+        return math.isclose(told, value, rel_tol=RELATIVE) or (
+            math.isnan(told) and math.isnan(value)
+        )
+    return type(told) is type(value) and bool(told == value)
+
+
+def _number(text: str) -> float | str:
+    """The float that a field of a CSV shows; an integer or anything else stays text."""
+    try:
+        return float(text) if not text.lstrip("-").isdecimal() else text
+    except ValueError:
+        return text
+
+
+def _told(place: str, told: Any, value: Any) -> str:
+    return f"{place} is {told!r}, {value!r} follows from the records"
+
+
+def _is_unknown(value: Any) -> bool:
+    return value is None or value != value or str(value) == "<NA>"

@@ -1,0 +1,71 @@
+"""What is read of a bundle, and not more: its files say how large they will get."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from servegrid.bundle.layout import CONFIGURATION
+from servegrid.errors import BundleError
+
+TRIALS = 1_000_000
+TABLE_ROWS = 20_000_000
+TABLE_BYTES = 4 * 2**30
+JSON_BYTES = 64 * 2**20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    name = path.name
+    if not path.exists() or path.stat().st_size > JSON_BYTES:
+        raise BundleError(f"{name}: is missing, or larger than {JSON_BYTES:,} bytes.")
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{name}: is not JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise BundleError(f"{name}: is not a JSON object.")
+    return data
+
+
+def refuse_huge_study(config: Mapping[str, Any]) -> None:
+    """Raise BundleError where a configuration would expand beyond what memory takes."""
+    deployments = config.get("deployments")
+    asked = 0
+    for entry in deployments if isinstance(deployments, list) else []:
+        loads = [config.get("load"), entry.get("load") if isinstance(entry, dict) else None]
+        keys: dict[str, Any] = {}
+        for load in loads:
+            keys |= load if isinstance(load, dict) else {}
+        product = keys.get("trials", 1)
+        for key in ("protocol", "output_len", "input_len"):
+            product *= max(1, len(value)) if isinstance(value := keys.get(key), list) else 1
+        levels = [v for v in (keys.get("concurrency"), keys.get("rate_per_s")) if v is not None]
+        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
+        asked += product
+    if asked > TRIALS:
+        raise BundleError(f"{CONFIGURATION}: asks for more than {TRIALS:,} trials.")
+
+
+def refuse_huge_table(path: Path) -> None:
+    """Raise BundleError where a Parquet file says that it unpacks to more than memory takes."""
+    if not path.exists():
+        return
+    try:
+        metadata = pq.read_metadata(path)
+    except Exception:  # damaged: told by those who read it
+        return
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    values = max(
+        (group.column(n).num_values for group in groups for n in range(group.num_columns)),
+        default=0,
+    )
+    size = sum(group.total_byte_size for group in groups)
+    if max(metadata.num_rows, values) > TABLE_ROWS or size > TABLE_BYTES:
+        raise BundleError(
+            f"{path.parent.name}/{path.name}: a table has at most {TABLE_ROWS:,} values a column "
+            f"and {TABLE_BYTES:,} bytes."
+        )

@@ -1,0 +1,81 @@
+"""A tree of files looked through for what must not leave the site."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from servegrid import records
+from servegrid.bundle.layout import CONFIGURATION
+from servegrid.bundle.redact import Redactor, secrets_in, secrets_in_data
+from servegrid.bundle.sources import PARTS
+from servegrid.bundle.tarball import names_below
+from servegrid.errors import BundleError
+
+_LISTED = 10
+
+
+def refuse_secrets(tree: Path, redactor: Redactor) -> None:
+    """Raise BundleError, naming files and kinds, where `tree` holds anything of the sort."""
+    found = list(findings(tree, redactor))
+    if found:
+        more = f"\n  … and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+        listed = "\n  ".join(found[:_LISTED])
+        raise BundleError(
+            "The bundle would hold what must not leave the site, where it cannot be redacted "
+            f"without changing what was measured:\n  {listed}{more}\n"
+            "Take it out of the configuration or the workflow and measure those cells again, for "
+            "example under a path outside of /home; then make the bundle."
+        )
+
+
+def findings(tree: Path, redactor: Redactor | None = None) -> Iterator[str]:
+    """`file: kind` of all that must not be there; hosts only where `redactor` knows them.
+
+    Sources are not looked through for hosts, whose names may be any word.
+    """
+    for name in names_below(tree):
+        is_source = any(name == part or name.startswith(f"{part}/") for part in PARTS)
+        kinds = dict.fromkeys(_of_file(tree / name, name))
+        if redactor is not None and not is_source:
+            kinds |= dict.fromkeys(
+                f"the host {host!r}"
+                for text in _texts(tree / name)
+                for host in sorted(redactor.hosts_in(text) - set(redactor.hosts.values()))
+            )
+        for kind in [*kinds, *secrets_in(name)]:
+            yield f"{name}: {kind}"
+
+
+def _of_file(path: Path, name: str) -> Iterator[str]:
+    for text in _texts(path):
+        yield from secrets_in(text)
+    if name == CONFIGURATION:
+        yield from secrets_in_data(json.loads(path.read_text()))
+    elif path.suffix == ".parquet":
+        yield from secrets_in_data(_record(path))
+
+
+def _record(path: Path) -> Any:
+    metadata = pq.read_schema(path).metadata or {}
+    return json.loads(metadata.get(records.RECORD_KEY, b"{}"))
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """What can be read in a file: of Parquet the metadata and the strings, else its bytes."""
+    if path.suffix != ".parquet":
+        yield path.read_bytes().decode("utf-8", "replace")
+        return
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        for value in (schema.metadata or {}).values():
+            yield value.decode("utf-8", "replace")
+        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+        table = file.read(texts)
+    for column in table.columns:
+        yield "\n".join(text for text in column.unique().to_pylist() if text)
