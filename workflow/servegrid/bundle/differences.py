@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 RELATIVE = 1e-9
@@ -45,7 +46,11 @@ def of_cell(row: Mapping[Any, Any]) -> str:
 
 def _of_parquet(shipped: Path, derived: Path) -> Iterator[str]:
     ours = pq.read_table(derived)
-    theirs = pq.read_table(shipped)
+    try:
+        theirs = pq.read_table(shipped)
+    except (OSError, pa.ArrowException) as error:
+        yield f"cannot be read ({error})"
+        return
     if not theirs.schema.equals(ours.schema):
         yield "its columns or their types are others"
         return

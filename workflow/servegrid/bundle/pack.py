@@ -67,7 +67,8 @@ def pack(
     missing = {trial: each for trial, each in found.items() if isinstance(each, str)}
     if not known:
         raise BundleError(f"{folder / CELLS}: no trial of the study `{study.name}` is there.")
-    redactor = Redactor.of([*known.values(), *_allocations(folder)], users)
+    jobs = list(_allocations(folder))
+    redactor = Redactor.of([*known.values(), *jobs], users)
     bundles = folder / "results" / "bundles"
     records.refuse_unwritable(bundles)
     with tempfile.TemporaryDirectory(prefix=".", dir=bundles) as temporary:
@@ -90,6 +91,7 @@ def pack(
             "analysis": analysis_environment(),
             "partial": bool(missing),
             "missing": missing,
+            "allocations_without_record": _without_record(known.values(), jobs),
         }
         told: dict[str, Any] = {name: redactor.data(each) for name, each in known.items()}
         for name, data in (
@@ -117,7 +119,7 @@ def _record_or_error(trial: Trial, folder: Path) -> dict[str, Any] | str:
         record = records.read_record(place / "requests.parquet")
         same = records.read_record(place / "telemetry.parquet")
     except RecordError:
-        return "its record is damaged"
+        return "its record is missing in part, or damaged"
     if record.get("spec_digest") != trial.digest:
         return "measured with another specification"
     return record if same == record else "its two files are of two measurements"
@@ -130,6 +132,18 @@ def _allocations(folder: Path) -> Iterator[Any]:
             yield json.loads(path.read_text())
         except ValueError as error:
             raise BundleError(f"{path}: is not JSON ({error}). Remove it.") from error
+
+
+def _without_record(told: Iterable[Mapping[str, Any]], jobs: Iterable[Any]) -> list[str]:
+    """The allocations that measured something and left no record, as those still up do."""
+    kept = {(each["allocation"].get("name"), each["allocation"].get("job_id")) for each in jobs}
+    names = {name for name, _ in kept}
+    lacking = set()
+    for environment in (record["environment"] for record in told):
+        name, job = environment.get("allocation"), environment.get("job", {}).get("SLURM_JOB_ID")
+        if name is not None and ((name, job) not in kept if job else name not in names):
+            lacking.add(f"{name}, job {job}" if job else str(name))
+    return sorted(lacking)
 
 
 def _collected(

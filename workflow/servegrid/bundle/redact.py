@@ -32,7 +32,7 @@ _ASSIGNED = re.compile(
 )
 _NAMED_SECRET = re.compile(rf"(?i)(?:--)?{_SECRET_KEY}")
 _TOKENS = re.compile("|".join(f"(?P<k{n}>{shape})" for n, shape in enumerate(TOKENS.values())))
-_HOME = re.compile(r"(/(?:home|Users)/)(?!user\b)([^\s/\"'`<>:,;()\[\]{}*]+)")
+_HOME = re.compile(r"(/(?:home|Users)/)(?!user(?![\w.-]))([^\s/\"'`<>:,;()\[\]{}*]+)")
 _PSEUDONYM = re.compile(r"node-\d+")
 _LEAST_LETTERS = 4
 """Of a host's name that is looked for in running text: a shorter one would hit other words."""

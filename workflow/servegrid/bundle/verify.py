@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from servegrid import records, tables
 from servegrid.bundle import crate, tarball
@@ -124,7 +125,10 @@ class Bundle:
         """The bundle's own table of cells."""
         path = self.tree / TABLES / "cells.parquet"
         refuse_huge_table(path)
-        return tables.read_cells(path)
+        try:
+            return tables.read_cells(path)
+        except (OSError, pa.ArrowException) as error:
+            raise BundleError(f"{TABLES}/{path.name}: cannot be read ({error}).") from error
 
 
 def _integrity(bundle: Bundle) -> Check:
@@ -295,9 +299,9 @@ def _by_digest(table: pd.DataFrame) -> dict[str, dict[Hashable, Any]]:
     return {str(row["spec_digest"]): row for row in table.to_dict("records")}
 
 
-def _validity_of(row: Mapping[str, Any]) -> str:
-    valid = (
-        "of no verdict ok" if pd.isna(row["valid"]) else "valid" if row["valid"] else "not valid"
-    )
+def _validity_of(row: Mapping[Any, Any]) -> str:
+    if pd.isna(row["valid"]):
+        return "not served"
     reason = row["invalid_reason"]
+    valid = "valid" if row["valid"] else "not valid"
     return valid if pd.isna(reason) else f"{valid} ({reason})"

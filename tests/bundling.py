@@ -1,0 +1,219 @@
+"""A small study's results made without measuring, and bundles of it that were tampered with."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from servegrid import records
+from servegrid.bundle.derive import cells_of, write_figures, write_tables
+from servegrid.bundle.pack import Origin, pack
+from servegrid.config import study_of
+from servegrid.grid import Trial
+
+HOST = "sirocco14.site.example"
+USER = "alice"
+TOKEN = "hf_" + "a1B2" * 8
+STUDY: dict[str, Any] = {
+    "study": "small",
+    "load": {"concurrency": [1, 2], "input_len": 31, "output_len": 10, "trials": 2},
+    "deployments": [
+        {
+            "name": "d",
+            "model": "m",
+            "checkpoint": "org/m",
+            "quantization": "q",
+            "engine": "vllm",
+            "gpu": "cpu",
+            "max_model_len": 512,
+        }
+    ],
+}
+TRIALS = [f"d/burst-c{level}-i31-o10/trial-{trial}" for level in (1, 2) for trial in (1, 2)]
+SECOND_NS = 10**9
+STARTED_NS = 1_767_225_600 * SECOND_NS
+"""2026-01-01 00:00:00 UTC."""
+
+
+def record_of(trial: Trial) -> dict[str, Any]:
+    """As a job of `alice` on `sirocco14` would leave it: a load of 2 s from 2026-01-01 on."""
+    return {
+        "format": records.RECORD_FORMAT,
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        "verdict": "ok",
+        "reason": None,
+        "engine": {
+            "engine": "vllm",
+            "version": "0.32.0",
+            "arguments": ["--model", f"/home/{USER}/models/m"],
+            "model_files": {"config.json": {"bytes": 3, "sha256": "0" * 64}},
+        },
+        "client": {
+            "window_ns": [0, 2 * SECOND_NS],
+            "cpu_s_busiest": 0.1,
+            "token_chunks": 2,
+            "started_at": "2026-01-01T00:00:00+00:00",
+            "clock_offset_after_ns": STARTED_NS,
+        },
+        "environment": {
+            "allocation": "d.1",
+            "started": "2026-01-01T00:00:00+00:00",
+            "node": HOST,
+            "job": {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "sirocco[14-15]"},
+            "python": "3.11.7",
+            "packages": {"vllm": "0.32.0"},
+        },
+        "self_check": None,
+        "metrics_before": None,
+        "metrics_after": None,
+    }
+
+
+def write_trial(folder: Path, trial: Trial) -> None:
+    """Each of its requests takes 1 s per concurrent one."""
+    n = trial.load.concurrency
+    assert n is not None
+    request = {
+        "request_id": "r",
+        "wave": 0,
+        "scheduled_ns": 0,
+        "sent_ns": 0,
+        "first_token_ns": SECOND_NS // 10,
+        "token_ns": [SECOND_NS // 10, n * SECOND_NS],
+        "chunk_tokens": [1, 9],
+        "done_ns": n * SECOND_NS,
+        "prompt_tokens": 31,
+        "completion_tokens": 10,
+        "asked_tokens": 10,
+    }
+    record = record_of(trial)
+    sample = {"time_ns": 5, "device": "engine", "memory_bytes": 10**9}
+    records.write(
+        records.table_of(records.TELEMETRY, [sample], record),
+        folder / trial.id / "telemetry.parquet",
+    )
+    records.write(
+        records.table_of(records.REQUESTS, [request] * n, record),
+        folder / trial.id / "requests.parquet",
+    )
+
+
+def write_results(folder: Path, study: Mapping[str, Any] = STUDY) -> None:
+    """`results/` of the study: cells, tables, figures, logs and a record of Slurm's."""
+    cells = folder / "results" / "cells"
+    expanded = study_of(study)
+    for trial in expanded.measured:
+        write_trial(cells, trial)
+    derived = cells_of(expanded, cells)
+    write_tables(*derived, folder / "results" / "tables")
+    write_figures(derived[0], folder / "results" / "plots")
+    logs = folder / "results" / "logs"
+    (logs / "allocations").mkdir(parents=True)
+    job = {"JobId": "7", "UserId": f"{USER}(1000)", "NodeList": "sirocco[14-15]"}
+    kept = {"name": "d.1", "job_id": "7", "host": "miriel01"}
+    allocation = {"allocation": kept, "slurm": job | {"WorkDir": f"/beegfs/{USER}"}}
+    (logs / "allocations" / "d.1.7.json").write_text(json.dumps(allocation))
+    (logs / "gather.log").write_text(
+        f"{HOST}: reads /beegfs/{USER}/x with {TOKEN}\nsirocco15: Authorization: Bearer {TOKEN}\n"
+    )
+
+
+def write_sources(folder: Path) -> Path:
+    """A repository in small."""
+    for name in ("Snakefile", "LICENSE", "workflow/rules/all.smk", "workflow/envs/create.sh"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n")
+    (folder / "workflow/envs/create.sh").chmod(0o755)
+    (folder / "workflow/__pycache__").mkdir()
+    (folder / "workflow/__pycache__/x.pyc").write_bytes(b"x")
+    profile = folder / "profiles" / "site"
+    profile.mkdir(parents=True)
+    (profile / "config.yaml").write_text(f"slurm_nodelist: sirocco14\npath: /home/{USER}/x\n")
+    return folder
+
+
+def bundle_of(folder: Path, study: Mapping[str, Any] = STUDY) -> Path:
+    """The bundle of the results below `folder`, whose sources lie in `folder / "repository"`."""
+    root = folder / "repository"
+    if not root.exists():
+        write_sources(root)
+    return pack(study, Origin(root, [root / "profiles" / "site"]), folder)
+
+
+def tampered(bundle: Path, folder: Path, change: Callable[[Path], object], rehash: bool) -> Path:
+    """A bundle like `bundle` after `change`, which gets its tree.
+
+    With `rehash` every hash that the bundle holds is made to fit, as a forger would.
+    """
+    tree = folder / "tampered"
+    with tarfile.open(bundle) as tar:
+        tar.extractall(tree, filter="data")
+    (root,) = tree.iterdir()
+    change(root)
+    name = root.name
+    if rehash:
+        name = f"{name.rpartition('-')[0]}-{rehashed(root)}"
+    files = sorted(each for each in root.rglob("*") if each.is_file())
+    members = [(f"{name}/{each.relative_to(root).as_posix()}", each.read_bytes()) for each in files]
+    return archive_of(folder / f"{name}.tar.gz", *members)
+
+
+def rehashed(root: Path) -> str:
+    """Make crate and manifest of the files below `root` anew; the digest for the name."""
+    crate_path, manifest_path = root / "ro-crate-metadata.json", root / "manifest-sha256.txt"
+    files = {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path not in (crate_path, manifest_path)
+    }
+    crate = json.loads(crate_path.read_text())
+    others = [each for each in crate["@graph"] if "sha256" not in each]
+    described = [
+        {"@id": name, "@type": "File", "contentSize": len(data), "sha256": _sha256(data)}
+        for name, data in files.items()
+    ]
+    crate["@graph"] = others + described
+    files["ro-crate-metadata.json"] = json.dumps(crate).encode()
+    crate_path.write_bytes(files["ro-crate-metadata.json"])
+    manifest = "".join(f"{_sha256(data)}  {name}\n" for name, data in files.items()).encode()
+    manifest_path.write_bytes(manifest)
+    return _sha256(manifest)[:16]
+
+
+def change_request(root: Path, trial: str, **values: Any) -> None:
+    """Give the first request of a trial other values; its record stays."""
+    path = root / "results" / "cells" / trial / "requests.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[0] |= values
+    records.write(table.from_pylist(rows, schema=table.schema), path)
+
+
+def archive_of(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
+    """A .tar.gz of members as they are given, good or bad."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            if isinstance(member, tuple):
+                name, data = member
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            else:
+                tar.addfile(member)
+    path.write_bytes(gzip.compress(packed.getvalue(), mtime=0))
+    return path
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

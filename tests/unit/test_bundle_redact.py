@@ -1,0 +1,111 @@
+"""What must not leave the site: what is redacted, what stays, what is found."""
+
+import pytest
+
+from servegrid.bundle.redact import Redactor, secrets_in, secrets_in_data
+
+RECORDS = [
+    {"node": "sirocco14.site.example", "job": {"SLURM_JOB_NODELIST": "bora[001-002,7]"}},
+    {"UserId": "alice(1000)", "AllocNode:Sid": "miriel01:4711", "NodeList": "(null)"},
+    {"host": "vm"},
+]
+REDACTOR = Redactor.of(RECORDS, ["bob", "root"])
+HF, KEY = "hf_" + "aB3" * 9, "sk-" + "aB3_" * 8
+
+
+def test_hosts_are_numbered_by_name_with_and_without_their_domain() -> None:
+    assert REDACTOR.hosts == {
+        "bora001": "node-1",
+        "bora002": "node-2",
+        "bora7": "node-3",
+        "miriel01": "node-4",
+        "sirocco14": "node-5",
+        "sirocco14.site.example": "node-5",
+        "vm": "node-6",
+    }
+    assert REDACTOR.users == {"alice", "bob"}
+
+
+def test_pseudonyms_of_an_opened_bundle_stay_and_are_not_given_again() -> None:
+    hosts = Redactor.of([{"node": "node-2"}, {"node": "bora1"}, {"node": "bora2"}]).hosts
+    assert hosts == {"node-2": "node-2", "bora1": "node-1", "bora2": "node-3"}
+
+
+TEXTS = {
+    f"token {HF}": "token [a Hugging Face token]",
+    f"key={KEY}.": "key=[an API key].",
+    "Authorization: Bearer abcdefghijklmnop0123": "Authorization: [a bearer token]",
+    "https://me:secret@hub/x": "https://[a password in a URL]@hub/x",
+    "AKIA" + "A1B2" * 4: "[an AWS key]",
+    "a\n-----BEGIN RSA PRIVATE KEY-----\nAAA\n-----END RSA PRIVATE KEY-----\nb": "a\n"
+    "[a private key]\nb",
+    "--api-key abcdefgh12345678": "--api-key [a secret]",
+    "HF_TOKEN=abcdefgh12345678": "HF_TOKEN=[a secret]",
+    '"api_key": "abcdefgh12345678"': '"api_key": "[a secret]"',
+    "/home/carol/.cache/x": "/home/user/.cache/x",
+    "in '/Users/carol'": "in '/Users/user'",
+    "/home/user-7/x": "/home/user/x",
+    "/beegfs/alice/x, /scratch/bob": "/beegfs/user/x, /scratch/user",
+    "UserId=alice(1000) alice@miriel01": "UserId=user(1000) user@node-4",
+    "on sirocco14: up": "on node-5: up",
+    "sirocco14.site.example:8000": "node-5:8000",
+    "bora001,bora002 and bora7": "node-1,node-2 and node-3",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_redacted(text: str) -> None:
+    assert REDACTOR.text(text) == TEXTS[text]
+    assert REDACTOR.text(TEXTS[text]) == TEXTS[text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vm is too short to be told from a word",
+        "a-bora001 bora0011 bora001-x my.bora001",
+        "tokens: 123456789012345678901234567890",
+        "max_tokens=100 token_ns tokenizer=abcdefgh12345678",
+        "/home/user/x /root/x alice /alices/x",
+        "hf_overrides the deadline is-in-task-format-and-other-words",
+    ],
+)
+def test_other_words_stay(text: str) -> None:
+    assert REDACTOR.text(text) == text
+    assert list(secrets_in(text)) == []
+
+
+def test_of_json_data_a_host_s_key_is_redacted_whatever_its_length_and_a_spec_stays() -> None:
+    data = {
+        "host": "vm",
+        "job": {"SLURM_JOB_NODELIST": "bora[001-002]"},
+        "NodeList": "(null)",
+        "AllocNode:Sid": "miriel01:4711",
+        "owner": "alice",
+        "api_key": "short",
+        "paths": ["/home/alice/x", 1, None],
+        "spec": {"checkpoint": "/home/alice/m"},
+    }
+    assert REDACTOR.data(data) == {
+        "host": "node-6",
+        "job": {"SLURM_JOB_NODELIST": "node-1,node-2"},
+        "NodeList": "(null)",
+        "AllocNode:Sid": "node-4:4711",
+        "owner": "user",
+        "api_key": "[a secret]",
+        "paths": ["/home/user/x", 1, None],
+        "spec": {"checkpoint": "/home/alice/m"},
+    }
+
+
+def test_what_is_found_is_told_by_its_kind_alone() -> None:
+    text = f"{HF} {KEY} /home/carol"
+    found = list(secrets_in(text))
+    assert found == ["a Hugging Face token", "an API key", "a user's name in a path"]
+    data = {"arguments": {"api-key": "short"}, "x": [f"/home/carol {HF}"]}
+    assert list(secrets_in_data(data)) == [
+        "a value of `api-key`",
+        "a Hugging Face token",
+        "a user's name in a path",
+    ]
+    assert list(secrets_in_data(REDACTOR.data(data))) == []

@@ -1,0 +1,201 @@
+"""The archive: the same bytes each time, and nothing unpacked that could do harm."""
+
+import gzip
+import hashlib
+import os
+import tarfile
+import time
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import pytest
+
+from bundling import archive_of
+from servegrid.bundle import tarball
+from servegrid.errors import BundleError
+
+
+def unpack(archive: Path, folder: Path) -> tarball.Unpacked:
+    target = folder / "inside" / "target"
+    target.mkdir(parents=True)
+    return tarball.unpack(archive, target)
+
+
+def refusal(archive: Path, folder: Path) -> str:
+    """Why it is refused; nothing may lie beside the folder that it was to be unpacked into."""
+    with pytest.raises(BundleError) as caught:
+        unpack(archive, folder)
+    assert [each.name for each in (folder / "inside").iterdir()] == ["target"]
+    return str(caught.value)
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
+    names = ["b.txt", "a/z.txt", "a/é.txt", "a.txt"]
+    for tree, order in (("one", names), ("two", names[::-1])):
+        for name in order:
+            path = tmp_path / tree / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+            path.chmod(0o600 if tree == "one" else 0o664)
+            os.utime(path, (len(tree) + len(name), order.index(name)))
+        tarball.write(tmp_path / tree, "root", tmp_path / f"{tree}.tar.gz")
+        time.sleep(1.1)  # gzip's own time is in seconds
+    one, two = ((tmp_path / f"{tree}.tar.gz").read_bytes() for tree in ("one", "two"))
+    assert one == two
+    with tarfile.open(tmp_path / "one.tar.gz") as tar:
+        members = tar.getmembers()
+    assert [each.name for each in members] == [
+        f"root/{name}" for name in ("a.txt", "a/z.txt", "a/é.txt", "b.txt")
+    ]
+    assert {(m.uid, m.gid, m.uname, m.mtime, m.mode) for m in members} == {(0, 0, "", 0, 0o644)}
+
+
+def test_what_is_written_is_read_again_with_names_of_any_length(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    files = {"x.sh": b"", f"{'d' * 200}/{'é' * 100}": b"1" * 70_000, "block": b"2" * 512}
+    for name, data in files.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_bytes(data)
+    (tree / "x.sh").chmod(0o755)
+    tarball.write(tree, "root", tmp_path / "b.tar.gz")
+    unpacked = unpack(tmp_path / "b.tar.gz", tmp_path)
+    assert unpacked == tarball.Unpacked(
+        "root", {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    )
+    target = tmp_path / "inside" / "target"
+    assert {name: (target / name).read_bytes() for name in files} == files
+    assert (target / "x.sh").stat().st_mode & 0o777 == 0o755
+    assert (target / "block").stat().st_mode & 0o777 == 0o644
+
+
+def special(kind: bytes, name: str = "root/bad", target: str = "/etc/passwd") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+GOOD = ("root/good", b"good")
+HOSTILE = {
+    "symbolic link": ([GOOD, special(tarfile.SYMTYPE)], "'root/bad': is a symbolic link"),
+    "hard link": ([GOOD, special(tarfile.LNKTYPE)], "'root/bad': is a hard link"),
+    "device": ([GOOD, special(tarfile.CHRTYPE)], "'root/bad': is a device"),
+    "block device": ([special(tarfile.BLKTYPE)], "'root/bad': is a device"),
+    "pipe": ([special(tarfile.FIFOTYPE)], "'root/bad': is a pipe"),
+    "folder": ([special(tarfile.DIRTYPE)], "'root/bad/': is a folder entry"),
+    "sparse": ([special(tarfile.GNUTYPE_SPARSE)], "'root/bad': is of the type b'S'"),
+    "upwards": ([GOOD, ("root/../../up", b"")], "'root/../../up': is no plain path"),
+    "upwards at once": ([("../up", b"")], "'../up': is no plain path"),
+    "absolute": ([GOOD, ("/tmp/absolute", b"")], "'/tmp/absolute': is no plain path"),
+    "dot": ([("root/./x", b"")], "'root/./x': is no plain path"),
+    "double slash": ([("root//x", b"")], "'root//x': is no plain path"),
+    "backslash": ([("root/a\\b", b"")], "is no plain path"),
+    "line feed": ([("root/a\nb", b"")], r"'root/a\nb': is no plain path"),
+    "beside the root": ([("good", b"")], "'good': is no plain path"),
+    "two roots": ([GOOD, ("other/x", b"")], "'other/x': does not lie below 'root'"),
+    "twice": ([GOOD, ("root/good", b"bad")], "'root/good': comes twice"),
+    "file as folder": ([GOOD, ("root/good/x", b"")], "'root/good/x': comes twice"),
+    "folder as file": ([("root/a/x", b""), ("root/a", b"")], "'root/a': comes twice"),
+    "long part": ([("root/" + "a" * 256, b"")], "is no plain path"),
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_members_are_refused_by_name(tmp_path: Path, hostile: str) -> None:
+    members, told = HOSTILE[hostile]
+    assert told in refusal(archive_of(tmp_path / "b.tar.gz", *members), tmp_path)
+
+
+def test_headers_that_are_never_written_are_refused(tmp_path: Path) -> None:
+    for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
+        folder = tmp_path / kind.decode()
+        folder.mkdir()
+        archive = archive_of(folder / "b.tar.gz", special(kind), GOOD)
+        assert f"is of the type {kind!r}" in refusal(archive, folder)
+    timed = tarfile.TarInfo("root/x")
+    timed.pax_headers = {"mtime": "1.5"}
+    archive = archive_of(tmp_path / "b.tar.gz", timed)
+    assert "a pax header with something else than a path" in refusal(archive, tmp_path)
+
+
+def test_a_header_that_asks_for_memory_is_refused(tmp_path: Path) -> None:
+    pax = tarfile.TarInfo("root/x")
+    pax.type, pax.size = tarfile.XHDTYPE, 2**32
+    archive = tmp_path / "b.tar.gz"
+    archive.write_bytes(gzip.compress(pax.tobuf(tarfile.USTAR_FORMAT) + bytes(2**16)))
+    assert "a pax header of 4,294,967,296 bytes" in refusal(archive, tmp_path)
+
+
+def bomb(path: Path, size: int, members: int) -> Path:
+    """A .tar.gz of files of `size` zeros, 10 GB in all: a block of them packed once, repeated."""
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    block = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    block = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
+    with path.open("wb") as file:
+        file.write(gzip.compress(b"", mtime=0)[:10])
+        for number in range(members):
+            info = tarfile.TarInfo(f"root/zeros-{number}")
+            info.size = size
+            header = zlib.compressobj(9, zlib.DEFLATED, -15)
+            file.write(header.compress(info.tobuf()) + header.flush(zlib.Z_FULL_FLUSH))
+            file.write(block * (size // 2**20))
+    return path
+
+
+BOMBS = [
+    (2**30, 10, "unpack to more than"),
+    (5 * 2**30, 2, "'root/zeros-0': a bundle has at most 200,000 files of 4,294,967,296 bytes"),
+    (10 * 2**30, 1, "a pax header with something else than a path"),  # too large for another
+]
+
+
+@pytest.mark.parametrize(("size", "members", "why"), BOMBS)
+def test_a_bomb_of_10_gb_is_refused_quickly_and_in_little_memory(
+    tmp_path: Path, size: int, members: int, why: str
+) -> None:
+    archive = bomb(tmp_path / "b.tar.gz", size, members)
+    assert archive.stat().st_size > 9_000_000  # all of the 10 GB are there
+    tracemalloc.start()
+    began = time.monotonic()
+    told = refusal(archive, tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert why in told
+    assert time.monotonic() - began < 5
+    assert peak < 8 * 2**20
+    written = sum(each.stat().st_size for each in tmp_path.rglob("zeros*"))
+    assert written <= 32 * 2**20
+
+
+def test_flipped_and_missing_bytes_are_told_with_the_place(tmp_path: Path) -> None:
+    data = os.urandom(300_000)
+    good = archive_of(tmp_path / "good.tar.gz", GOOD, ("root/large", data), ("root/z", b"z"))
+    packed = good.read_bytes()
+    flipped = bytearray(packed)
+    flipped[len(packed) // 2] ^= 1
+    for name, broken in (("cut", packed[: len(packed) // 2]), ("flipped", bytes(flipped))):
+        (tmp_path / name).mkdir()
+        archive = tmp_path / name / "b.tar.gz"
+        archive.write_bytes(broken)
+        unpacked = unpack(archive, tmp_path / name)
+        told = unpacked.damage or ""
+        wrong = unpacked.sha256.get("large") not in (None, hashlib.sha256(data).hexdigest())
+        assert "damaged in or after" in told
+        assert "large" in told or wrong
+
+
+def test_what_is_no_archive_or_goes_on_after_its_end_is_refused(tmp_path: Path) -> None:
+    good = archive_of(tmp_path / "good.tar.gz", GOOD).read_bytes()
+    for name, data in (
+        ("empty", b""),
+        ("text", b"not an archive"),
+        ("gzip of text", gzip.compress(b"not an archive" * 100)),
+        ("appended", good + good),
+        ("hidden", gzip.compress(gzip.decompress(good) + b"more" * 128)),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "b.tar.gz").write_bytes(data)
+        told = refusal(folder / "b.tar.gz", folder)
+        follows = name in ("appended", "hidden")
+        assert ("something follows" if follows else "is not a bundle of servegrid") in told
