@@ -147,7 +147,7 @@ def bundle_of(folder: Path, study: Mapping[str, Any] = STUDY) -> Path:
     root = folder / "repository"
     if not root.exists():
         write_sources(root)
-    return pack(study, Origin(root, [root / "profiles" / "site"]), folder)
+    return pack(study, Origin(root, [root / "profiles" / "site"]), folder).archive
 
 
 def tampered(bundle: Path, folder: Path, change: Callable[[Path], object], rehash: bool) -> Path:

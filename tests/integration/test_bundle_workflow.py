@@ -113,7 +113,7 @@ def test_what_there_is_can_be_bundled_where_not_all_can_be_measured(tmp_path: Pa
     config = tmp_path / "study.json"
     config.write_text(json.dumps(STUDY))
     snakemake(tmp_path, config, f"{measured(1)}/requests.parquet")
-    snakemake(tmp_path, config, "bundle_partial")
+    assert "1 of 4 trials" in snakemake(tmp_path, config, "bundle_partial")
     (bundle,) = (tmp_path / "results" / "bundles").iterdir()
     assert bundle.name.startswith("small-partial-")
     told = run(tmp_path, "servegrid.cli", "verify", str(bundle))

@@ -116,7 +116,13 @@ def test_it_holds_what_a_reader_needs(bundle: Path, tmp_path: Path) -> None:
     files = {each.relative_to(root).as_posix() for each in root.rglob("*") if each.is_file()}
     assert {f"results/cells/{trial}/requests.parquet" for trial in TRIALS} <= files
     assert {
-        *("Snakefile", "LICENSE", "workflow/rules/all.smk", "profiles/site/config.yaml"),
+        *(
+            "README.md",
+            "Snakefile",
+            "LICENSE",
+            "workflow/rules/all.smk",
+            "profiles/site/config.yaml",
+        ),
         *("results/tables/cells.parquet", "results/plots/overview.svg", "results/logs/gather.log"),
         *("results/logs/allocations/d.1.7.json", "config/study.json", "environments.json"),
     } <= files

@@ -1,4 +1,3 @@
-import getpass
 import os
 from pathlib import Path
 
@@ -8,5 +7,5 @@ from servegrid.script import logged
 terminal = os.dup(2)
 with logged(snakemake.log[0]):
     origin = Origin(Path(snakemake.params.root), [Path(each) for each in snakemake.params.profiles])
-    archive = pack(snakemake.config, origin, Path(), [getpass.getuser()])
-    os.write(terminal, f"{archive}\n".encode())
+    packed = pack(snakemake.config, origin, Path(), [os.environ.get("USER", "")])
+    os.write(terminal, f"{packed.told()}\n".encode())

@@ -13,6 +13,7 @@ from typing import Any
 
 CRATE = "ro-crate-metadata.json"
 WORKFLOW = "Snakefile"
+README = "README.md"
 _PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
     "https://w3id.org/ro/wfrun/workflow/0.5": ("Workflow Run Crate", "0.5"),
@@ -29,9 +30,13 @@ _FORMATS = {
     ".png": "image/png",
     ".py": "text/x-python",
     ".svg": "image/svg+xml",
+    ".toml": "application/toml",
     ".txt": "text/plain",
     ".yaml": "application/yaml",
 }
+_OTHER_FORMAT = "text/plain"
+"""Snakefiles, LICENSE, lists of packages, captions of a report."""
+_WORKFLOW_PROFILE = "https://bioschemas.org/profiles/ComputationalWorkflow/1.0-RELEASE"
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,18 @@ def crate(run: Run, files: Sequence[File], unhashed: Sequence[str]) -> dict[str,
             "name": "servegrid",
             "softwareVersion": run.version,
         },
+        {
+            "@id": _WORKFLOW_PROFILE,
+            "@type": "CreativeWork",
+            "name": "ComputationalWorkflow",
+            "version": "1.0-RELEASE",
+        },
         _action(run, results),
-        *(_file(each) for each in files),
-        *({"@id": name, "@type": "File", "name": name} for name in unhashed),
+        *(_file(each, run.version) for each in files),
+        *(
+            {"@id": name, "@type": "File", "name": name, "encodingFormat": _OTHER_FORMAT}
+            for name in unhashed
+        ),
     ]
     return {
         "@context": [
@@ -136,7 +150,7 @@ def _root(run: Run, names: Sequence[str]) -> dict[str, Any]:
             "license": {"@id": "#licence"},
             "conformsTo": [{"@id": url} for url in _PROFILES],
             "mainEntity": {"@id": WORKFLOW},
-            "mentions": [{"@id": "#run"}],
+            "mentions": {"@id": "#run"},
             "hasPart": [{"@id": name} for name in names],
         }
     )
@@ -150,8 +164,9 @@ def _action(run: Run, results: Sequence[str]) -> dict[str, Any]:
             "@id": "#run",
             "@type": "CreateAction",
             "name": f"Measurement of the study {run.study}",
+            "description": "Each deployment was brought up and put under each load of the study.",
             "instrument": {"@id": WORKFLOW},
-            "object": [{"@id": run.configuration}],
+            "object": {"@id": run.configuration},
             "result": [{"@id": name} for name in results],
             "startTime": run.started,
             "endTime": run.ended,
@@ -161,7 +176,7 @@ def _action(run: Run, results: Sequence[str]) -> dict[str, Any]:
     )
 
 
-def _file(file: File) -> dict[str, Any]:
+def _file(file: File, version: str) -> dict[str, Any]:
     entity: dict[str, Any] = {
         "@id": file.name,
         "@type": "File",
@@ -175,10 +190,14 @@ def _file(file: File) -> dict[str, Any]:
             "name": "servegrid",
             "programmingLanguage": {"@id": "#snakemake"},
             "license": {"@id": "LICENSE"},
+            "version": version,
             "softwareRequirements": {"@id": "#servegrid"},
+            "conformsTo": {"@id": _WORKFLOW_PROFILE},
         }
-    kind = _FORMATS.get(PurePosixPath(file.name).suffix)
-    return entity | ({"encodingFormat": kind} if kind else {})
+    elif file.name == README:
+        entity |= {"about": {"@id": "./"}}
+    kind = _FORMATS.get(PurePosixPath(file.name).suffix, _OTHER_FORMAT)
+    return entity | {"encodingFormat": kind}
 
 
 def _is_result(name: str) -> bool:

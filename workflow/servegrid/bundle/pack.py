@@ -28,7 +28,9 @@ from servegrid.bundle.layout import (
     MANIFEST,
     MODELS,
     PATCH,
+    PLOTS,
     RECORDS,
+    TABLES,
     manifest_digest,
 )
 from servegrid.bundle.redact import Redactor
@@ -50,10 +52,32 @@ class Origin:
     profiles: Sequence[Path] = ()
 
 
+@dataclass(frozen=True)
+class Packed:
+    """The archive that was made, and how much of the study is in it."""
+
+    archive: Path
+    trials: int
+    missing: int
+    without_record: Sequence[str]
+    """Allocations that are not over yet, or whose record was removed."""
+
+    def told(self) -> str:
+        """As lines for people."""
+        lines = [f"{self.archive}: {self.trials - self.missing} of {self.trials} trials"]
+        if self.without_record:
+            names = ", ".join(self.without_record)
+            lines.append(
+                f"Without the records of these allocations: {names}. Once they have ended, the "
+                "same command makes a bundle that has them."
+            )
+        return "\n".join(lines)
+
+
 def pack(
     config: Mapping[str, Any], origin: Origin, folder: Path, users: Sequence[str] = ()
-) -> Path:
-    """Write `results/bundles/<study>-<digest>.tar.gz` below `folder` and return its path.
+) -> Packed:
+    """Write `results/bundles/<study>-<digest>.tar.gz` below `folder`.
 
     `folder` has `results/` of the study that `config` describes; `users` are login names that
     are redacted beside those that the results name. Where trials are missing the name says
@@ -68,6 +92,7 @@ def pack(
     if not known:
         raise BundleError(f"{folder / CELLS}: no trial of the study `{study.name}` is there.")
     jobs = list(_allocations(folder))
+    without_record = _without_record(known.values(), jobs)
     redactor = Redactor.of([*known.values(), *jobs], users)
     bundles = folder / "results" / "bundles"
     records.refuse_unwritable(bundles)
@@ -91,7 +116,7 @@ def pack(
             "analysis": analysis_environment(),
             "partial": bool(missing),
             "missing": missing,
-            "allocations_without_record": _without_record(known.values(), jobs),
+            "allocations_without_record": without_record,
         }
         told: dict[str, Any] = {name: redactor.data(each) for name, each in known.items()}
         for name, data in (
@@ -101,13 +126,14 @@ def pack(
             (MODELS, _models(study, told)),
         ):
             _stage(f"{canonical(data)}\n".encode(), tree / name)
+        _stage(_readme(study, len(missing)).encode(), tree / crate.README)
         refuse_secrets(tree, redactor)
         digest = _describe(tree, study, told, sorted(missing))
         name = f"{study.name}-partial-{digest}" if missing else f"{study.name}-{digest}"
         archive = bundles / f"{name}.tar.gz"
         tarball.write(tree, name, archive)
     _refuse_unverified(archive)
-    return archive
+    return Packed(archive, len(study.measured), len(missing), without_record)
 
 
 def _record_or_error(trial: Trial, folder: Path) -> dict[str, Any] | str:
@@ -236,6 +262,31 @@ def _models(study: Study, told: Mapping[str, Mapping[str, Any]]) -> dict[str, di
     }
 
 
+def _readme(study: Study, missing: int) -> str:
+    """What a reader without servegrid needs to know."""
+    measured = len(study.measured) - missing
+    partial = f"; {missing} are missing, see `missing` in `{BUNDLE}`" if missing else ""
+    return f"""# Study {study.name}
+
+Measurements of what language models serve under load, made with servegrid {__version__}:
+{measured} of {len(study.measured)} trials{partial}.
+
+| where | what |
+|---|---|
+| `{CONFIGURATION}` | the configuration, as resolved |
+| `{CELLS}/` | the raw records: Parquet, a row per request, and the telemetry |
+| `{TABLES}/`, `{PLOTS}/` | what was made of them; a partial study has none |
+| `{LOGS}/` | logs and Slurm's records of the jobs, redacted |
+| `{ENVIRONMENTS}`, `{MODELS}` | what the jobs ran on, and what they served |
+| `Snakefile`, `workflow/`, `profiles/` | the workflow and the profile; `{BUNDLE}` has the commit |
+| `{MANIFEST}` | the hash of every file: `sha256sum -c {MANIFEST}` |
+| `{crate.CRATE}` | the same as a Workflow Run RO-Crate |
+
+`servegrid verify` checks the whole bundle, `servegrid open` makes a folder of it in which
+the study goes on.
+"""
+
+
 def _describe(
     tree: Path, study: Study, told: Mapping[str, Mapping[str, Any]], missing: Sequence[str]
 ) -> str:
@@ -260,14 +311,19 @@ def _file(tree: Path, name: str) -> crate.File:
 def _times(told: Iterable[Mapping[str, Any]]) -> tuple[str | None, str | None]:
     """When the first load began and the last one ended, as far as the records say."""
     clients = [record["client"] for record in told]
-    started: list[str] = [each["started_at"] for each in clients if "started_at" in each]
-    ended_ns = [
-        each["window_ns"][1] + each["clock_offset_after_ns"]
-        for each in clients
-        if "clock_offset_after_ns" in each
+    started = [
+        datetime.fromisoformat(each["started_at"]) for each in clients if "started_at" in each
     ]
-    last = datetime.fromtimestamp(max(ended_ns) // 10**9, UTC).isoformat() if ended_ns else None
-    return min(started, default=None), last
+    ended = [
+        datetime.fromtimestamp((each["window_ns"][1] + offset) // 10**9, UTC)
+        for each in clients
+        if (offset := each.get("clock_offset_after_ns")) is not None
+    ]
+    return _told(min(started, default=None)), _told(max(ended, default=None))
+
+
+def _told(time: datetime | None) -> str | None:
+    return None if time is None else time.isoformat(timespec="seconds")
 
 
 def _refuse_unverified(archive: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from servegrid import records, tables
+from servegrid import __version__, records, tables
 from servegrid.bundle import crate, tarball
 from servegrid.bundle.derive import analysis_environment, cells_of, write_figures, write_tables
 from servegrid.bundle.differences import between_files, of_cell
@@ -229,6 +229,8 @@ def _tables(bundle: Bundle) -> Check:
         ]
     others = sorted({*tarball.names_below(bundle.tree / TABLES)} - {*names})
     also = f"; not derived again: {', '.join(others)}" if others else ""
+    if bundle.facts["servegrid"] != __version__:
+        also += f"; made by servegrid {bundle.facts['servegrid']}, checked by {__version__}"
     if culprits:
         return Check("tables", FAIL, f"of {len(names)} derived again{also}", culprits)
     return Check("tables", PASS, f"{len(names)} derived again from the records{also}")
