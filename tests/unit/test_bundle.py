@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import shutil
 import subprocess
 import tarfile
@@ -27,6 +28,7 @@ from bundling import (
     write_trial,
 )
 from servegrid import records
+from servegrid.bundle import limits
 from servegrid.bundle.derive import cells_of, write_tables
 from servegrid.bundle.opening import open_bundle
 from servegrid.bundle.verify import Check, verify
@@ -628,7 +630,7 @@ def test_the_crate_follows_its_profiles(bundle: Path, tmp_path: Path) -> None:
     assert workflow["@type"] == ["File", "SoftwareSourceCode", "ComputationalWorkflow"]
     language = entities[workflow["programmingLanguage"]["@id"]]
     assert language["@type"] == "ComputerLanguage"
-    (run,) = [entities[each] for each in references(dataset["mentions"])]
+    (run,) = (entities[each] for each in references(dataset["mentions"]))
     assert run["@type"] == "CreateAction"
     assert run["instrument"] == {"@id": workflow["@id"]}
     assert references(run["object"]) == ["config/study.json"]
@@ -641,3 +643,33 @@ def test_the_crate_follows_its_profiles(bundle: Path, tmp_path: Path) -> None:
         data = (root / name).read_bytes()
         assert entities[name]["contentSize"] == len(data)
         assert entities[name]["sha256"] == hashlib.sha256(data).hexdigest()
+
+
+def test_a_table_that_unpacks_to_more_than_memory_fails_its_check(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of 1 MB, once in the file, for each of 600 requests."""
+
+    def change(root: Path) -> None:
+        path = cells(root) / TRIALS[0] / "requests.parquet"
+        table = pq.read_table(path)
+        rows = [table.to_pylist()[0] | {"error": "e" * 10**6}] * 600
+        records.write(table.from_pylist(rows, schema=table.schema), path)
+        assert path.stat().st_size < 10**6
+
+    archive = tampered(bundle, tmp_path, change, rehash=True)
+    monkeypatch.setattr(limits, "MEMORY_BYTES", 2**28)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    told = failed(archive)
+    assert "integrity" not in told
+    assert f"{TRIALS[0]}: requests.parquet is damaged" in told["tables"]
+    assert "of size" in told["tables"]
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+def test_what_a_bundle_says_cannot_move_a_terminal_s_cursor(bundle: Path, tmp_path: Path) -> None:
+    change = edit_json("bundle.json", missing={"\x1b[2Jgone": "why"}, partial=True)
+    archive = tampered(bundle, tmp_path, change, rehash=True)
+    told = "\n".join(check.told() for check in verify(archive))
+    assert "\\x1b[2Jgone: is told to be missing" in told
+    assert "\x1b" not in told

@@ -16,7 +16,7 @@ rule bundle:
         "../envs/cpu.yaml"
     params:
         root=workflow.basedir,
-        profiles=profile_folders(sys.argv, os.environ),
+        profiles=lambda wildcards: profile_folders(sys.argv, os.environ),
     script:
         "../scripts/bundle.py"
 
@@ -29,6 +29,6 @@ rule bundle_partial:
         "../envs/cpu.yaml"
     params:
         root=workflow.basedir,
-        profiles=profile_folders(sys.argv, os.environ),
+        profiles=lambda wildcards: profile_folders(sys.argv, os.environ),
     script:
         "../scripts/bundle.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from servegrid.bundle import crate
 from servegrid.bundle.layout import MANIFEST, manifest_digest
-from servegrid.bundle.limits import read_json
+from servegrid.bundle.limits import JSON_BYTES, read_json
 from servegrid.bundle.tarball import Unpacked
 from servegrid.errors import BundleError
 
@@ -17,6 +17,8 @@ def culprits_of(tree: Path, unpacked: Unpacked) -> list[str]:
     culprits = [unpacked.damage] if unpacked.damage else []
     if MANIFEST not in unpacked.sha256:
         return [*culprits, f"{MANIFEST}: is missing"]
+    if (tree / MANIFEST).stat().st_size > JSON_BYTES:
+        return [*culprits, f"{MANIFEST}: is larger than {JSON_BYTES:,} bytes"]
     manifest = (tree / MANIFEST).read_bytes()
     listed = _listed(manifest)
     actual = {name: digest for name, digest in unpacked.sha256.items() if name != MANIFEST}

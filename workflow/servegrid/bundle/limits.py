@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import resource
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 
 from servegrid.bundle.layout import CONFIGURATION
@@ -16,12 +19,30 @@ TRIALS = 1_000_000
 TABLE_ROWS = 20_000_000
 TABLE_BYTES = 4 * 2**30
 JSON_BYTES = 64 * 2**20
+CONFIGURATION_BYTES = 2**20
+MEMORY_BYTES = 8 * 2**30
+"""What a check may take. A small Parquet file can say in few bytes that a long text comes a
+million times, which nothing but its reading shows."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """Let allocations of the block fail where they would take more than MEMORY_BYTES in all."""
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = psutil.Process().memory_info().vms + MEMORY_BYTES
+    known = [each for each in (limit, before, most) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(known), most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+
+
+def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises BundleError where there is none of at most `most` bytes."""
     name = path.name
-    if not path.exists() or path.stat().st_size > JSON_BYTES:
-        raise BundleError(f"{name}: is missing, or larger than {JSON_BYTES:,} bytes.")
+    if not path.exists() or path.stat().st_size > most:
+        raise BundleError(f"{name}: is missing, or larger than {most:,} bytes.")
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -40,7 +61,8 @@ def refuse_huge_study(config: Mapping[str, Any]) -> None:
         keys: dict[str, Any] = {}
         for load in loads:
             keys |= load if isinstance(load, dict) else {}
-        product = keys.get("trials", 1)
+        trials = keys.get("trials", 1)
+        product = trials if isinstance(trials, int) else 1
         for key in ("protocol", "output_len", "input_len"):
             product *= max(1, len(value)) if isinstance(value := keys.get(key), list) else 1
         levels = [v for v in (keys.get("concurrency"), keys.get("rate_per_s")) if v is not None]

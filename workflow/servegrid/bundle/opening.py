@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def open_bundle(archive: Path, folder: Path | None = None) -> Path:
         _refuse_existing(target)
         for name in unpacked.sha256:
             os.utime(tree / name, (_OLD_S, _OLD_S))
-        shutil.move(tree, target)
+        tree.rename(target)
     return target
 
 

@@ -34,7 +34,7 @@ from servegrid.bundle.layout import (
     manifest_digest,
 )
 from servegrid.bundle.redact import Redactor
-from servegrid.bundle.secrets import refuse_secrets
+from servegrid.bundle.secrets import is_text, refuse_secrets
 from servegrid.bundle.verify import FAIL, verify
 from servegrid.config import study_of
 from servegrid.errors import BundleError, RecordError
@@ -192,15 +192,15 @@ def _stage(data: bytes, path: Path, mode: int = 0o644) -> None:
     path.chmod(0o755 if mode & 0o100 else 0o644)
 
 
-def _stage_redacted(path: Path, place: Path, redactor: Redactor, is_text: bool) -> None:
-    """Copy a file, redacted as far as it is text, JSON or Parquet."""
+def _stage_redacted(path: Path, place: Path, redactor: Redactor, of_site: bool) -> None:
+    """Copy a file, redacted as far as it is text or Parquet; of the site's, JSON by its keys."""
     data = path.read_bytes()
     if path.suffix == ".parquet":
         _stage_parquet(path, place, redactor)
         return
     try:
-        text = data.decode("utf-8", "replace" if is_text else "strict")
-        if path.suffix == ".json":
+        text = data.decode("utf-8", "replace" if of_site else "strict")
+        if of_site and path.suffix == ".json":
             data = (json.dumps(redactor.data(json.loads(text)), indent=2) + "\n").encode()
         else:
             data = redactor.text(text).encode()
@@ -215,7 +215,7 @@ def _stage_parquet(path: Path, place: Path, redactor: Redactor) -> None:
         table = file.read()
     redacted = table
     for position, field in enumerate(table.schema):
-        if pa.types.is_string(field.type):
+        if is_text(field.type):
             texts = table.column(position).to_pylist()
             told = [text and redactor.text(text) for text in texts]
             if told != texts:

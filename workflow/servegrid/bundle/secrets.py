@@ -12,12 +12,16 @@ import pyarrow.parquet as pq
 
 from servegrid import records
 from servegrid.bundle.layout import CONFIGURATION
+from servegrid.bundle.limits import refuse_huge_table
 from servegrid.bundle.redact import Redactor, secrets_in, secrets_in_data
 from servegrid.bundle.sources import PARTS
 from servegrid.bundle.tarball import names_below
 from servegrid.errors import BundleError
 
 _LISTED = 10
+_PART_BYTES = 2**24
+_OVERLAP_BYTES = 2**12
+"""As long as any token may be: what lies across two parts is whole in one of them."""
 
 
 def refuse_secrets(tree: Path, redactor: Redactor) -> None:
@@ -52,6 +56,11 @@ def findings(tree: Path, redactor: Redactor | None = None) -> Iterator[str]:
             yield f"{name}: {kind}"
 
 
+def is_text(type: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    return bool(pa.types.is_string(type) or pa.types.is_large_string(type))
+
+
 def _of_file(path: Path, name: str) -> Iterator[str]:
     for text in _texts(path):
         yield from secrets_in(text)
@@ -67,15 +76,28 @@ def _record(path: Path) -> Any:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """What can be read in a file: of Parquet the metadata and the strings, else its bytes."""
+    """What can be read in a file: of Parquet the metadata and the strings, else its bytes.
+
+    Raises BundleError where a table is too large to be read.
+    """
     if path.suffix != ".parquet":
-        yield path.read_bytes().decode("utf-8", "replace")
+        yield from _parts(path)
         return
     with pq.ParquetFile(path) as file:
+        refuse_huge_table(path)
         schema = file.schema_arrow
         for value in (schema.metadata or {}).values():
             yield value.decode("utf-8", "replace")
-        texts = [field.name for field in schema if pa.types.is_string(field.type)]
+        texts = [field.name for field in schema if is_text(field.type)]
         table = file.read(texts)
     for column in table.columns:
         yield "\n".join(text for text in column.unique().to_pylist() if text)
+
+
+def _parts(path: Path) -> Iterator[str]:
+    """The text of a file, of which only a part is in memory."""
+    with path.open("rb") as file:
+        before = b""
+        while data := file.read(_PART_BYTES):
+            yield (before + data).decode("utf-8", "replace")
+            before = data[-_OVERLAP_BYTES:]

@@ -6,6 +6,7 @@ anything would be measured like this again, nor that the records are honest.
 
 from __future__ import annotations
 
+import filecmp
 import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from servegrid import __version__, records, tables
 from servegrid.bundle import crate, tarball
@@ -31,7 +33,13 @@ from servegrid.bundle.layout import (
     RECORDS,
     TABLES,
 )
-from servegrid.bundle.limits import read_json, refuse_huge_study, refuse_huge_table
+from servegrid.bundle.limits import (
+    CONFIGURATION_BYTES,
+    limited_memory,
+    read_json,
+    refuse_huge_study,
+    refuse_huge_table,
+)
 from servegrid.bundle.secrets import findings
 from servegrid.bundle.tarball import Unpacked
 from servegrid.config import study_of
@@ -40,6 +48,7 @@ from servegrid.grid import Study, Trial
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 _LISTED = 10
+_SHOWN = 400
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,8 @@ class Check:
 
     def told(self) -> str:
         """As lines: the status, the name, what was found, and up to ten culprits below."""
-        lines = [f"{self.status}  {self.name:<13} {self.found}"]
-        lines += [f"      {each}" for each in self.culprits[:_LISTED]]
+        lines = [f"{self.status}  {self.name:<13} {_printable(self.found)}"]
+        lines += [f"      {_printable(each)}" for each in self.culprits[:_LISTED]]
         if len(self.culprits) > _LISTED:
             lines.append(f"      … and {len(self.culprits) - _LISTED} more")
         return "\n".join(lines)
@@ -77,7 +86,8 @@ def verify(archive: Path) -> list[Check]:
             rest = [Check(name, SKIP, reason) for name in CHECKS if name != "integrity"]
             return [Check("integrity", FAIL, "not safe, or no bundle", [str(error)]), *rest]
         bundle = Bundle(tree, unpacked)
-        return [_checked(name, check, bundle) for name, check in CHECKS.items()]
+        with limited_memory():
+            return [_checked(name, check, bundle) for name, check in CHECKS.items()]
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class Bundle:
 
     @cached_property
     def study(self) -> Study:
-        config = read_json(self.tree / CONFIGURATION)
+        config = read_json(self.tree / CONFIGURATION, CONFIGURATION_BYTES)
         refuse_huge_study(config)
         return study_of(config, [CONFIGURATION])
 
@@ -118,7 +128,13 @@ class Bundle:
             tuple(each for each in group if each.id not in self.missing)
             for group in (self.study.trials, self.study.sentinels)
         )
-        return cells_of(Study(self.study.name, trials, sentinels), self.tree / CELLS)
+        try:
+            return cells_of(Study(self.study.name, trials, sentinels), self.tree / CELLS)
+        except RecordError as error:
+            # The first line and the last ones say what to do where the study is measured.
+            culprits = [line.strip() for line in str(error).splitlines() if line[:2] == "  "]
+            told = [each for each in culprits if not each.startswith("rm -r ")]
+            raise BundleError("\n".join(told)) from error
 
     @cached_property
     def shipped(self) -> pd.DataFrame:
@@ -126,6 +142,12 @@ class Bundle:
         path = self.tree / TABLES / "cells.parquet"
         refuse_huge_table(path)
         try:
+            rows = pq.read_metadata(path).num_rows
+            if rows != len(self.study.trials):
+                raise BundleError(
+                    f"{TABLES}/{path.name}: has {rows} rows, the study {len(self.study.trials)} "
+                    "trials."
+                )
             return tables.read_cells(path)
         except (OSError, pa.ArrowException) as error:
             raise BundleError(f"{TABLES}/{path.name}: cannot be read ({error}).") from error
@@ -256,7 +278,7 @@ def _figures(bundle: Bundle) -> Check:
             path = bundle.tree / PLOTS / name
             if not path.exists():
                 culprits.append(f"{PLOTS}/{name}: is missing")
-            elif path.read_bytes() != (again / name).read_bytes():
+            elif not filecmp.cmp(path, again / name, shallow=False):
                 culprits.append(f"{PLOTS}/{name}: is not what follows from the records")
     others = sorted({*tarball.names_below(bundle.tree / PLOTS)} - {*names})
     also = f"; not drawn again: {', '.join(others)}" if others else ""
@@ -286,6 +308,12 @@ CHECKS: Mapping[str, Callable[[Bundle], Check]] = {
     "figures": _figures,
     "secrets": _secrets,
 }
+
+
+def _printable(text: str) -> str:
+    """`text` as a terminal may get it: what a bundle says must not move its cursor."""
+    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
 
 
 def _checked(name: str, check: Callable[[Bundle], Check], bundle: Bundle) -> Check:
