@@ -32,15 +32,7 @@ localrules:
     all,
 
 
-for rules_of in (
-    "common",
-    "measure",
-    "analyse",
-    "conclude",
-    "plan",
-    "present",
-    "publish",
-):
+for rules_of in "common measure analyse conclude plan present publish".split():
 
     include: f"workflow/rules/{rules_of}.smk"
 

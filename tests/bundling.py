@@ -14,13 +14,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from servegrid import records
-from servegrid.bundle.derive import cells_of, write_figures, write_tables
+from servegrid.bundle.derive import Ground, cells_of, write_figures, write_tables
 from servegrid.bundle.pack import Origin, pack
 from servegrid.config import study_of
 from servegrid.grid import Trial
 
+HARDWARE = Path(__file__).parents[1] / "config" / "hardware.yaml"
 HOST = "sirocco14.site.example"
-USER = "alice"
+USER = "amarchand"
 TOKEN = "hf_" + "a1B2" * 8
 STUDY: dict[str, Any] = {
     "study": "small",
@@ -44,7 +45,7 @@ STARTED_NS = 1_767_225_600 * SECOND_NS
 
 
 def record_of(trial: Trial) -> dict[str, Any]:
-    """As a job of `alice` on `sirocco14` would leave it: a load of 2 s from 2026-01-01 on."""
+    """As a job of a user on `sirocco14` would leave it: a load of 2 s from 2026-01-01 on."""
     return {
         "format": records.RECORD_FORMAT,
         "spec": trial.spec,
@@ -113,9 +114,10 @@ def write_results(folder: Path, study: Mapping[str, Any] = STUDY) -> None:
     expanded = study_of(study)
     for trial in expanded.measured:
         write_trial(cells, trial)
-    derived = cells_of(expanded, cells)
-    write_tables(*derived, folder / "results" / "tables")
-    write_figures(derived[0], folder / "results" / "plots")
+    found = folder / "results" / "tables"
+    ground = Ground(study, cells, HARDWARE, *cells_of(expanded, cells))
+    write_tables(ground, found)
+    write_figures(ground, found, folder / "results")
     logs = folder / "results" / "logs"
     (logs / "allocations").mkdir(parents=True)
     job = {"JobId": "7", "UserId": f"{USER}(1000)", "NodeList": "sirocco[14-15]"}
@@ -147,7 +149,7 @@ def bundle_of(folder: Path, study: Mapping[str, Any] = STUDY) -> Path:
     root = folder / "repository"
     if not root.exists():
         write_sources(root)
-    return pack(study, Origin(root, [root / "profiles" / "site"]), folder).archive
+    return pack(study, Origin(root, HARDWARE, [root / "profiles" / "site"]), folder).archive
 
 
 def tampered(bundle: Path, folder: Path, change: Callable[[Path], object], rehash: bool) -> Path:

@@ -29,7 +29,7 @@ from bundling import (
 )
 from servegrid import records
 from servegrid.bundle import limits
-from servegrid.bundle.derive import cells_of, write_tables
+from servegrid.bundle.derive import Ground, cells_of, write_tables
 from servegrid.bundle.opening import open_bundle
 from servegrid.bundle.verify import Check, verify
 from servegrid.cli import main
@@ -80,7 +80,7 @@ def test_a_bundle_of_the_same_results_has_the_same_bytes(
     bundle: Path, workspace: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(workspace / "results" / "cells", tmp_path / "results" / "cells")
-    for part in ("logs", "plots", "tables"):
+    for part in ("logs", "plots", "report", "tables"):
         shutil.copytree(workspace / "results" / part, tmp_path / "results" / part)
     write_sources(tmp_path / "repository")
     (tmp_path / "results" / "logs" / "bundle.log").write_text("of an earlier bundle")
@@ -242,7 +242,7 @@ def test_nothing_measured_is_no_bundle(tmp_path: Path) -> None:
 def test_a_secret_where_it_cannot_be_redacted_is_refused(tmp_path: Path) -> None:
     deployment = STUDY["deployments"][0]
     for change, told in (
-        ({"checkpoint": "/home/alice/m"}, "a user's name in a path"),
+        ({"checkpoint": f"/home/{USER}/m"}, "a user's name in a path"),
         ({"arguments": {"hf_token": "anything"}}, "a value of `hf_token`"),
         ({"arguments": {"env": TOKEN}}, "a Hugging Face token"),
         ({"checkpoint": "/data/sirocco14/m"}, "the host 'sirocco14'"),
@@ -458,7 +458,9 @@ def test_a_table_made_of_tampered_requests_is_all_that_cannot_be_told(
     def forge(root: Path) -> None:
         change_request(root, TRIALS[0], first_token_ns=90_000_000)
         study = study_of(STUDY)
-        write_tables(*cells_of(study, cells(root)), root / "results" / "tables")
+        found = cells_of(study, cells(root))
+        ground = Ground(STUDY, cells(root), root / "config/hardware.yaml", *found)
+        write_tables(ground, root / "results" / "tables")
 
     archive = tampered(bundle, tmp_path, forge, rehash=True)
     assert set(failed(archive)) <= {"figures"}

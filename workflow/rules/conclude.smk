@@ -4,9 +4,8 @@ localrules:
 
 rule conclude:
     input:
-        modules(
-            "capacity", "conclusions", "findings", "labels", "printable", "published"
-        ),
+        modules("capacity", "conclusions", "derived", "findings", "labels", "printable"),
+        modules("published"),
         cells=rules.gather.output.parquet,
         summary=rules.summarise.output.parquet,
     output:

@@ -4,7 +4,8 @@ localrules:
 
 rule plan_capacity:
     input:
-        modules("bionic", "capacity", "plan_page", "printable", "queueing", "records"),
+        modules("bionic", "capacity", "derived", "plan_page", "printable"),
+        modules("queueing", "records"),
         summary=rules.summarise.output.parquet,
         hardware=HARDWARE,
     output:

@@ -4,7 +4,7 @@ localrules:
 
 rule render:
     input:
-        modules("beside_engines", "conclusions", "findings", "labels"),
+        modules("beside_engines", "conclusions", "derived", "findings", "labels"),
         modules("provenance", "published"),
         page_files(),
         cells=rules.gather.output.parquet,

@@ -16,6 +16,7 @@ rule bundle:
         "../envs/cpu.yaml"
     params:
         root=workflow.basedir,
+        hardware=HARDWARE,
         profiles=lambda wildcards: profile_folders(sys.argv, os.environ),
     script:
         "../scripts/bundle.py"
@@ -29,6 +30,7 @@ rule bundle_partial:
         "../envs/cpu.yaml"
     params:
         root=workflow.basedir,
+        hardware=HARDWARE,
         profiles=lambda wildcards: profile_folders(sys.argv, os.environ),
     script:
         "../scripts/bundle.py"

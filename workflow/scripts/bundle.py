@@ -6,6 +6,8 @@ from servegrid.script import logged
 
 terminal = os.dup(2)
 with logged(snakemake.log[0]):
-    origin = Origin(Path(snakemake.params.root), [Path(each) for each in snakemake.params.profiles])
+    params = snakemake.params
+    profiles = [Path(each) for each in params.profiles]
+    origin = Origin(Path(params.root), Path(params.hardware), profiles)
     packed = pack(snakemake.config, origin, Path(), [os.environ.get("USER", "")])
     os.write(terminal, f"{packed.told()}\n".encode())

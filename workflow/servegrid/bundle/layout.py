@@ -9,6 +9,7 @@ BUNDLE_FORMAT = 1
 
 BUNDLE = "bundle.json"
 CONFIGURATION = "config/study.json"
+HARDWARE = "config/hardware.yaml"
 ENVIRONMENTS = "environments.json"
 MODELS = "models.json"
 MANIFEST = "manifest-sha256.txt"
@@ -16,8 +17,8 @@ PATCH = "source.patch"
 CELLS = "results/cells"
 LOGS = "results/logs"
 TABLES = "results/tables"
-PLOTS = "results/plots"
-DERIVED = (TABLES, PLOTS, "results/report")
+FIGURES = ("results/plots", "results/report")
+DERIVED = (TABLES, *FIGURES)
 RECORDS = ("requests.parquet", "telemetry.parquet")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
+import yaml
 
 from servegrid.bundle.layout import CONFIGURATION
 from servegrid.errors import BundleError
@@ -70,6 +71,21 @@ def refuse_huge_study(config: Mapping[str, Any]) -> None:
         asked += product
     if asked > TRIALS:
         raise BundleError(f"{CONFIGURATION}: asks for more than {TRIALS:,} trials.")
+
+
+def refuse_unplain_yaml(path: Path) -> None:
+    """Raise BundleError where a YAML file is missing, large, or refers to parts of itself.
+
+    Such references can make a few lines into more than memory takes.
+    """
+    if not path.exists() or path.stat().st_size > CONFIGURATION_BYTES:
+        raise BundleError(f"{path.name}: is missing, or larger than {CONFIGURATION_BYTES:,} bytes.")
+    try:
+        refers = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_bytes()))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BundleError(f"{path.name}: is not valid YAML.") from error
+    if refers:
+        raise BundleError(f"{path.name}: refers to parts of itself.")
 
 
 def refuse_huge_table(path: Path) -> None:

@@ -24,11 +24,12 @@ from servegrid.bundle.layout import (
     CONFIGURATION,
     DERIVED,
     ENVIRONMENTS,
+    FIGURES,
+    HARDWARE,
     LOGS,
     MANIFEST,
     MODELS,
     PATCH,
-    PLOTS,
     RECORDS,
     TABLES,
     manifest_digest,
@@ -49,6 +50,8 @@ class Origin:
     """Where the results come from beside the records: the repository, and the profiles used."""
 
     root: Path
+    hardware: Path
+    """The file of prices that the capacity plan was made with."""
     profiles: Sequence[Path] = ()
 
 
@@ -102,6 +105,7 @@ def pack(
             _stage_redacted(path, tree / name, redactor, name.startswith(LOGS))
         for name, path in sources.files(origin.root):
             _stage(path.read_bytes(), tree / name, path.stat().st_mode)
+        _stage(origin.hardware.read_bytes(), tree / HARDWARE)
         for each in origin.profiles:
             for name, path in sources.profile_files(each):
                 _stage_redacted(path, tree / name, redactor, True)
@@ -273,9 +277,9 @@ Measurements of what language models serve under load, made with servegrid {__ve
 
 | where | what |
 |---|---|
-| `{CONFIGURATION}` | the configuration, as resolved |
+| `{CONFIGURATION}`, `{HARDWARE}` | the configuration, as resolved, and prices |
 | `{CELLS}/` | the raw records: Parquet, a row per request, and the telemetry |
-| `{TABLES}/`, `{PLOTS}/` | what was made of them; a partial study has none |
+| `{TABLES}/`, `{FIGURES[0]}/`, `{FIGURES[1]}/` | what was made of them; a partial study has none |
 | `{LOGS}/` | logs and Slurm's records of the jobs, redacted |
 | `{ENVIRONMENTS}`, `{MODELS}` | what the jobs ran on, and what they served |
 | `Snakefile`, `workflow/`, `profiles/` | the workflow and the profile; `{BUNDLE}` has the commit |
@@ -333,6 +337,7 @@ def _refuse_unverified(archive: Path) -> None:
         told = "\n".join(check.told() for check in failed)
         raise BundleError(
             f"{archive}: was not made, for it would not pass `servegrid verify`:\n{told}\n"
-            "Where tables or figures are older than the records, remove results/tables and "
-            "results/plots and run the same command again: nothing is measured anew."
+            "Where tables or figures are older than the records, remove results/tables, "
+            "results/plots and results/report, and run the same command again: it makes them "
+            "anew and measures nothing."
         )

@@ -77,7 +77,10 @@ class Redactor:
         text = _HOME.sub(r"\1user", text)
         if self.users:
             text = self._users.sub("user", text)
-        return self._hosts.sub(lambda hit: self.hosts[hit[0]], text) if self.hosts else text
+        if not self.hosts:
+            return text
+        text = self._whole_hosts.sub(lambda hit: self.hosts[hit[0]], text)
+        return self._hosts.sub(lambda hit: self.hosts[hit[0]], text)
 
     def data(self, data: Any, key: str | None = None) -> Any:
         """JSON data, all of its strings redacted; those under a host's key whatever their length.
@@ -103,6 +106,11 @@ class Redactor:
     def _hosts(self) -> re.Pattern[str]:
         long = [host for host in self.hosts if len(host) >= _LEAST_LETTERS]
         return _one_of(long, r"(?<![\w.-])", r"(?![\w-])")
+
+    @cached_property
+    def _whole_hosts(self) -> re.Pattern[str]:
+        """A host of any length that is all of an element of a page."""
+        return _one_of(self.hosts, "(?<=>)", "(?=<)")
 
     @cached_property
     def _users(self) -> re.Pattern[str]:

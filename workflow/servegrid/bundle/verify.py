@@ -20,7 +20,13 @@ import pyarrow.parquet as pq
 
 from servegrid import __version__, records, tables
 from servegrid.bundle import crate, tarball
-from servegrid.bundle.derive import analysis_environment, cells_of, write_figures, write_tables
+from servegrid.bundle.derive import (
+    Ground,
+    analysis_environment,
+    cells_of,
+    write_figures,
+    write_tables,
+)
 from servegrid.bundle.differences import between_files, of_cell
 from servegrid.bundle.integrity import culprits_of
 from servegrid.bundle.layout import (
@@ -28,8 +34,9 @@ from servegrid.bundle.layout import (
     BUNDLE_FORMAT,
     CELLS,
     CONFIGURATION,
+    FIGURES,
+    HARDWARE,
     MANIFEST,
-    PLOTS,
     RECORDS,
     TABLES,
 )
@@ -39,6 +46,7 @@ from servegrid.bundle.limits import (
     read_json,
     refuse_huge_study,
     refuse_huge_table,
+    refuse_unplain_yaml,
 )
 from servegrid.bundle.secrets import findings
 from servegrid.bundle.tarball import Unpacked
@@ -108,10 +116,20 @@ class Bundle:
         return facts
 
     @cached_property
-    def study(self) -> Study:
+    def config(self) -> dict[str, Any]:
         config = read_json(self.tree / CONFIGURATION, CONFIGURATION_BYTES)
         refuse_huge_study(config)
-        return study_of(config, [CONFIGURATION])
+        return config
+
+    @cached_property
+    def study(self) -> Study:
+        return study_of(self.config, [CONFIGURATION])
+
+    @cached_property
+    def ground(self) -> Ground:
+        """What tables and figures are derived from, found safe to be read."""
+        refuse_unplain_yaml(self.tree / HARDWARE)
+        return Ground(self.config, self.tree / CELLS, self.tree / HARDWARE, *self.derived)
 
     @cached_property
     def missing(self) -> dict[str, str]:
@@ -239,7 +257,7 @@ def _tables(bundle: Bundle) -> Check:
         return _without_derived(bundle, "tables", TABLES)
     with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
         again = Path(temporary)
-        write_tables(*bundle.derived, again)
+        write_tables(bundle.ground, again)
         names = tarball.names_below(again)
         for name in names:
             if name.endswith(".parquet"):
@@ -260,7 +278,7 @@ def _tables(bundle: Bundle) -> Check:
 
 def _figures(bundle: Bundle) -> Check:
     if bundle.missing:
-        return _without_derived(bundle, "figures", PLOTS)
+        return _without_derived(bundle, "figures", *FIGURES)
     here, there = analysis_environment(), bundle.facts["analysis"]
     other = [
         f"{name} {there.get(name)}, here {here[name]}"
@@ -271,25 +289,40 @@ def _figures(bundle: Bundle) -> Check:
         return Check("figures", SKIP, f"made with {'; '.join(other)}: bytes may differ")
     with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
         again = Path(temporary)
-        write_figures(bundle.derived[0], again)
-        names = tarball.names_below(again)
+        write_tables(bundle.ground, again / "tables")
+        write_figures(bundle.ground, again / "tables", again)
+        names = [
+            f"{folder}/{name}"
+            for folder in FIGURES
+            for name in tarball.names_below(again / Path(folder).name)
+        ]
         culprits = []
         for name in names:
-            path = bundle.tree / PLOTS / name
+            path = bundle.tree / name
             if not path.exists():
-                culprits.append(f"{PLOTS}/{name}: is missing")
-            elif not filecmp.cmp(path, again / name, shallow=False):
-                culprits.append(f"{PLOTS}/{name}: is not what follows from the records")
-    others = sorted({*tarball.names_below(bundle.tree / PLOTS)} - {*names})
-    also = f"; not drawn again: {', '.join(others)}" if others else ""
+                culprits.append(f"{name}: is missing")
+            elif not filecmp.cmp(path, again / Path(name).relative_to("results"), shallow=False):
+                culprits.append(f"{name}: is not what follows from the records")
+    others = sorted(
+        {
+            f"{folder}/{name}"
+            for folder in FIGURES
+            for name in tarball.names_below(bundle.tree / folder)
+        }
+        - {*names}
+    )
+    also = f"; not made again: {', '.join(others)}" if others else ""
     if culprits:
-        return Check("figures", FAIL, f"of {len(names)} drawn again{also}", culprits)
-    return Check("figures", PASS, f"{len(names)} drawn again, byte for byte{also}")
+        return Check("figures", FAIL, f"of {len(names)} made again{also}", culprits)
+    return Check(
+        "figures", PASS, f"{len(names)}, the page among them, made again byte for byte{also}"
+    )
 
 
-def _without_derived(bundle: Bundle, name: str, folder: str) -> Check:
-    if tarball.names_below(bundle.tree / folder):
-        return Check(name, FAIL, "", [f"{folder}: a partial bundle has none"])
+def _without_derived(bundle: Bundle, name: str, *folders: str) -> Check:
+    present = [each for each in folders if tarball.names_below(bundle.tree / each)]
+    if present:
+        return Check(name, FAIL, "", [f"{each}: a partial bundle has none" for each in present])
     return Check(name, SKIP, "a partial bundle has none")
 
 
