@@ -29,6 +29,7 @@ from servegrid.scripted.script import (
 Fault = Literal[
     "status",  # answers `status`
     "refuse_key",  # answers 400 where the request has `refused_key`
+    "refuse_ids",  # answers 422 where the prompt is no text
     "reset",  # RST after `fault_after` chunks
     "close",  # FIN after `fault_after` chunks, the response unfinished
     "end_early",  # a well-formed end after `fault_after` chunks, without the stream's own end
@@ -68,6 +69,8 @@ def answer(script: Script, request_id: str, body: Mapping[str, Any]) -> Answer:
         return error(400, f"Extra inputs are not permitted: {script.refused_key}")
     if fault == "status":
         return error(script.status, f"scripted status {script.status}")
+    if script.fault == "refuse_ids" and not isinstance(body["prompt"], str):
+        return error(422, "prompt: data did not match any variant")
     prompt, asked, asks_continuous = numbers_of(body)
     asked -= fault == "fewer_tokens"
     prompt += fault == "wrong_prompt_usage"

@@ -83,16 +83,11 @@ def urls(demo_model: DemoModel) -> Iterator[dict[bool, str]]:
 
 
 def study(url: str, **endpoint: Any) -> Study:
-    """Bursts of 2 requests, 2 waves, of 12 and of 40 prompt tokens, 6 output tokens each."""
+    """Bursts of 2 requests of 12 and of 40 prompt tokens, 6 output tokens each."""
     return study_of(
         {
             "study": "external",
-            "load": {
-                "concurrency": 2,
-                "requests_per_user": 2,
-                "input_len": [12, 40],
-                "output_len": 6,
-            },
+            "load": {"concurrency": 2, "input_len": [12, 40], "output_len": 6},
             "deployments": [
                 {
                     "model": "smollm2-135m-instruct",
@@ -169,8 +164,7 @@ def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
         assert record["engine"]["external"] is True
         assert record["client"]["salt"].startswith(f"{trial.digest}-")
         told = pq.read_table(tmp_path / trial.id / "requests.parquet").to_pylist()
-        assert len(told) == 4
-        assert [sum(each["chunk_tokens"]) for each in told] == [6] * 4
+        assert [sum(each["chunk_tokens"]) for each in told] == [6, 6]
         assert {each["completion_tokens"] for each in told} == {6}
         # The model's template says more to it than the user did, in 30 tokens.
         added = {"completions": 0, "chat": TEMPLATE_TOKENS}[api]

@@ -17,7 +17,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer
 
+from conftest import DemoModel
 from scripted import MODEL, Script, Server, serving
 from servegrid import records
 from servegrid.endpoint import Endpoint
@@ -313,13 +315,40 @@ def test_usage_per_chunk_is_done_without_where_the_server_refuses_it() -> None:
     assert measurement.requests["chunk_tokens_estimated"].to_pylist() == [True] * 8
 
 
-@pytest.mark.parametrize("key", ["min_tokens", "ignore_eos", "stream_options"])
-def test_any_other_key_that_the_server_refuses_is_named(key: str) -> None:
+@pytest.mark.parametrize("key", ["min_tokens", "ignore_eos"])
+def test_keys_that_hold_answers_open_are_done_without_where_the_server_refuses_them(
+    key: str,
+) -> None:
+    with serving(Script(fault="refuse_key", refused_key=key)) as server:
+        measurement = measure(server.endpoint, BURST, None, "cell")
+        bodies = [each["body"] for each in server.log().requests]
+    assert measurement.errors == [None] * 8
+    assert measurement.facts["keys_refused"] == [key]
+    assert [key in body for body in bodies] == [True, False] + [False] * 8
+
+
+def test_any_other_key_that_the_server_refuses_is_named() -> None:
     with (
-        serving(Script(fault="refuse_key", refused_key=key)) as server,
-        pytest.raises(LoadError, match=f"refuses the key `{key}` of the request .HTTP 400"),
+        serving(Script(fault="refuse_key", refused_key="stream_options")) as server,
+        pytest.raises(LoadError, match=r"the key `stream_options` of the request .HTTP 400"),
     ):
         measure(server.endpoint, BURST, None, "cell")
+
+
+def test_a_server_that_takes_no_token_ids_gets_text(demo_model: DemoModel) -> None:
+    with serving(Script(fault="refuse_ids")) as server:
+        measurement = measure(server.endpoint, BURST, demo_model.folder, "cell")
+        sent = [each["body"]["prompt"] for each in server.log().requests][-8:]
+        with pytest.raises(LoadError, match=r"refuses the key `prompt` of the request .HTTP 422"):
+            measure(server.endpoint, BURST, None, "cell")
+    assert measurement.errors == [None] * 8
+    assert measurement.facts["prompt_form"] == "text"
+    # It counts characters, of which not all texts of 9 tokens have the same number.
+    counted = measurement.requests["prompt_tokens"].to_pylist()
+    assert counted == [len(text) for text in sent] and len(set(counted)) > 1
+    assert measurement.facts["prompt_tokens_added"] is None
+    tokenizer = Tokenizer.from_file(str(demo_model.folder / "tokenizer.json"))
+    assert {len(tokenizer.encode(text, add_special_tokens=False).ids) for text in sent} == {9}
 
 
 @pytest.mark.parametrize(

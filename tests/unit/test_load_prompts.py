@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from servegrid.errors import LoadError
 from servegrid.grid import Load
@@ -107,3 +107,54 @@ def test_a_tokenizer_without_words_of_the_corpus_is_refused(tmp_path: Path) -> N
 def test_the_corpus_is_two_languages_of_some_length() -> None:
     assert len(prompts.corpus().split()) > 5_000
     assert "Every watt" in prompts.corpus() and "Chaque watt" in prompts.corpus()
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer with few ids, to which most words are several: cut apart, some are others."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([prompts.corpus()], trainer)
+    folder = tmp_path_factory.mktemp("pieces")
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_every_text_has_the_tokens_asked_for_when_it_is_tokenized(
+    tokenizer: Path, pieces: Path
+) -> None:
+    for folder in (tokenizer, pieces):
+        made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        made.no_truncation()
+        for length in (1, 3, 5, 296, 20_000):
+            texts = prompts.make_texts(load(input_len=length), 5, folder, "cell")
+            assert [len(made.encode(text).ids) for text in texts] == [length] * 5
+            assert [text.strip() for text in texts] == texts
+
+
+def test_texts_are_reproducible_and_distinct_as_token_ids_are(pieces: Path) -> None:
+    few = prompts.make_texts(load(), 5, pieces, "cell")
+    many = prompts.make_texts(load(), 500, pieces, "cell")
+    assert many[:5] == few and len(set(many)) == 500
+    assert not set(many) & set(prompts.make_texts(load(), 500, pieces, "other"))
+    same = prompts.make_texts(load(prompts="identical"), 3, pieces, "cell")
+    assert same == few[:1] * 3
+    with pytest.raises(LoadError, match=r"input_len 1: there are not 6000 distinct prompts"):
+        prompts.make_texts(load(input_len=1), 6_000, pieces, "cell")
+
+
+def test_texts_are_running_text(tokenizer: Path) -> None:
+    (text,) = prompts.make_texts(load(input_len=200), 1, tokenizer, "cell")
+    _, begin, rest = text.partition(" ".join(text.split()[5:8]))
+    assert begin + rest in prompts.corpus()
+
+
+def test_texts_cannot_be_counted_without_a_tokenizer() -> None:
+    with pytest.raises(LoadError, match=r"Name the model's tokenizer\.json"):
+        prompts.make_texts(load(), 1, None, "cell")

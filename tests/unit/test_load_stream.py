@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 
 from servegrid.load.failure import KINDS, Failure, Kind
+from servegrid.load.prompts import Form
 from servegrid.load.stream import Asked, row_of
 from servegrid.load.transport import Exchange
 from servegrid.load.wire import head_of
@@ -251,6 +253,61 @@ def test_each_failure_has_its_kind_and_tells_what_happened(reads: Reads, error: 
     told = row(reads)
     assert told["error"].startswith(error)
     assert "\n" not in told["error"]
+
+
+CHAT = Asked("cell/0", 2, prompt_tokens=7, completion_tokens=4, form="messages")
+
+
+def said(delta: dict[str, Any], tokens: int | None = None, finish: str | None = None) -> str:
+    told: dict[str, Any] = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    return json.dumps(told if tokens is None else told | {"usage": usage(tokens)})
+
+
+@pytest.mark.parametrize("opening", [{"role": "assistant", "content": None}, {"content": ""}])
+@pytest.mark.parametrize("tokens", [(None,) * 4, (0, 1, 2, 4)])
+def test_a_chat_is_read_by_its_deltas_of_which_the_first_has_no_token(
+    opening: dict[str, Any], tokens: tuple[int | None, ...]
+) -> None:
+    texts = [{"reasoning_content": "a"}, {"content": ""}, {"content": "c"}]
+    chunks = [said(delta, count) for delta, count in zip([opening, *texts], tokens, strict=True)]
+    told = row(stream(*chunks, said({}, tokens[-1], "length"), FINAL, "[DONE]"), asked=CHAT)
+    assert told["error"] is None
+    assert told["chunk_tokens_estimated"] is (tokens[0] is None)
+    # Four tokens in three chunks are shared out where they are not counted.
+    expected = [(200, 2), (300, 1), (400, 1)] if tokens[0] is None else None
+    assert tokens_of(told) == (expected or [(200, 1), (300, 1), (400, 2)])
+
+
+def test_a_first_chunk_of_a_chat_with_text_is_a_token() -> None:
+    both = said({"role": "assistant", "content": "a"})
+    told = row(stream(both, *[said({"content": "b"})] * 3, FINAL, "[DONE]"), asked=CHAT)
+    assert tokens_of(told) == [(100, 1), (200, 1), (300, 1), (400, 1)]
+
+
+@pytest.mark.parametrize("chunk", ['{"choices": [{"text": " a"}]}', '{"choices": [{"delta": 1}]}'])
+def test_what_is_no_chunk_of_a_chat_is_told(chunk: str) -> None:
+    error = row(stream(chunk), asked=CHAT)["error"]
+    assert error.startswith("malformed: an event is no completion chunk")
+
+
+@pytest.mark.parametrize(
+    ("form", "counted", "error"),
+    [
+        ("ids", 8, "wrong_prompt_tokens: 8 counted by the server, 7 sent"),
+        ("ids", 6, "wrong_prompt_tokens: 6 counted by the server, 7 sent"),
+        ("text", 8, None),
+        ("text", 6, "wrong_prompt_tokens: 6 counted by the server, 7 sent"),
+        ("messages", 37, None),
+        ("messages", 6, "wrong_prompt_tokens: 6 counted by the server, 7 sent"),
+    ],
+)
+def test_a_server_may_add_to_a_text_and_never_take_away(
+    form: Form, counted: int, error: str | None
+) -> None:
+    one = said({"content": "a"}) if form == "messages" else chunk("a")
+    final = json.dumps({"choices": [], "usage": usage(4, counted)})
+    told = row(stream(*[one] * 4, final, "[DONE]"), asked=replace(ASKED, form=form))
+    assert (told["error"], told["prompt_tokens"]) == (error, counted)
 
 
 def test_a_failure_of_the_connection_outweighs_and_keeps_what_came_before_it() -> None:

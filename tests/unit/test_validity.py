@@ -125,6 +125,16 @@ def steady(
     return replace(given, requests=pa.Table.from_pylist(rows), telemetry=samples)
 
 
+def as_text(counted: tuple[int, int], added: int | None, cached: float = 0.0) -> Evidence:
+    """Two prompts sent as text, of 7 tokens by the tokenizer and of `counted` by the server."""
+    given = evidence(
+        client={"prompt_form": "messages", "prompt_tokens_added": added},
+        after={"vllm:prefix_cache_hits_total": 5.0 + cached},
+    )
+    rows = [ROW | {"prompt_tokens": each} for each in counted]
+    return replace(given, requests=pa.Table.from_pylist(rows))
+
+
 BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     "fewer tokens than asked": (
         lambda: evidence(row={"completion_tokens": 2, "chunk_tokens": [1, 1]}),
@@ -133,6 +143,18 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     "another prompt": (
         lambda: evidence(row={"prompt_tokens": 8}),
         "tokens: prompt_tokens are [7, 8] and not 7",
+    ),
+    "texts to which the server adds now more and now fewer": (
+        lambda: as_text((37, 38), None),
+        "tokens: prompt_tokens are [37, 38]: not always as many more than 7",
+    ),
+    "texts of which it has dropped something": (
+        lambda: as_text((6, 6), -1),
+        "tokens: prompt_tokens are [6]: not always as many more than 7",
+    ),
+    "a prefix cache beyond what a template adds": (
+        lambda: as_text((37, 37), 30, cached=61.0),
+        "prefix_cache: 61 tokens came from it",
     ),
     "chunks that do not add up": (
         lambda: evidence(row={"chunk_tokens": [1, 1]}),
@@ -245,6 +267,10 @@ def test_a_long_first_token_allows_more_lag() -> None:
 def test_a_cache_that_the_study_asks_for_is_no_fault() -> None:
     cached = evidence(engine={"prefix_caching": True}, after={"vllm:prefix_cache_hits_total": 9.0})
     assert certificate(cached) == (True, None)
+
+
+def test_what_a_template_adds_to_every_prompt_is_no_fault_and_may_be_kept() -> None:
+    assert certificate(as_text((37, 37), 30, cached=60.0)) == (True, None)
 
 
 def test_without_a_real_engine_there_is_no_self_check() -> None:

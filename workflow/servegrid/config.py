@@ -123,7 +123,8 @@ def _complaint(error: Any) -> str:
             valid = ", ".join(f"`{each}`" for each in error.validator_value)
             return f"{shown} is not one of {valid}."
         case "pattern":
-            return f"{shown} is not a name: it must match {error.validator_value}."
+            kind = "URL" if error.absolute_path[-1] == "url" else "name"
+            return f"{shown} is not a {kind}: it must match {error.validator_value}."
         case "minItems":
             return "the list is empty."
         case "uniqueItems":

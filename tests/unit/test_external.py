@@ -1,0 +1,239 @@
+"""An external deployment before anything answers: what a study says of it, and where it runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servegrid import allocation, cell
+from servegrid.allocation import Handover, refuse_missing_gpus
+from servegrid.config import read_study, study_of
+from servegrid.endpoint import Endpoint, External, base_of
+from servegrid.engines.external import endpoint_of
+from servegrid.errors import ConfigError, EngineError
+from servegrid.grid import Study, Trial
+from servegrid.load.request import without_key
+from servegrid.preflight import refuse_unready
+from servegrid.server import get, healthy
+
+CONFIG = Path(__file__).parents[2] / "config"
+ENTRY: dict[str, Any] = {
+    "model": "mistral-7b",
+    "tokenizer": "models/mistral-7b",
+    "quantization": "fp16",
+    "engine": "external",
+    "gpu": "a100-40gb",
+    "gpu_count": 2,
+    "max_model_len": 4096,
+    "max_num_seqs": 64,
+    "endpoint": {"url": "http://sirocco14:30000/v1", "model": "default", "engine": "sglang"},
+}
+
+
+def study(**changes: Any) -> Study:
+    """A study of ENTRY with `changes`; a key that is changed to None is left out."""
+    entry = {key: value for key, value in (ENTRY | changes).items() if value is not None}
+    load = {"concurrency": 4, "input_len": 31}
+    return study_of({"study": "s", "load": load, "deployments": [entry]})
+
+
+def keyed(**endpoint: Any) -> Study:
+    return study(endpoint=ENTRY["endpoint"] | endpoint)
+
+
+def test_it_is_named_after_what_serves_and_keeps_its_endpoint() -> None:
+    (trial,) = study().trials
+    deployment = trial.deployment
+    assert deployment.name == "mistral-7b_fp16_external-sglang_2xa100-40gb"
+    assert deployment.endpoint == External("http://sirocco14:30000/v1", "default", "sglang")
+    assert (deployment.gpu, deployment.gpu_count, deployment.checkpoint) == ("a100-40gb", 2, "")
+    again = Trial.from_spec(json.loads(trial.spec_json))
+    assert again == trial and again.digest == trial.digest
+    assert keyed(api="chat").trials[0].digest != trial.digest
+
+
+def test_its_load_takes_a_node_without_gpus_and_the_main_process_s_python() -> None:
+    (deployment,) = study().deployments
+    assert (deployment.node_kind, deployment.node_gpus) == ("cpu", 0)
+    assert deployment.environment == "main"
+    refuse_missing_gpus(deployment, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_other_deployments_have_the_specification_that_they_had_before() -> None:
+    (trial,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
+    assert list(trial.spec["deployment"]) == [
+        *("name", "model", "checkpoint", "tokenizer", "quantization", "engine", "gpu"),
+        *("gpu_count", "max_model_len", "max_num_seqs", "arguments"),
+    ]
+    assert (trial.deployment.node_kind, trial.deployment.node_gpus) == ("a100-40gb", 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"endpoint": None}, "the engine `external` needs `endpoint`: where it answers"),
+        ({"tokenizer": None}, "the engine `external` needs `tokenizer`"),
+        ({"max_num_seqs": None}, "the engine `external` needs `max_num_seqs`"),
+        ({"checkpoint": "org/m"}, "deployments[0].checkpoint: nothing is brought up"),
+        ({"arguments": {"a": 1}}, "deployments[0].arguments: nothing is brought up"),
+        ({"engine": "vllm", "checkpoint": "org/m"}, "[0].endpoint: servegrid brings `vllm` up"),
+        ({"engine": "vllm", "endpoint": None}, "deployments[0]: `checkpoint` is missing"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        study(**changes)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "told"),
+    [
+        ({"url": "sirocco14:30000"}, "endpoint.url: 'sirocco14:30000' is not a URL"),
+        ({"url": "http://user:secret@host"}, "and without a key in it"),
+        ({"url": "http://host/v1?key=secret"}, "and without a key in it"),
+        ({"api": "responses"}, "'responses' is not one of `completions`, `chat`"),
+        ({"engine": "emulated"}, "endpoint.engine: 'emulated' is not a name"),
+        ({"api_key": "secret"}, "unknown key `api_key`. Did you mean `api_key_env`?"),
+        ({"api_key_env": "sk-secret"}, "Name of the environment variable"),
+    ],
+)
+def test_endpoints_that_do_not_fit_are_refused(endpoint: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        keyed(**endpoint)
+
+
+def test_the_example_asks_one_server_by_both_of_its_apis() -> None:
+    first, second = read_study(CONFIG / "external.yaml").deployments
+    assert first.endpoint is not None and second.endpoint is not None
+    assert second.endpoint == replace(first.endpoint, api="chat")
+    assert first.endpoint.api_key_env == "LLAMACPP_KEY"
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("http://host:8000", "http://host:8000"),
+        ("http://host:8000/v1/", "http://host:8000"),
+        ("https://host/openai/v1", "https://host/openai"),
+    ],
+)
+def test_an_url_may_have_the_apis_v1_or_not(url: str, base: str) -> None:
+    assert base_of(url) == base
+
+
+def test_the_key_comes_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    (deployment,) = keyed(api_key_env="SGLANG_KEY", api="chat").deployments
+    monkeypatch.setenv("SGLANG_KEY", " secret\n")
+    told = endpoint_of(deployment)
+    assert told == Endpoint("http://sirocco14:30000", "default", "secret", api="chat")
+    assert endpoint_of(study().deployments[0]).api_key is None
+
+
+def test_a_missing_key_is_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").touch()
+    of = study(tokenizer=str(tmp_path), endpoint=ENTRY["endpoint"] | {"api_key_env": "SGLANG_KEY"})
+    monkeypatch.setenv("SGLANG_KEY", "secret")
+    refuse_unready(of, tmp_path)
+    monkeypatch.setenv("SGLANG_KEY", " ")
+    with pytest.raises(EngineError, match=r"the variable SGLANG_KEY holds no API key\. Export it"):
+        refuse_unready(of, tmp_path)
+
+
+def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = Handover(
+        endpoint=Endpoint("http://sirocco14:30000", "default", "secret", api="chat"),
+        deployment_digest="d",
+        tokenizer=tmp_path,
+        telemetry=tmp_path / "telemetry.jsonl",
+        process=(1, 0.0),
+        engine={},
+        environment={},
+        places=[[0]],
+        self_check=None,
+        api_key_env="SGLANG_KEY",
+    )
+    file = tmp_path / "handover.json"
+    given.write(file)
+    assert "secret" not in file.read_text()
+    monkeypatch.setenv(allocation.VARIABLE, str(file))
+    monkeypatch.setenv("SGLANG_KEY", "secret")
+    assert asdict(Handover.read()) == asdict(replace(given, process=[1, 0.0]))  # type: ignore[arg-type]
+    monkeypatch.delenv("SGLANG_KEY")
+    with pytest.raises(EngineError, match="the variable SGLANG_KEY holds no API key in this job"):
+        Handover.read()
+
+
+def test_an_endpoint_that_outlives_allocations_gets_other_prompts_each_time() -> None:
+    (trial,) = study().trials
+    first, second = cell._salt_of(trial), cell._salt_of(trial)
+    assert first != second and {each[:16] for each in (first, second)} == {trial.digest}
+    (ours,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
+    assert cell._salt_of(ours) == ours.digest
+
+
+def test_a_key_that_a_server_quotes_is_not_repeated() -> None:
+    import httpx
+
+    with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
+        assert without_key("bad key: secret!", client) == "bad key: …!"
+    with httpx.Client() as client:
+        assert without_key("no key", client) == "no key"
+
+
+@contextmanager
+def serving(statuses: dict[str, int]) -> Iterator[str]:
+    """A server that answers each path with its status, any other one with 404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(statuses.get(self.path, 404))
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{httpd.server_port}"
+        finally:
+            httpd.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ({"/health": 200}, True),
+        ({"/health": 503, "/v1/models": 200}, False),
+        ({"/v1/models": 200}, True),
+        ({"/health": 405, "/v1/models": 200}, True),
+        ({"/v1/models": 500}, False),
+        ({}, False),
+    ],
+)
+def test_it_is_healthy_by_its_health_or_else_its_models(
+    statuses: dict[str, int], expected: bool
+) -> None:
+    with serving(statuses) as url:
+        assert healthy(Endpoint(url, "m")) is expected
+
+
+def test_an_endpoint_may_lie_behind_a_path() -> None:
+    with serving({"/openai/v1/models": 200}) as url:
+        assert get(Endpoint(f"{url}/openai", "m"), "/v1/models")[0] == 200
