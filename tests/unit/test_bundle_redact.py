@@ -67,7 +67,7 @@ def test_text_is_redacted(text: str) -> None:
         "a-bora001 bora0011 bora001-x my.bora001",
         "tokens: 123456789012345678901234567890",
         "max_tokens=100 token_ns tokenizer=abcdefgh12345678",
-        "/home/user/x /root/x alice /alices/x",
+        "/home/user/x root user/x alice /alices/x",
         "hf_overrides the deadline is-in-task-format-and-other-words",
     ],
 )
