@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from servegrid import __version__, models, records
 from servegrid.bundle.commands import add_open, add_verify
+from servegrid.compare_command import add_compare
 from servegrid.endpoint import Endpoint, base_of, key_in
 from servegrid.errors import LoadError, ServegridError
 from servegrid.grid import Load
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_load(subcommands)
     _add_doctor(subcommands)
     _add_capacity(subcommands)
+    add_compare(subcommands)
     add_verify(subcommands)
     add_open(subcommands)
     options = parser.parse_args(arguments)

@@ -6,7 +6,8 @@ ServegridError
  ├── EngineError         an engine did not come up, or died
  ├── LoadError           the load could not be put on the endpoint at all
  ├── RecordError         a record cannot be written, read or believed
- └── BundleError         a bundle cannot be made, or is not safe to read
+ ├── BundleError         a bundle cannot be made, or is not safe to read
+ └── ComparisonError     two studies cannot be compared
 """
 
 
@@ -36,3 +37,7 @@ class RecordError(ServegridError):
 
 class BundleError(ServegridError):
     """A bundle cannot be made of these results, or this file is not one that can be read safely."""
+
+
+class ComparisonError(ServegridError):
+    """Two studies cannot be held against each other."""
