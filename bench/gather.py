@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid import records, summary, tables
+from servegrid import columns, records, summary, tables
 from servegrid.config import study_of
 from servegrid.grid import Study, Trial
 
@@ -80,7 +80,7 @@ def requests_of(rng: np.random.Generator) -> pa.Table:
         }
         for number, own in enumerate(stamps)
     ]
-    return records.table_of(records.REQUESTS, rows)
+    return records.table_of(columns.REQUESTS, rows)
 
 
 def telemetry() -> pa.Table:
@@ -96,7 +96,7 @@ def telemetry() -> pa.Table:
         for sample in range(100)
         for gpu in range(4)
     ]
-    return records.table_of(records.TELEMETRY, rows)
+    return records.table_of(columns.TELEMETRY, rows)
 
 
 def record_of(trial: Trial) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Writes the parts of the documentation that follow from the code: `make docs`.
 
-docs/columns.md comes from `servegrid.records`, the key tables of config/README.md from the
+docs/columns.md comes from `servegrid.columns`, the key tables of config/README.md from the
 schema. A test fails where they have fallen behind.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from servegrid import records
+from servegrid import columns
 from servegrid.config import schema
 from servegrid.load.failure import KINDS
 from servegrid.validity import RULES
@@ -19,16 +19,16 @@ from servegrid.verdict import VERDICTS
 
 ROOT = Path(__file__).parent.parent
 TABLES = {
-    "cells": (records.CELLS, "`results/tables/cells.parquet` and `.csv`"),
-    "summary": (records.SUMMARY, "`results/tables/summary.parquet` and `.csv`"),
-    "frontier": (records.FRONTIER, "`results/tables/frontier.parquet` and others"),
-    "published": (records.BESIDE, "`results/tables/published.parquet` and others"),
-    "capacity": (records.PLAN, "`results/tables/capacity.parquet` and `.csv`"),
+    "cells": (columns.CELLS, "`results/tables/cells.parquet` and `.csv`"),
+    "summary": (columns.SUMMARY, "`results/tables/summary.parquet` and `.csv`"),
+    "frontier": (columns.FRONTIER, "`results/tables/frontier.parquet` and others"),
+    "published": (columns.BESIDE, "`results/tables/published.parquet` and others"),
+    "capacity": (columns.PLAN, "`results/tables/capacity.parquet` and `.csv`"),
     "requests": (
-        records.REQUESTS,
+        columns.REQUESTS,
         "`results/cells/<deployment>/<cell>/trial-<k>/requests.parquet`",
     ),
-    "telemetry": (records.TELEMETRY, "`telemetry.parquet` beside it"),
+    "telemetry": (columns.TELEMETRY, "`telemetry.parquet` beside it"),
 }
 START, END = "<!-- generated: {} -->", "<!-- end -->"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.bundle.derive import Ground, cells_of, write_figures, write_tables
 from servegrid.bundle.pack import Origin, pack
 from servegrid.config import study_of
@@ -99,11 +99,11 @@ def write_trial(folder: Path, trial: Trial) -> None:
     record = record_of(trial)
     sample = {"time_ns": 5, "device": "engine", "memory_bytes": 10**9}
     records.write(
-        records.table_of(records.TELEMETRY, [sample], record),
+        records.table_of(columns.TELEMETRY, [sample], record),
         folder / trial.id / "telemetry.parquet",
     )
     records.write(
-        records.table_of(records.REQUESTS, [request] * n, record),
+        records.table_of(columns.REQUESTS, [request] * n, record),
         folder / trial.id / "requests.parquet",
     )
 

@@ -18,7 +18,7 @@ import pytest
 from serving import Serving
 
 from conftest import DemoModel
-from servegrid import records, telemetry
+from servegrid import columns, records, telemetry
 from servegrid.endpoint import Endpoint
 from servegrid.grid import Deployment, Load
 from servegrid.load import measure
@@ -96,7 +96,7 @@ def check_the_servers_view(
         assert after[f"vllm:{name}"] - before[f"vllm:{name}"] == counted
 
     samples = records.table_of(
-        records.TELEMETRY, telemetry.slice(file, 0, *measured.facts["window_ns"])
+        columns.TELEMETRY, telemetry.slice(file, 0, *measured.facts["window_ns"])
     )
     record = {"metrics_before": before, "metrics_after": after}
     row = columns_of(record, measured.requests, samples)

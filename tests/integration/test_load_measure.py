@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from conftest import DemoModel
 from scripted import MODEL, Script, Server, serving
-from servegrid import records
+from servegrid import columns, records
 from servegrid.endpoint import Endpoint
 from servegrid.errors import LoadError
 from servegrid.grid import Load
@@ -77,7 +77,7 @@ def test_a_burst_is_waves_one_after_another() -> None:
         measurement = measure(server.endpoint, replace(BURST, warmup_waves=2), None, "cell")
         log = server.log()
     table = measurement.requests
-    assert table.schema.equals(records.schema_of(records.REQUESTS))
+    assert table.schema.equals(records.schema_of(columns.REQUESTS))
     rows = table.to_pylist()
     assert [row["request_id"] for row in rows] == [f"cell/{number}" for number in range(8)]
     assert [row["wave"] for row in rows] == [0] * 4 + [1] * 4

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from browsing import browser, opened
-from servegrid import records
+from servegrid import columns
 from servegrid.capacity import Demand, Hardware, plan
 from servegrid.findings import Limits, frontier
 from servegrid.page import compose
@@ -64,8 +64,8 @@ FAILED = {
 
 
 def study(*rows: dict[str, Any]) -> pd.DataFrame:
-    frame = pd.DataFrame(list(rows), columns=[column.name for column in records.CELLS])
-    return typed(frame, records.CELLS)
+    frame = pd.DataFrame(list(rows), columns=[column.name for column in columns.CELLS])
+    return typed(frame, columns.CELLS)
 
 
 def written(cells: pd.DataFrame, file: Path) -> Path:

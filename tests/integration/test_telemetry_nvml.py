@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from fake_nvml import Script, build
-from servegrid import records, telemetry
+from servegrid import columns, records, telemetry
 from servegrid.energy import GAP_S, power_of, state_of
 from servegrid.metrics import memory_peak_bytes
 
@@ -118,7 +118,7 @@ def test_power_and_energy_are_those_of_the_counter_and_doubted_where_the_samples
     for uuid in (A, B):
         script.gpu(uuid, **READINGS | {"energy": (0, counted)})
     rows = sampled(script, lasting(2.0, B))
-    table = records.table_of(records.TELEMETRY, rows)
+    table = records.table_of(columns.TELEMETRY, rows)
     power = power_of(table)
     # Two GPUs. What a sample is late by, of 2 s, is all that may be wrong with the counter.
     assert power.sampled_w == pytest.approx(400)
@@ -211,7 +211,7 @@ def test_a_gpu_that_another_job_has_does_not_count_and_one_that_fails_is_named(
     rows = sampled(script, several("index 2"))
     assert {row["device"] for row in rows} == {"engine", A, "index 2"}
     assert of(rows, "index 2")[-1].keys() == {"time_ns", "device"}
-    assert power_of(records.table_of(records.TELEMETRY, rows)).mean_w is None
+    assert power_of(records.table_of(columns.TELEMETRY, rows)).mean_w is None
     assert sampled(script, several(A), CUDA_VISIBLE_DEVICES="0")
 
 
@@ -235,7 +235,7 @@ def test_a_gpu_that_is_lost_is_null_from_then_on_and_the_others_go_on(sampled: S
     assert states == sorted(states)  # never known again
     assert not any(map(lost, of(rows, B)))
     # The mean power of a time is not that of its beginning.
-    assert power_of(records.table_of(records.TELEMETRY, rows)).mean_w is None
+    assert power_of(records.table_of(columns.TELEMETRY, rows)).mean_w is None
 
 
 def test_a_call_that_begins_to_fail_takes_nothing_else_along(sampled: Sampled) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from scripted import Script, serving
-from servegrid import records, server, telemetry
+from servegrid import columns, records, server, telemetry
 from servegrid.grid import Deployment, Load, Trial
 from servegrid.load import measure
 from servegrid.telemetry import Sampler
@@ -92,7 +92,7 @@ def measured(case: Case, folder: Path) -> Evidence:
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
-    return Evidence(record, measurement.requests, records.table_of(records.TELEMETRY, rows))
+    return Evidence(record, measurement.requests, records.table_of(columns.TELEMETRY, rows))
 
 
 @pytest.mark.parametrize("what", CASES)

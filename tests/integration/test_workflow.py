@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.config import study_of
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +157,7 @@ def test_measure_then_rerun_only_what_is_missing_new_or_changed(workspace: Works
     assert len(first) == 4
     assert workspace.bring_ups() == 1
     table = pq.read_table(workspace.folder / "results/tables/cells.parquet").to_pandas()
-    assert list(table.columns) == [column.name for column in records.CELLS]
+    assert list(table.columns) == [column.name for column in columns.CELLS]
     assert set(table["verdict"]) == {"ok"}
     for trial in first:
         rows = pq.read_table(workspace.folder / trial / "requests.parquet").to_pandas()
@@ -201,7 +201,7 @@ def test_a_cell_that_is_not_of_this_study_is_refused_by_name(workspace: Workspac
     table = pq.read_table(stale)
     record = records.read_record(stale) | {"spec_digest": "0" * 16}
     records.write(
-        table.replace_schema_metadata(records.schema_of(records.REQUESTS, record).metadata), stale
+        table.replace_schema_metadata(records.schema_of(columns.REQUESTS, record).metadata), stale
     )
     told = workspace.run(status=1)
     assert trial.id in told

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid import records
+from servegrid import columns
 from servegrid.beside_engines import compared
 from servegrid.summary import summarise
 from servegrid.tables import typed
@@ -32,8 +32,8 @@ def cell(engine: str, concurrency: int, speed: float, **other: Any) -> dict[str,
 
 
 def table(*rows: dict[str, Any]) -> list[dict[str, str]]:
-    frame = pd.DataFrame(list(rows), columns=[column.name for column in records.CELLS])
-    cells = typed(frame, records.CELLS)
+    frame = pd.DataFrame(list(rows), columns=[column.name for column in columns.CELLS])
+    cells = typed(frame, columns.CELLS)
     found: list[dict[str, str]] = compared(summarise(cells), cells).to_dict("records")
     return found
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from servegrid import records
+from servegrid import columns
 from servegrid.capacity import Demand, Hardware, demand_of, plan, read_hardware
 from servegrid.cli import main
 from servegrid.errors import ConfigError
@@ -30,9 +30,9 @@ def summary(*rows: dict[str, Any]) -> pd.DataFrame:
         "trials_valid": 1,
     }
     frame = pd.DataFrame(
-        [base | row for row in rows], columns=[column.name for column in records.SUMMARY]
+        [base | row for row in rows], columns=[column.name for column in columns.SUMMARY]
     )
-    return typed(frame.astype(object).where(frame.notna(), None), records.SUMMARY)
+    return typed(frame.astype(object).where(frame.notna(), None), columns.SUMMARY)
 
 
 def cell(concurrency: int, seconds: float | None, **other: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from servegrid import records
+from servegrid import columns
 from servegrid.cli import main
 from servegrid.comparison import (
     Comparison,
@@ -46,8 +46,8 @@ def trial(speed: float, **other: Any) -> dict[str, Any]:
 
 
 def study(*rows: dict[str, Any]) -> pd.DataFrame:
-    frame = pd.DataFrame(list(rows), columns=[column.name for column in records.CELLS])
-    return typed(frame, records.CELLS)
+    frame = pd.DataFrame(list(rows), columns=[column.name for column in columns.CELLS])
+    return typed(frame, columns.CELLS)
 
 
 def noisy(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from servegrid import records
+from servegrid import columns
 from servegrid.counters import PREEMPTIONS, PREFIX_HITS, Counters, gauges_of, grown, has_settled
 
 TODAYS = {
@@ -32,7 +32,7 @@ IDLE = TODAYS | {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 
 )
 def test_gauges_are_told_by_the_columns_names(counters: Counters, told: dict[str, float]) -> None:
     assert gauges_of(counters) == told
-    assert told.keys() <= {column.name for column in records.TELEMETRY}
+    assert told.keys() <= {column.name for column in columns.TELEMETRY}
 
 
 def test_a_counter_grows_by_the_difference() -> None:

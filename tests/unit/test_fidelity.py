@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.errors import RecordError
 from servegrid.fidelity import Distortion, columns_of, distortion_of
 
@@ -33,7 +33,7 @@ SENT = {
 
 
 def told_of(rows: list[dict[str, Any]]) -> Distortion:
-    table = records.table_of(records.REQUESTS, rows)
+    table = records.table_of(columns.REQUESTS, rows)
     return distortion_of(table, SENT, READ, ttft_s=0.1, cpu_s=0.03)
 
 

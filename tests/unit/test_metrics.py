@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.grid import Deployment, Load, Trial
 from servegrid.metrics import row_of
 
@@ -84,8 +84,8 @@ def cell(
     }
     return row_of(
         record,
-        records.table_of(records.REQUESTS, rows),
-        records.table_of(records.TELEMETRY, samples or []),
+        records.table_of(columns.REQUESTS, rows),
+        records.table_of(columns.TELEMETRY, samples or []),
     )
 
 
@@ -106,7 +106,7 @@ def latencies(name: str, mean: float, median: float) -> dict[str, Any]:
 
 def test_a_burst_of_two() -> None:
     row = cell(TWO)
-    known = [column.name for column in records.CELLS]
+    known = [column.name for column in columns.CELLS]
     elsewhere = ("valid", "invalid_reason", "sentinel_drift")
     assert list(row) == [name for name in known if name not in elsewhere]
     digest = row.pop("spec_digest")

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.errors import RecordError
 
 RECORD = {"spec": {"load": {"concurrency": 4}}, "reason": None, "words": "é × ☃", "list": [1, 2.5]}
@@ -40,8 +40,8 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("columns", [records.REQUESTS, records.TELEMETRY, records.CELLS])
-def test_every_column_is_named_once_and_explained(columns: tuple[records.Column, ...]) -> None:
+@pytest.mark.parametrize("columns", [columns.REQUESTS, columns.TELEMETRY, columns.CELLS])
+def test_every_column_is_named_once_and_explained(columns: tuple[columns.Column, ...]) -> None:
     assert len({column.name for column in columns}) == len(columns)
     assert all(column.meaning for column in columns)
     # A unit is said wherever the name ends in one.
@@ -56,11 +56,11 @@ def test_every_column_is_named_once_and_explained(columns: tuple[records.Column,
 def test_rows_metadata_and_units_come_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "requests.parquet"
     rows = [{"request_id": "a", "token_ns": [1, 2]}, {"request_id": "b"}]
-    records.write(records.table_of(records.REQUESTS, rows, RECORD), path)
+    records.write(records.table_of(columns.REQUESTS, rows, RECORD), path)
     assert records.read_record(path) == RECORD
     back = pq.read_table(path)
     assert [(field.name, field.type, field.metadata[b"unit"]) for field in back.schema] == [
-        (column.name, column.type, column.unit.encode()) for column in records.REQUESTS
+        (column.name, column.type, column.unit.encode()) for column in columns.REQUESTS
     ]
     assert back.select(["request_id", "token_ns", "error"]).to_pylist() == [
         {"request_id": "a", "token_ns": [1, 2], "error": None},

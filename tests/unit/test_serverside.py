@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.serverside import columns_of
 
 MS = 1_000_000
@@ -47,7 +47,7 @@ SAMPLES = [
 ]
 
 
-def columns(
+def columns_with(
     before: dict[str, float] | None = BEFORE,
     after: dict[str, float] | None = AFTER,
     requests: list[dict[str, Any]] = REQUESTS,
@@ -55,13 +55,13 @@ def columns(
 ) -> dict[str, float | None]:
     return columns_of(
         {"metrics_before": before, "metrics_after": after},
-        records.table_of(records.REQUESTS, requests),
-        records.table_of(records.TELEMETRY, samples),
+        records.table_of(columns.REQUESTS, requests),
+        records.table_of(columns.TELEMETRY, samples),
     )
 
 
 def test_histograms_and_counters_are_of_the_load_alone() -> None:
-    assert columns() == {
+    assert columns_with() == {
         "server_ttft_s_mean": pytest.approx(0.15),
         "server_itl_s_mean": pytest.approx(0.02),
         "server_queue_s_mean": pytest.approx(0.005),
@@ -74,7 +74,7 @@ def test_histograms_and_counters_are_of_the_load_alone() -> None:
         "preemptions": 3,
         "prefix_hit_tokens": 0,
     }
-    assert columns().keys() <= {column.name for column in records.CELLS}
+    assert columns_with().keys() <= {column.name for column in columns.CELLS}
 
 
 def test_older_versions_call_the_time_between_tokens_otherwise() -> None:
@@ -82,18 +82,18 @@ def test_older_versions_call_the_time_between_tokens_otherwise() -> None:
         names = ("inter_token_latency", "time_per_output_token")
         return {name.replace(*names): value for name, value in counters.items()}
 
-    assert columns(renamed(BEFORE), renamed(AFTER)) == columns()
+    assert columns_with(renamed(BEFORE), renamed(AFTER)) == columns_with()
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, AFTER), (BEFORE, None), ({}, {})])
 def test_what_the_server_does_not_tell_is_null(
     before: dict[str, float] | None, after: dict[str, float] | None
 ) -> None:
-    assert set(columns(before, after, samples=[]).values()) == {None}
+    assert set(columns_with(before, after, samples=[]).values()) == {None}
 
 
 def test_a_mean_over_nothing_is_null() -> None:
-    row = columns(AFTER, AFTER)
+    row = columns_with(AFTER, AFTER)
     assert (row["server_ttft_s_mean"], row["ttft_beyond_server_s"]) == (None, None)
     assert row["preemptions"] == 0
 
@@ -107,7 +107,7 @@ def test_a_mean_over_nothing_is_null() -> None:
     ],
 )
 def test_views_of_different_requests_are_not_compared(requests: list[dict[str, Any]]) -> None:
-    row = columns(requests=requests)
+    row = columns_with(requests=requests)
     assert row["ttft_beyond_server_s"] is None
     assert row["server_ttft_s_mean"] == pytest.approx(0.15)
 
@@ -115,5 +115,5 @@ def test_views_of_different_requests_are_not_compared(requests: list[dict[str, A
 def test_requests_that_never_had_a_token_are_left_out_of_the_comparison() -> None:
     failed = {"sent_ns": 100 * MS, "first_token_ns": None}
     unsent = {"sent_ns": None, "first_token_ns": None}
-    row = columns(requests=[*REQUESTS, failed, unsent])
+    row = columns_with(requests=[*REQUESTS, failed, unsent])
     assert row["ttft_beyond_server_s"] == pytest.approx(0.02)

@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid import records, summary
+from servegrid import columns, records, summary
 from servegrid.summary import summarise
 from servegrid.tables import typed
 
@@ -28,9 +28,9 @@ KEYS = {
 def cells(*rows: dict[str, Any]) -> pd.DataFrame:
     given = pd.DataFrame(
         [KEYS | {"trial": n, "verdict": "ok", "valid": True} | row for n, row in enumerate(rows)],
-        columns=[column.name for column in records.CELLS],
+        columns=[column.name for column in columns.CELLS],
     )
-    return typed(given, records.CELLS)
+    return typed(given, columns.CELLS)
 
 
 def test_the_median_of_the_valid_trials_and_its_interval() -> None:
@@ -78,6 +78,6 @@ def test_it_is_written_with_its_units(tmp_path: Path) -> None:
     table = summarise(cells({"output_tokens_per_s": 5.0}))
     summary.write(table, tmp_path / "s.parquet", tmp_path / "s.csv")
     schema = pq.read_schema(tmp_path / "s.parquet")
-    assert schema.equals(records.schema_of(records.SUMMARY), check_metadata=True)
+    assert schema.equals(records.schema_of(columns.SUMMARY), check_metadata=True)
     header = (tmp_path / "s.csv").read_text().split("\n")[0]
-    assert header == ",".join(column.name for column in records.SUMMARY)
+    assert header == ",".join(column.name for column in columns.SUMMARY)

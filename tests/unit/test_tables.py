@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.config import study_of
 from servegrid.errors import RecordError
 from servegrid.grid import Trial
@@ -68,13 +68,13 @@ def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None 
         "asked_tokens": 10,
     }
     record = record or record_of(trial)
-    table = records.table_of(records.REQUESTS, [request] * n, record)
+    table = records.table_of(columns.REQUESTS, [request] * n, record)
     records.write(table, folder / trial.id / "requests.parquet")
 
 
 def write_trial(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
     sample = {"time_ns": 5, "device": "engine", "memory_bytes": 2**60 + 1}
-    table = records.table_of(records.TELEMETRY, [sample], record or record_of(trial))
+    table = records.table_of(columns.TELEMETRY, [sample], record or record_of(trial))
     records.write(table, folder / trial.id / "telemetry.parquet")
     write_requests(folder, trial, record)
 
@@ -145,7 +145,7 @@ def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) ->
     write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
     assert read_cells(folder / "cells.parquet").equals(cells)
     schema = pq.read_schema(folder / "cells.parquet")
-    assert schema.equals(records.schema_of(records.CELLS), check_metadata=True)
+    assert schema.equals(records.schema_of(columns.CELLS), check_metadata=True)
 
 
 def test_what_is_unknown_is_null_and_large_integers_stay_exact(study: Study) -> None:
@@ -167,7 +167,7 @@ def test_the_csv_has_the_same_numbers(study: Study) -> None:
     with (folder / "cells.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         first, second = reader
-    assert reader.fieldnames == [column.name for column in records.CELLS]
+    assert reader.fieldnames == [column.name for column in columns.CELLS]
     # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, as Python writes these floats in full
     for row, told in (
         (first, {"verdict": "ok", "reason": "", "valid": "True", "tpot_s_mean": "0.1"}),
@@ -249,7 +249,7 @@ def test_a_damaged_file_is_named(study: Study, name: str) -> None:
 
 def test_a_file_without_a_record_is_damaged(study: Study) -> None:
     trials, folder = study
-    table = records.table_of(records.REQUESTS, [])
+    table = records.table_of(columns.REQUESTS, [])
     records.write(table, folder / trials[0].id / "requests.parquet")
     assert f"{trials[0].id}: requests.parquet is damaged" in refusal(trials, folder)
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from servegrid import records, telemetry
+from servegrid import columns, records, telemetry
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -87,7 +87,7 @@ def test_the_sampler_sees_a_process_until_it_is_left(tmp_path: Path) -> None:
     rss = psutil.Process().memory_info().rss
     assert rows[-1]["memory_bytes"] == pytest.approx(rss, rel=0.2)
     assert 0 < rows[-1]["cpu_s"] <= sum(psutil.Process().cpu_times()[:2]) + 1 / TICKS
-    assert records.table_of(records.TELEMETRY, rows).num_rows == len(rows)
+    assert records.table_of(columns.TELEMETRY, rows).num_rows == len(rows)
 
 
 def test_the_sampler_ends_with_its_parent(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ rule gather:
             trial=[trial.id for trial in study.measured],
             part=["requests", "telemetry"],
         ),
-        modules("counters", "energy", "fidelity", "metrics", "records"),
+        modules("columns", "counters", "energy", "fidelity", "metrics", "records"),
         modules("serverside", "stationarity", "tables", "validity"),
     output:
         parquet="results/tables/cells.parquet",
@@ -36,7 +36,7 @@ rule gather:
 
 rule summarise:
     input:
-        modules("intervals", "records", "summary", "tables"),
+        modules("columns", "intervals", "records", "summary", "tables"),
         cells=rules.gather.output.parquet,
     output:
         parquet="results/tables/summary.parquet",

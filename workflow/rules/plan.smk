@@ -5,7 +5,7 @@ localrules:
 rule plan_capacity:
     input:
         modules("bionic", "capacity", "derived", "plan_page", "printable"),
-        modules("queueing", "records"),
+        modules("columns", "queueing", "records"),
         summary=rules.summarise.output.parquet,
         hardware=HARDWARE,
     output:

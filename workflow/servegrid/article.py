@@ -78,7 +78,7 @@ class ArticleTable:
 def article_tables(cells: pd.DataFrame, deployment: str) -> list[ArticleTable]:
     """The tables of `deployment`: one for each protocol and output length, in study order.
 
-    `cells` has the columns of `records.CELLS`. A cell with several trials shows the median of
+    `cells` has the columns of `columns.CELLS`. A cell with several trials shows the median of
     those that are valid, or of those that were served where none is.
     """
     own = cells[cells["deployment"] == deployment]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid import config, records, tables
+from servegrid import columns, config, tables
 from servegrid.labels import EMULATED, nearest_length
 from servegrid.queueing import (
     Curve,
@@ -105,9 +105,9 @@ def read_hardware(file: Path) -> Hardware:
 
 
 def plan(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> pd.DataFrame:
-    """One row of `records.PLAN` per deployment and closed-loop load, the cheapest first.
+    """One row of `columns.PLAN` per deployment and closed-loop load, the cheapest first.
 
-    `summary` has the columns of `records.SUMMARY`. Where nothing can be said, `reason` says why.
+    `summary` has the columns of `columns.SUMMARY`. Where nothing can be said, `reason` says why.
     """
     closed = summary[summary["protocol"].isin(CLOSED)]
     groups = closed.groupby(["protocol", "output_len", "deployment"], sort=False)
@@ -128,8 +128,8 @@ def plan(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> pd.DataFr
         else:
             row["prompt_tokens"] = found.prompt_tokens
             rows.append(row | needed(found, demand, hardware, first["gpu"], row["gpu_count"]))
-    frame = pd.DataFrame(rows, columns=[column.name for column in records.PLAN])
-    frame = tables.typed(frame.astype(object).where(frame.notna(), None), records.PLAN)
+    frame = pd.DataFrame(rows, columns=[column.name for column in columns.PLAN])
+    frame = tables.typed(frame.astype(object).where(frame.notna(), None), columns.PLAN)
     order = ["purchase", "gpus", "replicas"]
     return frame.sort_values(order, kind="stable", na_position="last", ignore_index=True)
 
@@ -169,7 +169,7 @@ def served(cells: pd.DataFrame, input_len: int | None) -> Served | str:
 def needed(
     found: Served, demand: Demand, hardware: Hardware, gpu: str, gpu_count: int
 ) -> dict[str, Any]:
-    """What the demand needs of a deployment, by the names of `records.PLAN`."""
+    """What the demand needs of a deployment, by the names of `columns.PLAN`."""
     limit_s = found.output_len / demand.tokens_per_s_per_user
     seconds = _mean(found.seconds)
     most = min(most_in_flight(each, limit_s) for each in found.seconds)

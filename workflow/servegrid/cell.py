@@ -10,7 +10,7 @@ import secrets
 import time
 from pathlib import Path
 
-from servegrid import __version__, records, server, telemetry
+from servegrid import __version__, columns, records, server, telemetry
 from servegrid.allocation import Handover
 from servegrid.deployment import EXTERNAL
 from servegrid.errors import EngineError
@@ -74,9 +74,9 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     }
     window = measurement.facts["window_ns"]
     rows = telemetry.slice(handover.telemetry, offset, *window)
-    records.write(records.table_of(records.TELEMETRY, rows, record), samples)
+    records.write(records.table_of(columns.TELEMETRY, rows, record), samples)
     table = measurement.requests
-    schema = records.schema_of(records.REQUESTS, record)
+    schema = records.schema_of(columns.REQUESTS, record)
     records.write(table.replace_schema_metadata(schema.metadata), requests)
     return verdict
 

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
-from servegrid import __version__, models, records
+from servegrid import __version__, columns, models, records
 from servegrid.bundle.commands import add_open, add_verify
 from servegrid.compare_command import add_compare
 from servegrid.endpoint import Endpoint, base_of, key_in
@@ -135,7 +135,7 @@ def _load(options: argparse.Namespace) -> int:
         "facts": measurement.facts,
         "endpoint": {"url": options.url, "model": endpoint.model, "api": endpoint.api},
     }
-    schema = records.schema_of(records.REQUESTS, record)
+    schema = records.schema_of(columns.REQUESTS, record)
     records.write(measurement.requests.replace_schema_metadata(schema.metadata), options.out)
     print(_summary(measurement))
     return 1 if any(measurement.errors) else 0

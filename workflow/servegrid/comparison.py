@@ -62,7 +62,7 @@ class Comparison:
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame, mixed: bool = False) -> Comparison:
-    """Hold the trials of two studies against each other, tables of `records.CELLS`.
+    """Hold the trials of two studies against each other, tables of `columns.CELLS`.
 
     Cells are matched by load and by the name of their deployment, or, where the studies share no
     such name, by model, quantization and GPUs. Trials that may not be believed are left out. Raises

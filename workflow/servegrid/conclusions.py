@@ -24,7 +24,7 @@ BESIDE = (
 
 
 def frontier_table(reach: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
-    """`records.FRONTIER` as texts; `titles` are the deployments' names for people."""
+    """`columns.FRONTIER` as texts; `titles` are the deployments' names for people."""
     rows = [
         {
             "deployment": titles.get(row["deployment"], row["deployment"]),
@@ -60,7 +60,7 @@ def findings_page(
 
 
 def beside_table(pairs: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
-    """`records.BESIDE` as texts."""
+    """`columns.BESIDE` as texts."""
     rows = [
         {
             "deployment": titles.get(row["deployment"], row["deployment"]),

@@ -31,7 +31,7 @@ E2EL: Names = ("vllm:e2e_request_latency_seconds",)
 
 
 def gauges_of(counters: Counters) -> dict[str, float]:
-    """The columns of `records.TELEMETRY` that the server tells, without those that it does not."""
+    """The columns of `columns.TELEMETRY` that the server tells, without those that it does not."""
     told = {
         "running": _value(counters, RUNNING),
         "waiting": _value(counters, WAITING),

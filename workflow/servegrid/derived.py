@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid import (
+    columns,
     conclusions,
     findings,
     labels,
@@ -20,7 +21,6 @@ from servegrid import (
     printable,
     provenance,
     published,
-    records,
     tables,
 )
 from servegrid.capacity import demand_of, plan, read_hardware
@@ -41,13 +41,13 @@ def write_conclusions(
     titles, notes = labels.deployment_titles(cells), labels.emulation_notes(cells)
 
     reach = findings.frontier(summary, limits)
-    tables.write(reach, records.FRONTIER, paths["frontier"], paths["frontier_csv"])
+    tables.write(reach, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
     shown = conclusions.frontier_table(reach, titles)
     told = findings.statements(summary, reach, limits, titles)
 
     mixed = config.get("mix_emulated", False)
     pairs = published.beside(summary, published.summary_of("inria-2024"), mixed)
-    tables.write(pairs, records.BESIDE, paths["published"], paths["published_csv"])
+    tables.write(pairs, columns.BESIDE, paths["published"], paths["published_csv"])
     pairs_shown = conclusions.beside_table(pairs, titles)
     apart = published.differences(cells, [trial.load.prompts for trial in study.trials])
 
@@ -76,7 +76,7 @@ def write_plan(
     """
     demand, prices = demand_of(config), read_hardware(hardware)
     planned = plan(summary, demand, prices)
-    tables.write(planned, records.PLAN, paths["parquet"], paths["csv"])
+    tables.write(planned, columns.PLAN, paths["parquet"], paths["csv"])
     printable.write(
         {
             paths["markdown"]: plan_page.page(planned, demand, prices),

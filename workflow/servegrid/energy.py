@@ -33,7 +33,7 @@ COLUMNS = (
     "temperature_c",
     "sm_clock_mhz",
 )
-"""The columns of `records.TELEMETRY` that `power_of` and `state_of` need."""
+"""The columns of `columns.TELEMETRY` that `power_of` and `state_of` need."""
 
 _Samples = tuple[Any, Any]
 """Times in s and values, as arrays of floats of the same length, at least two."""
@@ -76,7 +76,7 @@ def power_of(telemetry: pa.Table) -> Power:
 
 
 def state_of(telemetry: pa.Table) -> dict[str, float | None]:
-    """The columns of `records.CELLS` that tell how the GPUs fared, over all of their samples."""
+    """The columns of `columns.CELLS` that tell how the GPUs fared, over all of their samples."""
     gpus = telemetry.filter(pc.not_equal(telemetry["device"], ENGINE_DEVICE))
     return {
         "gpu_utilization_mean": pc.mean(gpus["utilization"]).as_py(),

@@ -63,7 +63,7 @@ def distortion_of(
     ttft_s: float,
     cpu_s: float,
 ) -> Distortion:
-    """The distortion of `requests`, a row of `records.REQUESTS` each.
+    """The distortion of `requests`, a row of `columns.REQUESTS` each.
 
     `sent` and `read` are the server's log by request, in ns of CLOCK_MONOTONIC: when each piece,
     with one chunk of tokens, was sent, and when the request had been read. `ttft_s` is what the
@@ -100,7 +100,7 @@ def distortion_of(
 
 
 def columns_of(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """The columns of `records.CELLS` that say how far the client distorts on the cell's node.
+    """The columns of `columns.CELLS` that say how far the client distorts on the cell's node.
 
     They are of the self-check before the sweep, and the head-room compares it with this cell. All
     are None where there was no self-check, as beside an emulated engine, or where it has failed.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid import records, tables
+from servegrid import columns, tables
 from servegrid.capacity import CLOSED
 
 LINEAR = math.log2(1.8)
@@ -42,9 +42,9 @@ def limits_of(study: Mapping[str, Any]) -> Limits:
 
 
 def frontier(summary: pd.DataFrame, limits: Limits) -> pd.DataFrame:
-    """How far each deployment goes: a row of `records.FRONTIER` for each prompt length.
+    """How far each deployment goes: a row of `columns.FRONTIER` for each prompt length.
 
-    `summary` has the columns of `records.SUMMARY`. Cells that may not be believed count as served,
+    `summary` has the columns of `columns.SUMMARY`. Cells that may not be believed count as served,
     and not as within limits.
     """
     keys = ["deployment", "engine", "protocol", "output_len", "input_len"]
@@ -53,8 +53,8 @@ def frontier(summary: pd.DataFrame, limits: Limits) -> pd.DataFrame:
         dict(zip(keys, key, strict=True)) | _reach(own.sort_values("concurrency"), limits)
         for key, own in closed.groupby(keys, sort=False)
     ]
-    frame = pd.DataFrame(rows, columns=[column.name for column in records.FRONTIER])
-    return tables.typed(frame.astype(object).where(frame.notna(), None), records.FRONTIER)
+    frame = pd.DataFrame(rows, columns=[column.name for column in columns.FRONTIER])
+    return tables.typed(frame.astype(object).where(frame.notna(), None), columns.FRONTIER)
 
 
 def knee(times: Mapping[int, float]) -> int | None:

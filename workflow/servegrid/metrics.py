@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from servegrid import energy, fidelity, serverside, stationarity
+from servegrid.columns import PERCENTILES
 from servegrid.energy import ENGINE_DEVICE, power_of, state_of
 from servegrid.grid import Load, Trial
-from servegrid.records import PERCENTILES
 from servegrid.stationarity import Window, window_of
 from servegrid.verdict import OK
 
@@ -30,16 +30,16 @@ REQUEST_COLUMNS = (
     "chunk_tokens",
     "completion_tokens",
 )
-"""The columns of `records.REQUESTS` that `row_of` needs."""
+"""The columns of `columns.REQUESTS` that `row_of` needs."""
 
 TELEMETRY_COLUMNS = (*energy.COLUMNS, *serverside.TELEMETRY_COLUMNS, "memory_bytes")
-"""The columns of `records.TELEMETRY` that `row_of` needs."""
+"""The columns of `columns.TELEMETRY` that `row_of` needs."""
 
 _Floats = npt.NDArray[np.float64]
 
 
 def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -> dict[str, Any]:
-    """One row of `records.CELLS`.
+    """One row of `columns.CELLS`.
 
     `requests` and `telemetry` have one row per request and per sample, with at least
     REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens are those of the requests

@@ -96,7 +96,7 @@ def described(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def gpu_row(nvml: Any, uuid: str, handle: Any) -> Row:
-    """One sample of a GPU, keyed as `records.TELEMETRY`."""
+    """One sample of a GPU, keyed as `columns.TELEMETRY`."""
 
     def read(name: str, *arguments: Any) -> Any:
         with contextlib.suppress(nvml.NVMLError):

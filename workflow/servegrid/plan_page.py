@@ -31,7 +31,7 @@ Prompt lengths come in equal parts; how they slow each other down is not measure
 
 
 def page(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
-    """The plan, a table of `records.PLAN`, with its assumptions and what it does not know."""
+    """The plan, a table of `columns.PLAN`, with its assumptions and what it does not know."""
     blocks = ["# Capacity plan", _assumptions(demand, hardware)]
     for (protocol, output_len), own in plan.groupby(["protocol", "output_len"], sort=False):
         load = load_title(str(protocol), int(str(output_len)))

@@ -50,7 +50,7 @@ _HANDLE_IN = 0.7
 
 @dataclass(frozen=True)
 class Metric:
-    """A column of `records.CELLS` that is drawn, what its axis is called, and a second column, of
+    """A column of `columns.CELLS` that is drawn, what its axis is called, and a second column, of
     which a thin line tells where it is known. `of_users` has no meaning at a rate."""
 
     column: str

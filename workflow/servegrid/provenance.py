@@ -17,7 +17,7 @@ def allocations(
 ) -> list[dict[str, str | None]]:
     """A row for each allocation that measured any of `trials`, in their order.
 
-    `cells` is their table of `records.CELLS`, a row each; `folder` has their records. Raises
+    `cells` is their table of `columns.CELLS`, a row each; `folder` has their records. Raises
     RecordError where one cannot be read.
     """
     first: dict[Any, Trial] = {}

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from servegrid import records, reference, tables
+from servegrid import columns, reference, tables
 from servegrid.labels import EMULATED, counted
 
 
 def summary_of(study: str) -> pd.DataFrame:
-    """The figures of a published study, one of `reference.STUDIES`, as a table of records.SUMMARY.
+    """The figures of a published study, one of `reference.STUDIES`, as a table of columns.SUMMARY.
 
     A row per cell; what was not served has trials_served 0. Speeds follow from the seconds per
     100 tokens of a burst: with n requests at once, each gets 100 / seconds tokens per second.
@@ -29,8 +29,8 @@ def summary_of(study: str) -> pd.DataFrame:
         trials_valid=served,
         output_tokens_per_s_per_user=100 / seconds,
         output_tokens_per_s=100 * cells["concurrency"] / seconds,
-    ).reindex(columns=[column.name for column in records.SUMMARY])
-    return tables.typed(frame.astype(object).where(frame.notna(), None), records.SUMMARY)
+    ).reindex(columns=[column.name for column in columns.SUMMARY])
+    return tables.typed(frame.astype(object).where(frame.notna(), None), columns.SUMMARY)
 
 
 ROUNDING_S = 0.05
@@ -44,9 +44,9 @@ SAME = (
 
 
 def beside(measured: pd.DataFrame, published: pd.DataFrame, emulated: bool = False) -> pd.DataFrame:
-    """Measured cells beside the published ones, a row of `records.BESIDE` each.
+    """Measured cells beside the published ones, a row of `columns.BESIDE` each.
 
-    Both are tables of `records.SUMMARY`. Of `measured`, only figures that may be believed count,
+    Both are tables of `columns.SUMMARY`. Of `measured`, only figures that may be believed count,
     and emulated ones only if asked for. The ratio is measured / published seconds; its range takes
     the published figure anywhere within its rounding and the measured one anywhere in its interval.
     """
@@ -66,13 +66,13 @@ def beside(measured: pd.DataFrame, published: pd.DataFrame, emulated: bool = Fal
         ratio_low=low.fillna(value) / (both["published_s"] + ROUNDING_S),
         ratio_high=high.fillna(value) / (both["published_s"] - ROUNDING_S),
     )
-    names = [column.name for column in records.BESIDE]
+    names = [column.name for column in columns.BESIDE]
     table = both.reindex(columns=names)
-    return tables.typed(table.astype(object).where(table.notna(), None), records.BESIDE)
+    return tables.typed(table.astype(object).where(table.notna(), None), columns.BESIDE)
 
 
 def statements(pairs: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
-    """What a table of `records.BESIDE` says, a sentence for each deployment.
+    """What a table of `columns.BESIDE` says, a sentence for each deployment.
 
     `titles` are the deployments' names for people.
     """
@@ -92,7 +92,7 @@ def statements(pairs: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
 def differences(cells: pd.DataFrame, prompts: Sequence[str]) -> list[str]:
     """What is known to differ between a study and the article, apart from the hardware.
 
-    `cells` is its table of `records.CELLS`, `prompts` the kinds of prompts of its loads.
+    `cells` is its table of `columns.CELLS`, `prompts` the kinds of prompts of its loads.
     """
     engines = sorted(
         {

@@ -89,7 +89,7 @@ def metrics(endpoint: Endpoint, path: str = "/metrics") -> dict[str, float] | No
 
 
 def gauges(endpoint: Endpoint) -> dict[str, float]:
-    """What the server says of its load at this moment, by the names of `records.TELEMETRY`.
+    """What the server says of its load at this moment, by the names of `columns.TELEMETRY`.
 
     It is asked for little: vLLM works 4 ms on its whole page, and 0.2 ms on these few metrics.
     """

@@ -22,16 +22,16 @@ from servegrid.counters import (
 )
 
 REQUEST_COLUMNS = ("sent_ns", "first_token_ns")
-"""The columns of `records.REQUESTS` that `columns_of` needs."""
+"""The columns of `columns.REQUESTS` that `columns_of` needs."""
 
 TELEMETRY_COLUMNS = ("running", "waiting", "kv_cache_use")
-"""The columns of `records.TELEMETRY` that `columns_of` needs."""
+"""The columns of `columns.TELEMETRY` that `columns_of` needs."""
 
 
 def columns_of(
     record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table
 ) -> dict[str, float | None]:
-    """The columns of `records.CELLS` that come from the server.
+    """The columns of `columns.CELLS` that come from the server.
 
     `requests` are all requests of the load, for the server's histograms know no window, with at
     least REQUEST_COLUMNS; `telemetry` the samples of the time that the cell's figures are of,

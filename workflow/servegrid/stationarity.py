@@ -29,7 +29,7 @@ STANDARD_ERRORS = 2.0
 """A difference that chance alone would often make is no drift."""
 
 COLUMNS = ("user", "scheduled_ns", "sent_ns", "done_ns", "error")
-"""The columns of `records.REQUESTS` that `window_of` needs."""
+"""The columns of `columns.REQUESTS` that `window_of` needs."""
 
 _Floats = npt.NDArray[np.float64]
 

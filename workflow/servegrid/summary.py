@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from servegrid import records, tables
+from servegrid import columns, tables
 from servegrid.intervals import Interval, interval
 from servegrid.verdict import OK
 
 
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row of `records.SUMMARY` per cell, in the order of `cells`, a table of `records.CELLS`.
+    """One row of `columns.SUMMARY` per cell, in the order of `cells`, a table of `columns.CELLS`.
 
     Figures are of the trials that may be believed; where none may, of all that were served.
     """
-    keys = [column.name for column in records.SUMMARY_KEYS]
-    figures = cells[list(records.SUMMARISED)].astype("Float64").to_numpy(float, na_value=math.nan)
+    keys = [column.name for column in columns.SUMMARY_KEYS]
+    figures = cells[list(columns.SUMMARISED)].astype("Float64").to_numpy(float, na_value=math.nan)
     is_served = (cells["verdict"] == OK).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     firsts, rows = [], []
@@ -36,9 +36,9 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
             "trials_valid": len(own_valid),
         }
         rows.append(counts | _figures(figures[own_valid if own_valid.size else own_served]))
-    frame = pd.DataFrame(rows, columns=[column.name for column in records.SUMMARY[len(keys) :]])
+    frame = pd.DataFrame(rows, columns=[column.name for column in columns.SUMMARY[len(keys) :]])
     of_cells = cells[keys].iloc[firsts].reset_index(drop=True)
-    return tables.typed(pd.concat([of_cells, frame], axis=1), records.SUMMARY)
+    return tables.typed(pd.concat([of_cells, frame], axis=1), columns.SUMMARY)
 
 
 def served(trials: pd.DataFrame) -> pd.DataFrame:
@@ -66,13 +66,13 @@ def median(trials: pd.DataFrame, figure: str) -> tuple[float | None, Interval | 
 
 def write(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
     """Write it as Parquet, with its columns' units and meanings, and as CSV."""
-    tables.write(summary, records.SUMMARY, parquet, csv)
+    tables.write(summary, columns.SUMMARY, parquet, csv)
 
 
 def _figures(trials: npt.NDArray[np.float64]) -> dict[str, Any]:
     """The figures of one cell, a column each of SUMMARISED in its trials; unknown is NaN."""
     row: dict[str, Any] = {}
-    for name, column in zip(records.SUMMARISED, trials.T, strict=True):
+    for name, column in zip(columns.SUMMARISED, trials.T, strict=True):
         values = column[~np.isnan(column)].tolist()
         low, high = interval(values) or (None, None)
         value = statistics.median(values) if values else None

@@ -16,10 +16,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid import metrics, records, validity
+from servegrid import columns, metrics, records, validity
+from servegrid.columns import Column
 from servegrid.errors import RecordError
 from servegrid.grid import Trial, canonical
-from servegrid.records import Column
 from servegrid.validity import Evidence, certificate
 
 _LISTED = 10
@@ -39,7 +39,7 @@ _PANDAS_TYPES = {
 def gather(
     trials: Sequence[Trial], folder: Path, drifts: Mapping[str, float] | None = None
 ) -> pd.DataFrame:
-    """One row of `records.CELLS` per trial, in the order of `trials`.
+    """One row of `columns.CELLS` per trial, in the order of `trials`.
 
     `folder` has each trial's `requests.parquet` and `telemetry.parquet` under its id. `drifts`
     tells by how much the sentinels of each allocation differed (see `drift_by_allocation`).
@@ -57,14 +57,14 @@ def gather(
     }
     if errors:
         raise RecordError(_refusal(errors, len(trials), folder))
-    return _frame(records.table_of(records.CELLS, rows))
+    return _frame(records.table_of(columns.CELLS, rows))
 
 
 def drift_by_allocation(sentinels: pd.DataFrame) -> dict[str, float]:
     """By which share the output tokens per second of an allocation's sentinels differ.
 
     (highest - lowest) / median, of the allocations that have at least two that were served.
-    `sentinels` has the columns of `records.CELLS`.
+    `sentinels` has the columns of `columns.CELLS`.
     """
     speeds = sentinels.dropna(subset="output_tokens_per_s").groupby("allocation")
     known = speeds["output_tokens_per_s"].agg(["min", "median", "max", "count"])
@@ -79,7 +79,7 @@ def write_cells(cells: pd.DataFrame, parquet: Path, csv: Path) -> None:
     In the CSV an unknown value is an empty field, and a float has as many digits as it takes
     to read the same value back. Raises RecordError where a file cannot be written.
     """
-    write(cells, records.CELLS, parquet, csv)
+    write(cells, columns.CELLS, parquet, csv)
 
 
 def write(table: pd.DataFrame, columns: Iterable[Column], parquet: Path, csv: Path) -> None:

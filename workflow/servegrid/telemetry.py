@@ -1,7 +1,7 @@
 """What the engine's processes and GPUs use, sampled for as long as an allocation lasts.
 
 The sampler is a process of its own and ends with the one that started it. It appends one line of
-JSON per device and sample, keyed as `records.TELEMETRY`; a cell remembers where the file ended
+JSON per device and sample, keyed as `columns.TELEMETRY`; a cell remembers where the file ended
 when its load began and reads on from there. The engine, the GPUs and the server are each asked in
 a thread of their own: where one hangs, its rows or values are missing, and the others go on.
 """

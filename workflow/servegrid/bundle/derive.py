@@ -46,7 +46,7 @@ class Ground:
 
 
 def cells_of(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells and the sentinels of the records in `folder`, tables of `records.CELLS`.
+    """The cells and the sentinels of the records in `folder`, tables of `columns.CELLS`.
 
     Raises RecordError as `tables.gather` does.
     """

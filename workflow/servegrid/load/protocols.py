@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import pyarrow as pa
 
-from servegrid import records
+from servegrid import columns, records
 from servegrid.endpoint import Endpoint
 from servegrid.errors import LoadError
 from servegrid.grid import Load
@@ -38,7 +38,7 @@ Counters = Mapping[str, float] | None
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one load gave: `requests` has the schema of records.REQUESTS, a row per request.
+    """What one load gave: `requests` has the schema of columns.REQUESTS, a row per request.
 
     `facts` say how it was measured:
 
@@ -153,7 +153,7 @@ def measure(
     }
     completed = sum(row["error"] is None for row in rows)
     return Measurement(
-        records.table_of(records.REQUESTS, rows), facts, counted_before, counters(completed)
+        records.table_of(columns.REQUESTS, rows), facts, counted_before, counters(completed)
     )
 
 

@@ -1,4 +1,4 @@
-"""From the bytes of a response to its row of `records.REQUESTS`: all that is parsed, afterwards.
+"""From the bytes of a response to its row of `columns.REQUESTS`: all that is parsed, afterwards.
 
 Events are read as the WHATWG's HTML standard defines server-sent events, chunks as OpenAI's
 completions and chat completions APIs define them, with vLLM's usage per chunk where the server
@@ -68,7 +68,7 @@ class _Answer:
 
 
 def row_of(exchange: Exchange, asked: Asked) -> dict[str, Any]:
-    """The row of `records.REQUESTS` of one exchange.
+    """The row of `columns.REQUESTS` of one exchange.
 
     A failed exchange keeps what came before it failed, with `error` saying why.
     """

@@ -30,7 +30,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class Found:
-    """What the page shows: tables of `records.CELLS`, `SUMMARY`, `FRONTIER` and `BESIDE`, with the
+    """What the page shows: tables of `columns.CELLS`, `SUMMARY`, `FRONTIER` and `BESIDE`, with the
     limits of the frontier, what differs from the published study, and the environments of
     `provenance.allocations`."""
 

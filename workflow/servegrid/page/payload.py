@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.capacity import CLOSED, Demand, Hardware
+from servegrid.columns import SUMMARISED
 from servegrid.labels import (
     EMULATED,
     axis_title,
@@ -19,7 +20,6 @@ from servegrid.labels import (
     load_title,
     with_intensity,
 )
-from servegrid.records import SUMMARISED
 
 Json = Any
 
@@ -65,7 +65,7 @@ def payload_of(
 ) -> dict[str, Json]:
     """All that was measured and what is asked.
 
-    `summary`, `cells` and `pairs` are tables of `records.SUMMARY`, `CELLS` and `BESIDE`.
+    `summary`, `cells` and `pairs` are tables of `columns.SUMMARY`, `CELLS` and `BESIDE`.
     """
     ratios = {
         tuple(row[key] for key in _PAIRED): [row["ratio"], row["ratio_low"], row["ratio_high"]]

@@ -9,7 +9,7 @@ import pandas as pd
 
 FOLDER = Path(__file__).parent
 STUDIES = ("inria-2024",)
-"""Published studies: their cells, as far as they are known, in the columns of `records.CELLS`."""
+"""Published studies: their cells, as far as they are known, in the columns of `columns.CELLS`."""
 
 
 @cache
