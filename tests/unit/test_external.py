@@ -17,6 +17,9 @@ import pytest
 from servegrid import allocation, cell
 from servegrid.allocation import Handover, refuse_missing_gpus
 from servegrid.config import read_study, study_of
+from servegrid.doctor.demands import demand_of
+from servegrid.doctor.site import Profile, nodes_of
+from servegrid.doctor.studies import judge_models
 from servegrid.endpoint import Endpoint, External, base_of
 from servegrid.engines.external import endpoint_of
 from servegrid.errors import ConfigError, EngineError
@@ -66,6 +69,16 @@ def test_its_load_takes_a_node_without_gpus_and_the_main_process_s_python() -> N
     assert (deployment.node_kind, deployment.node_gpus) == ("cpu", 0)
     assert deployment.environment == "main"
     refuse_missing_gpus(deployment, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_the_doctor_looks_for_its_tokenizer_and_asks_for_no_gpu(tmp_path: Path) -> None:
+    (deployment,) = study().deployments
+    found = list(judge_models(deployment, lambda name, _: Path(name), tmp_path, tmp_path))
+    assert [each.found for each in found] == ["tokenizer models/mistral-7b"]
+    kinds = {"cpu": {"gpus_of_node": 1}}
+    assert nodes_of(deployment, kinds["cpu"]) == 1
+    profile = Profile(Path("p/config.yaml"), {}, None, kinds)
+    assert demand_of(profile, "cpu", [deployment]).wants_gpus is False
 
 
 def test_other_deployments_have_the_specification_that_they_had_before() -> None:
