@@ -132,9 +132,10 @@ def test_every_text_has_the_tokens_asked_for_when_it_is_tokenized(
     for folder in (tokenizer, pieces):
         made = Tokenizer.from_file(str(folder / "tokenizer.json"))
         made.no_truncation()
-        for length in (1, 3, 5, 296, 20_000):
-            texts = prompts.make_texts(load(input_len=length), 5, folder, "cell")
-            assert [len(made.encode(text).ids) for text in texts] == [length] * 5
+        # Of 2000 beginnings some end in white space, and a few have other tokens by themselves.
+        for length, count in ((1, 5), (3, 5), (31, 2000), (296, 5), (20_000, 5)):
+            texts = prompts.make_texts(load(input_len=length), count, folder, "cell")
+            assert {len(made.encode(text).ids) for text in texts} == {length}
             assert [text.strip() for text in texts] == texts
 
 
