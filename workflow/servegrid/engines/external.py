@@ -26,7 +26,7 @@ from servegrid.load.request import Refusal
 from servegrid.server import MODELS_PATH, NO_SUCH_PATH, get, healthy
 
 KEY_REFUSED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
-TRIAL_REQUEST = Load("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, stall_s=60.0)
+SHORT_LOAD = Load("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, stall_s=60.0)
 """One short request, by which an endpoint shows that it streams and counts."""
 LISTED = 10
 
@@ -134,7 +134,7 @@ def _answered(
     where = f"deployment `{deployment.name}`: {external.url}"
     tokenizer = models.locate(deployment.tokenizer, site.models)
     try:
-        measurement = measure(endpoint, TRIAL_REQUEST, tokenizer, f"trial-{time.time_ns()}")
+        measurement = measure(endpoint, SHORT_LOAD, tokenizer, f"bring-up-{time.time_ns()}")
     except Refusal as error:
         if error.status in KEY_REFUSED:
             raise EngineError(_key_refused(deployment, external, error.status)) from error
@@ -144,8 +144,8 @@ def _answered(
     (failure,) = measurement.errors
     if failure is not None:
         raise EngineError(
-            f"{where} answers, but a request of {TRIAL_REQUEST.input_len} prompt and "
-            f"{TRIAL_REQUEST.output_len} output tokens failed: {failure}. servegrid needs answers "
+            f"{where} answers, but a request of {SHORT_LOAD.input_len} prompt and "
+            f"{SHORT_LOAD.output_len} output tokens failed: {failure}. servegrid needs answers "
             "that are streamed, have the length asked for, and end with their usage."
         )
     return measurement.facts
