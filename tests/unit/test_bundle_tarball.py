@@ -184,6 +184,14 @@ def test_flipped_and_missing_bytes_are_told_with_the_place(tmp_path: Path) -> No
         assert "large" in told or wrong
 
 
+def test_what_is_hidden_behind_a_file_is_told(tmp_path: Path) -> None:
+    plain = bytearray(gzip.decompress(archive_of(tmp_path / "good.tar.gz", GOOD).read_bytes()))
+    plain[512 + len(GOOD[1])] = 1
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(plain))
+    unpacked = unpack(tmp_path / "b.tar.gz", tmp_path)
+    assert unpacked.damage == ("damaged in or after good (its last block is not filled with zeros)")
+
+
 def test_what_is_no_archive_or_goes_on_after_its_end_is_refused(tmp_path: Path) -> None:
     good = archive_of(tmp_path / "good.tar.gz", GOOD).read_bytes()
     for name, data in (

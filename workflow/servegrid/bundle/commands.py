@@ -46,7 +46,8 @@ def _open(options: argparse.Namespace) -> int:
     from servegrid.bundle.opening import open_bundle
 
     folder = open_bundle(options.bundle, options.folder)
-    snakefile = Path(servegrid.__file__).parents[2] / "Snakefile"
+    own = Path(servegrid.__file__).parents[2] / "Snakefile"
+    snakefile = own if own.exists() else "…/Snakefile"
     print(
         f"{folder} is the study. It goes on there, its trials are not measured again:\n"
         f"  snakemake --snakefile {snakefile} --profile … --directory {folder} "

@@ -190,7 +190,8 @@ def _entries(
                 f"{told!r}: a bundle has at most {MEMBERS:,} files of {MEMBER_BYTES:,} bytes."
             )
         yield name, _Entry(size, bool(int(_octal(header[100:108])) & 0o100))
-        stream.read(-size % _BLOCK)
+        if stream.read(-size % _BLOCK).strip(b"\0"):
+            raise _Damaged("its last block is not filled with zeros")
     while rest := stream.some(_CHUNK):
         if rest.strip(b"\0"):
             raise BundleError("something follows the archive's end.")

@@ -86,14 +86,15 @@ def verify(archive: Path) -> list[Check]:
     if not archive.is_file():
         raise BundleError(f"{archive}: there is no such file.")
     with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
-        tree = Path(temporary)
+        tree, again = Path(temporary) / "tree", Path(temporary) / "again"
+        tree.mkdir()
         try:
             unpacked = tarball.unpack(archive, tree)
         except BundleError as error:
             reason = "what cannot be unpacked safely is not looked at"
             rest = [Check(name, SKIP, reason) for name in CHECKS if name != "integrity"]
             return [Check("integrity", FAIL, "not safe, or no bundle", [str(error)]), *rest]
-        bundle = Bundle(tree, unpacked)
+        bundle = Bundle(tree, unpacked, again)
         with limited_memory():
             return [_checked(name, check, bundle) for name, check in CHECKS.items()]
 
@@ -104,6 +105,8 @@ class Bundle:
 
     tree: Path
     unpacked: Unpacked
+    again: Path
+    """A folder for what is derived again."""
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -153,6 +156,12 @@ class Bundle:
             culprits = [line.strip() for line in str(error).splitlines() if line[:2] == "  "]
             told = [each for each in culprits if not each.startswith("rm -r ")]
             raise BundleError("\n".join(told)) from error
+
+    @cached_property
+    def tables(self) -> Path:
+        """The folder of the tables that follow from the records."""
+        write_tables(self.ground, self.again / "tables")
+        return self.again / "tables"
 
     @cached_property
     def shipped(self) -> pd.DataFrame:
@@ -255,18 +264,15 @@ def _validity(bundle: Bundle) -> Check:
 def _tables(bundle: Bundle) -> Check:
     if bundle.missing:
         return _without_derived(bundle, "tables", TABLES)
-    with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
-        again = Path(temporary)
-        write_tables(bundle.ground, again)
-        names = tarball.names_below(again)
-        for name in names:
-            if name.endswith(".parquet"):
-                refuse_huge_table(bundle.tree / TABLES / name)
-        culprits = [
-            f"{TABLES}/{name}: {each}"
-            for name in names
-            for each in between_files(bundle.tree / TABLES / name, again / name)
-        ]
+    names = tarball.names_below(bundle.tables)
+    for name in names:
+        if name.endswith(".parquet"):
+            refuse_huge_table(bundle.tree / TABLES / name)
+    culprits = [
+        f"{TABLES}/{name}: {each}"
+        for name in names
+        for each in between_files(bundle.tree / TABLES / name, bundle.tables / name)
+    ]
     others = sorted({*tarball.names_below(bundle.tree / TABLES)} - {*names})
     also = f"; not derived again: {', '.join(others)}" if others else ""
     if bundle.facts["servegrid"] != __version__:
@@ -287,22 +293,19 @@ def _figures(bundle: Bundle) -> Check:
     ]
     if other:
         return Check("figures", SKIP, f"made with {'; '.join(other)}: bytes may differ")
-    with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
-        again = Path(temporary)
-        write_tables(bundle.ground, again / "tables")
-        write_figures(bundle.ground, again / "tables", again)
-        names = [
-            f"{folder}/{name}"
-            for folder in FIGURES
-            for name in tarball.names_below(again / Path(folder).name)
-        ]
-        culprits = []
-        for name in names:
-            path = bundle.tree / name
-            if not path.exists():
-                culprits.append(f"{name}: is missing")
-            elif not filecmp.cmp(path, again / Path(name).relative_to("results"), shallow=False):
-                culprits.append(f"{name}: is not what follows from the records")
+    write_figures(bundle.ground, bundle.tables, bundle.again)
+    names = [
+        f"{folder}/{name}"
+        for folder in FIGURES
+        for name in tarball.names_below(bundle.again / Path(folder).name)
+    ]
+    culprits = []
+    for name in names:
+        path, own = bundle.tree / name, bundle.again / Path(name).relative_to("results")
+        if not path.exists():
+            culprits.append(f"{name}: is missing")
+        elif not filecmp.cmp(path, own, shallow=False):
+            culprits.append(f"{name}: is not what follows from the records")
     others = sorted(
         {
             f"{folder}/{name}"
