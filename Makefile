@@ -16,7 +16,8 @@ run: .venv/.ready model  ## measure the demo study: tables and plots
 test: .venv/.dev model  ## lint, type-check and run all tests
 	tests/install.sh
 	$(MAKE) --no-print-directory lint
-	$(PYTHON) -m pytest --ignore tests/slurm
+	$(PYTHON) -m pytest -n 2 tests/unit
+	$(PYTHON) -m pytest tests/integration
 	$(PYTHON) -m pytest -n 3 tests/slurm  # they mostly wait, each for a Slurm of its own
 
 lint: .venv/.dev  ## what must be clean: ruff, mypy, snakefmt, snakemake --lint
