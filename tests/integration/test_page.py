@@ -239,6 +239,17 @@ def test_the_plan_follows_the_assumptions_as_python_computes_it(
         assert found.complaints == []
 
 
+def test_the_rule_of_thumb_holds_for_many_users(
+    chromium: Any, whole: tuple[pd.DataFrame, Path]
+) -> None:
+    with opened(chromium, whole[1]) as found:
+        found.page.fill("[name=users]", "50000")
+        found.page.fill("[name=logged_in]", "25")
+        # Binomial(50000, 2.5%), summed in decimals of 60 digits.
+        told = found.page.locator("#rule-of-thumb").text_content()
+        assert "up to 1308 in 95% and up to 1332 in 99% of the time" in told
+
+
 def test_an_assumption_out_of_range_is_refused_and_can_be_taken_back(
     chromium: Any, whole: tuple[pd.DataFrame, Path]
 ) -> None:

@@ -12,6 +12,16 @@ def test_the_rule_is_a_mean_that_chance_exceeds() -> None:
     assert (rule.mean, rule.p95, rule.p99) == (pytest.approx(10.0), 15, 18)
 
 
+@pytest.mark.parametrize(
+    ("users", "logged_in", "p95", "p99"),
+    [(50_000, 0.1, 537, 552), (50_000, 0.25, 1308, 1332), (1_000_000, 0.1, 10_164, 10_232)],
+)
+def test_the_rule_holds_for_many_users(users: int, logged_in: float, p95: int, p99: int) -> None:
+    # Binomial distributions summed in decimals of 60 digits.
+    rule = in_flight(users, logged_in)
+    assert (rule.mean, rule.p95, rule.p99) == (pytest.approx(users * logged_in / 10), p95, p99)
+
+
 def test_the_price_of_a_token_per_second() -> None:
     table = systems().set_index("hardware")["usd_per_token_per_s"]
     for hardware, expected in {

@@ -192,6 +192,13 @@ def test_the_command_plans_from_the_articles_figures(capsys: pytest.CaptureFixtu
     assert "20 requests in flight on average, by chance up to 28 in 95%" in printed
 
 
+def test_the_command_plans_for_many_users(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--published", "inria-2024", "--users", "50000") == 0
+    # Binomial(50000, 1%), summed in decimals of 60 digits.
+    told = "500 requests in flight on average, by chance up to 537 in 95% and up to 552 in 99%"
+    assert told in capsys.readouterr().out
+
+
 def test_the_command_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,9 +27,7 @@ class Quantiles:
     p99: int
 
 
-def in_flight(
-    users: int = USERS, logged_in: float = LOGGED_IN, active: float = ACTIVE
-) -> Quantiles:
+def in_flight(users: int = USERS, logged_in: float = LOGGED_IN) -> Quantiles:
     """Bionic's rule: a tenth of the users is logged in, and a tenth of these waits for an answer.
 
     It is a mean; the number at a moment is binomial.
@@ -39,15 +37,17 @@ def in_flight(
 
 
 def quantile(trials: int, share: float, wanted: float) -> int:
-    """The least number that a binomial one does not exceed with the chance `wanted`."""
-    below, successes = 0.0, 0
-    while True:
-        below += (
-            math.comb(trials, successes) * share**successes * (1 - share) ** (trials - successes)
-        )
-        if below >= wanted or successes == trials:
-            return successes
+    """The least number that a binomial one does not exceed with the chance `wanted`.
+
+    In logarithms: of many users, the chance that none is active is too small for a float.
+    """
+    logarithm = trials * math.log1p(-share)
+    below, successes = math.exp(logarithm), 0
+    while below < wanted and successes < trials:
+        logarithm += math.log((trials - successes) / (successes + 1) * share / (1 - share))
         successes += 1
+        below += math.exp(logarithm)
+    return successes
 
 
 def systems(requests: float | None = None, tokens_per_s: float = TOKENS_PER_S) -> pd.DataFrame:

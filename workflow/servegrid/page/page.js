@@ -322,12 +322,13 @@ function headline(rows, demand, hardware) {
 // The mean that a rule of thumb counts with, and what lies above it by chance.
 function ruleOfThumb(demand) {
   const [trials, share] = [demand.users, demand.logged_in * 0.1];
-  let [most, below, p] = [0, 0, (1 - share) ** trials];
+  let [most, logarithm] = [0, trials * Math.log1p(-share)]; // of many users, no float holds the chance itself
+  let upTo = Math.exp(logarithm);
   const quantiles = [0.95, 0.99].map((wanted) => {
-    while (below + p < wanted && most < trials) {
-      below += p;
-      p *= ((trials - most) / (most + 1)) * (share / (1 - share));
+    while (upTo < wanted && most < trials) {
+      logarithm += Math.log(((trials - most) / (most + 1)) * (share / (1 - share)));
       most += 1;
+      upTo += Math.exp(logarithm);
     }
     return most;
   });
