@@ -92,7 +92,11 @@ def test_the_interval_has_all_times_at_their_ends_and_the_replica_takes_the_slow
     [
         ([cell(1, 1.0, trials_valid=0)], "no load was served that may be believed"),
         ([cell(1, None, trials_served=0, trials_valid=0)], "no load was served"),
-        ([cell(1, 60.0)], "one request alone does not get that speed for sure"),
+        ([cell(1, 60.0)], "the lowest measured load does not give that speed for sure"),
+        (
+            [cell(64, 30.0), cell(128, 40.0)],
+            "the lowest measured load does not give that speed for sure",
+        ),
         (
             [cell(1, 1.0), cell(1, None, input_len=63, trials_valid=0)],
             "prompts of 63 tokens were not served in a way that may be believed",
@@ -112,6 +116,22 @@ def test_a_load_above_that_was_tried_and_not_served_ends_it() -> None:
     assert (only(tried)["most_in_flight"], only(tried)["at_least"]) == (1, False)
 
 
+def test_a_load_that_was_not_served_ends_what_is_known_whatever_was_served_above() -> None:
+    rows = summary(
+        *(cell(1, 1.0), cell(4, 2.0), cell(16, 4.0)),
+        cell(8, None, trials_served=0, trials_valid=0),
+    )
+    row = only(plan(rows, Demand(), HARDWARE))
+    assert (row["most_in_flight"], row["at_least"]) == (4, False)
+
+
+def test_a_load_that_may_not_be_believed_is_passed_over() -> None:
+    # 1 s alone and 19 s for seven at once: 13 s for five, 22 s as measured in vain.
+    rows = summary(cell(1, 1.0), cell(5, 22.0, trials_valid=0), cell(7, 19.0))
+    row = only(plan(rows, Demand(), HARDWARE))
+    assert (row["most_in_flight"], row["at_least"]) == (7, True)
+
+
 def test_an_unknown_price_leaves_costs_unknown_and_comes_last() -> None:
     rows = summary(cell(1, 1.0, gpu="h100"), cell(1, 1.0, deployment="e"))
     table = plan(rows, Demand(), HARDWARE)
@@ -123,7 +143,7 @@ def test_emulated_time_is_taken_for_what_it_stands_for() -> None:
     rows = summary(cell(1, 0.05, engine="emulated", time_scale=0.005))
     row = only(plan(rows, Demand(tokens_per_s_per_user=11.0), HARDWARE))
     assert row["emulated"]
-    assert row["reason"] == "one request alone does not get that speed for sure"
+    assert row["reason"] == "the lowest measured load does not give that speed for sure"
     assert only(plan(rows, Demand(tokens_per_s_per_user=9.0), HARDWARE))["most_in_flight"] == 1
 
 

@@ -138,6 +138,7 @@ def served(cells: pd.DataFrame, input_len: int | None) -> Served | str:
     """What the cells of one deployment under one load say, or why they say nothing.
 
     Prompts of several lengths come in equal parts; how they slow each other down is not measured.
+    A load that was not served ends what is known of its length, whatever was served above it.
     """
     known = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
     if input_len is not None:
@@ -145,6 +146,9 @@ def served(cells: pd.DataFrame, input_len: int | None) -> Served | str:
         if nearest is None:
             return f"prompts of about {input_len} tokens were not measured"
         cells, known = (each[each["input_len"] == nearest] for each in (cells, known))
+    failed = cells[cells["trials_served"] == 0].groupby("input_len")["concurrency"].min()
+    end = known["input_len"].map(failed).astype(float).fillna(math.inf)
+    known = known[known["concurrency"] < end]
     if known.empty:
         return "no load was served that may be believed"
     lacking = sorted(set(cells["input_len"]) - set(known["input_len"]))
@@ -191,7 +195,7 @@ def needed(
     sure = users if low is None else low
     each = max(1, math.floor(SHARE_USED * sure)) if sure else 0
     if not each:
-        return row | {"reason": "one request alone does not get that speed for sure"}
+        return row | {"reason": "the lowest measured load does not give that speed for sure"}
     replicas = math.ceil(demand.at_once / each)
     there = math.ceil(demand.at_once / replicas)
     busy = mean_in_flight(seconds, there, demand.think_s)

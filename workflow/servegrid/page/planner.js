@@ -90,6 +90,8 @@ function served(cells, outputLen, timeScale, inputLen) {
     cells = cells.filter((cell) => cell.input_len === nearest);
     known = known.filter((cell) => cell.input_len === nearest);
   }
+  const failed = cells.filter((cell) => cell.trials[1] === 0);
+  known = known.filter((cell) => !failed.some((each) => each.input_len === cell.input_len && each.intensity <= cell.intensity));
   if (!known.length) return "no load was served that may be believed";
   const lengths = lengthsIn(known);
   const lacking = lengthsIn(cells).filter((length) => !lengths.includes(length));
@@ -147,7 +149,7 @@ function needed(found, demand, hardware, gpu, gpuCount) {
   };
   const sure = low ?? users;
   const each = sure ? Math.max(1, Math.floor(SHARE_USED * sure)) : 0;
-  if (!each) return { ...row, reason: "one request alone does not get that speed for sure" };
+  if (!each) return { ...row, reason: "the lowest measured load does not give that speed for sure" };
   const wanted = atOnce(demand);
   const replicas = Math.ceil(wanted / each);
   const there = Math.ceil(wanted / replicas);
