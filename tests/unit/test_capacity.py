@@ -182,6 +182,11 @@ def test_the_prices_of_the_repository_are_the_articles() -> None:
     [
         ("currency: USD\n", "`gpus` is missing"),
         ("currency: USD\ngpus: {a: {price: -1}}\n", "gpus.a.price: -1 is less than 0"),
+        ("currency: USD\ngpus: {a: {price: .inf}}\n", "gpus.a.price: inf is not of type number"),
+        (
+            "currency: USD\nyears_in_use: .nan\ngpus: {}\n",
+            "years_in_use: nan is not of type",
+        ),
         ("currency: USD\ngpus: {}\nyears: 4\n", "unknown key `years`"),
         ("currency: USD\ngpus: {a: {cost: 1, price: 1}}\n", "gpus.a: unknown key `cost`"),
         ("[]", "is not a mapping of keys"),
@@ -217,6 +222,12 @@ def test_the_command_plans_for_many_users(capsys: pytest.CaptureFixture[str]) ->
     # Binomial(50000, 1%), summed in decimals of 60 digits.
     told = "500 requests in flight on average, by chance up to 537 in 95% and up to 552 in 99%"
     assert told in capsys.readouterr().out
+
+
+def test_no_share_of_the_requests_is_certain(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--published", "inria-2024", "--probability", "1")
+    assert "give less than 1" in capsys.readouterr().err
 
 
 def test_the_command_says_what_is_missing(

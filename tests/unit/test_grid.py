@@ -291,6 +291,10 @@ REFUSED = [
         ["exclude[0]: unknown key `gup`", "Did you mean `gpu`?"],
     ),
     (lambda c: c.update(deployments=[]), ["deployments: the list is empty"]),
+    (
+        lambda c: c.update(capacity={"think_s": float("inf")}),
+        ["capacity.think_s: inf is not of type number", "Mean seconds"],
+    ),
 ]
 
 

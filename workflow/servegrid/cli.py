@@ -204,7 +204,7 @@ def _add_capacity(subcommands: Any) -> None:
     add("--users", type=_positive, metavar="N", help="registered users")
     add("--logged-in", type=_share, metavar="X", help="share of them that is logged in, 0 to 1")
     add("--think", type=_seconds, dest="think_s", metavar="S", help="seconds between requests")
-    add("--probability", type=_share, metavar="X", help="share of requests that get the speed")
+    add("--probability", type=_chance, metavar="X", help="share of requests that get the speed")
     add(
         "--speed",
         type=_seconds,
@@ -317,6 +317,13 @@ def _share(text: str) -> float:
     if share > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
     return share
+
+
+def _chance(text: str) -> float:
+    chance = _share(text)
+    if chance == 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: nothing is certain; give less than 1")
+    return chance
 
 
 def _seconds(text: str) -> float:

@@ -6,19 +6,34 @@ Every refusal is one ConfigError that names the file, the key and the remedy.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import best_match
 
 from servegrid.errors import ConfigError
 from servegrid.grid import Study, expand
 
 SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"
+
+
+_TYPES = Draft202012Validator.TYPE_CHECKER
+
+
+def _is_finite_number(_: Any, value: Any) -> bool:
+    """Whether it can be computed with; YAML has `.inf` and `.nan`, too."""
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return is_finite and _TYPES.is_type(value, "number")
+
+
+_Validator = validators.extend(  # type: ignore[no-untyped-call]
+    Draft202012Validator, type_checker=_TYPES.redefine("number", _is_finite_number)
+)
 
 
 @cache
@@ -65,7 +80,7 @@ def refuse_unfitting(config: Mapping[str, Any], rules: Mapping[str, Any], source
 
     `rules` are a JSON Schema whose keys have descriptions.
     """
-    problems = list(Draft202012Validator(rules).iter_errors(config))
+    problems = list(_Validator(rules).iter_errors(config))
     if problems:
         raise ConfigError(f"{source}: {_told(best_match(problems), rules)}")
 
