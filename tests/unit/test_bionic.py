@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from servegrid.bionic import conclusion, in_flight, systems
+from servegrid.plan_page import rule_of_thumb
 
 
 def test_the_rule_is_a_mean_that_chance_exceeds() -> None:
@@ -55,3 +56,10 @@ def test_a_system_too_slow_is_needed_several_times() -> None:
     needed = systems().set_index("hardware")["needed"]
     assert needed["AMD 2700X"] == 42  # 50 / 1.2 = 41.7
     assert needed["Mac Studio M2 Ultra 192 GB"] == 4
+
+
+def test_what_is_printed_says_what_was_taken_for_it_and_gives_no_sum_without_a_price() -> None:
+    printed = rule_of_thumb()
+    (epyc,) = [line for line in printed.splitlines() if "AMD Epyc" in line]
+    assert [part.strip() for part in epyc.split("|")][3:7] == ["3.7", "–", "–", "14 ×"]
+    assert "two systems give twice as many" in printed

@@ -30,6 +30,12 @@ among replicas. Between measured loads times are linear, above the highest nothi
 Prompt lengths come in equal parts; how they slow each other down is not measured."""
 
 
+BIONIC_TAKEN = """\
+Taken for this: a system gives its tokens/s whatever the number of requests, as the source does not
+say at which it was measured; two systems give twice as many; a system without a price is left
+out."""
+
+
 def page(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
     """The plan, a table of `columns.PLAN`, with its assumptions and what it does not know."""
     blocks = ["# Capacity plan", _assumptions(demand, hardware)]
@@ -37,10 +43,7 @@ def page(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
         load = load_title(str(protocol), int(str(output_len)))
         blocks += [f"## {load.capitalize()}", as_markdown(table(own)).rstrip()]
     if plan.empty:
-        blocks.append(
-            "Nothing that users could be planned from was measured: it takes a burst or a"
-        )
-        blocks[-1] += " steady load."
+        blocks.append(NOTHING)
     if plan["emulated"].any():
         blocks.append("Emulated: no hardware was measured for the deployments marked so.")
     return "\n\n".join([*blocks, _method(demand)]) + "\n"
@@ -56,14 +59,16 @@ def rule_of_thumb() -> str:
             f"{row['output_tokens_per_s']:g}",
             _number(row["price_usd"]),
             _number(row["usd_per_token_per_s"]),
-            f"{row['needed']} × = {_number(row['usd'])} USD",
+            f"{row['needed']} × = {_number(row['usd'])} USD"
+            if pd.notna(row["usd"])
+            else f"{row['needed']} ×",
         )
         for row in bionic.systems().to_dict("records")
     ]
     told = [f"- {text}" for _, text in bionic.conclusion().values()]
     title = "# Bionic's sizing for 1000 users, 2023"
     listed = as_markdown(pd.DataFrame(rows, columns=head)).rstrip()
-    return "\n\n".join([title, listed, "\n".join(told)])
+    return "\n\n".join([title, listed, "\n".join(told), BIONIC_TAKEN])
 
 
 def _assumptions(demand: Demand, hardware: Hardware) -> str:
