@@ -178,11 +178,11 @@ def needed(
     seconds = _mean(found.seconds)
     most = min(most_in_flight(each, limit_s) for each in found.seconds)
 
-    def carried(times: Times | None) -> int | None:
+    def carried(times: Times | None, probability: float = demand.probability) -> int | None:
         if times is None:
             return None
         allowed = [most_in_flight(each, limit_s) for each in times]
-        return users_carried(_mean(times), allowed, demand.think_s, demand.probability)
+        return users_carried(_mean(times), allowed, demand.think_s, probability)
 
     users, low, high = map(carried, (found.seconds, found.slow_s, found.fast_s))
     row: dict[str, Any] = {
@@ -191,6 +191,7 @@ def needed(
         "users_carried": users,
         "users_carried_low": low,
         "users_carried_high": high,
+        "users_half_slow": carried(found.seconds, 0.5),
     }
     sure = users if low is None else low
     each = max(1, math.floor(SHARE_USED * sure)) if sure else 0

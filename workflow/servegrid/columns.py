@@ -422,6 +422,12 @@ PLAN = (
     ),
     Column("users_carried_high", pa.int32(), "users", "The same at their fast end"),
     Column(
+        "users_half_slow",
+        pa.int32(),
+        "users",
+        "The most of whom half of the requests get the speed: how near the fall is",
+    ),
+    Column(
         "users_per_replica",
         pa.int32(),
         "users",

@@ -13,8 +13,9 @@ from servegrid.labels import load_title
 from servegrid.printable import as_markdown
 
 HEAD = (
-    *("deployment", "prompt tokens", "in flight", "users carried", "replicas", "GPUs"),
-    *("price", "price per token/s", "price per 10⁶ tokens", "energy per 10⁶ tokens"),
+    *("deployment", "prompt tokens", "in flight", "users carried", "half too slow"),
+    *("replicas", "GPUs", "price", "price per token/s"),
+    *("price per 10⁶ tokens", "energy per 10⁶ tokens"),
 )
 
 NOTHING = (
@@ -26,8 +27,9 @@ In flight: requests at once that one replica gives the wanted speed, whatever th
 Users carried: those of one replica whose requests get it, by the machine repairman's model with a
 server whose speed depends on its load, [all times at the ends of their 95% intervals at once]. A
 replica is given nine tenths of them, by the slow end where that is known; users are split evenly
-among replicas. Between measured loads times are linear, above the highest nothing is assumed.
-Prompt lengths come in equal parts; how they slow each other down is not measured."""
+among replicas. Half too slow: the users of a replica at which only half of the requests get the
+speed, so near is the fall. Between measured loads times are linear, above the highest nothing is
+assumed. Prompt lengths come in equal parts; how they slow each other down is not measured."""
 
 
 BIONIC_TAKEN = """\
@@ -104,6 +106,7 @@ def _row(row: Mapping[Any, Any]) -> list[str]:
         str(row["prompt_tokens"]),
         f"{least}{row['most_in_flight']}",
         f"{least}{row['users_carried']}{around}",
+        f"{least}{row['users_half_slow']}",
         *(_number(row[figure]) for figure in (*figures, *costs)),
     ]
 

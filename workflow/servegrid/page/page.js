@@ -266,6 +266,7 @@ const PLAN = [
   ["prompt tokens", (row) => row.prompt_tokens ?? "–"],
   ["requests in flight at the speed", (row) => (row.at_least ? "at least " : "") + figure(row.most_in_flight)],
   ["users one replica carries (95% interval)", (row) => (row.at_least ? "at least " : "") + range(row.users_carried, row.users_carried_low, row.users_carried_high)],
+  ["users with half too slow", (row) => (row.at_least ? "at least " : "") + figure(row.users_half_slow)],
   ["replicas", (row) => figure(row.replicas)],
   ["GPUs", (row) => figure(row.gpus)],
   ["price", (row) => figure(row.purchase)],
@@ -284,7 +285,7 @@ function drawPlan() {
   table.replaceChildren();
   table.createCaption().textContent = `Capacity plan, cheapest first; money in ${hardware.currency}; ${payload.loads[load].title}.`;
   const planned = rows.filter((each) => each.replicas !== undefined);
-  const columns = PLAN.filter(([, of], place) => place < 6 || planned.some((each) => of(each) !== "–"));
+  const columns = PLAN.filter(([, of], place) => place < 7 || planned.some((each) => of(each) !== "–"));
   row(table.createTHead(), columns.map(([title]) => title), true);
   const body = table.createTBody();
   for (const each of rows) {

@@ -138,14 +138,15 @@ function needed(found, demand, hardware, gpu, gpuCount) {
   const seconds = meanOf(found.seconds);
   const allowed = (times) => times.map((each) => mostInFlight(each, limit));
   const most = Math.min(...allowed(found.seconds));
-  const carried = (times) => times && usersCarried(meanOf(times), allowed(times), demand.think_s, demand.probability);
-  const [users, low, high] = [found.seconds, found.slow, found.fast].map(carried);
+  const carried = (times, probability) => times && usersCarried(meanOf(times), allowed(times), demand.think_s, probability);
+  const [users, low, high] = [found.seconds, found.slow, found.fast].map((times) => carried(times, demand.probability));
   const row = {
     most_in_flight: most,
     at_least: most === seconds.length && found.moreUntried,
     users_carried: users,
     users_carried_low: low,
     users_carried_high: high,
+    users_half_slow: carried(found.seconds, 0.5),
   };
   const sure = low ?? users;
   const each = sure ? Math.max(1, Math.floor(SHARE_USED * sure)) : 0;
