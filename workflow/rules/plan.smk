@@ -4,7 +4,7 @@ localrules:
 
 rule plan_capacity:
     input:
-        modules("bionic", "capacity", "derived", "plan_page", "printable"),
+        modules("bionic", "capacity", "derived", "labels", "plan_page", "printable"),
         modules("columns", "queueing", "records"),
         summary=rules.summarise.output.parquet,
         hardware=HARDWARE,
