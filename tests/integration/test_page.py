@@ -68,8 +68,8 @@ def study(*rows: dict[str, Any]) -> pd.DataFrame:
     return typed(frame, columns.CELLS)
 
 
-def written(cells: pd.DataFrame, file: Path) -> Path:
-    summary, limits = summarise(cells), Limits()
+def written(cells: pd.DataFrame, file: Path, demand: Demand | None = None) -> Path:
+    summary, limits, demand = summarise(cells), Limits(), demand or Demand()
     found = compose.Found(
         cells,
         summary,
@@ -79,7 +79,7 @@ def written(cells: pd.DataFrame, file: Path) -> Path:
         ["What differs."],
         [],
     )
-    text = compose.page("a <study>", found, Demand(), HARDWARE)
+    text = compose.page("a <study>", found, demand, HARDWARE)
     file.write_text(text, encoding="utf-8")
     return file
 
@@ -205,6 +205,7 @@ REPEATED = [
 ]
 """Deployments with intervals and one without, with gaps, loads not served, and times that fall."""
 
+MIX = {31: 3.0, 100: 1.0}
 ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
     ({}, Demand()),
     ({"users": "50000", "logged_in": "25"}, Demand(users=50_000, logged_in=0.25)),
@@ -212,6 +213,7 @@ ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
     ({"tokens_per_s_per_user": "12.5"}, Demand(tokens_per_s_per_user=12.5)),
     ({"tokens_per_s_per_user": "300"}, Demand(tokens_per_s_per_user=300.0)),
     ({"input_len": "119", "users": "7"}, Demand(input_len=119, users=7)),
+    ({"input_len": "mix"}, Demand(mix=MIX)),
 ]
 
 
@@ -221,7 +223,8 @@ def test_the_plan_follows_the_assumptions_as_python_computes_it(
 ) -> None:
     cells = study(*REPEATED)
     expected = plan(summarise(cells), demand, HARDWARE)
-    with opened(chromium, written(cells, tmp_path / "index.html")) as found:
+    file = written(cells, tmp_path / "index.html", Demand(mix=MIX) if demand.mix else None)
+    with opened(chromium, file) as found:
         for load, protocol in enumerate(("burst", "steady")):
             found.page.select_option("select[name=plan_load]", str(load))
             for name, value in typed_in.items():

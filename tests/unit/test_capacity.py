@@ -168,10 +168,30 @@ def test_the_articles_deployments_for_1000_users() -> None:
     assert table["purchase"].iloc[0] == 8500
 
 
+def test_a_mix_of_prompts_weighs_times_and_each_length_has_its_own_limit() -> None:
+    # 1 s with short prompts and 3 s with long ones; 100 tokens/s leave 1 s, so that the long ones
+    # are too slow. A quarter of them is too much for 80%, and a tenth is not.
+    rows = summary(cell(1, 1.0), cell(1, 3.0, input_len=119))
+    fast = {"think_s": 1000.0, "tokens_per_s_per_user": 100.0, "probability": 0.8}
+    mixed = only(plan(rows, Demand(**fast, mix={31: 3, 119: 1}), HARDWARE))
+    assert mixed["users_carried"] == 0
+    mostly = only(plan(rows, Demand(**fast, mix={30: 9, 120: 1}), HARDWARE))
+    assert mostly["users_carried"] > 0
+    # With one user who thinks for 10 s: 100 tokens per 10 s and 1.5 s, the mean of 1, 1, 1 and 3.
+    one = Demand(users=1, think_s=10.0, mix={31: 3, 119: 1})
+    assert only(plan(rows, one, HARDWARE))["output_tokens_per_s"] == pytest.approx(100 / 11.5)
+    missing = Demand(mix={31: 1, 2193: 1})
+    assert only(plan(rows, missing, HARDWARE))["reason"] == (
+        "prompts of about 2193 tokens were not measured"
+    )
+
+
 def test_the_demand_comes_from_the_study_with_defaults() -> None:
     assert demand_of({}) == Demand(1000, 0.1, 60.0, 0.95, 5.0, None)
     study = {"limits": {"tokens_per_s_per_user": 8}, "capacity": {"users": 50, "input_len": 31}}
     assert demand_of(study) == Demand(users=50, tokens_per_s_per_user=8, input_len=31)
+    mix = [{"input_len": 31, "share": 3}, {"input_len": 119, "share": 1}]
+    assert demand_of({"capacity": {"mix": mix}}).mix == {31: 3, 119: 1}
 
 
 def test_the_prices_of_the_repository_are_the_articles() -> None:
@@ -231,6 +251,13 @@ def test_no_share_of_the_requests_is_certain(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         run("--published", "inria-2024", "--probability", "1")
     assert "give less than 1" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_mix_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--published", "inria-2024", "--mix", "31:3,119:1") == 0
+    assert "prompts of several lengths, 0.75 of 31, 0.25 of 119 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("--published", "inria-2024", "--mix", "31")
 
 
 def test_the_command_says_what_is_missing(

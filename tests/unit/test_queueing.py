@@ -55,20 +55,20 @@ def test_above_what_was_measured_the_rate_stays() -> None:
     # Known up to one in flight, 1 s: the second waits; deaths are 1 and 1, births 2 and 1.
     assert in_flight([1.0], 2, 1.0) == pytest.approx([1 / 5, 2 / 5, 2 / 5])
     # Its request keeps a limit of 1 s only if it comes alone: the other user thinks, 1 of 2.
-    assert chance([1.0], [1], 2, 1.0) == pytest.approx(0.5)
+    assert chance([1.0], [(1, 1.0)], 2, 1.0) == pytest.approx(0.5)
 
 
 def test_each_kind_of_request_has_a_limit_of_its_own() -> None:
-    # With two users one comes alone in half of the cases: half of those that must be alone, and all
-    # of those that need not.
-    assert chance([1.0, 1.0], [1, 2], 2, 1.0) == pytest.approx(0.75)
+    # With two users one comes alone in half of the cases: half of the fifth that must be alone, and
+    # all of those that need not.
+    assert chance([1.0, 1.0], [(1, 0.2), (2, 0.8)], 2, 1.0) == pytest.approx(0.9)
 
 
 def test_the_published_deployment_carries_437_users_who_think_for_a_minute() -> None:
     # Worked out before by other code, from the same formula.
     seconds = MIXTRAL.each()
-    assert users_carried(seconds, [118], 60.0, 0.95) == 437
-    assert chance(seconds, [118], 437, 60.0) == pytest.approx(0.954, abs=0.0005)
+    assert users_carried(seconds, [(118, 1.0)], 60.0, 0.95) == 437
+    assert chance(seconds, [(118, 1.0)], 437, 60.0) == pytest.approx(0.954, abs=0.0005)
     assert mean_in_flight(seconds, 437, 60.0) == pytest.approx(91.8, abs=0.05)
     # What is sent per second, by those who think, is what is completed: the mean of n / T(n), with
     # the rate of the last above 128.
@@ -79,18 +79,18 @@ def test_the_published_deployment_carries_437_users_who_think_for_a_minute() -> 
 
 
 def test_a_deployment_that_is_too_slow_alone_carries_nobody() -> None:
-    assert users_carried([30.0, 31.0], [0], 60.0, 0.95) == 0
+    assert users_carried([30.0, 31.0], [(0, 1.0)], 60.0, 0.95) == 0
 
 
 def test_few_users_are_carried_whatever_they_do() -> None:
     # With as many users as may be in flight, all of them are served in time.
-    assert users_carried([1.0, 1.0, 9.0], [2], 1e-6, 0.95) == 2
+    assert users_carried([1.0, 1.0, 9.0], [(2, 1.0)], 1e-6, 0.95) == 2
 
 
 def test_a_simulation_agrees() -> None:
     seconds, users, think_s = MIXTRAL.each(), 437, 60.0
     share = simulated(seconds, users, think_s, allowed=118, requests=1_000_000, seed=0)
-    assert share == pytest.approx(chance(seconds, [118], users, think_s), abs=0.01)
+    assert share == pytest.approx(chance(seconds, [(118, 1.0)], users, think_s), abs=0.01)
 
 
 def simulated(

@@ -40,7 +40,8 @@ class Demand:
     """For whom the plan is made. Of `users` the share `logged_in` is there at the busiest time;
     each thinks for `think_s` seconds on average between an answer and the next request. Of the
     requests the share `probability` must get `tokens_per_s_per_user`. Prompts have `input_len`
-    tokens, or all measured lengths in equal parts where it is None."""
+    tokens; or, where it is None, lengths in the shares of `mix`; or else all measured lengths in
+    equal parts."""
 
     users: int = 1000
     logged_in: float = 0.1
@@ -48,6 +49,12 @@ class Demand:
     probability: float = 0.95
     tokens_per_s_per_user: float = 5.0
     input_len: int | None = None
+    mix: Mapping[int, float] | None = None
+
+    @property
+    def prompts(self) -> Mapping[int, float] | None:
+        """The wanted prompt lengths and their shares; None: all that were measured."""
+        return self.mix if self.input_len is None else {self.input_len: 1.0}
 
     @property
     def at_once(self) -> int:
@@ -69,13 +76,15 @@ class Hardware:
 class Served:
     """What one deployment does under one load.
 
-    All but the last are at 1, 2, … requests in flight, times a row for each prompt length:
-    `seconds` of a request, `fast_s` and `slow_s` at the ends of the 95% intervals, None where one
-    is not known; `joules` of an output token. `more_untried` says that nothing above was tried.
+    `shares` of all prompts are of each length. Times are a row for each length, in it those at 1,
+    2, … requests in flight: `seconds` of a request, `fast_s` and `slow_s` at the ends of the 95%
+    intervals, None where one is not known; `joules` of an output token. `more_untried` says that
+    nothing above was tried.
     """
 
     prompt_tokens: str
     output_len: int
+    shares: Sequence[float]
     seconds: Times
     fast_s: Times | None
     slow_s: Times | None
@@ -86,7 +95,10 @@ class Served:
 def demand_of(study: Mapping[str, Any]) -> Demand:
     """The demand that a study's configuration describes; it fits the schema."""
     limit = study.get("limits", {}).get("tokens_per_s_per_user", Demand.tokens_per_s_per_user)
-    return Demand(tokens_per_s_per_user=limit, **study.get("capacity", {}))
+    capacity = dict(study.get("capacity", {}))
+    if "mix" in capacity:
+        capacity["mix"] = {each["input_len"]: each["share"] for each in capacity["mix"]}
+    return Demand(tokens_per_s_per_user=limit, **capacity)
 
 
 def read_hardware(file: Path) -> Hardware:
@@ -122,7 +134,7 @@ def plan(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> pd.DataFr
             "protocol": protocol,
             "output_len": int(str(output_len)),
         }
-        found = served(cells, demand.input_len)
+        found = served(cells, demand.prompts)
         if isinstance(found, str):
             rows.append(row | {"reason": found})
         else:
@@ -134,18 +146,22 @@ def plan(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> pd.DataFr
     return frame.sort_values(order, kind="stable", na_position="last", ignore_index=True)
 
 
-def served(cells: pd.DataFrame, input_len: int | None) -> Served | str:
+def served(cells: pd.DataFrame, prompts: Mapping[int, float] | None) -> Served | str:
     """What the cells of one deployment under one load say, or why they say nothing.
 
-    Prompts of several lengths come in equal parts; how they slow each other down is not measured.
-    A load that was not served ends what is known of its length, whatever was served above it.
+    `prompts` are prompt lengths and their shares, None all that were measured in equal parts; how
+    they slow each other down is not measured. A load that was not served ends what is known of its
+    length, whatever was served above it.
     """
     known = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
-    if input_len is not None:
-        nearest = nearest_length(cells["input_len"].unique().tolist(), input_len)
+    shares = dict.fromkeys(cells["input_len"].unique().tolist(), 1.0 if prompts is None else 0.0)
+    for length, share in (prompts or {}).items():
+        nearest = nearest_length(list(shares), length)
         if nearest is None:
-            return f"prompts of about {input_len} tokens were not measured"
-        cells, known = (each[each["input_len"] == nearest] for each in (cells, known))
+            return f"prompts of about {length} tokens were not measured"
+        shares[nearest] += share
+    wanted = [length for length, share in shares.items() if share]
+    cells, known = (each[each["input_len"].isin(wanted)] for each in (cells, known))
     failed = cells[cells["trials_served"] == 0].groupby("input_len")["concurrency"].min()
     end = known["input_len"].map(failed).astype(float).fillna(math.inf)
     known = known[known["concurrency"] < end]
@@ -159,13 +175,15 @@ def served(cells: pd.DataFrame, input_len: int | None) -> Served | str:
     tried = cells.loc[cells["concurrency"] > most, "input_len"]
     short = {int(o["input_len"].iloc[0]) for o in parts if o["concurrency"].max() == most}
     lengths = sorted(int(length) for length in known["input_len"].unique())
+    parts_of = [shares[length] / sum(shares.values()) for length in lengths]
     return Served(
         prompt_tokens=" to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))),
         output_len=int(cells["output_len"].iloc[0]),
+        shares=parts_of,
         seconds=_times(parts, "seconds_per_100_tokens", most) or [],
         fast_s=_times(parts, "seconds_per_100_tokens_low", most),
         slow_s=_times(parts, "seconds_per_100_tokens_high", most),
-        joules=_joules(parts, most),
+        joules=_joules(parts, parts_of, most),
         more_untried=not short & set(tried),
     )
 
@@ -175,14 +193,18 @@ def needed(
 ) -> dict[str, Any]:
     """What the demand needs of a deployment, by the names of `columns.PLAN`."""
     limit_s = found.output_len / demand.tokens_per_s_per_user
-    seconds = _mean(found.seconds)
+    seconds = _mean(found.seconds, found.shares)
     most = min(most_in_flight(each, limit_s) for each in found.seconds)
 
     def carried(times: Times | None, probability: float = demand.probability) -> int | None:
         if times is None:
             return None
-        allowed = [most_in_flight(each, limit_s) for each in times]
-        return users_carried(_mean(times), allowed, demand.think_s, probability)
+        allowed = [
+            (most_in_flight(each, limit_s), share)
+            for each, share in zip(times, found.shares, strict=True)
+        ]
+        mean = _mean(times, found.shares)
+        return users_carried(mean, allowed, demand.think_s, probability)
 
     users, low, high = map(carried, (found.seconds, found.slow_s, found.fast_s))
     row: dict[str, Any] = {
@@ -238,7 +260,9 @@ def _times(parts: Sequence[pd.DataFrame], column: str, most: int) -> Times | Non
     return rows
 
 
-def _joules(parts: Sequence[pd.DataFrame], most: int) -> Sequence[float] | None:
+def _joules(
+    parts: Sequence[pd.DataFrame], shares: Sequence[float], most: int
+) -> Sequence[float] | None:
     column = "energy_j_per_output_token"
     if any(own[column].isna().any() for own in parts):
         return None
@@ -246,11 +270,14 @@ def _joules(parts: Sequence[pd.DataFrame], most: int) -> Sequence[float] | None:
         Curve(tuple(own["concurrency"].astype(int)), tuple(own[column].astype(float)))
         for own in parts
     ]
-    return _mean([curve.each()[:most] for curve in curves])
+    return _mean([curve.each()[:most] for curve in curves], shares)
 
 
-def _mean(rows: Times) -> list[float]:
-    return [sum(each) / len(rows) for each in zip(*rows, strict=True)]
+def _mean(rows: Times, shares: Sequence[float]) -> list[float]:
+    return [
+        sum(value * share for value, share in zip(each, shares, strict=True))
+        for each in zip(*rows, strict=True)
+    ]
 
 
 def _between(values: Sequence[float], place: float) -> float:

@@ -212,7 +212,9 @@ def _add_capacity(subcommands: Any) -> None:
         metavar="V",
         help="tokens per second that each user gets",
     )
-    add("--input-len", type=_positive, metavar="I", help="prompt tokens; default: all, evenly")
+    prompts = parser.add_mutually_exclusive_group().add_argument
+    prompts("--input-len", type=_positive, metavar="I", help="prompt tokens; default: all, evenly")
+    prompts("--mix", type=_mix, metavar="I:X,…", help="prompt tokens and their shares")
     parser.set_defaults(run=_capacity)
 
 
@@ -223,6 +225,8 @@ def _capacity(options: argparse.Namespace) -> int:
     if study:
         config.study_of(study, [options.configfile])
     given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
+    if options.mix:  # instead of the study's one length
+        study = {**study, "capacity": {**study.get("capacity", {}), "input_len": None}}
     demand = replace(
         capacity.demand_of(study),
         **{name: value for name, value in given.items() if value is not None},
@@ -310,6 +314,11 @@ def _count(text: str) -> int:
 
 def _pause(text: str) -> float:
     return 0.0 if text == "0" else _seconds(text)
+
+
+def _mix(text: str) -> dict[int, float]:
+    parts = [part.partition(":") for part in text.split(",")]
+    return {_positive(length): _seconds(share) for length, _, share in parts}
 
 
 def _share(text: str) -> float:

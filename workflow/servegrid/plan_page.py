@@ -29,7 +29,7 @@ server whose speed depends on its load, [all times at the ends of their 95% inte
 replica is given nine tenths of them, by the slow end where that is known; users are split evenly
 among replicas. Half too slow: the users of a replica at which only half of the requests get the
 speed, so near is the fall. Between measured loads times are linear, above the highest nothing is
-assumed. Prompt lengths come in equal parts; how they slow each other down is not measured."""
+assumed. Prompt lengths come mixed; how they slow each other down is not measured."""
 
 
 BIONIC_TAKEN = """\
@@ -77,6 +77,10 @@ def _assumptions(demand: Demand, hardware: Hardware) -> str:
     prompts = "all measured prompt lengths in equal parts"
     if demand.input_len is not None:
         prompts = f"prompts of about {demand.input_len} tokens"
+    elif demand.mix is not None:
+        whole = sum(demand.mix.values())
+        parts = (f"{share / whole:.3g} of {length}" for length, share in demand.mix.items())
+        prompts = f"prompts of several lengths, {', '.join(parts)} tokens"
     return (
         f"{demand.users} registered users, of whom {demand.logged_in:.4g} are logged in at the "
         f"busiest time ({demand.at_once}); {demand.think_s:g} s on average between an answer and "

@@ -89,18 +89,19 @@ def in_flight(seconds: Sequence[float], users: int, think_s: float) -> list[floa
     return [weight / whole for weight in weights]
 
 
-def chance(seconds: Sequence[float], allowed: Sequence[int], users: int, think_s: float) -> float:
-    """The chance that a request of one of `users` keeps its limit.
+Allowed = Sequence[tuple[int, float]]
+"""For each kind of request the most in flight, itself among them, with which it keeps its limit,
+and the share of all requests that is of this kind; shares sum up to 1."""
 
-    Requests are of kinds, in equal parts; one keeps the limit with at most as many in flight,
-    itself among them, as `allowed` says for its kind.
-    """
+
+def chance(seconds: Sequence[float], allowed: Allowed, users: int, think_s: float) -> float:
+    """The chance that a request of one of `users` keeps its limit."""
     seen = in_flight(seconds, users - 1, think_s)
-    return math.fsum(math.fsum(seen[:most]) for most in allowed) / len(allowed)
+    return math.fsum(share * math.fsum(seen[:most]) for most, share in allowed)
 
 
 def users_carried(
-    seconds: Sequence[float], allowed: Sequence[int], think_s: float, probability: float
+    seconds: Sequence[float], allowed: Allowed, think_s: float, probability: float
 ) -> int:
     """The most users whose requests keep their limit with at least that probability; 0 if none.
 

@@ -79,13 +79,18 @@ def fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[Fi
     if not closed:
         return []
     lengths = sorted(int(length) for length in summary["input_len"].unique())
-    prompts = [("", "all that were measured, in equal parts"), *((n, str(n)) for n in lengths)]
+    prompts: list[tuple[Any, str]] = [("", "all that were measured, in equal parts")]
+    prompts += [("mix", "in the study's shares")] if demand.mix else []
+    prompts += [(length, str(length)) for length in lengths]
+    chosen = demand.input_len or ("mix" if demand.mix else "")
     gpus = sorted(str(gpu) for gpu in summary["gpu"].unique())
     money = hardware.currency
     return [
         Field("users", "Registered users", demand.users, least=1, step="1"),
         Field("logged_in", "Of these logged in, %", number(100 * demand.logged_in), 0.001, 100),
-        Field("think_s", "Seconds between answer and next request", number(demand.think_s), 0.1),
+        Field(
+            "think_s", "Seconds between answer and next request", number(demand.think_s), 0.1, 7200
+        ),
         Field(
             "tokens_per_s_per_user",
             "Tokens/s that each gets",
@@ -99,7 +104,7 @@ def fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[Fi
             1,
             99.999,
         ),
-        Field("input_len", "Prompt tokens", demand.input_len or "", choices=prompts),
+        Field("input_len", "Prompt tokens", chosen, choices=prompts),
         Field("plan_load", "Measured load", closed[0][0], choices=closed),
         *(
             Field(

@@ -249,10 +249,11 @@ function demanded() {
   told.textContent = wrong ? `${wrong.closest("label").firstChild.textContent.trim()}: ${wrong.validationMessage}` : "";
   if (wrong) return null;
   const given = Object.fromEntries([...form.elements].filter((each) => each.name).map((each) => [each.name, each.value === "" ? null : Number(each.value)]));
+  const prompts = form.elements.input_len.value;
   const prices = Object.fromEntries(Object.entries(given).filter(([name]) => name.startsWith("price:")).map(([name, value]) => [name.slice(6), value]));
   return {
     load: given.plan_load,
-    demand: { ...given, logged_in: given.logged_in / 100, probability: given.probability / 100 },
+    demand: { ...given, prompts: prompts === "" ? null : prompts === "mix" ? payload.demand.mix : { [prompts]: 1 }, logged_in: given.logged_in / 100, probability: given.probability / 100 },
     hardware: { ...payload.hardware, prices, electricity_per_kwh: given.electricity_per_kwh, years_in_use: given.years_in_use },
   };
 }

@@ -49,7 +49,7 @@ function inFlight(seconds, users, think) {
 function chance(seconds, allowed, users, think) {
   const seen = inFlight(seconds, users - 1, think);
   const upTo = (most) => seen.slice(0, most).reduce((a, b) => a + b, 0);
-  return allowed.reduce((sum, most) => sum + upTo(most), 0) / allowed.length;
+  return allowed.reduce((sum, [most, share]) => sum + share * upTo(most), 0);
 }
 
 function usersCarried(seconds, allowed, think, probability) {
@@ -75,21 +75,23 @@ function nearestLength(lengths, wanted) {
   return apart(nearest) <= SAME_PROMPT_FACTOR ? nearest : null;
 }
 
-function meanOf(rows) {
-  return rows[0].map((_, n) => rows.reduce((sum, row) => sum + row[n], 0) / rows.length);
+function meanOf(rows, shares) {
+  return rows[0].map((_, n) => rows.reduce((sum, row, place) => sum + row[n] * shares[place], 0));
 }
 
 const lengthsIn = (cells) => [...new Set(cells.map((cell) => cell.input_len))].sort((a, b) => a - b);
 
 // What the cells of one deployment under one load say, or in a text why they say nothing.
-function served(cells, outputLen, timeScale, inputLen) {
+function served(cells, outputLen, timeScale, prompts) {
   let known = cells.filter((cell) => cell.trials[0] > 0 && cell.seconds_per_100_tokens);
-  if (inputLen !== null) {
-    const nearest = nearestLength([...new Set(cells.map((cell) => cell.input_len))], inputLen);
-    if (nearest === null) return `prompts of about ${inputLen} tokens were not measured`;
-    cells = cells.filter((cell) => cell.input_len === nearest);
-    known = known.filter((cell) => cell.input_len === nearest);
+  const shares = new Map(lengthsIn(cells).map((length) => [length, prompts === null ? 1 : 0]));
+  for (const [length, share] of Object.entries(prompts ?? {})) {
+    const nearest = nearestLength([...shares.keys()], Number(length));
+    if (nearest === null) return `prompts of about ${length} tokens were not measured`;
+    shares.set(nearest, shares.get(nearest) + share);
   }
+  cells = cells.filter((cell) => shares.get(cell.input_len) > 0);
+  known = known.filter((cell) => shares.get(cell.input_len) > 0);
   const failed = cells.filter((cell) => cell.trials[1] === 0);
   known = known.filter((cell) => !failed.some((each) => each.input_len === cell.input_len && each.intensity <= cell.intensity));
   if (!known.length) return "no load was served that may be believed";
@@ -97,6 +99,8 @@ function served(cells, outputLen, timeScale, inputLen) {
   const lacking = lengthsIn(cells).filter((length) => !lengths.includes(length));
   if (lacking.length) return `prompts of ${lacking[0]} tokens were not served in a way that may be believed`;
   const parts = lengths.map((length) => known.filter((cell) => cell.input_len === length).sort((a, b) => a.intensity - b.intensity));
+  const whole = [...shares.values()].reduce((a, b) => a + b);
+  const parted = lengths.map((length) => shares.get(length) / whole);
   const highest = (own) => own.at(-1).intensity;
   const most = Math.min(...parts.map(highest));
   const factor = outputLen / 100 / timeScale;
@@ -113,10 +117,11 @@ function served(cells, outputLen, timeScale, inputLen) {
   return {
     promptTokens: [...new Set([lengths[0], lengths.at(-1)])].join(" to "),
     outputLen,
+    shares: parted,
     seconds: at("seconds_per_100_tokens", 0, true),
     fast: at("seconds_per_100_tokens", 1, true),
     slow: at("seconds_per_100_tokens", 2, true),
-    joules: joules && meanOf(joules),
+    joules: joules && meanOf(joules, parted),
     moreUntried: !cells.some((cell) => cell.intensity > most && short.includes(cell.input_len)),
   };
 }
@@ -135,10 +140,10 @@ function atOnce(demand) {
 // What the demand needs of a deployment, by the names of the columns of the plan.
 function needed(found, demand, hardware, gpu, gpuCount) {
   const limit = found.outputLen / demand.tokens_per_s_per_user;
-  const seconds = meanOf(found.seconds);
-  const allowed = (times) => times.map((each) => mostInFlight(each, limit));
-  const most = Math.min(...allowed(found.seconds));
-  const carried = (times, probability) => times && usersCarried(meanOf(times), allowed(times), demand.think_s, probability);
+  const seconds = meanOf(found.seconds, found.shares);
+  const allowed = (times) => times.map((each, place) => [mostInFlight(each, limit), found.shares[place]]);
+  const most = Math.min(...allowed(found.seconds).map(([each]) => each));
+  const carried = (times, probability) => times && usersCarried(meanOf(times, found.shares), allowed(times), demand.think_s, probability);
   const [users, low, high] = [found.seconds, found.slow, found.fast].map((times) => carried(times, demand.probability));
   const row = {
     most_in_flight: most,
@@ -183,7 +188,7 @@ function planOf(payload, load, demand, hardware) {
   const rows = payload.deployments.flatMap((deployment, place) => {
     const cells = payload.cells.filter((cell) => cell.deployment === place && cell.load === load);
     if (!cells.length) return [];
-    const found = served(cells, outputLen, deployment.time_scale ?? 1, demand.input_len);
+    const found = served(cells, outputLen, deployment.time_scale ?? 1, demand.prompts);
     const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated };
     if (typeof found === "string") return [{ ...head, reason: found }];
     return [{ ...head, prompt_tokens: found.promptTokens, ...needed(found, demand, hardware, deployment.gpu, deployment.gpu_count) }];
