@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
     assert [line.split()[0] for line in told.splitlines()] == ["PASS"] * 6
     assert "4 of 4 trials" in told
     assert list(elsewhere.iterdir()) == []
+
+    again = ("--replicate", "1", "--profile", str(ROOT / "profiles/local"))
+    told = run(elsewhere, *verify, *again, home=home)
+    (replicated,) = elsewhere.iterdir()
+    assert replicated.name == bundle.name.removesuffix(".tar.gz") + "-replicated"
+    assert f"# {replicated.name} against the bundle" in told
+    assert len(list(replicated.glob("results/cells/**/requests.parquet"))) == 2
+    shutil.rmtree(replicated)
 
     run(elsewhere, "servegrid.cli", "open", str(bundle), "study", home=home)
     opened = elsewhere / "study"
