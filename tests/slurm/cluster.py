@@ -136,6 +136,10 @@ class Cluster:
         """The node is gone from one moment to the next, and Slurm knows it."""
         self.call("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
+    def spoil_node(self, name: str) -> None:
+        """The node takes jobs, and fails to launch them, for its prolog fails."""
+        (self.folder / f"spoilt-{name}").touch()
+
     def lose_controller(self) -> None:
         """The controller is gone at once; `return_controller` has it come back."""
         (self.folder / "no-controller").touch()
@@ -245,6 +249,10 @@ def write_configuration(cluster: Cluster) -> None:
         "WaitTime": 0,
         "CompleteWait": 0,
     }
+    prolog = folder / "prolog"
+    prolog.write_text(f'#!/bin/sh\ntest ! -e "{folder}/spoilt-$SLURMD_NODENAME"\n')
+    prolog.chmod(0o755)
+    settings["Prolog"] = prolog
     if options.preempt_sends_user_signal:
         settings["SlurmctldParameters"] = "preempt_send_user_signal"
     if options.accounting:

@@ -59,6 +59,18 @@ def test_a_lost_node_costs_the_cell_under_way_and_no_other(work: Workspace) -> N
     assert work.records()[0]["slurm"]["Restarts"] == "1"
 
 
+def test_a_job_that_slurm_holds_after_a_failed_launch_is_submitted_again(work: Workspace) -> None:
+    work.kinds(toy=V100)
+    work.plan(out={"a": 2})
+    work.cluster.spoil_node("sirocco14")
+    told = work.run()
+    assert work.outputs() == names("a", 2)
+    assert "could not be started again by Slurm, which holds it; 0 of 2 jobs done" in told
+    assert work.queue() == []
+    held, done = sorted(work.records(), key=lambda each: each["jobs_finished"])
+    assert (held["state"], done["jobs_finished"]) == ("LAUNCH_FAILED", 2)
+
+
 def preempted(work: Workspace) -> subprocess.Popen[bytes]:
     """A run in the preemptible partition whose node is taken away in the middle of a cell."""
     work.kinds(toy=PREEMPTIBLE)

@@ -9,6 +9,7 @@ import pytest
 
 from snakemake_executor_plugin_submitit.liveness import (
     GONE,
+    HELD,
     LocalLiveness,
     SlurmLiveness,
     Submission,
@@ -82,6 +83,18 @@ def test_a_requeued_job_is_alive() -> None:
     cluster.answer = "101|FAILED|None|alpha-1f\n"
     assert cluster.end(30) is None
     assert cluster.end(8) == "FAILED"
+
+
+@pytest.mark.parametrize("reason", ["launch failed requeued held", "JobHoldMaxRequeue"])
+def test_a_job_that_slurm_holds_after_a_failed_launch_has_ended(reason: str) -> None:
+    cluster = Cluster(f"101|PENDING|{reason}|alpha-1f\n")
+    assert cluster.end() is None
+    assert cluster.end(8) == HELD
+
+
+def test_a_job_that_somebody_holds_is_waited_for() -> None:
+    cluster = Cluster("101|PENDING|JobHeldUser|alpha-1f\n")
+    assert [cluster.end(), cluster.end(30), cluster.end(30)] == [None] * 3
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETED"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from snakemake_executor_plugin_submitit.liveness import GONE, Submission
+from snakemake_executor_plugin_submitit.liveness import GONE, HELD, Submission
 from snakemake_executor_plugin_submitit.spool import BEGAN, ENDED, STARTED, STOPPED, Spool, Task
 from snakemake_executor_plugin_submitit.tracking import Need, Queued, Tracked
 
@@ -67,7 +67,7 @@ def test_only_what_makes_progress_is_continued(spool: Spool) -> None:
     assert live.may_be_continued("FAILED")
 
 
-@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED", "BOOT_FAIL"])
+@pytest.mark.parametrize("state", ["NODE_FAIL", "PREEMPTED", "BOOT_FAIL", HELD])
 def test_what_the_cluster_takes_away_is_continued_but_not_for_ever(
     spool: Spool, state: str
 ) -> None:
@@ -105,6 +105,12 @@ def test_an_orphan_that_was_gone_already_is_no_evidence(spool: Spool) -> None:
         ([(STOPPED, {"reason": "SIGTERM"})], "PREEMPTED", "slurm", "was stopped by SIGTERM"),
         ([(STOPPED, {"reason": "SIGTERM"}), (STARTED, {})], "FAILED", "slurm", "ended as FAILED"),
         ([], GONE, "slurm", "is unknown to Slurm"),
+        (
+            [(STOPPED, {"reason": "SIGTERM"})],
+            HELD,
+            "slurm",
+            "could not be started again by Slurm, which holds it",
+        ),
         ([], GONE, "local", "was killed"),
     ],
 )

@@ -30,6 +30,7 @@ from snakemake_executor_plugin_submitit.allocation import Allocation
 from snakemake_executor_plugin_submitit.history import slurm_record
 from snakemake_executor_plugin_submitit.liveness import (
     GONE,
+    HELD,
     Liveness,
     LocalLiveness,
     SlurmLiveness,
@@ -337,7 +338,7 @@ class Fleet(Generic[Job]):
                 live.spool.close()
             if self._cluster == "local":
                 live.kill_here()
-            elif state == GONE:
+            elif state in (GONE, HELD):
                 cancel(live.submission)
         self._keep(live, state)
         if not live.given:

@@ -25,6 +25,10 @@ ALIVE_STATES = frozenset(
 CERTAIN_ENDS = frozenset(("CANCELLED", "COMPLETED"))
 GONE = "GONE"
 """The state of a job that Slurm no longer knows."""
+HELD = "LAUNCH_FAILED"
+"""The state of a job that Slurm has put back and will not start again, as squeue does not say."""
+_HELD_FOR = frozenset(("launch failed requeued held", "jobholdmaxrequeue"))
+"""Reasons to wait that end only when somebody releases the job; nobody has held it on purpose."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class SlurmLiveness:
             self._states = None if answer is None else parse_squeue(answer)
         if self._states is None:
             return None
-        state, _ = self._states.get(key, (GONE, ""))
+        state, reason = self._states.get(key, (GONE, ""))
+        if reason.lower().replace("_", " ") in _HELD_FOR:
+            state = HELD
         if state in ALIVE_STATES:
             self._suspected.pop(key, None)
             return None

@@ -13,13 +13,13 @@ from typing import Any, Generic, TypeVar
 from snakemake_executor_plugin_submitit import allocation as inside
 from snakemake_executor_plugin_submitit import spool as events
 from snakemake_executor_plugin_submitit.account import Account, duration
-from snakemake_executor_plugin_submitit.liveness import GONE, Submission, runs, start_ticks
+from snakemake_executor_plugin_submitit.liveness import GONE, HELD, Submission, runs, start_ticks
 from snakemake_executor_plugin_submitit.spool import Event, Spool, Task
 from snakemake_executor_plugin_submitit.submission import Parameters
 
 Job = TypeVar("Job")
 
-TAKEN_AWAY = frozenset(("PREEMPTED", "NODE_FAIL", "BOOT_FAIL"))
+TAKEN_AWAY = frozenset(("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", HELD))
 """Ends that the cluster brought about, and that say nothing of the allocation itself."""
 PATIENCE = 5
 """So many allocations in a row may be taken away before they have done a job."""
@@ -155,6 +155,8 @@ class Tracked(Generic[Job]):
         }
         if self.reason:
             how = words[self.reason]
+        elif state == HELD:
+            how = "could not be started again by Slurm, which holds it"
         elif self.stopped:
             how = f"was stopped by {self.stopped.data['reason']}"
         elif state == GONE:
