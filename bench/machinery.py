@@ -1,4 +1,4 @@
-"""What the machinery costs around the measuring: `make bench`.
+"""What the machinery costs around the measuring, and what a bundle of it costs: `make bench`.
 
 Rehearsals on this machine, so nothing here is a measurement of an engine. Machines are noisy:
 compare the ratios of one run, not the seconds of two.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -33,31 +34,54 @@ def main() -> None:
     options = parser.parse_args()
     start = median(seconds_of("-m", "snakemake", "--version") for _ in range(3))
     one = REHEARSAL | {"deployments": REHEARSAL["deployments"][:1]}
-    print("one deployment alone, 56 cells and 3 sentinels:")
-    report(*rehearsed(one, allocations=1), start)
-    if not options.quick:
-        print("\nall seven at once, 392 cells and 21 sentinels:")
-        report(*rehearsed(REHEARSAL, allocations=7), start)
-
-
-def rehearsed(study: dict[str, Any], allocations: int) -> tuple[float, list[Account]]:
-    """Seconds that the workflow took until all cells were there, and the allocations' accounts."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "study.yaml").write_text(yaml.safe_dump(study))
-        took = seconds_of(
-            *("-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--quiet", "all"),
-            *("--profile", str(ROOT / "profiles/local"), "--directory", name, "--until", "measure"),
-            *("--submitit-allocations", str(allocations), "--submitit-linger", "0"),
-            *("--configfile", str(folder / "study.yaml")),
-        )
-        accounts = []
-        for journal in sorted(folder.glob(".snakemake/submitit/*/*/journal.jsonl")):
-            account = Account(journal.parent.parent.name)
-            for event in JournalReader(journal).new():
-                account.note(event)
-            accounts.append(account)
-        return took, accounts
+        print("one deployment alone, 56 cells and 3 sentinels:")
+        report(*rehearsed(one, 1, Path(name)), start)
+    if options.quick:
+        return
+    with tempfile.TemporaryDirectory() as name:
+        print("\nall seven at once, 392 cells and 21 sentinels:")
+        report(*rehearsed(REHEARSAL, 7, Path(name)), start)
+        bundled(Path(name))
+
+
+def rehearsed(study: dict[str, Any], allocations: int, folder: Path) -> tuple[float, list[Account]]:
+    """Seconds that the workflow took until all cells were there, and the allocations' accounts."""
+    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    several = ("--submitit-allocations", str(allocations), "--submitit-linger", "0")
+    took = seconds_of(*workflow(folder, "all"), "--until", "measure", *several)
+    accounts = []
+    for journal in sorted(folder.glob(".snakemake/submitit/*/*/journal.jsonl")):
+        account = Account(journal.parent.parent.name)
+        for event in JournalReader(journal).new():
+            account.note(event)
+        accounts.append(account)
+    return took, accounts
+
+
+def bundled(folder: Path) -> None:
+    """Reports what it takes to bundle what was measured, and to verify it."""
+    analysed = seconds_of(*workflow(folder, "all"))
+    packed = seconds_of(*workflow(folder, "bundle"))
+    (bundle,) = folder.glob("results/bundles/*")
+    verified = seconds_of("-m", "servegrid.cli", "verify", str(bundle))
+    with tarfile.open(bundle) as archive:
+        sizes = [member.size for member in archive if member.isfile()]
+    for what, value in {
+        "all tables, figures and the page": f"{analysed:.0f} s",
+        "bundle, verified when made": f"{packed:.0f} s, {packed / analysed:.2f} × that; "
+        f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, packed {bundle.stat().st_size / 1e6:.1f}",
+        "verify": f"{verified:.0f} s, {verified / analysed:.2f} × that",
+    }.items():
+        print(f"  {what:<38} {value}")
+
+
+def workflow(folder: Path, target: str) -> list[str]:
+    return [
+        *("-m", "snakemake", target, "--snakefile", str(ROOT / "Snakefile"), "--quiet", "all"),
+        *("--profile", str(ROOT / "profiles/local"), "--directory", str(folder)),
+        *("--configfile", str(folder / "study.yaml")),
+    ]
 
 
 def report(took: float, accounts: list[Account], start: float) -> None:
