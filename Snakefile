@@ -4,7 +4,7 @@ import re
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from servegrid.config import study_of
+from servegrid.config import study_from
 from servegrid.preflight import refuse_unready
 from servegrid.script import told_as
 
@@ -17,7 +17,7 @@ if not config:
 
 
 with told_as(WorkflowError):
-    study = study_of(config, workflow.configfiles)
+    study = study_from(config, workflow.configfiles)
 
 
 report: "workflow/report/study.rst"

@@ -185,9 +185,19 @@ def test_what_cannot_be_compared_is_left_out_with_its_reason() -> None:
     assert [each.partition(" tokens: ")[2] for each in found.left_out] == [
         "only in the first",
         "only in the second",
-        "8 requests in the first, 4 in the second",
+        "requests is 8 in the first, 4 in the second",
         "no trial of the first may be believed",
     ]
+
+
+def test_other_prompts_are_not_compared_where_they_are_known() -> None:
+    first = study(trial(1.0, prompts="distinct"), trial(1.0, concurrency=4, prompts="distinct"))
+    second = study(trial(1.0), trial(1.0, concurrency=4, prompts="identical"))
+    found = compare(first, second)
+    assert len(found.cells) == 1
+    (told,) = found.left_out
+    assert told.endswith("prompts is distinct in the first, identical in the second")
+    assert len(compare(first, second.drop(columns="prompts")).cells) == 2
 
 
 def test_deployments_of_other_names_are_matched_by_what_they_are() -> None:

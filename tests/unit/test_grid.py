@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from servegrid.config import read_study, schema, study_of
+from servegrid.config import read_mapping, read_study, schema, study_from, study_of
 from servegrid.errors import ConfigError
 from servegrid.grid import Load, Trial, digest_of
 
@@ -321,6 +321,29 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Any) -> None:
     file.write_text("- a")
     with pytest.raises(ConfigError, match="not a mapping"):
         read_study(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("study: a\nload: {}\nstudy: b\n", "line 3 gives `study` a second time"),
+        ("load:\n  input_len: 1\n  seed: 1\n  input_len: 2\n", "line 4 gives `input_len`"),
+        ("deployments:\n- gpu: cpu\n  gpu: a100\n", "line 3 gives `gpu`"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Any, text: str, told: str) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    for read in (lambda: read_study(file), lambda: study_from({}, [str(file)])):
+        with pytest.raises(ConfigError, match=told) as caught:
+            read()
+        assert str(caught.value).startswith(str(file))
+
+
+def test_keys_of_an_anchor_may_be_given_again(tmp_path: Any) -> None:
+    file = tmp_path / "hardware.yaml"
+    file.write_text("a: &a {x: 1, y: 1}\nb: {<<: *a, x: 2}\nc: *a\n")
+    assert read_mapping(file)["b"] == {"x": 2, "y": 1}
 
 
 def test_every_key_of_the_schema_has_a_description() -> None:

@@ -30,6 +30,8 @@ FIGURE = "output_tokens_per_s"
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 
 _CELL = ("protocol", "concurrency", "rate_per_s", "input_len", "output_len")
+_SAME = ("requests", "prompts", "think_s", "output_spread")
+"""What must be the same in both, where it is known of both, for a cell to be compared."""
 _DEPLOYMENT = ("model", "quantization", "gpu", "gpu_count")
 
 
@@ -83,9 +85,8 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, mixed: bool = False) -> C
         lacking = [which for which, own in (("first", one), ("second", other)) if not own.values]
         if lacking:
             left_out.append(f"{_told(key)}: no trial of the {lacking[0]} may be believed")
-        elif one.requests != other.requests:
-            counts = f"{one.requests} requests in the first, {other.requests} in the second"
-            left_out.append(f"{_told(key)}: {counts}")
+        elif differing := _differing(one, other):
+            left_out.append(f"{_told(key)}: {differing}")
         else:
             ratio = _of_trials(_told(key), one.values, other.values)
             groups.setdefault(one.deployment, []).append(ratio)
@@ -162,7 +163,7 @@ def two_sided(t: float, degrees: float) -> float:
 @dataclass(frozen=True)
 class _Cell:
     deployment: str
-    requests: int | None
+    same: Mapping[str, Any]
     values: list[float]
 
 
@@ -170,17 +171,30 @@ def _by_cell(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ...], 
     speeds = cells[FIGURE].astype("Float64").to_numpy(float, na_value=math.nan)
     usable = (cells["verdict"].eq(OK) & cells["valid"].eq(True).fillna(False)).to_numpy(bool)
     usable &= ~np.isnan(speeds)
-    requests, names = cells["requests"].tolist(), cells["deployment"].tolist()
-    plain = [cells[key].astype(object).where(cells[key].notna(), None).tolist() for key in keys]
+    cells = cells.assign(**{each: None for each in _SAME if each not in cells})  # of older versions
+    names = cells["deployment"].tolist()
+    plain, same = (
+        [cells[key].astype(object).where(cells[key].notna(), None).tolist() for key in wanted]
+        for wanted in (keys, _SAME)
+    )
     protocols = cells["protocol"].tolist()
     found: dict[tuple[Any, ...], _Cell] = {}
     for place, key in enumerate(zip(*plain, strict=True)):
         # A load that lasts for a time has as many requests as come.
-        asked = requests[place] if protocols[place] == "burst" else None
+        asked = {name: own[place] for name, own in zip(_SAME, same, strict=True)}
+        if protocols[place] != "burst":
+            asked["requests"] = None
         cell = found.setdefault(key, _Cell(str(names[place]), asked, []))
         if usable[place]:
             cell.values.append(float(speeds[place]))
     return found
+
+
+def _differing(one: _Cell, other: _Cell) -> str | None:
+    for name, value in one.same.items():
+        if None not in (value, other.same[name]) and value != other.same[name]:
+            return f"{name} is {value} in the first, {other.same[name]} in the second"
+    return None
 
 
 def _of_trials(name: str, first: Sequence[float], second: Sequence[float]) -> Ratio:

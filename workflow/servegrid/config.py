@@ -57,6 +57,16 @@ def study_of(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> Stu
         raise ConfigError(f"{source}: {error}") from None
 
 
+def study_from(config: Mapping[str, Any], files: Sequence[str]) -> Study:
+    """The study that Snakemake has read as `config` from `files`; raises ConfigError as `study_of`.
+
+    Snakemake's reader keeps the last of two equal keys and says nothing; here they are refused.
+    """
+    for file in files:
+        _refuse_repeated_keys(Path(file), Path(file).read_text())
+    return study_of(config, files)
+
+
 def read_study(file: Path) -> Study:
     """The study in a YAML file. Raises ConfigError as `study_of`, or where it is not YAML."""
     return study_of(read_mapping(file), [file])
@@ -65,7 +75,9 @@ def read_study(file: Path) -> Study:
 def read_mapping(file: Path) -> dict[str, Any]:
     """The keys and values of a YAML file. Raises ConfigError where it has none."""
     try:
-        config = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        config = yaml.safe_load(text)
+        _refuse_repeated_keys(file, text)
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read ({error.strerror}).") from error
     except yaml.YAMLError as error:
@@ -73,6 +85,30 @@ def read_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(f"{file}: is not a mapping of keys; see config/README.md.")
     return config
+
+
+def _refuse_repeated_keys(file: Path, text: str) -> None:
+    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        elif isinstance(node, yaml.MappingNode):
+            keys: set[str] = set()
+            for key, value in node.value:
+                waiting.append(value)
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in keys:
+                    line = key.start_mark.line + 1
+                    raise ConfigError(
+                        f"{file}: line {line} gives `{key.value}` a second time, and only one of "
+                        "the two would count. Remove one, or make one of them."
+                    )
+                keys.add(key.value)
 
 
 def refuse_unfitting(config: Mapping[str, Any], rules: Mapping[str, Any], source: str) -> None:
