@@ -1,0 +1,77 @@
+"""Two studies on the emulated engine compared: a slow-down is found where it is, and only there."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servegrid.compare_page import cells_of
+from servegrid.comparison import compare
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("first", "second", "third")
+ARGUMENTS = {"timing": "inria-2024", "time_scale": 0.05}
+STUDY: dict[str, Any] = {
+    "study": "compared",
+    "load": {
+        "concurrency": [1, 4, 16],
+        "input_len": 31,
+        "output_len": 100,
+        "trials": 2,
+        "sentinels": False,
+    },
+    "deployments": [
+        {
+            "name": name,
+            "model": "mistral-7b",
+            "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",
+            "quantization": "fp16",
+            "engine": "emulated",
+            "gpu": "v100-16gb",
+            "gpu_count": 2,
+            "max_model_len": 4096,
+            "arguments": ARGUMENTS,
+        }
+        for name in NAMES
+    ],
+}
+
+
+def measured(study: dict[str, Any], folder: Path) -> Path:
+    folder.mkdir()
+    config = folder / "study.json"
+    config.write_text(json.dumps(study))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "snakemake", "results/tables/cells.parquet"),
+            *("--snakefile", str(ROOT / "Snakefile"), "--profile", str(ROOT / "profiles/local")),
+            *("--directory", str(folder), "--configfile", str(config)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_a_slow_down_of_a_tenth_is_found_there_and_only_there(tmp_path: Path) -> None:
+    slower = copy.deepcopy(STUDY)
+    slower["deployments"][1]["arguments"] = ARGUMENTS | {"slowdown": 1.1}
+    first, second = measured(STUDY, tmp_path / "a"), measured(slower, tmp_path / "b")
+    found = compare(cells_of(first), cells_of(second))
+    assert [each.name for each in found.deployments] == [*NAMES]
+    verdicts = [each.verdict for each in found.deployments]
+    assert verdicts == ["no evidence", "slower", "no evidence"], found
+    assert found.deployments[1].ratio == pytest.approx(1 / 1.1, rel=0.03)
+
+    gate = [sys.executable, "-m", "servegrid.cli", "compare", first, second, "--fail-on"]
+    assert subprocess.run([*gate, "slower:5%"], capture_output=True).returncode == 1
+    assert subprocess.run([*gate, "slower:20%"], capture_output=True).returncode == 0
