@@ -1,8 +1,11 @@
 """What must not leave the site: what is redacted, what stays, what is found."""
 
+from pathlib import Path
+
 import pytest
 
 from servegrid.bundle.redact import Redactor, secrets_in, secrets_in_data
+from servegrid.bundle.secrets import findings
 
 RECORDS = [
     {"node": "sirocco14.site.example", "job": {"SLURM_JOB_NODELIST": "bora[001-002,7]"}},
@@ -110,3 +113,15 @@ def test_what_is_found_is_told_by_its_kind_alone() -> None:
         "a user's name in a path",
     ]
     assert list(secrets_in_data(REDACTOR.data(data))) == []
+
+
+def test_of_images_only_what_is_readable_is_looked_through(tmp_path: Path) -> None:
+    chance = b"\x89PNG\r\n\x1a\n\0\0" + bytes(range(256)) + b"x://\xe9\x01k:\xff\xa0y@\x07"
+    (tmp_path / "plot.png").write_bytes(chance)
+    assert list(findings(tmp_path)) == []
+    (tmp_path / "plot.png").write_bytes(chance + b"tEXtComment\0" + HF.encode() + b"\0")
+    assert list(findings(tmp_path)) == ["plot.png: a Hugging Face token"]
+    # Written as text, it would be one.
+    (tmp_path / "plot.png").unlink()
+    (tmp_path / "a.log").write_bytes(b"x://k:y@host")
+    assert list(findings(tmp_path)) == ["a.log: a password in a URL"]

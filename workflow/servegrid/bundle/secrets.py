@@ -22,6 +22,8 @@ _LISTED = 10
 _PART_BYTES = 2**24
 _OVERLAP_BYTES = 2**12
 """As long as any token may be: what lies across two parts is whole in one of them."""
+_SIGNATURE_BYTES = 512
+_PRINTABLE = bytes(byte if 32 <= byte < 127 else 10 for byte in range(256))
 
 
 def refuse_secrets(tree: Path, redactor: Redactor) -> None:
@@ -95,9 +97,15 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def _parts(path: Path) -> Iterator[str]:
-    """The text of a file, of which only a part is in memory."""
+    """The text of a file, of which only a part is in memory; of a binary one what is readable.
+
+    Among the bytes of an image, taken for letters, a password in a URL will turn up one day.
+    """
     with path.open("rb") as file:
-        before = b""
+        before, is_binary = b"", b"\0" in file.read(_SIGNATURE_BYTES)
+        file.seek(0)
         while data := file.read(_PART_BYTES):
-            yield (before + data).decode("utf-8", "replace")
+            whole = before + data
+            readable = whole.translate(_PRINTABLE) if is_binary else whole
+            yield readable.decode("utf-8", "replace")
             before = data[-_OVERLAP_BYTES:]
