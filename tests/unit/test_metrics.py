@@ -119,6 +119,7 @@ def test_a_burst_of_two() -> None:
         "gpu_count": 2,
         "engine": "emulated",
         "engine_version": "0.32.0",
+        "origin": "servegrid",
         "time_scale": None,
         "allocation": "d.1234 2026-11-23T01:02:03+00:00",
         "protocol": "burst",

@@ -22,6 +22,7 @@ from servegrid.bundle.commands import add_open, add_verify
 from servegrid.compare_command import add_compare
 from servegrid.endpoint import Endpoint, base_of, key_in
 from servegrid.errors import LoadError, ServegridError
+from servegrid.exchange.commands import add_export, add_import
 from servegrid.grid import Load
 from servegrid.load import Measurement, measure
 from servegrid.reference import STUDIES
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_compare(subcommands)
     add_verify(subcommands)
     add_open(subcommands)
+    add_export(subcommands)
+    add_import(subcommands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

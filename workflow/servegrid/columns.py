@@ -127,6 +127,9 @@ CELLS = (
     Column("engine", pa.string(), "", "Engine that served"),
     Column("engine_version", pa.string(), "", "Its version"),
     Column(
+        "origin", pa.string(), "", "The client that measured it; others than servegrid are imported"
+    ),
+    Column(
         "time_scale",
         pa.float64(),
         "",

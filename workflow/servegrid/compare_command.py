@@ -29,7 +29,11 @@ def add_compare(subcommands: Any) -> None:
         metavar="slower:5%",
         help="end with 1 where a deployment of B is slower, by verdict and by more than that",
     )
-    add("--mixed", action="store_true", help="compare even emulated figures with measured ones")
+    add(
+        "--mixed",
+        action="store_true",
+        help="compare even emulated figures, or those of other clients, with one's own",
+    )
     add("--page", type=Path, metavar="FILE", help="write an HTML page as well")
     parser.set_defaults(run=_compare)
 

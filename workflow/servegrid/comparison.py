@@ -20,6 +20,7 @@ import pandas as pd
 from servegrid.errors import ComparisonError
 from servegrid.intervals import quantile
 from servegrid.labels import EMULATED
+from servegrid.metrics import OWN
 from servegrid.verdict import OK
 
 FALSE_DISCOVERIES = 0.05
@@ -67,9 +68,10 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, mixed: bool = False) -> C
     """Hold the trials of two studies against each other, tables of `columns.CELLS`.
 
     Cells are matched by load and by the name of their deployment, or, where the studies share no
-    such name, by model, quantization and GPUs. Trials that may not be believed are left out. Raises
-    ComparisonError where no cell is in both, or where one is emulated and the other not, or at
-    another time scale, unless `mixed`.
+    such name, by model, quantization and GPUs. Trials that may not be believed are left out, those
+    of other clients, which nobody can certify, are not. Raises ComparisonError where no cell is in
+    both, or where one is emulated and the other not, or at another time scale, or measured by
+    another client, unless `mixed`.
     """
     _refuse_mixed(first, second, mixed)
     shared = set(first["deployment"]) & set(second["deployment"])
@@ -169,7 +171,10 @@ class _Cell:
 
 def _by_cell(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ...], _Cell]:
     speeds = cells[FIGURE].astype("Float64").to_numpy(float, na_value=math.nan)
-    usable = (cells["verdict"].eq(OK) & cells["valid"].eq(True).fillna(False)).to_numpy(bool)
+    # What others have measured cannot be certified; it is only here because it was asked for.
+    imported = np.array([origin != OWN for origin in _origins(cells)], dtype=bool)
+    certified = cells["valid"].eq(True).fillna(False).to_numpy(bool)
+    usable = cells["verdict"].eq(OK).to_numpy(bool) & (certified | imported)
     usable &= ~np.isnan(speeds)
     cells = cells.assign(**{each: None for each in _SAME if each not in cells})  # of older versions
     names = cells["deployment"].tolist()
@@ -236,8 +241,10 @@ def _tested(
 def _refuse_mixed(first: pd.DataFrame, second: pd.DataFrame, mixed: bool) -> None:
     kinds = [
         {
-            (engine == EMULATED, None if pd.isna(scale) else float(scale))
-            for engine, scale in zip(each["engine"], each["time_scale"], strict=True)
+            (engine == EMULATED, None if pd.isna(scale) else float(scale), origin)
+            for engine, scale, origin in zip(
+                each["engine"], each["time_scale"], _origins(each), strict=True
+            )
         }
         for each in (first, second)
     ]
@@ -249,10 +256,15 @@ def _refuse_mixed(first: pd.DataFrame, second: pd.DataFrame, mixed: bool) -> Non
         )
 
 
-def _kind(kind: tuple[bool, float | None]) -> str:
-    emulated, scale = kind
+def _origins(cells: pd.DataFrame) -> list[str]:
+    """Who measured each; older tables do not say it, and hold nothing else than our own."""
+    return list(cells["origin"].fillna(OWN)) if "origin" in cells else [OWN] * len(cells)
+
+
+def _kind(kind: tuple[bool, float | None, str]) -> str:
+    emulated, scale, origin = kind
     if not emulated:
-        return "measured on hardware"
+        return f"measured by {origin}"
     return "emulated" if scale is None else f"emulated at {scale:g} × time"
 
 

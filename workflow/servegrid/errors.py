@@ -7,7 +7,8 @@ ServegridError
  ├── LoadError           the load could not be put on the endpoint at all
  ├── RecordError         a record cannot be written, read or believed
  ├── BundleError         a bundle cannot be made, or is not safe to read
- └── ComparisonError     two studies cannot be compared
+ ├── ComparisonError     two studies cannot be compared
+ └── ExchangeError       a file of another tool cannot be read, or a trial not be written for one
 """
 
 
@@ -41,3 +42,7 @@ class BundleError(ServegridError):
 
 class ComparisonError(ServegridError):
     """Two studies cannot be held against each other."""
+
+
+class ExchangeError(ServegridError):
+    """A file of another tool cannot be read, or there is nothing to be written for it."""

@@ -35,22 +35,30 @@ REQUEST_COLUMNS = (
 TELEMETRY_COLUMNS = (*energy.COLUMNS, *serverside.TELEMETRY_COLUMNS, "memory_bytes")
 """The columns of `columns.TELEMETRY` that `row_of` needs."""
 
+OWN = "servegrid"
+"""The origin of what servegrid has measured itself."""
+
 _Floats = npt.NDArray[np.float64]
 
 
-def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -> dict[str, Any]:
+def row_of(
+    record: Mapping[str, Any],
+    requests: pa.Table,
+    telemetry: pa.Table,
+    whole: bool | None = None,
+) -> dict[str, Any]:
     """One row of `columns.CELLS`.
 
     `requests` and `telemetry` have one row per request and per sample, with at least
     REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens are those of the requests
-    that succeeded, of a burst all of them, else those in its stationary part; the makespan is
-    that of all. Raises KeyError where a column or a key of the record is missing.
+    that succeeded, of a burst (or if `whole`) all of them, else those in its stationary part; the
+    makespan is that of all. Raises KeyError where a column or a key of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
     deployment, load = trial.deployment, trial.load
     served = requests.filter(pc.is_null(requests["error"]))
     makespan, waves = makespan_s(requests)
-    whole = load.protocol == "burst"
+    whole = load.protocol == "burst" if whole is None else whole
     window = None if whole else stationary(requests, load)
     inside = served if whole else within(served, window)
     window_s = makespan if whole else None if window is None else window.seconds
@@ -71,6 +79,7 @@ def row_of(record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table) -
         "gpu_count": deployment.gpu_count,
         "engine": record["engine"]["engine"],
         "engine_version": record["engine"].get("version"),
+        "origin": record.get("origin", OWN),
         "time_scale": record["engine"].get("time_scale"),
         "allocation": allocation_of(record["environment"]),
         "protocol": load.protocol,

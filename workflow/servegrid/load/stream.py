@@ -266,7 +266,7 @@ def _tokens_of(answer: _Answer) -> tuple[list[int], list[int] | None, bool | Non
     estimated = counts is None
     if counts is None:
         carriers = _carriers(answer.chunks, with_text, total)
-        counts = _shared(total, len(carriers))
+        counts = shared_out(total, len(carriers))
     tokens = [(chunk.arrival_ns, count) for chunk, count in zip(carriers, counts, strict=True)]
     return (
         [arrival for arrival, count in tokens if count],
@@ -299,7 +299,7 @@ def _carriers(chunks: list[_Chunk], with_text: list[_Chunk], total: int) -> list
     return [chunk for chunk in chunks if chunk.has_text or not chunk.finished] or chunks
 
 
-def _shared(total: int, carriers: int) -> list[int]:
+def shared_out(total: int, carriers: int) -> list[int]:
     """`total` tokens over that many chunks, as evenly as goes, the first never without."""
     return [
         -(-(number + 1) * total // carriers) + (-number * total // carriers)
