@@ -1,15 +1,18 @@
 """Two studies compared: tests against tables of Student's t, and errors at the stated rates."""
 
+import itertools
 import math
 import random
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
 
 from servegrid import columns
 from servegrid.cli import main
+from servegrid.compare_page import markdown, page
 from servegrid.comparison import (
     Comparison,
     Ratio,
@@ -21,6 +24,7 @@ from servegrid.comparison import (
     two_sided,
 )
 from servegrid.errors import ComparisonError
+from servegrid.forest import svg
 from servegrid.tables import typed, write_cells
 
 
@@ -245,6 +249,40 @@ def test_the_command_fails_on_what_it_is_told_to(
     assert main(["compare", first, second, "--fail-on", "slower:5%", "--page", str(file)]) == 1
     assert "Slower by more than 0.05: d1" in capsys.readouterr().out
     assert "<td>slower</td>" in file.read_text()
+
+
+def test_emulated_figures_are_marked_wherever_they_are_compared() -> None:
+    emulated = study(trial(1.0, engine="emulated", time_scale=0.05))
+    mark = "emulated at 0.05 × time: no hardware was measured for it."
+    assert compare(emulated, emulated).notes == [f"Both studies: {mark}"]
+    mixed = compare(study(trial(1.0)), emulated, mixed=True)
+    assert mixed.notes == [f"The second study: {mark}"]
+    assert f"**The second study: {mark}**" in markdown(["a", "b"], mixed)
+    assert f'<p class="mark">The second study: {mark}</p>' in page(["a", "b"], mixed)
+    assert compare(study(trial(1.0)), study(trial(1.0))).notes == []
+
+
+def places(picture: str, tag: str, attribute: str) -> list[float]:
+    found = ElementTree.fromstring(picture).iter(f"{{http://www.w3.org/2000/svg}}{tag}")
+    return [float(each.attrib[attribute]) for each in found if attribute in each.attrib]
+
+
+def test_ratios_are_drawn_where_they_are() -> None:
+    far = Ratio("<far>", 100.0, 0.001, 1000.0, 0.5, 3, 0.1)
+    half, twice, one = (Ratio(f"{x}", x, None, None, None, 1, None) for x in (0.5, 2.0, 1.0))
+    picture = svg([far, half, twice, one], 0.02)
+    edge, below, above, middle = places(picture, "circle", "cx")
+    assert above - middle == pytest.approx(middle - below, abs=0.2)
+    assert edge - middle == pytest.approx(2 * (above - middle), abs=0.2)  # 4 is the most
+    assert places(picture, "circle", "cy") == [13, 39, 65, 91]
+    (start,) = places(picture, "rect", "x")
+    assert start < middle
+    assert "&lt;far&gt;" in picture
+    # What all have in common is not drawn upon each other.
+    close = svg([Ratio("a", 1.0, 0.999, 1.001, 1.0, 3, 0.1)], 0.02)
+    *ticks, _, _, _ = places(close, "text", "x")  # then the axis, the name, the verdict
+    assert all(later - earlier >= 40 for earlier, later in itertools.pairwise(ticks))
+    assert len(ticks) >= 3
 
 
 def test_the_command_says_what_it_cannot_read(

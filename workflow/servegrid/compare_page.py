@@ -11,7 +11,7 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from servegrid import tables
+from servegrid import forest, tables
 from servegrid.bundle import tarball
 from servegrid.bundle.integrity import culprits_of
 from servegrid.comparison import FALSE_DISCOVERIES, INDIFFERENT, Comparison, Ratio, power
@@ -58,7 +58,7 @@ def cells_of(source: Path) -> pd.DataFrame:
 
 def markdown(names: Sequence[str], found: Comparison) -> str:
     """The comparison as Markdown; `names` are those of the two studies."""
-    blocks = [f"# {names[1]} against {names[0]}", METHOD]
+    blocks = [f"# {names[1]} against {names[0]}", METHOD, *(f"**{each}**" for each in found.notes)]
     for title, table in _tables(found).items():
         blocks += [f"## {title}", as_markdown(table).rstrip()]
     return "\n\n".join([*blocks, *_left_out(found)]) + "\n"
@@ -72,6 +72,8 @@ def page(names: Sequence[str], found: Comparison) -> str:
         title=f"{names[1]} against {names[0]}",
         style=Markup((folder / "style.css").read_text(encoding="utf-8")),
         method=METHOD,
+        notes=found.notes,
+        figure=Markup(forest.svg(found.deployments, INDIFFERENT)),
         tables=_tables(found),
         left_out=found.left_out,
     )
@@ -79,11 +81,11 @@ def page(names: Sequence[str], found: Comparison) -> str:
 
 def _tables(found: Comparison) -> Mapping[str, pd.DataFrame]:
     shown = {"Deployments": pd.DataFrame([_row(each, "cells") for each in found.deployments])}
-    shown["What would have been found"] = pd.DataFrame(
+    shown["What would be found in four of five cases"] = pd.DataFrame(
         [
             {"deployment": name}
             | {
-                f"slow-down, {trials} trial{'s' * (trials > 1)}": "–"
+                f"slow-down, with {trials} trial{'s' * (trials > 1)}": "–"
                 if least is None
                 else f"{least:.1%}"
                 for trials, least in by_trials.items()
@@ -91,14 +93,17 @@ def _tables(found: Comparison) -> Mapping[str, pd.DataFrame]:
             for name, by_trials in power(found).items()
         ]
     )
-    shown["Cells"] = pd.DataFrame([_row(each, "trials") for each in found.cells])
-    return shown
+    cells: dict[str, list[dict[str, str]]] = {}
+    for each in found.cells:
+        deployment, _, load = each.name.partition(", ")
+        cells.setdefault(deployment, []).append(_row(each, "trials", load))
+    return shown | {f"Cells of {name}": pd.DataFrame(rows) for name, rows in cells.items()}
 
 
-def _row(each: Ratio, counted: str) -> dict[str, str]:
+def _row(each: Ratio, counted: str, load: str | None = None) -> dict[str, str]:
     around = "" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]"
     return {
-        "what": each.name,
+        "deployment" if load is None else "load": load or each.name,
         counted: str(each.count),
         "ratio": f"{each.ratio:.3f}{around}",
         "p": "–" if each.p is None else f"{each.p:.2g}",
@@ -126,12 +131,18 @@ _TEMPLATE = """\
 </head>
 <body>
 <h1>{{ title }}</h1>
-<p>{{ method }}</p>
+{% for note in notes %}<p class="mark">{{ note }}</p>
+{% endfor %}<p>{{ method }}</p>
+<figure>
+{{ figure }}
+<figcaption>Output tokens/s of the second study / of the first, per deployment, with 95% intervals;
+logarithmic. In the grey band a change counts as none.</figcaption>
+</figure>
 {% for name, table in tables.items() %}
 <section>
 <h2>{{ name }}</h2>
 <div class="wide" tabindex="0" role="region" aria-label="{{ name }}">
-<table>
+<table class="figures">
 <thead><tr>{% for head in table.columns %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in table.itertuples(index=False) %}<tr>

@@ -19,7 +19,7 @@ import pandas as pd
 
 from servegrid.errors import ComparisonError
 from servegrid.intervals import quantile
-from servegrid.labels import EMULATED
+from servegrid.labels import EMULATED, emulation_notes
 from servegrid.metrics import OWN
 from servegrid.verdict import OK
 
@@ -57,11 +57,15 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two studies say of each other. `left_out` says of what cannot be compared, and why."""
+    """What two studies say of each other.
+
+    `left_out` says of what cannot be compared, and why; `notes` what must stand beside it.
+    """
 
     deployments: Sequence[Ratio]
     cells: Sequence[Ratio]
     left_out: Sequence[str]
+    notes: Sequence[str] = ()
 
 
 def compare(first: pd.DataFrame, second: pd.DataFrame, mixed: bool = False) -> Comparison:
@@ -99,7 +103,8 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, mixed: bool = False) -> C
             "the same deployments and loads."
         )
     cells = judged(ratio for own in groups.values() for ratio in own)
-    return Comparison(judged(_of_cells(name, own) for name, own in groups.items()), cells, left_out)
+    deployments = judged(_of_cells(name, own) for name, own in groups.items())
+    return Comparison(deployments, cells, left_out, _notes(first, second))
 
 
 def judged(ratios: Iterable[Ratio]) -> list[Ratio]:
@@ -254,6 +259,20 @@ def _refuse_mixed(first: pd.DataFrame, second: pd.DataFrame, mixed: bool) -> Non
             f"the studies are not of a kind: {told}. If they are to be compared all the same, say "
             "--mixed."
         )
+
+
+def _notes(*studies: pd.DataFrame) -> list[str]:
+    """Whose figures are emulated, or of other clients."""
+    told: dict[str, list[str]] = {}
+    for place, cells in zip(("The first study", "The second study"), studies, strict=True):
+        others = sorted({*_origins(cells)} - {OWN})
+        imported = [f"Measured by {each}, certified by nobody." for each in others]
+        for note in [*emulation_notes(cells), *imported]:
+            told.setdefault(note, []).append(place)
+    return [
+        f"{places[0] if len(places) == 1 else 'Both studies'}: {note[0].lower()}{note[1:]}"
+        for note, places in told.items()
+    ]
 
 
 def _origins(cells: pd.DataFrame) -> list[str]:
