@@ -17,7 +17,8 @@ test: .venv/.dev model  ## lint, type-check and run all tests
 	tests/install.sh
 	$(MAKE) --no-print-directory lint
 	$(PYTHON) -m pytest -n 2 tests/unit
-	$(PYTHON) -m pytest tests/integration
+	$(PYTHON) -m pytest -n 2 -m crowded tests/integration
+	$(PYTHON) -m pytest -m "not crowded" tests/integration  # what is timed has the machine alone
 	$(PYTHON) -m pytest -n 3 tests/slurm  # they mostly wait, each for a Slurm of its own
 
 lint: .venv/.dev  ## what must be clean: ruff, mypy, snakefmt, snakemake --lint

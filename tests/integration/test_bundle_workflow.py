@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.crowded
+
 ROOT = Path(__file__).parents[2]
 STUDY: dict[str, Any] = {
     "study": "small",

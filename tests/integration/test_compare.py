@@ -15,8 +15,8 @@ from servegrid.compare_page import cells_of
 from servegrid.comparison import compare
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("first", "second", "third")
-ARGUMENTS = {"timing": "inria-2024", "time_scale": 0.05}
+NAMES = ("one", "other")
+ARGUMENTS = {"timing": "inria-2024", "time_scale": 0.1}
 STUDY: dict[str, Any] = {
     "study": "compared",
     "load": {
@@ -69,7 +69,7 @@ def test_a_slow_down_of_a_tenth_is_found_there_and_only_there(tmp_path: Path) ->
     found = compare(cells_of(first), cells_of(second))
     assert [each.name for each in found.deployments] == [*NAMES]
     verdicts = [each.verdict for each in found.deployments]
-    assert verdicts == ["no evidence", "slower", "no evidence"], found
+    assert verdicts == ["no evidence", "slower"], found
     assert found.deployments[1].ratio == pytest.approx(1 / 1.1, rel=0.03)
 
     gate = [sys.executable, "-m", "servegrid.cli", "compare", first, second, "--fail-on"]

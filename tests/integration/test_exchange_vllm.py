@@ -53,6 +53,7 @@ def spoil(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.crowded
 def test_the_figures_of_an_export_are_those_that_vllm_computes(tmp_path: Path) -> None:
     study = {**STUDY, "load": STUDY["load"] | {"concurrency": 5, "trials": 1}}
     write_results(tmp_path, study)

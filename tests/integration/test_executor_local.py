@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+pytestmark = pytest.mark.crowded
+
 TOY = Path(__file__).parent / "executor"
 HANG_S = 90
 

@@ -19,6 +19,8 @@ from servegrid.published import beside, summary_of
 from servegrid.summary import summarise
 from servegrid.tables import typed
 
+pytestmark = pytest.mark.crowded
+
 HARDWARE = Hardware("USD", {"a100-40gb": 8500.0}, electricity_per_kwh=0.2, years_in_use=4.0)
 CONCURRENCIES, LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128), (31, 63, 119, 296, 480, 822, 2193)
 

@@ -21,6 +21,8 @@ from servegrid import columns, records, telemetry
 from servegrid.energy import GAP_S, power_of, state_of
 from servegrid.metrics import memory_peak_bytes
 
+pytestmark = pytest.mark.crowded
+
 HZ = 20.0
 GIB = 2**30
 NOT_SUPPORTED, NO_PERMISSION, DRIVER_NOT_LOADED, GPU_IS_LOST, UNKNOWN = 3, 4, 9, 15, 999

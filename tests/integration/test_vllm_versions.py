@@ -25,7 +25,7 @@ OFFERED = {
 }
 """What the adapter hands to each part of vLLM, of which a version takes what it knows."""
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.crowded]
 
 
 @pytest.mark.parametrize("version", ["installed", *vllm_versions.OF_ITS_TIME])
