@@ -4,7 +4,7 @@
 
 PROFILE ?= profiles/local
 PYTHON := .venv/bin/python
-CHECKED := workflow tests docs bench
+CHECKED := workflow plugin tests docs bench
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -56,14 +56,14 @@ lock: .venv/.dev  ## resolve the lists in workflow/envs anew
 clean:  ## remove the environments; results stay
 	rm -rf .venv .venv-* .mypy_cache .pytest_cache .ruff_cache
 
-.venv/.ready: workflow/envs/create.sh workflow/envs/cpu.txt pyproject.toml
+.venv/.ready: workflow/envs/create.sh workflow/envs/cpu.txt pyproject.toml plugin/pyproject.toml
 	workflow/envs/create.sh .venv workflow/envs/cpu.txt
-	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable . --editable plugin
 	@touch $@
 
-.venv-%/.ready: workflow/envs/create.sh workflow/envs/%.txt pyproject.toml
+.venv-%/.ready: workflow/envs/create.sh workflow/envs/%.txt pyproject.toml plugin/pyproject.toml
 	workflow/envs/create.sh .venv-$* workflow/envs/$*.txt
-	.venv-$*/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	.venv-$*/bin/pip install --quiet --no-deps --no-build-isolation --editable . --editable plugin
 	@touch $@
 
 .venv/.dev: .venv/.ready workflow/envs/dev.txt

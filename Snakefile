@@ -4,9 +4,9 @@ import re
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from servegrid.config import study_from
-from servegrid.preflight import refuse_unready
-from servegrid.script import told_as
+from servegrid.study.config import study_from
+from servegrid.run.preflight import refuse_unready
+from servegrid.run.jobscript import told_as
 
 min_version("9.27")
 
@@ -32,9 +32,11 @@ localrules:
     all,
 
 
-for rules_of in "common measure analyse conclude plan present publish".split():
+for (
+    file
+) in "common measure gather tabulate plot findings plan_capacity render bundle".split():
 
-    include: f"workflow/rules/{rules_of}.smk"
+    include: f"workflow/rules/{file}.smk"
 
 
 onstart:
@@ -50,7 +52,7 @@ rule all:
     default_target: True
     input:
         rules.gather.input,  # a record that has been deleted is missed
-        *(each.output for each in (rules.gather, rules.summarise, rules.conclude)),
+        *(each.output for each in (rules.gather, rules.summarise, rules.findings)),
         *(each.output for each in (rules.plan_capacity, rules.plot_overview)),
         of_each_deployment(rules.tabulate.output),
         of_each_deployment(rules.plot.output, figure=["per_user", "total", "latency"]),

@@ -16,12 +16,14 @@ from typing import Any
 
 import psutil
 
-from servegrid import __version__, cores, environment
-from servegrid.fidelity import Distortion, distortion_of
-from servegrid.grid import Load
-from servegrid.load import measure
-from servegrid.scripted.process import running
-from servegrid.scripted.script import Script
+from servegrid import __version__
+from servegrid.client import measure
+from servegrid.client.distortion import Distortion, distortion_of
+from servegrid.mock_server.process import running
+from servegrid.mock_server.responses import Script
+from servegrid.node import environment
+from servegrid.run import cores
+from servegrid.study.grid import Load
 
 SCRIPT = Script(ttft_s=0.1, itl_s=0.02)
 PROMPT_TOKENS, TOKENS = 8, 100

@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid import columns, records, summary, tables
-from servegrid.config import study_of
-from servegrid.grid import Study, Trial
+from servegrid.analysis import summary, tables
+from servegrid.records import columns, parquet
+from servegrid.study.config import study_of
+from servegrid.study.grid import Study, Trial
 
 REQUESTS, STAMPS = 128, 100
 MS = 1_000_000
@@ -80,7 +81,7 @@ def requests_of(rng: np.random.Generator) -> pa.Table:
         }
         for number, own in enumerate(stamps)
     ]
-    return records.table_of(columns.REQUESTS, rows)
+    return parquet.table_of(columns.REQUESTS, rows)
 
 
 def telemetry() -> pa.Table:
@@ -96,13 +97,13 @@ def telemetry() -> pa.Table:
         for sample in range(100)
         for gpu in range(4)
     ]
-    return records.table_of(columns.TELEMETRY, rows)
+    return parquet.table_of(columns.TELEMETRY, rows)
 
 
 def record_of(trial: Trial) -> dict[str, Any]:
     packages = {f"package-{number}": "1.2.3" for number in range(180)}
     return {
-        "format": records.RECORD_FORMAT,
+        "format": parquet.RECORD_FORMAT,
         "servegrid": "0",
         "spec": trial.spec,
         "spec_digest": trial.digest,
@@ -122,7 +123,7 @@ def make(study: Study, folder: Path) -> None:
     rng = np.random.default_rng(0)
     measured, samples = [requests_of(rng) for _ in range(8)], telemetry()
     for place, trial in enumerate(study.trials):
-        record = {records.RECORD_KEY: json.dumps(record_of(trial), sort_keys=True).encode()}
+        record = {parquet.RECORD_KEY: json.dumps(record_of(trial), sort_keys=True).encode()}
         own = folder / trial.id
         own.mkdir(parents=True)
         for name, table in (("requests", measured[place % 8]), ("telemetry", samples)):

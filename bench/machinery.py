@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from servegrid import reference
+from servegrid.reference import data
 from snakemake_executor_plugin_submitit.account import Account
 from snakemake_executor_plugin_submitit.spool import JournalReader
 
@@ -64,7 +64,7 @@ def bundled(folder: Path) -> None:
     analysed = seconds_of(*workflow(folder, "all"))
     packed = seconds_of(*workflow(folder, "bundle"))
     (bundle,) = folder.glob("results/bundles/*")
-    verified = seconds_of("-m", "servegrid.cli", "verify", str(bundle))
+    verified = seconds_of("-m", "servegrid.cli.main", "verify", str(bundle))
     with tarfile.open(bundle) as archive:
         sizes = [member.size for member in archive if member.isfile()]
     for what, value in {
@@ -106,7 +106,7 @@ def report(took: float, accounts: list[Account], start: float) -> None:
 
 def as_published(accounts: list[Account]) -> float:
     """Seconds that the loads of these deployments took in the article, warm-up included."""
-    published = reference.published("inria-2024")
+    published = data.published("inria-2024")
     total = 0.0
     for row in published.to_dict("records"):
         name = f"{row['model']}_{row['quantization']}_emulated_{row['gpu_count']}x{row['gpu']}"

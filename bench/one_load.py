@@ -9,10 +9,10 @@ import sys
 
 import pyarrow.parquet as pq
 
-from servegrid.endpoint import Endpoint
-from servegrid.grid import Load
-from servegrid.load import measure
-from servegrid.scripted.script import MODEL
+from servegrid.client import measure
+from servegrid.mock_server.responses import MODEL
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Load
 
 PROMPT_TOKENS = 8
 

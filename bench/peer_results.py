@@ -57,7 +57,7 @@ class Distances:
 
 
 def of_servegrid(folder: Path) -> list[Reported]:
-    """`requests.parquet`, a table of servegrid.columns.REQUESTS."""
+    """`requests.parquet`, a table of servegrid.records.columns.REQUESTS."""
     return [
         _from_gaps(
             row["request_id"],

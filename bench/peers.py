@@ -26,10 +26,11 @@ import psutil
 import peer_results
 from peer_results import VLLM_PREFIX, Distances, PeerError, Reported, distances, keyed
 from peer_table import Outcome, table_of
-from servegrid import models, processes
 from servegrid.errors import ServegridError
-from servegrid.scripted.process import running
-from servegrid.scripted.script import MODEL, Script
+from servegrid.mock_server.process import running
+from servegrid.mock_server.responses import MODEL, Script
+from servegrid.node import processes
+from servegrid.study import models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -1,6 +1,6 @@
 """Writes the parts of the documentation that follow from the code: `make docs`.
 
-docs/columns.md comes from `servegrid.columns`, the key tables of config/README.md from the
+docs/columns.md comes from `servegrid.records.columns`, the key tables of config/README.md from the
 schema. A test fails where they have fallen behind.
 """
 
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from servegrid import columns
-from servegrid.config import schema
-from servegrid.load.failure import KINDS
-from servegrid.validity import RULES
-from servegrid.verdict import VERDICTS
+from servegrid.analysis.validity import RULES
+from servegrid.client.failures import KINDS
+from servegrid.records import columns
+from servegrid.records.verdict import VERDICTS
+from servegrid.study.config import schema
 
 ROOT = Path(__file__).parent.parent
 TABLES = {

@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from servegrid import columns, records
 from servegrid.bundle.derive import Ground, cells_of, write_figures, write_tables
 from servegrid.bundle.pack import Origin, pack
-from servegrid.config import study_of
-from servegrid.grid import Trial
+from servegrid.records import columns, parquet
+from servegrid.study.config import study_of
+from servegrid.study.grid import Trial
 
 HARDWARE = Path(__file__).parents[1] / "config" / "hardware.yaml"
 HOST = "sirocco14.site.example"
@@ -47,7 +47,7 @@ STARTED_NS = 1_767_225_600 * SECOND_NS
 def record_of(trial: Trial) -> dict[str, Any]:
     """As a job of a user on `sirocco14` would leave it: a load of 2 s from 2026-01-01 on."""
     return {
-        "format": records.RECORD_FORMAT,
+        "format": parquet.RECORD_FORMAT,
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": "ok",
@@ -98,12 +98,12 @@ def write_trial(folder: Path, trial: Trial) -> None:
     }
     record = record_of(trial)
     sample = {"time_ns": 5, "device": "engine", "memory_bytes": 10**9}
-    records.write(
-        records.table_of(columns.TELEMETRY, [sample], record),
+    parquet.write(
+        parquet.table_of(columns.TELEMETRY, [sample], record),
         folder / trial.id / "telemetry.parquet",
     )
-    records.write(
-        records.table_of(columns.REQUESTS, [request] * n, record),
+    parquet.write(
+        parquet.table_of(columns.REQUESTS, [request] * n, record),
         folder / trial.id / "requests.parquet",
     )
 
@@ -198,7 +198,7 @@ def change_request(root: Path, trial: str, **values: Any) -> None:
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[0] |= values
-    records.write(table.from_pylist(rows, schema=table.schema), path)
+    parquet.write(table.from_pylist(rows, schema=table.schema), path)
 
 
 def archive_of(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:

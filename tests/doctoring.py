@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from servegrid.config import study_of
 from servegrid.doctor import kinds, slurm
 from servegrid.doctor.commands import Answer
 from servegrid.doctor.demands import Demand, demand_of
 from servegrid.doctor.report import Finding, Group
 from servegrid.doctor.site import Profile
-from servegrid.doctor.slurm_facts import (
-    nodes_of_text,
-    partitions_of,
-    settings_of,
-)
-from servegrid.grid import Study
+from servegrid.doctor.slurm_facts import nodes_of_text, partitions_of, settings_of
+from servegrid.study.config import study_of
+from servegrid.study.grid import Study
 
 PARTITIONS = """\
 PartitionName=routage AllowGroups=ALL Default=YES QoS=N/A GraceTime=0 MaxTime=3-00:00:00 \

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from scripted_server import Script
-from servegrid.scripted.process import Log, Server, running
-from servegrid.scripted.script import MODEL
+from servegrid.mock_server.process import Log, Server, running
+from servegrid.mock_server.responses import MODEL
 
 __all__ = ["MODEL", "Log", "Script", "Server", "serving"]
 

@@ -1,6 +1,6 @@
 """The process of the scripted server with faults; tests start it through `scripted`.
 
-What it does without a fault is `servegrid.scripted`, and so is the loop.
+What it does without a fault is `servegrid.mock_server`, and so is the loop.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from servegrid.scripted import script as scripted
-from servegrid.scripted.loop import Loop, serve
-from servegrid.scripted.script import (
+from servegrid.mock_server import responses as scripted
+from servegrid.mock_server.responses import (
     JSON,
     STREAM,
     Answer,
@@ -25,6 +24,7 @@ from servegrid.scripted.script import (
     numbers_of,
     usage,
 )
+from servegrid.mock_server.server import Loop, serve
 
 Fault = Literal[
     "status",  # answers `status`

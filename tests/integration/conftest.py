@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pytest
 
-from servegrid import models
-from servegrid.endpoint import Endpoint
 from servegrid.engines import Site, bring_up
-from servegrid.grid import Deployment
+from servegrid.study import models
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Deployment
 
 
 class DemoModel(NamedTuple):

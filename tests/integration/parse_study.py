@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from servegrid.config import read_study
 from servegrid.engines import arguments, vllm_api
-from servegrid.grid import Deployment
+from servegrid.study.config import read_study
+from servegrid.study.grid import Deployment
 
 PARSED = (
     "api_key",

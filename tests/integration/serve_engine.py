@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from servegrid import processes
 from servegrid.engines import Site, bring_up
 from servegrid.errors import ServegridError
-from servegrid.grid import Deployment
+from servegrid.node import processes
+from servegrid.study.grid import Deployment
 
 
 def tell(**facts: Any) -> None:

@@ -18,8 +18,8 @@ from typing import Any, Self
 
 import httpx
 
-from servegrid.endpoint import Endpoint
-from servegrid.grid import Deployment
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Deployment
 
 SCRIPT = Path(__file__).with_name("serve_engine.py")
 GONE_LIMIT_S = 60

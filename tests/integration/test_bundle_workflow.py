@@ -83,7 +83,7 @@ def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
     elsewhere, home = tmp_path / "elsewhere", tmp_path / "home"
     elsewhere.mkdir()
     home.mkdir()
-    verify = ("servegrid.cli", "verify", str(bundle))
+    verify = ("servegrid.cli.main", "verify", str(bundle))
     told = run(elsewhere, *verify, home=home)
     assert [line.split()[0] for line in told.splitlines()] == ["PASS"] * 6
     assert "4 of 4 trials" in told
@@ -97,7 +97,7 @@ def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
     assert len(list(replicated.glob("results/cells/**/requests.parquet"))) == 2
     shutil.rmtree(replicated)
 
-    run(elsewhere, "servegrid.cli", "open", str(bundle), "study", home=home)
+    run(elsewhere, "servegrid.cli.main", "open", str(bundle), "study", home=home)
     opened = elsewhere / "study"
     sums = ["sha256sum", "--check", "--strict", "--quiet", "manifest-sha256.txt"]
     assert subprocess.run(sums, cwd=opened).returncode == 0
@@ -115,7 +115,7 @@ def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
 
     # Gone on with, it is another bundle, whole again.
     (larger,) = (opened / "results" / "bundles").iterdir()
-    told = run(elsewhere, "servegrid.cli", "verify", str(larger))
+    told = run(elsewhere, "servegrid.cli.main", "verify", str(larger))
     assert "6 of 6 trials" in told
 
 
@@ -127,7 +127,7 @@ def test_what_there_is_can_be_bundled_where_not_all_can_be_measured(tmp_path: Pa
     assert "1 of 4 trials" in snakemake(tmp_path, config, "bundle_partial")
     (bundle,) = (tmp_path / "results" / "bundles").iterdir()
     assert bundle.name.startswith("small-partial-")
-    told = run(tmp_path, "servegrid.cli", "verify", str(bundle))
+    told = run(tmp_path, "servegrid.cli.main", "verify", str(bundle))
     assert "PASS  completeness  1 of 4 trials: partial, as it says" in told
     assert f"{measured(2).removeprefix('results/cells/')}: not measured" in told
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from servegrid.compare_page import cells_of
-from servegrid.comparison import compare
+from servegrid.analysis.comparison import compare
+from servegrid.report.comparison_report import cells_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("one", "other")
@@ -72,6 +72,6 @@ def test_a_slow_down_of_a_tenth_is_found_there_and_only_there(tmp_path: Path) ->
     assert verdicts == ["no evidence", "slower"], found
     assert found.deployments[1].ratio == pytest.approx(1 / 1.1, rel=0.03)
 
-    gate = [sys.executable, "-m", "servegrid.cli", "compare", first, second, "--fail-on"]
+    gate = [sys.executable, "-m", "servegrid.cli.main", "compare", first, second, "--fail-on"]
     assert subprocess.run([*gate, "slower:5%"], capture_output=True).returncode == 1
     assert subprocess.run([*gate, "slower:20%"], capture_output=True).returncode == 0

@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
-from servegrid.config import read_study
+from servegrid.client import Measurement, measure
 from servegrid.engines import Engine, Site, bring_up
 from servegrid.errors import EngineError, LoadError
-from servegrid.grid import Load
-from servegrid.load import Measurement, measure
-from servegrid.verdict import verdict_of
+from servegrid.records.verdict import verdict_of
+from servegrid.study.config import read_study
+from servegrid.study.grid import Load
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = read_study(ROOT / "config/rehearsal.yaml").deployments[0]

@@ -21,12 +21,14 @@ from tokenizers import Tokenizer
 
 from conftest import DemoModel
 from scripted import MODEL, Script, serving
-from servegrid import allocation, cell, records, tables
-from servegrid.cli import main
-from servegrid.config import study_of
+from servegrid.analysis import tables
+from servegrid.cli.main import main
 from servegrid.engines import Site, bring_up
 from servegrid.errors import EngineError
-from servegrid.grid import Deployment, Study
+from servegrid.records import parquet
+from servegrid.run import service
+from servegrid.study.config import study_of
+from servegrid.study.grid import Deployment, Study
 
 VARIABLE = "LLAMACPP_KEY"
 KEY = "the-key-that-nobody-may-see"
@@ -133,14 +135,14 @@ def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
         monkeypatch.setenv(VARIABLE, KEY)
     of = study(f"{urls[locked]}/v1/", api=api, version="b1", **key)
     resources = {"streams": 2, "startup_s": 60}
-    with allocation.serve("a", {"spec": of.trials[0].spec_json}, resources) as service:
-        assert service.healthy()
-        handover = Path(service.env[allocation.VARIABLE])
-        monkeypatch.setenv(allocation.VARIABLE, str(handover))
+    with service.serve("a", {"spec": of.trials[0].spec_json}, resources) as served:
+        assert served.healthy()
+        handover = Path(served.env[service.VARIABLE])
+        monkeypatch.setenv(service.VARIABLE, str(handover))
         for trial in of.trials:
             folder = tmp_path / trial.id
             requests, samples = folder / "requests.parquet", folder / "telemetry.parquet"
-            assert cell.measure_trial(trial, requests, samples, last_attempt=True) == "ok"
+            assert trial.measure_trial(trial, requests, samples, last_attempt=True) == "ok"
         assert KEY not in handover.read_text()
     assert httpx.get(f"{urls[locked]}/health").status_code == 200, "it was left as it was"
 
@@ -158,7 +160,7 @@ def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
         assert rows["prefix_hit_tokens"].min() > 0 and "prefix_cache:" not in reasons
     for trial in of.trials:
         written = (tmp_path / trial.id / "requests.parquet").read_bytes()
-        record = records.read_record(tmp_path / trial.id / "requests.parquet")
+        record = parquet.read_record(tmp_path / trial.id / "requests.parquet")
         assert KEY not in json.dumps(record) and KEY.encode() not in written
         assert pq.read_table(tmp_path / trial.id / "telemetry.parquet").num_rows == 0
         assert record["engine"]["external"] is True
@@ -281,7 +283,7 @@ def test_the_command_measures_a_chat(
     rows = pq.read_table(out).to_pylist()
     assert {each["prompt_tokens"] for each in rows} == {12 + TEMPLATE_TOKENS}
     assert {each["completion_tokens"] for each in rows} == {5}
-    assert records.read_record(out)["endpoint"]["api"] == "chat"
+    assert parquet.read_record(out)["endpoint"]["api"] == "chat"
     capsys.readouterr()
     assert main(words) == 2
     assert "Name the model's tokenizer.json" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from serving import Serving, client_of
 from conftest import DemoModel
 from servegrid.engines import Site, bring_up
 from servegrid.errors import ConfigError, EngineError
-from servegrid.grid import Deployment
+from servegrid.study.grid import Deployment
 
 
 def site(demo_model: DemoModel, **more: Any) -> Site:

@@ -18,13 +18,14 @@ import pytest
 from serving import Serving
 
 from conftest import DemoModel
-from servegrid import columns, records, telemetry
-from servegrid.endpoint import Endpoint
-from servegrid.grid import Deployment, Load
-from servegrid.load import measure
-from servegrid.server import counters_of
-from servegrid.serverside import columns_of
-from servegrid.telemetry import Sampler
+from servegrid.analysis.server_metrics import columns_of
+from servegrid.client import measure
+from servegrid.records import columns, parquet
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Deployment, Load
+from servegrid.telemetry import sampler
+from servegrid.telemetry.sampler import Sampler
+from servegrid.telemetry.server import counters_of
 
 HELD = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 DEPLOYMENT = Deployment(
@@ -95,8 +96,8 @@ def check_the_servers_view(
     }.items():
         assert after[f"vllm:{name}"] - before[f"vllm:{name}"] == counted
 
-    samples = records.table_of(
-        columns.TELEMETRY, telemetry.slice(file, 0, *measured.facts["window_ns"])
+    samples = parquet.table_of(
+        columns.TELEMETRY, sampler.slice(file, 0, *measured.facts["window_ns"])
     )
     record = {"metrics_before": before, "metrics_after": after}
     row = columns_of(record, measured.requests, samples)

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from bundling import STUDY, write_results
-from servegrid import records
-from servegrid.cli import main
+from servegrid.cli.main import main
+from servegrid.records import parquet
 
 # Its requests as vLLM would have noted them, taken to its own aggregation.
 OF_VLLM = """
@@ -49,7 +49,7 @@ def spoil(path: Path) -> None:
     rows[3] |= {"token_ns": rows[3]["token_ns"][:1], "chunk_tokens": [1], "completion_tokens": 1}
     failed = {"error": "http_error: 500", "first_token_ns": None, "completion_tokens": None}
     rows[4] |= failed | {"token_ns": [], "chunk_tokens": [], "done_ns": 9_000_000_000}
-    records.write(table.from_pylist(rows, schema=table.schema), path)
+    parquet.write(table.from_pylist(rows, schema=table.schema), path)
 
 
 @pytest.mark.slow

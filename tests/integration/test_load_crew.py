@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from scripted import Script, serving
+from servegrid.client import measure, workers
 from servegrid.errors import LoadError
-from servegrid.grid import Load
-from servegrid.load import crew, measure
+from servegrid.study.grid import Load
 
 CORES = os.sched_getaffinity(0)
 BURST = Load("burst", 7, 9, 5, 14, warmup_waves=1, timeout_s=60, stall_s=20)
@@ -44,32 +44,32 @@ def test_the_load_of_several_processes_is_one_load(load: Load) -> None:
 
 
 def test_parts_begin_together_on_their_cores() -> None:
-    def part(start: crew.Start) -> tuple[int, int, set[int]]:
+    def part(start: workers.Start) -> tuple[int, int, set[int]]:
         begun = start()
         return begun, time.monotonic_ns(), os.sched_getaffinity(0)
 
     core = {min(CORES)}
-    first, second = crew.run([part, part], [core, CORES])
+    first, second = workers.run([part, part], [core, CORES])
     assert first[0] == second[0]
     assert min(first[1], second[1]) >= first[0]
     assert (first[2], second[2]) == (core, CORES)
 
 
-def failing(start: crew.Start) -> Any:
+def failing(start: workers.Start) -> Any:
     raise LoadError("no connection")
 
 
-def failing_later(start: crew.Start) -> Any:
+def failing_later(start: workers.Start) -> Any:
     start()
     raise LoadError("no connection")
 
 
-def killed(start: crew.Start) -> Any:
+def killed(start: workers.Start) -> Any:
     start()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def waiting(start: crew.Start) -> Any:
+def waiting(start: workers.Start) -> Any:
     start()
     time.sleep(600)
 
@@ -79,29 +79,29 @@ def waiting(start: crew.Start) -> Any:
     [(failing, "no connection"), (failing_later, "no connection"), (killed, "ended from outside")],
 )
 def test_one_that_fails_is_told_and_the_others_are_ended(
-    part: Callable[[crew.Start], Any], told: str
+    part: Callable[[workers.Start], Any], told: str
 ) -> None:
     before = psutil.Process().children()
     with pytest.raises(LoadError, match=told):
-        crew.run([part, waiting])
+        workers.run([part, waiting])
     assert psutil.Process().children() == before
 
 
 def test_they_end_with_the_process_that_began_them() -> None:
-    def main(start: crew.Start) -> Any:
-        def part(start: crew.Start) -> Any:
+    def main(start: workers.Start) -> Any:
+        def part(start: workers.Start) -> Any:
             os.write(tell, f"{os.getpid()}\n".encode())
             time.sleep(600)
 
         start()
-        crew.run([part, part])
+        workers.run([part, part])
 
     hear, tell = os.pipe()
     with os.fdopen(hear) as lines:
         child = os.fork()
         if child == 0:
             try:
-                crew.run([main])
+                workers.run([main])
             finally:
                 os._exit(1)
         os.close(tell)
@@ -115,7 +115,7 @@ def test_they_end_with_the_process_that_began_them() -> None:
 
 
 def test_how_many_processes_a_load_takes() -> None:
-    assert crew.size(streams=512, cores=64) == 1
-    assert crew.size(streams=513, cores=64) == 2
-    assert crew.size(streams=2048, cores=8) == 2
-    assert crew.size(streams=2048, cores=2) == 1
+    assert workers.size(streams=512, cores=64) == 1
+    assert workers.size(streams=513, cores=64) == 2
+    assert workers.size(streams=2048, cores=8) == 2
+    assert workers.size(streams=2048, cores=2) == 1

@@ -21,11 +21,11 @@ from tokenizers import Tokenizer
 
 from conftest import DemoModel
 from scripted import MODEL, Script, Server, serving
-from servegrid import columns, records
-from servegrid.endpoint import Endpoint
+from servegrid.client import measure, schedule
 from servegrid.errors import LoadError
-from servegrid.grid import Load
-from servegrid.load import measure, plan
+from servegrid.records import columns, parquet
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Load
 
 BURST = Load("burst", 4, 9, 5, 8, warmup_waves=0, timeout_s=60, stall_s=20)
 STEADY = replace(BURST, protocol="steady", requests=10, concurrency=3)
@@ -77,7 +77,7 @@ def test_a_burst_is_waves_one_after_another() -> None:
         measurement = measure(server.endpoint, replace(BURST, warmup_waves=2), None, "cell")
         log = server.log()
     table = measurement.requests
-    assert table.schema.equals(records.schema_of(columns.REQUESTS))
+    assert table.schema.equals(parquet.schema_of(columns.REQUESTS))
     rows = table.to_pylist()
     assert [row["request_id"] for row in rows] == [f"cell/{number}" for number in range(8)]
     assert [row["wave"] for row in rows] == [0] * 4 + [1] * 4
@@ -143,7 +143,7 @@ def test_users_rest_between_an_answer_and_their_next_request() -> None:
     assert min(rests) > 0
     # Exponential with a mean of 30 ms: that of 27 lies within 4 standard errors of 5.8 ms.
     assert 0.007 < statistics.mean(rests) < 0.053
-    again = plan.rests(load, 30, "cell")
+    again = schedule.rests(load, 30, "cell")
     assert again is not None
     assert set(map(microseconds, rests)) <= set(map(microseconds, again))
 
@@ -156,7 +156,7 @@ def test_an_open_loop_sends_when_requests_are_due_however_slow_the_server_is() -
     load = Load("poisson", None, 9, 5, 40, rate_per_s=20.0, warmup_waves=0, stall_s=20)
     with serving(Script(ttft_s=1.5)) as server:
         rows = rows_of(server, load)
-    arrivals = plan.arrivals(load, "cell")
+    arrivals = schedule.arrivals(load, "cell")
     assert arrivals is not None
     start_ns = rows[0]["scheduled_ns"] - round(arrivals[0] * 1e9)
     assert [row["scheduled_ns"] - start_ns for row in rows] == [round(a * 1e9) for a in arrivals]
@@ -174,7 +174,7 @@ def test_an_open_loop_for_a_time_has_the_arrivals_within_it() -> None:
     load = Load("poisson", None, 9, 5, None, rate_per_s=50.0, duration_s=0.4, stall_s=20)
     with serving(Script()) as server:
         rows = rows_of(server, load)
-    assert len(rows) == len(plan.arrivals(load, "cell") or ())
+    assert len(rows) == len(schedule.arrivals(load, "cell") or ())
     assert (rows[-1]["scheduled_ns"] - rows[0]["scheduled_ns"]) / 1e9 < 0.4
 
 
@@ -397,7 +397,7 @@ def test_requests_that_do_not_fill_the_load_are_refused(load: Load, told: str) -
 def command(url: str, out: Path, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
-            *(sys.executable, "-m", "servegrid.cli", "load", "--url", url, "--model", MODEL),
+            *(sys.executable, "-m", "servegrid.cli.main", "load", "--url", url, "--model", MODEL),
             *("--concurrency", "2", "--requests", "4", "--input-len", "9", "--output-len", "5"),
             *("--protocol", "burst", "--out", str(out), *more),
         ],
@@ -423,7 +423,7 @@ def test_the_command_writes_a_record_and_tells_what_it_measured(
     assert (done.returncode, done.stderr) == (0, "")
     table = pq.read_table(out)
     assert table["request_id"].to_pylist() == ["s/0", "s/1", "s/2", "s/3"]
-    record = records.read_record(out)
+    record = parquet.read_record(out)
     assert Load(**record["load"]) == Load("burst", 2, 9, 5, 4)
     assert (record["endpoint"]["model"], record["facts"]["salt"]) == (MODEL, "s")
     assert "secret" not in str(pq.read_schema(out).metadata) + done.stdout

@@ -18,8 +18,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from scripted import Script, Server, serving
-from servegrid.load import sockets
-from servegrid.load.transport import Exchange, Exchanged, MeasuringTransport
+from servegrid.client import sockets
+from servegrid.client.transport import Exchange, Exchanged, MeasuringTransport
 
 MS = 1_000_000
 

@@ -11,13 +11,13 @@ import pandas as pd
 import pytest
 
 from browsing import browser, opened
-from servegrid import columns
-from servegrid.capacity import Demand, Hardware, plan
-from servegrid.findings import Limits, frontier
-from servegrid.page import compose
-from servegrid.published import beside, summary_of
-from servegrid.summary import summarise
-from servegrid.tables import typed
+from servegrid.analysis.capacity import Demand, Hardware, plan
+from servegrid.analysis.findings import Limits, frontier
+from servegrid.analysis.published import beside, summary_of
+from servegrid.analysis.summary import summarise
+from servegrid.analysis.tables import typed
+from servegrid.records import columns
+from servegrid.report.page import compose
 
 pytestmark = pytest.mark.crowded
 

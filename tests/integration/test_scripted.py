@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from servegrid.scripted.process import Server, running
-from servegrid.scripted.script import MODEL, Script
+from servegrid.mock_server.process import Server, running
+from servegrid.mock_server.responses import MODEL, Script
 
 COMPLETIONS = "/v1/completions"
 

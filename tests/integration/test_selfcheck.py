@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from servegrid import selfcheck
-from servegrid.cores import shares
-from servegrid.selfcheck import self_check, told
+from servegrid.run import calibration
+from servegrid.run.calibration import self_check, told
+from servegrid.run.cores import shares
 
 SHARES = shares(os.sched_getaffinity(0), 8, on_gpu=False)
 
@@ -41,7 +41,7 @@ def test_a_client_that_is_stopped_for_a_while_shows_it(tmp_path: Path) -> None:
     """On a Unix socket, where the reader's clock must do."""
     program = (
         "import json, os, sys; from pathlib import Path;"
-        "from servegrid.cores import shares; from servegrid.selfcheck import self_check;"
+        "from servegrid.run.cores import shares; from servegrid.run.calibration import self_check;"
         "check = self_check(4, shares(os.sched_getaffinity(0), 4, False), Path(sys.argv[1]));"
         "print(json.dumps(check))"
     )
@@ -72,8 +72,8 @@ def test_a_client_that_is_stopped_for_a_while_shows_it(tmp_path: Path) -> None:
 
 
 def test_a_check_that_fails_is_told_and_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(selfcheck.burst(4), input_len=7, requests=5)
-    monkeypatch.setattr(selfcheck, "burst", lambda streams: broken)
+    broken = replace(calibration.burst(4), input_len=7, requests=5)
+    monkeypatch.setattr(calibration, "burst", lambda streams: broken)
     check = self_check(4, SHARES)
     assert check["error"].startswith("requests 5: a burst load of concurrency 4 needs a multiple")
     assert "no cell will be valid" in told(check)
@@ -81,8 +81,8 @@ def test_a_check_that_fails_is_told_and_raises_nothing(monkeypatch: pytest.Monke
 
 def test_the_server_ends_with_the_process_that_checks() -> None:
     program = (
-        "import time; from servegrid.scripted.process import running;"
-        "from servegrid.scripted.script import Script\n"
+        "import time; from servegrid.mock_server.process import running;"
+        "from servegrid.mock_server.responses import Script\n"
         "with running(Script()): print('up', flush=True); time.sleep(99)"
     )
     client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -16,8 +16,8 @@ import psutil
 import pytest
 from serving import client_of
 
-from servegrid import server, telemetry
-from servegrid.endpoint import Endpoint
+from servegrid.study.endpoint import Endpoint
+from servegrid.telemetry import sampler, server
 
 HZ = 20.0
 KEY = "sk-the-key-of-this-allocation"
@@ -75,7 +75,7 @@ def scripted(request: pytest.FixtureRequest) -> Iterator[tuple[Endpoint, type[Sc
 
 def rows_when(file: Path, ready: Callable[[list[Row]], bool]) -> list[Row]:
     deadline = time.monotonic() + 60
-    while not ready(rows := telemetry.slice(file, 0, 0, time.monotonic_ns())):
+    while not ready(rows := sampler.slice(file, 0, 0, time.monotonic_ns())):
         assert time.monotonic() < deadline, rows[-3:]
         time.sleep(0.02)
     return rows
@@ -91,10 +91,10 @@ def test_what_the_server_says_stands_in_a_row_of_the_engine_and_is_null_in_betwe
     endpoint, handler = scripted
     handler.open.set()
     file = tmp_path / "telemetry.jsonl"
-    with telemetry.Sampler([os.getpid()], file, endpoint, hz=HZ):
+    with sampler.Sampler([os.getpid()], file, endpoint, hz=HZ):
         rows = rows_when(file, lambda rows: len(told(rows)) >= 3)
-        (sampler,) = (each for each in psutil.Process().children() if str(file) in each.cmdline())
-        seen_by_others = [*sampler.cmdline(), *sampler.environ().values()]
+        (process,) = (each for each in psutil.Process().children() if str(file) in each.cmdline())
+        seen_by_others = [*process.cmdline(), *process.environ().values()]
     assert KEY not in " ".join(seen_by_others)
     assert {row["device"] for row in rows} == {"engine"}
     for row in told(rows):
@@ -109,9 +109,9 @@ def test_a_slow_answer_delays_no_sample(
 ) -> None:
     endpoint, handler = scripted
     file = tmp_path / "telemetry.jsonl"
-    with telemetry.Sampler([os.getpid()], file, endpoint, hz=HZ):
+    with sampler.Sampler([os.getpid()], file, endpoint, hz=HZ):
         assert handler.asked.wait(60)
-        asked = len(telemetry.slice(file, 0, 0, time.monotonic_ns()))
+        asked = len(sampler.slice(file, 0, 0, time.monotonic_ns()))
         rows = rows_when(file, lambda rows: len(rows) >= asked + 20)
         assert told(rows) == []
         handler.open.set()
@@ -121,7 +121,7 @@ def test_a_slow_answer_delays_no_sample(
 def test_a_server_that_has_gone_leaves_its_values_null(tmp_path: Path) -> None:
     gone = Endpoint("http://127.0.0.1", "m", KEY, socket=str(tmp_path / "gone"))
     file = tmp_path / "telemetry.jsonl"
-    with telemetry.Sampler([os.getpid()], file, gone, hz=HZ):
+    with sampler.Sampler([os.getpid()], file, gone, hz=HZ):
         rows = rows_when(file, lambda rows: len(rows) >= 30)
     assert told(rows) == []
 
@@ -142,7 +142,7 @@ def test_llamacpps_requests_are_seen_to_run_and_to_wait_and_counted_to_the_last(
     before = counters(0)
     with (
         client_of(endpoint) as client,
-        telemetry.Sampler([os.getpid()], file, endpoint),
+        sampler.Sampler([os.getpid()], file, endpoint),
         ThreadPoolExecutor(20) as pool,
     ):
         rows_when(file, lambda rows: told(rows) != [])

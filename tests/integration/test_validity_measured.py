@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from scripted import Script, serving
-from servegrid import columns, records, server, telemetry
-from servegrid.grid import Deployment, Load, Trial
-from servegrid.load import measure
-from servegrid.telemetry import Sampler
-from servegrid.validity import Evidence, certificate
-from servegrid.verdict import verdict_of
+from servegrid.analysis.validity import Evidence, certificate
+from servegrid.client import measure
+from servegrid.records import columns, parquet
+from servegrid.records.verdict import verdict_of
+from servegrid.study.grid import Deployment, Load, Trial
+from servegrid.telemetry import sampler, server
+from servegrid.telemetry.sampler import Sampler
 
 BURST = Load("burst", 4, 9, 5, 8, stall_s=20)
 STEADY = Load("steady", 2, 9, 5, 80, stall_s=20)
@@ -80,7 +81,7 @@ def measured(case: Case, folder: Path) -> Evidence:
     with serving(case.script) as up, Sampler([up.process.pid], samples, up.endpoint):
         counters = server.counters_of(up.endpoint)
         measurement = measure(up.endpoint, case.load, None, "cell", counters)
-        rows = telemetry.slice(samples, 0, *measurement.facts["window_ns"])
+        rows = sampler.slice(samples, 0, *measurement.facts["window_ns"])
     verdict, reason = verdict_of(measurement.errors, engine_alive=True)
     record = {
         "spec": Trial(DEPLOYMENT, case.load, 1).spec,
@@ -92,7 +93,7 @@ def measured(case: Case, folder: Path) -> Evidence:
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
-    return Evidence(record, measurement.requests, records.table_of(columns.TELEMETRY, rows))
+    return Evidence(record, measurement.requests, parquet.table_of(columns.TELEMETRY, rows))
 
 
 @pytest.mark.parametrize("what", CASES)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import vllm_versions
 
-from servegrid.config import read_study
+from servegrid.study.config import read_study
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "config" / "inria-2024.yaml"

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from servegrid import columns, records
-from servegrid.config import study_of
+from servegrid.records import columns, parquet
+from servegrid.study.config import study_of
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "tiny_q4_1_llamacpp_cpu"
@@ -95,7 +95,7 @@ class Workspace:
         return len({record["environment"]["started"] for record in self.records()})
 
     def records(self) -> list[dict[str, Any]]:
-        return [records.read_record(self.folder / c / "requests.parquet") for c in self.cells()]
+        return [parquet.read_record(self.folder / c / "requests.parquet") for c in self.cells()]
 
     def wait_for_cells(self, count: int) -> None:
         deadline = time.monotonic() + 120
@@ -199,9 +199,9 @@ def test_a_cell_that_is_not_of_this_study_is_refused_by_name(workspace: Workspac
     (trial,) = study_of(workspace.study).trials
     stale = workspace.folder / "results/cells" / trial.id / "requests.parquet"
     table = pq.read_table(stale)
-    record = records.read_record(stale) | {"spec_digest": "0" * 16}
-    records.write(
-        table.replace_schema_metadata(records.schema_of(columns.REQUESTS, record).metadata), stale
+    record = parquet.read_record(stale) | {"spec_digest": "0" * 16}
+    parquet.write(
+        table.replace_schema_metadata(parquet.schema_of(columns.REQUESTS, record).metadata), stale
     )
     told = workspace.run(status=1)
     assert trial.id in told

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from servegrid import models
+from servegrid.study import models
 
 OF_ITS_TIME: dict[str, tuple[str, ...]] = {
     "0.10.1.1": ("transformers==4.55.4", "tokenizers==0.21.4", "huggingface-hub==0.36.2"),

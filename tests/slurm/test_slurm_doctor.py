@@ -54,7 +54,7 @@ def change(site: Path, kind: str, **values: Any) -> None:
 def doctor(env: Mapping[str, str], site: Path, *options: str) -> tuple[int, list[str]]:
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "servegrid.cli", "doctor", "--profile", str(site)),
+            *(sys.executable, "-m", "servegrid.cli.main", "doctor", "--profile", str(site)),
             *("--directory", str(site), *options),
         ],
         env=dict(env),

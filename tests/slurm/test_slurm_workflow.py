@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from servegrid import models
+from servegrid.study import models
 from slurm.cluster import Cluster
 from slurm.conftest import KIND, Workspace
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from servegrid.allocation import refuse_missing_gpus, refuse_unservable
-from servegrid.config import read_study
 from servegrid.errors import ConfigError, EngineError
-from servegrid.grid import Trial
+from servegrid.run.service import refuse_missing_gpus, refuse_unservable
+from servegrid.study.config import read_study
+from servegrid.study.grid import Trial
 
 CONFIG = Path(__file__).parents[2] / "config"
 ARTICLE = read_study(CONFIG / "inria-2024.yaml")

@@ -8,8 +8,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid.article import article_tables, as_csv, as_markdown, number, write_article
-from servegrid.reference import published
+from servegrid.reference.data import published
+from servegrid.report.article_table import (
+    article_tables,
+    as_csv,
+    as_markdown,
+    number,
+    write_article,
+)
 
 
 def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -> dict[str, Any]:

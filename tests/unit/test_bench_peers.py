@@ -19,7 +19,7 @@ from peer_results import (
     of_vllm,
 )
 from peer_table import Outcome, table_of
-from servegrid import columns, records
+from servegrid.records import columns, parquet
 
 MS = 1_000_000
 
@@ -36,7 +36,7 @@ def test_servegrids_rows(tmp_path: Path) -> None:
         "token_ns": [105 * MS, 125 * MS, 155 * MS],
     }
     failed = {"request_id": "bench/1", "sent_ns": 5 * MS, "token_ns": [], "error": "status: 500"}
-    table = records.table_of(columns.REQUESTS, [served, failed])
+    table = parquet.table_of(columns.REQUESTS, [served, failed])
     pq.write_table(table, tmp_path / "requests.parquet")
     (found,) = of_servegrid(tmp_path)
     assert (found.key, found.tokens, found.ttft) == ("bench/0", 3, 0.1)

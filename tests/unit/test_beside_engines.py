@@ -4,10 +4,10 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid import columns
-from servegrid.beside_engines import compared
-from servegrid.summary import summarise
-from servegrid.tables import typed
+from servegrid.analysis.engine_comparison import compared
+from servegrid.analysis.summary import summarise
+from servegrid.analysis.tables import typed
+from servegrid.records import columns
 
 
 def cell(engine: str, concurrency: int, speed: float, **other: Any) -> dict[str, Any]:

@@ -27,14 +27,14 @@ from bundling import (
     write_sources,
     write_trial,
 )
-from servegrid import records
 from servegrid.bundle import limits
 from servegrid.bundle.derive import Ground, cells_of, write_tables
 from servegrid.bundle.opening import open_bundle
 from servegrid.bundle.verify import Check, verify
-from servegrid.cli import main
-from servegrid.config import study_of
+from servegrid.cli.main import main
 from servegrid.errors import BundleError
+from servegrid.records import parquet
+from servegrid.study.config import study_of
 
 CHECKS = ["integrity", "completeness", "validity", "tables", "figures", "secrets"]
 
@@ -157,7 +157,7 @@ def test_names_and_tokens_are_not_in_it(bundle: Path, tmp_path: Path) -> None:
     for name in (HOST, "sirocco14", "sirocco15", "miriel01", USER, TOKEN):
         assert name not in together
     # miriel01, sirocco14, sirocco15
-    record = records.read_record(root / "results/cells" / TRIALS[0] / "requests.parquet")
+    record = parquet.read_record(root / "results/cells" / TRIALS[0] / "requests.parquet")
     assert record["environment"]["node"] == "node-2"
     assert record["environment"]["job"]["SLURM_JOB_NODELIST"] == "node-2,node-3"
     assert record["engine"]["arguments"] == ["--model", "/home/user/models/m"]
@@ -175,8 +175,8 @@ def test_the_measured_rows_are_in_it_as_they_were(
         for name in ("requests.parquet", "telemetry.parquet"):
             place = f"results/cells/{trial}/{name}"
             assert pq.read_table(root / place).equals(pq.read_table(workspace / place))
-            spec = records.read_record(workspace / place)["spec"]
-            assert records.read_record(root / place)["spec"] == spec
+            spec = parquet.read_record(workspace / place)["spec"]
+            assert parquet.read_record(root / place)["spec"] == spec
 
 
 def test_the_commit_and_what_differs_from_it_are_told(partial: Path, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def edit_parquet(root: Path) -> None:
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[2]["ttft_s_p50"] = 0.09
-    records.write(table.from_pylist(rows, schema=table.schema), path)
+    parquet.write(table.from_pylist(rows, schema=table.schema), path)
 
 
 def edit_validity(root: Path) -> None:
@@ -349,7 +349,7 @@ def edit_validity(root: Path) -> None:
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[1] |= {"valid": False, "invalid_reason": "saturated: x"}
-    records.write(table.from_pylist(rows, schema=table.schema), path)
+    parquet.write(table.from_pylist(rows, schema=table.schema), path)
 
 
 def edit_config(root: Path) -> None:
@@ -363,10 +363,10 @@ def edit_record(root: Path) -> None:
     for name in ("requests.parquet", "telemetry.parquet"):
         path = cells(root) / TRIALS[0] / name
         table = pq.read_table(path)
-        record = records.read_record(path)
+        record = parquet.read_record(path)
         record["spec"]["load"]["prompts"] = "identical"
-        metadata = {records.RECORD_KEY: json.dumps(record).encode()}
-        records.write(table.replace_schema_metadata(metadata), path)
+        metadata = {parquet.RECORD_KEY: json.dumps(record).encode()}
+        parquet.write(table.replace_schema_metadata(metadata), path)
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
@@ -656,7 +656,7 @@ def test_a_table_that_unpacks_to_more_than_memory_fails_its_check(
         path = cells(root) / TRIALS[0] / "requests.parquet"
         table = pq.read_table(path)
         rows = [table.to_pylist()[0] | {"error": "e" * 10**6}] * 600
-        records.write(table.from_pylist(rows, schema=table.schema), path)
+        parquet.write(table.from_pylist(rows, schema=table.schema), path)
         assert path.stat().st_size < 10**6
 
     archive = tampered(bundle, tmp_path, change, rehash=True)

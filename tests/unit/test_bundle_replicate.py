@@ -9,9 +9,9 @@ import pytest
 
 from bundling import STUDY, bundle_of, write_results
 from servegrid.bundle.replicate import Drawn, draw, drawn_cells, measure, valid_cells
-from servegrid.cli import main
-from servegrid.config import study_of
+from servegrid.cli.main import main
 from servegrid.errors import BundleError
+from servegrid.study.config import study_of
 
 THREE = copy.deepcopy(STUDY)
 THREE["deployments"] = [THREE["deployments"][0] | {"name": name} for name in "abc"]

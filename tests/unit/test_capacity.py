@@ -6,12 +6,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from servegrid import columns
-from servegrid.capacity import Demand, Hardware, demand_of, plan, read_hardware
-from servegrid.cli import main
+from servegrid.analysis.capacity import Demand, Hardware, demand_of, plan, read_hardware
+from servegrid.analysis.published import summary_of
+from servegrid.analysis.tables import typed
+from servegrid.cli.main import main
 from servegrid.errors import ConfigError
-from servegrid.published import summary_of
-from servegrid.tables import typed
+from servegrid.records import columns
 
 ROOT = Path(__file__).parents[2]
 HARDWARE = Hardware("USD", {"a100-40gb": 8500.0, "v100-16gb": 5000.0})

@@ -10,10 +10,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from servegrid import columns
-from servegrid.cli import main
-from servegrid.compare_page import markdown, page
-from servegrid.comparison import (
+from servegrid.analysis.comparison import (
     Comparison,
     Ratio,
     compare,
@@ -23,9 +20,12 @@ from servegrid.comparison import (
     slowed,
     two_sided,
 )
+from servegrid.analysis.tables import typed, write_cells
+from servegrid.cli.main import main
 from servegrid.errors import ComparisonError
-from servegrid.forest import svg
-from servegrid.tables import typed, write_cells
+from servegrid.records import columns
+from servegrid.report.comparison_report import markdown, page
+from servegrid.report.forest_plot import svg
 
 
 def trial(speed: float, **other: Any) -> dict[str, Any]:

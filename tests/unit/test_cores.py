@@ -2,7 +2,7 @@
 
 import os
 
-from servegrid.cores import Shares, kept_to, shares, siblings_of
+from servegrid.run.cores import Shares, kept_to, shares, siblings_of
 
 
 def paired(core: int) -> frozenset[int]:

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from servegrid import columns
-from servegrid.counters import PREEMPTIONS, PREFIX_HITS, Counters, gauges_of, grown, has_settled
+from servegrid.records import columns
+from servegrid.telemetry.counters import (
+    PREEMPTIONS,
+    PREFIX_HITS,
+    Counters,
+    gauges_of,
+    grown,
+    has_settled,
+)
 
 TODAYS = {
     "vllm:num_requests_running": 3.0,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from doctoring import GROUP, study
-from servegrid.cli import main
+from servegrid.cli.main import main
 from servegrid.doctor import site
 from servegrid.doctor.commands import ask
 from servegrid.doctor.demands import demand_of

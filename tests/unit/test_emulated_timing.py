@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from servegrid.config import read_study
 from servegrid.engines.emulated import settings_of
 from servegrid.engines.emulated_timing import Timing, timing_of
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment
+from servegrid.study.config import read_study
+from servegrid.study.grid import Deployment
 
 ROOT = Path(__file__).parents[2]
 MISTRAL, *_, MIXTRAL_22B, LLAMA = read_study(ROOT / "config/rehearsal.yaml").deployments

@@ -18,14 +18,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from servegrid import processes
-from servegrid.endpoint import Endpoint
-from servegrid.engines import Site, bring_up, listening, warden
+from servegrid.engines import Site, bring_up, listening
 from servegrid.engines.vllm import _environment
 from servegrid.engines.vllm_server import resolved
 from servegrid.errors import ConfigError, EngineError
-from servegrid.grid import Deployment
-from servegrid.server import healthy
+from servegrid.node import processes, reaper
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Deployment
+from servegrid.telemetry.server import healthy
 
 DEPLOYMENT = Deployment(
     name="small_bf16_vllm_cpu",
@@ -175,7 +175,7 @@ def test_a_process_that_does_not_listen_is_killed() -> None:
 
 def test_the_warden_ends_what_is_left_and_removes_its_memory_and_folder() -> None:
     process, segment = start_leaking("SIG_DFL")
-    with warden.guarded() as guard:
+    with reaper.guarded() as guard:
         assert stat.S_IMODE(guard.folder.stat().st_mode) == 0o700
         (guard.folder / "file").touch()
         guard.watch([psutil.Process(process.pid)])
@@ -188,8 +188,8 @@ def test_the_warden_ends_what_is_left_and_removes_its_memory_and_folder() -> Non
 def test_the_warden_does_the_same_when_its_parent_is_killed() -> None:
     process, segment = start_leaking("SIG_DFL")
     code = (
-        "import sys, time, psutil; from servegrid.engines import warden\n"
-        "with warden.guarded() as guard:\n"
+        "import sys, time, psutil; from servegrid.node import reaper\n"
+        "with reaper.guarded() as guard:\n"
         f"    guard.watch([psutil.Process({process.pid})])\n"
         "    print(guard.folder, flush=True); time.sleep(60)"
     )

@@ -9,7 +9,7 @@ import pytest
 
 from servegrid.engines import arguments
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment
+from servegrid.study.grid import Deployment
 
 ON_CPU = Deployment(
     name="small_bf16_vllm_cpu",

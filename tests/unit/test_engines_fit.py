@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from servegrid import nvml
-from servegrid.engines import fit, node
-from servegrid.engines.node import Capability, Gpu, Software
+from servegrid.engines import fit, hardware
+from servegrid.engines.hardware import Capability, Gpu, Software
 from servegrid.errors import EngineError
-from servegrid.grid import Deployment
+from servegrid.node import nvml
+from servegrid.study.grid import Deployment
 
 GIB = 1 << 30
 V100 = Gpu("Tesla V100-PCIE-16GB", (7, 0), 16 * GIB)
@@ -218,18 +218,18 @@ def test_what_cannot_run_is_told_in_one_line(
 
 
 def test_the_weights_are_those_that_vllm_loads(tmp_path: Path) -> None:
-    assert node.weight_bytes(tmp_path) is None
+    assert hardware.weight_bytes(tmp_path) is None
     (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"x" * 7)
     (tmp_path / "training_args.bin").write_bytes(b"x" * 100)
-    assert node.weight_bytes(tmp_path) == 7
+    assert hardware.weight_bytes(tmp_path) == 7
     (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 50)
-    assert node.weight_bytes(tmp_path) == 50
+    assert hardware.weight_bytes(tmp_path) == 50
     for name, size in {"model-1": 20, "model-2": 31}.items():
         (tmp_path / f"{name}.safetensors").write_bytes(b"x" * size)
-    assert node.weight_bytes(tmp_path) == 51
+    assert hardware.weight_bytes(tmp_path) == 51
     index = {"weight_map": {"a": "model-2.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert node.weight_bytes(tmp_path) == 31
+    assert hardware.weight_bytes(tmp_path) == 31
 
 
 class NotSupportedError(Exception):
@@ -276,7 +276,7 @@ SECOND = Gpu("Tesla T4", None, None)
 )
 def test_gpus_are_those_that_cuda_sees(named: str | None, seen: list[Gpu] | None) -> None:
     environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
-    assert node.visible(Nvml, environment) == seen
+    assert hardware.visible(Nvml, environment) == seen
 
 
 def test_gpus_that_nvml_will_not_show_are_not_counted_as_none() -> None:
@@ -285,13 +285,13 @@ def test_gpus_that_nvml_will_not_show_are_not_counted_as_none() -> None:
         def nvmlDeviceGetHandleByIndex(index: int) -> int:
             raise NotSupportedError
 
-    assert node.visible(Forbidden, {}) is None
+    assert hardware.visible(Forbidden, {}) is None
 
 
 def test_the_driver_is_read_where_there_is_one() -> None:
-    software = node.installed("0.32.0", Nvml)
+    software = hardware.installed("0.32.0", Nvml)
     assert (software.driver, software.driver_cuda) == ("550.54.15", (12, 4))
-    software = node.installed("0.32.0", None)
+    software = hardware.installed("0.32.0", None)
     assert (software.vllm, software.driver, software.driver_cuda) == ("0.32.0", None, None)
 
 
@@ -307,9 +307,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(quantized("awq")))
-    monkeypatch.setattr(node, "visible", lambda nvml, environment: [V100])
-    monkeypatch.setattr(node, "installed", lambda vllm, nvml: FOR_V100)
-    monkeypatch.setattr(node, "capability_for", ASKED.get)
+    monkeypatch.setattr(hardware, "visible", lambda nvml, environment: [V100])
+    monkeypatch.setattr(hardware, "installed", lambda vllm, nvml: FOR_V100)
+    monkeypatch.setattr(hardware, "capability_for", ASKED.get)
     monkeypatch.setattr(nvml, "driver", ADriver)
     with pytest.raises(EngineError, match="quantization `awq` needs"):
         fit.refuse_misfit(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")

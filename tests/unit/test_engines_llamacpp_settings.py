@@ -12,7 +12,7 @@ import pytest
 from servegrid.engines.llamacpp import gguf_file, settings_for
 from servegrid.engines.llamacpp_server import apply
 from servegrid.errors import ConfigError, ModelError
-from servegrid.grid import Deployment
+from servegrid.study.grid import Deployment
 
 DEPLOYMENT = Deployment(
     name="small_q4_llamacpp_cpu",

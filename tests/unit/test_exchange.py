@@ -16,9 +16,9 @@ import pytest
 from llmd_benchmark_report.schema_v0_2 import BenchmarkReportV02
 
 from bundling import STUDY, TRIALS, write_results
-from servegrid import tables
-from servegrid.cli import main
-from servegrid.comparison import compare
+from servegrid.analysis import tables
+from servegrid.analysis.comparison import compare
+from servegrid.cli.main import main
 from servegrid.errors import ComparisonError
 from servegrid.exchange.foreign import with_users
 

@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 
-from servegrid import allocation, cell
-from servegrid.allocation import Handover, refuse_missing_gpus
-from servegrid.config import read_study, study_of
+from servegrid.client.requests import without_key
 from servegrid.doctor.demands import demand_of
 from servegrid.doctor.site import Profile, nodes_of
 from servegrid.doctor.studies import judge_models
-from servegrid.endpoint import Endpoint, External, base_of
 from servegrid.engines.external import endpoint_of
 from servegrid.errors import ConfigError, EngineError
-from servegrid.grid import Study, Trial
-from servegrid.load.request import without_key
-from servegrid.preflight import refuse_unready
-from servegrid.server import get, healthy
+from servegrid.run import service
+from servegrid.run.preflight import refuse_unready
+from servegrid.run.service import Handover, refuse_missing_gpus
+from servegrid.study.config import read_study, study_of
+from servegrid.study.endpoint import Endpoint, External, base_of
+from servegrid.study.grid import Study, Trial
+from servegrid.telemetry.server import get, healthy
 
 CONFIG = Path(__file__).parents[2] / "config"
 ENTRY: dict[str, Any] = {
@@ -181,7 +181,7 @@ def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
     file = tmp_path / "handover.json"
     given.write(file)
     assert "secret" not in file.read_text()
-    monkeypatch.setenv(allocation.VARIABLE, str(file))
+    monkeypatch.setenv(service.VARIABLE, str(file))
     monkeypatch.setenv("SGLANG_KEY", "secret")
     assert asdict(Handover.read()) == asdict(replace(given, process=[1, 0.0]))  # type: ignore[arg-type]
     monkeypatch.delenv("SGLANG_KEY")
@@ -191,10 +191,10 @@ def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
 
 def test_an_endpoint_that_outlives_allocations_gets_other_prompts_each_time() -> None:
     (trial,) = study().trials
-    first, second = cell._salt_of(trial), cell._salt_of(trial)
+    first, second = salting._salt_of(trial), trial._salt_of(trial)
     assert first != second and {each[:16] for each in (first, second)} == {trial.digest}
     (ours,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
-    assert cell._salt_of(ours) == ours.digest
+    assert salting._salt_of(ours) == ours.digest
 
 
 def test_a_key_that_a_server_quotes_is_not_repeated() -> None:

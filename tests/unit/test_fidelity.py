@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
-from servegrid import columns, records
+from servegrid.analysis.client_error import columns_of
+from servegrid.client.distortion import Distortion, distortion_of
 from servegrid.errors import RecordError
-from servegrid.fidelity import Distortion, columns_of, distortion_of
+from servegrid.records import columns, parquet
 
 MS = 1_000_000
 
@@ -33,7 +34,7 @@ SENT = {
 
 
 def told_of(rows: list[dict[str, Any]]) -> Distortion:
-    table = records.table_of(columns.REQUESTS, rows)
+    table = parquet.table_of(columns.REQUESTS, rows)
     return distortion_of(table, SENT, READ, ttft_s=0.1, cpu_s=0.03)
 
 

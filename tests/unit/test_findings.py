@@ -3,9 +3,9 @@
 import pandas as pd
 import pytest
 
-from servegrid.findings import Limits, frontier, knee, limits_of, statements
-from servegrid.published import summary_of
-from servegrid.queueing import Curve
+from servegrid.analysis.findings import Limits, frontier, knee, limits_of, statements
+from servegrid.analysis.published import summary_of
+from servegrid.analysis.queueing import Curve
 
 PUBLISHED = summary_of("inria-2024")
 MIXTRAL = "mixtral-8x7b_awq-4bit_2xa100-40gb"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from servegrid.config import read_mapping, read_study, schema, study_from, study_of
 from servegrid.errors import ConfigError
-from servegrid.grid import Load, Trial, digest_of
+from servegrid.study.config import read_mapping, read_study, schema, study_from, study_of
+from servegrid.study.grid import Load, Trial, digest_of
 
 TWO = {
     "study": "two",
@@ -197,7 +197,7 @@ def test_digest_is_sha256_of_the_sorted_json() -> None:
 
 def test_same_configuration_same_digests_in_another_process() -> None:
     program = (
-        "import json, sys; from servegrid.config import study_of;"
+        "import json, sys; from servegrid.study.config import study_of;"
         "print([t.digest for t in study_of(json.load(sys.stdin)).trials])"
     )
     done = subprocess.run(

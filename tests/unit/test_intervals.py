@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from servegrid.intervals import interval, quantile
+from servegrid.analysis.intervals import interval, quantile
 
 
 def distribution(t: float, degrees: int) -> float:

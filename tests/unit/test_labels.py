@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from servegrid.labels import (
+from servegrid.analysis.titles import (
     axis_title,
     counted,
     deployment_titles,

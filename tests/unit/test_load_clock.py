@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from servegrid.load.clock import Offset, OffsetLog, read_offset
+from servegrid.client.clock import Offset, OffsetLog, read_offset
 
 EPOCH = 1_790_000_000_000_000_001
 

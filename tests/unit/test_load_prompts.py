@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from servegrid.client import prompts
 from servegrid.errors import LoadError
-from servegrid.grid import Load
-from servegrid.load import prompts
+from servegrid.study.grid import Load
 
 
 def load(**changes: object) -> Load:

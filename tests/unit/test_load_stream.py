@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 import pytest
 
-from servegrid.load.failure import KINDS, Failure, Kind
-from servegrid.load.prompts import Form
-from servegrid.load.stream import Asked, row_of
-from servegrid.load.transport import Exchange
-from servegrid.load.wire import head_of
+from servegrid.client.failures import KINDS, Failure, Kind
+from servegrid.client.http1 import head_of
+from servegrid.client.parse import Asked, row_of
+from servegrid.client.prompts import Form
+from servegrid.client.transport import Exchange
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 ASKED = Asked("cell/0", 2, prompt_tokens=7, completion_tokens=4)

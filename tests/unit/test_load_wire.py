@@ -6,7 +6,7 @@ import h11
 import httpx
 import pytest
 
-from servegrid.load.wire import Framing, WireError, body_spans, head_of, render
+from servegrid.client.http1 import Framing, WireError, body_spans, head_of, render
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from servegrid import columns, records
-from servegrid.grid import Deployment, Load, Trial
-from servegrid.metrics import row_of
+from servegrid.analysis.metrics import row_of
+from servegrid.records import columns, parquet
+from servegrid.study.grid import Deployment, Load, Trial
 
 START = 2**53 + 1
 """Nanoseconds that a float cannot hold: subtraction in floats would show."""
@@ -84,8 +84,8 @@ def cell(
     }
     return row_of(
         record,
-        records.table_of(columns.REQUESTS, rows),
-        records.table_of(columns.TELEMETRY, samples or []),
+        parquet.table_of(columns.REQUESTS, rows),
+        parquet.table_of(columns.TELEMETRY, samples or []),
     )
 
 

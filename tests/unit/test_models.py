@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from servegrid import models
 from servegrid.errors import ModelError
+from servegrid.study import models
 
 GGUF = b"GGUF and all that"
 WEIGHTS = b"weights"

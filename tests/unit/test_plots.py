@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from servegrid.drawing import save
-from servegrid.plots import ITL, PER_USER, TOTAL, TTFT, deployment_figure, overview_figure
+from servegrid.report.figure_style import save
+from servegrid.report.plots import ITL, PER_USER, TOTAL, TTFT, deployment_figure, overview_figure
 
 
 def row(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from servegrid import reference
-from servegrid.config import read_study
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment
-from servegrid.predict import Hardware, Shape, bound, hardware_of, shape_of
+from servegrid.reference import data
+from servegrid.reference.roofline import Hardware, Shape, bound, hardware_of, shape_of
+from servegrid.study.config import read_study
+from servegrid.study.grid import Deployment
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = read_study(ROOT / "config/rehearsal.yaml").deployments[0]
@@ -53,7 +53,7 @@ def test_a_mixture_of_experts_reads_those_that_the_tokens_use(
 
 
 def test_no_published_cell_beats_its_bound() -> None:
-    published = reference.published("inria-2024")
+    published = data.published("inria-2024")
     for deployment in read_study(ROOT / "config/inria-2024.yaml").deployments:
         own = published[
             (published["model"] == deployment.model)

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from servegrid.printable import as_latex, as_markdown
+from servegrid.report.markup import as_latex, as_markdown
 
 TABLE = pd.DataFrame({"a_b": ["5%", "x"], "2 × 3": ["–", "1"]})
 

@@ -5,8 +5,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from servegrid.conclusions import NOT_COMPARABLE, beside_page, beside_table
-from servegrid.published import beside, differences, statements, summary_of
+from servegrid.analysis.published import beside, differences, statements, summary_of
+from servegrid.report.findings_report import NOT_COMPARABLE, beside_page, beside_table
 
 PUBLISHED = summary_of("inria-2024")
 

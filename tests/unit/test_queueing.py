@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from servegrid.queueing import (
+from servegrid.analysis.queueing import (
     Curve,
     chance,
     in_flight,

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from servegrid.reasons import Reason, doubts, failures, listed
+from servegrid.report.failure_notes import Reason, doubts, failures, listed
 
 
 def trials(*rows: dict[str, Any]) -> pd.DataFrame:

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid import columns, records
 from servegrid.errors import RecordError
+from servegrid.records import columns, parquet
 
 RECORD = {"spec": {"load": {"concurrency": 4}}, "reason": None, "words": "é × ☃", "list": [1, 2.5]}
 
@@ -56,8 +56,8 @@ def test_every_column_is_named_once_and_explained(columns: tuple[columns.Column,
 def test_rows_metadata_and_units_come_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "requests.parquet"
     rows = [{"request_id": "a", "token_ns": [1, 2]}, {"request_id": "b"}]
-    records.write(records.table_of(columns.REQUESTS, rows, RECORD), path)
-    assert records.read_record(path) == RECORD
+    parquet.write(parquet.table_of(columns.REQUESTS, rows, RECORD), path)
+    assert parquet.read_record(path) == RECORD
     back = pq.read_table(path)
     assert [(field.name, field.type, field.metadata[b"unit"]) for field in back.schema] == [
         (column.name, column.type, column.unit.encode()) for column in columns.REQUESTS
@@ -73,17 +73,17 @@ def test_rows_metadata_and_units_come_back(tmp_path: Path) -> None:
 
 
 def test_others_may_read_what_is_written_and_nothing_else_is_left(tmp_path: Path) -> None:
-    records.write(table(10), tmp_path / "a.parquet")
+    parquet.write(table(10), tmp_path / "a.parquet")
     assert names(tmp_path) == ["a.parquet"]
     assert stat.S_IMODE((tmp_path / "a.parquet").stat().st_mode) == 0o644
 
 
 def test_a_full_disk_is_named_and_what_lay_there_stays(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    records.write(table(10), path)
+    parquet.write(table(10), path)
     before = path.read_bytes()
     with files_no_larger_than(20_000), pytest.raises(RecordError, match="free some space") as told:
-        records.write(table(100_000), path)
+        parquet.write(table(100_000), path)
     assert str(path) in str(told.value)
     assert path.read_bytes() == before
     assert names(tmp_path) == ["a.parquet"]
@@ -97,14 +97,14 @@ def test_a_disk_that_is_full_only_when_synced_is_noticed(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RecordError, match=r"a\.parquet: cannot be written \(No space left"):
-        records.write(table(10), tmp_path / "a.parquet")
+        parquet.write(table(10), tmp_path / "a.parquet")
     assert names(tmp_path) == []
 
 
 def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), records.written_whole(path) as temporary:
+    with pytest.raises(ZeroDivisionError), parquet.written_whole(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
         _ = 1 / 0
@@ -116,7 +116,7 @@ def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("old")
     with path.open() as reader:
-        with records.written_whole(path) as temporary:
+        with parquet.written_whole(path) as temporary:
             temporary.write_text("new")
         assert reader.read() == "old"
     assert path.read_text() == "new"
@@ -126,8 +126,8 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "cells"
     for attempt in (
-        lambda: records.write(table(1), folder / "a.parquet"),
-        lambda: records.refuse_unwritable(folder),
+        lambda: parquet.write(table(1), folder / "a.parquet"),
+        lambda: parquet.refuse_unwritable(folder),
     ):
         with pytest.raises(RecordError, match="Not a directory") as told:
             attempt()
@@ -138,24 +138,24 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
 def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(RecordError, match="writable"):
-        records.refuse_unwritable(tmp_path)
+        parquet.refuse_unwritable(tmp_path)
     with pytest.raises(RecordError, match="writable"):
-        records.write(table(1), tmp_path / "a.parquet")
+        parquet.write(table(1), tmp_path / "a.parquet")
 
 
 def test_asking_whether_a_folder_is_writable_leaves_nothing_in_it(tmp_path: Path) -> None:
-    records.refuse_unwritable(tmp_path / "new")
+    parquet.refuse_unwritable(tmp_path / "new")
     assert names(tmp_path / "new") == []
 
 
 def test_what_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
     plain, listed, torn = (tmp_path / f"{name}.parquet" for name in ("plain", "listed", "torn"))
-    records.write(table(1), plain)
-    records.write(table(1).replace_schema_metadata({records.RECORD_KEY: b"[1]"}), listed)
+    parquet.write(table(1), plain)
+    parquet.write(table(1).replace_schema_metadata({parquet.RECORD_KEY: b"[1]"}), listed)
     torn.write_bytes(plain.read_bytes()[:-10])
     for path in (plain, listed, torn, tmp_path / "missing.parquet"):
         with pytest.raises(RecordError, match="run again") as told:
-            records.read_record(path)
+            parquet.read_record(path)
         assert str(path) in str(told.value)
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_is_named_for_text_as_well(tmp_path: Path) -> None:
     with (
         pytest.raises(RecordError, match="free some space"),
         files_no_larger_than(100),
-        records.written_whole(path) as temporary,
+        parquet.written_whole(path) as temporary,
     ):
         temporary.write_text("x" * 1000)
     assert names(tmp_path / "new") == []

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from servegrid import server
-from servegrid.endpoint import Endpoint
-from servegrid.server import parsed
+from servegrid.study.endpoint import Endpoint
+from servegrid.telemetry import server
+from servegrid.telemetry.server import parsed
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from servegrid import columns, records
-from servegrid.serverside import columns_of
+from servegrid.analysis.server_metrics import columns_of
+from servegrid.records import columns, parquet
 
 MS = 1_000_000
 VLLM = "vllm:{}_seconds_{}".format
@@ -55,8 +55,8 @@ def columns_with(
 ) -> dict[str, float | None]:
     return columns_of(
         {"metrics_before": before, "metrics_after": after},
-        records.table_of(columns.REQUESTS, requests),
-        records.table_of(columns.TELEMETRY, samples),
+        parquet.table_of(columns.REQUESTS, requests),
+        parquet.table_of(columns.TELEMETRY, samples),
     )
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from servegrid import reference
-from servegrid.config import read_study, study_of
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment
+from servegrid.reference import data
+from servegrid.study.config import read_study, study_of
+from servegrid.study.grid import Deployment
 
 CONFIG = Path(__file__).parents[2] / "config"
 ARTICLE = read_study(CONFIG / "inria-2024.yaml")
@@ -17,7 +17,7 @@ REHEARSAL = read_study(CONFIG / "rehearsal.yaml")
 
 def test_the_articles_study_has_exactly_the_published_cells() -> None:
     keys = ["model", "quantization", "gpu", "gpu_count", "concurrency", "input_len", "output_len"]
-    published = set(reference.published("inria-2024")[keys].itertuples(index=False, name=None))
+    published = set(data.published("inria-2024")[keys].itertuples(index=False, name=None))
     asked = {
         tuple({**vars(trial.deployment), **vars(trial.load)}[key] for key in keys)
         for trial in ARTICLE.trials

@@ -7,9 +7,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid import columns, records, summary
-from servegrid.summary import summarise
-from servegrid.tables import typed
+from servegrid.analysis import summary
+from servegrid.analysis.summary import summarise
+from servegrid.analysis.tables import typed
+from servegrid.records import columns, parquet
 
 KEYS = {
     "deployment": "d",
@@ -78,6 +79,6 @@ def test_it_is_written_with_its_units(tmp_path: Path) -> None:
     table = summarise(cells({"output_tokens_per_s": 5.0}))
     summary.write(table, tmp_path / "s.parquet", tmp_path / "s.csv")
     schema = pq.read_schema(tmp_path / "s.parquet")
-    assert schema.equals(records.schema_of(columns.SUMMARY), check_metadata=True)
+    assert schema.equals(parquet.schema_of(columns.SUMMARY), check_metadata=True)
     header = (tmp_path / "s.csv").read_text().split("\n")[0]
     assert header == ",".join(column.name for column in columns.SUMMARY)

@@ -12,11 +12,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid import columns, records
-from servegrid.config import study_of
+from servegrid.analysis.tables import drift_by_allocation, gather, read_cells, write_cells
 from servegrid.errors import RecordError
-from servegrid.grid import Trial
-from servegrid.tables import drift_by_allocation, gather, read_cells, write_cells
+from servegrid.records import columns, parquet
+from servegrid.study.config import study_of
+from servegrid.study.grid import Trial
 
 
 def trials_of(concurrency: int = 2, **load: Any) -> tuple[Trial, ...]:
@@ -37,7 +37,7 @@ def trials_of(concurrency: int = 2, **load: Any) -> tuple[Trial, ...]:
 
 def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
     return {
-        "format": records.RECORD_FORMAT,
+        "format": parquet.RECORD_FORMAT,
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": "ok",
@@ -68,14 +68,14 @@ def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None 
         "asked_tokens": 10,
     }
     record = record or record_of(trial)
-    table = records.table_of(columns.REQUESTS, [request] * n, record)
-    records.write(table, folder / trial.id / "requests.parquet")
+    table = parquet.table_of(columns.REQUESTS, [request] * n, record)
+    parquet.write(table, folder / trial.id / "requests.parquet")
 
 
 def write_trial(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
     sample = {"time_ns": 5, "device": "engine", "memory_bytes": 2**60 + 1}
-    table = records.table_of(columns.TELEMETRY, [sample], record or record_of(trial))
-    records.write(table, folder / trial.id / "telemetry.parquet")
+    table = parquet.table_of(columns.TELEMETRY, [sample], record or record_of(trial))
+    parquet.write(table, folder / trial.id / "telemetry.parquet")
     write_requests(folder, trial, record)
 
 
@@ -111,7 +111,7 @@ def test_several_processes_read_the_same(
     trials, folder = study
     alone = gather(trials, folder)
     (folder / trials[0].id / "telemetry.parquet").unlink()
-    monkeypatch.setattr("servegrid.tables._MANY", 1)
+    monkeypatch.setattr("servegrid.analysis.tables._MANY", 1)
     with pytest.raises(RecordError, match=r"telemetry\.parquet is missing"):
         gather(trials, folder)
     pd.testing.assert_frame_equal(
@@ -145,7 +145,7 @@ def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) ->
     write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
     assert read_cells(folder / "cells.parquet").equals(cells)
     schema = pq.read_schema(folder / "cells.parquet")
-    assert schema.equals(records.schema_of(columns.CELLS), check_metadata=True)
+    assert schema.equals(parquet.schema_of(columns.CELLS), check_metadata=True)
 
 
 def test_what_is_unknown_is_null_and_large_integers_stay_exact(study: Study) -> None:
@@ -249,8 +249,8 @@ def test_a_damaged_file_is_named(study: Study, name: str) -> None:
 
 def test_a_file_without_a_record_is_damaged(study: Study) -> None:
     trials, folder = study
-    table = records.table_of(columns.REQUESTS, [])
-    records.write(table, folder / trials[0].id / "requests.parquet")
+    table = parquet.table_of(columns.REQUESTS, [])
+    parquet.write(table, folder / trials[0].id / "requests.parquet")
     assert f"{trials[0].id}: requests.parquet is damaged" in refusal(trials, folder)
 
 
@@ -277,7 +277,7 @@ def test_what_belongs_to_no_trial_of_the_study_is_left_alone(study: Study) -> No
 def test_a_record_survives_the_metadata_of_a_file(study: Study) -> None:
     trials, folder = study
     path = folder / trials[0].id / "requests.parquet"
-    assert records.read_record(path) == json.loads(json.dumps(record_of(trials[0])))
+    assert parquet.read_record(path) == json.loads(json.dumps(record_of(trials[0])))
 
 
 def test_a_flipped_byte_in_the_rows_is_noticed(study: tuple[tuple[Trial, ...], Path]) -> None:

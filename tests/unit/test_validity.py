@@ -9,9 +9,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from servegrid import columns, records
-from servegrid.config import study_of
-from servegrid.validity import RULES, Evidence, certificate
+from servegrid.analysis.validity import RULES, Evidence, certificate
+from servegrid.records import columns, parquet
+from servegrid.study.config import study_of
 
 TRIAL = study_of(
     {
@@ -87,7 +87,7 @@ def evidence(
 
 
 def telemetry(samples: list[dict[str, Any]]) -> pa.Table:
-    return records.table_of(columns.TELEMETRY, samples)
+    return parquet.table_of(columns.TELEMETRY, samples)
 
 
 @pytest.mark.parametrize("make", [evidence, lambda: steady(), lambda: steady(waiting=(0, 0))])

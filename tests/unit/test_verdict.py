@@ -1,7 +1,7 @@
 """Verdicts from what the requests met."""
 
-from servegrid.load.failure import KINDS
-from servegrid.verdict import VERDICTS, verdict_of
+from servegrid.client.failures import KINDS
+from servegrid.records.verdict import VERDICTS, verdict_of
 
 
 def test_all_answered_is_ok() -> None:

@@ -10,16 +10,18 @@ def of_each_deployment(outputs, **wildcards):
     return expand(outputs, deployment=names, **wildcards)
 
 
-def modules(*names):
-    """Modules of the package that decide an output: these rules are cheap enough to follow them.
+PACKAGES = {
+    "analysis": "analysis reference records study telemetry".split(),
+    "report": "report analysis node reference records study telemetry".split(),
+}
 
-    What was measured follows its specification only, so `measure` names none.
+
+def package_files(name):
+    """All files of a package and of those that it imports: a change makes its tables anew.
+
+    Only for rules that are cheap: what was measured follows its specification alone.
     """
-    return [f"{workflow.basedir}/workflow/servegrid/{name}.py" for name in names]
-
-
-def page_files():
-    """All that the page is made with."""
-    folder = Path(workflow.basedir) / "workflow/servegrid/page"
-    files = [*folder.glob("*.*"), *folder.glob("charts/*.json")]
-    return sorted(map(str, files))
+    root = Path(workflow.basedir) / "workflow/servegrid"
+    files = [*root.glob("*.py")]
+    files += [file for each in PACKAGES[name] for file in (root / each).rglob("*.*")]
+    return sorted(str(file) for file in files if "__pycache__" not in file.parts)

@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 from servegrid.bundle.pack import Origin, pack
-from servegrid.script import logged
+from servegrid.run.jobscript import logged
 
 terminal = os.dup(2)
 with logged(snakemake.log[0]):

@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from servegrid.config import study_of
-from servegrid.script import logged
-from servegrid.tables import drift_by_allocation, gather, write_cells, write_csv
+from servegrid.analysis.tables import drift_by_allocation, gather, write_cells, write_csv
+from servegrid.run.jobscript import logged
+from servegrid.study.config import study_of
 
 with logged(snakemake.log[0]):
     study, folder = study_of(snakemake.config), Path("results/cells")

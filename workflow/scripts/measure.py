@@ -1,9 +1,9 @@
 import json
 from pathlib import Path
 
-from servegrid.cell import measure_trial
-from servegrid.grid import Trial
-from servegrid.script import logged
+from servegrid.run.jobscript import logged
+from servegrid.run.trial import measure_trial
+from servegrid.study.grid import Trial
 
 with logged(snakemake.log[0]):
     verdict = measure_trial(

@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from servegrid.derived import write_plan
-from servegrid.script import logged
-from servegrid.tables import read_cells
+from servegrid.analysis.tables import read_cells
+from servegrid.report.write import write_plan
+from servegrid.run.jobscript import logged
 
 with logged(snakemake.log[0]):
     write_plan(

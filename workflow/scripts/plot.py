@@ -1,9 +1,9 @@
 from pathlib import Path
 
-from servegrid.drawing import save
-from servegrid.plots import FIGURES, deployment_figure
-from servegrid.script import logged
-from servegrid.tables import read_cells
+from servegrid.analysis.tables import read_cells
+from servegrid.report.figure_style import save
+from servegrid.report.plots import FIGURES, deployment_figure
+from servegrid.run.jobscript import logged
 
 with logged(snakemake.log[0]):
     cells = read_cells(Path(snakemake.input.cells))

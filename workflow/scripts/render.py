@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from servegrid.derived import write_page
-from servegrid.script import logged
+from servegrid.report.write import write_page
+from servegrid.run.jobscript import logged
 
 FOUND = ("cells", "summary", "frontier", "published")
 

@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from servegrid import summary
-from servegrid.script import logged
-from servegrid.tables import read_cells
+from servegrid.analysis import summary
+from servegrid.analysis.tables import read_cells
+from servegrid.run.jobscript import logged
 
 with logged(snakemake.log[0]):
     summary.write(

@@ -1,8 +1,8 @@
 from pathlib import Path
 
-from servegrid.article import write_article
-from servegrid.script import logged
-from servegrid.tables import read_cells
+from servegrid.analysis.tables import read_cells
+from servegrid.report.article_table import write_article
+from servegrid.run.jobscript import logged
 
 with logged(snakemake.log[0]):
     write_article(

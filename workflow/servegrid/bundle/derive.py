@@ -11,9 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid import derived, summary, tables
-from servegrid.article import write_article
-from servegrid.grid import Study
+from servegrid.analysis import summary, tables
+from servegrid.report import write
+from servegrid.report.article_table import write_article
+from servegrid.study.grid import Study
 
 ANALYSIS_PACKAGES = ("matplotlib", "numpy", "pandas", "pyarrow", "vl-convert-python")
 """What decides the bytes of a figure and of the page, beside Python and the processor's kind."""
@@ -65,8 +66,8 @@ def write_tables(ground: Ground, folder: Path) -> None:
     for name in _deployments(cells):
         write_article(cells, name, _paths(folder, name))
     conclusions = {key: folder / name for key, name in _CONCLUSIONS.items()}
-    derived.write_conclusions(ground.config, cells, summarised, conclusions)
-    derived.write_plan(ground.config, summarised, ground.hardware, _paths(folder, "capacity"))
+    write.write_conclusions(ground.config, cells, summarised, conclusions)
+    write.write_plan(ground.config, summarised, ground.hardware, _paths(folder, "capacity"))
 
 
 def write_figures(ground: Ground, found: Path, folder: Path) -> None:
@@ -74,8 +75,8 @@ def write_figures(ground: Ground, found: Path, folder: Path) -> None:
 
     `found` has the tables that `write_tables` wrote.
     """
-    from servegrid.drawing import save
-    from servegrid.plots import FIGURES, deployment_figure, overview_figure
+    from servegrid.report.figure_style import save
+    from servegrid.report.plots import FIGURES, deployment_figure, overview_figure
 
     plots = folder / "plots"
     save(overview_figure(ground.cells), plots / "overview.svg", plots / "overview.png")
@@ -87,7 +88,7 @@ def write_figures(ground: Ground, found: Path, folder: Path) -> None:
         name: found / f"{name}.parquet" for name in ("cells", "summary", "frontier", "published")
     }
     page = folder / "report" / "index.html"
-    derived.write_page(ground.config, ground.folder, tables_of, ground.hardware, page)
+    write.write_page(ground.config, ground.folder, tables_of, ground.hardware, page)
 
 
 def analysis_environment() -> dict[str, str]:

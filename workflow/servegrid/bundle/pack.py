@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid import __version__, records
+from servegrid import __version__
 from servegrid.bundle import crate, sources, tarball
 from servegrid.bundle.derive import analysis_environment
 from servegrid.bundle.layout import (
@@ -37,9 +37,10 @@ from servegrid.bundle.layout import (
 from servegrid.bundle.redact import Redactor
 from servegrid.bundle.secrets import is_text, refuse_secrets
 from servegrid.bundle.verify import FAIL, verify
-from servegrid.config import study_of
 from servegrid.errors import BundleError, RecordError
-from servegrid.grid import Study, Trial, canonical
+from servegrid.records import parquet
+from servegrid.study.config import study_of
+from servegrid.study.grid import Study, Trial, canonical
 
 OWN_LOG = "results/logs/bundle.log"
 """It is written while the bundle is made, and is not part of it."""
@@ -98,7 +99,7 @@ def pack(
     without_record = _without_record(known.values(), jobs)
     redactor = Redactor.of([*known.values(), *jobs], users)
     bundles = folder / "results" / "bundles"
-    records.refuse_unwritable(bundles)
+    parquet.refuse_unwritable(bundles)
     with tempfile.TemporaryDirectory(prefix=".", dir=bundles) as temporary:
         tree = Path(temporary)
         for name, path in _collected(folder, known, bool(missing)):
@@ -146,8 +147,8 @@ def _record_or_error(trial: Trial, folder: Path) -> dict[str, Any] | str:
     if not (place / "requests.parquet").exists():
         return "not measured"
     try:
-        record = records.read_record(place / "requests.parquet")
-        same = records.read_record(place / "telemetry.parquet")
+        record = parquet.read_record(place / "requests.parquet")
+        same = parquet.read_record(place / "telemetry.parquet")
     except RecordError:
         return "its record is missing in part, or damaged"
     if record.get("spec_digest") != trial.digest:
@@ -225,14 +226,14 @@ def _stage_parquet(path: Path, place: Path, redactor: Redactor) -> None:
             if told != texts:
                 redacted = redacted.set_column(position, field, pa.array(told, field.type))
     metadata = dict(table.schema.metadata or {})
-    if records.RECORD_KEY in metadata:
-        record = redactor.data(json.loads(metadata[records.RECORD_KEY]))
-        metadata[records.RECORD_KEY] = json.dumps(record, sort_keys=True).encode()
+    if parquet.RECORD_KEY in metadata:
+        record = redactor.data(json.loads(metadata[parquet.RECORD_KEY]))
+        metadata[parquet.RECORD_KEY] = json.dumps(record, sort_keys=True).encode()
         redacted = redacted.replace_schema_metadata(metadata)
     if redacted.equals(table, check_metadata=True):
         _stage(path.read_bytes(), place)
     else:
-        records.write(redacted, place)
+        parquet.write(redacted, place)
 
 
 def _environments(told: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

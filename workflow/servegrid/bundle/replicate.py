@@ -19,14 +19,15 @@ from typing import Any
 import pandas as pd
 
 import servegrid
-from servegrid import records, tables
+from servegrid.analysis import tables
+from servegrid.analysis.comparison import Comparison, compare
 from servegrid.bundle import tarball
 from servegrid.bundle.layout import CONFIGURATION, TABLES
 from servegrid.bundle.verify import Bundle
-from servegrid.comparison import Comparison, compare
-from servegrid.config import study_of
 from servegrid.errors import BundleError
-from servegrid.grid import Study, Trial
+from servegrid.records import parquet
+from servegrid.study.config import study_of
+from servegrid.study.grid import Study, Trial
 
 _FILTERED = ("protocol", "concurrency", "rate_per_s", "input_len", "output_len")
 
@@ -81,7 +82,7 @@ def measure(drawn: Drawn, profile: Path, folder: Path) -> Comparison:
     if folder.exists() and not (config.is_file() and config.read_text() == told):
         raise BundleError(f"{folder}: holds something else. Name a new folder with --into.")
     if not config.exists():
-        with records.written_whole(config) as temporary:
+        with parquet.written_whole(config) as temporary:
             temporary.write_text(told)
     done = subprocess.run(
         [

@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid import records
 from servegrid.bundle.layout import CONFIGURATION
 from servegrid.bundle.limits import refuse_huge_table
 from servegrid.bundle.redact import Redactor, secrets_in, secrets_in_data
 from servegrid.bundle.sources import PARTS
 from servegrid.bundle.tarball import names_below
 from servegrid.errors import BundleError
+from servegrid.records import parquet
 
 _LISTED = 10
 _PART_BYTES = 2**24
@@ -74,7 +74,7 @@ def _of_file(path: Path, name: str) -> Iterator[str]:
 
 def _record(path: Path) -> Any:
     metadata = pq.read_schema(path).metadata or {}
-    return json.loads(metadata.get(records.RECORD_KEY, b"{}"))
+    return json.loads(metadata.get(parquet.RECORD_KEY, b"{}"))
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PARTS = ("Snakefile", "pyproject.toml", "LICENSE", "CITATION.cff", "workflow")
+PARTS = ("Snakefile", "pyproject.toml", "LICENSE", "CITATION.cff", "workflow", "plugin")
 """Of the repository: what it takes to run a study, without tests and documentation."""
 _LIMIT_S = 60.0
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from servegrid import records
 from servegrid.errors import BundleError
+from servegrid.records import parquet
 
 MEMBERS = 200_000
 MEMBER_BYTES = 4 * 2**30
@@ -48,7 +48,7 @@ def write(tree: Path, root: str, archive: Path) -> None:
     with the same zlib. Raises RecordError where the archive cannot be written.
     """
     with (
-        records.written_whole(archive) as temporary,
+        parquet.written_whole(archive) as temporary,
         temporary.open("wb") as raw,
         gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,

@@ -18,7 +18,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid import __version__, records, tables
+from servegrid import __version__
+from servegrid.analysis import tables
 from servegrid.bundle import crate, tarball
 from servegrid.bundle.derive import (
     Ground,
@@ -50,9 +51,10 @@ from servegrid.bundle.limits import (
 )
 from servegrid.bundle.secrets import findings
 from servegrid.bundle.tarball import Unpacked
-from servegrid.config import study_of
 from servegrid.errors import BundleError, RecordError, ServegridError
-from servegrid.grid import Study, Trial
+from servegrid.records import parquet
+from servegrid.study.config import study_of
+from servegrid.study.grid import Study, Trial
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 _LISTED = 10
@@ -225,7 +227,7 @@ def _trial_culprits(bundle: Bundle, trial: Trial, present: bool) -> list[str]:
             culprits.append(f"{trial.id}: {name} is missing")
             continue
         try:
-            record = records.read_record(path)
+            record = parquet.read_record(path)
         except RecordError:
             culprits.append(f"{trial.id}: {name} is damaged")
             continue

@@ -9,12 +9,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from servegrid.config import read_study
 from servegrid.doctor import environments, files, kinds, site, slurm, studies
 from servegrid.doctor.commands import Ask, ask
 from servegrid.doctor.demands import Demand, demand_of
 from servegrid.doctor.report import Finding, Group, Status
-from servegrid.grid import Deployment, Study
+from servegrid.study.config import read_study
+from servegrid.study.grid import Deployment, Study
 
 __all__ = ["examine"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from servegrid.doctor.site import CPU, Profile, minutes_of, nodes_of
 from servegrid.engines import EMULATED
-from servegrid.grid import Deployment
+from servegrid.study.grid import Deployment
 
 RULE = "measure"
 COPIED = ("nodes", "cpus_per_task", "slurm_partition", "slurm_account", "slurm_constraint")

@@ -15,7 +15,7 @@ import yaml
 from servegrid.doctor.report import Finding, Group
 from servegrid.engines import EMULATED
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment, Study
+from servegrid.study.grid import Deployment, Study
 
 EXECUTOR = "submitit"
 CLUSTERS = ("slurm", "local")

@@ -7,12 +7,12 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from servegrid import models
 from servegrid.doctor.files import Mount, judge_sharing
 from servegrid.doctor.report import Finding, Group
 from servegrid.engines import EMULATED
 from servegrid.errors import ModelError
-from servegrid.grid import Deployment
+from servegrid.study import models
+from servegrid.study.grid import Deployment
 
 GROUP = Group("models")
 SETTINGS = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "SERVEGRID_MODELS")
@@ -30,7 +30,7 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
 def judge_models(
     deployment: Deployment, locate: Callable[[str, Path], Path], folder: Path, study: Path
 ) -> Iterator[Finding]:
-    """Checkpoint and tokenizer of a deployment; `locate` is that of servegrid.models."""
+    """Checkpoint and tokenizer of a deployment; `locate` is that of servegrid.study.models."""
     for name in _names(deployment):
         key = "checkpoint" if name == deployment.checkpoint else "tokenizer"
         try:

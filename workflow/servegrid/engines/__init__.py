@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from contextlib import AbstractContextManager
 
-from servegrid.deployment import EMULATED, EXTERNAL
 from servegrid.engines.base import Engine, Site
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment
+from servegrid.study.deployment import EMULATED, EXTERNAL
+from servegrid.study.grid import Deployment
 
 __all__ = ["EMULATED", "ENGINES", "EXTERNAL", "Engine", "Site", "bring_up"]
 

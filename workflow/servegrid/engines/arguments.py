@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment
+from servegrid.study.grid import Deployment
 
 GPU_MEMORY_UTILIZATION = 0.90
 SHUTDOWN_TIMEOUT_S = 15

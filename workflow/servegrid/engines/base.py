@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from servegrid.endpoint import Endpoint
+from servegrid.study.endpoint import Endpoint
 
 
 @dataclass(frozen=True)

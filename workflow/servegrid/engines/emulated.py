@@ -17,14 +17,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from servegrid import __version__
-from servegrid.endpoint import Endpoint
 from servegrid.engines.base import Site
 from servegrid.engines.emulated_server import FAULTS, Fault, Server
 from servegrid.engines.emulated_timing import Timing, timing_of
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
-from servegrid.engines.warden import guarded
 from servegrid.errors import ConfigError, EngineError
-from servegrid.grid import Deployment
+from servegrid.node.reaper import guarded
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Deployment
 
 AT_START = ("oom_at_start", "slow_start")
 """Faults of the bring-up; those of a request are in `emulated_server.FAULTS`."""

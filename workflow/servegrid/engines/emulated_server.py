@@ -19,8 +19,8 @@ from typing import Any
 
 from aiohttp import web
 
-from servegrid.endpoint import Endpoint
 from servegrid.engines.emulated_timing import Timing
+from servegrid.study.endpoint import Endpoint
 
 BACKLOG = 2048
 QUIET_S, PATIENCE_S = 0.01, 0.1

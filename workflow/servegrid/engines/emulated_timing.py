@@ -10,10 +10,10 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid import reference
 from servegrid.errors import ConfigError
-from servegrid.grid import Deployment
-from servegrid.predict import Bound, bound, hardware_of, shape_of
+from servegrid.reference import data
+from servegrid.reference.roofline import Bound, bound, hardware_of, shape_of
+from servegrid.study.grid import Deployment
 
 ROOFLINE = "roofline"
 KEYS = ("model", "quantization", "gpu", "gpu_count")
@@ -65,11 +65,11 @@ def timing_of(deployment: Deployment, timing: str) -> Timing:
 
 
 def _rows(timing: str, where: str) -> pd.DataFrame:
-    if timing in reference.STUDIES:
-        return reference.published(timing)
+    if timing in data.STUDIES:
+        return data.published(timing)
     if not timing.endswith(".csv"):
         raise ConfigError(
-            f"{where}: `{timing}` is not one of {', '.join((ROOFLINE, *reference.STUDIES))}, "
+            f"{where}: `{timing}` is not one of {', '.join((ROOFLINE, *data.STUDIES))}, "
             "nor the path of a .csv file."
         )
     try:

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from servegrid import models
-from servegrid.deployment import Deployment
-from servegrid.endpoint import Endpoint, External, base_of, key_in
+from servegrid.client import measure
+from servegrid.client.requests import Refusal
 from servegrid.engines.base import Site
 from servegrid.errors import EngineError, LoadError
-from servegrid.grid import Load
-from servegrid.load import measure
-from servegrid.load.request import Refusal
-from servegrid.server import MODELS_PATH, NO_SUCH_PATH, get, healthy
+from servegrid.study import models
+from servegrid.study.deployment import Deployment
+from servegrid.study.endpoint import Endpoint, External, base_of, key_in
+from servegrid.study.grid import Load
+from servegrid.telemetry.server import MODELS_PATH, NO_SUCH_PATH, get, healthy
 
 KEY_REFUSED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
 SHORT_LOAD = Load("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, stall_s=60.0)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from servegrid import nvml
-from servegrid.engines import node
-from servegrid.engines.node import Capability, Gpu, Software
+from servegrid.engines import hardware
+from servegrid.engines.hardware import Capability, Gpu, Software
 from servegrid.errors import EngineError
-from servegrid.grid import Deployment
+from servegrid.node import nvml
+from servegrid.study.grid import Deployment
 
 TURING: Capability = (7, 5)
 AMPERE: Capability = (8, 0)
@@ -130,12 +130,12 @@ def refuse_misfit(
         deployment,
         defaults,
         json.loads(config.read_text()) if config.exists() else {},
-        node.weight_bytes(checkpoint),
-        node.capability_for,
+        hardware.weight_bytes(checkpoint),
+        hardware.capability_for,
     )
     with nvml.driver() as driver:
-        gpus = node.visible(driver, os.environ) if driver else None
-        software = node.installed(vllm, driver)
+        gpus = hardware.visible(driver, os.environ) if driver else None
+        software = hardware.installed(vllm, driver)
     if reason := misfit(needs, gpus, software):
         raise EngineError(reason)
 

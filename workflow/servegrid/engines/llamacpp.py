@@ -24,19 +24,15 @@ from typing import Any
 
 import psutil
 
-from servegrid import models, processes
-from servegrid.endpoint import Endpoint
 from servegrid.engines.base import Site
-from servegrid.engines.listening import (
-    LOOPBACK,
-    UNIX_BASE_URL,
-    socket_path,
-    wait_until,
-)
-from servegrid.engines.warden import guarded
+from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path, wait_until
 from servegrid.errors import ConfigError, EngineError, ModelError
-from servegrid.grid import Deployment
-from servegrid.server import get, healthy
+from servegrid.node import processes
+from servegrid.node.reaper import guarded
+from servegrid.study import models
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Deployment
+from servegrid.telemetry.server import get, healthy
 
 PACKAGE = "xllamacpp"
 GGUF_MAGIC = b"GGUF"

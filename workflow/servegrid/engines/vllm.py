@@ -21,8 +21,6 @@ from typing import Any
 
 import psutil
 
-from servegrid import models
-from servegrid.endpoint import Endpoint
 from servegrid.engines import arguments, causes, fit, vllm_api
 from servegrid.engines.base import Site
 from servegrid.engines.listening import (
@@ -34,10 +32,12 @@ from servegrid.engines.listening import (
 )
 from servegrid.engines.vllm_server import Failed, Server
 from servegrid.engines.vllm_worker import Facts
-from servegrid.engines.warden import guarded
 from servegrid.errors import EngineError
-from servegrid.grid import Deployment
-from servegrid.server import healthy
+from servegrid.node.reaper import guarded
+from servegrid.study import models
+from servegrid.study.endpoint import Endpoint
+from servegrid.study.grid import Deployment
+from servegrid.telemetry.server import healthy
 
 ENVIRONMENT = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",

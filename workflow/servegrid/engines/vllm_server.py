@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from servegrid import processes
 from servegrid.engines.vllm_api import Api, config_of
-from servegrid.engines.warden import Warden
+from servegrid.node import processes
+from servegrid.node.reaper import Warden
 
 DRAIN_S = 5
 KEEP_ALIVE_S = 600

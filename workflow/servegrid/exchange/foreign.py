@@ -12,13 +12,14 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid import columns, metrics, records, tables
-from servegrid.columns import PERCENTILES
-from servegrid.deployment import Deployment
+from servegrid.analysis import metrics, tables
+from servegrid.analysis.stationarity import window_of
 from servegrid.errors import ExchangeError
-from servegrid.grid import Load, Protocol, Trial
-from servegrid.stationarity import window_of
-from servegrid.verdict import OK, verdict_of
+from servegrid.records import columns, parquet
+from servegrid.records.columns import PERCENTILES
+from servegrid.records.verdict import OK, verdict_of
+from servegrid.study.deployment import Deployment
+from servegrid.study.grid import Load, Protocol, Trial
 
 _NS = 1_000_000_000
 
@@ -69,7 +70,7 @@ def row_of(foreign: Foreign, trial: Trial, engine: str | None) -> dict[str, Any]
     none, by all of it, start and end included, and that is noted.
     """
     rows = foreign.requests or []
-    requests = records.table_of(columns.REQUESTS, rows)
+    requests = parquet.table_of(columns.REQUESTS, rows)
     notes = [f"not certified: measured by {foreign.origin}", *foreign.notes]
     verdict, reason = verdict_of((row.get("error") for row in rows), engine_alive=True)
     whole = foreign.protocol == "burst"
@@ -89,7 +90,7 @@ def row_of(foreign: Foreign, trial: Trial, engine: str | None) -> dict[str, Any]
         "metrics_before": None,
         "metrics_after": None,
     }
-    telemetry = records.table_of(columns.TELEMETRY, [])
+    telemetry = parquet.table_of(columns.TELEMETRY, [])
     row = metrics.row_of(record, requests, telemetry, whole)
     if not foreign.gaps_known:
         row |= {name: None for name in row if name.startswith("itl_")} | {"shared_read_share": None}

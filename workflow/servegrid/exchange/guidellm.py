@@ -13,7 +13,7 @@ from typing import Any
 
 from servegrid.errors import ExchangeError
 from servegrid.exchange.foreign import Foreign, closed, lengths_of, ns, with_users
-from servegrid.grid import Protocol
+from servegrid.study.grid import Protocol
 
 KEYS = ("metadata", "benchmarks")
 """By which a file of it is known."""

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from servegrid import __version__
-from servegrid.columns import PERCENTILES
-from servegrid.deployment import Deployment, digest_of
-from servegrid.grid import Load, Trial
-from servegrid.labels import EMULATED
-from servegrid.metrics import allocation_of
+from servegrid.analysis.metrics import allocation_of
+from servegrid.analysis.titles import EMULATED
+from servegrid.records.columns import PERCENTILES
+from servegrid.study.deployment import Deployment, digest_of
+from servegrid.study.grid import Load, Trial
 
 VERSION = "0.2.1"
 

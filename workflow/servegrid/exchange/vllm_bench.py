@@ -17,16 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from servegrid.errors import ExchangeError
-from servegrid.exchange.foreign import (
-    Foreign,
-    closed,
-    lengths_of,
-    ns,
-    percentile_known,
-    with_users,
-)
-from servegrid.grid import Protocol, Trial
-from servegrid.load.stream import shared_out
+from servegrid.exchange.foreign import Foreign, closed, lengths_of, ns, percentile_known, with_users
+from servegrid.records.tokens import shared_out
+from servegrid.study.grid import Protocol, Trial
 
 ORIGIN = "vllm bench serve"
 KEYS = ("model_id", "num_prompts", "request_rate", "completed", "duration", "output_throughput")

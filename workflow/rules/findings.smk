@@ -1,0 +1,36 @@
+localrules:
+    findings,
+
+
+rule findings:
+    input:
+        package_files("report"),
+        cells=rules.gather.output.parquet,
+        summary=rules.summarise.output.parquet,
+    output:
+        frontier="results/tables/frontier.parquet",
+        frontier_csv="results/tables/frontier.csv",
+        frontier_tex="results/tables/frontier.tex",
+        findings=report(
+            "results/tables/findings.md",
+            "../report/findings.rst",
+            category="Tables",
+            labels={"table": "findings and frontier", "format": "Markdown"},
+        ),
+        published="results/tables/published.parquet",
+        published_csv="results/tables/published.csv",
+        published_tex="results/tables/published.tex",
+        published_md=report(
+            "results/tables/published.md",
+            "../report/published.rst",
+            category="Tables",
+            labels={"table": "beside published figures", "format": "Markdown"},
+        ),
+    log:
+        "results/logs/findings.log",
+    conda:
+        "../envs/analysis.yaml"
+    params:
+        limits=[config.get("limits"), config.get("mix_emulated")],
+    script:
+        "../scripts/findings.py"

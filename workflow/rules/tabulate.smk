@@ -1,0 +1,24 @@
+localrules:
+    tabulate,
+
+
+rule tabulate:
+    input:
+        package_files("report"),
+        cells=rules.gather.output.parquet,
+    output:
+        markdown=report(
+            "results/tables/{deployment}.md",
+            "../report/article.rst",
+            category="Tables",
+            labels={"table": "{deployment}", "format": "Markdown"},
+        ),
+        csv="results/tables/{deployment}.csv",
+        latex="results/tables/{deployment}.tex",
+        parquet="results/tables/{deployment}.parquet",
+    log:
+        "results/logs/tabulate/{deployment}.log",
+    conda:
+        "../envs/analysis.yaml"
+    script:
+        "../scripts/tabulate.py"

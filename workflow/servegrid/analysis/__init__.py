@@ -1,0 +1,1 @@
+"""From records to figures: metrics, validity, statistics, findings and the capacity plan."""

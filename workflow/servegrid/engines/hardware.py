@@ -1,0 +1,129 @@
+"""What this node has for an engine: its GPUs, the driver, CUDA, and the size of the weights.
+
+What cannot be found out is None, never guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from servegrid.node.nvml import visible_gpus
+
+Capability = tuple[int, int]
+"""NVIDIA's "compute capability": 7.0 is Volta, 7.5 Turing, 8.0 Ampere, 9.0 Hopper."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that the engine sees."""
+
+    name: str
+    capability: Capability | None
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Software:
+    """What is installed between the model and the GPUs.
+
+    `architectures` are those that torch has code for (`sm_80`), empty where it does not say.
+    """
+
+    vllm: str
+    cuda: str | None
+    architectures: tuple[str, ...]
+    driver: str | None
+    driver_cuda: tuple[int, int] | None
+
+
+def weight_bytes(checkpoint: Path) -> int | None:
+    """The size of the weights that vLLM would load from a folder; None where it has none.
+
+    Mistral's `consolidated` files are the same weights once more.
+    """
+    index = checkpoint / "model.safetensors.index.json"
+    if index.exists():
+        names = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        files = [checkpoint / name for name in names]
+    else:
+        found = list(checkpoint.glob("*.safetensors"))
+        files = [file for file in found if not file.name.startswith("consolidated")] or found
+        files = files or list(checkpoint.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in files if file.exists()) or None
+
+
+def visible(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where NVML cannot tell.
+
+    A part of a GPU (MIG) is not listed by NVML under the name that the variable has.
+    """
+    if "MIG" in environment.get("CUDA_VISIBLE_DEVICES", ""):
+        return None
+    try:
+        handles = visible_gpus(nvml, environment).values()
+    except nvml.NVMLError:
+        return None
+    if None in handles:
+        return None
+    return [_gpu(nvml, handle) for handle in handles]
+
+
+def installed(vllm: str, nvml: Any) -> Software:
+    """The software of this process; `nvml` is None where there is no driver to ask."""
+    import torch
+
+    def read(name: str) -> Any:
+        with contextlib.suppress(*((nvml.NVMLError, AttributeError) if nvml else ())):
+            return getattr(nvml, name)() if nvml else None
+        return None
+
+    cuda = read("nvmlSystemGetCudaDriverVersion_v2")
+    driver = read("nvmlSystemGetDriverVersion")
+    return Software(
+        vllm=vllm,
+        cuda=torch.version.cuda,
+        # vLLM has told torch to ask NVML here, so CUDA is not initialised in this process.
+        architectures=tuple(torch.cuda.get_arch_list()),
+        driver=_text(driver),
+        driver_cuda=None if cuda is None else (cuda // 1000, cuda % 1000 // 10),
+    )
+
+
+def capability_for(method: str) -> Capability | None:
+    """What the installed vLLM asks for a quantization method; None where it does not say.
+
+    `modelopt` stands for several, of which vLLM chooses by the checkpoint.
+    """
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    if method.startswith("modelopt"):
+        return None
+    try:
+        needed = get_quantization_config(method).get_min_capability()
+    except (ValueError, ImportError, NotImplementedError):
+        return None
+    return None if needed < 0 else divmod(needed, 10)
+
+
+def _gpu(nvml: Any, handle: Any) -> Gpu:
+    def read(name: str) -> Any:
+        with contextlib.suppress(nvml.NVMLError, AttributeError):
+            return getattr(nvml, name)(handle)
+        return None
+
+    capability = read("nvmlDeviceGetCudaComputeCapability")
+    memory = read("nvmlDeviceGetMemoryInfo")
+    return Gpu(
+        name=_text(read("nvmlDeviceGetName")) or "the GPU",
+        capability=capability and (capability[0], capability[1]),
+        memory_bytes=memory and memory.total,
+    )
+
+
+def _text(value: Any) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,5 +1,0 @@
-"""The load client: a load put on an OpenAI-compatible endpoint, and what came back when."""
-
-from servegrid.load.protocols import Measurement, measure
-
-__all__ = ["Measurement", "measure"]

@@ -1,0 +1,1 @@
+"""What runs inside an allocation: one engine, then its trials one after another."""

@@ -1,0 +1,66 @@
+"""Which cores of a node the engine gets, and which the processes of the load client."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from servegrid.client import workers
+
+APART_FROM = 8
+"""With fewer cores, taking some away would change what the engine does."""
+
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
+@dataclass(frozen=True)
+class Shares:
+    """`engine`: the cores of the engine; `client`: those of each process of the load client."""
+
+    engine: frozenset[int]
+    client: tuple[frozenset[int], ...]
+
+
+def shares(
+    cores: Collection[int],
+    streams: int,
+    on_gpu: bool,
+    siblings: Callable[[int], frozenset[int]] | None = None,
+) -> Shares:
+    """How `cores` are shared on a node where up to `streams` requests are in flight.
+
+    Beside an engine on GPUs each process of the client gets a whole physical core for itself,
+    both its threads, from the end of the list; where the engine computes on the CPU, or there are
+    fewer than APART_FROM cores, all have all of them. `siblings` tells the threads of a core.
+    """
+    everything = frozenset(cores)
+    processes = workers.size(streams, len(everything))
+    if not on_gpu or len(everything) < APART_FROM:
+        return Shares(everything, (everything,) * processes)
+    whole = {(siblings or siblings_of)(core) & everything for core in everything}
+    client = tuple(sorted(whole, key=min)[-processes:])
+    return Shares(everything.difference(*client), client)
+
+
+def siblings_of(core: int) -> frozenset[int]:
+    """The hardware threads that share a physical core with `core`; itself where unknown."""
+    found = {core}
+    with contextlib.suppress(OSError, ValueError):
+        for part in Path(_TOPOLOGY.format(core)).read_text().strip().split(","):
+            first, _, last = part.partition("-")
+            found |= {*range(int(first), int(last or first) + 1)}
+    return frozenset(found)
+
+
+@contextlib.contextmanager
+def kept_to(cores: Collection[int]) -> Iterator[None]:
+    """Keep this thread, and all that it starts in the block, to `cores`."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

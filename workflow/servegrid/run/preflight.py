@@ -1,0 +1,43 @@
+"""What can be known to fail before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from servegrid.engines import EMULATED, EXTERNAL
+from servegrid.errors import ModelError
+from servegrid.study import models
+from servegrid.study.grid import Deployment, Study
+
+
+def refuse_unready(study: Study, cells: str | Path) -> None:
+    """Raise where a deployment of the study cannot come up, as far as this machine can tell.
+
+    ModelError, naming the deployment, where a model that is needed is not there; ConfigError
+    where an emulated deployment's arguments do not fit; EngineError where the API key of an
+    external one is missing. Deployments that have all their records in `cells` are not looked at.
+    """
+    to_measure = {
+        trial.deployment.name: trial.deployment
+        for trial in study.measured
+        if not (Path(cells) / trial.id / "requests.parquet").exists()
+    }
+    for deployment in to_measure.values():
+        if deployment.engine == EMULATED:
+            from servegrid.engines.emulated import settings_of
+
+            settings_of(deployment)
+        else:
+            if deployment.engine == EXTERNAL:
+                from servegrid.engines.external import endpoint_of
+
+                endpoint_of(deployment)
+            _refuse_missing_models(deployment)
+
+
+def _refuse_missing_models(deployment: Deployment) -> None:
+    for key in ("checkpoint", "tokenizer") if deployment.endpoint is None else ("tokenizer",):
+        try:
+            models.locate(getattr(deployment, key), models.default_folder())
+        except ModelError as error:
+            raise ModelError(f"deployment `{deployment.name}`: {error}") from None

@@ -1,0 +1,105 @@
+"""One trial, from the engine that its allocation has up to two Parquet files.
+
+The requests are written last: where they lie, the trial is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+
+from servegrid import __version__
+from servegrid.client import Measurement, measure, workers
+from servegrid.errors import EngineError
+from servegrid.records import columns, parquet
+from servegrid.records.verdict import SERVER_DIED, verdict_of
+from servegrid.run.jobscript import at_work
+from servegrid.run.service import Handover
+from servegrid.study.deployment import EXTERNAL
+from servegrid.study.grid import Trial
+from servegrid.telemetry import sampler, server
+
+DEATH_CONFIRMED_S = 5.0
+"""How long a server may be silent after a failed load before it counts as dead."""
+
+
+def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: bool) -> str:
+    """Measure `trial`, write its records and return its verdict.
+
+    Raises EngineError where the allocation serves another deployment, or where the engine died
+    and this is not yet the last attempt: then the trial is worth another engine. Raises
+    LoadError where no load could be put on it, and RecordError where nothing can be written.
+    """
+    handover = Handover.read()
+    if handover.deployment_digest != trial.deployment.digest:
+        raise EngineError(
+            f"{trial.id}: the engine that is up serves another specification of this deployment. "
+            "Run the same command again when that allocation has ended."
+        )
+    parquet.refuse_unwritable(requests.parent)
+    offset = sampler.offset(handover.telemetry)
+    # Of an open loop nobody knows how many will be in flight.
+    streams = trial.load.concurrency
+    places = handover.places[: streams and workers.wanted(streams)]
+    if len(places) == 1:
+        os.sched_setaffinity(0, places[0])
+    with at_work():
+        measurement = measure(
+            handover.endpoint,
+            trial.load,
+            handover.tokenizer,
+            salt=_salt_of(trial),
+            counters=server.counters_of(handover.endpoint),
+            places=places,
+        )
+    alive = _alive(handover, measurement)
+    if not alive:
+        handover.refuse_ended()
+    verdict, reason = verdict_of(measurement.errors, alive)
+    if verdict == SERVER_DIED and not last_attempt:
+        raise EngineError(f"{trial.id}: the engine died under this load; trying once more.")
+    record = {
+        "format": parquet.RECORD_FORMAT,
+        "servegrid": __version__,
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        "verdict": verdict,
+        "reason": reason,
+        "client": measurement.facts,
+        "engine": handover.engine,
+        "environment": handover.environment,
+        "self_check": handover.self_check,
+        "metrics_before": measurement.counters_before,
+        "metrics_after": measurement.counters_after,
+    }
+    window = measurement.facts["window_ns"]
+    rows = sampler.slice(handover.telemetry, offset, *window)
+    parquet.write(parquet.table_of(columns.TELEMETRY, rows, record), samples)
+    table = measurement.requests
+    schema = parquet.schema_of(columns.REQUESTS, record)
+    parquet.write(table.replace_schema_metadata(schema.metadata), requests)
+    return verdict
+
+
+def _salt_of(trial: Trial) -> str:
+    """What the trial's prompts are drawn with: the same for every engine that is brought up for it.
+
+    An external one may have kept those of an earlier measurement: it gets others each time.
+    """
+    if trial.deployment.engine != EXTERNAL:
+        return trial.digest
+    return f"{trial.digest}-{secrets.token_hex(4)}"
+
+
+def _alive(handover: Handover, measurement: Measurement) -> bool:
+    """Whether the server still answers; after a failure it gets a moment to collapse."""
+    if not any(measurement.errors):
+        return True
+    deadline = time.monotonic() + DEATH_CONFIRMED_S
+    while server.healthy(handover.endpoint):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.5)
+    return False

@@ -1,0 +1,1 @@
+"""What a study measures: its configuration, expanded to deployments, cells and trials."""

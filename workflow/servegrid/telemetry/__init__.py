@@ -1,0 +1,1 @@
+"""What is sampled while a load runs: GPUs, engine processes and the server's own metrics."""
