@@ -42,7 +42,7 @@ docs: .venv/.ready  ## write the generated parts of the documentation
 	$(PYTHON) docs/generate.py
 
 model: .venv/.ready  ## fetch and convert the demo's model, once
-	.venv/bin/servegrid prepare
+	.venv/bin/servegrid fetch
 
 env-cpu: .venv/.ready  ## the environment without a GPU: .venv
 

@@ -23,7 +23,7 @@ from servegrid.mock_server.process import running
 from servegrid.mock_server.responses import Script
 from servegrid.node import environment
 from servegrid.run import cores
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 SCRIPT = Script(ttft_s=0.1, itl_s=0.02)
 PROMPT_TOKENS, TOKENS = 8, 100
@@ -121,20 +121,20 @@ def main() -> None:
 
 def measured_at(streams: int) -> Level:
     """Put bursts of `streams` requests on a server of its own, the first of them to warm up."""
-    load = Load(
+    workload = Workload(
         protocol="burst",
         concurrency=streams,
         input_len=PROMPT_TOKENS,
         output_len=TOKENS,
         requests=streams * WAVES[streams],
         timeout_s=LIMIT_S,
-        stall_s=LIMIT_S,
+        idle_timeout_s=LIMIT_S,
     )
     places = cores.shares(os.sched_getaffinity(0), streams, on_gpu=False).client
     with running(SCRIPT) as server:
         own = (psutil.Process(), psutil.Process(server.process.pid))
         began, busy, used = time.monotonic(), _busy_s(), _used_s(own)
-        measured = measure(server.endpoint, load, tokenizer=None, salt="bench", places=places)
+        measured = measure(server.endpoint, workload, tokenizer=None, salt="bench", places=places)
         others_s = _busy_s() - busy - (_used_s(own) - used)
         others_cores = max(others_s, 0.0) / (time.monotonic() - began)
         log = server.log()

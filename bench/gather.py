@@ -36,12 +36,12 @@ def study_with(cells: int) -> Study:
     whole = study_of(
         {
             "study": "gathered",
-            "load": {
+            "workload": {
                 "protocol": "burst",
                 "concurrency": list(range(1, 101)),
                 "input_len": list(range(1, lengths + 1)),
                 "output_len": STAMPS,
-                "sentinels": False,
+                "drift_checks": False,
             },
             "deployments": [
                 {

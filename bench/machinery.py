@@ -91,7 +91,7 @@ def report(took: float, accounts: list[Account], start: float) -> None:
     at_work = sum(account.at_work for account in accounts)
     real = as_published(accounts)
     lost = allocated - at_work
-    scale = REHEARSAL["deployments"][0]["arguments"]["time_scale"]
+    scale = REHEARSAL["deployments"][0]["engine_args"]["time_scale"]
     for what, value in {
         "whole run": f"{took:.0f} s for {cells} of them",
         "gap between two cells' loads": f"{median(gaps):.2f} s median, "

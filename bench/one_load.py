@@ -12,21 +12,21 @@ import pyarrow.parquet as pq
 from servegrid.client import measure
 from servegrid.mock_server.responses import MODEL
 from servegrid.study.endpoint import Endpoint
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 PROMPT_TOKENS = 8
 
 
 def main(url: str, streams: str, requests: str, tokens: str, file: str) -> None:
-    load = Load(
-        protocol="steady",
+    workload = Workload(
+        protocol="closed_loop",
         concurrency=int(streams),
         input_len=PROMPT_TOKENS,
         output_len=int(tokens),
         requests=int(requests),
         warmup_waves=0,
     )
-    measured = measure(Endpoint(url, MODEL), load, tokenizer=None, salt="bench")
+    measured = measure(Endpoint(url, MODEL), workload, tokenizer=None, salt="bench")
     pq.write_table(measured.requests, file)
 
 

@@ -79,8 +79,8 @@ class Client:
 
 
 def _servegrid(programs: Path, task: Task) -> list[str | Path]:
-    load = (task.url, str(task.streams), str(task.requests), str(TOKENS))
-    return [programs / "python", HERE / "one_load.py", *load, task.folder / "requests.parquet"]
+    workload = (task.url, str(task.streams), str(task.requests), str(TOKENS))
+    return [programs / "python", HERE / "one_load.py", *workload, task.folder / "requests.parquet"]
 
 
 def _vllm(programs: Path, task: Task) -> list[str | Path]:

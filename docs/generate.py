@@ -70,9 +70,9 @@ def readme(text: str) -> str:
     definitions = schema()["$defs"]
     parts = {
         "study": schema()["properties"],
-        "limits": definitions["limits"]["properties"],
+        "slo": definitions["slo"]["properties"],
         "capacity": definitions["capacity"]["properties"],
-        "load": definitions["load"]["properties"],
+        "workload": definitions["workload"]["properties"],
         "deployment": definitions["deployment"]["properties"],
         "endpoint": definitions["endpoint"]["properties"],
     }

@@ -25,7 +25,7 @@ USER = "amarchand"
 TOKEN = "hf_" + "a1B2" * 8
 STUDY: dict[str, Any] = {
     "study": "small",
-    "load": {"concurrency": [1, 2], "input_len": 31, "output_len": 10, "trials": 2},
+    "workload": {"concurrency": [1, 2], "input_len": 31, "output_len": 10, "trials": 2},
     "deployments": [
         {
             "name": "d",
@@ -51,11 +51,11 @@ def record_of(trial: Trial) -> dict[str, Any]:
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": "ok",
-        "reason": None,
+        "verdict_detail": None,
         "engine": {
             "engine": "vllm",
             "version": "0.32.0",
-            "arguments": ["--model", f"/home/{USER}/models/m"],
+            "engine_args": ["--model", f"/home/{USER}/models/m"],
             "model_files": {"config.json": {"bytes": 3, "sha256": "0" * 64}},
         },
         "client": {
@@ -81,7 +81,7 @@ def record_of(trial: Trial) -> dict[str, Any]:
 
 def write_trial(folder: Path, trial: Trial) -> None:
     """Each of its requests takes 1 s per concurrent one."""
-    n = trial.load.concurrency
+    n = trial.workload.concurrency
     assert n is not None
     request = {
         "request_id": "r",

@@ -72,7 +72,7 @@ def study(gpu_count: int = 2, engine: str = "vllm") -> Study:
     return study_of(
         {
             "study": "s",
-            "load": {"concurrency": 1, "input_len": 10},
+            "workload": {"concurrency": 1, "input_len": 10},
             "deployments": [
                 deployment | {"gpu": "v100", "gpu_count": gpu_count, "max_model_len": 2048}
             ],

@@ -27,9 +27,9 @@ from snakemake_executor_plugin_submitit.jobs import (
     argv_of,
     key_of,
     log_of,
+    order_of,
     params_of,
     plain,
-    turn_of,
 )
 from snakemake_executor_plugin_submitit.spool import Task
 from snakemake_executor_plugin_submitit.submission import (
@@ -120,7 +120,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
                 "--precommand is not for this executor: give the kind of node a `setup` instead."
             )
         if settings.allocations is not None and settings.allocations < 1:
-            raise WorkflowError("submitit-allocations: at least 1 allocation must be allowed.")
+            raise WorkflowError("submitit-max-allocations: at least 1 allocation must be allowed.")
         self._cluster = choose_cluster(settings.cluster)
         if self._cluster == "slurm":
             self._poll_s = 2.0  # hundreds of journals, perhaps, on a shared file system
@@ -196,7 +196,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             argv=argv_of(self.format_job_exec(job)),
             cwd=self.workflow.workdir_init,
             log=log_of(job),
-            turn=turn_of(job),
+            turn=order_of(job),
         )
 
     def _need(self, job: JobExecutorInterface, name: str) -> Need:
@@ -213,7 +213,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             },
             resources={key: each for key, each in resources.items() if key[0] != "_"},
             parameters=Parameters.of(self._cluster, resources, self._kind_of(job)),
-            lingers=not of_its_own,
+            stays_idle=not of_its_own,
         )
         if self._check and not of_its_own:
             try:

@@ -235,7 +235,7 @@ class Fleet(Generic[Job]):
         identity = uuid.uuid4().hex[:8]
         spool = Spool.create(self._folder / slug(need.name) / identity)
         (self._index / identity).write_text(str(spool.root))
-        if not need.lingers:
+        if not need.stays_idle:
             spool.close()
         function = Allocation(
             name=need.name,
@@ -266,7 +266,7 @@ class Fleet(Generic[Job]):
             submission,
             spool,
             handle,
-            closing=not need.lingers,
+            closing=not need.stays_idle,
             announced=need.service is not None,
             account=account,
             tickets=tickets,

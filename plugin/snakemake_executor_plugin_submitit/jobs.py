@@ -20,7 +20,7 @@ def allocation_of(job: JobExecutorInterface) -> str | None:
     return str(wanted) if wanted else None
 
 
-def turn_of(job: JobExecutorInterface) -> int:
+def order_of(job: JobExecutorInterface) -> int:
     """The job's place among those of its allocation: its resource `turn`, 0 without."""
     turn = job.resources.get("turn", 0)
     if isinstance(turn, Integral) and 0 <= int(turn) < 10**6:

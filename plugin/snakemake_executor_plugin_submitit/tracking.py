@@ -34,7 +34,7 @@ class Need:
     params: dict[str, Any]
     resources: dict[str, Any]
     parameters: Parameters
-    lingers: bool = True
+    stays_idle: bool = True
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def required(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
-api = vllm_api.load()
+api = vllm_api.workload()
 told = {
     "version": api.version,
     "device": api.device,

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.crowded
 ROOT = Path(__file__).parents[2]
 STUDY: dict[str, Any] = {
     "study": "small",
-    "load": {"concurrency": [1, 2], "input_len": [31], "output_len": 10, "trials": 2},
+    "workload": {"concurrency": [1, 2], "input_len": [31], "output_len": 10, "trials": 2},
     "deployments": [
         {
             "model": "mistral-7b",
@@ -28,7 +28,7 @@ STUDY: dict[str, Any] = {
             "gpu": "v100-16gb",
             "gpu_count": 2,
             "max_model_len": 4096,
-            "arguments": {"timing": "inria-2024", "time_scale": 0.001},
+            "engine_args": {"timing": "inria-2024", "time_scale": 0.001},
         }
     ],
 }
@@ -97,7 +97,7 @@ def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
     assert len(list(replicated.glob("results/cells/**/requests.parquet"))) == 2
     shutil.rmtree(replicated)
 
-    run(elsewhere, "servegrid.cli.main", "open", str(bundle), "study", home=home)
+    run(elsewhere, "servegrid.cli.main", "unpack", str(bundle), "study", home=home)
     opened = elsewhere / "study"
     sums = ["sha256sum", "--check", "--strict", "--quiet", "manifest-sha256.txt"]
     assert subprocess.run(sums, cwd=opened).returncode == 0
@@ -105,7 +105,7 @@ def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
     kept = times(opened)
     assert len(kept) == 8
     more = json.loads((opened / "config" / "study.json").read_text())
-    more["load"]["trials"] = 3
+    more["workload"]["trials"] = 3
     (opened / "config" / "more.json").write_text(json.dumps(more))
     snakemake(opened, opened / "config" / "more.json", "bundle")
     now = times(opened)

@@ -19,12 +19,12 @@ NAMES = ("one", "other")
 ARGUMENTS = {"timing": "inria-2024", "time_scale": 0.1}
 STUDY: dict[str, Any] = {
     "study": "compared",
-    "load": {
+    "workload": {
         "concurrency": [1, 4, 16],
         "input_len": 31,
         "output_len": 100,
         "trials": 2,
-        "sentinels": False,
+        "drift_checks": False,
     },
     "deployments": [
         {
@@ -36,7 +36,7 @@ STUDY: dict[str, Any] = {
             "gpu": "v100-16gb",
             "gpu_count": 2,
             "max_model_len": 4096,
-            "arguments": ARGUMENTS,
+            "engine_args": ARGUMENTS,
         }
         for name in NAMES
     ],
@@ -64,7 +64,7 @@ def measured(study: dict[str, Any], folder: Path) -> Path:
 @pytest.mark.slow
 def test_a_slow_down_of_a_tenth_is_found_there_and_only_there(tmp_path: Path) -> None:
     slower = copy.deepcopy(STUDY)
-    slower["deployments"][1]["arguments"] = ARGUMENTS | {"slowdown": 1.1}
+    slower["deployments"][1]["engine_args"] = ARGUMENTS | {"slowdown": 1.1}
     first, second = measured(STUDY, tmp_path / "a"), measured(slower, tmp_path / "b")
     found = compare(cells_of(first), cells_of(second))
     assert [each.name for each in found.deployments] == [*NAMES]

@@ -18,7 +18,7 @@ from servegrid.engines import Engine, Site, bring_up
 from servegrid.errors import EngineError, LoadError
 from servegrid.records.verdict import verdict_of
 from servegrid.study.config import read_study
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 ROOT = Path(__file__).parents[2]
 MISTRAL = read_study(ROOT / "config/rehearsal.yaml").deployments[0]
@@ -26,9 +26,9 @@ SITE = Site(models=Path("nowhere"))
 QUICK = {"timing": "inria-2024", "time_scale": 0.05}
 
 
-def load(concurrency: int = 4, input_len: int = 31, **changes: Any) -> Load:
-    fixed = {"protocol": "burst", "output_len": 100, "warmup_waves": 0, "stall_s": 1.0}
-    return Load(
+def workload(concurrency: int = 4, input_len: int = 31, **changes: Any) -> Workload:
+    fixed = {"protocol": "burst", "output_len": 100, "warmup_waves": 0, "idle_timeout_s": 1.0}
+    return Workload(
         concurrency=concurrency,
         input_len=input_len,
         **({"requests": concurrency} | fixed | changes),
@@ -38,7 +38,7 @@ def load(concurrency: int = 4, input_len: int = 31, **changes: Any) -> Load:
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     arguments = QUICK | getattr(request, "param", {})
-    with bring_up(replace(MISTRAL, arguments=arguments), SITE) as engine:
+    with bring_up(replace(MISTRAL, engine_args=arguments), SITE) as engine:
         yield engine
 
 
@@ -51,7 +51,7 @@ def verdict(engine: Engine, measured: Measurement) -> str:
     return verdict_of(measured.errors, engine.healthy())[0]
 
 
-def measured(engine: Engine, wanted: Load) -> Measurement:
+def measured(engine: Engine, wanted: Workload) -> Measurement:
     return measure(engine.endpoint, wanted, None, "salt")
 
 
@@ -61,7 +61,7 @@ def measured(engine: Engine, wanted: Load) -> Measurement:
 def test_a_burst_takes_as_long_as_published(
     engine: Engine, concurrency: int, input_len: int, published: float
 ) -> None:
-    result = measured(engine, load(concurrency, input_len))
+    result = measured(engine, workload(concurrency, input_len))
     assert result.errors == [None] * concurrency
     rows = result.requests.to_pylist()
     assert {row["prompt_tokens"] for row in rows} == {input_len}
@@ -74,7 +74,7 @@ def test_a_burst_takes_as_long_as_published(
 
 
 def test_a_steady_load_gets_the_same_speed(engine: Engine) -> None:
-    result = measured(engine, load(4, protocol="steady", requests=16))
+    result = measured(engine, workload(4, protocol="closed_loop", requests=16))
     e2el = [(row["token_ns"][-1] - row["sent_ns"]) / 1e9 for row in result.requests.to_pylist()]
     assert len(e2el) == 16
     assert min(e2el) > 1.8 * 0.05 - 0.002  # never faster than alone
@@ -82,21 +82,21 @@ def test_a_steady_load_gets_the_same_speed(engine: Engine) -> None:
 
 @with_fault("http_500", concurrency=4)
 def test_http_500(engine: Engine) -> None:
-    assert verdict(engine, measured(engine, load(2))) == "ok"
-    result = measured(engine, load(4))
+    assert verdict(engine, measured(engine, workload(2))) == "ok"
+    result = measured(engine, workload(4))
     assert verdict(engine, result) == "http_error"
     assert "Internal server error (emulated)" in str(result.errors[0])
 
 
 @with_fault("refuse", input_len=63)
 def test_refused_connections(engine: Engine) -> None:
-    assert verdict(engine, measured(engine, load(2))) == "ok"
-    assert verdict(engine, measured(engine, load(2, 63))) == "http_error"
+    assert verdict(engine, measured(engine, workload(2))) == "ok"
+    assert verdict(engine, measured(engine, workload(2, 63))) == "http_error"
 
 
 @with_fault("stall", concurrency=2)
 def test_stalled_answers(engine: Engine) -> None:
-    result = measured(engine, load(2))
+    result = measured(engine, workload(2))
     assert verdict(engine, result) == "timeout"
     assert len(result.requests["token_ns"].to_pylist()[0]) == 1
 
@@ -104,12 +104,12 @@ def test_stalled_answers(engine: Engine) -> None:
 @with_fault("die", concurrency=2)
 def test_an_engine_that_dies(engine: Engine) -> None:
     assert engine.healthy()
-    assert verdict(engine, measured(engine, load(2))) == "server_died"
+    assert verdict(engine, measured(engine, workload(2))) == "server_died"
 
 
 @with_fault("oom", concurrency=2)
 def test_an_engine_that_runs_out_of_memory(engine: Engine) -> None:
-    result = measured(engine, load(2))
+    result = measured(engine, workload(2))
     assert "CUDA out of memory (emulated)" in str(result.errors[0])
     deadline = time.monotonic() + 5
     while engine.healthy() and time.monotonic() < deadline:
@@ -119,13 +119,13 @@ def test_an_engine_that_runs_out_of_memory(engine: Engine) -> None:
 
 @pytest.mark.parametrize("engine", [{"timing": "inria-2024", "time_scale": 0.001}], indirect=True)
 def test_the_tables_gaps_are_not_served(engine: Engine) -> None:
-    result = measured(engine, load(1, 3000))
+    result = measured(engine, workload(1, 3000))
     assert verdict(engine, result) == "http_error"
     assert "The table has no figure for 1 requests with prompts of 3000" in str(result.errors[0])
 
 
 def test_out_of_memory_at_the_start() -> None:
-    deployment = replace(MISTRAL, arguments=QUICK | {"faults": [{"kind": "oom_at_start"}]})
+    deployment = replace(MISTRAL, engine_args=QUICK | {"faults": [{"kind": "oom_at_start"}]})
     with (
         pytest.raises(EngineError, match="did not start: out of memory"),
         bring_up(deployment, SITE),
@@ -135,7 +135,7 @@ def test_out_of_memory_at_the_start() -> None:
 
 def test_a_slow_start() -> None:
     faults = [{"kind": "slow_start", "seconds": 0.3}]
-    deployment = replace(MISTRAL, arguments=QUICK | {"faults": faults})
+    deployment = replace(MISTRAL, engine_args=QUICK | {"faults": faults})
     began = time.monotonic()
     with bring_up(deployment, SITE):
         assert time.monotonic() - began > 0.3
@@ -149,14 +149,14 @@ def test_a_slow_start() -> None:
 def test_only_those_with_the_key_are_served(engine: Engine) -> None:
     other = replace(engine.endpoint, api_key="other")
     with pytest.raises(LoadError, match="key"):
-        measure(other, load(), None, "salt")
+        measure(other, workload(), None, "salt")
 
 
 def test_on_a_unix_socket_and_nothing_is_left() -> None:
-    deployment = replace(MISTRAL, arguments=QUICK)
+    deployment = replace(MISTRAL, engine_args=QUICK)
     with bring_up(deployment, replace(SITE, socket="unix")) as engine:
         assert engine.pids() == [os.getpid()]
-        assert verdict(engine, measured(engine, load())) == "ok"
+        assert verdict(engine, measured(engine, workload())) == "ok"
         path = engine.endpoint.socket
         assert path is not None
     assert not Path(path).exists()

@@ -89,7 +89,7 @@ def study(url: str, **endpoint: Any) -> Study:
     return study_of(
         {
             "study": "external",
-            "load": {"concurrency": 2, "input_len": [12, 40], "output_len": 6},
+            "workload": {"concurrency": 2, "input_len": [12, 40], "output_len": 6},
             "deployments": [
                 {
                     "model": "smollm2-135m-instruct",
@@ -134,7 +134,7 @@ def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
     if locked:
         monkeypatch.setenv(VARIABLE, KEY)
     of = study(f"{urls[locked]}/v1/", api=api, version="b1", **key)
-    resources = {"streams": 2, "startup_s": 60}
+    resources = {"max_concurrency": 2, "startup_s": 60}
     with service.serve("a", {"spec": of.trials[0].spec_json}, resources) as served:
         assert served.healthy()
         handover = Path(served.env[service.VARIABLE])
@@ -170,7 +170,7 @@ def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
         assert {each["completion_tokens"] for each in told} == {6}
         # The model's template says more to it than the user did, in 30 tokens.
         added = {"completions": 0, "chat": TEMPLATE_TOKENS}[api]
-        assert {each["prompt_tokens"] for each in told} == {trial.load.input_len + added}
+        assert {each["prompt_tokens"] for each in told} == {trial.workload.input_len + added}
         assert record["client"]["prompt_tokens_added"] == added
         assert record["client"]["prompt_form"] == {"completions": "ids", "chat": "messages"}[api]
     assert KEY not in "".join(capfd.readouterr())
@@ -275,7 +275,17 @@ def test_the_command_measures_a_chat(
     monkeypatch.setenv(VARIABLE, KEY)
     out = tmp_path / "cell.parquet"
     words = [
-        *("load", "--url", urls[True], "--model", SERVED, "--api", "chat", "--concurrency", "2"),
+        *(
+            "workload",
+            "--url",
+            urls[True],
+            "--model",
+            SERVED,
+            "--api",
+            "chat",
+            "--concurrency",
+            "2",
+        ),
         *("--requests", "4", "--input-len", "12", "--output-len", "5", "--protocol", "burst"),
         *("--api-key-env", VARIABLE, "--out", str(out)),
     ]

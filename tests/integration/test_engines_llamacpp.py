@@ -178,9 +178,9 @@ def test_a_damaged_model_is_told_in_one_line(
 def test_a_misspelt_argument_is_refused_with_what_was_meant(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
-    misspelt = replace(llamacpp_deployment, arguments={"cache_promt": True})
+    misspelt = replace(llamacpp_deployment, engine_args={"cache_promt": True})
     with (
-        pytest.raises(ConfigError, match=r"arguments\.cache_promt.*Did you mean `cache_prompt`"),
+        pytest.raises(ConfigError, match=r"engine_args\.cache_promt.*Did you mean `cache_prompt`"),
         bring_up(misspelt, site(demo_model)),
     ):
         pass

@@ -22,7 +22,7 @@ from servegrid.analysis.server_metrics import columns_of
 from servegrid.client import measure
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
-from servegrid.study.grid import Deployment, Load
+from servegrid.study.grid import Deployment, Workload
 from servegrid.telemetry import sampler
 from servegrid.telemetry.sampler import Sampler
 from servegrid.telemetry.server import counters_of
@@ -79,11 +79,11 @@ def check_the_servers_view(
     endpoint: Endpoint, pids: list[int], demo_model: DemoModel, folder: Path
 ) -> None:
     """Two waves of eight: what vLLM says of them beside what its client saw."""
-    load = Load("burst", concurrency=8, input_len=31, output_len=40, requests=16)
+    workload = Workload("burst", concurrency=8, input_len=31, output_len=40, requests=16)
     file = folder / "telemetry.jsonl"
     with Sampler(pids, file, endpoint):
         counters = counters_of(endpoint)
-        measured = measure(endpoint, load, demo_model.folder, "a trial", counters)
+        measured = measure(endpoint, workload, demo_model.folder, "a trial", counters)
     assert measured.errors == [None] * 16
     before, after = measured.counters_before, measured.counters_after
     assert before and after
@@ -102,10 +102,10 @@ def check_the_servers_view(
     record = {"metrics_before": before, "metrics_after": after}
     row = columns_of(record, measured.requests, samples)
     assert None not in row.values()
-    assert 0 < row["ttft_beyond_server_s"] < row["server_ttft_s_mean"] < row["server_e2el_s_mean"]
+    assert 0 < row["ttft_client_overhead_s"] < row["server_ttft_s_mean"] < row["server_e2el_s_mean"]
     assert 0 < row["server_itl_s_mean"] < row["server_e2el_s_mean"] / 39
     assert 0 < row["running_mean"] <= 8
-    assert 0 < row["kv_cache_use_max"] < 1
+    assert 0 < row["kv_cache_usage_max"] < 1
     assert (row["preemptions"], row["prefix_hit_tokens"]) == (0, 0)
 
 
@@ -181,7 +181,7 @@ def test_a_killed_worker_is_noticed_and_nothing_is_left(
 def test_a_start_that_fails_in_the_engine_tells_its_cause(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
-    small = replace(DEPLOYMENT, arguments={"kv_cache_memory_bytes": 1000})
+    small = replace(DEPLOYMENT, engine_args={"kv_cache_memory_bytes": 1000})
     with Serving(small, demo_model.models, tmp_path) as serving:
         error = serving.hear()["error"]
         assert error.startswith(f"EngineError: deployment `{DEPLOYMENT.name}`: vLLM ")
@@ -212,7 +212,7 @@ def test_an_allocation_that_ends_while_its_engine_starts_takes_it_along(
 def test_arguments_are_checked_by_the_installed_vllm_before_anything_starts(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
-    misspelt = replace(DEPLOYMENT, arguments={"max_num_batched_tokns": 512})
+    misspelt = replace(DEPLOYMENT, engine_args={"max_num_batched_tokns": 512})
     with Serving(misspelt, demo_model.models, tmp_path) as serving:
         error = serving.hear()["error"]
         assert error.startswith("ConfigError: ")

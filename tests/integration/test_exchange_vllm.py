@@ -55,12 +55,12 @@ def spoil(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.crowded
 def test_the_figures_of_an_export_are_those_that_vllm_computes(tmp_path: Path) -> None:
-    study = {**STUDY, "load": STUDY["load"] | {"concurrency": 5, "trials": 1}}
+    study = {**STUDY, "workload": STUDY["workload"] | {"concurrency": 5, "trials": 1}}
     write_results(tmp_path, study)
     trial = "d/burst-c5-i31-o10/trial-1"
     spoil(tmp_path / "results/cells" / trial / "requests.parquet")
     into = tmp_path / "exported"
-    assert main(["export", str(tmp_path), "--format", "vllm-bench", "--into", str(into)]) == 0
+    assert main(["export", str(tmp_path), "--format", "vllm-bench", "--output-dir", str(into)]) == 0
     file, found = into / f"{trial.replace('/', '.')}.json", tmp_path / "found.json"
     done = subprocess.run(
         [sys.executable, "-c", OF_VLLM, str(file), str(found)],

@@ -15,29 +15,29 @@ import pytest
 from scripted import Script, serving
 from servegrid.client import measure, workers
 from servegrid.errors import LoadError
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 CORES = os.sched_getaffinity(0)
-BURST = Load("burst", 7, 9, 5, 14, warmup_waves=1, timeout_s=60, stall_s=20)
-STEADY = replace(BURST, protocol="steady", requests=30)
-POISSON = Load("poisson", None, 9, 5, 30, rate_per_s=60.0, stall_s=20)
+BURST = Workload("burst", 7, 9, 5, 14, warmup_waves=1, timeout_s=60, idle_timeout_s=20)
+STEADY = replace(BURST, protocol="closed_loop", requests=30)
+POISSON = Workload("poisson", None, 9, 5, 30, request_rate=60.0, idle_timeout_s=20)
 
 
-@pytest.mark.parametrize("load", [BURST, STEADY, POISSON])
-def test_the_load_of_several_processes_is_one_load(load: Load) -> None:
+@pytest.mark.parametrize("workload", [BURST, STEADY, POISSON])
+def test_the_load_of_several_processes_is_one_load(workload: Workload) -> None:
     with serving(Script(ttft_s=0.02, itl_s=0.005)) as server:
-        measurement = measure(server.endpoint, load, None, "cell", places=[CORES] * 3)
+        measurement = measure(server.endpoint, workload, None, "cell", places=[CORES] * 3)
         sent = [each["headers"]["x-request-id"] for each in server.log().requests]
     rows = measurement.requests.to_pylist()
-    assert load.requests is not None
-    assert [row["request_id"] for row in rows] == [f"cell/{n}" for n in range(load.requests)]
+    assert workload.requests is not None
+    assert [row["request_id"] for row in rows] == [f"cell/{n}" for n in range(workload.requests)]
     assert {row["error"] for row in rows} == {None}
     assert sorted(sent) == sorted(set(sent))
     assert measurement.facts["processes"] == 3
     assert 0 < measurement.facts["cpu_s_busiest"] < measurement.facts["cpu_s"]
-    if load.concurrency is not None:
-        assert {row["user"] for row in rows} == set(range(load.concurrency))
-    if load.protocol == "burst":
+    if workload.concurrency is not None:
+        assert {row["user"] for row in rows} == set(range(workload.concurrency))
+    if workload.protocol == "burst":
         for wave in (rows[:7], rows[7:]):
             assert len({row["scheduled_ns"] for row in wave}) == 1
         assert max(row["done_ns"] for row in rows[:7]) < rows[7]["scheduled_ns"]
@@ -115,7 +115,7 @@ def test_they_end_with_the_process_that_began_them() -> None:
 
 
 def test_how_many_processes_a_load_takes() -> None:
-    assert workers.size(streams=512, cores=64) == 1
-    assert workers.size(streams=513, cores=64) == 2
-    assert workers.size(streams=2048, cores=8) == 2
-    assert workers.size(streams=2048, cores=2) == 1
+    assert workers.size(concurrency=512, cores=64) == 1
+    assert workers.size(concurrency=513, cores=64) == 2
+    assert workers.size(concurrency=2048, cores=8) == 2
+    assert workers.size(concurrency=2048, cores=2) == 1

@@ -25,14 +25,16 @@ from servegrid.client import measure, schedule
 from servegrid.errors import LoadError
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
-BURST = Load("burst", 4, 9, 5, 8, warmup_waves=0, timeout_s=60, stall_s=20)
-STEADY = replace(BURST, protocol="steady", requests=10, concurrency=3)
+BURST = Workload("burst", 4, 9, 5, 8, warmup_waves=0, timeout_s=60, idle_timeout_s=20)
+STEADY = replace(BURST, protocol="closed_loop", requests=10, concurrency=3)
 
 
-def rows_of(server: Server, load: Load) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = measure(server.endpoint, load, None, "cell").requests.to_pylist()
+def rows_of(server: Server, workload: Workload) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = measure(
+        server.endpoint, workload, None, "cell"
+    ).requests.to_pylist()
     return rows
 
 
@@ -113,9 +115,9 @@ def test_steady_keeps_the_users_busy_until_all_requests_are_sent() -> None:
 
 
 def test_steady_for_a_time_sends_nothing_after_it_and_finishes_what_was_sent() -> None:
-    load = replace(STEADY, requests=None, duration_s=0.5, warmup_waves=1)
+    workload = replace(STEADY, requests=None, duration_s=0.5, warmup_waves=1)
     with serving(Script(ttft_s=0.02, itl_s=0.01)) as server:
-        measurement = measure(server.endpoint, load, None, "cell")
+        measurement = measure(server.endpoint, workload, None, "cell")
         sent = server.log().requests
     rows = measurement.requests.to_pylist()
     start_ns = rows[0]["scheduled_ns"]
@@ -129,9 +131,9 @@ def test_steady_for_a_time_sends_nothing_after_it_and_finishes_what_was_sent() -
 
 
 def test_users_rest_between_an_answer_and_their_next_request() -> None:
-    load = replace(STEADY, requests=30, think_s=0.03)
+    workload = replace(STEADY, requests=30, think_time_s=0.03)
     with serving(Script(ttft_s=0.005)) as server:
-        rows = rows_of(server, load)
+        rows = rows_of(server, workload)
     assert len(rows) == 30
     rests = []
     for user in range(3):
@@ -143,7 +145,7 @@ def test_users_rest_between_an_answer_and_their_next_request() -> None:
     assert min(rests) > 0
     # Exponential with a mean of 30 ms: that of 27 lies within 4 standard errors of 5.8 ms.
     assert 0.007 < statistics.mean(rests) < 0.053
-    again = schedule.rests(load, 30, "cell")
+    again = schedule.rests(workload, 30, "cell")
     assert again is not None
     assert set(map(microseconds, rests)) <= set(map(microseconds, again))
 
@@ -153,10 +155,12 @@ def microseconds(seconds: float) -> int:
 
 
 def test_an_open_loop_sends_when_requests_are_due_however_slow_the_server_is() -> None:
-    load = Load("poisson", None, 9, 5, 40, rate_per_s=20.0, warmup_waves=0, stall_s=20)
+    workload = Workload(
+        "poisson", None, 9, 5, 40, request_rate=20.0, warmup_waves=0, idle_timeout_s=20
+    )
     with serving(Script(ttft_s=1.5)) as server:
-        rows = rows_of(server, load)
-    arrivals = schedule.arrivals(load, "cell")
+        rows = rows_of(server, workload)
+    arrivals = schedule.arrivals(workload, "cell")
     assert arrivals is not None
     start_ns = rows[0]["scheduled_ns"] - round(arrivals[0] * 1e9)
     assert [row["scheduled_ns"] - start_ns for row in rows] == [round(a * 1e9) for a in arrivals]
@@ -171,17 +175,19 @@ def test_an_open_loop_sends_when_requests_are_due_however_slow_the_server_is() -
 
 
 def test_an_open_loop_for_a_time_has_the_arrivals_within_it() -> None:
-    load = Load("poisson", None, 9, 5, None, rate_per_s=50.0, duration_s=0.4, stall_s=20)
+    workload = Workload(
+        "poisson", None, 9, 5, None, request_rate=50.0, duration_s=0.4, idle_timeout_s=20
+    )
     with serving(Script()) as server:
-        rows = rows_of(server, load)
-    assert len(rows) == len(schedule.arrivals(load, "cell") or ())
+        rows = rows_of(server, workload)
+    assert len(rows) == len(schedule.arrivals(workload, "cell") or ())
     assert (rows[-1]["scheduled_ns"] - rows[0]["scheduled_ns"]) / 1e9 < 0.4
 
 
 def test_output_lengths_are_spread_and_each_answer_must_have_its_own() -> None:
-    load = replace(BURST, concurrency=8, output_len=10, output_spread=0.5)
+    workload = replace(BURST, concurrency=8, output_len=10, output_spread=0.5)
     with serving(Script()) as server:
-        rows = rows_of(server, load)
+        rows = rows_of(server, workload)
         asked = [each["body"]["max_tokens"] for each in server.log().requests]
     lengths = [row["asked_tokens"] for row in rows]
     assert set(lengths) <= set(range(5, 16)) and len(set(lengths)) > 1
@@ -198,8 +204,8 @@ def test_counters_are_asked_for_around_the_measured_load_alone() -> None:
             seen.append((finished, len(server.log().requests)))
             return {"asked": float(len(seen))}
 
-        load = replace(BURST, warmup_waves=1)
-        measurement = measure(server.endpoint, load, None, "cell", counters)
+        workload = replace(BURST, warmup_waves=1)
+        measurement = measure(server.endpoint, workload, None, "cell", counters)
     # The probe and the four of the warm-up were before; then the eight.
     assert seen == [(0, 5), (8, 13)]
     assert measurement.counters_before == {"asked": 1.0}
@@ -230,9 +236,9 @@ def test_the_request_is_as_the_load_says() -> None:
 
 def test_a_unix_socket_is_measured_alike(tmp_path: Path) -> None:
     with serving(Script(itl_s=0.002, unix_socket=str(tmp_path / "s"))) as server:
-        for load in (BURST, STEADY):
-            measurement = measure(server.endpoint, load, None, "cell")
-            assert measurement.errors == [None] * load.requests
+        for workload in (BURST, STEADY):
+            measurement = measure(server.endpoint, workload, None, "cell")
+            assert measurement.errors == [None] * workload.requests
             assert measurement.facts["stamps"] == "reader"
 
 
@@ -265,8 +271,8 @@ def test_a_fault_fails_its_request_with_its_kind_and_no_other(
     """The faulty one of eight comes on a connection that has served one before."""
     script = Script(itl_s=0.001, fault_on=r"cell/5$", **fault)
     with serving(script) as server:
-        for load in (BURST, replace(STEADY, requests=8)):
-            rows = rows_of(server, replace(load, stall_s=0.3))
+        for workload in (BURST, replace(STEADY, requests=8)):
+            rows = rows_of(server, replace(workload, idle_timeout_s=0.3))
             failed = rows.pop(5)
             assert failed["error"].startswith(error)
             assert [row["error"] for row in rows] == [None] * 7
@@ -380,15 +386,15 @@ def test_a_server_that_is_not_there_is_one_error(closed_port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("load", "told"),
+    ("workload", "told"),
     [
         (replace(BURST, requests=6), "requests 6: a burst load of concurrency 4 needs a multiple"),
         (replace(STEADY, requests=2), "requests 2: a steady load of concurrency 3 needs at least"),
     ],
 )
-def test_requests_that_do_not_fill_the_load_are_refused(load: Load, told: str) -> None:
+def test_requests_that_do_not_fill_the_load_are_refused(workload: Workload, told: str) -> None:
     with pytest.raises(LoadError, match=told):
-        measure(Endpoint("http://127.0.0.1:1", MODEL), load, None, "cell")
+        measure(Endpoint("http://127.0.0.1:1", MODEL), workload, None, "cell")
 
 
 # The command.
@@ -397,7 +403,16 @@ def test_requests_that_do_not_fill_the_load_are_refused(load: Load, told: str) -
 def command(url: str, out: Path, *more: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
-            *(sys.executable, "-m", "servegrid.cli.main", "load", "--url", url, "--model", MODEL),
+            *(
+                sys.executable,
+                "-m",
+                "servegrid.cli.main",
+                "workload",
+                "--url",
+                url,
+                "--model",
+                MODEL,
+            ),
             *("--concurrency", "2", "--requests", "4", "--input-len", "9", "--output-len", "5"),
             *("--protocol", "burst", "--out", str(out), *more),
         ],
@@ -424,7 +439,7 @@ def test_the_command_writes_a_record_and_tells_what_it_measured(
     table = pq.read_table(out)
     assert table["request_id"].to_pylist() == ["s/0", "s/1", "s/2", "s/3"]
     record = parquet.read_record(out)
-    assert Load(**record["load"]) == Load("burst", 2, 9, 5, 4)
+    assert Workload(**record["workload"]) == Workload("burst", 2, 9, 5, 4)
     assert (record["endpoint"]["model"], record["facts"]["salt"]) == (MODEL, "s")
     assert "secret" not in str(pq.read_schema(out).metadata) + done.stdout
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
@@ -449,7 +464,7 @@ def test_the_command_measures_a_unix_socket(tmp_path: Path) -> None:
     ("options", "told"),
     [
         (["--protocol", "poisson"], "poisson needs --rate"),
-        (["--think", "1"], "--think is for steady"),
+        (["--think-time", "1"], "--think-time is for closed_loop"),
     ],
 )
 def test_options_that_contradict_the_protocol_are_refused(
@@ -510,13 +525,13 @@ def test_wrong_options_are_named(wrong: tuple[str, str], tmp_path: Path) -> None
 
 def test_a_real_engine_confirms_every_count(llamacpp_endpoint: tuple[Endpoint, Path]) -> None:
     endpoint, tokenizer = llamacpp_endpoint
-    for load in (
+    for workload in (
         replace(BURST, concurrency=2, requests=2, input_len=31, output_len=12, warmup_waves=1),
         replace(STEADY, concurrency=2, requests=4, input_len=40, output_len=6),
     ):
-        measurement = measure(endpoint, load, tokenizer, load.protocol)
-        assert measurement.errors == [None] * load.requests
+        measurement = measure(endpoint, workload, tokenizer, workload.protocol)
+        assert measurement.errors == [None] * workload.requests
         for row in measurement.requests.to_pylist():
-            assert row["prompt_tokens"] == load.input_len
-            assert sum(row["chunk_tokens"]) == row["completion_tokens"] == load.output_len
+            assert row["prompt_tokens"] == workload.input_len
+            assert sum(row["chunk_tokens"]) == row["completion_tokens"] == workload.output_len
             assert row["sent_ns"] < row["first_token_ns"] <= row["done_ns"]

@@ -32,7 +32,7 @@ def send(
     tokens: int = 5,
     name: str = "t",
     timeout_s: float = 30,
-    stall_s: float = 10,
+    idle_timeout_s: float = 10,
 ) -> Exchanged:
     with httpx.Client(base_url=server.endpoint.base_url) as client:
         built = [
@@ -44,7 +44,7 @@ def send(
             )
             for number in range(requests)
         ]
-    return transport.exchange(built, users, timeout_s=timeout_s, stall_s=stall_s)
+    return transport.exchange(built, users, timeout_s=timeout_s, idle_timeout_s=idle_timeout_s)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_a_request_larger_than_the_sockets_buffers_is_sent_in_parts(
     with serving(Script()) as server:
         url = f"{server.endpoint.base_url}/v1/completions"
         request = httpx.Request("POST", url, json={"prompt": prompt, "max_tokens": 1})
-        (exchange,) = transport.exchange([request], 1, timeout_s=60, stall_s=30).exchanges
+        (exchange,) = transport.exchange([request], 1, timeout_s=60, idle_timeout_s=30).exchanges
         (seen,) = server.log().requests
     assert exchange.failure is None
     assert seen["body"]["prompt"] == prompt

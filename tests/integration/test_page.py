@@ -12,7 +12,7 @@ import pytest
 
 from browsing import browser, opened
 from servegrid.analysis.capacity import Demand, Hardware, plan
-from servegrid.analysis.findings import Limits, frontier
+from servegrid.analysis.findings import Slo, frontier
 from servegrid.analysis.published import beside, summary_of
 from servegrid.analysis.summary import summarise
 from servegrid.analysis.tables import typed
@@ -71,7 +71,7 @@ def study(*rows: dict[str, Any]) -> pd.DataFrame:
 
 
 def written(cells: pd.DataFrame, file: Path, demand: Demand | None = None) -> Path:
-    summary, limits, demand = summarise(cells), Limits(), demand or Demand()
+    summary, limits, demand = summarise(cells), Slo(), demand or Demand()
     found = compose.Found(
         cells,
         summary,
@@ -105,7 +105,11 @@ def whole(tmp_path: Path) -> tuple[pd.DataFrame, Path]:
     """392 cells, of which one failed and one may not be believed."""
     rows = [dict(row) for row in WHOLE]
     rows[55] |= FAILED
-    rows[6] |= {"valid": False, "invalid_reason": "queued: 3 of 64 requests waited"}
+    rows[6] |= {
+        "valid": False,
+        "invalid_rules": ["server_queueing"],
+        "invalid_evidence": ["3 of 64 requests waited"],
+    }
     cells = study(*rows)
     return cells, written(cells, tmp_path / "index.html")
 
@@ -162,7 +166,7 @@ def test_what_failed_and_what_may_not_be_believed_is_marked_and_listed(
         told = found.page.locator("#validity").inner_text()
         assert "391 trials of 392 served; 390 of them valid." in told
         assert "stalled: </script><b>120 s</b>" in told
-        assert "queued" in told
+        assert "server_queueing" in told
 
 
 def test_every_control_has_a_name_and_can_be_reached_by_keyboard(
@@ -198,7 +202,7 @@ REPEATED = [
         valid=None if (place, concurrency) in NOT_SERVED else (place, concurrency) != (2, 8),
         verdict="timeout" if (place, concurrency) in NOT_SERVED else "ok",
     )
-    for protocol in ("burst", "steady")
+    for protocol in ("burst", "closed_loop")
     for place in range(7)
     for length in (31, 119)
     for concurrency in (1, 2, 8, 16, 64)
@@ -211,11 +215,11 @@ MIX = {31: 3.0, 100: 1.0}
 ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
     ({}, Demand()),
     ({"users": "50000", "logged_in": "25"}, Demand(users=50_000, logged_in=0.25)),
-    ({"think_s": "5", "probability": "99"}, Demand(think_s=5.0, probability=0.99)),
+    ({"think_time_s": "5", "slo_attainment": "99"}, Demand(think_time_s=5.0, slo_attainment=0.99)),
     ({"tokens_per_s_per_user": "12.5"}, Demand(tokens_per_s_per_user=12.5)),
     ({"tokens_per_s_per_user": "300"}, Demand(tokens_per_s_per_user=300.0)),
     ({"input_len": "119", "users": "7"}, Demand(input_len=119, users=7)),
-    ({"input_len": "mix"}, Demand(mix=MIX)),
+    ({"input_len": "prompt_mix"}, Demand(prompt_mix=MIX)),
 ]
 
 
@@ -225,10 +229,10 @@ def test_the_plan_follows_the_assumptions_as_python_computes_it(
 ) -> None:
     cells = study(*REPEATED)
     expected = plan(summarise(cells), demand, HARDWARE)
-    file = written(cells, tmp_path / "index.html", Demand(mix=MIX) if demand.mix else None)
+    file = written(cells, tmp_path / "index.html", Demand(prompt_mix=MIX) if demand.mix else None)
     with opened(chromium, file) as found:
-        for load, protocol in enumerate(("burst", "steady")):
-            found.page.select_option("select[name=plan_load]", str(load))
+        for workload, protocol in enumerate(("burst", "closed_loop")):
+            found.page.select_option("select[name=plan_load]", str(workload))
             for name, value in typed_in.items():
                 control = found.page.locator(f"#demand [name={name}]")
                 control.select_option(value) if name == "input_len" else control.fill(value)

@@ -29,7 +29,7 @@ def test_a_check_gives_the_distortion_and_leaves_nothing_behind(unix: bool, tmp_
     assert psutil.Process().children() == before
     assert list(tmp_path.iterdir()) == []
     json.dumps(check)
-    assert (check["streams"], check["requests"], check["lost"]) == (8, 8, 0)
+    assert (check["concurrency"], check["requests"], check["lost"]) == (8, 8, 0)
     assert check["token_events"] == 800
     assert 0 <= check["arrival_error_s_p50"] <= check["arrival_error_s_p99"]
     assert 0 < check["reading_s_p50"] < check["ttft_error_s_p50"] + 0.1

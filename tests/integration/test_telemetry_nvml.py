@@ -320,9 +320,7 @@ def test_a_record_names_the_driver_and_the_gpus_that_the_allocation_has(
     script.gpu(A)
     script.gpu(B)
     script.use(library, tmp_path, monkeypatch, CUDA_VISIBLE_DEVICES="1")
-    code = (
-        "import json, os; from servegrid.node import nvml; print(json.dumps(nvml.described(os.environ)))"
-    )
+    code = "import json, os; from servegrid.node import nvml; print(json.dumps(nvml.described(os.environ)))"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert json.loads(told.stdout) == {
         "driver": "580.65.06",

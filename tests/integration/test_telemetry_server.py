@@ -28,7 +28,7 @@ vllm:num_requests_waiting{engine="0"} 3.0
 vllm:kv_cache_usage_perc{engine="0"} 0.125
 vllm:num_preemptions_total{engine="0"} 2.0
 """
-TOLD = {"running": 5, "waiting": 3, "kv_cache_use": 0.125, "preemptions": 2}
+TOLD = {"running": 5, "waiting": 3, "kv_cache_usage": 0.125, "preemptions": 2}
 
 Row = dict[str, Any]
 
@@ -159,4 +159,4 @@ def test_llamacpps_requests_are_seen_to_run_and_to_wait_and_counted_to_the_last(
     assert grown["llamacpp:prompt_tokens_total"] == 20 * 20
     assert max(row["running"] for row in told(rows)) == 16
     assert max(row["waiting"] for row in told(rows)) == 4
-    assert "kv_cache_use" not in told(rows)[0]
+    assert "kv_cache_usage" not in told(rows)[0]

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from scripted import Script, serving
-from servegrid.analysis.validity import Evidence, certificate
+from servegrid.analysis.validity import Evidence, Validity, check_validity
 from servegrid.client import measure
 from servegrid.records import columns, parquet
 from servegrid.records.verdict import verdict_of
-from servegrid.study.grid import Deployment, Load, Trial
+from servegrid.study.grid import Deployment, Trial, Workload
 from servegrid.telemetry import sampler, server
 from servegrid.telemetry.sampler import Sampler
 
-BURST = Load("burst", 4, 9, 5, 8, stall_s=20)
-STEADY = Load("steady", 2, 9, 5, 80, stall_s=20)
+BURST = Workload("burst", 4, 9, 5, 8, idle_timeout_s=20)
+STEADY = Workload("closed_loop", 2, 9, 5, 80, idle_timeout_s=20)
 SLOW = Script(ttft_s=0.1, itl_s=0.02)
 # What the self-check finds is tested where it is made: here the machine may be busy otherwise.
 TRUE_CLIENT = {
@@ -41,13 +41,13 @@ class Case:
 
     reason: str | None
     script: Script = SLOW
-    load: Load = BURST
+    workload: Workload = BURST
     engine: Mapping[str, Any] = field(default_factory=dict)
 
 
 CASES = {
     "nothing, a burst": Case(None),
-    "nothing, a steady load": Case(None, load=STEADY),
+    "nothing, a steady load": Case(None, workload=STEADY),
     "nothing, and the cache that the study asks for": Case(
         None,
         script=replace(SLOW, counters=(("vllm:prefix_cache_hits_total", 8.0),)),
@@ -62,15 +62,15 @@ CASES = {
         script=replace(SLOW, counters=(("vllm:num_preemptions_total", 1.0),)),
     ),
     "fewer seats than requests": Case(
-        "queued: max_num_seqs 3 is less than concurrency 4", engine={"max_num_seqs": 3}
+        "server_queueing: max_num_seqs 3 is less than concurrency 4", engine={"max_num_seqs": 3}
     ),
     "requests that wait in the server": Case(
-        "queued: 1.0 of 2 requests waited in the server on average",
+        "server_queueing: 1.0 of 2 requests waited in the server on average",
         script=replace(SLOW, gauges=(("vllm:num_requests_waiting", 1.0),)),
-        load=STEADY,
+        workload=STEADY,
     ),
     "a server that gets slower and slower": Case(
-        "no_steady_state: the latency", script=replace(SLOW, slower_s=0.008), load=STEADY
+        "no_steady_state: the latency", script=replace(SLOW, slower_s=0.008), workload=STEADY
     ),
 }
 
@@ -80,11 +80,11 @@ def measured(case: Case, folder: Path) -> Evidence:
     samples = folder / "telemetry.jsonl"
     with serving(case.script) as up, Sampler([up.process.pid], samples, up.endpoint):
         counters = server.counters_of(up.endpoint)
-        measurement = measure(up.endpoint, case.load, None, "cell", counters)
+        measurement = measure(up.endpoint, case.workload, None, "cell", counters)
         rows = sampler.slice(samples, 0, *measurement.facts["window_ns"])
     verdict, reason = verdict_of(measurement.errors, engine_alive=True)
     record = {
-        "spec": Trial(DEPLOYMENT, case.load, 1).spec,
+        "spec": Trial(DEPLOYMENT, case.workload, 1).spec,
         "verdict": verdict,
         "reason": reason,
         "client": measurement.facts,
@@ -101,18 +101,18 @@ def test_a_cell_is_marked_with_what_was_broken_and_with_nothing_else(
     what: str, tmp_path: Path
 ) -> None:
     case = CASES[what]
-    valid, reason = certificate(measured(case, tmp_path))
+    found = check_validity(measured(case, tmp_path))
     if case.reason is None:
-        assert (valid, reason) == (True, None)
+        assert found == Validity(True, [], [])
     else:
-        assert valid is False
-        assert reason is not None and reason.startswith(case.reason)
-        assert ";" not in reason
+        assert found.valid is False and found.invalid_rules and found.invalid_evidence
+        (rule,), (detail,) = found.invalid_rules, found.invalid_evidence
+        assert f"{rule}: {detail}".startswith(case.reason)
 
 
-def test_a_server_with_other_tokens_than_asked_has_a_verdict_and_no_certificate(
+def test_a_server_with_other_tokens_than_asked_has_a_verdict_and_no_validity(
     tmp_path: Path,
 ) -> None:
     evidence = measured(Case(None, script=Script(fault="fewer_tokens")), tmp_path)
     assert evidence.record["verdict"] == "wrong_tokens"
-    assert certificate(evidence) == (None, None)
+    assert check_validity(evidence) == Validity(None, None, None)

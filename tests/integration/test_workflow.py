@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "tiny_q4_1_llamacpp_cpu"
 STUDY: dict[str, Any] = {
     "study": "small",
-    "load": {"concurrency": [1, 2], "input_len": [31, 40], "output_len": 5},
+    "workload": {"concurrency": [1, 2], "input_len": [31, 40], "output_len": 5},
     "deployments": [
         {
             "model": "tiny",
@@ -173,14 +173,14 @@ def test_measure_then_rerun_only_what_is_missing_new_or_changed(workspace: Works
     second = workspace.cells()
     assert {trial for trial in second if second[trial] != first[trial]} == {lost}
 
-    workspace.study["load"]["concurrency"] = [1, 2, 4]
+    workspace.study["workload"]["concurrency"] = [1, 2, 4]
     workspace.run()
     third = workspace.cells()
     assert {trial for trial in third if third[trial] != second.get(trial)} == {
         f"results/cells/{DEPLOYMENT}/burst-c4-i{length}-o5/trial-1" for length in (31, 40)
     }
 
-    workspace.study["load"]["prompts"] = "identical"
+    workspace.study["workload"]["prompts"] = "identical"
     workspace.run()
     fourth = workspace.cells()
     assert {trial for trial in fourth if fourth[trial] == third[trial]} == set()
@@ -194,7 +194,7 @@ def test_measure_then_rerun_only_what_is_missing_new_or_changed(workspace: Works
 
 @pytest.mark.slow
 def test_a_cell_that_is_not_of_this_study_is_refused_by_name(workspace: Workspace) -> None:
-    workspace.study["load"] = {"concurrency": [1], "input_len": [31], "output_len": 5}
+    workspace.study["workload"] = {"concurrency": [1], "input_len": [31], "output_len": 5}
     workspace.run()
     (trial,) = study_of(workspace.study).trials
     stale = workspace.folder / "results/cells" / trial.id / "requests.parquet"
@@ -210,7 +210,7 @@ def test_a_cell_that_is_not_of_this_study_is_refused_by_name(workspace: Workspac
 
 @pytest.mark.slow
 def test_a_killed_allocation_is_continued_by_the_same_command(workspace: Workspace) -> None:
-    workspace.study["load"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
+    workspace.study["workload"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
     process = workspace.start()
     workspace.wait_for_cells(2)
     kept = workspace.cells()
@@ -226,7 +226,7 @@ def test_a_killed_allocation_is_continued_by_the_same_command(workspace: Workspa
 
 @pytest.mark.slow
 def test_a_killed_main_process_is_taken_up_again(workspace: Workspace) -> None:
-    workspace.study["load"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
+    workspace.study["workload"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
     process = workspace.start()
     workspace.wait_for_cells(2)
     process.kill()
@@ -243,7 +243,7 @@ def test_a_killed_main_process_is_taken_up_again(workspace: Workspace) -> None:
 def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
     workspace: Workspace,
 ) -> None:
-    workspace.study["load"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
+    workspace.study["workload"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
     process = workspace.start()
     workspace.wait_for_cells(1)
     process.send_signal(signal.SIGINT)
@@ -255,12 +255,12 @@ def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
 
 
 BAD_INPUT = {
-    "unknown key": (lambda s: s["load"].update(concurency=[1]), "unknown key `concurency`"),
+    "unknown key": (lambda s: s["workload"].update(concurency=[1]), "unknown key `concurency`"),
     "missing model": (
         lambda s: s["deployments"][0].update(checkpoint="models/nowhere"),
         "models/nowhere",
     ),
-    "too long": (lambda s: s["load"].update(input_len=300), "max_model_len 256"),
+    "too long": (lambda s: s["workload"].update(input_len=300), "max_model_len 256"),
 }
 
 

@@ -59,7 +59,7 @@ def study(cluster: Cluster, tmp_path: Path) -> Iterator[Study]:
 def test_a_real_engine_over_several_nodes_is_refused_before_it_is_submitted(study: Study) -> None:
     four = [each for each in REHEARSAL["deployments"] if each.get("gpu_count") == 4]
     real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in four]
-    real[0].pop("arguments")
+    real[0].pop("engine_args")
     study.kinds(**{"a100-40gb": KIND | {"gpus_of_node": 2}})
     told = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
     assert told.endswith("status 1")
@@ -72,7 +72,7 @@ def test_a_real_engine_over_several_nodes_is_refused_before_it_is_submitted(stud
 def test_a_missing_environment_is_refused_before_anything_is_submitted(study: Study) -> None:
     some = [each for each in REHEARSAL["deployments"] if each["gpu"] == "v100-16gb"][:1]
     real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in some]
-    real[0].pop("arguments")
+    real[0].pop("engine_args")
     study.kinds(**{"v100-16gb": KIND | {"python": ".venv-none/bin/python"}})
     told = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
     assert told.endswith("status 1")
@@ -110,7 +110,7 @@ def test_the_real_vllm_on_a_node_without_gpus(study: Study) -> None:
     }
     config = {
         "study": "real",
-        "load": {"concurrency": [1, 4], "input_len": 31, "output_len": 20},
+        "workload": {"concurrency": [1, 4], "input_len": 31, "output_len": 20},
         "deployments": [
             fixed | {"name": "short", "max_model_len": 256},
             fixed | {"name": "long", "max_model_len": 512},

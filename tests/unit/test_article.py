@@ -20,7 +20,9 @@ from servegrid.report.article_table import (
 
 def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -> dict[str, Any]:
     """One row of cells; without seconds it was not served."""
-    verdict = {"verdict": "ok"} if seconds else {"verdict": "timeout", "reason": "stalled: 120 s"}
+    verdict = (
+        {"verdict": "ok"} if seconds else {"verdict": "timeout", "verdict_detail": "stalled: 120 s"}
+    )
     return {
         "deployment": "d",
         "model": "mistral-7b",
@@ -31,13 +33,14 @@ def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -
         "engine_version": "0.32.0",
         "protocol": "burst",
         "concurrency": concurrency,
-        "rate_per_s": None,
+        "request_rate": None,
         "input_len": input_len,
         "output_len": 100,
         "trial": 1,
-        "reason": None,
+        "verdict_detail": None,
         "valid": True if seconds else None,
-        "invalid_reason": None,
+        "invalid_rules": None,
+        "invalid_evidence": None,
         "seconds_per_100_tokens": seconds,
         **verdict,
         **other,
@@ -46,8 +49,8 @@ def row(concurrency: int, input_len: int, seconds: float | None, **other: Any) -
 
 def cells(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
-    numbers = dict.fromkeys(("rate_per_s", "seconds_per_100_tokens"), "float64")
-    return frame.astype({"reason": "str"} | numbers)
+    numbers = dict.fromkeys(("request_rate", "seconds_per_100_tokens"), "float64")
+    return frame.astype({"verdict_detail": "str"} | numbers)
 
 
 PLAIN = cells(
@@ -129,11 +132,12 @@ def test_the_articles_own_figures_give_the_articles_tables_cell_by_cell() -> Non
     frame = source.assign(
         deployment=names,
         trial=1,
-        rate_per_s=None,
+        request_rate=None,
         verdict=served.map({True: "ok", False: "timeout"}),
         valid=served.map({True: True, False: None}),
         reason=None,
-        invalid_reason=None,
+        invalid_rules=None,
+        invalid_evidence=None,
     )
     for name, own in frame.groupby("deployment"):
         (table,) = article_tables(frame, str(name))
@@ -182,7 +186,7 @@ def test_the_median_over_the_trials_that_were_served() -> None:
 
 
 def test_the_figure_is_of_the_trials_that_may_be_believed() -> None:
-    doubt = {"valid": False, "invalid_reason": "preempted: 2 times"}
+    doubt = {"valid": False, "invalid_rules": ["preempted"], "invalid_evidence": ["2 times"]}
     text = markdown(cells([row(8, 31, 2.0), row(8, 31, 9.0, trial=2, **doubt)]))
     assert "|        8 | 2.0* |\n" in text
     assert text.endswith("- 8 × 31: 1 of 2 trials, `preempted`, `2 times`\n")
@@ -195,8 +199,8 @@ def test_the_figure_is_of_the_trials_that_may_be_believed() -> None:
 
 
 def test_an_open_loop_has_rates_for_rows() -> None:
-    load = {"protocol": "poisson", "concurrency": None}
-    frame = cells(row(0, 31, 2.0) | load | {"rate_per_s": rate} for rate in (0.5, 2.0))
+    workload = {"protocol": "poisson", "concurrency": None}
+    frame = cells(row(0, 31, 2.0) | workload | {"request_rate": rate} for rate in (0.5, 2.0))
     text = markdown(frame)
     assert "rows are requests per second, columns prompt tokens" in text
     assert "| Requests/s |  31 |\n" in text
@@ -205,7 +209,7 @@ def test_an_open_loop_has_rates_for_rows() -> None:
 
 
 def test_rates_beside_a_burst_leave_its_requests_whole_numbers() -> None:
-    rate = {"protocol": "poisson", "concurrency": None, "rate_per_s": 0.5}
+    rate = {"protocol": "poisson", "concurrency": None, "request_rate": 0.5}
     frame = cells([row(8, 31, 1.0), row(8, 63, 3.0), row(0, 31, 2.0) | rate])
     assert as_csv(article_tables(frame, "d")) == (
         "protocol,output_len,requests,31,63\nburst,100,8,1.0,3.0\npoisson,100,0.5,2.0,\n"
@@ -213,15 +217,20 @@ def test_rates_beside_a_burst_leave_its_requests_whole_numbers() -> None:
 
 
 def test_a_load_without_steady_state_has_no_figure_and_its_reason() -> None:
-    doubt = {"valid": False, "invalid_reason": "no_steady_state: it grew", "verdict": "ok"}
-    text = markdown(cells([row(8, 31, None, protocol="steady", **doubt), row(16, 31, 4.0)]))
+    doubt = {
+        "valid": False,
+        "invalid_rules": ["no_steady_state"],
+        "invalid_evidence": ["it grew"],
+        "verdict": "ok",
+    }
+    text = markdown(cells([row(8, 31, None, protocol="closed_loop", **doubt), row(16, 31, 4.0)]))
     assert "|        8 | ?! |\n" in text
     assert "`?`: served, but no figure can be given." in text
     assert "- 8 × 31: `no_steady_state`, `it grew`" in text
 
 
 def test_what_may_not_be_believed_is_marked_with_the_reason() -> None:
-    doubt = {"valid": False, "invalid_reason": "preempted: 2 times"}
+    doubt = {"valid": False, "invalid_rules": ["preempted"], "invalid_evidence": ["2 times"]}
     frame = cells([row(8, 31, 2.0, **doubt), row(8, 63, 3.0), row(16, 31, 4.0, **doubt)])
     text = markdown(frame)
     assert "|        8 | 2.0! | 3.0 |\n" in text
@@ -256,20 +265,20 @@ def test_each_protocol_and_output_length_has_its_own_table() -> None:
     frame = cells(
         [
             row(1, 31, 1.0),
-            row(1, 63, 2.0, protocol="steady"),
+            row(1, 63, 2.0, protocol="closed_loop"),
             row(1, 31, 3.0, output_len=1),
         ]
     )
     tables = article_tables(frame, "d")
     assert [(table.protocol, table.output_len) for table in tables] == [
         ("burst", 100),
-        ("steady", 100),
+        ("closed_loop", 100),
         ("burst", 1),
     ]
     headings = [line for line in markdown(frame).split("\n") if line.startswith("## ")]
     assert headings == [
         "## Burst, 100 output tokens",
-        "## Steady, 100 output tokens",
+        "## Closed loop, 100 output tokens",
         "## Burst, 1 output token",
     ]
     assert as_csv(tables) == (

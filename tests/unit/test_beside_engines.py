@@ -50,7 +50,7 @@ def test_ratios_over_the_cells_that_both_have() -> None:
     # 20 / 10, 30 / 20 and 20 / 40; what may not be believed is left out.
     assert row == {
         "model and hardware": "m on cpu",
-        "load": "burst, 100 output tokens per request",
+        "workload": "burst, 100 output tokens per request",
         "deployments": "vLLM 1, bf16 → llama.cpp 1, q4",
         "cells": "3",
         "ratio, output tokens/s": "1.50 (0.50 to 2.00)",
@@ -64,7 +64,7 @@ def test_other_models_hardware_loads_and_emulations_are_not_compared() -> None:
     for other in (
         {"model": "n"},
         {"gpu": "a100"},
-        {"protocol": "steady"},
+        {"protocol": "closed_loop"},
         {"engine": "vllm", "deployment": "second"},
         {"engine": "emulated", "time_scale": 1.0},
         {"concurrency": 2},

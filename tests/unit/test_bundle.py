@@ -160,7 +160,7 @@ def test_names_and_tokens_are_not_in_it(bundle: Path, tmp_path: Path) -> None:
     record = parquet.read_record(root / "results/cells" / TRIALS[0] / "requests.parquet")
     assert record["environment"]["node"] == "node-2"
     assert record["environment"]["job"]["SLURM_JOB_NODELIST"] == "node-2,node-3"
-    assert record["engine"]["arguments"] == ["--model", "/home/user/models/m"]
+    assert record["engine"]["engine_args"] == ["--model", "/home/user/models/m"]
     assert (root / "results/logs/gather.log").read_text() == (
         "node-2: reads /beegfs/user/x with [a Hugging Face token]\n"
         "node-3: Authorization: [a bearer token]\n"
@@ -243,8 +243,8 @@ def test_a_secret_where_it_cannot_be_redacted_is_refused(tmp_path: Path) -> None
     deployment = STUDY["deployments"][0]
     for change, told in (
         ({"checkpoint": f"/home/{USER}/m"}, "a user's name in a path"),
-        ({"arguments": {"hf_token": "anything"}}, "a value of `hf_token`"),
-        ({"arguments": {"env": TOKEN}}, "a Hugging Face token"),
+        ({"engine_args": {"hf_token": "anything"}}, "a value of `hf_token`"),
+        ({"engine_args": {"env": TOKEN}}, "a Hugging Face token"),
         ({"checkpoint": "/data/sirocco14/m"}, "the host 'sirocco14'"),
     ):
         folder = tmp_path / told.replace("/", "")
@@ -348,7 +348,7 @@ def edit_validity(root: Path) -> None:
     path = root / "results/tables/cells.parquet"
     table = pq.read_table(path)
     rows = table.to_pylist()
-    rows[1] |= {"valid": False, "invalid_reason": "saturated: x"}
+    rows[1] |= {"valid": False, "invalid_rules": ["saturated"], "invalid_evidence": ["x"]}
     parquet.write(table.from_pylist(rows, schema=table.schema), path)
 
 
@@ -364,7 +364,7 @@ def edit_record(root: Path) -> None:
         path = cells(root) / TRIALS[0] / name
         table = pq.read_table(path)
         record = parquet.read_record(path)
-        record["spec"]["load"]["prompts"] = "identical"
+        record["spec"]["workload"]["prompts"] = "identical"
         metadata = {parquet.RECORD_KEY: json.dumps(record).encode()}
         parquet.write(table.replace_schema_metadata(metadata), path)
 
@@ -500,7 +500,7 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
 
 HOSTILE_CONTENT = {
     "a study of 10^12 trials": (
-        edit_json("config/study.json", load=STUDY["load"] | {"trials": 10**12}),
+        edit_json("config/study.json", workload=STUDY["workload"] | {"trials": 10**12}),
         "completeness",
         "more than 1,000,000 trials",
     ),
@@ -510,7 +510,7 @@ HOSTILE_CONTENT = {
         "study.json: is not JSON",
     ),
     "no study": (
-        edit_json("config/study.json", load=[1]),
+        edit_json("config/study.json", workload=[1]),
         "completeness",
         "load: [1] is not of type object",
     ),
@@ -567,13 +567,13 @@ def test_an_opened_bundle_is_a_repository_with_its_results(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "new" / "study"
-    assert main(["open", str(bundle), str(folder)]) == 0
+    assert main(["unpack", str(bundle), str(folder)]) == 0
     assert f"--configfile {folder}/config/study.json" in capsys.readouterr().out
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["study"]
     assert (folder / "Snakefile").read_text() == "# Snakefile\n"
     files = [each for each in folder.rglob("*") if each.is_file()]
     assert {each.stat().st_mtime for each in files} == {1.0}
-    assert main(["open", str(bundle), str(folder)]) == 2
+    assert main(["unpack", str(bundle), str(folder)]) == 2
     assert "is there already" in capsys.readouterr().err
 
 

@@ -106,7 +106,7 @@ def test_what_is_found_is_told_by_its_kind_alone() -> None:
     text = f"{HF} {KEY} /home/carol"
     found = list(secrets_in(text))
     assert found == ["a Hugging Face token", "an API key", "a user's name in a path"]
-    data = {"arguments": {"api-key": "short"}, "x": [f"/home/carol {HF}"]}
+    data = {"engine_args": {"api-key": "short"}, "x": [f"/home/carol {HF}"]}
     assert list(secrets_in_data(data)) == [
         "a value of `api-key`",
         "a Hugging Face token",

@@ -51,7 +51,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     drawn = Drawn("small", {"study": "small"}, pd.DataFrame())
     (tmp_path / "config").mkdir()
     (tmp_path / "config/study.json").write_text(json.dumps({"study": "mine"}))
-    with pytest.raises(BundleError, match="Name a new folder with --into"):
+    with pytest.raises(BundleError, match="Name a new folder with --output-dir"):
         measure(drawn, tmp_path, tmp_path)
     assert "mine" in (tmp_path / "config/study.json").read_text()
 

@@ -23,7 +23,7 @@ def summary(*rows: dict[str, Any]) -> pd.DataFrame:
         "gpu": "a100-40gb",
         "gpu_count": 2,
         "engine": "vllm",
-        "protocol": "steady",
+        "protocol": "closed_loop",
         "input_len": 31,
         "output_len": 100,
         "trials_served": 1,
@@ -48,24 +48,26 @@ def test_two_users_on_a_deployment_that_serves_one_in_time() -> None:
     # 1 s alone, 2 s for two at once; 100 tokens/s leave 1 s. Users think 1 s: one carried user
     # always has it; of two, the other thinks when one comes in half of the cases.
     rows = summary(cell(1, 1.0), cell(2, 2.0))
-    demand = Demand(users=2, logged_in=1.0, think_s=1.0, tokens_per_s_per_user=100.0)
+    demand = Demand(users=2, logged_in=1.0, think_time_s=1.0, tokens_per_s_per_user=100.0)
     row = only(plan(rows, demand, HARDWARE))
-    assert (row["most_in_flight"], row["users_carried"]) == (1, 1)
+    assert (row["max_in_flight"], row["users_carried"]) == (1, 1)
     assert (row["users_per_replica"], row["replicas"], row["gpus"]) == (1, 2, 4)
     assert row["purchase"] == 4 * 8500
     # Each user sends 100 tokens every 2 s, and two replicas give at most 100 tokens/s each.
     assert row["output_tokens_per_s"] == pytest.approx(100.0)
     assert row["in_flight_mean"] == pytest.approx(1.0)
     assert row["purchase_per_token_per_s"] == pytest.approx(34_000 / 200)
-    assert not row["at_least"]
-    easier = Demand(users=2, logged_in=1.0, think_s=1.0, probability=0.5, tokens_per_s_per_user=100)
+    assert not row["is_lower_bound"]
+    easier = Demand(
+        users=2, logged_in=1.0, think_time_s=1.0, slo_attainment=0.5, tokens_per_s_per_user=100
+    )
     assert only(plan(rows, easier, HARDWARE))["users_carried"] == 2
 
 
 def test_energy_and_the_years_of_use_make_costs_per_million_tokens() -> None:
     rows = summary(*(cell(n, 10.0, energy_j_per_output_token=7.2 / n) for n in (1, 2)))
     hardware = Hardware("EUR", {"a100-40gb": 8766.0}, electricity_per_kwh=0.5, years_in_use=10.0)
-    demand = Demand(users=10, logged_in=0.1, think_s=10.0)
+    demand = Demand(users=10, logged_in=0.1, think_time_s=10.0)
     row = only(plan(rows, demand, hardware))
     # One user, in flight half of the time: below one, the joules of one.
     assert row["energy_j_per_output_token"] == pytest.approx(7.2)
@@ -83,8 +85,8 @@ def test_the_interval_has_all_times_at_their_ends_and_the_replica_takes_the_slow
     # All eight within 20 s; at the slow end 6 + 24 / 7 (n - 1) is 20 at 5.08.
     assert row["users_carried_low"] < row["users_carried"] <= row["users_carried_high"]
     assert row["users_per_replica"] == int(0.9 * row["users_carried_low"])
-    assert row["most_in_flight"] == 8
-    assert row["at_least"]
+    assert row["max_in_flight"] == 8
+    assert row["is_lower_bound"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_where_nothing_can_be_said_there_is_a_reason(
 
 def test_a_load_above_that_was_tried_and_not_served_ends_it() -> None:
     tried = plan(summary(cell(1, 1.0), cell(2, None, trials_valid=0)), Demand(), HARDWARE)
-    assert (only(tried)["most_in_flight"], only(tried)["at_least"]) == (1, False)
+    assert (only(tried)["max_in_flight"], only(tried)["is_lower_bound"]) == (1, False)
 
 
 def test_a_load_that_was_not_served_ends_what_is_known_whatever_was_served_above() -> None:
@@ -122,14 +124,14 @@ def test_a_load_that_was_not_served_ends_what_is_known_whatever_was_served_above
         cell(8, None, trials_served=0, trials_valid=0),
     )
     row = only(plan(rows, Demand(), HARDWARE))
-    assert (row["most_in_flight"], row["at_least"]) == (4, False)
+    assert (row["max_in_flight"], row["is_lower_bound"]) == (4, False)
 
 
 def test_a_load_that_may_not_be_believed_is_passed_over() -> None:
     # 1 s alone and 19 s for seven at once: 13 s for five, 22 s as measured in vain.
     rows = summary(cell(1, 1.0), cell(5, 22.0, trials_valid=0), cell(7, 19.0))
     row = only(plan(rows, Demand(), HARDWARE))
-    assert (row["most_in_flight"], row["at_least"]) == (7, True)
+    assert (row["max_in_flight"], row["is_lower_bound"]) == (7, True)
 
 
 def test_an_unknown_price_leaves_costs_unknown_and_comes_last() -> None:
@@ -144,17 +146,17 @@ def test_emulated_time_is_taken_for_what_it_stands_for() -> None:
     row = only(plan(rows, Demand(tokens_per_s_per_user=11.0), HARDWARE))
     assert row["emulated"]
     assert row["reason"] == "the lowest measured load does not give that speed for sure"
-    assert only(plan(rows, Demand(tokens_per_s_per_user=9.0), HARDWARE))["most_in_flight"] == 1
+    assert only(plan(rows, Demand(tokens_per_s_per_user=9.0), HARDWARE))["max_in_flight"] == 1
 
 
 def test_the_articles_deployments_for_1000_users() -> None:
     table = plan(summary_of("inria-2024"), Demand(input_len=119), HARDWARE).set_index("deployment")
     mixtral = table.loc["mixtral-8x7b_awq-4bit_2xa100-40gb"]
     assert mixtral["users_carried"] == 437
-    assert mixtral["most_in_flight"] == 118
+    assert mixtral["max_in_flight"] == 118
     # Mean value analysis of the same system in decimals of 600 digits: of the requests of 472 users
     # 0.506 get the speed, of 473 users 0.487.
-    assert mixtral["users_half_slow"] == 472
+    assert mixtral["users_at_50pct_slo"] == 472
     # 0.9 × 437 = 393 carry the 100 who are logged in on one replica of two GPUs.
     assert (mixtral["replicas"], mixtral["purchase"]) == (1, 17_000)
     # 118 × 100 tokens in 11.6 + 9.9 × 54 / 64 = 19.953 s.
@@ -163,7 +165,7 @@ def test_the_articles_deployments_for_1000_users() -> None:
     llama = table.loc["llama-3-70b_awq-4bit_2xa100-40gb"]
     assert llama["prompt_tokens"] == "97"
     # At 64 requests 15.2 s; 128 were not served.
-    assert (llama["most_in_flight"], llama["at_least"]) == (64, False)
+    assert (llama["max_in_flight"], llama["is_lower_bound"]) == (64, False)
     assert table["purchase"].is_monotonic_increasing
     assert table["purchase"].iloc[0] == 8500
 
@@ -172,15 +174,15 @@ def test_a_mix_of_prompts_weighs_times_and_each_length_has_its_own_limit() -> No
     # 1 s with short prompts and 3 s with long ones; 100 tokens/s leave 1 s, so that the long ones
     # are too slow. A quarter of them is too much for 80%, and a tenth is not.
     rows = summary(cell(1, 1.0), cell(1, 3.0, input_len=119))
-    fast = {"think_s": 1000.0, "tokens_per_s_per_user": 100.0, "probability": 0.8}
-    mixed = only(plan(rows, Demand(**fast, mix={31: 3, 119: 1}), HARDWARE))
+    fast = {"think_time_s": 1000.0, "tokens_per_s_per_user": 100.0, "slo_attainment": 0.8}
+    mixed = only(plan(rows, Demand(**fast, prompt_mix={31: 3, 119: 1}), HARDWARE))
     assert mixed["users_carried"] == 0
-    mostly = only(plan(rows, Demand(**fast, mix={30: 9, 120: 1}), HARDWARE))
+    mostly = only(plan(rows, Demand(**fast, prompt_mix={30: 9, 120: 1}), HARDWARE))
     assert mostly["users_carried"] > 0
     # With one user who thinks for 10 s: 100 tokens per 10 s and 1.5 s, the mean of 1, 1, 1 and 3.
-    one = Demand(users=1, think_s=10.0, mix={31: 3, 119: 1})
+    one = Demand(users=1, think_time_s=10.0, prompt_mix={31: 3, 119: 1})
     assert only(plan(rows, one, HARDWARE))["output_tokens_per_s"] == pytest.approx(100 / 11.5)
-    missing = Demand(mix={31: 1, 2193: 1})
+    missing = Demand(prompt_mix={31: 1, 2193: 1})
     assert only(plan(rows, missing, HARDWARE))["reason"] == (
         "prompts of about 2193 tokens were not measured"
     )
@@ -188,10 +190,10 @@ def test_a_mix_of_prompts_weighs_times_and_each_length_has_its_own_limit() -> No
 
 def test_the_demand_comes_from_the_study_with_defaults() -> None:
     assert demand_of({}) == Demand(1000, 0.1, 60.0, 0.95, 5.0, None)
-    study = {"limits": {"tokens_per_s_per_user": 8}, "capacity": {"users": 50, "input_len": 31}}
+    study = {"slo": {"tokens_per_s_per_user": 8}, "capacity": {"users": 50, "input_len": 31}}
     assert demand_of(study) == Demand(users=50, tokens_per_s_per_user=8, input_len=31)
     mix = [{"input_len": 31, "share": 3}, {"input_len": 119, "share": 1}]
-    assert demand_of({"capacity": {"mix": mix}}).mix == {31: 3, 119: 1}
+    assert demand_of({"capacity": {"prompt_mix": mix}}).prompt_mix == {31: 3, 119: 1}
 
 
 def test_the_prices_of_the_repository_are_the_articles() -> None:
@@ -249,15 +251,15 @@ def test_the_command_plans_for_many_users(capsys: pytest.CaptureFixture[str]) ->
 
 def test_no_share_of_the_requests_is_certain(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        run("--published", "inria-2024", "--probability", "1")
+        run("--published", "inria-2024", "--slo-attainment", "1")
     assert "give less than 1" in capsys.readouterr().err
 
 
 def test_the_command_takes_a_mix_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--published", "inria-2024", "--mix", "31:3,119:1") == 0
+    assert run("--published", "inria-2024", "--prompt-mix", "31:3,119:1") == 0
     assert "prompts of several lengths, 0.75 of 31, 0.25 of 119 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        run("--published", "inria-2024", "--mix", "31")
+        run("--published", "inria-2024", "--prompt-mix", "31")
 
 
 def test_the_command_says_what_is_missing(

@@ -213,7 +213,7 @@ def test_deployments_of_other_names_are_matched_by_what_they_are() -> None:
     ("other", "told"),
     [
         ({"engine": "emulated", "time_scale": 0.005}, "emulated at 0.005 × time"),
-        ({"protocol": "steady"}, "only in the first"),
+        ({"protocol": "closed_loop"}, "only in the first"),
         ({"output_len": 50}, "31 \\+ 50 tokens: only in the second"),
     ],
 )

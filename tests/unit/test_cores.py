@@ -11,13 +11,13 @@ def paired(core: int) -> frozenset[int]:
 
 
 def test_beside_gpus_each_process_has_a_whole_core_and_the_engine_the_rest() -> None:
-    told = shares(range(16), streams=1024, on_gpu=True, siblings=paired)
+    told = shares(range(16), concurrency=1024, on_gpu=True, siblings=paired)
     assert told.client == (frozenset({6, 14}), frozenset({7, 15}))
     assert told.engine == frozenset({0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13})
 
 
 def test_cores_that_the_job_has_not_are_nobodys() -> None:
-    told = shares([0, 1, 2, 3, 4, 5, 6, 7], streams=8, on_gpu=True, siblings=paired)
+    told = shares([0, 1, 2, 3, 4, 5, 6, 7], concurrency=8, on_gpu=True, siblings=paired)
     assert told == Shares(frozenset(range(7)), (frozenset({7}),))
 
 

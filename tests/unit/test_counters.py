@@ -27,8 +27,8 @@ IDLE = TODAYS | {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 
 @pytest.mark.parametrize(
     ("counters", "told"),
     [
-        (TODAYS, {"running": 3, "waiting": 2, "kv_cache_use": 0.25, "preemptions": 7}),
-        ({"vllm:gpu_cache_usage_perc": 0.5}, {"kv_cache_use": 0.5}),
+        (TODAYS, {"running": 3, "waiting": 2, "kv_cache_usage": 0.25, "preemptions": 7}),
+        ({"vllm:gpu_cache_usage_perc": 0.5}, {"kv_cache_usage": 0.5}),
         (
             {"llamacpp:requests_processing": 0.0, "llamacpp:requests_deferred": 4.0},
             {"running": 0, "waiting": 4},

@@ -68,7 +68,7 @@ def test_gaps_and_what_lies_outside_are_not_served(tmp_path: Path) -> None:
 
 def test_a_time_scale_and_a_slow_down_multiply_all_times() -> None:
     arguments = {"timing": "inria-2024", "time_scale": 0.5, "slowdown": 1.1}
-    _, timing, _ = settings_of(replace(MISTRAL, arguments=arguments))
+    _, timing, _ = settings_of(replace(MISTRAL, engine_args=arguments))
     assert seconds_per_100_tokens(timing, 1, 31) == pytest.approx(1.8 * 0.5 * 1.1)
 
 
@@ -79,7 +79,7 @@ def test_the_roofline_is_a_timing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("engine_args", "told"),
     [
         ({"time_scal": 1}, "arguments.time_scal: .* Did you mean `time_scale`"),
         ({"time_scale": 0}, "arguments.time_scale: 0 is not a number above 0"),
@@ -96,11 +96,11 @@ def test_the_roofline_is_a_timing() -> None:
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as refused:
-        settings_of(replace(MISTRAL, arguments=arguments))
+        settings_of(replace(MISTRAL, engine_args=arguments))
     assert str(refused.value).startswith(f"deployment `{MISTRAL.name}`: ")
 
 
 def test_a_table_without_the_deployment_is_refused() -> None:
-    other = replace(MISTRAL, gpu_count=4, arguments={"timing": "inria-2024"})
+    other = replace(MISTRAL, gpu_count=4, engine_args={"timing": "inria-2024"})
     with pytest.raises(ConfigError, match="`inria-2024` has no rows for model mistral-7b"):
         settings_of(other)

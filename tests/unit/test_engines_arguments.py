@@ -54,7 +54,7 @@ def rendered(
     deployment: Deployment, options: set[str] = OPTIONS, **more: Any
 ) -> dict[str, list[str]]:
     """The arguments as flags, each with its words."""
-    deployment = replace(deployment, arguments=more)
+    deployment = replace(deployment, engine_args=more)
     defaults = arguments.defaults_for(deployment, "/models/small", 1 << 20)
     flags: dict[str, list[str]] = {}
     for word in arguments.render(deployment, defaults, options, "0.32.0"):
@@ -135,7 +135,7 @@ def test_an_unknown_argument_is_refused_with_those_that_are_close() -> None:
     with pytest.raises(ConfigError) as caught:
         rendered(ON_GPUS, max_num_batched_tokns=1)
     told = str(caught.value)
-    assert "`small_fp16_vllm_2xv100`: arguments.max_num_batched_tokns" in told
+    assert "`small_fp16_vllm_2xv100`: engine_args.max_num_batched_tokns" in told
     assert "vLLM 0.32.0 has no option --max-num-batched-tokns" in told
     assert "Did you mean `max_num_batched_tokens`" in told
     with pytest.raises(ConfigError, match=r"no option --zzz\. Remove it\."):
@@ -153,7 +153,7 @@ def test_an_unknown_argument_is_refused_with_those_that_are_close() -> None:
     ],
 )
 def test_what_is_decided_elsewhere_is_refused(key: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"arguments\.{key} is decided by .*{instead}"):
+    with pytest.raises(ConfigError, match=rf"engine_args\.{key} is decided by .*{instead}"):
         rendered(ON_CPU, **{key: "x"})
 
 

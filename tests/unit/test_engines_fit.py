@@ -71,7 +71,7 @@ def needs(
     **arguments: Any,
 ) -> fit.Needs:
     """Of a deployment with these `arguments`, whose weights have so many GiB."""
-    deployment = replace(DEPLOYMENT, gpu_count=gpu_count, arguments=arguments)
+    deployment = replace(DEPLOYMENT, gpu_count=gpu_count, engine_args=arguments)
     size = None if weights is None else int(weights * GIB)
     return fit.needs_of(deployment, DEFAULTS, config or {}, size, asked.get)
 

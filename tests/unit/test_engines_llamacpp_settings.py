@@ -42,7 +42,7 @@ def test_the_context_is_shared_by_all_slots_and_no_prompt_is_reused() -> None:
 
 
 def test_the_deployments_arguments_come_over_them() -> None:
-    chosen = replace(DEPLOYMENT, arguments={"cache_prompt": True, "n_ubatch": 256})
+    chosen = replace(DEPLOYMENT, engine_args={"cache_prompt": True, "n_ubatch": 256})
     settings = settings_for(chosen, Path("small.gguf"), 2)
     assert settings["cache_prompt"] is True
     assert settings["n_ubatch"] == 256
@@ -52,8 +52,8 @@ def test_the_deployments_arguments_come_over_them() -> None:
     ("key", "instead"), [("n_ctx", "own key `max_model_len`"), ("port", "where it runs")]
 )
 def test_what_is_decided_elsewhere_is_refused(key: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"arguments\.{key} is decided by .*{instead}"):
-        settings_for(replace(DEPLOYMENT, arguments={key: 1}), Path("small.gguf"), 2)
+    with pytest.raises(ConfigError, match=rf"engine_args\.{key} is decided by .*{instead}"):
+        settings_for(replace(DEPLOYMENT, engine_args={key: 1}), Path("small.gguf"), 2)
 
 
 class Kind(enum.IntEnum):
@@ -88,10 +88,13 @@ def test_settings_reach_nested_attributes_enumerations_and_sets() -> None:
     [
         (
             {"n_ctxt": 1},
-            r"arguments\.n_ctxt: llama\.cpp has no such setting\. Did you mean `n_ctx`",
+            r"engine_args\.n_ctxt: llama\.cpp has no such setting\. Did you mean `n_ctx`",
         ),
-        ({"nothing.like.it": 1}, r"arguments\.nothing\.like\.it: llama\.cpp has no such setting\."),
-        ({"kind": "Q9"}, r"arguments\.kind: 'Q9' does not fit"),
+        (
+            {"nothing.like.it": 1},
+            r"engine_args\.nothing\.like\.it: llama\.cpp has no such setting\.",
+        ),
+        ({"kind": "Q9"}, r"engine_args\.kind: 'Q9' does not fit"),
     ],
 )
 def test_what_llamacpp_does_not_know_is_named(settings: dict[str, object], told: str) -> None:

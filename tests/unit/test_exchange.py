@@ -35,7 +35,7 @@ def imported(folder: Path, *results: Any, status: int = 0) -> pd.DataFrame:
         files.append(folder / f"result-{number}.json")
         files[-1].write_text(result if isinstance(result, str) else json.dumps(result))
     into = folder / "imported"
-    command = ["import", *map(str, files), "--into", str(into), "--gpu", "a100-40gb"]
+    command = ["import", *map(str, files), "--output-dir", str(into), "--gpu", "a100-40gb"]
     assert main([*command, "--gpu-count", "2", "--quantization", "awq"]) == status
     return tables.read_cells(into / "tables/cells.parquet") if status == 0 else pd.DataFrame()
 
@@ -48,15 +48,15 @@ def test_what_vllm_bench_has_measured_has_the_figures_that_it_gave(tmp_path: Pat
             assert row[f"{name}_s_{ours}"] == pytest.approx(told, abs=2e-9), name
     # Its clock runs 0.5 ms longer: until all is gathered.
     assert row["output_tokens_per_s"] == pytest.approx(VLLM["output_throughput"], rel=2e-3)
-    assert (row["protocol"], row["concurrency"], row["requests"]) == ("steady", 4, 12)
+    assert (row["protocol"], row["concurrency"], row["requests"]) == ("closed_loop", 4, 12)
     assert (row["input_len"], row["output_len"]) == (46, 6)  # 551 and 72 tokens in all
     assert (row["model"], row["gpu"], row["gpu_count"]) == ("scripted", "a100-40gb", 2)
     assert row["deployment"] == "scripted_awq_vllm_2xa100-40gb"
     assert row["origin"] == "vllm bench serve"
     assert pd.isna(row["valid"])
-    assert "not certified: measured by vllm bench serve" in row["invalid_reason"]
-    assert "prompts of 34 to 65 tokens" in row["invalid_reason"]
-    assert "figures of the whole load" in row["invalid_reason"]
+    assert "not certified: measured by vllm bench serve" in row["invalid_evidence"][0]
+    assert "prompts of 34 to 65 tokens" in row["invalid_evidence"][0]
+    assert "figures of the whole load" in row["invalid_evidence"][0]
     assert pd.isna(row["ttft_s_p99"]), "twelve samples"
     assert pd.isna(row["prompts"])
 
@@ -71,7 +71,7 @@ def test_without_details_its_own_figures_are_taken(tmp_path: Path) -> None:
     assert row["window_s"] == row["makespan_s"] == VLLM["duration"]
     assert pd.isna(row["ttft_s_p99"])
     assert pd.isna(row["seconds_per_100_tokens"]), "no end-to-end latency was saved"
-    assert "--save-detailed" in row["invalid_reason"]
+    assert "--save-detailed" in row["invalid_evidence"][0]
     many = bare | {"completed": 700, "num_prompts": 700, "total_output_tokens": 4200}
     (row,) = imported(tmp_path / "many", many).to_dict("records")
     assert row["ttft_s_p99"] == VLLM["p99_ttft_ms"] / 1e3
@@ -92,7 +92,7 @@ def test_what_guidellm_has_measured_has_the_figures_that_it_gave(tmp_path: Path)
     assert row["output_tokens_per_s"] == pytest.approx(
         told["output_tokens_per_second"]["mean"], rel=1e-5
     )
-    assert (row["protocol"], row["concurrency"], row["input_len"]) == ("steady", 4, 24)
+    assert (row["protocol"], row["concurrency"], row["input_len"]) == ("closed_loop", 4, 24)
     assert row["origin"] == "guidellm 0.8.1"
     assert row["allocation"].startswith("result-0.json, benchmarks[0] 2026-")
 
@@ -120,7 +120,7 @@ def test_protocols_of_vllm_bench(
 ) -> None:
     (row,) = imported(tmp_path, VLLM | change).to_dict("records")
     assert row["protocol"] == protocol
-    told = [None if pd.isna(row[key]) else row[key] for key in ("concurrency", "rate_per_s")]
+    told = [None if pd.isna(row[key]) else row[key] for key in ("concurrency", "request_rate")]
     assert told == [concurrency, rate]
 
 
@@ -199,7 +199,7 @@ def results(tmp_path: Path) -> Path:
 
 def exported(results: Path, kind: str) -> dict[str, Any]:
     into = results.parent / kind
-    assert main(["export", str(results), "--format", kind, "--into", str(into)]) == 0
+    assert main(["export", str(results), "--format", kind, "--output-dir", str(into)]) == 0
     files = {path.name: json.loads(path.read_text()) for path in into.iterdir()}
     assert files.keys() == {f"{trial.replace('/', '.')}.json" for trial in TRIALS}
     return files
@@ -238,9 +238,9 @@ def test_a_trial_as_a_benchmark_report_of_llm_d(results: Path) -> None:
     assert report.run.time is not None
     assert report.run.time.duration == "PT2.000000S"
     assert report.scenario is not None
-    assert report.scenario.load is not None
-    load = report.scenario.load.standardized
-    assert (load.concurrency, load.input_seq_len.value) == (2, 31)
+    assert report.scenario.workload is not None
+    workload = report.scenario.workload.standardized
+    assert (workload.concurrency, workload.input_seq_len.value) == (2, 31)
     aggregate = told["results"]["request_performance"]["aggregate"]
     latency = aggregate["latency"]
     assert latency["time_to_first_token"] == {"units": "s", "mean": 0.1, "p50": 0.1}
@@ -248,7 +248,7 @@ def test_a_trial_as_a_benchmark_report_of_llm_d(results: Path) -> None:
     assert latency["request_latency"]["mean"] == 2.0
     assert aggregate["throughput"]["output_token_rate"] == {"units": "tokens/s", "mean": 10.0}
     assert aggregate["throughput"]["request_rate"]["mean"] == 1.0
-    assert "rate_qps" not in told["scenario"]["load"]["standardized"], "not known, not told"
+    assert "rate_qps" not in told["scenario"]["workload"]["standardized"], "not known, not told"
     accelerator = told["scenario"]["stack"][0]["standardized"]["accelerator"]
     assert (accelerator["model"], accelerator["count"]) == ("cpu", 0)
 
@@ -263,7 +263,7 @@ def test_nothing_to_export_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     command: Callable[[], int] = lambda: main(  # noqa: E731
-        ["export", str(tmp_path), "--format", kind, "--into", str(tmp_path / "out")]
+        ["export", str(tmp_path), "--format", kind, "--output-dir", str(tmp_path / "out")]
     )
     assert command() == 2
     assert "has no cells/" in capsys.readouterr().err

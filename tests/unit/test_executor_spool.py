@@ -101,7 +101,7 @@ def test_the_journal_is_read_once_and_without_half_lines(spool: Spool) -> None:
 
 
 def test_an_allocation_that_is_started_again_goes_on(spool: Spool) -> None:
-    done, lost, queued = (spool.put(task(key)) for key in ("done", "lost", "queued"))
+    done, lost, queued = (spool.put(task(key)) for key in ("done", "lost", "server_queueing"))
     there = other_side(spool)
     there.take()
     # Killed between the journal and the removal of the claim, then in the middle of a line.
@@ -114,7 +114,7 @@ def test_an_allocation_that_is_started_again_goes_on(spool: Spool) -> None:
     assert again.restore()
     assert [again.take(), again.take(), again.take()] == [
         (lost, task("lost")),
-        (queued, task("queued")),
+        (queued, task("server_queueing")),
         None,
     ]
     again.finish(lost, 0)

@@ -21,6 +21,7 @@ from servegrid.doctor.studies import judge_models
 from servegrid.engines.external import endpoint_of
 from servegrid.errors import ConfigError, EngineError
 from servegrid.run import service
+from servegrid.run import trial as salting
 from servegrid.run.preflight import refuse_unready
 from servegrid.run.service import Handover, refuse_missing_gpus
 from servegrid.study.config import read_study, study_of
@@ -45,8 +46,8 @@ ENTRY: dict[str, Any] = {
 def study(**changes: Any) -> Study:
     """A study of ENTRY with `changes`; a key that is changed to None is left out."""
     entry = {key: value for key, value in (ENTRY | changes).items() if value is not None}
-    load = {"concurrency": 4, "input_len": 31}
-    return study_of({"study": "s", "load": load, "deployments": [entry]})
+    workload = {"concurrency": 4, "input_len": 31}
+    return study_of({"study": "s", "workload": workload, "deployments": [entry]})
 
 
 def keyed(**endpoint: Any) -> Study:
@@ -85,7 +86,7 @@ def test_other_deployments_have_the_specification_that_they_had_before() -> None
     (trial,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
     assert list(trial.spec["deployment"]) == [
         *("name", "model", "checkpoint", "tokenizer", "quantization", "engine", "gpu"),
-        *("gpu_count", "max_model_len", "max_num_seqs", "arguments"),
+        *("gpu_count", "max_model_len", "max_num_seqs", "engine_args"),
     ]
     assert (trial.deployment.node_kind, trial.deployment.node_gpus) == ("a100-40gb", 2)
 
@@ -97,7 +98,7 @@ def test_other_deployments_have_the_specification_that_they_had_before() -> None
         ({"tokenizer": None}, "the engine `external` needs `tokenizer`"),
         ({"max_num_seqs": None}, "the engine `external` needs `max_num_seqs`"),
         ({"checkpoint": "org/m"}, "deployments[0].checkpoint: nothing is brought up"),
-        ({"arguments": {"a": 1}}, "deployments[0].arguments: nothing is brought up"),
+        ({"engine_args": {"a": 1}}, "deployments[0].engine_args: nothing is brought up"),
         ({"engine": "vllm", "checkpoint": "org/m"}, "[0].endpoint: servegrid brings `vllm` up"),
         ({"engine": "vllm", "endpoint": None}, "deployments[0]: `checkpoint` is missing"),
     ],
@@ -191,7 +192,7 @@ def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
 
 def test_an_endpoint_that_outlives_allocations_gets_other_prompts_each_time() -> None:
     (trial,) = study().trials
-    first, second = salting._salt_of(trial), trial._salt_of(trial)
+    first, second = salting._salt_of(trial), salting._salt_of(trial)
     assert first != second and {each[:16] for each in (first, second)} == {trial.digest}
     (ours,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
     assert salting._salt_of(ours) == ours.digest

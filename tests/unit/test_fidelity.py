@@ -75,7 +75,7 @@ def test_where_all_is_lost_nothing_is_told() -> None:
         told_of([row("b", 1, 2, error="reset: gone")])
 
 
-@pytest.mark.parametrize("check", [None, {"streams": 8, "error": "no connection"}])
+@pytest.mark.parametrize("check", [None, {"concurrency": 8, "error": "no connection"}])
 def test_without_a_self_check_nothing_is_known(check: dict[str, Any] | None) -> None:
     record = {"self_check": check, "client": {"window_ns": [0, 1], "token_chunks": 1}}
     assert set(columns_of(record).values()) == {None}

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from servegrid.analysis.findings import Limits, frontier, knee, limits_of, statements
+from servegrid.analysis.findings import Slo, frontier, knee, slo_of, statements
 from servegrid.analysis.published import summary_of
 from servegrid.analysis.queueing import Curve
 
@@ -23,34 +23,34 @@ MIXTRAL = "mixtral-8x7b_awq-4bit_2xa100-40gb"
     ],
 )
 def test_the_most_requests_at_5_tokens_per_second(deployment: str, most: list[int]) -> None:
-    reach = frontier(PUBLISHED, Limits())
+    reach = frontier(PUBLISHED, Slo())
     own = reach[reach["deployment"] == deployment].sort_values("input_len")
-    assert own["within_limits_most"].tolist() == most
+    assert own["max_within_slo"].tolist() == most
 
 
 def test_how_far_it_is_known() -> None:
-    reach = frontier(PUBLISHED, Limits()).set_index(["deployment", "input_len"])
+    reach = frontier(PUBLISHED, Slo()).set_index(["deployment", "input_len"])
     row = reach.loc[("codestral-22b_awq-4bit_1xa100-40gb", 31)]
-    assert (row["within_limits_most"], row["within_limits_at_least"]) == (128, True)
+    assert (row["max_within_slo"], row["max_within_slo_is_lower_bound"]) == (128, True)
     row = reach.loc[(MIXTRAL, 2193)]
-    assert (row["served_most"], row["served_at_least"]) == (16, False)
-    assert not row["within_limits_at_least"]
+    assert (row["max_served"], row["max_served_is_lower_bound"]) == (16, False)
+    assert not row["max_within_slo_is_lower_bound"]
 
 
 def test_limits_on_latencies_count_too_and_a_level_that_fails_ends_it() -> None:
     cells = PUBLISHED[PUBLISHED["input_len"] == 31].copy()
     cells["ttft_s_p50"] = cells["concurrency"].map(lambda n: 9.0 if n == 4 else 1.0).astype(float)
-    reach = frontier(cells, Limits(ttft_s=2.0)).set_index("deployment")
-    assert reach.loc[MIXTRAL, "within_limits_most"] == 2
+    reach = frontier(cells, Slo(ttft_s=2.0)).set_index("deployment")
+    assert reach.loc[MIXTRAL, "max_within_slo"] == 2
     # 100 tokens in 3.1 s are more than 5 per second, and fewer than 40.
-    assert pd.isna(frontier(cells, Limits(40.0)).set_index("deployment").loc[MIXTRAL].iloc[6])
+    assert pd.isna(frontier(cells, Slo(40.0)).set_index("deployment").loc[MIXTRAL].iloc[6])
 
 
 def test_a_cell_that_may_not_be_believed_is_served_and_not_within_limits() -> None:
     cells = PUBLISHED[(PUBLISHED["input_len"] == 31) & (PUBLISHED["deployment"] == MIXTRAL)].copy()
     cells.loc[cells["concurrency"] == 8, "trials_valid"] = 0
-    (row,) = frontier(cells, Limits()).to_dict("records")
-    assert (row["served_most"], row["within_limits_most"]) == (128, 4)
+    (row,) = frontier(cells, Slo()).to_dict("records")
+    assert (row["max_served"], row["max_within_slo"]) == (128, 4)
 
 
 def test_the_knee_is_where_doubling_the_requests_all_but_doubles_the_time() -> None:
@@ -58,7 +58,7 @@ def test_the_knee_is_where_doubling_the_requests_all_but_doubles_the_time() -> N
     assert knee({1: 1.0, 2: 2.0, 4: 2.2}) is None
     assert knee({1: 1.0}) is None
     # Mixtral 8x7B, 119 tokens: 11.6 / 7.6 = 1.53, 21.5 / 11.6 = 1.85.
-    reach = frontier(PUBLISHED, Limits()).set_index(["deployment", "input_len"])
+    reach = frontier(PUBLISHED, Slo()).set_index(["deployment", "input_len"])
     assert reach.loc[(MIXTRAL, 119), "knee"] == 64
     # Mistral 7B, 2193 tokens: 9.2 / 5.9 = 1.56, then 2.07, 1.89 and 2.003.
     assert reach.loc[("mistral-7b_fp16_2xv100-16gb", 2193), "knee"] == 16
@@ -82,7 +82,7 @@ def test_the_articles_claims_come_out_of_its_tables() -> None:
 
 def test_statements_are_made_from_the_figures() -> None:
     own = PUBLISHED[PUBLISHED["deployment"] == MIXTRAL]
-    (told,) = statements(own, frontier(own, Limits()), Limits(), {MIXTRAL: "Mixtral"})
+    (told,) = statements(own, frontier(own, Slo()), Slo(), {MIXTRAL: "Mixtral"})
     # 18.5 / 3.1 = 5.97; 10.0 / 6.0 = 1.67 and 18.5 / 10.0 = 1.85; 4.1 / 3.1 and 15.5 / 4.3.
     assert told == (
         "Mixtral, burst: Requests at once that get 5 tokens/s: at least 128 of 31 prompt tokens, "
@@ -93,6 +93,6 @@ def test_statements_are_made_from_the_figures() -> None:
 
 
 def test_limits_come_from_the_study() -> None:
-    assert limits_of({}) == Limits(5.0, None, None)
-    told = str(limits_of({"limits": {"tokens_per_s_per_user": 8, "ttft_s": 2, "e2el_s": 30}}))
+    assert slo_of({}) == Slo(5.0, None, None)
+    told = str(slo_of({"slo": {"tokens_per_s_per_user": 8, "ttft_s": 2, "e2el_s": 30}}))
     assert told == "8 tokens/s, the first token within 2 s, the last within 30 s"

@@ -12,11 +12,11 @@ import pytest
 
 from servegrid.errors import ConfigError
 from servegrid.study.config import read_mapping, read_study, schema, study_from, study_of
-from servegrid.study.grid import Load, Trial, digest_of
+from servegrid.study.grid import Trial, Workload, digest_of
 
 TWO = {
     "study": "two",
-    "load": {"concurrency": [1, 4], "input_len": [31, 119]},
+    "workload": {"concurrency": [1, 4], "input_len": [31, 119]},
     "deployments": [
         {
             "model": "small",
@@ -34,7 +34,7 @@ TWO = {
             "engine": "llamacpp",
             "gpu": "cpu",
             "max_model_len": 512,
-            "load": {"input_len": 21, "trials": 2},
+            "workload": {"input_len": 21, "trials": 2},
         },
     ],
 }
@@ -60,109 +60,118 @@ def test_cells_are_the_product_and_a_deployment_overrides_the_study() -> None:
 
 
 def test_a_burst_is_one_wave_unless_more_are_asked_for() -> None:
-    (load,) = {t.load for t in study_of(TWO).trials if t.load.cell == "burst-c4-i31-o100"}
-    assert load.requests == 4
-    twice = study_of(changed(lambda c: c["load"].update(requests_per_user=2)))
-    assert {t.load.requests for t in twice.trials if t.load.concurrency == 4} == {8}
+    (workload,) = {
+        t.workload for t in study_of(TWO).trials if t.workload.cell == "burst-c4-i31-o100"
+    }
+    assert workload.requests == 4
+    twice = study_of(changed(lambda c: c["workload"].update(requests_per_user=2)))
+    assert {t.workload.requests for t in twice.trials if t.workload.concurrency == 4} == {8}
 
 
-def loads_of(**load: Any) -> list[Load]:
-    config = changed(lambda c: (c["load"].update(load), c["deployments"].pop()))
-    return [trial.load for trial in study_of(config).trials]
+def loads_of(**workload: Any) -> list[Workload]:
+    config = changed(lambda c: (c["workload"].update(workload), c["deployments"].pop()))
+    return [trial.workload for trial in study_of(config).trials]
 
 
 def test_a_steady_load_has_64_requests_between_the_first_and_the_last_of_each_user() -> None:
-    loads = loads_of(protocol="steady", concurrency=[1, 8, 100])[:3]
-    assert [load.requests for load in loads] == [2 + 64, 16 + 64, 200 + 600]
-    told = loads_of(protocol="steady", requests_per_user=3)[0]
+    workloads = loads_of(protocol="closed_loop", concurrency=[1, 8, 100])[:3]
+    assert [workload.requests for workload in workloads] == [2 + 64, 16 + 64, 200 + 600]
+    told = loads_of(protocol="closed_loop", requests_per_user=3)[0]
     assert (told.requests, told.duration_s) == (3, None)
-    timed = loads_of(protocol="steady", duration_s=60, think_s=2)[0]
-    assert (timed.requests, timed.duration_s, timed.think_s) == (None, 60, 2)
+    timed = loads_of(protocol="closed_loop", duration_s=60, think_time_s=2)[0]
+    assert (timed.requests, timed.duration_s, timed.think_time_s) == (None, 60, 2)
 
 
 def test_an_open_loop_has_a_rate_and_no_concurrency() -> None:
-    loads = loads_of(protocol="poisson", rate_per_s=[0.5, 4], think_s=2)
-    assert [load.cell for load in loads] == [
+    workloads = loads_of(protocol="poisson", request_rate=[0.5, 4], think_time_s=2)
+    assert [workload.cell for workload in workloads] == [
         "poisson-r0.5-i31-o100",
         "poisson-r4-i31-o100",
         "poisson-r0.5-i119-o100",
         "poisson-r4-i119-o100",
     ]
-    assert {(load.concurrency, load.requests, load.think_s) for load in loads} == {(None, 128, 0.0)}
+    assert {
+        (workload.concurrency, workload.requests, workload.think_time_s) for workload in workloads
+    } == {(None, 128, 0.0)}
 
 
 def test_several_protocols_side_by_side() -> None:
-    loads = loads_of(protocol=["burst", "steady"], input_len=31)
-    assert [load.cell for load in loads] == [
+    workloads = loads_of(protocol=["burst", "closed_loop"], input_len=31)
+    assert [workload.cell for workload in workloads] == [
         "burst-c1-i31-o100",
         "burst-c4-i31-o100",
-        "steady-c1-i31-o100",
-        "steady-c4-i31-o100",
+        "closed_loop-c1-i31-o100",
+        "closed_loop-c4-i31-o100",
     ]
 
 
 @pytest.mark.parametrize(
-    ("load", "message"),
+    ("workload", "message"),
     [
-        ({"protocol": "poisson"}, "the protocol `poisson` needs `rate_per_s`"),
-        ({"protocol": "steady", "duration_s": 9, "warmup_waves": 0}, "needs `warmup_waves`"),
+        ({"protocol": "poisson"}, "the protocol `poisson` needs `request_rate`"),
+        ({"protocol": "closed_loop", "duration_s": 9, "warmup_waves": 0}, "needs `warmup_waves`"),
         ({"output_len": 300, "output_spread": 0.5}, "plus output_len 450 is more than"),
-        ({"protocol": ["burst", "bursts"]}, "'bursts' is not one of `burst`, `steady`, `poisson`"),
-        ({"rate_per_s": 0}, "0 must be greater than 0"),
+        (
+            {"protocol": ["burst", "bursts"]},
+            "'bursts' is not one of `burst`, `closed_loop`, `poisson`",
+        ),
+        ({"request_rate": 0}, "0 must be greater than 0"),
     ],
 )
-def test_loads_that_do_not_fit_are_refused(load: dict[str, Any], message: str) -> None:
+def test_loads_that_do_not_fit_are_refused(workload: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
-        loads_of(**load)
+        loads_of(**workload)
 
 
 def test_sentinels_are_measured_at_the_start_in_the_middle_and_at_the_end() -> None:
-    config = changed(lambda c: c["load"].update(trials=3))  # 12 trials; 4 of the second, as before
+    config = changed(
+        lambda c: c["workload"].update(trials=3)
+    )  # 12 trials; 4 of the second, as before
     study = study_of(config)
-    assert [trial.id for trial in study.sentinels] == [
+    assert [trial.id for trial in study.drift_checks] == [
         f"small_fp16_vllm_2xa100-40gb/sentinel-burst-c4-i31-o100/trial-{number}"
         for number in (1, 2, 3)
     ]
     first, second = study.deployments
     of_first = [trial for trial in study.measured if trial.deployment == first]
     assert sorted(map(study.position, of_first)) == list(range(15))
-    assert [study.position(trial) for trial in study.sentinels] == [0, 7, 14]
+    assert [study.position(trial) for trial in study.drift_checks] == [0, 7, 14]
     of_second = [trial for trial in study.trials if trial.deployment == second]
     assert sorted(map(study.position, of_second)) == list(range(4))
-    again = Trial.from_spec(json.loads(study.sentinels[0].spec_json))
-    assert again == study.sentinels[0]
-    assert study.trial(first.name, "sentinel-burst-c4-i31-o100", 2) == study.sentinels[1]
+    again = Trial.from_spec(json.loads(study.drift_checks[0].spec_json))
+    assert again == study.drift_checks[0]
+    assert study.trial(first.name, "sentinel-burst-c4-i31-o100", 2) == study.drift_checks[1]
 
 
 def test_the_order_is_random_and_always_the_same() -> None:
-    study = study_of(changed(lambda c: c["load"].update(concurrency=[*range(1, 17)])))
-    positions = [study.position(trial) for trial in study.trials if trial.load.input_len == 31]
+    study = study_of(changed(lambda c: c["workload"].update(concurrency=[*range(1, 17)])))
+    positions = [study.position(trial) for trial in study.trials if trial.workload.input_len == 31]
     assert positions != sorted(positions)
-    again = study_of(changed(lambda c: c["load"].update(concurrency=[*range(1, 17)])))
-    assert positions == [again.position(t) for t in again.trials if t.load.input_len == 31]
+    again = study_of(changed(lambda c: c["workload"].update(concurrency=[*range(1, 17)])))
+    assert positions == [again.position(t) for t in again.trials if t.workload.input_len == 31]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_sentinels_can_be_asked_for_and_left_out(wanted: bool) -> None:
-    config = changed(lambda c: c["load"].update(trials=3, sentinels=wanted))
-    assert len(study_of(config).sentinels) == (6 if wanted else 0)
+    config = changed(lambda c: c["workload"].update(trials=3, drift_checks=wanted))
+    assert len(study_of(config).drift_checks) == (6 if wanted else 0)
 
 
 def test_the_most_streams_of_a_deployment() -> None:
     study = study_of(TWO)
-    assert [study.streams(each) for each in study.deployments] == [4, 4]
-    opened = study_of(changed(lambda c: c["load"].update(protocol="poisson", rate_per_s=1)))
-    assert {opened.streams(each) for each in opened.deployments} == {256}
+    assert [study.max_concurrency(each) for each in study.deployments] == [4, 4]
+    opened = study_of(changed(lambda c: c["workload"].update(protocol="poisson", request_rate=1)))
+    assert {opened.max_concurrency(each) for each in opened.deployments} == {256}
 
 
 def test_defaults_are_the_same_in_schema_and_code() -> None:
     defaults = {
         key: value["default"]
-        for key, value in schema()["$defs"]["load"]["properties"].items()
+        for key, value in schema()["$defs"]["workload"]["properties"].items()
         if "default" in value
     }
-    load = study_of(TWO).trials[0].load
-    told = {key: getattr(load, key) for key in defaults if hasattr(load, key)}
+    workload = study_of(TWO).trials[0].workload
+    told = {key: getattr(workload, key) for key in defaults if hasattr(workload, key)}
     assert told == {key: defaults[key] for key in told} | {"output_len": 100}
     assert set(defaults) - set(told) == {"trials"}
 
@@ -215,7 +224,7 @@ def test_a_new_concurrency_level_leaves_the_other_specifications_alone() -> None
     before = {trial.id: trial.digest for trial in study_of(TWO).trials}
     after = {
         trial.id: trial.digest
-        for trial in study_of(changed(lambda c: c["load"].update(concurrency=[1, 2, 4]))).trials
+        for trial in study_of(changed(lambda c: c["workload"].update(concurrency=[1, 2, 4]))).trials
     }
     assert before.items() < after.items()
     assert {key.split("/")[1].split("-")[1] for key in after.keys() - before.keys()} == {"c2"}
@@ -223,7 +232,7 @@ def test_a_new_concurrency_level_leaves_the_other_specifications_alone() -> None
 
 def test_more_trials_only_add() -> None:
     before = {trial.id: trial.digest for trial in study_of(TWO).trials}
-    after = study_of(changed(lambda c: c["load"].update(trials=2)))
+    after = study_of(changed(lambda c: c["workload"].update(trials=2)))
     assert before.items() <= {trial.id: trial.digest for trial in after.trials}.items()
     assert len(after.trials) == 12
 
@@ -231,7 +240,7 @@ def test_more_trials_only_add() -> None:
 def test_an_engine_argument_changes_digest_and_allocation_but_no_id() -> None:
     before = study_of(TWO)
     after = study_of(
-        changed(lambda c: c["deployments"][0].update(arguments={"enforce_eager": True}))
+        changed(lambda c: c["deployments"][0].update(engine_args={"enforce_eager": True}))
     )
     assert [t.id for t in before.trials] == [t.id for t in after.trials]
     assert before.trials[0].digest != after.trials[0].digest
@@ -241,25 +250,25 @@ def test_an_engine_argument_changes_digest_and_allocation_but_no_id() -> None:
 
 REFUSED = [
     (
-        lambda c: c["load"].update(concurency=[1]),
-        ["load: unknown key `concurency`", "`concurrency`?", "stall_s"],
+        lambda c: c["workload"].update(concurency=[1]),
+        ["load: unknown key `concurency`", "`concurrency`?", "idle_timeout_s"],
     ),
     (
-        lambda c: c["load"].update(concurrency=0),
+        lambda c: c["workload"].update(concurrency=0),
         ["load.concurrency: 0 is less than 1", "in flight"],
     ),
-    (lambda c: c["load"].update(concurrency=[1, 0]), ["load.concurrency[1]: 0 is less than 1"]),
-    (lambda c: c["load"].update(concurrency=[]), ["load.concurrency: the list is empty"]),
+    (lambda c: c["workload"].update(concurrency=[1, 0]), ["load.concurrency[1]: 0 is less than 1"]),
+    (lambda c: c["workload"].update(concurrency=[]), ["load.concurrency: the list is empty"]),
     (
-        lambda c: c["load"].update(concurrency=[2, 2]),
+        lambda c: c["workload"].update(concurrency=[2, 2]),
         ["load.concurrency: [2, 2] names something twice"],
     ),
     (
-        lambda c: c["load"].update(input_len="long"),
+        lambda c: c["workload"].update(input_len="long"),
         ["load.input_len: 'long' is not of type integer"],
     ),
-    (lambda c: c["load"].update(protocol="brst"), ["load.protocol", "`burst`, `steady`"]),
-    (lambda c: c["load"].pop("input_len"), ["load: `input_len` is missing", "Prompt lengths"]),
+    (lambda c: c["workload"].update(protocol="brst"), ["load.protocol", "`burst`, `steady`"]),
+    (lambda c: c["workload"].pop("input_len"), ["load: `input_len` is missing", "Prompt lengths"]),
     (lambda c: c["deployments"][1].pop("engine"), ["deployments[1]: `engine` is missing"]),
     (
         lambda c: c["deployments"][0].update(engine="tgi"),
@@ -292,8 +301,8 @@ REFUSED = [
     ),
     (lambda c: c.update(deployments=[]), ["deployments: the list is empty"]),
     (
-        lambda c: c.update(capacity={"think_s": float("inf")}),
-        ["capacity.think_s: inf is not of type number", "Mean seconds"],
+        lambda c: c.update(capacity={"think_time_s": float("inf")}),
+        ["capacity.think_time_s: inf is not of type number", "Mean seconds"],
     ),
 ]
 
@@ -348,10 +357,15 @@ def test_keys_of_an_anchor_may_be_given_again(tmp_path: Any) -> None:
 
 def test_every_key_of_the_schema_has_a_description() -> None:
     definitions = schema()["$defs"]
-    for keys in (schema(), definitions["load"], definitions["deployment"], definitions["endpoint"]):
+    for keys in (
+        schema(),
+        definitions["workload"],
+        definitions["deployment"],
+        definitions["endpoint"],
+    ):
         for key, value in keys["properties"].items():
             assert value["description"].endswith("."), key
 
 
 def test_a_cell_is_named_after_what_it_varies() -> None:
-    assert Load("steady", 8, 296, 50, 16).cell == "steady-c8-i296-o50"
+    assert Workload("closed_loop", 8, 296, 50, 16).cell == "closed_loop-c8-i296-o50"

@@ -64,7 +64,7 @@ def test_every_version_that_served_is_named_and_an_unknown_one_is_not() -> None:
 
 def test_counts() -> None:
     assert (counted(1, "trial"), counted(3, "trial")) == ("1 trial", "3 trials")
-    assert load_title("steady", 1) == "steady, 1 output token per request"
+    assert load_title("closed_loop", 1) == "closed loop, 1 output token per request"
 
 
 EMULATED = {"engine": "emulated", "time_scale": 1.0}
@@ -82,7 +82,9 @@ def test_emulated_numbers_are_called_so_and_measured_ones_are_not() -> None:
 
 
 def test_the_intensity_of_a_load_is_its_concurrency_or_its_rate() -> None:
-    loads = pd.DataFrame({"concurrency": [8, None], "rate_per_s": [None, 0.5]}, dtype="Float64")
-    assert with_intensity(loads)["intensity"].tolist() == [8.0, 0.5]
-    assert axis_title("steady") == "concurrent requests"
+    workloads = pd.DataFrame(
+        {"concurrency": [8, None], "request_rate": [None, 0.5]}, dtype="Float64"
+    )
+    assert with_intensity(workloads)["intensity"].tolist() == [8.0, 0.5]
+    assert axis_title("closed_loop") == "concurrent requests"
     assert axis_title("poisson") == "requests per second"

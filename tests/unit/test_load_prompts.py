@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from servegrid.client import prompts
 from servegrid.errors import LoadError
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 
-def load(**changes: object) -> Load:
+def workload(**changes: object) -> Workload:
     given = {"protocol": "burst", "concurrency": 1, "input_len": 31, "output_len": 5, "requests": 1}
-    return Load(**(given | changes))  # type: ignore[arg-type]
+    return Workload(**(given | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_prompt_has_the_tokens_asked_for(tokenizer: Path) -> None:
     for length in (1, 3, 4, 5, 296, 20_000):
         for kind in (tokenizer, tokenizer / "tokenizer.json", None):
-            made = prompts.make(load(input_len=length), 3, kind, "cell")
+            made = prompts.make(workload(input_len=length), 3, kind, "cell")
             assert [len(prompt) for prompt in made] == [length] * 3
 
 
 def test_prompts_are_running_text(tokenizer: Path) -> None:
-    (prompt,) = prompts.make(load(input_len=200), 1, tokenizer, "cell")
+    (prompt,) = prompts.make(workload(input_len=200), 1, tokenizer, "cell")
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     words = [vocabulary.id_to_token(number) for number in prompt[4:]]
     split = pre_tokenizers.Whitespace().pre_tokenize_str(prompts.corpus())
@@ -50,35 +50,35 @@ def test_prompts_are_running_text(tokenizer: Path) -> None:
 
 def test_same_load_and_salt_same_prompts_and_more_of_them_only_add(tokenizer: Path) -> None:
     for kind in (tokenizer, None):
-        few = prompts.make(load(), 5, kind, "cell")
-        assert prompts.make(load(), 50, kind, "cell")[:5] == few
+        few = prompts.make(workload(), 5, kind, "cell")
+        assert prompts.make(workload(), 50, kind, "cell")[:5] == few
 
 
 def test_another_salt_or_seed_gives_other_prompts(tokenizer: Path) -> None:
     for kind in (tokenizer, None):
         made = [
-            *prompts.make(load(), 20, kind, "cell"),
-            *prompts.make(load(), 20, kind, "other"),
-            *prompts.make(load(seed=1), 20, kind, "cell"),
+            *prompts.make(workload(), 20, kind, "cell"),
+            *prompts.make(workload(), 20, kind, "other"),
+            *prompts.make(workload(seed=1), 20, kind, "cell"),
         ]
         assert len({tuple(prompt) for prompt in made}) == 60
 
 
 def test_distinct_prompts_differ_from_their_first_tokens_on(tokenizer: Path) -> None:
     for kind in (tokenizer, None):
-        made = prompts.make(load(), 6_000, kind, "cell")
+        made = prompts.make(workload(), 6_000, kind, "cell")
         assert len({tuple(prompt[:16]) for prompt in made}) == 6_000
         assert len({prompt[0] for prompt in made[:1_000]}) == 1_000
 
 
 def test_identical_prompts_are_identical_on_request(tokenizer: Path) -> None:
-    first, *others = prompts.make(load(prompts="identical"), 5, tokenizer, "cell")
+    first, *others = prompts.make(workload(prompts="identical"), 5, tokenizer, "cell")
     assert others == [first] * 4
-    assert [first] == prompts.make(load(), 1, tokenizer, "cell")
+    assert [first] == prompts.make(workload(), 1, tokenizer, "cell")
 
 
 def test_random_ids_are_ordinary_text_in_small_vocabularies() -> None:
-    made = prompts.make(load(input_len=2_000), 10, None, "cell")
+    made = prompts.make(workload(input_len=2_000), 10, None, "cell")
     ids = {number for prompt in made for number in prompt}
     assert min(ids) >= 1_000 and max(ids) < 30_000
     assert len(ids) > 10_000
@@ -86,22 +86,22 @@ def test_random_ids_are_ordinary_text_in_small_vocabularies() -> None:
 
 def test_prompts_too_short_to_be_distinct_are_refused(tokenizer: Path) -> None:
     with pytest.raises(LoadError, match=r"input_len 1: there are not 6000 distinct prompts"):
-        prompts.make(load(input_len=1), 6_000, tokenizer, "cell")
+        prompts.make(workload(input_len=1), 6_000, tokenizer, "cell")
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=r"tokenizer\.json: there is no such file"):
-        prompts.make(load(), 1, tmp_path, "cell")
+        prompts.make(workload(), 1, tmp_path, "cell")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(LoadError, match=r"tokenizer\.json: not a tokenizer"):
-        prompts.make(load(), 1, tmp_path, "cell")
+        prompts.make(workload(), 1, tmp_path, "cell")
 
 
 def test_a_tokenizer_without_words_of_the_corpus_is_refused(tmp_path: Path) -> None:
     made = Tokenizer(models.BPE(vocab={"猫": 0}, merges=[]))
     made.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(LoadError, match="makes no words of plain English and French"):
-        prompts.make(load(), 1, tmp_path, "cell")
+        prompts.make(workload(), 1, tmp_path, "cell")
 
 
 def test_the_corpus_is_two_languages_of_some_length() -> None:
@@ -134,28 +134,28 @@ def test_every_text_has_the_tokens_asked_for_when_it_is_tokenized(
         made.no_truncation()
         # Of 2000 beginnings some end in white space, and a few have other tokens by themselves.
         for length, count in ((1, 5), (3, 5), (31, 2000), (296, 5), (20_000, 5)):
-            texts = prompts.make_texts(load(input_len=length), count, folder, "cell")
+            texts = prompts.make_texts(workload(input_len=length), count, folder, "cell")
             assert {len(made.encode(text).ids) for text in texts} == {length}
             assert [text.strip() for text in texts] == texts
 
 
 def test_texts_are_reproducible_and_distinct_as_token_ids_are(pieces: Path) -> None:
-    few = prompts.make_texts(load(), 5, pieces, "cell")
-    many = prompts.make_texts(load(), 500, pieces, "cell")
+    few = prompts.make_texts(workload(), 5, pieces, "cell")
+    many = prompts.make_texts(workload(), 500, pieces, "cell")
     assert many[:5] == few and len(set(many)) == 500
-    assert not set(many) & set(prompts.make_texts(load(), 500, pieces, "other"))
-    same = prompts.make_texts(load(prompts="identical"), 3, pieces, "cell")
+    assert not set(many) & set(prompts.make_texts(workload(), 500, pieces, "other"))
+    same = prompts.make_texts(workload(prompts="identical"), 3, pieces, "cell")
     assert same == few[:1] * 3
     with pytest.raises(LoadError, match=r"input_len 1: there are not 6000 distinct prompts"):
-        prompts.make_texts(load(input_len=1), 6_000, pieces, "cell")
+        prompts.make_texts(workload(input_len=1), 6_000, pieces, "cell")
 
 
 def test_texts_are_running_text(tokenizer: Path) -> None:
-    (text,) = prompts.make_texts(load(input_len=200), 1, tokenizer, "cell")
+    (text,) = prompts.make_texts(workload(input_len=200), 1, tokenizer, "cell")
     _, begin, rest = text.partition(" ".join(text.split()[5:8]))
     assert begin + rest in prompts.corpus()
 
 
 def test_texts_cannot_be_counted_without_a_tokenizer() -> None:
     with pytest.raises(LoadError, match=r"Name the model's tokenizer\.json"):
-        prompts.make_texts(load(), 1, None, "cell")
+        prompts.make_texts(workload(), 1, None, "cell")

@@ -7,14 +7,14 @@ import pytest
 
 from servegrid.analysis.metrics import row_of
 from servegrid.records import columns, parquet
-from servegrid.study.grid import Deployment, Load, Trial
+from servegrid.study.grid import Deployment, Trial, Workload
 
 START = 2**53 + 1
 """Nanoseconds that a float cannot hold: subtraction in floats would show."""
 MS = 1_000_000
 
 
-def trial_of(**load: Any) -> Trial:
+def trial_of(**workload: Any) -> Trial:
     deployment = Deployment(
         name="d",
         model="m",
@@ -28,9 +28,9 @@ def trial_of(**load: Any) -> Trial:
         max_num_seqs=64,
     )
     defaults = {"protocol": "burst", "concurrency": 2, "input_len": 31, "output_len": 4}
-    if load.get("protocol") == "poisson":
-        load["concurrency"] = None
-    return Trial(deployment, Load(**{**defaults, "requests": 2, **load}), number=3)
+    if workload.get("protocol") == "poisson":
+        workload["concurrency"] = None
+    return Trial(deployment, Workload(**{**defaults, "requests": 2, **workload}), number=3)
 
 
 def request(
@@ -62,14 +62,14 @@ def cell(
     rows: list[dict[str, Any]],
     samples: list[Mapping[str, Any]] | None = None,
     verdict: str = "ok",
-    **load: Any,
+    **workload: Any,
 ) -> dict[str, Any]:
-    trial = trial_of(**load)
+    trial = trial_of(**workload)
     record = {
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": verdict,
-        "reason": None if verdict == "ok" else "the evidence",
+        "verdict_detail": None if verdict == "ok" else "the evidence",
         "engine": {"engine": "emulated", "version": "0.32.0"},
         "client": {"window_ns": [START, START + 1000 * MS], "token_chunks": 5, "processes": 1},
         "self_check": {
@@ -92,7 +92,13 @@ def cell(
 UNKNOWN = (
     *("gpu_utilization_mean", "gpu_temperature_c_max", "sm_clock_mhz_min", "sm_clock_mhz_max"),
     *("server_ttft_s_mean", "server_itl_s_mean", "server_queue_s_mean", "server_e2el_s_mean"),
-    *("ttft_beyond_server_s", "running_mean", "waiting_mean", "waiting_max", "kv_cache_use_max"),
+    *(
+        "ttft_client_overhead_s",
+        "running_mean",
+        "waiting_mean",
+        "waiting_max",
+        "kv_cache_usage_max",
+    ),
     *("preemptions", "prefix_hit_tokens"),
 )
 """What is null without a GPU's samples and a server's metrics."""
@@ -107,7 +113,7 @@ def latencies(name: str, mean: float, median: float) -> dict[str, Any]:
 def test_a_burst_of_two() -> None:
     row = cell(TWO)
     known = [column.name for column in columns.CELLS]
-    elsewhere = ("valid", "invalid_reason", "sentinel_drift")
+    elsewhere = ("valid", "invalid_rules", "invalid_evidence", "allocation_drift")
     assert list(row) == [name for name in known if name not in elsewhere]
     digest = row.pop("spec_digest")
     assert digest == trial_of().digest
@@ -124,15 +130,15 @@ def test_a_burst_of_two() -> None:
         "allocation": "d.1234 2026-11-23T01:02:03+00:00",
         "protocol": "burst",
         "concurrency": 2,
-        "rate_per_s": None,
+        "request_rate": None,
         "input_len": 31,
         "output_len": 4,
         "output_spread": 0.0,
         "prompts": "distinct",
-        "think_s": 0.0,
+        "think_time_s": 0.0,
         "trial": 3,
         "verdict": "ok",
-        "reason": None,
+        "verdict_detail": None,
         "requests": 2,
         "failed_requests": 0,
         "makespan_s": 1.0,
@@ -144,13 +150,13 @@ def test_a_burst_of_two() -> None:
         **latencies("tpot", 0.15, 0.15),
         **latencies("itl", 0.15, 0.2),  # 0.05 twice, 0.2; 0.2 three times
         **latencies("e2el", 0.6, 0.6),
-        "shared_read_share": 0.0,
+        "coalesced_chunk_fraction": 0.0,
         "output_tokens_per_s": 8.0,
         "output_tokens_per_s_per_user": 4.0,
         "memory_peak_bytes": None,
         "power_w_mean": None,
         "power_disagreement": None,
-        "power_doubtful": None,
+        "power_suspect": None,
         "energy_j_per_output_token": None,
         **dict.fromkeys(UNKNOWN),
         "client_arrival_error_s_p99": 1e-5,
@@ -227,7 +233,7 @@ def test_waves_are_timed_apart_and_the_pause_between_them_is_not() -> None:
     assert row["output_tokens_per_s"] == pytest.approx(12 / 1.5)
 
 
-def loop(count: int, **load: Any) -> dict[str, Any]:
+def loop(count: int, **workload: Any) -> dict[str, Any]:
     """`count` requests of one user, one after another: 0.1 s each, of 4 tokens, ttft 0.04 s."""
     requests = [
         request(
@@ -240,11 +246,11 @@ def loop(count: int, **load: Any) -> dict[str, Any]:
         )
         for n in range(count)
     ]
-    return cell(requests, concurrency=1, **load)
+    return cell(requests, concurrency=1, **workload)
 
 
 def test_a_steady_load_is_judged_by_its_stationary_part() -> None:
-    row = loop(30, protocol="steady")
+    row = loop(30, protocol="closed_loop")
     # From the end of the first to when the last was due, 5 ms before it was sent.
     assert row["window_s"] == pytest.approx(2.795)
     assert row["requests_in_window"] == 27  # of the 2nd to the 28th; the 29th ended 5 ms later
@@ -254,19 +260,19 @@ def test_a_steady_load_is_judged_by_its_stationary_part() -> None:
     assert row["ttft_s_mean"] == pytest.approx(0.04)
     assert row["itl_s_mean"] == pytest.approx(0.06 / 3)
     assert row["itl_s_p50"] == pytest.approx(0.02)
-    assert row["shared_read_share"] == pytest.approx(1 / 4)
+    assert row["coalesced_chunk_fraction"] == pytest.approx(1 / 4)
     assert row["seconds_per_100_tokens"] == pytest.approx(0.1 / 4 * 100)
 
 
 def test_the_latencies_of_an_open_loop_count_from_when_a_request_was_due() -> None:
-    row = loop(30, protocol="poisson", rate_per_s=10.0) | {"spec_digest": ""}
+    row = loop(30, protocol="poisson", request_rate=10.0) | {"spec_digest": ""}
     assert row["ttft_s_mean"] == pytest.approx(0.045)
     assert row["e2el_s_p50"] == pytest.approx(0.105)
-    assert row["rate_per_s"] == 10.0
+    assert row["request_rate"] == 10.0
 
 
 def test_without_a_steady_state_no_figure_is_given() -> None:
-    row = cell(TWO, protocol="steady")
+    row = cell(TWO, protocol="closed_loop")
     known = {name for name, value in row.items() if value is not None}
     latencies = ("ttft_s", "tpot_s", "itl_s", "e2el_s", "output_tokens")
     assert not [name for name in known if name.startswith(latencies)]
@@ -332,14 +338,14 @@ def test_what_gpus_and_server_did_outside_the_stationary_part_is_left_out() -> N
         gpu(1200, 100.0, 1100.0, 1410),
         gpu(2200, 100.0, 1200.0, 1400),
         gpu(2950, 900.0, 5000.0, 300),
-        sample(50, "engine", 1) | {"running": 0, "waiting": 8, "kv_cache_use": 0.9},
-        sample(1200, "engine", 1) | {"running": 1, "waiting": 0, "kv_cache_use": 0.1},
+        sample(50, "engine", 1) | {"running": 0, "waiting": 8, "kv_cache_usage": 0.9},
+        sample(1200, "engine", 1) | {"running": 1, "waiting": 0, "kv_cache_usage": 0.1},
     ]
-    row = loop(30, protocol="steady", samples=samples)  # from 100 ms to 2895 ms
+    row = loop(30, protocol="closed_loop", samples=samples)  # from 100 ms to 2895 ms
     assert (row["power_w_mean"], row["power_disagreement"]) == (100.0, 0.0)
-    assert row["power_doubtful"] is False
+    assert row["power_suspect"] is False
     assert (row["sm_clock_mhz_min"], row["sm_clock_mhz_max"]) == (1400, 1410)
-    assert (row["running_mean"], row["waiting_max"], row["kv_cache_use_max"]) == (1.0, 0, 0.1)
+    assert (row["running_mean"], row["waiting_max"], row["kv_cache_usage_max"]) == (1.0, 0, 0.1)
 
 
 def test_a_device_counts_with_its_first_sample_before_it() -> None:

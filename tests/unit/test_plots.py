@@ -30,7 +30,7 @@ def row(
         "engine_version": "0.32.0",
         "protocol": "burst",
         "concurrency": concurrency,
-        "rate_per_s": None,
+        "request_rate": None,
         "input_len": input_len,
         "output_len": 100,
         "trial": 1,
@@ -43,7 +43,7 @@ def row(
 
 
 def cells(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    numbers = ("rate_per_s", "output_tokens_per_s", "output_tokens_per_s_per_user")
+    numbers = ("request_rate", "output_tokens_per_s", "output_tokens_per_s_per_user")
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, "float64"))
 
 
@@ -166,13 +166,13 @@ def test_what_may_not_be_believed_is_hollow_and_the_legend_says_so(tmp_path: Pat
 
 
 def test_each_protocol_and_output_length_has_its_own_panel(tmp_path: Path) -> None:
-    steady = [row(1, 31, 10.0, protocol="steady"), row(2, 31, 15.0, protocol="steady")]
+    steady = [row(1, 31, 10.0, protocol="closed_loop"), row(2, 31, 15.0, protocol="closed_loop")]
     figure = deployment_figure(cells([*PLAIN, *steady]), "d", (TOTAL,))
     assert drawn(panel(figure, 0))[0] == [(1, 30), (2, 50), (4, 80)]
     assert drawn(panel(figure, 1))[0] == [(1, 10), (2, 15)]
     texts = svg_texts(figure, tmp_path)
     assert "Burst, 100 output tokens per request" in texts
-    assert "Steady, 100 output tokens per request" in texts
+    assert "Closed loop, 100 output tokens per request" in texts
 
 
 def test_emulated_numbers_carry_a_mark(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_png_has_150_dots_per_inch(tmp_path: Path) -> None:
     figure = deployment_figure(cells(PLAIN), "d", (TOTAL,))
     save(figure, tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
-        picture.load()
+        picture.workload()
         assert picture.format == "PNG"
         assert picture.width == 720  # 4.8 inches
         assert len(picture.convert("RGB").getcolors(maxcolors=1_000_000)) > 10
@@ -296,7 +296,7 @@ def test_the_same_text_in_another_tokenizer_is_the_same_column_and_another_text_
 
 
 def test_the_overview_shows_the_load_with_the_most_cells(tmp_path: Path) -> None:
-    steady = [row(1, 31, 99.0, protocol="steady")]
+    steady = [row(1, 31, 99.0, protocol="closed_loop")]
     figure = overview_figure(cells([*steady, *PLAIN]))
     assert drawn(panel(figure, 2))[0] == [(1, 30), (2, 50), (4, 80)]
     assert "Burst, 100 output tokens per request. 1 trial." in svg_texts(figure, tmp_path)
@@ -331,8 +331,8 @@ def test_latencies_have_a_panel_each_and_a_dotted_line_beyond(tmp_path: Path) ->
 
 
 def test_an_open_loop_is_drawn_over_its_rate() -> None:
-    load = {"protocol": "poisson", "concurrency": None, "output_tokens_per_s_per_user": None}
-    rows = [row(1, 31, 30.0 * rate) | load | {"rate_per_s": rate} for rate in (0.5, 2.0)]
+    workload = {"protocol": "poisson", "concurrency": None, "output_tokens_per_s_per_user": None}
+    rows = [row(1, 31, 30.0 * rate) | workload | {"request_rate": rate} for rate in (0.5, 2.0)]
     axes = panel(deployment_figure(cells(rows), "d", (TOTAL,)))
     assert drawn(axes) == [[(0.5, 15), (2, 60)]]
     assert axes.get_xlabel() == "requests per second"
@@ -374,7 +374,7 @@ def test_a_bar_of_many_times_the_points_leaves_them_their_height() -> None:
 
 
 def test_users_figures_are_of_the_loads_that_have_users() -> None:
-    rate = {"protocol": "poisson", "concurrency": None, "rate_per_s": 2.0}
+    rate = {"protocol": "poisson", "concurrency": None, "request_rate": 2.0}
     rows = [*PLAIN, row(1, 31, 30.0) | rate | {"output_tokens_per_s_per_user": None}]
     assert len(deployment_figure(cells(rows), "d", (TOTAL,)).axes) == 2
     (axes,) = deployment_figure(cells(rows), "d", (PER_USER,)).axes
@@ -384,7 +384,7 @@ def test_users_figures_are_of_the_loads_that_have_users() -> None:
 
 
 def test_a_load_that_was_not_served_at_all_keeps_its_panel() -> None:
-    steady = [row(n, 31, None, protocol="steady") for n in (1, 2)]
+    steady = [row(n, 31, None, protocol="closed_loop") for n in (1, 2)]
     figure = deployment_figure(cells([*PLAIN, *steady]), "d", (TOTAL,))
     assert crosses(panel(figure, 1)) == [1, 2]
 

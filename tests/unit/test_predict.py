@@ -42,7 +42,7 @@ def test_a_long_context_is_bound_by_reading_the_kv_cache() -> None:
     ("tokens", "gigabytes"),
     [
         (1, 2 + 2),  # the shared part and two experts
-        (2, 2 + 8 * (1 - 0.75**2)),  # each expert is missed by both with probability 0.75²
+        (2, 2 + 8 * (1 - 0.75**2)),  # each expert is missed by both with slo_attainment 0.75²
         (1000, 10),
     ],
 )

@@ -48,7 +48,7 @@ def test_an_interval_widens_the_range() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"trials_valid": 0}, {"gpu": "h100"}, {"input_len": 30}, {"protocol": "steady"}],
+    [{"trials_valid": 0}, {"gpu": "h100"}, {"input_len": 30}, {"protocol": "closed_loop"}],
 )
 def test_only_what_is_alike_and_may_be_believed_is_compared(other: dict[str, Any]) -> None:
     assert beside(measured(**other), PUBLISHED).empty

@@ -10,8 +10,8 @@ from servegrid.analysis.queueing import (
     Curve,
     chance,
     in_flight,
+    max_in_flight,
     mean_in_flight,
-    most_in_flight,
     requests_per_s,
     rising,
     users_carried,
@@ -39,9 +39,9 @@ def test_what_falls_is_pooled_with_what_it_falls_below() -> None:
 
 def test_the_most_in_flight_within_a_limit() -> None:
     # 100 tokens at 5 per second may take 20 s: 64 + 64 (20 - 11.6) / 9.9 = 118.3.
-    assert most_in_flight(MIXTRAL.each(), 20.0) == 118
-    assert most_in_flight(MIXTRAL.each(), 30.0) == 128
-    assert most_in_flight(MIXTRAL.each(), 1.0) == 0
+    assert max_in_flight(MIXTRAL.each(), 20.0) == 118
+    assert max_in_flight(MIXTRAL.each(), 30.0) == 128
+    assert max_in_flight(MIXTRAL.each(), 1.0) == 0
 
 
 def test_one_request_at_a_time_is_the_model_of_the_textbooks() -> None:
@@ -88,13 +88,13 @@ def test_few_users_are_carried_whatever_they_do() -> None:
 
 
 def test_a_simulation_agrees() -> None:
-    seconds, users, think_s = MIXTRAL.each(), 437, 60.0
-    share = simulated(seconds, users, think_s, allowed=118, requests=1_000_000, seed=0)
-    assert share == pytest.approx(chance(seconds, [(118, 1.0)], users, think_s), abs=0.01)
+    seconds, users, think_time_s = MIXTRAL.each(), 437, 60.0
+    share = simulated(seconds, users, think_time_s, allowed=118, requests=1_000_000, seed=0)
+    assert share == pytest.approx(chance(seconds, [(118, 1.0)], users, think_time_s), abs=0.01)
 
 
 def simulated(
-    seconds: list[float], users: int, think_s: float, allowed: int, requests: int, seed: int
+    seconds: list[float], users: int, think_time_s: float, allowed: int, requests: int, seed: int
 ) -> float:
     """The share of requests that come when fewer than `allowed` are in flight.
 
@@ -102,7 +102,7 @@ def simulated(
     get work at equal speed.
     """
     chances = random.Random(seed)
-    thinking = [chances.expovariate(1 / think_s) for _ in range(users)]
+    thinking = [chances.expovariate(1 / think_time_s) for _ in range(users)]
     heapq.heapify(thinking)
     done: list[float] = []  # how much work each in flight has been promised to have had at its end
     now, work, came, kept = 0.0, 0.0, 0, 0
@@ -113,7 +113,7 @@ def simulated(
         ends = now + (done[0] - work) / speed if done else math.inf
         if ends <= thinking[0]:
             now, work = ends, heapq.heappop(done)
-            heapq.heappush(thinking, now + chances.expovariate(1 / think_s))
+            heapq.heappush(thinking, now + chances.expovariate(1 / think_time_s))
             continue
         came_at = heapq.heappop(thinking)
         work += (came_at - now) * speed

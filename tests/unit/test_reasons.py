@@ -9,13 +9,18 @@ from servegrid.report.failure_notes import Reason, doubts, failures, listed
 
 
 def trials(*rows: dict[str, Any]) -> pd.DataFrame:
-    served = {"verdict": "ok", "reason": None, "invalid_reason": None}
+    served = {
+        "verdict": "ok",
+        "verdict_detail": None,
+        "invalid_rules": None,
+        "invalid_evidence": None,
+    }
     return pd.DataFrame([served | row for row in rows], dtype=object)
 
 
 def test_failures_are_told_by_verdict_with_each_evidence_once() -> None:
-    timeout = {"verdict": "timeout", "reason": "stalled: 120 s"}
-    died = {"verdict": "server_died", "reason": None}
+    timeout = {"verdict": "timeout", "verdict_detail": "stalled: 120 s"}
+    died = {"verdict": "server_died", "verdict_detail": None}
     assert failures(trials(timeout, {}, died, timeout)) == [
         Reason("timeout", ("stalled: 120 s",), "2 of 4 trials"),
         Reason("server_died", (), "1 of 4 trials"),
@@ -25,9 +30,14 @@ def test_failures_are_told_by_verdict_with_each_evidence_once() -> None:
 
 def test_doubts_are_told_by_rule_and_only_a_rule_begins_one() -> None:
     broken = "preempted: 2 times; distorted: not known: refused; tried: 3 times"
-    assert doubts(trials({"invalid_reason": broken}, {"invalid_reason": "preempted: 5 times"})) == [
+    assert doubts(
+        trials(
+            {"invalid_reason": broken},
+            {"invalid_rules": ["preempted"], "invalid_evidence": ["5 times"]},
+        )
+    ) == [
         Reason("preempted", ("2 times", "5 times"), ""),
-        Reason("distorted", ("not known: refused; tried: 3 times",), "1 of 2 trials"),
+        Reason("client_timing_error", ("not known: refused; tried: 3 times",), "1 of 2 trials"),
     ]
 
 
@@ -52,34 +62,41 @@ def lines(reasons: dict[tuple[float, int], list[Reason]]) -> list[str]:
 def test_cells_are_named_by_the_rows_and_columns_that_they_fill(
     cells: list[tuple[float, int]], told: str
 ) -> None:
-    assert lines({cell: [Reason("queued", ("full",), "")] for cell in cells}) == [
-        f"- {told}: `queued`, `full`"
+    assert lines({cell: [Reason("server_queueing", ("full",), "")] for cell in cells}) == [
+        f"- {told}: `server_queueing`, `full`"
     ]
 
 
 def test_a_table_of_one_cell_names_it() -> None:
-    assert listed({(0.5, 31): [Reason("queued", (), "")]}) == ["- 0.5 × 31: `queued`"]
+    assert listed({(0.5, 31): [Reason("server_queueing", (), "")]}) == [
+        "- 0.5 × 31: `server_queueing`"
+    ]
 
 
 def test_each_evidence_has_its_line_while_these_are_few() -> None:
     assert lines(
         {
-            (1, 31): [Reason("queued", ("by 1",), ""), Reason("slowed", (), "1 of 2 trials")],
-            (2, 31): [Reason("queued", ("by 2",), "")],
-            (4, 63): [Reason("queued", ("by 1",), "")],
+            (1, 31): [
+                Reason("server_queueing", ("by 1",), ""),
+                Reason("gpu_throttled", (), "1 of 2 trials"),
+            ],
+            (2, 31): [Reason("server_queueing", ("by 2",), "")],
+            (4, 63): [Reason("server_queueing", ("by 1",), "")],
         }
     ) == [
-        "- 1 × 31, 4 × 63: `queued`, `by 1`",
-        "- 2 × 31: `queued`, `by 2`",
-        "- 1 × 31: 1 of 2 trials, `slowed`",
+        "- 1 × 31, 4 × 63: `server_queueing`, `by 1`",
+        "- 2 × 31: `server_queueing`, `by 2`",
+        "- 1 × 31: 1 of 2 trials, `gpu_throttled`",
     ]
 
 
 def test_many_of_one_rule_share_a_line_that_says_how_many_more_there_are() -> None:
-    reasons = {cell: [Reason("queued", (f"by {k}",), "")] for k, cell in enumerate(GRID)}
-    assert lines(reasons) == ["- all: `queued`, `by 0`; `by 1`; `by 2` and 3 more"]
-    reasons[GRID[0]] = [Reason("queued", ("by 0",), "1 of 2 trials")]
-    assert lines(reasons) == ["- all: some trials, `queued`, `by 0`; `by 1`; `by 2` and 3 more"]
+    reasons = {cell: [Reason("server_queueing", (f"by {k}",), "")] for k, cell in enumerate(GRID)}
+    assert lines(reasons) == ["- all: `server_queueing`, `by 0`; `by 1`; `by 2` and 3 more"]
+    reasons[GRID[0]] = [Reason("server_queueing", ("by 0",), "1 of 2 trials")]
+    assert lines(reasons) == [
+        "- all: some trials, `server_queueing`, `by 0`; `by 1`; `by 2` and 3 more"
+    ]
 
 
 def test_text_of_a_server_stays_text() -> None:

@@ -16,7 +16,12 @@ import pytest
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 
-RECORD = {"spec": {"load": {"concurrency": 4}}, "reason": None, "words": "é × ☃", "list": [1, 2.5]}
+RECORD = {
+    "spec": {"workload": {"concurrency": 4}},
+    "verdict_detail": None,
+    "words": "é × ☃",
+    "list": [1, 2.5],
+}
 
 
 def table(rows: int) -> pa.Table:

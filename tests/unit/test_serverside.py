@@ -41,9 +41,9 @@ REQUESTS = [
 ]
 """Of 0.15 and 0.19 s until the first token: 0.02 s more than the server's mean."""
 SAMPLES = [
-    {"running": 2, "waiting": 1, "kv_cache_use": 0.25, "preemptions": 1},
+    {"running": 2, "waiting": 1, "kv_cache_usage": 0.25, "preemptions": 1},
     {"running": None},
-    {"running": 1, "waiting": 0, "kv_cache_use": 0.5, "preemptions": 2},
+    {"running": 1, "waiting": 0, "kv_cache_usage": 0.5, "preemptions": 2},
 ]
 
 
@@ -66,11 +66,11 @@ def test_histograms_and_counters_are_of_the_load_alone() -> None:
         "server_itl_s_mean": pytest.approx(0.02),
         "server_queue_s_mean": pytest.approx(0.005),
         "server_e2el_s_mean": pytest.approx(0.25),
-        "ttft_beyond_server_s": pytest.approx(0.02),
+        "ttft_client_overhead_s": pytest.approx(0.02),
         "running_mean": 1.5,
         "waiting_mean": 0.5,
         "waiting_max": 1,
-        "kv_cache_use_max": 0.5,
+        "kv_cache_usage_max": 0.5,
         "preemptions": 3,
         "prefix_hit_tokens": 0,
     }
@@ -94,7 +94,7 @@ def test_what_the_server_does_not_tell_is_null(
 
 def test_a_mean_over_nothing_is_null() -> None:
     row = columns_with(AFTER, AFTER)
-    assert (row["server_ttft_s_mean"], row["ttft_beyond_server_s"]) == (None, None)
+    assert (row["server_ttft_s_mean"], row["ttft_client_overhead_s"]) == (None, None)
     assert row["preemptions"] == 0
 
 
@@ -108,7 +108,7 @@ def test_a_mean_over_nothing_is_null() -> None:
 )
 def test_views_of_different_requests_are_not_compared(requests: list[dict[str, Any]]) -> None:
     row = columns_with(requests=requests)
-    assert row["ttft_beyond_server_s"] is None
+    assert row["ttft_client_overhead_s"] is None
     assert row["server_ttft_s_mean"] == pytest.approx(0.15)
 
 
@@ -116,4 +116,4 @@ def test_requests_that_never_had_a_token_are_left_out_of_the_comparison() -> Non
     failed = {"sent_ns": 100 * MS, "first_token_ns": None}
     unsent = {"sent_ns": None, "first_token_ns": None}
     row = columns_with(requests=[*REQUESTS, failed, unsent])
-    assert row["ttft_beyond_server_s"] == pytest.approx(0.02)
+    assert row["ttft_client_overhead_s"] == pytest.approx(0.02)

@@ -7,11 +7,11 @@ import pytest
 
 from servegrid.analysis.stationarity import Window, window_of
 from servegrid.records import columns, parquet
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 MS = 1_000_000
-STEADY = Load("steady", 2, 31, 4, 80)
-POISSON = Load("poisson", None, 31, 4, 60, rate_per_s=10.0)
+STEADY = Workload("closed_loop", 2, 31, 4, 80)
+POISSON = Workload("poisson", None, 31, 4, 60, request_rate=10.0)
 
 Latency = Callable[[int], float]
 """Of a user's request with that number, in ms."""

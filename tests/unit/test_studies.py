@@ -19,23 +19,25 @@ def test_the_articles_study_has_exactly_the_published_cells() -> None:
     keys = ["model", "quantization", "gpu", "gpu_count", "concurrency", "input_len", "output_len"]
     published = set(data.published("inria-2024")[keys].itertuples(index=False, name=None))
     asked = {
-        tuple({**vars(trial.deployment), **vars(trial.load)}[key] for key in keys)
+        tuple({**vars(trial.deployment), **vars(trial.workload)}[key] for key in keys)
         for trial in ARTICLE.trials
     }
     assert len(ARTICLE.trials) == len(published) == 392
     assert asked == published
-    assert {trial.load.protocol for trial in ARTICLE.trials} == {"burst"}
+    assert {trial.workload.protocol for trial in ARTICLE.trials} == {"burst"}
 
 
 def science(deployment: Deployment) -> Deployment:
-    return replace(deployment, name="", engine="", arguments={})
+    return replace(deployment, name="", engine="", engine_args={})
 
 
 def test_the_rehearsal_is_the_articles_study_on_another_engine() -> None:
     assert [science(each) for each in REHEARSAL.deployments] == [
         science(each) for each in ARTICLE.deployments
     ]
-    assert [trial.load for trial in REHEARSAL.trials] == [trial.load for trial in ARTICLE.trials]
+    assert [trial.workload for trial in REHEARSAL.trials] == [
+        trial.workload for trial in ARTICLE.trials
+    ]
     assert {each.engine for each in REHEARSAL.deployments} == {"emulated"}
 
 
@@ -46,11 +48,11 @@ def test_emulated_and_real_deployments_share_a_study_only_if_told_so() -> None:
 
     config = {
         "study": "mixed",
-        "load": {"concurrency": 1, "input_len": 10},
+        "workload": {"concurrency": 1, "input_len": 10},
         "deployments": [entry("a", "vllm"), entry("b", "emulated")],
     }
     with pytest.raises(
         ConfigError, match="`b_fp16_emulated_cpu` is emulated and `a_fp16_vllm_cpu`"
     ):
         study_of(config)
-    assert len(study_of(config | {"mix_emulated": True}).trials) == 2
+    assert len(study_of(config | {"allow_emulated_mix": True}).trials) == 2

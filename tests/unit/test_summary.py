@@ -19,7 +19,7 @@ KEYS = {
     "gpu": "cpu",
     "gpu_count": 0,
     "engine": "vllm",
-    "protocol": "steady",
+    "protocol": "closed_loop",
     "concurrency": 8,
     "input_len": 31,
     "output_len": 100,
@@ -65,13 +65,13 @@ def test_a_row_per_cell_in_study_order_also_at_a_rate() -> None:
         cells(
             {"concurrency": 8},
             {"concurrency": 2},
-            {"concurrency": None, "rate_per_s": 1.5, "protocol": "poisson"},
+            {"concurrency": None, "request_rate": 1.5, "protocol": "poisson"},
             {"concurrency": 8},
         )
     )
     assert table["concurrency"].tolist()[:2] == [8, 2]
     assert pd.isna(table["concurrency"][2])
-    assert table["rate_per_s"][2] == 1.5
+    assert table["request_rate"][2] == 1.5
     assert table["trials"].tolist() == [2, 1, 1]
 
 

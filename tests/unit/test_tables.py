@@ -19,7 +19,7 @@ from servegrid.study.config import study_of
 from servegrid.study.grid import Trial
 
 
-def trials_of(concurrency: int = 2, **load: Any) -> tuple[Trial, ...]:
+def trials_of(concurrency: int = 2, **workload: Any) -> tuple[Trial, ...]:
     """Two deployments, `b` before `a`, with concurrency 1 to `concurrency`."""
     deployment = {
         "model": "m",
@@ -29,9 +29,9 @@ def trials_of(concurrency: int = 2, **load: Any) -> tuple[Trial, ...]:
         "gpu": "cpu",
         "max_model_len": 512,
     }
-    loads = {"concurrency": [*range(1, concurrency + 1)], "input_len": 31, "output_len": 10}
+    workloads = {"concurrency": [*range(1, concurrency + 1)], "input_len": 31, "output_len": 10}
     deployments = [{"name": name} | deployment for name in ("b", "a")]
-    study = {"study": "s", "load": loads | load, "deployments": deployments}
+    study = {"study": "s", "workload": workloads | workload, "deployments": deployments}
     return study_of(study).trials
 
 
@@ -41,7 +41,7 @@ def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": "ok",
-        "reason": None,
+        "verdict_detail": None,
         "engine": {"engine": "vllm", "version": "0.32.0"},
         "client": {"window_ns": [0, 10**9], "cpu_s_busiest": 0.1, "token_chunks": 2},
         "environment": {"allocation": f"{trial.deployment.name}.1", "started": "now"},
@@ -53,7 +53,7 @@ def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
 
 def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
     """Every request takes 1 s per concurrent one, for 10 tokens."""
-    n = trial.load.concurrency
+    n = trial.workload.concurrency
     assert n is not None
     request = {
         "wave": 0,
@@ -122,21 +122,21 @@ def test_several_processes_read_the_same(
 def test_where_sentinels_differ_all_of_their_allocation_is_marked(study: Study) -> None:
     trials, folder = study
     # The sentinels of a: 1, 1.2 and 1 tokens/s, those of b: one alone, which tells nothing.
-    sentinels = pd.DataFrame(
+    drift_checks = pd.DataFrame(
         {
             "allocation": ["a.1 now", "a.1 now", "a.1 now", "b.1 now", "b.1 now"],
             "output_tokens_per_s": [1.0, 1.2, 1.0, 9.0, None],
         }
     )
-    drifts = drift_by_allocation(sentinels)
+    drifts = drift_by_allocation(drift_checks)
     assert drifts == {"a.1 now": pytest.approx(0.2)}
     cells = gather(trials, folder, drifts).set_index("deployment")
-    assert cells.loc["b", "sentinel_drift"].isna().all()
+    assert cells.loc["b", "allocation_drift"].isna().all()
     assert cells.loc["b", "valid"].all()
     assert not cells.loc["a", "valid"].any()
-    assert set(cells.loc["a", "invalid_reason"]) == {
-        "drifted: the sentinels of its allocation differed by 20%"
-    }
+    for rules, evidence in cells.loc["a", ["invalid_rules", "invalid_evidence"]].to_numpy():
+        assert list(rules) == ["drifted"]
+        assert list(evidence) == ["the sentinels of its allocation differed by 20%"]
 
 
 def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) -> None:
@@ -170,10 +170,10 @@ def test_the_csv_has_the_same_numbers(study: Study) -> None:
     assert reader.fieldnames == [column.name for column in columns.CELLS]
     # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, as Python writes these floats in full
     for row, told in (
-        (first, {"verdict": "ok", "reason": "", "valid": "True", "tpot_s_mean": "0.1"}),
-        (second, {"verdict": "timeout", "reason": "1, 2", "valid": ""}),
+        (first, {"verdict": "ok", "verdict_detail": "", "valid": "True", "tpot_s_mean": "0.1"}),
+        (second, {"verdict": "timeout", "verdict_detail": "1, 2", "valid": ""}),
         (second, {"tpot_s_mean": "0.2111111111111111", "seconds_per_100_tokens": ""}),
-        (first, {"concurrency": "1", "rate_per_s": "", "memory_peak_bytes": str(2**60 + 1)}),
+        (first, {"concurrency": "1", "request_rate": "", "memory_peak_bytes": str(2**60 + 1)}),
     ):
         assert row | told == row
 
@@ -186,7 +186,7 @@ def test_stale_cells_are_refused_and_what_has_changed_is_named(study: Study) -> 
     assert f"{folder}: 3 of 4 trials" in told
     assert (
         f"  {changed[0].id}: measured with another specification: "
-        'load.prompts is "identical" and was "distinct"\n'
+        'workload.prompts is "identical" and was "distinct"\n'
     ) in told
     assert changed[2].id + ":" not in told
 
@@ -200,7 +200,7 @@ def test_a_digest_that_alone_is_different_is_refused_as_well(study: Study) -> No
 def test_records_of_another_format_are_refused(study: Study) -> None:
     trials, folder = study
     write_trial(folder, trials[0], record_of(trials[0], format=1))
-    assert "its record has the format 1, this version of servegrid reads 2" in refusal(*study)
+    assert "its record has the format 2, this version of servegrid reads 3" in refusal(*study)
 
 
 def test_the_remedy_removes_what_is_stale_and_nothing_else(study: Study) -> None:

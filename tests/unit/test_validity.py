@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from servegrid.analysis.validity import RULES, Evidence, certificate
+from servegrid.analysis.validity import RULES, Evidence, Validity, check_validity
 from servegrid.records import columns, parquet
 from servegrid.study.config import study_of
 
 TRIAL = study_of(
     {
         "study": "s",
-        "load": {"concurrency": 2, "input_len": 7, "output_len": 3},
+        "workload": {"concurrency": 2, "input_len": 7, "output_len": 3},
         "deployments": [
             {
                 "model": "m",
@@ -92,7 +92,7 @@ def telemetry(samples: list[dict[str, Any]]) -> pa.Table:
 
 @pytest.mark.parametrize("make", [evidence, lambda: steady(), lambda: steady(waiting=(0, 0))])
 def test_a_cell_in_which_nothing_is_broken_is_valid(make: Callable[[], Evidence]) -> None:
-    assert certificate(make()) == (True, None)
+    assert check_validity(make()) == Validity(True, [], [])
 
 
 def steady(
@@ -102,7 +102,7 @@ def steady(
 
     From 2.5 s on, the server tells every 100 ms how many are `waiting`.
     """
-    load = replace(TRIAL.load, protocol="steady", requests=2 * count)
+    workload = replace(TRIAL.workload, protocol="closed_loop", requests=2 * count)
     rows = [
         ROW
         | {
@@ -115,7 +115,7 @@ def steady(
         for user in (0, 1)
         for number in range(count)
     ]
-    given = evidence(spec=replace(TRIAL, load=load).spec)
+    given = evidence(spec=replace(TRIAL, workload=workload).spec)
     told = [
         {"time_ns": (2500 + 100 * number) * MS, "waiting": each}
         for number, each in enumerate(waiting)
@@ -179,11 +179,11 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "fewer seats than requests": (
         lambda: evidence(engine={"max_num_seqs": 1}),
-        "queued: max_num_seqs 1 is less than concurrency 2",
+        "server_queueing: max_num_seqs 1 is less than concurrency 2",
     ),
     "requests that wait in the server": (
         lambda: steady(waiting=(0, 1, 0, 0, 0, 0)),
-        "queued: 0.2 of 2 requests waited in the server on average",
+        "server_queueing: 0.2 of 2 requests waited in the server on average",
     ),
     "a late request": (
         lambda: evidence(row={"sent_ns": 11 * MS, "first_token_ns": 111 * MS}),
@@ -199,27 +199,27 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "stamps that are wrong": (
         lambda: evidence(check={"arrival_error_s_p99": 0.0101}),
-        "distorted: 1% of arrivals were wrong by 10.1 ms and more in the self-check",
+        "client_timing_error: 1% of arrivals were wrong by 10.1 ms and more in the self-check",
     ),
     "times between tokens that are wrong": (  # of 100 ms each: 5% are 5 ms
         lambda: evidence(check={"itl_error_s_p99": 0.0051}),
-        "distorted: 1% of times between tokens were wrong by 5.1 ms and more in the self-check",
+        "client_timing_error: 1% of times between tokens were wrong by 5.1 ms and more in the self-check",
     ),
     "a client at its limit": (
         lambda: evidence(client={"token_chunks": 101}),
-        "distorted: the client can take in only 2.0 times the chunks of this cell",
+        "client_timing_error: the client can take in only 2.0 times the chunks of this cell",
     ),
     "a client that loses answers": (
         lambda: evidence(check={"lost": 1}),
-        "distorted: 1 of 2 requests were lost in the self-check",
+        "client_timing_error: 1 of 2 requests were lost in the self-check",
     ),
     "a self-check that failed": (
         lambda: evidence(check={"error": "no connection"}),
-        "distorted: what the client distorts is not known: no connection",
+        "client_timing_error: what the client distorts is not known: no connection",
     ),
     "a clock that was set": (
         lambda: evidence(client={"clock_offset_after_ns": -2 * MS}),
-        "clock: the system's clock moved by 2.0 ms",
+        "clock_step: the system's clock moved by 2.0 ms",
     ),
     "another node than before": (
         lambda: replace(evidence(), drift=0.101),
@@ -227,7 +227,7 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "a hot GPU": (
         lambda: evidence(reasons=[0, 0x20, 0x40 | 0x04]),
-        "slowed: in 2 samples of its GPUs",
+        "gpu_throttled: in 2 samples of its GPUs",
     ),
 }
 
@@ -235,7 +235,8 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_broken_is_named(what: str) -> None:
     make, reason = BROKEN[what]
-    assert certificate(make()) == (False, reason)
+    rule, _, detail = reason.partition(": ")
+    assert check_validity(make()) == Validity(False, [rule], [detail])
 
 
 def test_every_rule_is_broken_above() -> None:
@@ -243,17 +244,15 @@ def test_every_rule_is_broken_above() -> None:
 
 
 def test_all_that_is_broken_is_named() -> None:
-    valid, reason = certificate(evidence(client={"cpu_s_busiest": 1.0}, engine={"max_num_seqs": 1}))
-    assert not valid
-    assert reason is not None
-    assert reason.split("; ")[0].startswith("queued: ")
-    assert reason.split("; ")[1].startswith("client_busy: ")
+    found = check_validity(evidence(client={"cpu_s_busiest": 1.0}, engine={"max_num_seqs": 1}))
+    assert found.valid is False
+    assert found.invalid_rules == ["server_queueing", "client_busy"]
 
 
 def test_what_is_just_within_its_limit_is_valid() -> None:
     late = {"sent_ns": 10 * MS, "first_token_ns": 110 * MS}
     within = replace(evidence(row=late, client={"cpu_s_busiest": 0.7}), drift=0.10)
-    assert certificate(within) == (True, None)
+    assert check_validity(within) == Validity(True, [], [])
 
 
 def test_a_long_first_token_allows_more_lag() -> None:
@@ -261,25 +260,27 @@ def test_a_long_first_token_allows_more_lag() -> None:
     first = {"first_token_ns": 601 * MS}  # the median of 600 and 1000 ms: 5% are 40 ms
     both = evidence(row=late)
     rows = pa.Table.from_pylist([ROW | first, ROW | late])
-    assert certificate(replace(both, requests=rows)) == (True, None)
+    assert check_validity(replace(both, requests=rows)) == Validity(True, [], [])
 
 
 def test_a_cache_that_the_study_asks_for_is_no_fault() -> None:
     cached = evidence(engine={"prefix_caching": True}, after={"vllm:prefix_cache_hits_total": 9.0})
-    assert certificate(cached) == (True, None)
+    assert check_validity(cached) == Validity(True, [], [])
 
 
 def test_what_a_template_adds_to_every_prompt_is_no_fault_and_may_be_kept() -> None:
-    assert certificate(as_text((37, 37), 30, cached=60.0)) == (True, None)
+    assert check_validity(as_text((37, 37), 30, cached=60.0)) == Validity(True, [], [])
 
 
 def test_without_a_real_engine_there_is_no_self_check() -> None:
-    assert certificate(evidence(self_check=None)) == (True, None)
+    assert check_validity(evidence(self_check=None)) == Validity(True, [], [])
 
 
 def test_a_server_without_counters_is_not_accused() -> None:
-    assert certificate(evidence(metrics_before=None, metrics_after=None)) == (True, None)
+    assert check_validity(evidence(metrics_before=None, metrics_after=None)) == Validity(
+        True, [], []
+    )
 
 
 def test_a_cell_that_was_not_served_has_a_verdict_instead() -> None:
-    assert certificate(evidence(verdict="timeout")) == (None, None)
+    assert check_validity(evidence(verdict="timeout")) == Validity(None, None, None)

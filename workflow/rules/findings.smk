@@ -31,6 +31,6 @@ rule findings:
     conda:
         "../envs/analysis.yaml"
     params:
-        limits=[config.get("limits"), config.get("mix_emulated")],
+        limits=[config.get("slo"), config.get("allow_emulated_mix")],
     script:
         "../scripts/findings.py"

@@ -19,7 +19,7 @@ rule gather:
             category="Tables",
             labels={"table": "all cells", "format": "CSV"},
         ),
-        sentinels="results/tables/sentinels.csv",
+        drift_checks="results/tables/drift_checks.csv",
     log:
         "results/logs/gather.log",
     conda:

@@ -14,8 +14,8 @@ rule measure:
         kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
         gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
         environment=lambda wildcards: trial_of(wildcards).deployment.environment,
-        turn=lambda wildcards: study.position(trial_of(wildcards)),
-        streams=lambda wildcards: study.streams(trial_of(wildcards).deployment),
+        order=lambda wildcards: study.position(trial_of(wildcards)),
+        max_concurrency=lambda wildcards: study.max_concurrency(trial_of(wildcards).deployment),
         attempt=lambda wildcards, attempt: attempt,
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,

@@ -22,6 +22,6 @@ rule render:
     conda:
         "../envs/analysis.yaml"
     params:
-        demand=[config.get("limits"), config.get("capacity")],
+        demand=[config.get("slo"), config.get("capacity")],
     script:
         "../scripts/render.py"

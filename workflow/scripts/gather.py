@@ -6,7 +6,7 @@ from servegrid.study.config import study_of
 
 with logged(snakemake.log[0]):
     study, folder = study_of(snakemake.config), Path("results/cells")
-    sentinels = gather(study.sentinels, folder)
-    cells = gather(study.trials, folder, drift_by_allocation(sentinels))
+    drift_checks = gather(study.drift_checks, folder)
+    cells = gather(study.trials, folder, drift_by_allocation(drift_checks))
     write_cells(cells, Path(snakemake.output.parquet), Path(snakemake.output.csv))
-    write_csv(sentinels, Path(snakemake.output.sentinels))
+    write_csv(drift_checks, Path(snakemake.output.drift_checks))

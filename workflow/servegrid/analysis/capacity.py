@@ -16,8 +16,8 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.queueing import (
     Curve,
+    max_in_flight,
     mean_in_flight,
-    most_in_flight,
     requests_per_s,
     rising,
     users_carried,
@@ -31,7 +31,7 @@ RULES = config.SCHEMA.with_name("hardware.yaml")
 SHARE_USED = 0.9
 """Of the users that a replica carries it is given as many. Near the limit the chance to keep it
 falls from 0.99 to under a half within some 15% more users."""
-CLOSED = ("burst", "steady")
+CLOSED = ("burst", "closed_loop")
 """Protocols whose cells have a number of requests in flight."""
 Times = Sequence[Sequence[float]]
 HOUR_S, YEAR_H, KWH_J = 3600.0, 8766.0, 3.6e6
@@ -40,23 +40,23 @@ HOUR_S, YEAR_H, KWH_J = 3600.0, 8766.0, 3.6e6
 @dataclass(frozen=True)
 class Demand:
     """For whom the plan is made. Of `users` the share `logged_in` is there at the busiest time;
-    each thinks for `think_s` seconds on average between an answer and the next request. Of the
-    requests the share `probability` must get `tokens_per_s_per_user`. Prompts have `input_len`
-    tokens; or, where it is None, lengths in the shares of `mix`; or else all measured lengths in
+    each thinks for `think_time_s` seconds on average between an answer and the next request. Of the
+    requests the share `slo_attainment` must get `tokens_per_s_per_user`. Prompts have `input_len`
+    tokens; or, where it is None, lengths in the shares of `prompt_mix`; or else all measured lengths in
     equal parts."""
 
     users: int = 1000
     logged_in: float = 0.1
-    think_s: float = 60.0
-    probability: float = 0.95
+    think_time_s: float = 60.0
+    slo_attainment: float = 0.95
     tokens_per_s_per_user: float = 5.0
     input_len: int | None = None
-    mix: Mapping[int, float] | None = None
+    prompt_mix: Mapping[int, float] | None = None
 
     @property
     def prompts(self) -> Mapping[int, float] | None:
         """The wanted prompt lengths and their shares; None: all that were measured."""
-        return self.mix if self.input_len is None else {self.input_len: 1.0}
+        return self.prompt_mix if self.input_len is None else {self.input_len: 1.0}
 
     @property
     def at_once(self) -> int:
@@ -96,10 +96,12 @@ class Served:
 
 def demand_of(study: Mapping[str, Any]) -> Demand:
     """The demand that a study's configuration describes; it fits the schema."""
-    limit = study.get("limits", {}).get("tokens_per_s_per_user", Demand.tokens_per_s_per_user)
+    limit = study.get("slo", {}).get("tokens_per_s_per_user", Demand.tokens_per_s_per_user)
     capacity = dict(study.get("capacity", {}))
-    if "mix" in capacity:
-        capacity["mix"] = {each["input_len"]: each["share"] for each in capacity["mix"]}
+    if "prompt_mix" in capacity:
+        capacity["prompt_mix"] = {
+            each["input_len"]: each["share"] for each in capacity["prompt_mix"]
+        }
     return Demand(tokens_per_s_per_user=limit, **capacity)
 
 
@@ -196,26 +198,26 @@ def needed(
     """What the demand needs of a deployment, by the names of `columns.PLAN`."""
     limit_s = found.output_len / demand.tokens_per_s_per_user
     seconds = _mean(found.seconds, found.shares)
-    most = min(most_in_flight(each, limit_s) for each in found.seconds)
+    most = min(max_in_flight(each, limit_s) for each in found.seconds)
 
-    def carried(times: Times | None, probability: float = demand.probability) -> int | None:
+    def carried(times: Times | None, slo_attainment: float = demand.slo_attainment) -> int | None:
         if times is None:
             return None
         allowed = [
-            (most_in_flight(each, limit_s), share)
+            (max_in_flight(each, limit_s), share)
             for each, share in zip(times, found.shares, strict=True)
         ]
         mean = _mean(times, found.shares)
-        return users_carried(mean, allowed, demand.think_s, probability)
+        return users_carried(mean, allowed, demand.think_time_s, slo_attainment)
 
     users, low, high = map(carried, (found.seconds, found.slow_s, found.fast_s))
     row: dict[str, Any] = {
-        "most_in_flight": most,
-        "at_least": most == len(seconds) and found.more_untried,
+        "max_in_flight": most,
+        "is_lower_bound": most == len(seconds) and found.more_untried,
         "users_carried": users,
         "users_carried_low": low,
         "users_carried_high": high,
-        "users_half_slow": carried(found.seconds, 0.5),
+        "users_at_50pct_slo": carried(found.seconds, 0.5),
     }
     sure = users if low is None else low
     each = max(1, math.floor(SHARE_USED * sure)) if sure else 0
@@ -223,8 +225,8 @@ def needed(
         return row | {"reason": "the lowest measured load does not give that speed for sure"}
     replicas = math.ceil(demand.at_once / each)
     there = math.ceil(demand.at_once / replicas)
-    busy = mean_in_flight(seconds, there, demand.think_s)
-    rate = requests_per_s(seconds, there, demand.think_s)
+    busy = mean_in_flight(seconds, there, demand.think_time_s)
+    rate = requests_per_s(seconds, there, demand.think_time_s)
     tokens_per_s = rate * found.output_len * demand.at_once / there
     able = replicas * most * found.output_len / seconds[most - 1] if most else None
     price = hardware.prices.get(gpu)

@@ -30,8 +30,8 @@ INDIFFERENT = 0.02
 FIGURE = "output_tokens_per_s"
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 
-_CELL = ("protocol", "concurrency", "rate_per_s", "input_len", "output_len")
-_SAME = ("requests", "prompts", "think_s", "output_spread")
+_CELL = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
+_SAME = ("requests", "prompts", "think_time_s", "output_spread")
 """What must be the same in both, where it is known of both, for a cell to be compared."""
 _DEPLOYMENT = ("model", "quantization", "gpu", "gpu_count")
 
@@ -257,7 +257,7 @@ def _refuse_mixed(first: pd.DataFrame, second: pd.DataFrame, mixed: bool) -> Non
         told = " and ".join(" with ".join(sorted(map(_kind, kind))) for kind in kinds)
         raise ComparisonError(
             f"the studies are not of a kind: {told}. If they are to be compared all the same, say "
-            "--mixed."
+            "--allow-mixed."
         )
 
 
@@ -290,9 +290,9 @@ def _kind(kind: tuple[bool, float | None, str]) -> str:
 def _told(key: Sequence[Any]) -> str:
     """`mistral-7b_fp16, burst, 8 requests at once, 31 + 100 tokens`."""
     *deployment, protocol, concurrency, rate, input_len, output_len = key
-    load = f"{concurrency} at once" if concurrency is not None else f"{rate:g} per second"
+    workload = f"{concurrency} at once" if concurrency is not None else f"{rate:g} per second"
     name = " ".join(map(str, deployment))
-    return f"{name}, {protocol}, {load}, {input_len} + {output_len} tokens"
+    return f"{name}, {protocol}, {workload}, {input_len} + {output_len} tokens"
 
 
 def power(comparison: Comparison) -> Mapping[str, Mapping[int, float | None]]:

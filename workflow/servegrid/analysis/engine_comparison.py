@@ -15,7 +15,7 @@ FIGURES = {
 }
 HEAD = [
     "model and hardware",
-    "load",
+    "workload",
     "deployments",
     "cells",
     *(f"ratio, {each}" for each in FIGURES.values()),
@@ -36,7 +36,7 @@ def compared(summary: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         for (first, one), (second, other) in itertools.combinations(by_deployment.items(), 2):
             if one["engine"].iloc[0] == other["engine"].iloc[0]:
                 continue
-            both = one.merge(other, on=["concurrency", "rate_per_s", "input_len"])
+            both = one.merge(other, on=["concurrency", "request_rate", "input_len"])
             if not both.empty:
                 names = [_title(cells, deployment) for deployment in (first, second)]
                 rows.append(

@@ -20,7 +20,7 @@ strictly shared has 1; a tenth less per doubling is of the size of noise."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class Slo:
     """What a user must get: at least so many tokens per second, the time for the prompt included,
     and at most so many seconds until the first and the last token, medians; None is no limit."""
 
@@ -37,21 +37,21 @@ class Limits:
         return ", ".join(parts)
 
 
-def limits_of(study: Mapping[str, Any]) -> Limits:
-    """The limits of a study's configuration; it fits the schema."""
-    return Limits(**study.get("limits", {}))
+def slo_of(study: Mapping[str, Any]) -> Slo:
+    """The SLO of a study's configuration; it fits the schema."""
+    return Slo(**study.get("slo", {}))
 
 
-def frontier(summary: pd.DataFrame, limits: Limits) -> pd.DataFrame:
+def frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
     """How far each deployment goes: a row of `columns.FRONTIER` for each prompt length.
 
     `summary` has the columns of `columns.SUMMARY`. Cells that may not be believed count as served,
-    and not as within limits.
+    and not as within the SLO.
     """
     keys = ["deployment", "engine", "protocol", "output_len", "input_len"]
     closed = summary[summary["protocol"].isin(CLOSED)]
     rows = [
-        dict(zip(keys, key, strict=True)) | _reach(own.sort_values("concurrency"), limits)
+        dict(zip(keys, key, strict=True)) | _reach(own.sort_values("concurrency"), slo)
         for key, own in closed.groupby(keys, sort=False)
     ]
     frame = pd.DataFrame(rows, columns=[column.name for column in columns.FRONTIER])
@@ -74,7 +74,7 @@ def knee(times: Mapping[int, float]) -> int | None:
 
 
 def statements(
-    summary: pd.DataFrame, reach: pd.DataFrame, limits: Limits, titles: Mapping[str, str]
+    summary: pd.DataFrame, reach: pd.DataFrame, slo: Slo, titles: Mapping[str, str]
 ) -> list[str]:
     """What was found of each deployment and closed-loop load, in sentences made from its figures.
 
@@ -92,7 +92,7 @@ def statements(
         times = cells.dropna(subset="seconds_per_100_tokens").pivot(
             index="concurrency", columns="input_len", values="seconds_per_100_tokens"
         )
-        sentences = [_reached(own, limits)]
+        sentences = [_reached(own, slo)]
         if not times.empty:
             sentences += [_growth(times, own), _prompts(times)]
         title = f"{titles.get(str(name), name)}, {protocol}"
@@ -100,11 +100,11 @@ def statements(
     return told
 
 
-def _reach(own: pd.DataFrame, limits: Limits) -> dict[str, Any]:
+def _reach(own: pd.DataFrame, slo: Slo) -> dict[str, Any]:
     levels = own["concurrency"].astype(int).tolist()
     served = own.loc[own["trials_served"] > 0, "concurrency"]
     most_served = None if served.empty else int(served.max())
-    kept = _within(own, limits).tolist()
+    kept = _within(own, slo).tolist()
     first_broken = kept.index(False) if False in kept else len(kept)
     within = levels[first_broken - 1] if first_broken else None
     figures = own.dropna(subset="seconds_per_100_tokens")
@@ -116,34 +116,34 @@ def _reach(own: pd.DataFrame, limits: Limits) -> dict[str, Any]:
         )
     )
     return {
-        "served_most": most_served,
-        "served_at_least": None if most_served is None else most_served == levels[-1],
-        "within_limits_most": within,
-        "within_limits_at_least": None if within is None else within == levels[-1],
+        "max_served": most_served,
+        "max_served_is_lower_bound": None if most_served is None else most_served == levels[-1],
+        "max_within_slo": within,
+        "max_within_slo_is_lower_bound": None if within is None else within == levels[-1],
         "knee": knee(times),
     }
 
 
-def _within(own: pd.DataFrame, limits: Limits) -> pd.Series[bool]:
+def _within(own: pd.DataFrame, slo: Slo) -> pd.Series[bool]:
     kept = own["trials_valid"] > 0
     scale = own["time_scale"].fillna(1.0).astype(float)
     speed = own["output_tokens_per_s_per_user"].astype(float) * scale
-    kept &= speed.ge(limits.tokens_per_s_per_user)
-    for column, most in (("ttft_s_p50", limits.ttft_s), ("e2el_s_p50", limits.e2el_s)):
+    kept &= speed.ge(slo.tokens_per_s_per_user)
+    for column, most in (("ttft_s_p50", slo.ttft_s), ("e2el_s_p50", slo.e2el_s)):
         if most is not None:
             kept &= (own[column].astype(float) / scale).le(most)
     return kept.astype(bool)
 
 
-def _reached(own: pd.DataFrame, limits: Limits) -> str:
+def _reached(own: pd.DataFrame, slo: Slo) -> str:
     """`Each gets 5 tokens/s with up to 64 requests at once of 31 prompt tokens, 16 of 2193.`"""
     parts = []
     for row in (own.iloc[0], own.iloc[-1]) if len(own) > 1 else (own.iloc[0],):
-        most = row["within_limits_most"]
-        least = "at least " if not pd.isna(most) and row["within_limits_at_least"] else ""
+        most = row["max_within_slo"]
+        least = "at least " if not pd.isna(most) and row["max_within_slo_is_lower_bound"] else ""
         count = "none" if pd.isna(most) else f"{least}{most}"
         parts.append(f"{count} of {row['input_len']} prompt tokens")
-    return f"Requests at once that get {limits}: {', '.join(parts)}."
+    return f"Requests at once that get {slo}: {', '.join(parts)}."
 
 
 def _growth(times: pd.DataFrame, own: pd.DataFrame) -> str:

@@ -20,7 +20,7 @@ from servegrid.analysis.energy import ENGINE_DEVICE, power_of, state_of
 from servegrid.analysis.stationarity import Window, window_of
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import OK
-from servegrid.study.grid import Load, Trial
+from servegrid.study.grid import Trial, Workload
 
 REQUEST_COLUMNS = (
     *stationarity.COLUMNS,
@@ -55,14 +55,14 @@ def row_of(
     makespan is that of all. Raises KeyError where a column or a key of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
-    deployment, load = trial.deployment, trial.load
+    deployment, workload = trial.deployment, trial.workload
     served = requests.filter(pc.is_null(requests["error"]))
     makespan, waves = makespan_s(requests)
-    whole = load.protocol == "burst" if whole is None else whole
-    window = None if whole else stationary(requests, load)
+    whole = workload.protocol == "burst" if whole is None else whole
+    window = None if whole else stationary(requests, workload)
     inside = served if whole else within(served, window)
     window_s = makespan if whole else None if window is None else window.seconds
-    due = inside["scheduled_ns" if load.protocol == "poisson" else "sent_ns"]
+    due = inside["scheduled_ns" if workload.protocol == "poisson" else "sent_ns"]
     ttft = _seconds(due, inside["first_token_ns"])
     e2el = _seconds(due, last_token_ns(inside))
     itl, shared = _itl_s(inside)
@@ -82,21 +82,21 @@ def row_of(
         "origin": record.get("origin", OWN),
         "time_scale": record["engine"].get("time_scale"),
         "allocation": allocation_of(record["environment"]),
-        "protocol": load.protocol,
-        "concurrency": load.concurrency,
-        "rate_per_s": load.rate_per_s,
-        "input_len": load.input_len,
-        "output_len": load.output_len,
-        "output_spread": load.output_spread,
-        "prompts": load.prompts,
-        "think_s": load.think_s,
+        "protocol": workload.protocol,
+        "concurrency": workload.concurrency,
+        "request_rate": workload.request_rate,
+        "input_len": workload.input_len,
+        "output_len": workload.output_len,
+        "output_spread": workload.output_spread,
+        "prompts": workload.prompts,
+        "think_time_s": workload.think_time_s,
         "trial": trial.number,
         "verdict": record["verdict"],
-        "reason": record["reason"],
+        "verdict_detail": record["verdict_detail"],
         "requests": requests.num_rows,
         "failed_requests": requests.num_rows - served.num_rows,
         "makespan_s": makespan,
-        "seconds_per_100_tokens": _per_100_tokens(load, makespan, waves, e2el) if ok else None,
+        "seconds_per_100_tokens": _per_100_tokens(workload, makespan, waves, e2el) if ok else None,
         "window_s": window_s,
         "requests_in_window": None if window_s is None else inside.num_rows,
         "in_flight_mean": in_flight_mean(requests, window, makespan if whole else None),
@@ -104,13 +104,13 @@ def row_of(
         **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
         **_latencies("itl", itl),
         **_latencies("e2el", e2el),
-        "shared_read_share": shared,
+        "coalesced_chunk_fraction": shared,
         "output_tokens_per_s": tokens_per_s,
-        "output_tokens_per_s_per_user": _ratio(tokens_per_s, load.concurrency),
+        "output_tokens_per_s_per_user": _ratio(tokens_per_s, workload.concurrency),
         "memory_peak_bytes": memory_peak_bytes(telemetry),
         "power_w_mean": power.mean_w,
         "power_disagreement": power.disagreement,
-        "power_doubtful": power.doubtful,
+        "power_suspect": power.doubtful,
         "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),
         **state_of(samples),
         **server_metrics.columns_of(record, requests, samples),
@@ -119,9 +119,9 @@ def row_of(
     }
 
 
-def stationary(requests: pa.Table, load: Load) -> Window | None:
+def stationary(requests: pa.Table, workload: Workload) -> Window | None:
     """The stationary part of a steady or poisson load; None where there is none."""
-    window = window_of(requests, load)
+    window = window_of(requests, workload)
     return None if isinstance(window, str) else window
 
 
@@ -210,9 +210,11 @@ def memory_peak_bytes(telemetry: pa.Table) -> int | None:
     return int(total.max())
 
 
-def _per_100_tokens(load: Load, makespan: float | None, waves: int, e2el: _Floats) -> float | None:
-    seconds = _ratio(makespan, waves) if load.protocol == "burst" else _mean(e2el)
-    return None if seconds is None else seconds / load.output_len * 100
+def _per_100_tokens(
+    workload: Workload, makespan: float | None, waves: int, e2el: _Floats
+) -> float | None:
+    seconds = _ratio(makespan, waves) if workload.protocol == "burst" else _mean(e2el)
+    return None if seconds is None else seconds / workload.output_len * 100
 
 
 def _tokens_in(served: pa.Table, window: Window | None) -> int | None:

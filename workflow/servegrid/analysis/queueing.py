@@ -64,7 +64,7 @@ def rising(seconds: Sequence[float]) -> list[float]:
     return [mean for mean, count in pools for _ in range(count)]
 
 
-def most_in_flight(seconds: Sequence[float], limit_s: float) -> int:
+def max_in_flight(seconds: Sequence[float], limit_s: float) -> int:
     """The most requests in flight of which each takes no longer than the limit, 0 if none.
 
     `seconds` are the times at 1, 2, … in flight; all up to that number keep the limit.
@@ -72,7 +72,7 @@ def most_in_flight(seconds: Sequence[float], limit_s: float) -> int:
     return next((n for n, each in enumerate(seconds) if each > limit_s), len(seconds))
 
 
-def in_flight(seconds: Sequence[float], users: int, think_s: float) -> list[float]:
+def in_flight(seconds: Sequence[float], users: int, think_time_s: float) -> list[float]:
     """The chances of 0, 1, … `users` requests in flight.
 
     `seconds` are the times at 1, 2, … in flight. Above the last of them nothing was measured:
@@ -82,7 +82,7 @@ def in_flight(seconds: Sequence[float], users: int, think_s: float) -> list[floa
     last = len(seconds) / seconds[-1]
     for n in range(users):
         rate = (n + 1) / seconds[n] if n < len(seconds) else last
-        logarithms.append(logarithms[-1] + math.log((users - n) / think_s) - math.log(rate))
+        logarithms.append(logarithms[-1] + math.log((users - n) / think_time_s) - math.log(rate))
     most = max(logarithms)
     weights = [math.exp(each - most) for each in logarithms]
     whole = math.fsum(weights)
@@ -94,14 +94,14 @@ Allowed = Sequence[tuple[int, float]]
 and the share of all requests that is of this kind; shares sum up to 1."""
 
 
-def chance(seconds: Sequence[float], allowed: Allowed, users: int, think_s: float) -> float:
+def chance(seconds: Sequence[float], allowed: Allowed, users: int, think_time_s: float) -> float:
     """The chance that a request of one of `users` keeps its limit."""
-    seen = in_flight(seconds, users - 1, think_s)
+    seen = in_flight(seconds, users - 1, think_time_s)
     return math.fsum(share * math.fsum(seen[:most]) for most, share in allowed)
 
 
 def users_carried(
-    seconds: Sequence[float], allowed: Allowed, think_s: float, probability: float
+    seconds: Sequence[float], allowed: Allowed, think_time_s: float, slo_attainment: float
 ) -> int:
     """The most users whose requests keep their limit with at least that probability; 0 if none.
 
@@ -109,7 +109,7 @@ def users_carried(
     """
 
     def kept(users: int) -> bool:
-        return chance(seconds, allowed, users, think_s) >= probability
+        return chance(seconds, allowed, users, think_time_s) >= slo_attainment
 
     if not kept(1):
         return 0
@@ -122,11 +122,11 @@ def users_carried(
     return low
 
 
-def mean_in_flight(seconds: Sequence[float], users: int, think_s: float) -> float:
+def mean_in_flight(seconds: Sequence[float], users: int, think_time_s: float) -> float:
     """Requests in flight on average."""
-    return math.fsum(n * p for n, p in enumerate(in_flight(seconds, users, think_s)))
+    return math.fsum(n * p for n, p in enumerate(in_flight(seconds, users, think_time_s)))
 
 
-def requests_per_s(seconds: Sequence[float], users: int, think_s: float) -> float:
+def requests_per_s(seconds: Sequence[float], users: int, think_time_s: float) -> float:
     """Requests completed per second: those who think send the next after Z seconds."""
-    return (users - mean_in_flight(seconds, users, think_s)) / think_s
+    return (users - mean_in_flight(seconds, users, think_time_s)) / think_time_s

@@ -24,7 +24,7 @@ from servegrid.telemetry.counters import (
 REQUEST_COLUMNS = ("sent_ns", "first_token_ns")
 """The columns of `columns.REQUESTS` that `columns_of` needs."""
 
-TELEMETRY_COLUMNS = ("running", "waiting", "kv_cache_use")
+TELEMETRY_COLUMNS = ("running", "waiting", "kv_cache_usage")
 """The columns of `columns.TELEMETRY` that `columns_of` needs."""
 
 
@@ -44,11 +44,11 @@ def columns_of(
         "server_itl_s_mean": _mean(before, after, ITL)[0],
         "server_queue_s_mean": _mean(before, after, QUEUE)[0],
         "server_e2el_s_mean": _mean(before, after, E2EL)[0],
-        "ttft_beyond_server_s": _beyond(requests, ttft, answered),
+        "ttft_client_overhead_s": _beyond(requests, ttft, answered),
         "running_mean": pc.mean(telemetry["running"]).as_py(),
         "waiting_mean": pc.mean(telemetry["waiting"]).as_py(),
         "waiting_max": pc.max(telemetry["waiting"]).as_py(),
-        "kv_cache_use_max": pc.max(telemetry["kv_cache_use"]).as_py(),
+        "kv_cache_usage_max": pc.max(telemetry["kv_cache_usage"]).as_py(),
         "preemptions": grown(before, after, PREEMPTIONS),
         "prefix_hit_tokens": grown(before, after, PREFIX_HITS),
     }

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 BATCH = 5
 """Requests whose mean is one value of the series, as in MSER-5."""
@@ -50,7 +50,7 @@ class Window:
         return (times_ns > self.start_ns) & (times_ns <= self.end_ns)
 
 
-def window_of(requests: pa.Table, load: Load) -> Window | str:
+def window_of(requests: pa.Table, workload: Workload) -> Window | str:
     """The stationary part of a steady or poisson load, or why there is none.
 
     It ends when the last request was due, for fewer are in flight from then on. It starts after
@@ -69,10 +69,10 @@ def window_of(requests: pa.Table, load: Load) -> Window | str:
     start, end = int(begun.min()), int(begun.max())
     done = served["done_ns"].to_numpy()
     scheduled = served["scheduled_ns"].to_numpy()
-    if load.protocol == "steady":
+    if workload.protocol == "closed_loop":
         users = served["user"].to_numpy()
         start = max(int(done[users == user].min()) for user in np.unique(users))
-    since = scheduled if load.protocol == "poisson" else served["sent_ns"].to_numpy()
+    since = scheduled if workload.protocol == "poisson" else served["sent_ns"].to_numpy()
     order = np.argsort(done, kind="stable")
     order = order[(done[order] > start) & (done[order] <= end)]
     latencies, ends = (done - since)[order] / 1e9, done[order]

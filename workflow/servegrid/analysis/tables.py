@@ -8,6 +8,7 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from servegrid.analysis import metrics, validity
-from servegrid.analysis.validity import Evidence, certificate
+from servegrid.analysis.validity import Evidence, check_validity
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.records.columns import Column
@@ -29,6 +30,8 @@ _MANY = 1000
 _CHUNK = 50
 _REQUEST_COLUMNS = sorted({*metrics.REQUEST_COLUMNS, *validity.REQUEST_COLUMNS})
 _TELEMETRY_COLUMNS = sorted({*metrics.TELEMETRY_COLUMNS, *validity.TELEMETRY_COLUMNS})
+LIST_COLUMNS = frozenset(each.name for each in columns.CELLS if pa.types.is_list(each.type))
+_LIST = pa.list_(pa.string())
 _PANDAS_TYPES = {
     pa.int32(): pd.Int32Dtype(),
     pa.int64(): pd.Int64Dtype(),
@@ -61,13 +64,13 @@ def gather(
     return _frame(parquet.table_of(columns.CELLS, rows))
 
 
-def drift_by_allocation(sentinels: pd.DataFrame) -> dict[str, float]:
+def drift_by_allocation(drift_checks: pd.DataFrame) -> dict[str, float]:
     """By which share the output tokens per second of an allocation's sentinels differ.
 
     (highest - lowest) / median, of the allocations that have at least two that were served.
     `sentinels` has the columns of `columns.CELLS`.
     """
-    speeds = sentinels.dropna(subset="output_tokens_per_s").groupby("allocation")
+    speeds = drift_checks.dropna(subset="output_tokens_per_s").groupby("allocation")
     known = speeds["output_tokens_per_s"].agg(["min", "median", "max", "count"])
     known = known[known["count"] > 1]
     shares = (known["max"] - known["min"]) / known["median"]
@@ -86,7 +89,7 @@ def write_cells(cells: pd.DataFrame, path: Path, csv: Path) -> None:
 def write(table: pd.DataFrame, columns: Iterable[Column], path: Path, csv: Path) -> None:
     """Write a table of `columns` twice, as `write_cells` does."""
     schema = parquet.schema_of(columns)
-    written = pa.Table.from_pandas(table, schema=schema, preserve_index=False)
+    written = _as_arrow(table, schema)
     parquet.write(written.replace_schema_metadata(None), path)
     write_csv(table, csv)
 
@@ -94,7 +97,17 @@ def write(table: pd.DataFrame, columns: Iterable[Column], path: Path, csv: Path)
 def write_csv(table: pd.DataFrame, csv: Path) -> None:
     """Write `table` as CSV, its columns only. Raises RecordError where that is not possible."""
     with parquet.written_whole(csv) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+        _lists_as_json(table).to_csv(temporary, index=False, lineterminator="\n")
+
+
+def _lists_as_json(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` with its lists as JSON: a field of a CSV has no structure of its own."""
+    lists = LIST_COLUMNS & set(table.columns)
+    return table.assign(**{name: table[name].map(_as_json, na_action="ignore") for name in lists})
+
+
+def _as_json(values: Sequence[str]) -> str:
+    return json.dumps(list(values))
 
 
 def read_cells(path: Path) -> pd.DataFrame:
@@ -116,12 +129,27 @@ def read_summary(path: Path) -> pd.DataFrame:
 def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
     """`table` with the types of `columns`, in which integers can be unknown."""
     schema = parquet.schema_of(columns)
-    return _frame(pa.Table.from_pandas(table, schema=schema, preserve_index=False))
+    return _frame(_as_arrow(table, schema))
+
+
+def _as_arrow(table: pd.DataFrame, schema: pa.Schema) -> pa.Table:
+    """`table` as Arrow; a list that is unknown everywhere may have been taken for a number."""
+    unknown = [name for name in LIST_COLUMNS & set(table.columns) if table[name].isna().all()]
+    table = table.astype(dict.fromkeys(unknown, object))
+    return pa.Table.from_pandas(table, schema=schema, preserve_index=False)
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
-    cells: pd.DataFrame = table.to_pandas(types_mapper=_PANDAS_TYPES.get)
+    # Parquet calls the items of a list otherwise, which makes another type of the same thing.
+    fields = [
+        each.with_type(_LIST) if pa.types.is_list(each.type) else each for each in table.schema
+    ]
+    cells: pd.DataFrame = table.cast(pa.schema(fields)).to_pandas(types_mapper=_pandas_type)
     return cells
+
+
+def _pandas_type(arrow: pa.DataType) -> Any:
+    return pd.ArrowDtype(_LIST) if arrow == _LIST else _PANDAS_TYPES.get(arrow)
 
 
 def _readers(trials: int) -> Executor:
@@ -159,8 +187,8 @@ def _row(trial: Trial, folder: Path, drifts: Mapping[str, float]) -> dict[str, A
     try:
         row = metrics.row_of(record, requests, telemetry)
         drift = drifts.get(row["allocation"])
-        valid, reason = certificate(Evidence(record, requests, telemetry, drift))
-        return row | {"sentinel_drift": drift, "valid": valid, "invalid_reason": reason}
+        validity_of_cell = check_validity(Evidence(record, requests, telemetry, drift))
+        return row | {"allocation_drift": drift} | asdict(validity_of_cell)
     except (KeyError, TypeError) as error:
         raise RecordError(f"its record is not complete ({error})") from error
 

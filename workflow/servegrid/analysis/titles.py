@@ -13,7 +13,7 @@ EMULATED = "emulated"
 
 PROTOCOLS = {
     "burst": "all requests sent at once, time until the last has finished",
-    "steady": "every user sends again as soon as the answer is complete",
+    "closed_loop": "every user sends again as soon as the answer is complete",
     "poisson": "requests come at random times, at a given rate",
 }
 """What each protocol does, in words."""
@@ -80,7 +80,7 @@ def axis_title(protocol: str) -> str:
 
 def with_intensity(cells: pd.DataFrame) -> pd.DataFrame:
     """`cells` with the column `intensity`: the concurrency, or the rate of an open loop."""
-    intensity = cells["concurrency"].astype("Float64").fillna(cells["rate_per_s"])
+    intensity = cells["concurrency"].astype("Float64").fillna(cells["request_rate"])
     return cells.assign(intensity=intensity.astype(float))
 
 
@@ -98,9 +98,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def protocol_title(protocol: str) -> str:
+    """`closed loop`."""
+    return protocol.replace("_", " ")
+
+
 def load_title(protocol: str, output_len: int) -> str:
     """`burst, 100 output tokens per request`."""
-    return f"{protocol}, {counted(output_len, 'output token')} per request"
+    return f"{protocol_title(protocol)}, {counted(output_len, 'output token')} per request"
 
 
 def _engine_title(cells: pd.DataFrame) -> str:

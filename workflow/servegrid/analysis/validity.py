@@ -64,6 +64,18 @@ class Evidence:
         return grown(self.record["metrics_before"], self.record["metrics_after"], names)
 
 
+@dataclass(frozen=True)
+class Validity:
+    """Whether a cell is valid, which rules it breaks, and the evidence for each of them.
+
+    All are None where the cell was not served.
+    """
+
+    valid: bool | None
+    invalid_rules: list[str] | None
+    invalid_evidence: list[str] | None
+
+
 REQUEST_COLUMNS = (
     *stationarity.COLUMNS,
     *("first_token_ns", "chunk_tokens", "prompt_tokens", "completion_tokens", "asked_tokens"),
@@ -71,20 +83,17 @@ REQUEST_COLUMNS = (
 TELEMETRY_COLUMNS = ("time_ns", "throttle_reasons", "waiting")
 
 
-def certificate(evidence: Evidence) -> tuple[bool | None, str | None]:
-    """Whether the cell may be believed, and which rules speak against it, with their evidence.
-
-    Both are null where the cell was not served: its verdict says why.
-    """
+def check_validity(evidence: Evidence) -> Validity:
+    """Check the cell against all RULES; a cell that was not served has its verdict instead."""
     if evidence.record["verdict"] != OK:
-        return None, None
+        return Validity(None, None, None)
     found = {name: rule(evidence) for name, (_, rule) in RULES.items()}
-    broken = [f"{name}: {detail}" for name, detail in found.items() if detail]
-    return not broken, "; ".join(broken) or None
+    broken = {name: detail for name, detail in found.items() if detail}
+    return Validity(not broken, list(broken), list(broken.values()))
 
 
 def _tokens(evidence: Evidence) -> str | None:
-    rows, input_len = evidence.requests, evidence.trial.load.input_len
+    rows, input_len = evidence.requests, evidence.trial.workload.input_len
     prompts = pc.unique(rows["prompt_tokens"]).to_pylist()
     as_text = evidence.record["client"].get("prompt_form", "ids") != "ids"
     if as_text and (len(prompts) != 1 or prompts[0] < input_len):
@@ -104,21 +113,21 @@ def _tokens(evidence: Evidence) -> str | None:
 
 
 def _no_steady_state(evidence: Evidence) -> str | None:
-    load = evidence.trial.load
-    if load.protocol == "burst":
+    workload = evidence.trial.workload
+    if workload.protocol == "burst":
         return None
-    window = window_of(evidence.requests, load)
+    window = window_of(evidence.requests, workload)
     return window if isinstance(window, str) else None
 
 
 def _too_few_in_flight(evidence: Evidence) -> str | None:
-    load = evidence.trial.load
-    if load.protocol != "steady" or load.concurrency is None or load.think_s:
+    workload = evidence.trial.workload
+    if workload.protocol != "closed_loop" or workload.concurrency is None or workload.think_time_s:
         return None
-    mean = in_flight_mean(evidence.requests, stationary(evidence.requests, load), None)
-    if mean is None or mean >= IN_FLIGHT_SHARE * load.concurrency:
+    mean = in_flight_mean(evidence.requests, stationary(evidence.requests, workload), None)
+    if mean is None or mean >= IN_FLIGHT_SHARE * workload.concurrency:
         return None
-    return f"{mean:.1f} requests on average and not {load.concurrency}"
+    return f"{mean:.1f} requests on average and not {workload.concurrency}"
 
 
 def _prefix_cache(evidence: Evidence) -> str | None:
@@ -137,33 +146,33 @@ def _preempted(evidence: Evidence) -> str | None:
 
 
 def _queued(evidence: Evidence) -> str | None:
-    trial, load = evidence.trial, evidence.trial.load
+    trial, workload = evidence.trial, evidence.trial.workload
     seats = evidence.record["engine"].get("max_num_seqs") or trial.deployment.max_num_seqs
-    if load.concurrency is None:
+    if workload.concurrency is None:
         return None
-    if load.concurrency > seats:
-        return f"max_num_seqs {seats} is less than concurrency {load.concurrency}"
-    window = stationary(evidence.requests, load)
-    if load.protocol != "steady" or window is None:
+    if workload.concurrency > seats:
+        return f"max_num_seqs {seats} is less than concurrency {workload.concurrency}"
+    window = stationary(evidence.requests, workload)
+    if workload.protocol != "closed_loop" or window is None:
         return None
     waiting = pc.mean(during(evidence.telemetry, window)["waiting"]).as_py()
-    if waiting is None or waiting <= WAITING_SHARE * load.concurrency:
+    if waiting is None or waiting <= WAITING_SHARE * workload.concurrency:
         return None
-    return f"{waiting:.1f} of {load.concurrency} requests waited in the server on average"
+    return f"{waiting:.1f} of {workload.concurrency} requests waited in the server on average"
 
 
 def _sent_late(evidence: Evidence) -> str | None:
     """A burst is meant to come at once; an open loop's latencies hold the lag; users of a closed
     loop are away for it."""
     rows = evidence.requests
-    protocol = evidence.trial.load.protocol
+    protocol = evidence.trial.workload.protocol
     lags = pc.subtract(rows["sent_ns"], rows["scheduled_ns"])
-    end = "done_ns" if protocol == "steady" else "first_token_ns"
+    end = "done_ns" if protocol == "closed_loop" else "first_token_ns"
     answer = pc.quantile(pc.subtract(rows[end], rows["sent_ns"]), 0.5)[0].as_py() / 1e9
     lag = (pc.max(lags) if protocol == "burst" else pc.mean(lags)).as_py() / 1e9
     if lag <= max(LAG_SHARE * answer, LAG_S):
         return None
-    what = "e2el" if protocol == "steady" else "ttft"
+    what = "e2el" if protocol == "closed_loop" else "ttft"
     how = "up to" if protocol == "burst" else "on average"
     return f"{how} {1e3 * lag:.1f} ms, with a median {what} of {1e3 * answer:.0f} ms"
 
@@ -187,7 +196,7 @@ def _distorted(evidence: Evidence) -> str | None:
         pc.quantile(pc.subtract(rows[end], rows[start]), 0.5)[0].as_py() / 1e9 / tokens
         for start, end, tokens in (
             ("sent_ns", "first_token_ns", 1),
-            ("first_token_ns", "done_ns", max(evidence.trial.load.output_len - 1, 1)),
+            ("first_token_ns", "done_ns", max(evidence.trial.workload.output_len - 1, 1)),
         )
     )
     for what, error, of, least in (
@@ -245,7 +254,7 @@ RULES: Mapping[str, tuple[str, Rule]] = {
         _prefix_cache,
     ),
     "preempted": ("The server has not preempted requests for want of memory", _preempted),
-    "queued": (
+    "server_queueing": (
         "The engine works on as many requests at once as are sent; of a steady load, on average "
         f"no more than {WAITING_SHARE:.0%} wait in the server",
         _queued,
@@ -260,15 +269,15 @@ RULES: Mapping[str, tuple[str, Rule]] = {
         f"No process of the client used more than {CLIENT_CPU_SHARE:.0%} of a core",
         _client_busy,
     ),
-    "distorted": (
+    "client_timing_error": (
         "In the self-check on the node nothing was lost, 99% of arrivals were right to "
         f"{DISTORTION_SHARE:.0%} of the cell's median ttft or {1e3 * DISTORTION_S:.0f} ms, and "
         f"times between tokens to {DISTORTION_SHARE:.0%} of the cell's or "
         f"{1e3 * ITL_DISTORTION_S:.0f} ms; the client can take in {HEADROOM:g} times its chunks",
         _distorted,
     ),
-    "clock": (f"The clock did not move by more than {1e3 * CLOCK_DRIFT_S:.0f} ms", _clock),
-    "slowed": ("No GPU was slowed down by heat or power brake", _slowed),
+    "clock_step": (f"The clock did not move by more than {1e3 * CLOCK_DRIFT_S:.0f} ms", _clock),
+    "gpu_throttled": ("No GPU was slowed down by heat or power brake", _slowed),
     "drifted": (
         f"The sentinels of its allocation differed by at most {DRIFT:.0%} in tokens per second",
         _drifted,

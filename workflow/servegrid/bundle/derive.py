@@ -43,7 +43,7 @@ class Ground:
     hardware: Path
     """The file of prices."""
     cells: pd.DataFrame
-    sentinels: pd.DataFrame
+    drift_checks: pd.DataFrame
 
 
 def cells_of(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -51,16 +51,16 @@ def cells_of(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Raises RecordError as `tables.gather` does.
     """
-    sentinels = tables.gather(study.sentinels, folder)
-    drifts = tables.drift_by_allocation(sentinels)
-    return tables.gather(study.trials, folder, drifts), sentinels
+    drift_checks = tables.gather(study.drift_checks, folder)
+    drifts = tables.drift_by_allocation(drift_checks)
+    return tables.gather(study.trials, folder, drifts), drift_checks
 
 
 def write_tables(ground: Ground, folder: Path) -> None:
     """Write all of `results/tables`, under the names that the rules give them."""
     cells = ground.cells
     tables.write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
-    tables.write_csv(ground.sentinels, folder / "sentinels.csv")
+    tables.write_csv(ground.drift_checks, folder / "sentinels.csv")
     summarised = summary.summarise(cells)
     summary.write(summarised, folder / "summary.parquet", folder / "summary.csv")
     for name in _deployments(cells):

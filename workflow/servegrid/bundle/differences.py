@@ -40,11 +40,11 @@ def of_cell(row: Mapping[Any, Any]) -> str:
     known = {key: value for key, value in row.items() if not _is_unknown(value)}
     if not {"deployment", "protocol", "input_len", "output_len"} <= known.keys():
         return "a row"
-    intensity = f"r{known['rate_per_s']:g}" if "rate_per_s" in known else ""
+    intensity = f"r{known['request_rate']:g}" if "request_rate" in known else ""
     intensity = intensity or f"c{known.get('concurrency', '?')}"
-    load = f"{known['protocol']}-{intensity}-i{known['input_len']}-o{known['output_len']}"
+    workload = f"{known['protocol']}-{intensity}-i{known['input_len']}-o{known['output_len']}"
     trial = f"/trial-{known['trial']}" if "trial" in known else ""
-    return f"{known['deployment']}/{load}{trial}"
+    return f"{known['deployment']}/{workload}{trial}"
 
 
 def _of_parquet(shipped: Path, derived: Path) -> Iterator[str]:

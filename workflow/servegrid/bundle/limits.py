@@ -58,15 +58,18 @@ def refuse_huge_study(config: Mapping[str, Any]) -> None:
     deployments = config.get("deployments")
     asked = 0
     for entry in deployments if isinstance(deployments, list) else []:
-        loads = [config.get("load"), entry.get("load") if isinstance(entry, dict) else None]
+        workloads = [
+            config.get("workload"),
+            entry.get("workload") if isinstance(entry, dict) else None,
+        ]
         keys: dict[str, Any] = {}
-        for load in loads:
-            keys |= load if isinstance(load, dict) else {}
+        for workload in workloads:
+            keys |= workload if isinstance(workload, dict) else {}
         trials = keys.get("trials", 1)
         product = trials if isinstance(trials, int) else 1
         for key in ("protocol", "output_len", "input_len"):
             product *= max(1, len(value)) if isinstance(value := keys.get(key), list) else 1
-        levels = [v for v in (keys.get("concurrency"), keys.get("rate_per_s")) if v is not None]
+        levels = [v for v in (keys.get("concurrency"), keys.get("request_rate")) if v is not None]
         product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
         asked += product
     if asked > TRIALS:

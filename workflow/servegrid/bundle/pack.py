@@ -287,7 +287,7 @@ Measurements of what language models serve under load, made with servegrid {__ve
 | `{MANIFEST}` | the hash of every file: `sha256sum -c {MANIFEST}` |
 | `{crate.CRATE}` | the same as a Workflow Run RO-Crate |
 
-`servegrid verify` checks the whole bundle, `servegrid open` makes a folder of it in which
+`servegrid verify` checks the whole bundle, `servegrid unpack` makes a folder of it in which
 the study goes on.
 """
 

@@ -29,7 +29,7 @@ from servegrid.records import parquet
 from servegrid.study.config import study_of
 from servegrid.study.grid import Study, Trial
 
-_FILTERED = ("protocol", "concurrency", "rate_per_s", "input_len", "output_len")
+_FILTERED = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def measure(drawn: Drawn, profile: Path, folder: Path) -> Comparison:
     config = folder / CONFIGURATION
     told = json.dumps(drawn.config, indent=2, sort_keys=True) + "\n"
     if folder.exists() and not (config.is_file() and config.read_text() == told):
-        raise BundleError(f"{folder}: holds something else. Name a new folder with --into.")
+        raise BundleError(f"{folder}: holds something else. Name a new folder with --output-dir.")
     if not config.exists():
         with parquet.written_whole(config) as temporary:
             temporary.write_text(told)
@@ -131,8 +131,8 @@ def drawn_cells(
 
 
 def _filter(trial: Trial) -> dict[str, Any]:
-    load = {key: getattr(trial.load, key) for key in _FILTERED}
+    workload = {key: getattr(trial.workload, key) for key in _FILTERED}
     return {
         "deployment": trial.deployment.name,
-        **{key: value for key, value in load.items() if value is not None},
+        **{key: value for key, value in workload.items() if value is not None},
     }

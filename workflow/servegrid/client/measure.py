@@ -30,7 +30,7 @@ from servegrid.client.transport import Exchanged, MeasuringTransport
 from servegrid.errors import LoadError
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 Counters = Mapping[str, float] | None
 """What a server counts, by name; None where it does not tell."""
@@ -79,7 +79,7 @@ class Measurement:
 
 def measure(
     endpoint: Endpoint,
-    load: Load,
+    workload: Workload,
     tokenizer: Path | None,
     salt: str,
     counters: Callable[[int], Counters] = lambda finished: None,
@@ -89,7 +89,7 @@ def measure(
 
     Before the clock starts, a request of one token shows whether the server takes such requests
     at all, and `load.warmup_waves` waves warm it up: of `load.concurrency` requests, or of as many
-    as an open loop sends in a second. The limits `timeout_s` and `stall_s` hold for the warm-up
+    as an open loop sends in a second. The limits `timeout_s` and `idle_timeout_s` hold for the warm-up
     and for the measured load, each by itself; with a duration, `timeout_s` begins after it.
     Prompts are sent as token ids, or as text where the API is chat or the server takes no ids.
     `salt` makes the prompts (see `prompts.make`) and begins every X-Request-Id. `counters` is
@@ -100,13 +100,13 @@ def measure(
     Raises LoadError where the server cannot be reached or refuses the key, the model or a part
     of the request, where the prompts cannot be made, and where `load.requests` do not fill it.
     """
-    _refuse_partly_filled(load)
-    users = load.concurrency or math.ceil(load.intensity)
-    arrivals = schedule.arrivals(load, salt)
-    warming = load.warmup_waves * users
+    _refuse_partly_filled(workload)
+    users = workload.concurrency or math.ceil(workload.intensity)
+    arrivals = schedule.arrivals(workload, salt)
+    warming = workload.warmup_waves * users
     warmup = f"{salt}/warmup"
     chat = endpoint.api == "chat"
-    ids = [] if chat else prompts.make(load, warming or 1, tokenizer, warmup)
+    ids = [] if chat else prompts.make(workload, warming or 1, tokenizer, warmup)
     transport = MeasuringTransport(endpoint.socket)
     with httpx.Client(
         base_url=endpoint.base_url, headers=headers(endpoint), transport=transport
@@ -114,24 +114,24 @@ def measure(
         writer = accepted_in_some_form(
             Writer(client, endpoint.model, salt, "messages" if chat else "ids"),
             token=ids[0][0] if ids else 0,
-            limit_s=load.stall_s,
+            limit_s=workload.idle_timeout_s,
             as_text=tokenizer is not None,
         )
         prepare = prompts.make if writer.form == "ids" else prompts.make_texts
-        first = ids if writer.form == "ids" else prepare(load, warming or 1, tokenizer, warmup)
-        sender = _Sender(transport, writer, load, users, places)
-        warmed = sender.send("warmup/", _in_waves(first[:warming], users), load.timeout_s)
-        count = len(arrivals or ()) or load.requests or _enough(load, users, warmed)
-        prepared = prepare(load, count, tokenizer, salt)
-        wave = users if load.protocol == "burst" else count
+        first = ids if writer.form == "ids" else prepare(workload, warming or 1, tokenizer, warmup)
+        sender = _Sender(transport, writer, workload, users, places)
+        warmed = sender.send("warmup/", _in_waves(first[:warming], users), workload.timeout_s)
+        count = len(arrivals or ()) or workload.requests or _enough(workload, users, warmed)
+        prepared = prepare(workload, count, tokenizer, salt)
+        wave = users if workload.protocol == "burst" else count
         counted_before = counters(0)
         started_at = datetime.now(UTC)
         sent = sender.send(
             "",
             _in_waves(prepared, wave),
-            load.timeout_s + (load.duration_s or 0.0),
+            workload.timeout_s + (workload.duration_s or 0.0),
             due_s=arrivals,
-            rest_s=schedule.rests(load, count, salt),
+            rest_s=schedule.rests(workload, count, salt),
         )
     before_parsing = time.process_time()
     rows = sent.rows()
@@ -142,7 +142,7 @@ def measure(
         "continuous_usage": "continuous_usage_stats" not in writer.left_out,
         "keys_refused": sorted(writer.left_out),
         "prompt_form": writer.form,
-        "prompt_tokens_added": _added(rows, load),
+        "prompt_tokens_added": _added(rows, workload),
         **_facts_of(sent.waves),
         **_send_lag(rows),
         "token_chunks": sum(len(row["token_ns"]) for row in rows),
@@ -157,33 +157,35 @@ def measure(
     )
 
 
-def _refuse_partly_filled(load: Load) -> None:
-    if load.concurrency is None or load.requests is None:
+def _refuse_partly_filled(workload: Workload) -> None:
+    if workload.concurrency is None or workload.requests is None:
         return
-    whole_waves = load.requests % load.concurrency == 0 or load.protocol == "steady"
-    if load.requests < load.concurrency or not whole_waves:
-        wanted = "a multiple of" if load.protocol == "burst" else "at least"
+    whole_waves = (
+        workload.requests % workload.concurrency == 0 or workload.protocol == "closed_loop"
+    )
+    if workload.requests < workload.concurrency or not whole_waves:
+        wanted = "a multiple of" if workload.protocol == "burst" else "at least"
         raise LoadError(
-            f"requests {load.requests}: a {load.protocol} load of concurrency {load.concurrency} "
-            f"needs {wanted} {load.concurrency}, or fewer would be in flight than it says."
+            f"requests {workload.requests}: a {workload.protocol} load of concurrency {workload.concurrency} "
+            f"needs {wanted} {workload.concurrency}, or fewer would be in flight than it says."
         )
 
 
-def _enough(load: Load, users: int, warmed: _Sent) -> int:
+def _enough(workload: Workload, users: int, warmed: _Sent) -> int:
     """Requests for all of the duration, judged by the fastest of the warm-up.
 
     A wave is warmed up with all its prompts at once: its fastest request may have been slower
     than one in the closed loop will be.
     """
-    assert load.duration_s is not None
+    assert workload.duration_s is not None
     times = [
         exchange.done_ns - exchange.sent_ns
         for wave in warmed.waves
         for exchange in wave.exchanges
         if exchange.sent_ns is not None and exchange.failure is None
     ]
-    fastest_s = min(times, default=1e9 * load.duration_s) / 1e9
-    return users * (1 + math.ceil(_MARGIN * load.duration_s / fastest_s))
+    fastest_s = min(times, default=1e9 * workload.duration_s) / 1e9
+    return users * (1 + math.ceil(_MARGIN * workload.duration_s / fastest_s))
 
 
 _MARGIN = 3
@@ -219,7 +221,7 @@ class _Sent:
 class _Sender:
     transport: MeasuringTransport
     writer: Writer
-    load: Load
+    workload: Workload
     users: int
     places: Sequence[Collection[int]]
 
@@ -234,7 +236,9 @@ class _Sender:
         """Send the waves one after another, all of them within `timeout_s`."""
         started = time.monotonic()
         exchanged, asked = [], []
-        lengths = schedule.lengths(self.load, sum(map(len, waves)), f"{self.writer.salt}/{prefix}")
+        lengths = schedule.lengths(
+            self.workload, sum(map(len, waves)), f"{self.writer.salt}/{prefix}"
+        )
         numbered = enumerate(lengths)
         for wave, prepared in enumerate(waves):
             named = [
@@ -250,8 +254,8 @@ class _Sender:
                     requests,
                     self.users,
                     timeout_s=left_s,
-                    stall_s=self.load.stall_s,
-                    sending_s=self.load.duration_s or math.inf,
+                    idle_timeout_s=self.workload.idle_timeout_s,
+                    sending_s=self.workload.duration_s or math.inf,
                     due_s=due_s,
                     rest_s=rest_s,
                     places=self.places,
@@ -264,7 +268,7 @@ class _Sender:
         return Asked(
             request_id=self.writer.request_id(name),
             wave=wave,
-            prompt_tokens=self.load.input_len,
+            prompt_tokens=self.workload.input_len,
             completion_tokens=length,
             form=self.writer.form,
         )
@@ -285,9 +289,9 @@ def _facts_of(waves: list[Exchanged]) -> dict[str, Any]:
     }
 
 
-def _added(rows: list[dict[str, Any]], load: Load) -> int | None:
+def _added(rows: list[dict[str, Any]], workload: Workload) -> int | None:
     counted = {row["prompt_tokens"] for row in rows if row["error"] is None}
-    return counted.pop() - load.input_len if len(counted) == 1 else None
+    return counted.pop() - workload.input_len if len(counted) == 1 else None
 
 
 def _send_lag(rows: list[dict[str, Any]]) -> dict[str, int | None]:

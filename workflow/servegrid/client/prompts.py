@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, TypeVar
 from tokenizers import Tokenizer
 
 from servegrid.errors import LoadError
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 DISTINCT_WITHIN = 16
 """No two distinct prompts of a load begin with the same so many tokens: the smallest block that
@@ -40,7 +40,7 @@ _MORE_CHARACTERS = 2
 _Made = TypeVar("_Made", list[int], str)
 
 
-def make(load: Load, count: int, tokenizer: Path | None, salt: str) -> list[list[int]]:
+def make(workload: Workload, count: int, tokenizer: Path | None, salt: str) -> list[list[int]]:
     """`count` prompts of `load.input_len` token ids each.
 
     The same load.seed, salt, length and tokenizer give the same prompts on every machine, and
@@ -55,15 +55,15 @@ def make(load: Load, count: int, tokenizer: Path | None, salt: str) -> list[list
     Raises LoadError where the tokenizer cannot be used, or where the prompts are too short to
     be distinct.
     """
-    rng = random.Random(f"{load.seed}/{salt}")
+    rng = random.Random(f"{workload.seed}/{salt}")
     if tokenizer is None:
-        endless = _random_ids(rng, load.input_len)
+        endless = _random_ids(rng, workload.input_len)
     else:
-        endless = _running_text(rng, load.input_len, _tokenized_corpus(tokenizer))
-    return _chosen(((prompt, prompt) for prompt in endless), load, count)
+        endless = _running_text(rng, workload.input_len, _tokenized_corpus(tokenizer))
+    return _chosen(((prompt, prompt) for prompt in endless), workload, count)
 
 
-def make_texts(load: Load, count: int, tokenizer: Path | None, salt: str) -> list[str]:
+def make_texts(workload: Workload, count: int, tokenizer: Path | None, salt: str) -> list[str]:
     """`count` prompts as text that has `load.input_len` tokens each, tokenized by itself.
 
     As `make` says of token ids. None begins or ends with white space, which templates strip.
@@ -74,29 +74,33 @@ def make_texts(load: Load, count: int, tokenizer: Path | None, salt: str) -> lis
             "Prompts are sent as text here, and only a tokenizer tells how many tokens a text "
             "has. Name the model's tokenizer.json."
         )
-    rng = random.Random(f"{load.seed}/{salt}")
+    rng = random.Random(f"{workload.seed}/{salt}")
     corpus = _tokenized_corpus(tokenizer)
-    drawn = _running_characters(rng, load.input_len, corpus)
-    return _chosen((_cut(corpus.tokenizer, text, load.input_len) for text in drawn), load, count)
+    drawn = _running_characters(rng, workload.input_len, corpus)
+    return _chosen(
+        (_cut(corpus.tokenizer, text, workload.input_len) for text in drawn), workload, count
+    )
 
 
-def _chosen(drawn: Iterable[tuple[list[int], _Made] | None], load: Load, count: int) -> list[_Made]:
+def _chosen(
+    drawn: Iterable[tuple[list[int], _Made] | None], workload: Workload, count: int
+) -> list[_Made]:
     """Of prompts with their ids as many as are wanted; None is a draw that gave no prompt."""
-    wanted = 1 if load.prompts == "identical" else count
+    wanted = 1 if workload.prompts == "identical" else count
     chosen: dict[tuple[int, ...], _Made] = {}
     for number, made in enumerate(drawn):
         if len(chosen) == wanted:
             break
         if number == _DRAWS_PER_PROMPT * wanted:
             raise LoadError(
-                f"input_len {load.input_len}: there are not {count} distinct prompts that short. "
+                f"input_len {workload.input_len}: there are not {count} distinct prompts that short. "
                 "Ask for longer prompts, fewer requests, or identical prompts."
             )
         if made is not None:
             ids, prompt = made
             chosen.setdefault(tuple(ids[:DISTINCT_WITHIN]), prompt)
     prompts = list(chosen.values())
-    return prompts * count if load.prompts == "identical" else prompts
+    return prompts * count if workload.prompts == "identical" else prompts
 
 
 def _random_ids(rng: random.Random, length: int) -> Iterator[list[int]]:

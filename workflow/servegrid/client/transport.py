@@ -97,7 +97,7 @@ class MeasuringTransport(httpx.BaseTransport):
         users: int,
         *,
         timeout_s: float,
-        stall_s: float,
+        idle_timeout_s: float,
         sending_s: float = inf,
         due_s: Sequence[float] | None = None,
         rest_s: Sequence[float] | None = None,
@@ -115,7 +115,7 @@ class MeasuringTransport(httpx.BaseTransport):
         users are dealt out to them.
 
         None is begun after `sending_s`. What takes longer than `timeout_s` since the start, or
-        shows no byte for `stall_s`, fails. Raises httpx.ConnectError where the server cannot be
+        shows no byte for `idle_timeout_s`, fails. Raises httpx.ConnectError where the server cannot be
         reached at all, httpx.LocalProtocolError where a request is not HTTP, and LoadError
         where the system does not allow as many open files.
         """
@@ -131,7 +131,7 @@ class MeasuringTransport(httpx.BaseTransport):
         else:
             allow_all_open_files()
             users = max(users, len(self._users.get(origin, ())))
-        limits = Limits(timeout_s, stall_s, sending_s)
+        limits = Limits(timeout_s, idle_timeout_s, sending_s)
         server = self._located(requests[0], limits)
         if len(places) > 1:
             crews = len(places)
@@ -152,8 +152,8 @@ class MeasuringTransport(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """One request, as httpx asks for it; its read timeout is the longest silence."""
         told = request.extensions.get("timeout", {})
-        stall_s = told.get("read") or inf
-        wave = self._wave(request, [_message(request)], 1, Limits(inf, stall_s))
+        idle_timeout_s = told.get("read") or inf
+        wave = self._wave(request, [_message(request)], 1, Limits(inf, idle_timeout_s))
         wave.run()
         (exchange,) = _landed(wave, "reader")
         if exchange.failure is not None:

@@ -35,14 +35,14 @@ Start = Callable[[], int]
 """Waits for the common start and returns it, in ns of CLOCK_MONOTONIC."""
 
 
-def wanted(streams: int) -> int:
+def wanted(concurrency: int) -> int:
     """How many processes so many streams take."""
-    return -(-streams // STREAMS_PER_PROCESS)
+    return -(-concurrency // STREAMS_PER_PROCESS)
 
 
-def size(streams: int, cores: int) -> int:
+def size(concurrency: int, cores: int) -> int:
     """How many they get on a node with so many cores."""
-    return max(1, min(wanted(streams), cores // CORES_PER_PROCESS))
+    return max(1, min(wanted(concurrency), cores // CORES_PER_PROCESS))
 
 
 def run(

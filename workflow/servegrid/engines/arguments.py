@@ -41,17 +41,17 @@ def render(
 ) -> list[str]:
     """The arguments for a parser that knows the option strings `options`.
 
-    `defaults` are the values of `defaults_for`; the deployment's own `arguments` come over them,
+    `defaults` are the values of `defaults_for`; the deployment's own `engine_args` come over them,
     and a null among those leaves the choice to vLLM. True and false become flags, lists several
     values, mappings JSON. Raises ConfigError, naming the key, where an argument is one that the
     deployment or the site decides, or unknown to `version`.
     """
-    for key in deployment.arguments:
+    for key in deployment.engine_args:
         _refuse_decided_elsewhere(deployment, key)
         if not _is_known(key, options):
             raise ConfigError(_unknown(deployment, key, options, version))
     settings = {key: value for key, value in defaults.items() if _is_known(key, options)}
-    settings |= deployment.arguments
+    settings |= deployment.engine_args
     return [
         word
         for key, value in settings.items()
@@ -63,7 +63,7 @@ def render(
 def defaults_for(
     deployment: Deployment, checkpoint: str, kv_cache_bytes: int | None
 ) -> dict[str, Any]:
-    """What a deployment means in vLLM's arguments, its own `arguments` left out.
+    """What a deployment means in vLLM's arguments, its own `engine_args` left out.
 
     `kv_cache_bytes` is the size of the KV cache on a CPU; on GPUs vLLM takes what the share
     `gpu_memory_utilization` of their memory leaves beside the weights.
@@ -114,12 +114,12 @@ def kv_cache_bytes(
 def _refuse_decided_elsewhere(deployment: Deployment, key: str) -> None:
     if key in KEYS_OF_THE_DEPLOYMENT:
         raise ConfigError(
-            f"deployment `{deployment.name}`: arguments.{key} is decided by the deployment's own "
+            f"deployment `{deployment.name}`: engine_args.{key} is decided by the deployment's own "
             f"key `{KEYS_OF_THE_DEPLOYMENT[key]}`. Set that one and remove the argument."
         )
     if key in KEYS_OF_THE_SITE:
         raise ConfigError(
-            f"deployment `{deployment.name}`: arguments.{key} is decided by where it runs. "
+            f"deployment `{deployment.name}`: engine_args.{key} is decided by where it runs. "
             "Remove it; the profile's `socket` chooses between tcp and unix."
         )
 
@@ -151,6 +151,6 @@ def _unknown(deployment: Deployment, key: str, options: Collection[str], version
     close = difflib.get_close_matches(key, names)
     meant = f"Did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "Remove it."
     return (
-        f"deployment `{deployment.name}`: arguments.{key}: "
+        f"deployment `{deployment.name}`: engine_args.{key}: "
         f"vLLM {version} has no option {_flag(key)}. {meant}"
     )

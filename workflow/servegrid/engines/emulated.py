@@ -68,19 +68,19 @@ def settings_of(deployment: Deployment) -> tuple[Settings, Timing, tuple[Fault, 
     or where the table or the roofline knows nothing of the deployment.
     """
     known = [field.name for field in fields(Settings)]
-    for key in deployment.arguments:
+    for key in deployment.engine_args:
         if key not in known:
-            raise ConfigError(_unknown(deployment, f"arguments.{key}", key, known))
-    settings = Settings(**deployment.arguments)
+            raise ConfigError(_unknown(deployment, f"engine_args.{key}", key, known))
+    settings = Settings(**deployment.engine_args)
     for key in ("time_scale", "slowdown"):
         if not _is_number(value := getattr(settings, key)) or value <= 0:
-            raise ConfigError(_where(deployment, f"arguments.{key}", value, "a number above 0"))
+            raise ConfigError(_where(deployment, f"engine_args.{key}", value, "a number above 0"))
     if not _is_number(settings.startup_s) or settings.startup_s < 0:
         raise ConfigError(
-            _where(deployment, "arguments.startup_s", settings.startup_s, "a number of seconds")
+            _where(deployment, "engine_args.startup_s", settings.startup_s, "a number of seconds")
         )
     if not isinstance(settings.faults, list | tuple):
-        raise ConfigError(_where(deployment, "arguments.faults", settings.faults, "a list"))
+        raise ConfigError(_where(deployment, "engine_args.faults", settings.faults, "a list"))
     faults = tuple(_fault(deployment, n, each) for n, each in enumerate(settings.faults))
     scale = settings.time_scale * settings.slowdown
     return settings, timing_of(deployment, settings.timing).scaled(scale), faults
@@ -113,7 +113,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Emulated]:
             "version": __version__,
             "timing": settings.timing,
             "time_scale": settings.time_scale,
-            "arguments": dict(deployment.arguments),
+            "engine_args": dict(deployment.engine_args),
             "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
         }
         yield Emulated(endpoint, facts, server)
@@ -137,7 +137,7 @@ def _start(
 
 
 def _fault(deployment: Deployment, number: int, given: Any) -> Fault:
-    where = f"arguments.faults[{number}]"
+    where = f"engine_args.faults[{number}]"
     if not isinstance(given, Mapping):
         raise ConfigError(_where(deployment, where, given, "a mapping with a `kind`"))
     known = [field.name for field in fields(Fault)]

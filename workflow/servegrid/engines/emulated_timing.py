@@ -43,7 +43,7 @@ def timing_of(deployment: Deployment, timing: str) -> Timing:
     Raises ConfigError, naming the deployment, where it is none of these or does not know the
     deployment.
     """
-    where = f"deployment `{deployment.name}`: arguments.timing"
+    where = f"deployment `{deployment.name}`: engine_args.timing"
     if timing == ROOFLINE:
         shape, hardware = shape_of(deployment), hardware_of(deployment)
         return Timing(lambda concurrency, length: bound(shape, hardware, concurrency, length))

@@ -22,11 +22,11 @@ from servegrid.errors import EngineError, LoadError
 from servegrid.study import models
 from servegrid.study.deployment import Deployment
 from servegrid.study.endpoint import Endpoint, External, base_of, key_in
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 from servegrid.telemetry.server import MODELS_PATH, NO_SUCH_PATH, get, healthy
 
 KEY_REFUSED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
-SHORT_LOAD = Load("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, stall_s=60.0)
+SHORT_LOAD = Workload("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, idle_timeout_s=60.0)
 """One short request, by which an endpoint shows that it streams and counts."""
 LISTED = 10
 

@@ -96,7 +96,7 @@ def needs_of(
 
     `capability_for` says what vLLM asks for a quantization method.
     """
-    settings = {**defaults, **deployment.arguments}
+    settings = {**defaults, **deployment.engine_args}
     stored = model_config.get("quantization_config") or model_config.get("compression_config") or {}
     named = settings.get("quantization") or stored.get("quant_method")
     method = str(named).lower() if named else None
@@ -199,7 +199,7 @@ def _no_dtype(gpu: Gpu, capability: Capability, needs: Needs, software: Software
     if needs.dtype == "bfloat16" and capability < AMPERE:
         return (
             f"dtype bfloat16 needs compute capability {_told(AMPERE)}, and "
-            f"{_named(gpu, capability)}. Set `arguments: {{dtype: half}}`."
+            f"{_named(gpu, capability)}. Set `engine_args: {{dtype: half}}`."
         )
     if (
         needs.kv_cache_dtype.startswith("fp8")

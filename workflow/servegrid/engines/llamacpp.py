@@ -92,7 +92,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
                 "engine": "llamacpp",
                 "version": metadata.version(PACKAGE),
                 **_resolved(deployment, endpoint),
-                "arguments": settings,
+                "engine_args": settings,
                 "system": server.told["system"],
                 "gpus": server.told["gpus"],
                 "model_files": models.digest(Path(settings["model.path"])),
@@ -139,11 +139,11 @@ def settings_for(deployment: Deployment, checkpoint: Path, threads: int) -> dict
 
     llama.cpp divides `n_ctx` among its slots, so that each gets `max_model_len`. Every prompt is
     processed in full: none is kept in a slot, in memory, or shared by similar ones. The
-    deployment's `arguments` come over all that. Raises ConfigError where they contradict its
+    deployment's `engine_args` come over all that. Raises ConfigError where they contradict its
     own keys or the site's.
     """
-    for key in deployment.arguments:
-        where = f"deployment `{deployment.name}`: arguments.{key} is decided by"
+    for key in deployment.engine_args:
+        where = f"deployment `{deployment.name}`: engine_args.{key} is decided by"
         if key in KEYS_OF_THE_DEPLOYMENT:
             raise ConfigError(
                 f"{where} the deployment's own key `{KEYS_OF_THE_DEPLOYMENT[key]}`. "
@@ -169,7 +169,7 @@ def settings_for(deployment: Deployment, checkpoint: Path, threads: int) -> dict
         "n_threads_http": HTTP_THREADS,
         "ui": False,
         "verbosity": 2,
-        **deployment.arguments,
+        **deployment.engine_args,
     }
 
 

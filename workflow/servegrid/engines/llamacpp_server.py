@@ -29,11 +29,11 @@ def apply(settings: Mapping[str, Any], params: Any) -> None:
         if not hasattr(owner, name):
             close = difflib.get_close_matches(key, dir(params))
             meant = f"Did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else ""
-            raise ValueError(f"arguments.{key}: llama.cpp has no such setting. {meant}".rstrip())
+            raise ValueError(f"engine_args.{key}: llama.cpp has no such setting. {meant}".rstrip())
         try:
             setattr(owner, name, _fitting(value, getattr(owner, name)))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"arguments.{key}: {value!r} does not fit ({error})") from error
+            raise ValueError(f"engine_args.{key}: {value!r} does not fit ({error})") from error
 
 
 def _fitting(value: Any, current: Any) -> Any:

@@ -117,7 +117,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
             "engine": "vllm",
             "version": api.version,
             **server.resolved,
-            "arguments": rendered,
+            "engine_args": rendered,
             "packages": _versions(PACKAGES),
             "model_files": models.digest(checkpoint),
             "bring_up_s": clock.laps,
@@ -162,7 +162,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _load(deployment: Deployment) -> vllm_api.Api:
     try:
-        api = vllm_api.load()
+        api = vllm_api.workload()
     except ImportError as error:
         raise EngineError(
             f"deployment `{deployment.name}`: vLLM cannot be imported here ({error}). "

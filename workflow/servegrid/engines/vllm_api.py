@@ -65,7 +65,7 @@ class Api:
         return app
 
 
-def load() -> Api:
+def workload() -> Api:
     """The installed vLLM. Raises ImportError where there is none, or one that is not supported."""
     import vllm
     from vllm.platforms import current_platform

@@ -19,9 +19,12 @@ from servegrid.records import columns, parquet
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import OK, verdict_of
 from servegrid.study.deployment import Deployment
-from servegrid.study.grid import Load, Protocol, Trial
+from servegrid.study.grid import Protocol, Trial, Workload
 
 _NS = 1_000_000_000
+
+IMPORTED = "imported"
+"""Stands for a rule of validity in cells that another client has measured."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Foreign:
     measured: str
     protocol: Protocol
     concurrency: int | None
-    rate_per_s: float | None
+    request_rate: float | None
     lengths: tuple[int, int]
     requests: Sequence[Mapping[str, Any]] | None
     figures: Mapping[str, Any]
@@ -48,14 +51,16 @@ class Foreign:
     gaps_known: bool = True
 
 
-def cells_of(loads: Sequence[Foreign], deployment: Deployment, engine: str | None) -> pd.DataFrame:
+def cells_of(
+    workloads: Sequence[Foreign], deployment: Deployment, engine: str | None
+) -> pd.DataFrame:
     """The loads as a dataframe of `columns.CELLS`; those of the same kind are trials of a cell."""
     numbers: dict[tuple[Any, ...], int] = {}
     rows = []
-    for each in loads:
+    for each in workloads:
         own = replace(deployment, model=deployment.model or each.model)
         own = replace(own, name=own.name or _name(own, each.origin))
-        kind = (own.name, each.origin, each.protocol, each.concurrency, each.rate_per_s)
+        kind = (own.name, each.origin, each.protocol, each.concurrency, each.request_rate)
         key = (*kind, each.lengths)
         numbers[key] = numbers.get(key, 0) + 1
         rows.append(row_of(each, Trial(own, _load(each), numbers[key]), engine))
@@ -64,7 +69,7 @@ def cells_of(loads: Sequence[Foreign], deployment: Deployment, engine: str | Non
 
 
 def row_of(foreign: Foreign, trial: Trial, engine: str | None) -> dict[str, Any]:
-    """Its row of `columns.CELLS`: `valid` is null, and `invalid_reason` says what is doubtful.
+    """Its row of `columns.CELLS`: `valid` is null, and `invalid_evidence` says what is doubtful.
 
     A closed or open loop is reported by its stationary part, as servegrid's own are; where it has
     none, by all of it, start and end included, and that is noted.
@@ -72,9 +77,9 @@ def row_of(foreign: Foreign, trial: Trial, engine: str | None) -> dict[str, Any]
     rows = foreign.requests or []
     requests = parquet.table_of(columns.REQUESTS, rows)
     notes = [f"not certified: measured by {foreign.origin}", *foreign.notes]
-    verdict, reason = verdict_of((row.get("error") for row in rows), engine_alive=True)
+    verdict, detail = verdict_of((row.get("error") for row in rows), engine_alive=True)
     whole = foreign.protocol == "burst"
-    if rows and not whole and isinstance(window_of(requests, trial.load), str):
+    if rows and not whole and isinstance(window_of(requests, trial.workload), str):
         whole = True
         notes.append("no steady state: figures of the whole load, its start and end included")
     record = {
@@ -82,7 +87,7 @@ def row_of(foreign: Foreign, trial: Trial, engine: str | None) -> dict[str, Any]
         "spec_digest": trial.digest,
         "origin": foreign.origin,
         "verdict": verdict,
-        "reason": reason,
+        "verdict_detail": detail,
         "engine": {"engine": engine},
         "environment": {"allocation": foreign.source, "started": foreign.measured},
         "client": {},
@@ -93,19 +98,24 @@ def row_of(foreign: Foreign, trial: Trial, engine: str | None) -> dict[str, Any]
     telemetry = parquet.table_of(columns.TELEMETRY, [])
     row = metrics.row_of(record, requests, telemetry, whole)
     if not foreign.gaps_known:
-        row |= {name: None for name in row if name.startswith("itl_")} | {"shared_read_share": None}
+        row |= {name: None for name in row if name.startswith("itl_")} | {
+            "coalesced_chunk_fraction": None
+        }
     row |= foreign.figures
     if verdict == OK and row.get("failed_requests"):
-        row |= {"verdict": "http_error", "reason": f"{row['failed_requests']} requests failed"}
+        row |= {
+            "verdict": "http_error",
+            "verdict_detail": f"{row['failed_requests']} requests failed",
+        }
     unknown = dict.fromkeys(("valid", "prompts", "output_spread"))
-    return row | unknown | {"invalid_reason": "; ".join(notes)}
+    return row | unknown | {"invalid_rules": [IMPORTED] * len(notes), "invalid_evidence": notes}
 
 
 def closed(limit: int | None, requests: int) -> tuple[Protocol, int]:
     """Protocol and concurrency of requests that are sent as soon as `limit` allows."""
     if limit is None or limit >= requests:
         return "burst", requests
-    return "steady", limit
+    return "closed_loop", limit
 
 
 def with_users(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -147,13 +157,13 @@ def percentile_known(percentile: int, samples: int) -> bool:
     return samples >= PERCENTILES[percentile]
 
 
-def _load(foreign: Foreign) -> Load:
+def _load(foreign: Foreign) -> Workload:
     input_len, output_len = foreign.lengths
     rows = foreign.requests
-    return Load(
+    return Workload(
         protocol=foreign.protocol,
         concurrency=foreign.concurrency,
-        rate_per_s=foreign.rate_per_s,
+        request_rate=foreign.request_rate,
         input_len=input_len,
         output_len=output_len,
         requests=foreign.figures.get("requests") if rows is None else len(rows),

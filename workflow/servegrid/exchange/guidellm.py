@@ -25,15 +25,15 @@ def read(report: Mapping[str, Any], source: str) -> list[Foreign]:
     Requests that were cut off when the benchmark ended are left out, as guidellm itself does.
     """
     version = report["metadata"].get("guidellm_version", "")
-    loads = []
+    workloads = []
     for position, benchmark in enumerate(report["benchmarks"]):
         where = f"{source}, benchmarks[{position}]"
         if not isinstance(benchmark, Mapping):
             raise ExchangeError(f"{where}: holds nothing; was it saved whole?")
-        loads.append(_read(benchmark, where, f"guidellm {version}".strip()))
-    if not loads:
+        workloads.append(_read(benchmark, where, f"guidellm {version}".strip()))
+    if not workloads:
         raise ExchangeError(f"{source}: has no benchmarks.")
-    return loads
+    return workloads
 
 
 def _read(benchmark: Mapping[str, Any], where: str, origin: str) -> Foreign:
@@ -64,7 +64,7 @@ def _read(benchmark: Mapping[str, Any], where: str, origin: str) -> Foreign:
         measured=started.isoformat(timespec="seconds"),
         protocol=protocol,
         concurrency=concurrency,
-        rate_per_s=rate,
+        request_rate=rate,
         lengths=lengths,
         requests=with_users(requests),
         figures={},
@@ -80,7 +80,7 @@ def _kind(
     if kind == "poisson":
         return "poisson", None, float(strategy["rate"])
     if kind == "synchronous":
-        return "steady", 1, None
+        return "closed_loop", 1, None
     if kind in ("concurrent", "throughput"):
         return *closed(strategy.get("streams") or strategy.get("max_concurrency"), requests), None
     raise ExchangeError(

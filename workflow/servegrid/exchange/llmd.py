@@ -14,7 +14,7 @@ from servegrid.analysis.metrics import allocation_of
 from servegrid.analysis.titles import EMULATED
 from servegrid.records.columns import PERCENTILES
 from servegrid.study.deployment import Deployment, digest_of
-from servegrid.study.grid import Load, Trial
+from servegrid.study.grid import Trial, Workload
 
 VERSION = "0.2.1"
 
@@ -37,9 +37,9 @@ def report(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
             },
             "scenario": {
                 "stack": [_engine(trial.deployment, row)],
-                "load": _load(trial.load, row["origin"]),
+                "workload": _load(trial.workload, row["origin"]),
             },
-            "results": {"request_performance": {"aggregate": _aggregate(trial.load, row)}},
+            "results": {"request_performance": {"aggregate": _aggregate(trial.workload, row)}},
         }
     )
     return found
@@ -66,36 +66,36 @@ def _engine(deployment: Deployment, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load(load: Load, origin: str) -> dict[str, Any]:
-    spread = load.longest_output - load.output_len
-    output = {"distribution": "fixed", "value": load.output_len}
+def _load(workload: Workload, origin: str) -> dict[str, Any]:
+    spread = workload.longest_output - workload.output_len
+    output = {"distribution": "fixed", "value": workload.output_len}
     if spread:
-        limits = {"min": load.output_len - spread, "max": load.output_len + spread}
-        output = {"distribution": "uniform", "value": load.output_len, **limits}
+        limits = {"min": workload.output_len - spread, "max": workload.output_len + spread}
+        output = {"distribution": "uniform", "value": workload.output_len, **limits}
     return {
-        "metadata": {"cfg_id": digest_of(vars(load)), "description": load.protocol},
+        "metadata": {"cfg_id": digest_of(vars(workload)), "description": workload.protocol},
         "standardized": {
             "tool": origin,
             "tool_version": __version__,
             "source": "random",
-            "input_seq_len": {"distribution": "fixed", "value": load.input_len},
+            "input_seq_len": {"distribution": "fixed", "value": workload.input_len},
             "output_seq_len": output,
-            "rate_qps": load.rate_per_s,
-            "concurrency": load.concurrency,
+            "rate_qps": workload.request_rate,
+            "concurrency": workload.concurrency,
         },
-        "native": {"config": dict(vars(load))},
+        "native": {"config": dict(vars(workload))},
     }
 
 
-def _aggregate(load: Load, row: Mapping[str, Any]) -> dict[str, Any]:
+def _aggregate(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any]:
     window, served = row["window_s"], row["requests_in_window"]
     rate = served / window if window and served is not None else None
     return {
         "requests": {
             "total": row["requests"],
             "failures": row["failed_requests"],
-            "input_length": {"units": "count", "mean": load.input_len},
-            "output_length": {"units": "count", "mean": load.output_len},
+            "input_length": {"units": "count", "mean": workload.input_len},
+            "output_length": {"units": "count", "mean": workload.output_len},
         },
         "latency": {
             "time_to_first_token": _latency("ttft", "s", row),
@@ -125,7 +125,13 @@ def _belief(row: Mapping[str, Any]) -> str:
     emulated = "EMULATED, no hardware was measured; " if row["engine"] == EMULATED else ""
     if row["valid"]:
         return f"{emulated}valid"
-    why = row["invalid_reason"] or row["reason"] or row["verdict"]
+    broken = (
+        zip(row["invalid_rules"], row["invalid_evidence"], strict=True)
+        if row["valid"] is not None
+        else ()
+    )
+    why = "; ".join(f"{rule}: {evidence}" for rule, evidence in broken)
+    why = why or row["verdict_detail"] or row["verdict"]
     return f"{emulated}not to be believed: {why}"
 
 

@@ -63,7 +63,7 @@ def read(result: Mapping[str, Any], source: str) -> Foreign:
         measured=str(result.get("date", "")),
         protocol=protocol,
         concurrency=concurrency,
-        rate_per_s=rate if protocol == "poisson" else None,
+        request_rate=rate if protocol == "poisson" else None,
         lengths=lengths,
         requests=requests,
         figures={} if detailed else _figures(result, protocol, concurrency, lengths[1]),
@@ -158,13 +158,13 @@ def written(record: Mapping[str, Any], requests: pa.Table) -> dict[str, Any]:
     where no request was sent.
     """
     trial = Trial.from_spec(record["spec"])
-    load, deployment = trial.load, trial.deployment
+    workload, deployment = trial.workload, trial.deployment
     rows = [row for row in requests.to_pylist() if row["sent_ns"] is not None]
     if not rows:
         raise ExchangeError(f"{trial.id}: no request of it was sent; there is nothing to export.")
     duration = (max(row["done_ns"] for row in rows) - min(row["sent_ns"] for row in rows)) / 1e9
     served = [row for row in rows if row["error"] is None]
-    prompts = sum(row["prompt_tokens"] or load.input_len for row in served)
+    prompts = sum(row["prompt_tokens"] or workload.input_len for row in served)
     tokens = sum(row["completion_tokens"] for row in served)
     api = record["engine"].get("api")
     backend = "openai-chat" if api == "chat" else "openai"
@@ -176,9 +176,9 @@ def written(record: Mapping[str, Any], requests: pa.Table) -> dict[str, Any]:
         "model_id": deployment.checkpoint or deployment.model,
         "tokenizer_id": deployment.tokenizer or deployment.checkpoint,
         "num_prompts": len(rows),
-        "request_rate": "inf" if load.rate_per_s is None else load.rate_per_s,
+        "request_rate": "inf" if workload.request_rate is None else workload.request_rate,
         "burstiness": 1.0,
-        "max_concurrency": load.concurrency,
+        "max_concurrency": workload.concurrency,
         "duration": duration,
         "completed": len(served),
         "failed": len(rows) - len(served),
@@ -188,7 +188,7 @@ def written(record: Mapping[str, Any], requests: pa.Table) -> dict[str, Any]:
         "request_goodput": None,
         "output_throughput": tokens / duration,
         "total_token_throughput": (prompts + tokens) / duration,
-        "input_lens": [row["prompt_tokens"] or load.input_len for row in rows],
+        "input_lens": [row["prompt_tokens"] or workload.input_len for row in rows],
         "output_lens": [0 if row["error"] else row["completion_tokens"] for row in rows],
         "ttfts": [0.0 if row["error"] else _ttft(row) for row in rows],
         "itls": [[] if row["error"] else _gaps(row) for row in rows],

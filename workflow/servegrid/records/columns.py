@@ -89,7 +89,7 @@ TELEMETRY = (
         "between, as are the next three",
     ),
     Column("waiting", pa.int32(), "requests", "Requests that wait in the server's queue"),
-    Column("kv_cache_use", pa.float64(), "0 to 1", "Share of the server's KV cache in use"),
+    Column("kv_cache_usage", pa.float64(), "0 to 1", "Share of the server's KV cache in use"),
     Column("preemptions", pa.int64(), "", "Preemptions since the server came up"),
 )
 """One row per device and sample; unknown is null, never 0."""
@@ -143,24 +143,35 @@ CELLS = (
         "requests",
         "Requests in flight at once; null when poisson, where that follows from the rate",
     ),
-    Column("rate_per_s", pa.float64(), "requests/s", "Rate of a poisson load; null otherwise"),
+    Column("request_rate", pa.float64(), "requests/s", "Rate of a poisson load; null otherwise"),
     Column("input_len", pa.int32(), "tokens", "Prompt tokens of each request"),
     Column("output_len", pa.int32(), "tokens", "Output tokens asked of each request"),
     Column("output_spread", pa.float64(), "0 to 1", "By up to which share each asks more or less"),
     Column("prompts", pa.string(), "", "`distinct`, or `identical` in all requests"),
-    Column("think_s", pa.float64(), "s", "A user's mean pause before the next request"),
+    Column("think_time_s", pa.float64(), "s", "A user's mean pause before the next request"),
     Column("trial", pa.int32(), "", "Repeat of the cell, from 1"),
     Column("verdict", pa.string(), "", "ok, or why the cell could not be served"),
-    Column("reason", pa.string(), "", "The verdict's evidence; null when ok"),
+    Column("verdict_detail", pa.string(), "", "The verdict's evidence; null when ok"),
     Column(
         "valid",
         pa.bool_(),
         "",
         "Whether the cell may be believed; null where its verdict says that it was not served",
     ),
-    Column("invalid_reason", pa.string(), "", "The rules that speak against it; null where none"),
     Column(
-        "sentinel_drift",
+        "invalid_rules",
+        pa.list_(pa.string()),
+        "",
+        "The rules of validity that it breaks; empty where valid, null where not served",
+    ),
+    Column(
+        "invalid_evidence",
+        pa.list_(pa.string()),
+        "",
+        "What broke each of invalid_rules, in the same order",
+    ),
+    Column(
+        "allocation_drift",
         pa.float64(),
         "",
         "Output tokens/s of the allocation's sentinels: (highest - lowest) / median; null under "
@@ -205,7 +216,7 @@ CELLS = (
     ),
     *_latencies("e2el", "End-to-end latency: due (poisson) or sent until last token"),
     Column(
-        "shared_read_share",
+        "coalesced_chunk_fraction",
         pa.float64(),
         "0 to 1",
         "Chunks with tokens that were read together with the one before and bear its time",
@@ -237,7 +248,7 @@ CELLS = (
         "Sampled power / power by the energy counters - 1; null where one is unknown",
     ),
     Column(
-        "power_doubtful",
+        "power_suspect",
         pa.bool_(),
         "",
         "Whether power_disagreement is more than 10% either way: the counters are kept, but power "
@@ -273,7 +284,7 @@ CELLS = (
         "End-to-end latency by the server's clock, likewise",
     ),
     Column(
-        "ttft_beyond_server_s",
+        "ttft_client_overhead_s",
         pa.float64(),
         "s",
         "Sent until first token as the client saw it, mean over all requests of the load, minus "
@@ -288,7 +299,7 @@ CELLS = (
     ),
     Column("waiting_mean", pa.float64(), "requests", "Requests in its queue, likewise"),
     Column("waiting_max", pa.int32(), "requests", "The same, the most"),
-    Column("kv_cache_use_max", pa.float64(), "0 to 1", "Share of its KV cache in use, the most"),
+    Column("kv_cache_usage_max", pa.float64(), "0 to 1", "Share of its KV cache in use, the most"),
     Column("preemptions", pa.int64(), "", "Preemptions during the load"),
     Column(
         "prefix_hit_tokens", pa.int64(), "tokens", "Prompt tokens that the server had in a cache"
@@ -330,7 +341,7 @@ SUMMARY_KEYS = tuple(
     _OF_CELLS[name]
     for name in (
         *("deployment", "model", "quantization", "gpu", "gpu_count", "engine", "time_scale"),
-        *("protocol", "concurrency", "rate_per_s", "input_len", "output_len"),
+        *("protocol", "concurrency", "request_rate", "input_len", "output_len"),
     )
 )
 """What tells one cell from another."""
@@ -380,16 +391,16 @@ BESIDE = (
 
 FRONTIER = (
     *(_OF_CELLS[name] for name in ("deployment", "engine", "protocol", "output_len", "input_len")),
-    Column("served_most", pa.int32(), "requests", "Most requests at once that were served"),
-    Column("served_at_least", pa.bool_(), "", "Whether nothing above it was tried"),
+    Column("max_served", pa.int32(), "requests", "Most requests at once that were served"),
+    Column("max_served_is_lower_bound", pa.bool_(), "", "Whether nothing above it was tried"),
     Column(
-        "within_limits_most",
+        "max_within_slo",
         pa.int32(),
         "requests",
         "Most requests at once that keep the limits, as all measured numbers below it do; null "
         "where not even the fewest keep them",
     ),
-    Column("within_limits_at_least", pa.bool_(), "", "Whether nothing above it was tried"),
+    Column("max_within_slo_is_lower_bound", pa.bool_(), "", "Whether nothing above it was tried"),
     Column(
         "knee",
         pa.int32(),
@@ -408,12 +419,12 @@ PLAN = (
     *(_OF_CELLS[name] for name in ("protocol", "output_len")),
     Column("prompt_tokens", pa.string(), "tokens", "The prompt lengths that it is made from"),
     Column(
-        "most_in_flight",
+        "max_in_flight",
         pa.int32(),
         "requests",
         "Requests at once that one replica gives the wanted speed, whatever their prompt length",
     ),
-    Column("at_least", pa.bool_(), "", "Whether it could be more: nothing above was tried"),
+    Column("is_lower_bound", pa.bool_(), "", "Whether it could be more: nothing above was tried"),
     Column(
         "users_carried",
         pa.int32(),
@@ -428,7 +439,7 @@ PLAN = (
     ),
     Column("users_carried_high", pa.int32(), "users", "The same at their fast end"),
     Column(
-        "users_half_slow",
+        "users_at_50pct_slo",
         pa.int32(),
         "users",
         "The most of whom half of the requests get the speed: how near the fall is",
@@ -448,7 +459,7 @@ PLAN = (
         "purchase_per_token_per_s",
         pa.float64(),
         _MONEY,
-        "The same per output token/s that they give at most_in_flight",
+        "The same per output token/s that they give at max_in_flight",
     ),
     Column(
         "purchase_per_million_tokens",

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from servegrid.errors import RecordError
 from servegrid.records.columns import Column
 
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
 """Raise it when records get other keys or columns: those before can't be gathered any more."""
 
 RECORD_KEY = b"servegrid"

@@ -26,6 +26,7 @@ from servegrid.analysis.titles import (
     counted,
     deployment_title,
     emulation_notes,
+    protocol_title,
     with_intensity,
 )
 from servegrid.records import parquet
@@ -83,12 +84,12 @@ def article_tables(cells: pd.DataFrame, deployment: str) -> list[ArticleTable]:
     those that are valid, or of those that were served where none is.
     """
     own = cells[cells["deployment"] == deployment]
-    loads = own[["protocol", "output_len"]].drop_duplicates()
+    workloads = own[["protocol", "output_len"]].drop_duplicates()
     return [
         _table(
             with_intensity(own[(own["protocol"] == protocol) & (own["output_len"] == output_len)])
         )
-        for protocol, output_len in loads.itertuples(index=False)
+        for protocol, output_len in workloads.itertuples(index=False)
     ]
 
 
@@ -98,7 +99,7 @@ def as_markdown(title: str, tables: Sequence[ArticleTable], notes: Sequence[str]
     for table in tables:
         if len(tables) > 1:
             tokens = counted(table.output_len, "output token")
-            blocks.append(f"## {table.protocol.capitalize()}, {tokens}")
+            blocks.append(f"## {protocol_title(table.protocol).capitalize()}, {tokens}")
         blocks += [
             f"Seconds per 100 tokens; rows are {axis_title(table.protocol)}, columns prompt "
             "tokens.",
@@ -215,7 +216,7 @@ def _load_note(table: ArticleTable) -> str:
     trials = ", 1 trial"
     if table.trials > 1:
         trials = f", median of {table.trials} trials [{INTERVAL_TITLE}]"
-    protocol = f"{table.protocol.capitalize()} ({PROTOCOLS[table.protocol]})"
+    protocol = f"{protocol_title(table.protocol).capitalize()} ({PROTOCOLS[table.protocol]})"
     return f"{protocol}, {counted(table.output_len, 'output token')} per request{trials}."
 
 

@@ -42,8 +42,8 @@ def page(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
     """The plan, a table of `columns.PLAN`, with its assumptions and what it does not know."""
     blocks = ["# Capacity plan", _assumptions(demand, hardware)]
     for (protocol, output_len), own in plan.groupby(["protocol", "output_len"], sort=False):
-        load = load_title(str(protocol), int(str(output_len)))
-        blocks += [f"## {load.capitalize()}", as_markdown(table(own)).rstrip()]
+        workload = load_title(str(protocol), int(str(output_len)))
+        blocks += [f"## {workload.capitalize()}", as_markdown(table(own)).rstrip()]
     if plan.empty:
         blocks.append(NOTHING)
     if plan["emulated"].any():
@@ -77,14 +77,14 @@ def _assumptions(demand: Demand, hardware: Hardware) -> str:
     prompts = "all measured prompt lengths in equal parts"
     if demand.input_len is not None:
         prompts = f"prompts of about {demand.input_len} tokens"
-    elif demand.mix is not None:
-        whole = sum(demand.mix.values())
-        parts = (f"{share / whole:.3g} of {length}" for length, share in demand.mix.items())
+    elif demand.prompt_mix is not None:
+        whole = sum(demand.prompt_mix.values())
+        parts = (f"{share / whole:.3g} of {length}" for length, share in demand.prompt_mix.items())
         prompts = f"prompts of several lengths, {', '.join(parts)} tokens"
     return (
         f"{demand.users} registered users, of whom {demand.logged_in:.4g} are logged in at the "
-        f"busiest time ({demand.at_once}); {demand.think_s:g} s on average between an answer and "
-        f"the same user's next request; {prompts}. {100 * demand.probability:g}% of the requests "
+        f"busiest time ({demand.at_once}); {demand.think_time_s:g} s on average between an answer and "
+        f"the same user's next request; {prompts}. {100 * demand.slo_attainment:g}% of the requests "
         f"are to get {demand.tokens_per_s_per_user:g} output tokens/s, the time for the prompt "
         f"included. Prices are of GPUs alone, in {hardware.currency}."
     )
@@ -99,7 +99,7 @@ def _row(row: Mapping[Any, Any]) -> list[str]:
     name = f"{row['deployment']}{' (emulated)' if row['emulated'] else ''}"
     if not pd.isna(row["reason"]):
         return [name, f"– ({row['reason']})", *["–"] * (len(HEAD) - 2)]
-    least = "at least " if row["at_least"] else ""
+    least = "at least " if row["is_lower_bound"] else ""
     around = ""
     if not pd.isna(row["users_carried_low"]):
         around = f" [{row['users_carried_low']}, {row['users_carried_high']}]"
@@ -108,9 +108,9 @@ def _row(row: Mapping[Any, Any]) -> list[str]:
     return [
         name,
         str(row["prompt_tokens"]),
-        f"{least}{row['most_in_flight']}",
+        f"{least}{row['max_in_flight']}",
         f"{least}{row['users_carried']}{around}",
-        f"{least}{row['users_half_slow']}",
+        f"{least}{row['users_at_50pct_slo']}",
         *(_number(row[figure]) for figure in (*figures, *costs)),
     ]
 

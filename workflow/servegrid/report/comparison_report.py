@@ -65,15 +65,15 @@ def _tables(found: Comparison) -> Mapping[str, pd.DataFrame]:
     )
     cells: dict[str, list[dict[str, str]]] = {}
     for each in found.cells:
-        deployment, _, load = each.name.partition(", ")
-        cells.setdefault(deployment, []).append(_row(each, "trials", load))
+        deployment, _, workload = each.name.partition(", ")
+        cells.setdefault(deployment, []).append(_row(each, "trials", workload))
     return shown | {f"Cells of {name}": pd.DataFrame(rows) for name, rows in cells.items()}
 
 
-def _row(each: Ratio, counted: str, load: str | None = None) -> dict[str, str]:
+def _row(each: Ratio, counted: str, workload: str | None = None) -> dict[str, str]:
     around = "" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]"
     return {
-        "deployment" if load is None else "load": load or each.name,
+        "deployment" if workload is None else "workload": workload or each.name,
         counted: str(each.count),
         "ratio": f"{each.ratio:.3f}{around}",
         "p": "–" if each.p is None else f"{each.p:.2g}",

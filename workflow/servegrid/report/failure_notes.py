@@ -6,13 +6,11 @@ by rows and columns of their table where they fill these. All evidence stands in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from servegrid.analysis.validity import RULES
 from servegrid.records.verdict import OK
 
 Cell = tuple[float, int]
@@ -20,8 +18,6 @@ Cell = tuple[float, int]
 
 _LISTED = 3
 """Lines of one verdict or rule, and pieces of evidence in a line."""
-
-_RULE = re.compile(rf"(?:^|; )({'|'.join(map(re.escape, RULES))}): ")
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ def failures(trials: pd.DataFrame) -> list[Reason]:
     failed = trials[trials["verdict"] != OK]
     told = [
         (verdict, reason if isinstance(reason, str) else None)
-        for verdict, reason in zip(failed["verdict"], failed["reason"], strict=True)
+        for verdict, reason in zip(failed["verdict"], failed["verdict_detail"], strict=True)
     ]
     return _reasons(told, len(trials))
 
@@ -49,9 +45,9 @@ def failures(trials: pd.DataFrame) -> list[Reason]:
 def doubts(trials: pd.DataFrame) -> list[Reason]:
     """Why trials of one cell were served and may not be believed."""
     told: list[tuple[str, str]] = []
-    for reason in trials["invalid_reason"].dropna():
-        _, *parts = _RULE.split(reason)
-        told += zip(parts[::2], parts[1::2], strict=True)
+    broken = trials[["invalid_rules", "invalid_evidence"]].dropna()
+    for rules, evidence in broken.itertuples(index=False):
+        told += zip(rules, evidence, strict=True)
     return _reasons(told, len(trials))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis.findings import Limits
+from servegrid.analysis.findings import Slo
 from servegrid.analysis.titles import load_title
 from servegrid.report.markup import as_markdown, bullets
 
@@ -28,21 +28,19 @@ def frontier_table(reach: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFra
     rows = [
         {
             "deployment": titles.get(row["deployment"], row["deployment"]),
-            "load": load_title(row["protocol"], int(row["output_len"])),
+            "workload": load_title(row["protocol"], int(row["output_len"])),
             "prompt tokens": str(row["input_len"]),
             "served": _most(row, "served"),
-            "within limits": _most(row, "within_limits"),
+            "within SLO": _most(row, "within_slo"),
             "linear from": "–" if pd.isna(row["knee"]) else str(row["knee"]),
         }
         for row in reach.to_dict("records")
     ]
-    head = ["deployment", "load", "prompt tokens", "served", "within limits", "linear from"]
+    head = ["deployment", "workload", "prompt tokens", "served", "within SLO", "linear from"]
     return pd.DataFrame(rows, columns=head)
 
 
-def findings_page(
-    told: Sequence[str], table: pd.DataFrame, limits: Limits, notes: Sequence[str]
-) -> str:
+def findings_page(told: Sequence[str], table: pd.DataFrame, slo: Slo, notes: Sequence[str]) -> str:
     """The statements and the frontier as Markdown; `notes` stand above them."""
     if not told:
         nothing = "Nothing was found: it takes cells of a burst or a steady load."
@@ -52,7 +50,7 @@ def findings_page(
             "# Findings",
             *notes,
             bullets(told).rstrip(),
-            f"Requests at once that were served, and with {limits} for each; linear from: from "
+            f"Requests at once that were served, and with {slo} for each; linear from: from "
             "there on the time grows at least 1.8-fold per doubling of the requests.",
             as_markdown(table),
         ]
@@ -94,7 +92,7 @@ def beside_page(
 
 
 def _most(row: Mapping[Any, Any], which: str) -> str:
-    most = row[f"{which}_most"]
+    most = row[f"max_{which}"]
     if pd.isna(most):
         return "–"
-    return f"≥ {most}" if row[f"{which}_at_least"] else str(most)
+    return f"≥ {most}" if row[f"max_{which}_is_lower_bound"] else str(most)

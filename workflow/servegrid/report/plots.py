@@ -79,19 +79,21 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Me
     Rates are left out where users' figures are drawn of other loads.
     """
     own = with_intensity(cells[cells["deployment"] == deployment])
-    loads = [
-        load for load in _loads(own) if all(metric.of_load(load[0]) for metric in metrics)
+    workloads = [
+        workload
+        for workload in _loads(own)
+        if all(metric.of_load(workload[0]) for metric in metrics)
     ] or _loads(own)
     figure, grid = framed(
         deployment_titles(own)[deployment],
-        _caption(own, loads, metrics),
+        _caption(own, workloads, metrics),
         Layout(
-            rows=len(loads),
+            rows=len(workloads),
             columns=len(metrics),
             width=1.2 + 3.6 * len(metrics),
             right=1.35,
             gap_above=0.75,
-            titled=len(loads) > 1,
+            titled=len(workloads) > 1,
             apart=True,
         ),
     )
@@ -99,8 +101,8 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Me
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(lengths))).tolist()
     looks = looks_of(lengths, colours)
     drawn = []
-    for panels, load in zip(grid, loads, strict=True):
-        rows = _of_load(own, load)
+    for panels, workload in zip(grid, workloads, strict=True):
+        rows = _of_load(own, workload)
         for axes, metric in zip(panels, metrics, strict=True):
             lines = _lines(rows, "input_len", looks, metric)
             drawn += lines
@@ -109,9 +111,9 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Me
             mark_emulated(axes, rows)
             start_at_zero([axes], lines)
             axes.set_ylabel(metric.axis)
-            axes.set_xlabel(axis_title(load[0]))
-        if len(loads) > 1:
-            panels[0].set_title(load_title(*load).capitalize(), loc="left")
+            axes.set_xlabel(axis_title(workload[0]))
+        if len(workloads) > 1:
+            panels[0].set_title(load_title(*workload).capitalize(), loc="left")
     grid[0][-1].legend(
         handles=handles_of({str(length): looks[length] for length in lengths}, marks_of(drawn)),
         title="prompt tokens",
@@ -130,12 +132,12 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
     protocols and output lengths the one with the most cells.
     """
     cells = with_intensity(cells)
-    load = max(_loads(cells), key=lambda each: len(_of_load(cells, each)))
-    rows = _of_load(cells, load)
+    workload = max(_loads(cells), key=lambda each: len(_of_load(cells, each)))
+    rows = _of_load(cells, workload)
     columns = _prompt_columns(rows)
     titles = deployment_titles(rows)
     looks: dict[str, Look] = looks_of(titles, OKABE_ITO)
-    metrics = [metric for metric in (PER_USER, TOTAL) if metric.of_load(load[0])]
+    metrics = [metric for metric in (PER_USER, TOTAL) if metric.of_load(workload[0])]
     lines = [
         [_lines(column, "deployment", looks, metric) for column in columns] for metric in metrics
     ]
@@ -146,7 +148,7 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
     legend_columns = 2 if len(handles) > 3 and 2 * widest < width else 1
     figure, grid = framed(
         "Output tokens per second, per user and in total",
-        _caption(rows, [load], metrics),
+        _caption(rows, [workload], metrics),
         Layout(
             rows=len(metrics),
             columns=len(columns),
@@ -168,7 +170,7 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(_prompt_title(column))
     for axes in grid[-1]:
-        axes.set_xlabel(axis_title(load[0]))
+        axes.set_xlabel(axis_title(workload[0]))
     figure.legend(
         handles=handles,
         loc="lower left",
@@ -187,8 +189,8 @@ def _loads(cells: pd.DataFrame) -> list[_Load]:
     return list(cells[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
 
 
-def _of_load(cells: pd.DataFrame, load: _Load) -> pd.DataFrame:
-    return cells[(cells["protocol"] == load[0]) & (cells["output_len"] == load[1])]
+def _of_load(cells: pd.DataFrame, workload: _Load) -> pd.DataFrame:
+    return cells[(cells["protocol"] == workload[0]) & (cells["output_len"] == workload[1])]
 
 
 def _lines(rows: pd.DataFrame, key: str, looks: Mapping[Any, Look], metric: Metric) -> list[Line]:
@@ -225,10 +227,10 @@ def _prompt_title(column: pd.DataFrame) -> str:
     return f"{lengths} prompt tokens"
 
 
-def _caption(cells: pd.DataFrame, loads: Sequence[_Load], metrics: Sequence[Metric]) -> str:
+def _caption(cells: pd.DataFrame, workloads: Sequence[_Load], metrics: Sequence[Metric]) -> str:
     sentences = []
-    if len(loads) == 1:
-        sentences.append(load_title(*loads[0]).capitalize() + ".")
+    if len(workloads) == 1:
+        sentences.append(load_title(*workloads[0]).capitalize() + ".")
     sentences.append(trials_note(cells))
     beyond = [metric.beyond for metric in metrics if metric.beyond is not None]
     if beyond:

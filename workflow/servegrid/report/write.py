@@ -29,25 +29,25 @@ def write_conclusions(
     `paths` has the outputs of the rule `conclude` by their names. Raises RecordError where one
     cannot be written.
     """
-    study, limits = study_of(config), findings.limits_of(config)
+    study, slo = study_of(config), findings.slo_of(config)
     names, notes = titles.deployment_titles(cells), titles.emulation_notes(cells)
 
-    reach = findings.frontier(summary, limits)
+    reach = findings.frontier(summary, slo)
     tables.write(reach, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
     shown = findings_report.frontier_table(reach, names)
-    told = findings.statements(summary, reach, limits, names)
+    told = findings.statements(summary, reach, slo, names)
 
-    mixed = config.get("mix_emulated", False)
+    mixed = config.get("allow_emulated_mix", False)
     pairs = published.beside(summary, published.summary_of("inria-2024"), mixed)
     tables.write(pairs, columns.BESIDE, paths["published"], paths["published_csv"])
     pairs_shown = findings_report.beside_table(pairs, names)
-    apart = published.differences(cells, [trial.load.prompts for trial in study.trials])
+    apart = published.differences(cells, [trial.workload.prompts for trial in study.trials])
 
     markup.write(
         {
-            paths["findings"]: findings_report.findings_page(told, shown, limits, notes),
+            paths["findings"]: findings_report.findings_page(told, shown, slo, notes),
             paths["frontier_tex"]: markup.as_latex(
-                shown, f"Requests at once that were served, and with {limits}.", "tab:frontier"
+                shown, f"Requests at once that were served, and with {slo}.", "tab:frontier"
             ),
             paths["published_md"]: findings_report.beside_page(
                 published.statements(pairs, names), pairs_shown, apart, notes
@@ -100,8 +100,8 @@ def write_page(
         summary,
         frontier,
         beside,
-        findings.limits_of(config),
-        published.differences(cells, [trial.load.prompts for trial in study.trials]),
+        findings.slo_of(config),
+        published.differences(cells, [trial.workload.prompts for trial in study.trials]),
         provenance.allocations(study.trials, cells, folder),
     )
     text = compose.page(study.name, shown, demand_of(config), read_hardware(hardware))

@@ -14,7 +14,7 @@ from servegrid.errors import ServegridError
 from servegrid.mock_server.process import Server, running
 from servegrid.mock_server.responses import Script
 from servegrid.run.cores import Shares, kept_to
-from servegrid.study.grid import Load
+from servegrid.study.grid import Workload
 
 TTFT_S, ITL_S, TOKENS = 0.1, 0.02, 100
 """A server as quick as one stream of a small model on a good GPU."""
@@ -22,8 +22,8 @@ PROMPT_TOKENS = 8
 LIMIT_S = 60.0
 
 
-def self_check(streams: int, shares: Shares, socket: Path | None = None) -> dict[str, Any]:
-    """The client's distortion at so many streams as a mapping, or `error` and why it is unknown.
+def self_check(concurrency: int, shares: Shares, socket: Path | None = None) -> dict[str, Any]:
+    """The client's distortion at so many concurrency as a mapping, or `error` and why it is unknown.
 
     A scripted server on this node, on TCP or on the Unix socket of that path, is given one burst.
     Server and client have the cores that engine and client will have.
@@ -35,27 +35,31 @@ def self_check(streams: int, shares: Shares, socket: Path | None = None) -> dict
             running(script) as server,
             kept_to(frozenset().union(*shares.client)),
         ):
-            return {"streams": streams} | asdict(checked(server, burst(streams), shares.client))
+            return {"concurrency": concurrency} | asdict(
+                checked(server, burst(concurrency), shares.client)
+            )
     except (ServegridError, OSError, http.client.HTTPException) as error:
-        return {"streams": streams, "error": " ".join(str(error).split()) or repr(error)}
+        return {"concurrency": concurrency, "error": " ".join(str(error).split()) or repr(error)}
 
 
-def burst(streams: int) -> Load:
-    """One wave of `streams` requests, after another that opens the connections."""
-    return Load(
+def burst(concurrency: int) -> Workload:
+    """One wave of `concurrency` requests, after another that opens the connections."""
+    return Workload(
         "burst",
-        streams,
+        concurrency,
         PROMPT_TOKENS,
         TOKENS,
-        streams,
+        concurrency,
         timeout_s=LIMIT_S,
-        stall_s=LIMIT_S / 2,
+        idle_timeout_s=LIMIT_S / 2,
     )
 
 
-def checked(server: Server, load: Load, places: Sequence[Collection[int]] = ()) -> Distortion:
+def checked(
+    server: Server, workload: Workload, places: Sequence[Collection[int]] = ()
+) -> Distortion:
     """The client's distortion under `load` on a scripted server with TTFT_S and ITL_S."""
-    measurement = measure(server.endpoint, load, None, "self-check", places=places)
+    measurement = measure(server.endpoint, workload, None, "self-check", places=places)
     log = server.log()
     cpu_s = measurement.facts["cpu_s"]
     return distortion_of(measurement.requests, log.sent, log.read, TTFT_S, cpu_s)
@@ -67,6 +71,6 @@ def told(check: Mapping[str, Any]) -> str:
         return f"not known, so no cell will be valid: {check['error']}"
     arrival, itl = (1e3 * check[f"{each}_error_s_p99"] for each in ("arrival", "itl"))
     return (
-        f"at {check['streams']} streams 99% of arrivals are right to {arrival:.2f} ms and of times "
+        f"at {check['concurrency']} concurrency 99% of arrivals are right to {arrival:.2f} ms and of times "
         f"between tokens to {itl:.2f} ms"
     )

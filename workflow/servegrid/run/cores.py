@@ -26,18 +26,18 @@ class Shares:
 
 def shares(
     cores: Collection[int],
-    streams: int,
+    concurrency: int,
     on_gpu: bool,
     siblings: Callable[[int], frozenset[int]] | None = None,
 ) -> Shares:
-    """How `cores` are shared on a node where up to `streams` requests are in flight.
+    """How `cores` are shared on a node where up to `concurrency` requests are in flight.
 
     Beside an engine on GPUs each process of the client gets a whole physical core for itself,
     both its threads, from the end of the list; where the engine computes on the CPU, or there are
     fewer than APART_FROM cores, all have all of them. `siblings` tells the threads of a core.
     """
     everything = frozenset(cores)
-    processes = workers.size(streams, len(everything))
+    processes = workers.size(concurrency, len(everything))
     if not on_gpu or len(everything) < APART_FROM:
         return Shares(everything, (everything,) * processes)
     whole = {(siblings or siblings_of)(core) & everything for core in everything}

@@ -136,7 +136,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
 
     `params["spec"]` is the specification of any of its trials, as JSON. The site speaks through
     `resources`: `socket` (tcp or unix) and `startup_s`, the limit of the bring-up in seconds; the
-    study as well: `streams`, the most requests that will be in flight.
+    study as well: `max_concurrency`, the most requests that will be in flight.
     """
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
     site = Site(
@@ -145,17 +145,17 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         models=models.default_folder(),
     )
     refuse_missing_gpus(deployment, os.environ)
-    streams = int(resources.get("streams", 1))
+    max_concurrency = int(resources.get("max_concurrency", 1))
     # Beside an engine that is elsewhere the client has cores of its own, as beside one on GPUs.
     apart = deployment.engine == EXTERNAL or deployment.gpu_count > 0
-    shared = cores.shares(os.sched_getaffinity(0), streams, apart)
+    shared = cores.shares(os.sched_getaffinity(0), max_concurrency, apart)
     with contextlib.ExitStack() as stack:
         # A warden, so that the folder with the engine's key goes even if this process is killed.
         folder = stack.enter_context(guarded()).folder
         check = None
         if deployment.engine != EMULATED:
             socket = None if site.socket == "tcp" else folder / "self-check"
-            check = self_check(streams, shared, socket)
+            check = self_check(max_concurrency, shared, socket)
             print(f"The load client on this node: {told(check)}", flush=True)
         with cores.kept_to(shared.engine):
             engine = stack.enter_context(bring_up(deployment, site))

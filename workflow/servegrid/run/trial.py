@@ -41,14 +41,14 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     parquet.refuse_unwritable(requests.parent)
     offset = sampler.offset(handover.telemetry)
     # Of an open loop nobody knows how many will be in flight.
-    streams = trial.load.concurrency
-    places = handover.places[: streams and workers.wanted(streams)]
+    concurrency = trial.workload.concurrency
+    places = handover.places[: concurrency and workers.wanted(concurrency)]
     if len(places) == 1:
         os.sched_setaffinity(0, places[0])
     with at_work():
         measurement = measure(
             handover.endpoint,
-            trial.load,
+            trial.workload,
             handover.tokenizer,
             salt=_salt_of(trial),
             counters=server.counters_of(handover.endpoint),
@@ -57,7 +57,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     alive = _alive(handover, measurement)
     if not alive:
         handover.refuse_ended()
-    verdict, reason = verdict_of(measurement.errors, alive)
+    verdict, detail = verdict_of(measurement.errors, alive)
     if verdict == SERVER_DIED and not last_attempt:
         raise EngineError(f"{trial.id}: the engine died under this load; trying once more.")
     record = {
@@ -66,7 +66,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": verdict,
-        "reason": reason,
+        "verdict_detail": detail,
         "client": measurement.facts,
         "engine": handover.engine,
         "environment": handover.environment,

@@ -37,7 +37,7 @@ class Deployment:
     gpu_count: int
     max_model_len: int
     max_num_seqs: int
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
     endpoint: External | None = None
 
     @property
@@ -119,7 +119,7 @@ def deployment_of(entry: Mapping[str, Any], where: str) -> Deployment:
         gpu_count=gpu_count,
         max_model_len=entry["max_model_len"],
         max_num_seqs=entry.get("max_num_seqs", 256),
-        arguments=entry.get("arguments", {}),
+        engine_args=entry.get("engine_args", {}),
         endpoint=endpoint,
     )
 
@@ -145,7 +145,7 @@ def _refuse_unfitting_external(entry: Mapping[str, Any], where: str) -> None:
     ):
         if key not in entry:
             raise ConfigError(f"{where}: the engine `{EXTERNAL}` needs `{key}`: {purpose}.")
-    for key in ("checkpoint", "arguments"):
+    for key in ("checkpoint", "engine_args"):
         if key in entry:
             raise ConfigError(
                 f"{where}.{key}: nothing is brought up for the engine `{EXTERNAL}`. Remove the key."

@@ -12,22 +12,22 @@ from typing import Any, Literal
 from servegrid.errors import ConfigError
 from servegrid.study.deployment import Deployment, canonical, deployment_of, digest_of
 
-__all__ = ["Deployment", "Load", "Study", "Trial", "canonical", "digest_of", "expand"]
+__all__ = ["Deployment", "Study", "Trial", "Workload", "canonical", "digest_of", "expand"]
 
-SPEC_FORMAT = 2
+SPEC_FORMAT = 3
 """Raise it when the meaning of a specification changes: old cells are then stale."""
 
-Protocol = Literal["burst", "steady", "poisson"]
+Protocol = Literal["burst", "closed_loop", "poisson"]
 Prompts = Literal["distinct", "identical"]
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is put on a deployment in one cell.
 
     A burst sends waves of `concurrency` requests, each wave when the one before has ended; steady
-    keeps `concurrency` users busy, each of whom sends again `think_s` (mean, exponential) after
-    an answer; poisson sends at `rate_per_s`, however many are in flight then. `requests` counts
+    keeps `concurrency` users busy, each of whom sends again `think_time_s` (mean, exponential) after
+    an answer; poisson sends at `request_rate`, however many are in flight then. `requests` counts
     the measured requests; it is None where `duration_s` says for how long they are sent.
     `output_len` is their mean: each asks for that many tokens, or by up to the share
     `output_spread` more or fewer. Times are seconds.
@@ -38,20 +38,20 @@ class Load:
     input_len: int
     output_len: int
     requests: int | None
-    rate_per_s: float | None = None
+    request_rate: float | None = None
     duration_s: float | None = None
-    think_s: float = 0.0
+    think_time_s: float = 0.0
     output_spread: float = 0.0
     prompts: Prompts = "distinct"
     warmup_waves: int = 1
     seed: int = 0
     timeout_s: float = 600.0
-    stall_s: float = 120.0
+    idle_timeout_s: float = 120.0
 
     @property
     def intensity(self) -> float:
         """How much is asked at once: the concurrency, or the rate of an open loop."""
-        value = self.concurrency if self.rate_per_s is None else self.rate_per_s
+        value = self.concurrency if self.request_rate is None else self.request_rate
         assert value is not None
         return value
 
@@ -63,7 +63,7 @@ class Load:
     @property
     def cell(self) -> str:
         """The cell's readable name within its deployment."""
-        letter = "c" if self.rate_per_s is None else "r"
+        letter = "c" if self.request_rate is None else "r"
         intensity = f"{letter}{self.intensity:g}"
         return f"{self.protocol}-{intensity}-i{self.input_len}-o{self.output_len}"
 
@@ -76,14 +76,14 @@ class Trial:
     """
 
     deployment: Deployment
-    load: Load
+    workload: Workload
     number: int
-    sentinel: bool = False
+    drift_check: bool = False
 
     @property
     def cell(self) -> str:
         """The name of its cell within the deployment; a sentinel's is one of its own."""
-        return f"sentinel-{self.load.cell}" if self.sentinel else self.load.cell
+        return f"sentinel-{self.workload.cell}" if self.drift_check else self.workload.cell
 
     @property
     def id(self) -> str:
@@ -95,9 +95,9 @@ class Trial:
         return {
             "format": SPEC_FORMAT,
             "deployment": self.deployment.spec,
-            "load": asdict(self.load),
+            "workload": asdict(self.workload),
             "trial": self.number,
-            "sentinel": self.sentinel,
+            "drift_check": self.drift_check,
         }
 
     @property
@@ -111,8 +111,11 @@ class Trial:
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Trial:
         """The inverse of `spec`."""
-        deployment, load = Deployment.from_spec(spec["deployment"]), Load(**spec["load"])
-        return cls(deployment, load, spec["trial"], spec["sentinel"])
+        deployment, workload = (
+            Deployment.from_spec(spec["deployment"]),
+            Workload(**spec["workload"]),
+        )
+        return cls(deployment, workload, spec["trial"], spec["drift_check"])
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,12 @@ class Study:
 
     name: str
     trials: tuple[Trial, ...]
-    sentinels: tuple[Trial, ...] = ()
+    drift_checks: tuple[Trial, ...] = ()
 
     @property
     def measured(self) -> tuple[Trial, ...]:
         """All that is measured: the trials and the sentinels."""
-        return self.trials + self.sentinels
+        return self.trials + self.drift_checks
 
     @property
     def deployments(self) -> tuple[Deployment, ...]:
@@ -145,13 +148,13 @@ class Study:
         """
         return self._positions[trial.id]
 
-    def streams(self, deployment: Deployment) -> int:
+    def max_concurrency(self, deployment: Deployment) -> int:
         """The most requests that are in flight at once, as far as the study knows.
 
         An open loop has as many as come; the engine works on `max_num_seqs` of them.
         """
         return max(
-            trial.load.concurrency or deployment.max_num_seqs
+            trial.workload.concurrency or deployment.max_num_seqs
             for trial in self.trials
             if trial.deployment.name == deployment.name
         )
@@ -164,21 +167,21 @@ class Study:
     def _positions(self) -> dict[str, int]:
         positions: dict[str, int] = {}
         for deployment in self.deployments:
-            trials, sentinels = (
+            trials, drift_checks = (
                 [each for each in group if each.deployment.name == deployment.name]
-                for group in (self.trials, self.sentinels)
+                for group in (self.trials, self.drift_checks)
             )
-            seed = f"{self.name}/{deployment.name}/{trials[0].load.seed}"
+            seed = f"{self.name}/{deployment.name}/{trials[0].workload.seed}"
             order = random.Random(seed).sample(trials, len(trials))
-            for place, sentinel in enumerate(sentinels):
-                order.insert(place * len(trials) // (SENTINELS - 1) + place, sentinel)
+            for place, drift_check in enumerate(drift_checks):
+                order.insert(place * len(trials) // (DRIFT_CHECKS - 1) + place, drift_check)
             positions |= {trial.id: place for place, trial in enumerate(order)}
         return positions
 
 
-SENTINELS = 3
+DRIFT_CHECKS = 3
 """How often a sentinel is measured: at the start, in the middle and at the end."""
-SENTINELS_FROM = 9
+DRIFT_CHECKS_FROM = 9
 """With fewer trials in a deployment sentinels would be a large part of the work."""
 
 
@@ -194,8 +197,8 @@ def expand(config: Mapping[str, Any]) -> Study:
     watched: dict[str, bool | None] = {}
     for position, entry in enumerate(config["deployments"]):
         where = f"deployments[{position}]"
-        keys = {**config["load"], **entry.get("load", {})}
-        loads = _loads(keys, where)
+        keys = {**config["workload"], **entry.get("workload", {})}
+        workloads = _loads(keys, where)
         deployment = deployment_of(entry, where)
         first = names.setdefault(deployment.name, position)
         if first != position:
@@ -203,12 +206,14 @@ def expand(config: Mapping[str, Any]) -> Study:
                 f"{where}: deployments[{first}] has the name `{deployment.name}` as well. "
                 "Remove one, or give one of them a `name` of its own."
             )
-        _refuse_too_long(deployment, loads, where)
+        _refuse_too_long(deployment, workloads, where)
         numbers = range(1, keys.get("trials", 1) + 1)
-        trials += [Trial(deployment, load, number) for load in loads for number in numbers]
-        watched[deployment.name] = keys.get("sentinels")
+        trials += [
+            Trial(deployment, workload, number) for workload in workloads for number in numbers
+        ]
+        watched[deployment.name] = keys.get("drift_checks")
     kept = tuple(trial for trial in trials if _kept(trial, config))
-    if not config.get("mix_emulated", False):
+    if not config.get("allow_emulated_mix", False):
         _refuse_mixed(kept)
     if not kept:
         raise ConfigError(
@@ -216,50 +221,51 @@ def expand(config: Mapping[str, Any]) -> Study:
             "Loosen the filters."
         )
     study = Study(config["study"], kept)
-    sentinels = (
-        sentinel
+    drift_checks = (
+        drift_check
         for deployment in study.deployments
-        for sentinel in _sentinels(deployment, kept, watched[deployment.name])
+        for drift_check in _drift_checks(deployment, kept, watched[deployment.name])
     )
-    return replace(study, sentinels=tuple(sentinels))
+    return replace(study, drift_checks=tuple(drift_checks))
 
 
-def _sentinels(
+def _drift_checks(
     deployment: Deployment, trials: Sequence[Trial], wanted: bool | None
 ) -> Iterator[Trial]:
     """Of the deployment's loads the one in the middle by prompt length, then by intensity."""
     own = [trial for trial in trials if trial.deployment.name == deployment.name]
-    if wanted or (wanted is None and len(own) >= SENTINELS_FROM):
-        first = own[0].load
-        loads = {
-            (each.load.input_len, each.load.intensity): each.load
+    if wanted or (wanted is None and len(own) >= DRIFT_CHECKS_FROM):
+        first = own[0].workload
+        workloads = {
+            (each.workload.input_len, each.workload.intensity): each.workload
             for each in own
-            if (each.load.protocol, each.load.output_len) == (first.protocol, first.output_len)
+            if (each.workload.protocol, each.workload.output_len)
+            == (first.protocol, first.output_len)
         }
-        middle = loads[sorted(loads)[(len(loads) - 1) // 2]]
-        for number in range(1, SENTINELS + 1):
-            yield Trial(deployment, middle, number, sentinel=True)
+        middle = workloads[sorted(workloads)[(len(workloads) - 1) // 2]]
+        for number in range(1, DRIFT_CHECKS + 1):
+            yield Trial(deployment, middle, number, drift_check=True)
 
 
-def _loads(keys: Mapping[str, Any], where: str) -> list[Load]:
+def _loads(keys: Mapping[str, Any], where: str) -> list[Workload]:
     _refuse_unfitting(keys, where)
     return [
-        Load(
+        Workload(
             protocol=protocol,
             concurrency=None if protocol == "poisson" else intensity,
-            rate_per_s=intensity if protocol == "poisson" else None,
+            request_rate=intensity if protocol == "poisson" else None,
             input_len=input_len,
             output_len=output_len,
             requests=_requests(keys, protocol, intensity),
             duration_s=None if protocol == "burst" else keys.get("duration_s"),
-            think_s=keys.get("think_s", 0.0) if protocol == "steady" else 0.0,
+            think_time_s=keys.get("think_time_s", 0.0) if protocol == "closed_loop" else 0.0,
             **{key: keys[key] for key in _COPIED if key in keys},
         )
         for protocol in _listed(keys.get("protocol", "burst"))
         for output_len in _listed(keys.get("output_len", 100))
         for input_len, intensity in itertools.product(
             _listed(keys["input_len"]),
-            _listed(keys["rate_per_s" if protocol == "poisson" else "concurrency"]),
+            _listed(keys["request_rate" if protocol == "poisson" else "concurrency"]),
         )
     ]
 
@@ -286,28 +292,28 @@ def _refuse_unfitting(keys: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError where a protocol lacks the key that its cells come from."""
     protocols = _listed(keys.get("protocol", "burst"))
     for protocol in protocols:
-        needed = "rate_per_s" if protocol == "poisson" else "concurrency"
+        needed = "request_rate" if protocol == "poisson" else "concurrency"
         if needed not in keys:
             raise ConfigError(f"{where}: the protocol `{protocol}` needs `{needed}`.")
-    if "steady" in protocols and keys.get("duration_s") and keys.get("warmup_waves", 1) == 0:
+    if "closed_loop" in protocols and keys.get("duration_s") and keys.get("warmup_waves", 1) == 0:
         raise ConfigError(
             f"{where}: a steady load with duration_s needs `warmup_waves` of at least 1: they "
             "show how many requests to hold ready. Or give requests_per_user instead."
         )
 
 
-_COPIED = ("output_spread", "prompts", "warmup_waves", "seed", "timeout_s", "stall_s")
+_COPIED = ("output_spread", "prompts", "warmup_waves", "seed", "timeout_s", "idle_timeout_s")
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _refuse_too_long(deployment: Deployment, loads: Sequence[Load], where: str) -> None:
-    for load in loads:
-        if load.input_len + load.longest_output > deployment.max_model_len:
+def _refuse_too_long(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
+    for workload in workloads:
+        if workload.input_len + workload.longest_output > deployment.max_model_len:
             raise ConfigError(
-                f"{where}: input_len {load.input_len} plus output_len {load.longest_output} is "
+                f"{where}: input_len {workload.input_len} plus output_len {workload.longest_output} is "
                 f"more than max_model_len {deployment.max_model_len} of `{deployment.name}`. "
                 "Shorten the prompt or raise max_model_len (as far as the model goes)."
             )
@@ -319,7 +325,7 @@ def _refuse_mixed(trials: Sequence[Trial]) -> None:
         raise ConfigError(
             f"deployments: `{by_emulation[True].name}` is emulated and "
             f"`{by_emulation[False].name}` is not, and their figures would stand side by side. "
-            "Make two studies of it, or set `mix_emulated: true`."
+            "Make two studies of it, or set `allow_emulated_mix: true`."
         )
 
 
@@ -339,5 +345,5 @@ def _matches(trial: Trial, wanted: Mapping[str, Any]) -> bool:
 def _property(trial: Trial, key: str) -> Any:
     if key == "deployment":
         return trial.deployment.name
-    owner = trial.deployment if hasattr(trial.deployment, key) else trial.load
+    owner = trial.deployment if hasattr(trial.deployment, key) else trial.workload
     return getattr(owner, key)

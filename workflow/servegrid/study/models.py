@@ -127,7 +127,7 @@ def _locate_demo(checkpoint: str, models: Path) -> Path:
     if not path.exists():
         raise ModelError(
             f"checkpoint `{checkpoint}`: {path} is missing. "
-            "Type `make model` (or `servegrid prepare`), which makes it."
+            "Type `make model` (or `servegrid fetch`), which makes it."
         )
     return path
 

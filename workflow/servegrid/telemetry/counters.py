@@ -35,7 +35,7 @@ def gauges_of(counters: Counters) -> dict[str, float]:
     told = {
         "running": _value(counters, RUNNING),
         "waiting": _value(counters, WAITING),
-        "kv_cache_use": _value(counters, KV_CACHE_USE),
+        "kv_cache_usage": _value(counters, KV_CACHE_USE),
         "preemptions": _value(counters, PREEMPTIONS),
     }
     return {name: value for name, value in told.items() if value is not None}

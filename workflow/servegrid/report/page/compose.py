@@ -11,7 +11,7 @@ import pandas as pd
 from servegrid.analysis import published
 from servegrid.analysis.capacity import CLOSED, Demand, Hardware
 from servegrid.analysis.engine_comparison import compared
-from servegrid.analysis.findings import Limits, statements
+from servegrid.analysis.findings import Slo, statements
 from servegrid.analysis.titles import deployment_titles, hardware_title, load_title
 from servegrid.report import findings_report
 from servegrid.report.page import Field, parts, render
@@ -32,14 +32,14 @@ FILES = (
 @dataclass(frozen=True)
 class Found:
     """What the page shows: tables of `columns.CELLS`, `SUMMARY`, `FRONTIER` and `BESIDE`, with the
-    limits of the frontier, what differs from the published study, and the environments of
+    SLO of the frontier, what differs from the published study, and the environments of
     `provenance.allocations`."""
 
     cells: pd.DataFrame
     summary: pd.DataFrame
     frontier: pd.DataFrame
     beside: pd.DataFrame
-    limits: Limits
+    slo: Slo
     differences: Sequence[str]
     allocations: Sequence[Mapping[str, Any]]
 
@@ -58,9 +58,9 @@ def page(name: str, found: Found, demand: Demand, hardware: Hardware) -> str:
         fields(summary, demand, hardware),
         [
             parts.findings(
-                statements(summary, found.frontier, found.limits, titles),
+                statements(summary, found.frontier, found.slo, titles),
                 findings_report.frontier_table(found.frontier, titles),
-                found.limits,
+                found.slo,
             ),
             parts.beside(
                 published.statements(found.beside, titles), found.differences, found.beside.empty
@@ -75,22 +75,30 @@ def page(name: str, found: Found, demand: Demand, hardware: Hardware) -> str:
 
 def fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[Field]:
     """The assumptions that can be changed; none where no load was one of users."""
-    loads = list(summary[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
-    closed = [(place, load_title(*load)) for place, load in enumerate(loads) if load[0] in CLOSED]
+    workloads = list(summary[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
+    closed = [
+        (place, load_title(*workload))
+        for place, workload in enumerate(workloads)
+        if workload[0] in CLOSED
+    ]
     if not closed:
         return []
     lengths = sorted(int(length) for length in summary["input_len"].unique())
     prompts: list[tuple[Any, str]] = [("", "all that were measured, in equal parts")]
-    prompts += [("mix", "in the study's shares")] if demand.mix else []
+    prompts += [("prompt_mix", "in the study's shares")] if demand.prompt_mix else []
     prompts += [(length, str(length)) for length in lengths]
-    chosen = demand.input_len or ("mix" if demand.mix else "")
+    chosen = demand.input_len or ("prompt_mix" if demand.prompt_mix else "")
     gpus = sorted(str(gpu) for gpu in summary["gpu"].unique())
     money = hardware.currency
     return [
         Field("users", "Registered users", demand.users, least=1, step="1"),
         Field("logged_in", "Of these logged in, %", number(100 * demand.logged_in), 0.001, 100),
         Field(
-            "think_s", "Seconds between answer and next request", number(demand.think_s), 0.1, 7200
+            "think_time_s",
+            "Seconds between answer and next request",
+            number(demand.think_time_s),
+            0.1,
+            7200,
         ),
         Field(
             "tokens_per_s_per_user",
@@ -99,9 +107,9 @@ def fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[Fi
             0.01,
         ),
         Field(
-            "probability",
+            "slo_attainment",
             "Share of requests that get it, %",
-            number(100 * demand.probability),
+            number(100 * demand.slo_attainment),
             1,
             99.999,
         ),

@@ -253,7 +253,7 @@ function demanded() {
   const prices = Object.fromEntries(Object.entries(given).filter(([name]) => name.startsWith("price:")).map(([name, value]) => [name.slice(6), value]));
   return {
     load: given.plan_load,
-    demand: { ...given, prompts: prompts === "" ? null : prompts === "mix" ? payload.demand.mix : { [prompts]: 1 }, logged_in: given.logged_in / 100, probability: given.probability / 100 },
+    demand: { ...given, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: given.logged_in / 100, slo_attainment: given.slo_attainment / 100 },
     hardware: { ...payload.hardware, prices, electricity_per_kwh: given.electricity_per_kwh, years_in_use: given.years_in_use },
   };
 }
@@ -265,9 +265,9 @@ function range(value, low, high) {
 const PLAN = [
   ["deployment", (row) => row.title],
   ["prompt tokens", (row) => row.prompt_tokens ?? "–"],
-  ["requests in flight at the speed", (row) => (row.at_least ? "at least " : "") + figure(row.most_in_flight)],
-  ["users one replica carries (95% interval)", (row) => (row.at_least ? "at least " : "") + range(row.users_carried, row.users_carried_low, row.users_carried_high)],
-  ["users with half too slow", (row) => (row.at_least ? "at least " : "") + figure(row.users_half_slow)],
+  ["requests in flight at the speed", (row) => (row.is_lower_bound ? "at least " : "") + figure(row.max_in_flight)],
+  ["users one replica carries (95% interval)", (row) => (row.is_lower_bound ? "at least " : "") + range(row.users_carried, row.users_carried_low, row.users_carried_high)],
+  ["users with half too slow", (row) => (row.is_lower_bound ? "at least " : "") + figure(row.users_at_50pct_slo)],
   ["replicas", (row) => figure(row.replicas)],
   ["GPUs", (row) => figure(row.gpus)],
   ["price", (row) => figure(row.purchase)],
@@ -307,16 +307,16 @@ function counted(number, noun) {
 }
 
 function headline(rows, demand, hardware) {
-  const users = `${counted(demand.users, "registered user")} (${figure(atOnce(demand))} logged in, ${figure(demand.think_s)} s between an answer and the next request)`;
+  const users = `${counted(demand.users, "registered user")} (${figure(atOnce(demand))} logged in, ${figure(demand.think_time_s)} s between an answer and the next request)`;
   const best = rows.find((each) => each.replicas !== undefined);
   if (!best) return `No deployment of this study is known to serve ${users} at ${figure(demand.tokens_per_s_per_user)} tokens/s each.`;
   const cost = best.purchase === null ? "" : `, ${figure(best.purchase)} ${hardware.currency}`;
   const gpus = best.gpus ? `, ${counted(best.gpus, "GPU")}` : "";
   const first = best.purchase === null ? "the smallest that was measured" : "the cheapest that was measured";
   return (
-    `${figure(100 * demand.probability)}% of the requests of ${users} get at least ${figure(demand.tokens_per_s_per_user)} tokens/s from ` +
+    `${figure(100 * demand.slo_attainment)}% of the requests of ${users} get at least ${figure(demand.tokens_per_s_per_user)} tokens/s from ` +
     `${counted(best.replicas, "replica")} of ${best.title}${gpus}${cost}: ${first}. ` +
-    `One replica carries ${best.at_least ? "at least " : ""}${range(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.` +
+    `One replica carries ${best.is_lower_bound ? "at least " : ""}${range(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.` +
     (best.emulated ? " These figures are emulated: no hardware was measured." : "")
   );
 }

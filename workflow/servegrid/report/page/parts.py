@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis.findings import Limits
+from servegrid.analysis.findings import Slo
 from servegrid.analysis.titles import counted, deployment_titles
-from servegrid.analysis.validity import RULES
 from servegrid.records.verdict import OK
 from servegrid.report.findings_report import BESIDE, NOT_COMPARABLE
 from servegrid.report.page import Part, Table
 
 MOST_ROWS = 200
 """Of one table of the page; the files beside it have all."""
-
-_RULE = re.compile(rf"(?:^|; )({'|'.join(map(re.escape, RULES))}): ")
 
 
 def counts_text(counts: Mapping[str, int], cells: pd.DataFrame) -> str:
@@ -39,12 +35,12 @@ def counts_text(counts: Mapping[str, int], cells: pd.DataFrame) -> str:
     )
 
 
-def findings(told: Sequence[str], frontier: pd.DataFrame, limits: Limits) -> Part:
+def findings(told: Sequence[str], frontier: pd.DataFrame, slo: Slo) -> Part:
     """The statements of `findings.statements` and the frontier as texts."""
     if not told:
         return Part("findings", "Findings", ["It takes cells of a burst or a steady load."])
     caption = (
-        f"Frontier: requests at once that were served, and with {limits} for each; linear from: "
+        f"Frontier: requests at once that were served, and with {slo} for each; linear from: "
         "from there on the time grows at least 1.8-fold per doubling of the requests."
     )
     return Part("findings", "Findings", points=told, tables=[table_of(caption, frontier)])
@@ -81,14 +77,13 @@ def verdicts(cells: pd.DataFrame) -> Part:
     ]
     failed = cells[cells["verdict"] != OK]
     rows = [
-        (titles[str(name)], str(verdict), str(len(own)), _short(own["reason"]))
+        (titles[str(name)], str(verdict), str(len(own)), _short(own["verdict_detail"]))
         for (name, verdict), own in failed.groupby(["deployment", "verdict"], sort=False)
     ]
     doubts = Counter(
         (str(name), rule)
-        for name, reason in zip(cells["deployment"], cells["invalid_reason"], strict=True)
-        if isinstance(reason, str)
-        for rule in _RULE.findall(reason)
+        for name, rules in cells[["deployment", "invalid_rules"]].dropna().itertuples(index=False)
+        for rule in rules
     )
     broken = [(titles[name], rule, str(count)) for (name, rule), count in doubts.items()]
     tables = []

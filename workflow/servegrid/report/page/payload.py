@@ -74,18 +74,18 @@ def payload_of(
     metrics = [metric for metric in METRICS if summary[metric.column].notna().any()]
     titles = deployment_titles(cells)
     places = {deployment: place for place, deployment in enumerate(titles)}
-    loads = _loads(summary)
+    workloads = _loads(summary)
     return {
         "study": name,
         "notes": emulation_notes(cells),
         "metrics": [asdict(metric) for metric in metrics + [RATIO] * bool(ratios)],
-        "loads": [_load(*load) for load in loads],
+        "loads": [_load(*workload) for workload in workloads],
         "deployments": [
             _deployment(deployment, titles[deployment], place, summary)
             for deployment, place in places.items()
         ],
         "cells": [
-            _cell(row, places, loads, ratios)
+            _cell(row, places, workloads, ratios)
             for row in with_intensity(summary).to_dict(orient="records")
         ],
         "demand": asdict(demand),
@@ -148,7 +148,7 @@ _PAIRED = ("deployment", "protocol", "concurrency", "input_len", "output_len")
 def _cell(
     row: Mapping[Any, Any],
     places: Mapping[str, int],
-    loads: Sequence[tuple[str, int]],
+    workloads: Sequence[tuple[str, int]],
     ratios: Mapping[tuple[Any, ...], list[float]],
 ) -> dict[str, Json]:
     figures: dict[str, Json] = {}
@@ -160,7 +160,7 @@ def _cell(
             figures[name] = [value] if low is None else [value, low, high]
     return {
         "deployment": places[row["deployment"]],
-        "load": loads.index((row["protocol"], row["output_len"])),
+        "workload": workloads.index((row["protocol"], row["output_len"])),
         "intensity": _known(row["intensity"]),
         "input_len": int(row["input_len"]),
         "trials": [int(row["trials_valid"]), int(row["trials_served"]), int(row["trials"])],

@@ -52,8 +52,8 @@ function chance(seconds, allowed, users, think) {
   return allowed.reduce((sum, [most, share]) => sum + share * upTo(most), 0);
 }
 
-function usersCarried(seconds, allowed, think, probability) {
-  const kept = (users) => chance(seconds, allowed, users, think) >= probability;
+function usersCarried(seconds, allowed, think, slo_attainment) {
+  const kept = (users) => chance(seconds, allowed, users, think) >= slo_attainment;
   if (!kept(1)) return 0;
   let [low, high] = [1, 2];
   while (high <= MOST_USERS && kept(high)) [low, high] = [high, 2 * high];
@@ -143,15 +143,15 @@ function needed(found, demand, hardware, gpu, gpuCount) {
   const seconds = meanOf(found.seconds, found.shares);
   const allowed = (times) => times.map((each, place) => [mostInFlight(each, limit), found.shares[place]]);
   const most = Math.min(...allowed(found.seconds).map(([each]) => each));
-  const carried = (times, probability) => times && usersCarried(meanOf(times, found.shares), allowed(times), demand.think_s, probability);
-  const [users, low, high] = [found.seconds, found.slow, found.fast].map((times) => carried(times, demand.probability));
+  const carried = (times, slo_attainment) => times && usersCarried(meanOf(times, found.shares), allowed(times), demand.think_time_s, slo_attainment);
+  const [users, low, high] = [found.seconds, found.slow, found.fast].map((times) => carried(times, demand.slo_attainment));
   const row = {
-    most_in_flight: most,
-    at_least: most === seconds.length && found.moreUntried,
+    max_in_flight: most,
+    is_lower_bound: most === seconds.length && found.moreUntried,
     users_carried: users,
     users_carried_low: low,
     users_carried_high: high,
-    users_half_slow: carried(found.seconds, 0.5),
+    users_at_50pct_slo: carried(found.seconds, 0.5),
   };
   const sure = low ?? users;
   const each = sure ? Math.max(1, Math.floor(SHARE_USED * sure)) : 0;
@@ -159,8 +159,8 @@ function needed(found, demand, hardware, gpu, gpuCount) {
   const wanted = atOnce(demand);
   const replicas = Math.ceil(wanted / each);
   const there = Math.ceil(wanted / replicas);
-  const busy = meanInFlight(seconds, there, demand.think_s);
-  const tokens = (((there - busy) / demand.think_s) * found.outputLen * wanted) / there;
+  const busy = meanInFlight(seconds, there, demand.think_time_s);
+  const tokens = (((there - busy) / demand.think_time_s) * found.outputLen * wanted) / there;
   const able = most ? (replicas * most * found.outputLen) / seconds[most - 1] : null;
   const price = hardware.prices[gpu] ?? null;
   const purchase = price === null ? null : price * Math.max(1, gpuCount) * replicas;
