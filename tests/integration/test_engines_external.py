@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from conftest import DemoModel
-from scripted import MODEL, Script, serving
+from helpers.scripted import MODEL, Script, serving
 from servegrid.analysis import tables
 from servegrid.cli.main import main
 from servegrid.engines import Site, bring_up

@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serving import Serving, client_of
 
 from conftest import DemoModel
+from helpers.serving import Serving, client_of
 from servegrid.engines import Site, bring_up
 from servegrid.errors import ConfigError, EngineError
 from servegrid.study.grid import Deployment

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serving import Serving
 
 from conftest import DemoModel
+from helpers.serving import Serving
 from servegrid.analysis.server_metrics import columns_of
 from servegrid.client import measure
 from servegrid.records import columns, parquet

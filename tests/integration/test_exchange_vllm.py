@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from bundling import STUDY, write_results
+from helpers.bundling import STUDY, write_results
 from servegrid.cli.main import main
 from servegrid.records import parquet
 

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fake_nvml import Script, build
+from helpers.fake_nvml import Script, build
 from servegrid.analysis.energy import GAP_S, power_of, state_of
 from servegrid.analysis.metrics import memory_peak_bytes
 from servegrid.records import columns, parquet

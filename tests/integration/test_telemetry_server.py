@@ -14,8 +14,8 @@ from urllib.parse import parse_qs
 
 import psutil
 import pytest
-from serving import client_of
 
+from helpers.serving import client_of
 from servegrid.study.endpoint import Endpoint
 from servegrid.telemetry import sampler, server
 

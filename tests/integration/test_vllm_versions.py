@@ -10,13 +10,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import vllm_versions
 
+from helpers import vllm_versions
 from servegrid.study.config import read_study
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "config" / "inria-2024.yaml"
-SCRIPT = Path(__file__).with_name("parse_study.py")
+SCRIPT = Path(__file__).parents[1] / "helpers" / "parse_study.py"
 
 OFFERED = {
     "build_engine": {"args"},

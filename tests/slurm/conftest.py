@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-from slurm.cluster import Cluster, Options, missing, private_cluster
+from helpers.cluster import Cluster, Options, missing, private_cluster
 
 TOY = Path(__file__).parents[1] / "integration" / "executor"
 HANG_S = 280

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-
-from slurm.cluster import Cluster, Options, missing, private_cluster
+from helpers.cluster import Cluster, Options, missing, private_cluster
 
 ROOT = Path(__file__).parents[2]
 PLAFRIM = ROOT / "profiles" / "plafrim"

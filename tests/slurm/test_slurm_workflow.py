@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
+from helpers.cluster import Cluster
 
 from servegrid.study import models
-from slurm.cluster import Cluster
 from slurm.conftest import KIND, Workspace
 
 ROOT = Path(__file__).parents[2]

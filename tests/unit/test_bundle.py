@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from bundling import (
+from helpers.bundling import (
     HOST,
     STUDY,
     TOKEN,

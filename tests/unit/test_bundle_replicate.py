@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bundling import STUDY, bundle_of, write_results
+from helpers.bundling import STUDY, bundle_of, write_results
 from servegrid.bundle.replicate import Drawn, draw, drawn_cells, measure, valid_cells
 from servegrid.cli.main import main
 from servegrid.errors import BundleError

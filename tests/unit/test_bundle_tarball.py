@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bundling import archive_of
+from helpers.bundling import archive_of
 from servegrid.bundle import tarball
 from servegrid.errors import BundleError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from doctoring import GROUP, study
+from helpers.doctoring import GROUP, study
 from servegrid.cli.main import main
 from servegrid.doctor import site
 from servegrid.doctor.commands import ask

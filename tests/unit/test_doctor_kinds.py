@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from submitit.slurm.slurm import _make_sbatch_string
 
-from doctoring import FACTS, V100, answers, demand, judged, study
+from helpers.doctoring import FACTS, V100, answers, demand, judged, study
 from servegrid.doctor import kinds, slurm
 from servegrid.doctor.demands import Gpus, demand_of
 from servegrid.doctor.report import Status

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from doctoring import GROUP, answers, study
+from helpers.doctoring import GROUP, answers, study
 from servegrid.doctor import environments, files, studies
 from servegrid.doctor.report import Finding, Status
 from servegrid.errors import ModelError

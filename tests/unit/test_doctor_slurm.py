@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from doctoring import CONFIG, FACTS, NODES, PARTITIONS, answers
+from helpers.doctoring import CONFIG, FACTS, NODES, PARTITIONS, answers
 from servegrid.doctor import slurm
 from servegrid.doctor.commands import Answer
 from servegrid.doctor.demands import Gpus, gpus_of

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from llmd_benchmark_report.schema_v0_2 import BenchmarkReportV02
 
-from bundling import STUDY, TRIALS, write_results
+from helpers.bundling import STUDY, TRIALS, write_results
 from servegrid.analysis import tables
 from servegrid.analysis.comparison import compare
 from servegrid.cli.main import main

@@ -17,7 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from scripted import Script, Server, serving
+from helpers.scripted import Script, Server, serving
 from servegrid.client import sockets
 from servegrid.client.transport import Exchange, Exchanged, MeasuringTransport
 

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from scripted import Script, serving
+from helpers.scripted import Script, serving
 from servegrid.client import measure, workers
 from servegrid.errors import LoadError
 from servegrid.study.grid import Workload

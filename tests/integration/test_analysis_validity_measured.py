@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scripted import Script, serving
+from helpers.scripted import Script, serving
 from servegrid.analysis.validity import Evidence, Validity, check_validity
 from servegrid.client import measure
 from servegrid.records import columns, parquet

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from scripted_server import Script
+from helpers.scripted_server import Script
 from servegrid.mock_server.process import Log, Server, running
 from servegrid.mock_server.responses import MODEL
 

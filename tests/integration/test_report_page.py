@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from browsing import browser, opened
+from helpers.browsing import browser, opened
 from servegrid.analysis.capacity import Demand, Hardware, plan
 from servegrid.analysis.findings import Slo, frontier
 from servegrid.analysis.published import beside, summary_of

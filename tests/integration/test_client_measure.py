@@ -20,7 +20,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from conftest import DemoModel
-from scripted import MODEL, Script, Server, serving
+from helpers.scripted import MODEL, Script, Server, serving
 from servegrid.client import measure, schedule
 from servegrid.errors import LoadError
 from servegrid.records import columns, parquet

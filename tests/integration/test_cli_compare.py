@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from servegrid.analysis.comparison import compare
-from servegrid.report.comparison_report import cells_of
+from servegrid.bundle.cells import cells_of
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("one", "other")

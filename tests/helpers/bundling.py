@@ -19,7 +19,7 @@ from servegrid.records import columns, parquet
 from servegrid.study.config import study_of
 from servegrid.study.grid import Trial
 
-HARDWARE = Path(__file__).parents[1] / "config" / "hardware.yaml"
+HARDWARE = Path(__file__).parents[2] / "config" / "hardware.yaml"
 HOST = "sirocco14.site.example"
 USER = "amarchand"
 TOKEN = "hf_" + "a1B2" * 8
