@@ -79,7 +79,7 @@ def test_the_roofline_is_a_timing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine_args", "told"),
+    ("arguments", "told"),
     [
         ({"time_scal": 1}, "arguments.time_scal: .* Did you mean `time_scale`"),
         ({"time_scale": 0}, "arguments.time_scale: 0 is not a number above 0"),
