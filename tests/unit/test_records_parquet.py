@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,13 +140,24 @@ def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
         assert str(folder) in str(told.value)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(RecordError, match="writable"):
-        parquet.refuse_unwritable(tmp_path)
-    with pytest.raises(RecordError, match="writable"):
-        parquet.write(table(1), tmp_path / "a.parquet")
+@pytest.fixture
+def unprivileged() -> Iterator[None]:
+    """Without root's rights: root may write anywhere."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    yield
+    os.seteuid(user)
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_a_folder_without_permission_is_named() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o500)
+        with pytest.raises(RecordError, match="writable"):
+            parquet.refuse_unwritable(folder)
+        with pytest.raises(RecordError, match="writable"):
+            parquet.write(table(1), folder / "a.parquet")
 
 
 def test_asking_whether_a_folder_is_writable_leaves_nothing_in_it(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""The rules that analyse rerun when anything that they import or read from the package changes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "workflow" / "servegrid"
+RULES = ROOT / "workflow" / "rules"
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("servegrid")
+
+
+def package_files(name: str) -> set[Path]:
+    """What the function of that name in common.smk gives."""
+    namespace: dict[str, Any] = {"Path": Path, "workflow": type("Workflow", (), {"basedir": ROOT})}
+    text = (RULES / "common.smk").read_text()
+    exec(text[text.index("PACKAGES") :], namespace)
+    return set(map(Path, namespace["package_files"](name)))
+
+
+def imported(graph: grimp.ImportGraph, script: str) -> set[str]:
+    """The modules of the package that a script imports, itself or through others."""
+    text = (ROOT / "workflow" / "scripts" / f"{script}.py").read_text()
+    direct: set[str] = set()
+    for module, names in re.findall(r"^from (servegrid[\w.]*) import (.+)$", text, re.MULTILINE):
+        below = {f"{module}.{name.strip()}" for name in names.split(",")}
+        direct |= {module} | (below & graph.modules)
+    return direct.union(*(graph.find_upstream_modules(each) for each in direct))
+
+
+def rules_with_package_files() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for file in RULES.glob("*.smk"):
+        for rule in re.split(r"(?m)^(?=rule )", file.read_text()):
+            script = re.search(r'"../scripts/(\w+)\.py"', rule)
+            package = re.search(r'package_files\("(\w+)"\)', rule)
+            if rule.startswith("rule ") and script and package:
+                found[script[1]] = package[1]
+    return found
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "gather",
+        "summarise",
+        "tabulate",
+        "plot",
+        "plot_overview",
+        "findings",
+        "plan_capacity",
+        "render",
+    ],
+)
+def test_a_rule_has_all_that_its_script_imports_as_input(
+    graph: grimp.ImportGraph, script: str
+) -> None:
+    files = package_files(rules_with_package_files()[script])
+    # `run.jobscript` only redirects the output of a script to its log.
+    modules = imported(graph, script) - {"servegrid.run", "servegrid.run.jobscript"}
+    paths = {
+        path
+        for module in modules
+        for path in (
+            PACKAGE.parent / f"{module.replace('.', '/')}.py",
+            PACKAGE.parent / module.replace(".", "/") / "__init__.py",
+        )
+        if path.exists()
+    }
+    assert len(paths) > 5
+    assert paths <= files
+
+
+def test_data_files_of_the_package_are_inputs_as_well() -> None:
+    files = package_files("report")
+    assert PACKAGE / "reference" / "inria-2024.csv" in files
+    assert PACKAGE / "report" / "page" / "template.html" in files
+    assert PACKAGE / "study" / "schemas" / "study.yaml" in files
