@@ -4,9 +4,10 @@ import re
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from servegrid.study.config import study_from
-from servegrid.run.preflight import refuse_unready
-from servegrid.run.jobscript import told_as
+from servegrid.reference.published import published_in
+from servegrid.study.config import from_snakemake
+from servegrid.run.preflight import check_ready
+from servegrid.run.jobscript import reraise_as
 
 min_version("9.27")
 
@@ -16,8 +17,9 @@ if not config:
     configfile: f"{workflow.basedir}/config/demo.yaml"
 
 
-with told_as(WorkflowError):
-    study = study_from(config, workflow.configfiles)
+with reraise_as(WorkflowError):
+    study = from_snakemake(config, workflow.configfiles)
+    published_in(config, workflow.configfiles)  # refused now, not after the benchmark
 
 
 report: "workflow/report/study.rst"
@@ -40,12 +42,8 @@ for (
 
 
 onstart:
-    with told_as(WorkflowError):
-        refuse_unready(study, "results/cells")
-
-
-onsuccess:
-    print("All of it on one page: results/report/index.html")
+    with reraise_as(WorkflowError):
+        check_ready(study, "results/cells")
 
 
 rule all:

@@ -1,7 +1,7 @@
-"""What the load client adds to the times that it reports: `make bench`.
+"""Measures the load client's timing error: `make bench`.
 
-It is put on a scripted server on this machine, which logs when it had read each request and when
-it sent each piece of the answer. With `--peers` other clients have their turn as well.
+The client sends workloads to a mock server on this machine. The server logs when it read each
+request and when it sent each piece of the response. With `--peers`, other clients are measured too.
 """
 
 from __future__ import annotations
@@ -18,54 +18,54 @@ import psutil
 
 from servegrid import __version__
 from servegrid.client import measure
-from servegrid.client.distortion import Distortion, distortion_of
-from servegrid.mock_server.process import running
-from servegrid.mock_server.responses import Script
+from servegrid.client.timing_error import TimingError, measure_timing_error
+from servegrid.mock_server.process import start_mock_server
+from servegrid.mock_server.responses import ResponseScript
 from servegrid.node import environment
 from servegrid.run import cores
 from servegrid.study.grid import Workload
 
-SCRIPT = Script(ttft_s=0.1, itl_s=0.02)
+SCRIPT = ResponseScript(ttft_s=0.1, itl_s=0.02)
 PROMPT_TOKENS, TOKENS = 8, 100
 WAVES = {16: 10, 128: 4, 512: 3, 2048: 3}
-"""By streams: as many waves, each sent at once, as a minute allows for all. One lapse of a busy
-machine spoils 1% of a wave, so that there are several."""
-LIMIT_S = 120.0
+"""Waves at each concurrency, chosen so that all take a minute. One pause of a busy machine spoils
+1% of a wave, so there are several waves."""
+TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One column: what it shows of a distortion, and by streams what it may be at most."""
+    """One column of the table: a value of the timing error, and its upper bound by concurrency."""
 
     title: str
     unit: str
-    of: Callable[[Distortion], float]
+    value: Callable[[TimingError], float]
     digits: int
     bounds: Mapping[int, float]
 
-    def shown(self, streams: int, found: Distortion) -> str:
-        """The figure, and whether it keeps its bound, if there is one."""
-        figure = f"{self.of(found):.{self.digits}f}"
-        bound = self.bounds.get(streams)
-        return figure if bound is None else f"{figure} ({self.verdict(streams, found)} {bound:g})"
+    def format(self, concurrency: int, error: TimingError) -> str:
+        """The value, and whether it meets its bound, if there is one."""
+        text = f"{self.value(error):.{self.digits}f}"
+        bound = self.bounds.get(concurrency)
+        return text if bound is None else f"{text} ({self.verdict(concurrency, error)} {bound:g})"
 
-    def verdict(self, streams: int, found: Distortion) -> str | None:
-        if streams not in self.bounds:
+    def verdict(self, concurrency: int, error: TimingError) -> str | None:
+        if concurrency not in self.bounds:
             return None
-        return "met" if self.of(found) <= self.bounds[streams] else "missed"
+        return "met" if self.value(error) <= self.bounds[concurrency] else "missed"
 
 
 @dataclass(frozen=True)
-class Level:
-    """What was found at one number of streams, and the cores that all else kept busy meanwhile."""
+class Result:
+    """The timing error at one concurrency, and the cores that other processes used meanwhile."""
 
-    streams: int
-    found: Distortion
+    concurrency: int
+    error: TimingError
     others_cores: float
 
 
-def _ms(name: str) -> Callable[[Distortion], float]:
-    return lambda found: 1e3 * float(getattr(found, name))
+def _ms(name: str) -> Callable[[TimingError], float]:
+    return lambda error: 1e3 * float(getattr(error, name))
 
 
 FIGURES = (
@@ -76,135 +76,138 @@ FIGURES = (
     Figure("TTFT, p99", "ms", _ms("ttft_error_s_p99"), 2, {16: 3, 128: 12, 512: 30}),
     Figure("server reading, median", "ms", _ms("reading_s_p50"), 2, {}),
     Figure("server reading, p99", "ms", _ms("reading_s_p99"), 2, {}),
-    Figure("send lag, most", "ms", _ms("send_lag_s_max"), 1, {}),
+    Figure("send lag, max", "ms", _ms("send_lag_s_max"), 1, {}),
     Figure(
         "CPU",
         "s",
-        lambda found: found.cpu_s_per_1000_events,
+        lambda error: error.cpu_s_per_1000_events,
         4,
         {128: 0.02, 512: 0.02, 2048: 0.02},
     ),
-    Figure("lost", "requests", lambda found: found.lost, 0, dict.fromkeys(WAVES, 0)),
+    Figure("lost", "requests", lambda error: error.lost, 0, dict.fromkeys(WAVES, 0)),
 )
 
 LEGEND = """\
-Errors without their sign, in ms; in brackets whether the bound is met. Arrival: of each chunk of
-tokens, between the client's stamp and the server's sending it. ITL: between two chunks by the
-client and between the server's two sends. TTFT: from what the script says; of that, server reading
-is between a request's being sent and its being read, where all of a wave come at once. CPU: of the
-client per 1000 token events, while its clock ran and for parsing afterwards. Others: cores that
-neither client nor server kept busy meanwhile; where client and server would have needed them, that
-shows in these figures."""
+Errors are absolute values. The brackets say whether the bound is met.
+Arrival: of each chunk with tokens, the client's time minus the time the server sent it.
+ITL: time between two chunks at the client, minus the time between the server's two sends.
+TTFT: difference from the server's configured time to first token. Server reading is the part of it
+from the client sending a request until the server has read it: all requests of a wave come at once.
+CPU: of the client per 1000 token events, for the measurement and for parsing afterwards.
+Others: cores that neither client nor server used. If these two lack cores, the errors grow."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--streams",
+        "--concurrency",
         type=int,
         nargs="+",
         choices=sorted(WAVES),
         default=sorted(WAVES),
-        help="only these numbers of concurrent streams",
+        help="only these numbers of concurrent requests",
     )
-    parser.add_argument("--json", action="store_true", help="JSON in place of the table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--peers", action="store_true", help="then compare with other clients")
     options = parser.parse_args()
-    machine = described()
-    levels = [measured_at(streams) for streams in options.streams]
-    print(as_json(machine, levels) if options.json else as_markdown(machine, levels))
+    machine = describe_machine()
+    results = [measure_at(concurrency) for concurrency in options.concurrency]
+    print(format_json(machine, results) if options.json else format_table(machine, results))
     if options.peers:
-        from peers import compared
+        from peers import compare_clients
 
-        print(f"\n{compared()}")
+        print(f"\n{compare_clients()}")
 
 
-def measured_at(streams: int) -> Level:
-    """Put bursts of `streams` requests on a server of its own, the first of them to warm up."""
+def measure_at(concurrency: int) -> Result:
+    """Send bursts of `concurrency` requests to a mock server. The first burst is the warm-up."""
     workload = Workload(
         protocol="burst",
-        concurrency=streams,
+        concurrency=concurrency,
         input_len=PROMPT_TOKENS,
         output_len=TOKENS,
-        requests=streams * WAVES[streams],
-        timeout_s=LIMIT_S,
-        idle_timeout_s=LIMIT_S,
+        requests=concurrency * WAVES[concurrency],
+        timeout_s=TIMEOUT_S,
+        idle_timeout_s=TIMEOUT_S,
     )
-    places = cores.shares(os.sched_getaffinity(0), streams, on_gpu=False).client
-    with running(SCRIPT) as server:
-        own = (psutil.Process(), psutil.Process(server.process.pid))
-        began, busy, used = time.monotonic(), _busy_s(), _used_s(own)
-        measured = measure(server.endpoint, workload, tokenizer=None, salt="bench", places=places)
-        others_s = _busy_s() - busy - (_used_s(own) - used)
-        others_cores = max(others_s, 0.0) / (time.monotonic() - began)
+    cpu_sets = cores.assign_cpu_sets(os.sched_getaffinity(0), concurrency, on_gpu=False).client
+    with start_mock_server(SCRIPT) as server:
+        measured = (psutil.Process(), psutil.Process(server.process.pid))
+        started, busy, used = time.monotonic(), _busy_s(), _used_s(measured)
+        measurement = measure(
+            server.endpoint, workload, tokenizer=None, salt="bench", cpu_sets=cpu_sets
+        )
+        others_s = _busy_s() - busy - (_used_s(measured) - used)
+        others_cores = max(others_s, 0.0) / (time.monotonic() - started)
         log = server.log()
-    cpu_s = measured.facts["cpu_s"] + measured.facts["parse_cpu_s"]
-    found = distortion_of(measured.requests, log.sent, log.read, SCRIPT.ttft_s, cpu_s)
-    return Level(streams, found, round(others_cores, 2))
+    cpu_s = measurement.facts["cpu_s"] + measurement.facts["parse_cpu_s"]
+    error = measure_timing_error(measurement.requests, log.sent, log.read, SCRIPT.ttft_s, cpu_s)
+    return Result(concurrency, error, round(others_cores, 2))
 
 
 def _busy_s() -> float:
-    """CPU time of all cores that was not idle, since the machine was started."""
+    """CPU time during which a core was not idle, since the machine was started."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
 
 def _used_s(processes: Iterable[psutil.Process]) -> float:
-    """Their CPU time, with that of their children that have ended."""
+    """CPU time of these processes and of their children that have ended."""
     return float(sum(sum(process.cpu_times()[:4]) for process in processes))
 
 
-def described() -> dict[str, Any]:
-    """The machine, its software, and how busy it was before anything was begun."""
-    told = environment.describe()
+def describe_machine() -> dict[str, Any]:
+    """The machine, its software, and its load average before the measurements."""
+    node = environment.describe_node()
     return {
-        "cpu": told["cpu"],
-        "cpu_cores": told["cpu_cores"],
-        "kernel": told["kernel"],
-        "python": told["python"],
+        "cpu": node["cpu"],
+        "cpu_cores": node["cpu_cores"],
+        "kernel": node["kernel"],
+        "python": node["python"],
         "servegrid": __version__,
         "load_average": round(os.getloadavg()[0], 2),
     }
 
 
-def as_markdown(machine: Mapping[str, Any], levels: Sequence[Level]) -> str:
+def format_table(machine: Mapping[str, Any], results: Sequence[Result]) -> str:
+    """The results as a Markdown table, with a legend and the machine."""
     titles = [f"{figure.title} ({figure.unit})" for figure in FIGURES]
-    head = ["streams", *titles, "others (cores)"]
+    header = ["concurrency", *titles, "others (cores)"]
     rows = [
         [
-            str(level.streams),
-            *(figure.shown(level.streams, level.found) for figure in FIGURES),
-            f"{level.others_cores:.2f}",
+            str(result.concurrency),
+            *(figure.format(result.concurrency, result.error) for figure in FIGURES),
+            f"{result.others_cores:.2f}",
         ]
-        for level in levels
+        for result in results
     ]
-    lines = [_line(head), _line(["---"] * len(head)), *map(_line, rows)]
-    told = (
+    lines = [_format_row(header), _format_row(["---"] * len(header)), *map(_format_row, rows)]
+    machine_line = (
         f"{machine['cpu']}, {machine['cpu_cores']} cores, Linux {machine['kernel']}, Python "
         f"{machine['python']}, servegrid {machine['servegrid']}; load average "
         f"{machine['load_average']} at the start."
     )
-    return "\n".join([*lines, "", LEGEND, "", told])
+    return "\n".join([*lines, "", LEGEND, "", machine_line])
 
 
-def as_json(machine: Mapping[str, Any], levels: Sequence[Level]) -> str:
-    told = [
+def format_json(machine: Mapping[str, Any], results: Sequence[Result]) -> str:
+    data = [
         {
-            "streams": level.streams,
-            **asdict(level.found),
-            "others_cores": level.others_cores,
+            "concurrency": result.concurrency,
+            **asdict(result.error),
+            "others_cores": result.others_cores,
             "bounds": {
-                figure.title: figure.verdict(level.streams, level.found)
+                figure.title: figure.verdict(result.concurrency, result.error)
                 for figure in FIGURES
-                if level.streams in figure.bounds
+                if result.concurrency in figure.bounds
             },
         }
-        for level in levels
+        for result in results
     ]
-    return json.dumps({"machine": machine, "levels": told}, indent=2)
+    return json.dumps({"machine": machine, "results": data}, indent=2)
 
 
-def _line(cells: Sequence[str]) -> str:
+def _format_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,7 +1,7 @@
-"""How long gathering takes beside a bare scan of the same files: `make bench`.
+"""Compares the time to gather records with the time to only read the same files: `make bench`.
 
-The files are those of a made-up study, each as large as a real cell's. A bare scan reads what is
-in them and does nothing with it.
+The files are those of an artificial study, each as large as that of a real cell. The plain read
+reads all columns and does nothing with them.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ import pyarrow.parquet as pq
 
 from servegrid.analysis import summary, tables
 from servegrid.records import columns, parquet
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 from servegrid.study.grid import Study, Trial
 
-REQUESTS, STAMPS = 128, 100
+REQUESTS, TOKENS = 128, 100
 MS = 1_000_000
 
 
-def study_with(cells: int) -> Study:
-    """A study of so many cells, a hundred to each prompt length."""
+def make_study(cells: int) -> Study:
+    """A study of `cells` cells, a hundred per prompt length."""
     lengths = -(-cells // 100)
-    whole = study_of(
+    study = parse_study(
         {
             "study": "gathered",
             "workload": {
                 "protocol": "burst",
                 "concurrency": list(range(1, 101)),
                 "input_len": list(range(1, lengths + 1)),
-                "output_len": STAMPS,
+                "output_len": TOKENS,
                 "drift_checks": False,
             },
             "deployments": [
@@ -55,13 +55,13 @@ def study_with(cells: int) -> Study:
             ],
         }
     )
-    return Study(whole.name, whole.trials[:cells])
+    return Study(study.name, study.trials[:cells])
 
 
-def requests_of(rng: np.random.Generator) -> pa.Table:
-    """As many requests as a cell has, with times as irregular as real ones."""
-    gaps = rng.integers(15 * MS, 25 * MS, (REQUESTS, STAMPS))
-    stamps = 10**13 + np.cumsum(gaps, axis=1)
+def make_requests(rng: np.random.Generator) -> pa.Table:
+    """The requests of one cell, with times as irregular as real ones."""
+    gaps = rng.integers(15 * MS, 25 * MS, (REQUESTS, TOKENS))
+    arrivals = 10**13 + np.cumsum(gaps, axis=1)
     rows = [
         {
             "request_id": f"{number:032x}",
@@ -69,23 +69,23 @@ def requests_of(rng: np.random.Generator) -> pa.Table:
             "wave": 0,
             "scheduled_ns": 10**13,
             "sent_ns": 10**13 + 10_000 * number,
-            "first_token_ns": int(own[0]),
-            "token_ns": own.tolist(),
-            "chunk_tokens": [1] * STAMPS,
+            "first_token_ns": int(token_ns[0]),
+            "token_ns": token_ns.tolist(),
+            "chunk_tokens": [1] * TOKENS,
             "chunk_tokens_estimated": False,
-            "done_ns": int(own[-1]) + 50_000,
+            "done_ns": int(token_ns[-1]) + 50_000,
             "status": 200,
             "prompt_tokens": 31,
-            "completion_tokens": STAMPS,
-            "asked_tokens": STAMPS,
+            "completion_tokens": TOKENS,
+            "requested_tokens": TOKENS,
         }
-        for number, own in enumerate(stamps)
+        for number, token_ns in enumerate(arrivals)
     ]
-    return parquet.table_of(columns.REQUESTS, rows)
+    return parquet.arrow_table(columns.REQUESTS, rows)
 
 
-def telemetry() -> pa.Table:
-    """Ten seconds of four GPUs, ten samples a second."""
+def make_telemetry() -> pa.Table:
+    """Ten seconds of four GPUs, ten samples per second."""
     rows = [
         {
             "time_ns": 10**13 + 100 * MS * sample,
@@ -97,10 +97,10 @@ def telemetry() -> pa.Table:
         for sample in range(100)
         for gpu in range(4)
     ]
-    return parquet.table_of(columns.TELEMETRY, rows)
+    return parquet.arrow_table(columns.TELEMETRY, rows)
 
 
-def record_of(trial: Trial) -> dict[str, Any]:
+def make_record(trial: Trial) -> dict[str, Any]:
     packages = {f"package-{number}": "1.2.3" for number in range(180)}
     return {
         "format": parquet.RECORD_FORMAT,
@@ -108,7 +108,7 @@ def record_of(trial: Trial) -> dict[str, Any]:
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "verdict": "ok",
-        "reason": None,
+        "verdict_detail": None,
         "client": {"window_ns": [10**13, 10**13 + 10**10], "cpu_s_busiest": 0.1, "cpu_s": 0.1},
         "engine": {"engine": "vllm", "version": "0", "prefix_caching": False},
         "environment": {"allocation": "a", "started": "then", "packages": packages},
@@ -118,25 +118,25 @@ def record_of(trial: Trial) -> dict[str, Any]:
     }
 
 
-def make(study: Study, folder: Path) -> None:
-    """Write the records of all trials, of eight different measurements."""
+def write_records(study: Study, folder: Path) -> None:
+    """Write the records of all trials. They repeat eight different measurements."""
     rng = np.random.default_rng(0)
-    measured, samples = [requests_of(rng) for _ in range(8)], telemetry()
-    for place, trial in enumerate(study.trials):
-        record = {parquet.RECORD_KEY: json.dumps(record_of(trial), sort_keys=True).encode()}
-        own = folder / trial.id
-        own.mkdir(parents=True)
-        for name, table in (("requests", measured[place % 8]), ("telemetry", samples)):
+    requests, telemetry = [make_requests(rng) for _ in range(8)], make_telemetry()
+    for number, trial in enumerate(study.trials):
+        record = {parquet.RECORD_KEY: json.dumps(make_record(trial), sort_keys=True).encode()}
+        trial_folder = folder / trial.id
+        trial_folder.mkdir(parents=True)
+        for name, table in (("requests", requests[number % 8]), ("telemetry", telemetry)):
             pq.write_table(
                 table.replace_schema_metadata(record),
-                own / f"{name}.parquet",
+                trial_folder / f"{name}.parquet",
                 compression="zstd",
                 write_page_checksum=True,
             )
 
 
-def scan(study: Study, folder: Path) -> None:
-    """Read all columns of all files, as many at a time as there are cores."""
+def plain_read(study: Study, folder: Path) -> None:
+    """Read all columns of all files, with one thread per core."""
     from concurrent.futures import ThreadPoolExecutor
 
     def read(path: Path) -> int:
@@ -155,43 +155,44 @@ def scan(study: Study, folder: Path) -> None:
 def gather(study: Study, folder: Path) -> None:
     cells = tables.gather(study.trials, folder)
     assert cells["valid"].notna().all()
-    began = time.monotonic()
+    started = time.monotonic()
     summary.summarise(cells)
-    print(f"summarised in {time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(f"summarised in {time.monotonic() - started:.1f} s", file=sys.stderr)
 
 
-WAYS = {"bare scan": scan, "gather": gather}
+TASKS = {"plain read": plain_read, "gather": gather}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cells", type=int, default=500, help="cells of the study")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--cells", type=int, default=500, help="number of cells in the study")
+    parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    study = study_with(options.cells)
-    if options.way:
-        began = time.monotonic()
-        WAYS[options.way](study, options.folder)
-        used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,)]
+    study = make_study(options.cells)
+    if options.task:
+        started = time.monotonic()
+        TASKS[options.task](study, options.folder)
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         workers = len(os.sched_getaffinity(0)) if children else 0
-        print(json.dumps([time.monotonic() - began, (used[0] + workers * children) / 1024]))
+        print(json.dumps([time.monotonic() - started, (own + workers * children) / 1024]))
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make(study, folder)
-        told = {way: _run(way, options.cells, folder) for way in [*WAYS, *WAYS]}  # then warm
-    of_scan = told["bare scan"][0]
-    print(f"{options.cells} cells of {REQUESTS} requests with {STAMPS} stamps each:")
-    for way, (seconds, mib) in told.items():
-        ratio = "" if way == "bare scan" else f", {seconds / of_scan:.1f} × the bare scan"
-        print(f"  {way:<12}{seconds:6.1f} s, {mib:5.0f} MiB at most{ratio}")
+        write_records(study, folder)
+        # The second round overwrites the first: by then the files are in the page cache.
+        results = {task: _run(task, options.cells, folder) for task in [*TASKS, *TASKS]}
+    read_s = results["plain read"][0]
+    print(f"{options.cells} cells of {REQUESTS} requests with {TOKENS} tokens each:")
+    for task, (seconds, mib) in results.items():
+        ratio = "" if task == "plain read" else f", {seconds / read_s:.1f} × the plain read"
+        print(f"  {task:<12}{seconds:6.1f} s, at most {mib:5.0f} MiB{ratio}")
 
 
-def _run(way: str, cells: int, folder: Path) -> tuple[float, float]:
-    """Seconds and MiB of one way in a process of its own; each is taken when files are cached."""
-    command = [sys.executable, __file__, "--cells", str(cells), "--way", way]
+def _run(task: str, cells: int, folder: Path) -> tuple[float, float]:
+    """Run one task in a new process. Returns its seconds and MiB."""
+    command = [sys.executable, __file__, "--cells", str(cells), "--task", task]
     done = subprocess.run(
         [*command, "--folder", str(folder)], check=True, stdout=subprocess.PIPE, text=True
     )

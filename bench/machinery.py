@@ -1,7 +1,7 @@
-"""What the machinery costs around the measuring, and what a bundle of it costs: `make bench`.
+"""Measures the overhead of the workflow around the measurements, and of a bundle: `make bench`.
 
-Rehearsals on this machine, so nothing here is a measurement of an engine. Machines are noisy:
-compare the ratios of one run, not the seconds of two.
+It runs the rehearsal on this machine, so no engine is measured. Machines are noisy: compare the
+ratios within one run, not the seconds of two runs.
 """
 
 from __future__ import annotations
@@ -19,61 +19,64 @@ from typing import Any
 import yaml
 
 from servegrid.reference import data
-from snakemake_executor_plugin_submitit.account import Account
 from snakemake_executor_plugin_submitit.spool import JournalReader
+from snakemake_executor_plugin_submitit.usage import UsageStats
 
 ROOT = Path(__file__).parents[1]
 REHEARSAL: dict[str, Any] = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
 WAVES = 2
-"""A cell sends its load twice: to warm up, and to measure."""
+"""A cell sends its workload twice: as warm-up, and for the measurement."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="leave out the whole rehearsal")
+    parser.add_argument("--quick", action="store_true", help="skip the full rehearsal")
     options = parser.parse_args()
-    start = median(seconds_of("-m", "snakemake", "--version") for _ in range(3))
+    start = median(run_timed("-m", "snakemake", "--version") for _ in range(3))
     one = REHEARSAL | {"deployments": REHEARSAL["deployments"][:1]}
     with tempfile.TemporaryDirectory() as name:
-        print("one deployment alone, 56 cells and 3 sentinels:")
-        report(*rehearsed(one, 1, Path(name)), start)
+        print("one deployment, 56 cells and 3 drift checks:")
+        report(*rehearse(one, 1, Path(name)), start)
     if options.quick:
         return
     with tempfile.TemporaryDirectory() as name:
-        print("\nall seven at once, 392 cells and 21 sentinels:")
-        report(*rehearsed(REHEARSAL, 7, Path(name)), start)
-        bundled(Path(name))
+        print("\nseven deployments at once, 392 cells and 21 drift checks:")
+        report(*rehearse(REHEARSAL, 7, Path(name)), start)
+        bundle(Path(name))
 
 
-def rehearsed(study: dict[str, Any], allocations: int, folder: Path) -> tuple[float, list[Account]]:
-    """Seconds that the workflow took until all cells were there, and the allocations' accounts."""
+def rehearse(
+    study: dict[str, Any], allocations: int, folder: Path
+) -> tuple[float, list[UsageStats]]:
+    """Run the workflow until all cells are measured. Returns its seconds, and the usage."""
     (folder / "study.yaml").write_text(yaml.safe_dump(study))
-    several = ("--submitit-allocations", str(allocations), "--submitit-linger", "0")
-    took = seconds_of(*workflow(folder, "all"), "--until", "measure", *several)
-    accounts = []
+    several = ("--submitit-max-allocations", str(allocations), "--submitit-idle-timeout", "0")
+    took = run_timed(*workflow(folder, "all"), "--until", "measure", *several)
+    usages = []
     for journal in sorted(folder.glob(".snakemake/submitit/*/*/journal.jsonl")):
-        account = Account(journal.parent.parent.name)
+        usage = UsageStats(journal.parent.parent.name)
         for event in JournalReader(journal).new():
-            account.note(event)
-        accounts.append(account)
-    return took, accounts
+            usage.note(event)
+        usages.append(usage)
+    return took, usages
 
 
-def bundled(folder: Path) -> None:
-    """Reports what it takes to bundle what was measured, and to verify it."""
-    analysed = seconds_of(*workflow(folder, "all"))
-    packed = seconds_of(*workflow(folder, "bundle"))
-    (bundle,) = folder.glob("results/bundles/*")
-    verified = seconds_of("-m", "servegrid.cli.main", "verify", str(bundle))
-    with tarfile.open(bundle) as archive:
+def bundle(folder: Path) -> None:
+    """Print how long it takes to bundle the results, and to verify the bundle."""
+    analysed = run_timed(*workflow(folder, "all"))
+    packed = run_timed(*workflow(folder, "bundle"))
+    (archive_path,) = folder.glob("results/bundles/*")
+    verified = run_timed("-m", "servegrid.cli.main", "verify", str(archive_path))
+    with tarfile.open(archive_path) as archive:
         sizes = [member.size for member in archive if member.isfile()]
-    for what, value in {
+    compressed = archive_path.stat().st_size
+    for label, value in {
         "all tables, figures and the page": f"{analysed:.0f} s",
-        "bundle, verified when made": f"{packed:.0f} s, {packed / analysed:.2f} × that; "
-        f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, packed {bundle.stat().st_size / 1e6:.1f}",
+        "bundle, with its verification": f"{packed:.0f} s, {packed / analysed:.2f} × that; "
+        f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, compressed {compressed / 1e6:.1f}",
         "verify": f"{verified:.0f} s, {verified / analysed:.2f} × that",
     }.items():
-        print(f"  {what:<38} {value}")
+        print(f"  {label:<40} {value}")
 
 
 def workflow(folder: Path, target: str) -> list[str]:
@@ -84,44 +87,44 @@ def workflow(folder: Path, target: str) -> list[str]:
     ]
 
 
-def report(took: float, accounts: list[Account], start: float) -> None:
-    gaps = [gap for account in accounts for gap in account.gaps]
-    cells = sum(len(account.keys) for account in accounts)
-    allocated = sum(account.allocated for account in accounts)
-    at_work = sum(account.at_work for account in accounts)
-    real = as_published(accounts)
+def report(took: float, usages: list[UsageStats], start: float) -> None:
+    gaps = [gap for usage in usages for gap in usage.gaps]
+    cells = sum(len(usage.keys) for usage in usages)
+    allocated = sum(usage.allocated for usage in usages)
+    at_work = sum(usage.at_work for usage in usages)
+    real = published_seconds(usages)
     lost = allocated - at_work
     scale = REHEARSAL["deployments"][0]["engine_args"]["time_scale"]
-    for what, value in {
-        "whole run": f"{took:.0f} s for {cells} of them",
-        "gap between two cells' loads": f"{median(gaps):.2f} s median, "
-        f"{quantiles(gaps, n=10)[-1]:.2f} s p90; {median(gaps) / start:.2f} × the time that "
-        f"`snakemake --version` takes here ({start:.2f} s)",
-        "share of allocations spent measuring": f"{at_work / allocated:.0%} at {scale:g} × time",
-        "the same at the published times": f"{real / (real + lost):.1%} "
-        f"({real / 3600:.1f} h of loads, {lost:.0f} s of everything else; weights not loaded)",
+    for label, value in {
+        "full run": f"{took:.0f} s for {cells} measurements",
+        "gap between the workloads of two cells": f"{median(gaps):.2f} s median, "
+        f"{quantiles(gaps, n=10)[-1]:.2f} s p90; {median(gaps) / start:.2f} × the time of "
+        f"`snakemake --version` ({start:.2f} s)",
+        "share of allocated time in measurements": f"{at_work / allocated:.0%} at {scale:g} × time",
+        "the same share at the published times": f"{real / (real + lost):.1%} "
+        f"({real / 3600:.1f} h of workloads, {lost:.0f} s of other work, no weights loaded)",
     }.items():
-        print(f"  {what:<38} {value}")
+        print(f"  {label:<40} {value}")
 
 
-def as_published(accounts: list[Account]) -> float:
-    """Seconds that the loads of these deployments took in the article, warm-up included."""
+def published_seconds(usages: list[UsageStats]) -> float:
+    """Seconds that these deployments' workloads took in the article, including the warm-up."""
     published = data.published("inria-2024")
     total = 0.0
     for row in published.to_dict("records"):
         name = f"{row['model']}_{row['quantization']}_emulated_{row['gpu_count']}x{row['gpu']}"
-        if any(account.name.startswith(name) for account in accounts):
+        if any(usage.name.startswith(name) for usage in usages):
             seconds = row["seconds_per_100_tokens"]
             total += 0.0 if seconds != seconds else WAVES * seconds
     return total
 
 
-def seconds_of(*arguments: str) -> float:
-    began = time.monotonic()
+def run_timed(*arguments: str) -> float:
+    started = time.monotonic()
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What clients report of one load, from the files they write, and how far it is from what the
-scripted server did. Pure but for reading those files; times in s unless the name says otherwise.
+"""Reads what clients report of a measurement, and compares it with the mock server's log.
+
+Pure, except that it reads these files. Times in s, unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ import pyarrow.parquet as pq
 from servegrid.errors import ServegridError
 
 VLLM_PREFIX = "peer-"
-"""What `vllm bench serve` puts before a request's number to make its X-Request-Id."""
+"""`vllm bench serve` makes a request's X-Request-Id from this prefix and its number."""
 
 Times = TypeVar("Times")
 
 
 class PeerError(ServegridError):
-    """A client could not be made ready, has not run, or its results cannot be used."""
+    """A client could not be installed, did not run, or its results cannot be used."""
 
 
 @dataclass(frozen=True)
-class Reported:
-    """A request that its client calls a success.
+class ReportedRequest:
+    """A request that its client reports as successful.
 
-    `key` finds it in the server's log: its X-Request-Id, or its prompt where the client sends no
-    such header. `gaps` are the times between tokens, None where the client keeps their mean alone.
+    `key` identifies it in the server's log: its X-Request-Id, or its prompt if the client sends no
+    X-Request-Id. `gaps` are the times between tokens, None if the client keeps only their mean.
     """
 
     key: str
@@ -42,12 +43,13 @@ class Reported:
 
 
 @dataclass(frozen=True)
-class Distances:
-    """Between what a client reports and what the server did.
+class ClientErrors:
+    """How far a client's reported times are from those of the server.
 
-    Per request, `ttft`: reported minus scripted; `mean_itl`: between its mean time per token and
-    that of the server's sends. Per token, `itl`: between a reported gap and that between the two
-    sends; None where the client keeps no gaps. `lost`: requests without all of their tokens.
+    Per request, `ttft`: reported minus configured; `mean_itl`: difference between the client's mean
+    time per token and that of the server's sends. Per token, `itl`: difference between a reported
+    gap and that of the server's two sends; None if the client keeps no gaps. `lost`: requests
+    without all of their tokens.
     """
 
     ttft: Sequence[float]
@@ -56,7 +58,7 @@ class Distances:
     lost: int
 
 
-def of_servegrid(folder: Path) -> list[Reported]:
+def read_servegrid(folder: Path) -> list[ReportedRequest]:
     """`requests.parquet`, a table of servegrid.records.columns.REQUESTS."""
     return [
         _from_gaps(
@@ -69,7 +71,7 @@ def of_servegrid(folder: Path) -> list[Reported]:
     ]
 
 
-def of_vllm(folder: Path) -> list[Reported]:
+def read_vllm(folder: Path) -> list[ReportedRequest]:
     """`result.json` of `vllm bench serve --save-result --save-detailed` (0.32)."""
     result = json.loads((folder / "result.json").read_text())
     return [
@@ -81,11 +83,11 @@ def of_vllm(folder: Path) -> list[Reported]:
     ]
 
 
-def of_guidellm(folder: Path) -> list[Reported]:
+def read_guidellm(folder: Path) -> list[ReportedRequest]:
     """`result.json` of `guidellm run --output kind=json` (0.8.1)."""
     (benchmark,) = json.loads((folder / "result.json").read_text())["benchmarks"]
     return [
-        Reported(
+        ReportedRequest(
             json.loads(request["request_args"])["body"]["prompt"],
             request["output_tokens"],
             request["time_to_first_token_ms"] / 1e3,
@@ -96,7 +98,7 @@ def of_guidellm(folder: Path) -> list[Reported]:
     ]
 
 
-def of_aiperf(folder: Path) -> list[Reported]:
+def read_aiperf(folder: Path) -> list[ReportedRequest]:
     """`profile_export.jsonl` of `aiperf profile` (0.13)."""
     lines = (folder / "profile_export.jsonl").read_text().splitlines()
     return [
@@ -112,10 +114,12 @@ def of_aiperf(folder: Path) -> list[Reported]:
     ]
 
 
-def keyed(times: Mapping[str, Times], requests: Sequence[Mapping[str, Any]]) -> dict[str, Times]:
-    """What the server logged by X-Request-Id; by prompt instead where a request had none.
+def key_by_request(
+    times: Mapping[str, Times], requests: Sequence[Mapping[str, Any]]
+) -> dict[str, Times]:
+    """The server's log by X-Request-Id, or by prompt for requests without one.
 
-    `requests` are the log's. Prompts that were sent more than once are left out.
+    `requests` are those of the log. Prompts that were sent more than once are left out.
     """
     prompts = {
         name: request["body"]["prompt"]
@@ -123,48 +127,50 @@ def keyed(times: Mapping[str, Times], requests: Sequence[Mapping[str, Any]]) -> 
         if (name := f"#{number}") in times
     }
     seen = Counter(prompts.values())
-    named = {key: found for key, found in times.items() if key not in prompts}
-    return named | {prompt: times[name] for name, prompt in prompts.items() if seen[prompt] == 1}
+    with_id = {key: value for key, value in times.items() if key not in prompts}
+    return with_id | {prompt: times[name] for name, prompt in prompts.items() if seen[prompt] == 1}
 
 
-def distances(
-    reported: Iterable[Reported],
+def compute_errors(
+    reported: Iterable[ReportedRequest],
     sends: Mapping[str, Sequence[int]],
-    asked: int,
+    request_count: int,
     ttft: float,
-) -> Distances:
-    """How far the reports of `asked` requests are from the server's `sends` (ns) per key.
+) -> ClientErrors:
+    """Compare the reports of `request_count` requests with the server's `sends` (ns) per key.
 
-    `ttft` is the scripted one. Raises PeerError where a report matches no request of the server,
-    or none is left to be held against it.
+    `ttft` is the configured one. Raises PeerError if a report matches no request of the server, or
+    if no reported request has all tokens.
     """
-    whole = [each for each in reported if each.tokens == len(_sends_of(each, sends))]
-    if not whole:
+    complete = [
+        request for request in reported if request.tokens == len(_find_sends(request, sends))
+    ]
+    if not complete:
         raise PeerError("it reports no request with all of its tokens")
-    true = [np.diff(sends[each.key]) / 1e9 for each in whole]
-    gaps = [each.gaps for each in whole if each.gaps is not None]
-    return Distances(
-        ttft=[each.ttft - ttft for each in whole],
+    server_gaps = [np.diff(sends[request.key]) / 1e9 for request in complete]
+    gaps = [request.gaps for request in complete if request.gaps is not None]
+    return ClientErrors(
+        ttft=[request.ttft - ttft for request in complete],
         mean_itl=[
-            abs(each.mean_itl - float(apart.mean()))
-            for each, apart in zip(whole, true, strict=True)
+            abs(request.mean_itl - float(gap.mean()))
+            for request, gap in zip(complete, server_gaps, strict=True)
         ],
-        itl=np.abs(np.concatenate(gaps) - np.concatenate(true)).tolist() if gaps else None,
-        lost=asked - len(whole),
+        itl=np.abs(np.concatenate(gaps) - np.concatenate(server_gaps)).tolist() if gaps else None,
+        lost=request_count - len(complete),
     )
 
 
-def _sends_of(reported: Reported, sends: Mapping[str, Sequence[int]]) -> Sequence[int]:
+def _find_sends(request: ReportedRequest, sends: Mapping[str, Sequence[int]]) -> Sequence[int]:
     try:
-        return sends[reported.key]
+        return sends[request.key]
     except KeyError:
         raise PeerError(
-            f"it reports a request ({reported.key!r}) that is not in the server's log, or not in "
-            "one place: its results cannot be held against it"
+            f"it reports a request ({request.key!r}) that is not in the server's log, or is there "
+            "more than once: its results cannot be compared"
         ) from None
 
 
-def _from_gaps(key: str, ttft: float, gaps: Iterable[float]) -> Reported:
-    apart = tuple(map(float, gaps))
-    mean = sum(apart) / len(apart) if apart else float("nan")
-    return Reported(key, len(apart) + 1, ttft, mean, apart)
+def _from_gaps(key: str, ttft: float, gaps: Iterable[float]) -> ReportedRequest:
+    times = tuple(map(float, gaps))
+    mean = sum(times) / len(times) if times else float("nan")
+    return ReportedRequest(key, len(times) + 1, ttft, mean, times)

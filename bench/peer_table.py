@@ -1,4 +1,4 @@
-"""The comparison of clients as Markdown tables: the figures, and where servegrid stands. Pure."""
+"""Formats the comparison of clients as Markdown tables. Pure."""
 
 from __future__ import annotations
 
@@ -7,125 +7,136 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peer_results import Distances
+from peer_results import ClientErrors
 
-WANTED = 0.1
-WANTED_AT = (128, 512)
-"""At most this share of the best peer's ITL error is wanted, at these numbers of streams."""
+TARGET_RATIO = 0.1
+TARGET_CONCURRENCY = (128, 512)
+"""At these concurrencies, servegrid's ITL error should be at most this share of the best peer's."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One client at one number of streams; `cpu_s` per 1000 token events."""
+    """One client at one concurrency; `cpu_s` per 1000 token events."""
 
     client: str
-    streams: int
+    concurrency: int
     requests: int
-    found: Distances
+    errors: ClientErrors
     cpu_s: float
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of an outcome, better where it is smaller; None where the client has no such."""
+    """A value of an outcome; smaller is better. None if the client does not report it."""
 
     title: str
-    figure: Callable[[Outcome], float | None]
+    value: Callable[[Outcome], float | None]
     digits: int
-    wanted: float | None = None
+    target_ratio: float | None = None
 
 
 COLUMNS = (
-    Column("TTFT, median", lambda outcome: _ms(outcome.found.ttft, 50), 1),
-    Column("TTFT, p99", lambda outcome: _ms(outcome.found.ttft, 99), 1),
-    Column("ITL, median", lambda outcome: _ms(outcome.found.itl, 50), 4),
-    Column("ITL, p99", lambda outcome: _ms(outcome.found.itl, 99), 4, WANTED),
-    Column("mean ITL, p99", lambda outcome: _ms(outcome.found.mean_itl, 99), 4, WANTED),
+    Column("TTFT, median", lambda outcome: _percentile_ms(outcome.errors.ttft, 50), 1),
+    Column("TTFT, p99", lambda outcome: _percentile_ms(outcome.errors.ttft, 99), 1),
+    Column("ITL, median", lambda outcome: _percentile_ms(outcome.errors.itl, 50), 4),
+    Column("ITL, p99", lambda outcome: _percentile_ms(outcome.errors.itl, 99), 4, TARGET_RATIO),
+    Column(
+        "mean ITL, p99",
+        lambda outcome: _percentile_ms(outcome.errors.mean_itl, 99),
+        4,
+        TARGET_RATIO,
+    ),
     Column("CPU s", lambda outcome: outcome.cpu_s, 3),
-    Column("lost", lambda outcome: outcome.found.lost, 0),
+    Column("lost", lambda outcome: outcome.errors.lost, 0),
 )
 
 LEGEND = """\
-Errors in ms. TTFT: reported minus scripted, so that it contains the time in which the server reads
-what comes at once. ITL: of each token, between the reported gap and that of the server's two sends;
-mean ITL: of each request, between the reported mean and the server's. CPU s: of all of the client's
-processes per 1000 token events, from its first request to its end, less what a run of one wave at
-the fewest streams takes. lost: requests without all of their tokens. `–`: not reported."""
+Errors in ms. TTFT: reported minus configured; it includes the time in which the server reads
+simultaneous requests. ITL: per token, difference between the reported gap and that of the server's
+two sends. Mean ITL: per request, difference between the reported mean and the server's. CPU s: of
+all processes of the client per 1000 token events, from its first request to its end, minus the CPU
+time of one wave at the lowest concurrency. Lost: requests without all of their tokens. `–`: not
+reported."""
 
 
-def table_of(
+def format_comparison(
     ours: str,
     outcomes: Sequence[Outcome],
     versions: Mapping[str, str],
     failures: Mapping[str, str],
 ) -> str:
-    """The figures of all clients, then those of `ours` over the best peer's.
+    """The values of all clients, and then the ratio of `ours` to the best peer.
 
     `versions` and `failures` (the reasons) are by client.
     """
-    parts = [_figures(outcomes), LEGEND]
-    parts += [f"{client} gave no (further) figures: {why}." for client, why in failures.items()]
+    parts = [_format_outcomes(outcomes), LEGEND]
+    parts += [f"{client} failed: {reason}." for client, reason in failures.items()]
     named = ", ".join(f"{client} {version}" for client, version in versions.items())
     parts += [f"Clients: {named}."]
-    if comparison := _comparison(ours, outcomes):
-        parts += [f"{ours} over the best peer in each column:"]
+    if comparison := _format_ratios(ours, outcomes):
+        parts += [f"{ours} relative to the best peer in each column:"]
         parts += [comparison]
     return "\n\n".join(parts)
 
 
-def _figures(outcomes: Sequence[Outcome]) -> str:
-    head = ["streams", "requests", "client", *(column.title for column in COLUMNS)]
+def _format_outcomes(outcomes: Sequence[Outcome]) -> str:
+    header = ["concurrency", "requests", "client", *(column.title for column in COLUMNS)]
     rows = [
         [
-            str(outcome.streams),
+            str(outcome.concurrency),
             str(outcome.requests),
             outcome.client,
-            *(_shown(column.figure(outcome), column.digits) for column in COLUMNS),
+            *(_format_value(column.value(outcome), column.digits) for column in COLUMNS),
         ]
         for outcome in outcomes
     ]
-    return _markdown(head, rows)
+    return _format_table(header, rows)
 
 
-def _comparison(ours: str, outcomes: Sequence[Outcome]) -> str | None:
+def _format_ratios(ours: str, outcomes: Sequence[Outcome]) -> str | None:
     rows = []
-    for mine in outcomes:
-        peers = [each for each in outcomes if each.streams == mine.streams and each.client != ours]
-        if mine.client == ours and peers:
-            shown = [_against(mine, peers, column) for column in COLUMNS]
-            rows.append([str(mine.streams), *shown])
-    return _markdown(["streams", *(column.title for column in COLUMNS)], rows) if rows else None
+    for our_outcome in outcomes:
+        peers = [
+            peer
+            for peer in outcomes
+            if peer.concurrency == our_outcome.concurrency and peer.client != ours
+        ]
+        if our_outcome.client == ours and peers:
+            ratios = [_format_ratio(our_outcome, peers, column) for column in COLUMNS]
+            rows.append([str(our_outcome.concurrency), *ratios])
+    header = ["concurrency", *(column.title for column in COLUMNS)]
+    return _format_table(header, rows) if rows else None
 
 
-def _against(mine: Outcome, peers: Sequence[Outcome], column: Column) -> str:
-    own = column.figure(mine)
-    figures = [
-        (figure, peer.client) for peer in peers if (figure := column.figure(peer)) is not None
+def _format_ratio(our_outcome: Outcome, peers: Sequence[Outcome], column: Column) -> str:
+    our_value = column.value(our_outcome)
+    peer_values = [
+        (value, peer.client) for peer in peers if (value := column.value(peer)) is not None
     ]
-    if own is None or not figures:
+    if our_value is None or not peer_values:
         return "–"
-    best, peer = min(figures, key=lambda each: abs(each[0]))
-    if own == best:
+    best, peer = min(peer_values, key=lambda pair: abs(pair[0]))
+    if our_value == best:
         return "equal"
-    verdict = "better" if abs(own) < abs(best) else "worse"
+    verdict = "better" if abs(our_value) < abs(best) else "worse"
     if best == 0:
         return f"{verdict}: {peer} has 0"
-    ratio = abs(own / best)
+    ratio = abs(our_value / best)
     text = f"{verdict}: {ratio:.2g} × {peer}"
-    if column.wanted is not None and mine.streams in WANTED_AT:
-        met = "met" if ratio <= column.wanted else "missed"
-        text += f" (wanted ≤ {column.wanted:g}: {met})"
+    if column.target_ratio is not None and our_outcome.concurrency in TARGET_CONCURRENCY:
+        met = "met" if ratio <= column.target_ratio else "missed"
+        text += f" (target ≤ {column.target_ratio:g}: {met})"
     return text
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _shown(figure: float | None, digits: int) -> str:
-    return "–" if figure is None else f"{figure:.{digits}f}"
+def _format_value(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _ms(seconds: Sequence[float] | None, percent: float) -> float | None:
+def _percentile_ms(seconds: Sequence[float] | None, percent: float) -> float | None:
     return None if seconds is None else float(np.percentile(seconds, percent)) * 1e3

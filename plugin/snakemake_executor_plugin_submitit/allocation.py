@@ -83,7 +83,7 @@ class Allocation:
     """The function that submitit calls on the node.
 
     All its state is in the spool, so that it goes on when Slurm starts it again. `service` is
-    `module:function`, a ServiceFactory, or None. Times are seconds; after `linger` without a
+    `module:function`, a ServiceFactory, or None. Times are seconds; after `idle_timeout` without a
     job it ends. `warned` is how long before the time limit `limit` SIGUSR2 comes. `preload` names
     modules that all jobs need.
     """
@@ -93,7 +93,7 @@ class Allocation:
     service: str | None
     params: Mapping[str, Any]
     resources: Mapping[str, Any]
-    linger: float
+    idle_timeout: float
     limit: float
     warned: float
     preload: tuple[str, ...] = ()
@@ -159,7 +159,7 @@ class Allocation:
                 idle_since = time.monotonic()
             elif closed:
                 return CLOSED, ""
-            elif time.monotonic() - idle_since > self.linger:
+            elif time.monotonic() - idle_since > self.idle_timeout:
                 return IDLE, ""
             else:
                 time.sleep(POLL_S)

@@ -7,7 +7,7 @@ import subprocess
 
 LIMIT_S = 30.0
 SACCT_FIELDS = (
-    *("JobID", "JobName", "Partition", "Account", "NodeList", "AllocTRES", "Submit", "Start"),
+    *("JobID", "JobName", "Partition", "UsageStats", "NodeList", "AllocTRES", "Submit", "Start"),
     *("End", "Elapsed", "Timelimit", "State", "ExitCode", "Restarts"),
 )
 

@@ -20,12 +20,12 @@ def allocation_of(job: JobExecutorInterface) -> str | None:
     return str(wanted) if wanted else None
 
 
-def order_of(job: JobExecutorInterface) -> int:
-    """The job's place among those of its allocation: its resource `turn`, 0 without."""
-    turn = job.resources.get("turn", 0)
-    if isinstance(turn, Integral) and 0 <= int(turn) < 10**6:
-        return int(turn)
-    raise WorkflowError(f"{job.name}: resources.turn: {turn!r} is not a number from 0 to 999999.")
+def job_order(job: JobExecutorInterface) -> int:
+    """The job's place among those of its allocation: its resource `order`, 0 without."""
+    order = job.resources.get("order", 0)
+    if isinstance(order, Integral) and 0 <= int(order) < 10**6:
+        return int(order)
+    raise WorkflowError(f"{job.name}: resources.order: {order!r} is not a number from 0 to 999999.")
 
 
 def key_of(job: JobExecutorInterface) -> str:

@@ -57,7 +57,7 @@ class Liveness(Protocol):
         `urgent` where there is reason to believe that it has.
         """
 
-    def told(self, submission: Submission) -> str:
+    def describe(self, submission: Submission) -> str:
         """What the cluster says of the job, for people."""
 
 
@@ -68,7 +68,7 @@ class LocalLiveness:
         pid, begun = int(submission.job_id), submission.start_ticks
         return None if begun is not None and runs(pid, begun) else GONE
 
-    def told(self, submission: Submission) -> str:
+    def describe(self, submission: Submission) -> str:
         return ""
 
 
@@ -113,7 +113,7 @@ class SlurmLiveness:
             return state
         return None
 
-    def told(self, submission: Submission) -> str:
+    def describe(self, submission: Submission) -> str:
         """State and reason as Slurm last gave them, for people; empty where it said nothing."""
         found = (self._states or {}).get((submission.job_id, submission.job_name))
         if found is None:

@@ -30,14 +30,14 @@ class Task:
 
     `key` is the same for the same job in every run of the workflow. `log` is where the output
     of the job goes in the end (absolute; None: it stays in the spool). Of several that wait, the
-    one with the lowest `turn` is begun first.
+    one with the lowest `order` is begun first.
     """
 
     key: str
     argv: tuple[str, ...]
     cwd: str
     log: str | None
-    turn: int = 0
+    order: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class Spool:
     # the main process
 
     def put(self, task: Task) -> str:
-        """Queue a task behind all others of its turn and return its ticket."""
+        """Queue a task behind all others of its order and return its ticket."""
         self._sequence = max(time.time_ns(), self._sequence + 1)
-        ticket = f"{task.turn:06d}.{self._sequence:020d}-{task.key}"
+        ticket = f"{task.order:06d}.{self._sequence:020d}-{task.key}"
         write_atomically(self._todo / ticket, json.dumps(asdict(task)))
         return ticket
 
@@ -128,7 +128,7 @@ class Spool:
         return bool(self._known)
 
     def take(self) -> tuple[str, Task] | None:
-        """Claim the task whose turn it is, or None where the queue is empty."""
+        """Claim the next task in order, or None where the queue is empty."""
         while self.waiting():
             ticket = self._known.popleft()
             with contextlib.suppress(FileNotFoundError):

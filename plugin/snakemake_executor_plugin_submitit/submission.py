@@ -22,38 +22,11 @@ import yaml
 from snakemake_interface_common.exceptions import WorkflowError
 from submitit.helpers import clean_env
 
+from snakemake_executor_plugin_submitit.kinds import check_kind
 from snakemake_executor_plugin_submitit.liveness import Submission, runs, start_ticks
 
 CLUSTERS = ("slurm", "local")
 SLURM_PROGRAMS = ("sbatch", "squeue", "scancel")
-
-KIND_KEYS: Mapping[str, type | tuple[type, ...]] = {
-    "timeout_min": (int, float),
-    "signal_delay_s": int,
-    "nodes": int,
-    "gpus_of_node": int,  # how many a node has: those who want more get several nodes
-    "gpus_per_node": (int, str),  # 0: none are asked for, the nodes bring theirs along
-    "cpus_per_task": int,
-    "mem_gb": (int, float),
-    "python": str,
-    "setup": list,
-    "srun_args": list,
-    "slurm_account": str,
-    "slurm_additional_parameters": dict,
-    "slurm_comment": str,
-    "slurm_constraint": str,
-    "slurm_exclude": str,
-    "slurm_exclusive": (bool, str),
-    "slurm_gres": str,
-    "slurm_mem": (str, int),
-    "slurm_mem_per_cpu": (str, int),
-    "slurm_mem_per_gpu": (str, int),
-    "slurm_nodelist": str,
-    "slurm_partition": str,
-    "slurm_qos": str,
-    "slurm_wckey": str,
-}
-"""What a kind of node may say about itself, with the types."""
 
 _MEMORY_KEYS = {"mem_gb", "slurm_mem", "slurm_mem_per_cpu", "slurm_mem_per_gpu"}
 _GPU_KEYS = {"gpus_per_node", "slurm_gres"}
@@ -121,15 +94,8 @@ def read_kinds(path: Path) -> dict[str, dict[str, Any]]:
         where = f"submitit-kinds: {path}: {kind}"
         if not isinstance(parameters, dict):
             raise WorkflowError(f"{where} must map parameters to values.")
-        for key, value in parameters.items():
-            if key not in KIND_KEYS:
-                raise WorkflowError(
-                    f"{where}: unknown key `{key}`. Valid are: {', '.join(KIND_KEYS)}."
-                )
-            if not isinstance(value, KIND_KEYS[key]):
-                raise WorkflowError(f"{where}.{key}: {value!r} is not {_named(KIND_KEYS[key])}.")
-        if parameters.get("gpus_of_node", 1) < 1:
-            raise WorkflowError(f"{where}.gpus_of_node: it must be 1 or more.")
+        for problem in check_kind(parameters):
+            raise WorkflowError(f"{where}.{problem.key}: {problem.problem}. {problem.remedy}")
     return kinds
 
 
@@ -153,10 +119,6 @@ def python_of(
             f"{where}.python: {path} does not exist. Make that environment, or correct the path."
         )
     return {"python": str(path)}
-
-
-def _named(types: type | tuple[type, ...]) -> str:
-    return " or ".join(each.__name__ for each in (types if isinstance(types, tuple) else (types,)))
 
 
 @dataclass(frozen=True)
@@ -244,7 +206,7 @@ class Parameters:
         }
 
 
-class OutOfReach(Exception):
+class SchedulerUnavailable(Exception):
     """The cluster could not be asked: this says nothing of what was asked."""
 
 
@@ -266,7 +228,7 @@ def submit(
     """Submit `function`, which must be importable on the node, as one submitit job.
 
     `folder` is where submitit keeps its files. Returns what to remember of the job, and
-    submitit's handle. Raises WorkflowError where the cluster refuses, OutOfReach where it does
+    submitit's handle. Raises WorkflowError if the cluster refuses, SchedulerUnavailable if it does
     not answer.
     """
     python = parameters.values.get("python")
@@ -280,10 +242,10 @@ def submit(
         with clean_env(), _deaf_to_the_terminal():
             handle = executor.submit(function)
     except (OSError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        if _OUT_OF_REACH.search(told):
-            raise OutOfReach(told) from error
-        raise WorkflowError(f"{cluster} refused the allocation {name}: {told}") from error
+        message = " ".join(str(error).split())
+        if _OUT_OF_REACH.search(message):
+            raise SchedulerUnavailable(message) from error
+        raise WorkflowError(f"{cluster} refused the allocation {name}: {message}") from error
     submission = Submission(
         name=name,
         cluster=cluster,

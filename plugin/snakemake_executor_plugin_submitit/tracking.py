@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 
 from snakemake_executor_plugin_submitit import allocation as inside
 from snakemake_executor_plugin_submitit import spool as events
-from snakemake_executor_plugin_submitit.account import Account, duration
 from snakemake_executor_plugin_submitit.liveness import GONE, HELD, Submission, runs, start_ticks
 from snakemake_executor_plugin_submitit.spool import Event, Spool, Task
 from snakemake_executor_plugin_submitit.submission import Parameters
+from snakemake_executor_plugin_submitit.usage import Progress, UsageStats, duration
 
 Job = TypeVar("Job")
 
@@ -26,15 +26,15 @@ PATIENCE = 5
 
 
 @dataclass(frozen=True)
-class Need:
-    """What an allocation is to be: all but its tasks. One that does not linger takes no more."""
+class AllocationSpec:
+    """What is submitted as one allocation. One that is not reusable takes no further jobs."""
 
     name: str
     service: str | None
     params: dict[str, Any]
     resources: dict[str, Any]
     parameters: Parameters
-    stays_idle: bool = True
+    is_reusable: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Queued(Generic[Job]):
 
     job: Job
     task: Task
-    need: Callable[[], Need]
+    need: Callable[[], AllocationSpec]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Outcome(Generic[Job]):
 
 
 @dataclass
-class Tracked(Generic[Job]):
+class AllocationState(Generic[Job]):
     """An allocation that has not been seen to end.
 
     `handle` is submitit's, None where an earlier run has submitted it. `tickets` are the jobs
@@ -81,7 +81,7 @@ class Tracked(Generic[Job]):
     handle: Any = None
     closing: bool = False
     announced: bool = False
-    account: Account = field(default_factory=lambda: Account(""))
+    account: UsageStats = field(default_factory=lambda: UsageStats(""))
     tickets: dict[str, Queued[Job]] = field(default_factory=dict)
     under_way: dict[str, str] = field(default_factory=dict)
     given: int = 0
@@ -106,7 +106,7 @@ class Tracked(Generic[Job]):
         """Why it has ended by its own words."""
         return self.ended.data["reason"] if self.ended else None
 
-    def read(self, tell: Callable[[str], None]) -> list[Outcome[Job]]:
+    def read(self, report: Callable[[str], None]) -> list[Outcome[Job]]:
         """What it has finished since the last call."""
         outcomes = []
         for event in self._journal.new():
@@ -117,7 +117,7 @@ class Tracked(Generic[Job]):
             elif event.kind == events.UP:
                 self.up = event
                 if self.announced:
-                    tell(f"Allocation {self.name}: up after {event.data['seconds']:.0f} s.")
+                    report(f"Allocation {self.name}: up after {event.data['seconds']:.0f} s.")
             elif event.kind == events.BEGAN:
                 self.interrupted = event.data["ticket"]
             elif event.kind == events.DONE:
@@ -142,7 +142,7 @@ class Tracked(Generic[Job]):
         log = task.log or str(self.spool.log_of(done.data["ticket"]))
         return Failure(f"{how} in allocation {self.name}.", log, of_allocation=False)
 
-    def told_end(self, state: str | None) -> str:
+    def describe_end(self, state: str | None) -> str:
         """How it has ended, for people; `state` is what the cluster says."""
         words = {
             inside.IDLE: "ended",
@@ -188,17 +188,23 @@ class Tracked(Generic[Job]):
         adopted_too_late = self.handle is None and self.ended is None
         return self.finished > 0 or adopted_too_late
 
-    def now(self, told: str) -> str:
-        """Where it stands, in words; `told` is what the cluster says of it."""
+    def progress(self, cluster_state: str, left: int) -> Progress:
+        """Its progress now. `cluster_state` is what the cluster reports, `left` counts jobs."""
         job = f"job {self.submission.job_id}"
+        done, total = len(self.account.done), len(self.account.given)
         if self.process is None or self.stopped:
             waited = duration(time.time() - self.submission.submitted)
-            return f"{job} {told or 'submitted'}, waiting for {waited}"
-        where = f"{job} on {self.process.data['host']}"
+            text = f"{job} {cluster_state or 'submitted'} since {waited}"
+            reason = cluster_state.partition("(")[2].rstrip(")") or None
+            return Progress(self.name, "pending", text, done, total, reason=reason)
+        node = str(self.process.data["host"])
         if self.up is None and self.announced:
-            since = time.time() - self.process.data["time"]
-            return f"bringing up since {duration(since)}, {where}"
-        return f"{'working' if self.tickets else 'idle'}, {where}"
+            text = f"starting, {job} on {node}"
+            return Progress(self.name, "starting", text, done, total, node)
+        job_s = self.account.job_s()
+        eta_s = left * job_s if job_s else None
+        text = f"{'running' if self.tickets else 'idle'}, {job} on {node}"
+        return Progress(self.name, "running", text, done, total, node, eta_s=eta_s)
 
     def runs_here(self) -> bool:
         """Whether its process is one of this machine and still there."""

@@ -1,4 +1,4 @@
-"""A page in a real browser, without a network, for the tests."""
+"""Opens a page in a real browser without a network, for tests."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-"""A browser that is told less looks for its makers' hosts."""
+"""Without these, the browser contacts hosts of its vendor."""
 
 
-class Opened:
-    """A page that has been opened, what it complained about and what it asked for."""
+class OpenPage:
+    """An open page, with its console messages and errors, and its requests."""
 
-    def __init__(self, page: Any, complaints: list[str], requests: list[str]) -> None:
+    def __init__(self, page: Any, messages: list[str], requests: list[str]) -> None:
         self.page = page
-        self.complaints = complaints
+        self.messages = messages
         self.requests = requests
 
-    def redrawn(self) -> None:
-        """Wait until the figures are those that the forms ask for."""
+    def wait_for_charts(self) -> None:
+        """Wait until the charts show what the forms select."""
         self.page.wait_for_selector("body[data-drawn=yes]")
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Any]:
-    """A headless Chromium; skips the test where there is none."""
+    """A headless Chromium. Skips the test if there is none."""
     program = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
     if program is None:
         pytest.skip("no browser (chromium): tests/install.sh")
@@ -43,20 +43,22 @@ def browser() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def opened(browser: Any, file: Path, width: int = 1100, scheme: str = "light") -> Iterator[Opened]:
-    """The page in `file`, in a window of so many pixels."""
+def open_page(
+    browser: Any, file: Path, width: int = 1100, scheme: str = "light"
+) -> Iterator[OpenPage]:
+    """Open `file` in a window that is `width` pixels wide."""
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )
-    complaints: list[str] = []
+    messages: list[str] = []
     requests: list[str] = []
     try:
         page = context.new_page()
         page.set_default_timeout(20_000)
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(file.as_uri())
-        yield Opened(page, complaints, requests)
+        yield OpenPage(page, messages, requests)
     finally:
         context.close()

@@ -1,4 +1,4 @@
-"""A small study's results made without measuring, and bundles of it that were tampered with."""
+"""Makes the results of a small study without measuring, bundles of it, and tampered bundles."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from servegrid.bundle.derive import Ground, cells_of, write_figures, write_tables
-from servegrid.bundle.pack import Origin, pack
+from servegrid.bundle.derive import AnalysisInputs, gather_cells, write_figures, write_tables
+from servegrid.bundle.pack import Sources, pack
 from servegrid.records import columns, parquet
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 from servegrid.study.grid import Trial
 
 HARDWARE = Path(__file__).parents[2] / "config" / "hardware.yaml"
@@ -44,8 +44,8 @@ STARTED_NS = 1_767_225_600 * SECOND_NS
 """2026-01-01 00:00:00 UTC."""
 
 
-def record_of(trial: Trial) -> dict[str, Any]:
-    """As a job of a user on `sirocco14` would leave it: a load of 2 s from 2026-01-01 on."""
+def make_record(trial: Trial) -> dict[str, Any]:
+    """The record of a job on `sirocco14`: a workload that took 2 s on 2026-01-01."""
     return {
         "format": parquet.RECORD_FORMAT,
         "spec": trial.spec,
@@ -80,7 +80,7 @@ def record_of(trial: Trial) -> dict[str, Any]:
 
 
 def write_trial(folder: Path, trial: Trial) -> None:
-    """Each of its requests takes 1 s per concurrent one."""
+    """Write both files of a trial. Each request takes as many seconds as there are users."""
     n = trial.workload.concurrency
     assert n is not None
     request = {
@@ -94,30 +94,30 @@ def write_trial(folder: Path, trial: Trial) -> None:
         "done_ns": n * SECOND_NS,
         "prompt_tokens": 31,
         "completion_tokens": 10,
-        "asked_tokens": 10,
+        "requested_tokens": 10,
     }
-    record = record_of(trial)
+    record = make_record(trial)
     sample = {"time_ns": 5, "device": "engine", "memory_bytes": 10**9}
-    parquet.write(
-        parquet.table_of(columns.TELEMETRY, [sample], record),
+    parquet.write_table(
+        parquet.arrow_table(columns.TELEMETRY, [sample], record),
         folder / trial.id / "telemetry.parquet",
     )
-    parquet.write(
-        parquet.table_of(columns.REQUESTS, [request] * n, record),
+    parquet.write_table(
+        parquet.arrow_table(columns.REQUESTS, [request] * n, record),
         folder / trial.id / "requests.parquet",
     )
 
 
 def write_results(folder: Path, study: Mapping[str, Any] = STUDY) -> None:
-    """`results/` of the study: cells, tables, figures, logs and a record of Slurm's."""
+    """Write `results/` of the study: cells, tables, figures, logs and an allocation's record."""
     cells = folder / "results" / "cells"
-    expanded = study_of(study)
-    for trial in expanded.measured:
+    expanded = parse_study(study)
+    for trial in expanded.all_trials:
         write_trial(cells, trial)
-    found = folder / "results" / "tables"
-    ground = Ground(study, cells, HARDWARE, *cells_of(expanded, cells))
-    write_tables(ground, found)
-    write_figures(ground, found, folder / "results")
+    tables = folder / "results" / "tables"
+    inputs = AnalysisInputs(study, cells, HARDWARE, *gather_cells(expanded, cells))
+    write_tables(inputs, tables)
+    write_figures(inputs, tables, folder / "results")
     logs = folder / "results" / "logs"
     (logs / "allocations").mkdir(parents=True)
     job = {"JobId": "7", "UserId": f"{USER}(1000)", "NodeList": "sirocco[14-15]"}
@@ -130,7 +130,7 @@ def write_results(folder: Path, study: Mapping[str, Any] = STUDY) -> None:
 
 
 def write_sources(folder: Path) -> Path:
-    """A repository in small."""
+    """Write a small repository with a profile."""
     for name in ("Snakefile", "LICENSE", "workflow/rules/all.smk", "workflow/envs/create.sh"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,18 +144,18 @@ def write_sources(folder: Path) -> Path:
     return folder
 
 
-def bundle_of(folder: Path, study: Mapping[str, Any] = STUDY) -> Path:
-    """The bundle of the results below `folder`, whose sources lie in `folder / "repository"`."""
+def make_bundle(folder: Path, study: Mapping[str, Any] = STUDY) -> Path:
+    """Bundle the results in `folder`; the sources are in `folder / "repository"`."""
     root = folder / "repository"
     if not root.exists():
         write_sources(root)
-    return pack(study, Origin(root, HARDWARE, [root / "profiles" / "site"]), folder).archive
+    return pack(study, Sources(root, HARDWARE, [root / "profiles" / "site"]), folder).archive
 
 
-def tampered(bundle: Path, folder: Path, change: Callable[[Path], object], rehash: bool) -> Path:
-    """A bundle like `bundle` after `change`, which gets its tree.
+def tamper(bundle: Path, folder: Path, change: Callable[[Path], object], rehash: bool) -> Path:
+    """A copy of `bundle` after `change`, which gets its root folder.
 
-    With `rehash` every hash that the bundle holds is made to fit, as a forger would.
+    With `rehash`, all hashes in the bundle are made to fit, as a forger would do.
     """
     tree = folder / "tampered"
     with tarfile.open(bundle) as tar:
@@ -164,14 +164,14 @@ def tampered(bundle: Path, folder: Path, change: Callable[[Path], object], rehas
     change(root)
     name = root.name
     if rehash:
-        name = f"{name.rpartition('-')[0]}-{rehashed(root)}"
+        name = f"{name.rpartition('-')[0]}-{write_hashes(root)}"
     files = sorted(each for each in root.rglob("*") if each.is_file())
     members = [(f"{name}/{each.relative_to(root).as_posix()}", each.read_bytes()) for each in files]
-    return archive_of(folder / f"{name}.tar.gz", *members)
+    return write_tar(folder / f"{name}.tar.gz", *members)
 
 
-def rehashed(root: Path) -> str:
-    """Make crate and manifest of the files below `root` anew; the digest for the name."""
+def write_hashes(root: Path) -> str:
+    """Write crate and manifest of the files below `root` again; returns the digest for the name."""
     crate_path, manifest_path = root / "ro-crate-metadata.json", root / "manifest-sha256.txt"
     files = {
         path.relative_to(root).as_posix(): path.read_bytes()
@@ -193,16 +193,16 @@ def rehashed(root: Path) -> str:
 
 
 def change_request(root: Path, trial: str, **values: Any) -> None:
-    """Give the first request of a trial other values; its record stays."""
+    """Change values of a trial's first request; the record stays."""
     path = root / "results" / "cells" / trial / "requests.parquet"
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[0] |= values
-    parquet.write(table.from_pylist(rows, schema=table.schema), path)
+    parquet.write_table(table.from_pylist(rows, schema=table.schema), path)
 
 
-def archive_of(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
-    """A .tar.gz of members as they are given, good or bad."""
+def write_tar(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
+    """Write a .tar.gz with these members, good or hostile."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for member in members:

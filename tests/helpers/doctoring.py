@@ -11,7 +11,7 @@ from servegrid.doctor.demands import Demand, demand_of
 from servegrid.doctor.report import Finding, Group
 from servegrid.doctor.site import Profile
 from servegrid.doctor.slurm_facts import nodes_of_text, partitions_of, settings_of
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 from servegrid.study.grid import Study
 
 PARTITIONS = """\
@@ -69,7 +69,7 @@ def judged(subject: str, facts: slurm.Facts = FACTS, **values: Any) -> Finding:
 
 def study(gpu_count: int = 2, engine: str = "vllm") -> Study:
     deployment = {"model": "m", "checkpoint": "org/m", "quantization": "fp16", "engine": engine}
-    return study_of(
+    return parse_study(
         {
             "study": "s",
             "workload": {"concurrency": 1, "input_len": 10},

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.engines import arguments, vllm_api
-from servegrid.study.config import read_study
+from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment
 
 PARSED = (
@@ -31,8 +31,8 @@ PARSED = (
 
 
 def parsed(api: vllm_api.Api, deployment: Deployment) -> dict[str, Any]:
-    defaults = arguments.defaults_for(deployment, "/models/any", None)
-    words = arguments.render(deployment, defaults, api.options, api.version)
+    defaults = arguments.default_arguments(deployment, "/models/any", None)
+    words = arguments.format_arguments(deployment, defaults, api.options, api.version)
     namespace = api.parse([*words, "--api-key", "secret"], deployment.name)
     return {name: getattr(namespace, name, "not there") for name in PARSED}
 
@@ -43,11 +43,11 @@ def required(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
 
 
-api = vllm_api.workload()
+api = vllm_api.load_api()
 told = {
     "version": api.version,
     "device": api.device,
-    "parsed": {each.name: parsed(api, each) for each in read_study(Path(sys.argv[1])).deployments},
+    "parsed": {each.name: parsed(api, each) for each in load_study(Path(sys.argv[1])).deployments},
     "required": {
         "build_engine": required(api.build_engine),
         "build_app": required(api.build_app),

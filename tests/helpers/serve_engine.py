@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from servegrid.engines import Site, bring_up
+from servegrid.engines import Site, start_engine
 from servegrid.errors import ServegridError
 from servegrid.node import processes
 from servegrid.study.grid import Deployment
@@ -38,7 +38,7 @@ class Watch(threading.Thread):
         while True:
             found = processes.descendants()
             self.pids.update(process.pid for process in found)
-            self.segments.update(map(str, processes.shared_memory(found)))
+            self.segments.update(map(str, processes.shared_memory_files(found)))
             time.sleep(0.1)
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     tell(pid=os.getpid())
     environment = dict(os.environ)
     try:
-        with bring_up(deployment, Site(**site | {"models": Path(site["models"])})) as engine:
+        with start_engine(deployment, Site(**site | {"models": Path(site["models"])})) as engine:
             tell(
                 endpoint=json.loads(engine.endpoint.to_json()),
                 facts=engine.facts,

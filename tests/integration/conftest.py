@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from servegrid.engines import Site, bring_up
+from servegrid.engines import Site, start_engine
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
@@ -27,7 +27,7 @@ class DemoModel(NamedTuple):
 def demo_model() -> DemoModel:
     """Prepared once per machine, in SERVEGRID_MODELS or the user's cache."""
     cache = models.default_folder()
-    models.prepare(cache)
+    models.fetch(cache)
     return DemoModel(
         cache,
         models.locate("demo:smollm2-135m-instruct", cache),
@@ -57,5 +57,5 @@ def llamacpp_endpoint(
 ) -> Iterator[tuple[Endpoint, Path]]:
     """A llama.cpp that serves the demo's model on TCP, and the folder of its tokenizer."""
     deployment = replace(llamacpp_deployment, max_model_len=1024, max_num_seqs=16)
-    with bring_up(deployment, Site(models=demo_model.models, startup_s=120)) as engine:
+    with start_engine(deployment, Site(models=demo_model.models, startup_s=120)) as engine:
         yield engine.endpoint, demo_model.folder

@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 
-from helpers.scripted import Script, serving
+from helpers.faulty_server import FaultScript, start_faulty_server
 from servegrid.analysis.validity import Evidence, Validity, check_validity
 from servegrid.client import measure
 from servegrid.records import columns, parquet
-from servegrid.records.verdict import verdict_of
+from servegrid.records.verdict import decide_verdict
 from servegrid.study.grid import Deployment, Trial, Workload
 from servegrid.telemetry import sampler, server
 from servegrid.telemetry.sampler import Sampler
 
 BURST = Workload("burst", 4, 9, 5, 8, idle_timeout_s=20)
 STEADY = Workload("closed_loop", 2, 9, 5, 80, idle_timeout_s=20)
-SLOW = Script(ttft_s=0.1, itl_s=0.02)
+SLOW = FaultScript(ttft_s=0.1, itl_s=0.02)
 # What the self-check finds is tested where it is made: here the machine may be busy otherwise.
 TRUE_CLIENT = {
     "requests": 1,
@@ -37,10 +37,10 @@ DEPLOYMENT = Deployment("d", "m", "c", "c", "fp16", "vllm", "cpu", 0, 64, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """A load on a scripted server, and what the engine's facts say beside it."""
+    """A load on a mock server, and what the engine's facts say beside it."""
 
     reason: str | None
-    script: Script = SLOW
+    script: FaultScript = SLOW
     workload: Workload = BURST
     engine: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ CASES = {
         workload=STEADY,
     ),
     "a server that gets slower and slower": Case(
-        "no_steady_state: the latency", script=replace(SLOW, slower_s=0.008), workload=STEADY
+        "no_steady_state: the latency", script=replace(SLOW, slowdown_s=0.008), workload=STEADY
     ),
 }
 
@@ -78,11 +78,11 @@ CASES = {
 def measured(case: Case, folder: Path) -> Evidence:
     """The case's load through the real client, sampler and counters."""
     samples = folder / "telemetry.jsonl"
-    with serving(case.script) as up, Sampler([up.process.pid], samples, up.endpoint):
-        counters = server.counters_of(up.endpoint)
+    with start_faulty_server(case.script) as up, Sampler([up.process.pid], samples, up.endpoint):
+        counters = server.counter_reader(up.endpoint)
         measurement = measure(up.endpoint, case.workload, None, "cell", counters)
-        rows = sampler.slice(samples, 0, *measurement.facts["window_ns"])
-    verdict, reason = verdict_of(measurement.errors, engine_alive=True)
+        rows = sampler.read_samples(samples, 0, *measurement.facts["window_ns"])
+    verdict, reason = decide_verdict(measurement.errors, engine_alive=True)
     record = {
         "spec": Trial(DEPLOYMENT, case.workload, 1).spec,
         "verdict": verdict,
@@ -93,7 +93,7 @@ def measured(case: Case, folder: Path) -> Evidence:
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
-    return Evidence(record, measurement.requests, parquet.table_of(columns.TELEMETRY, rows))
+    return Evidence(record, measurement.requests, parquet.arrow_table(columns.TELEMETRY, rows))
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -113,6 +113,6 @@ def test_a_cell_is_marked_with_what_was_broken_and_with_nothing_else(
 def test_a_server_with_other_tokens_than_asked_has_a_verdict_and_no_validity(
     tmp_path: Path,
 ) -> None:
-    evidence = measured(Case(None, script=Script(fault="fewer_tokens")), tmp_path)
+    evidence = measured(Case(None, script=FaultScript(fault="fewer_tokens")), tmp_path)
     assert evidence.record["verdict"] == "wrong_tokens"
     assert check_validity(evidence) == Validity(None, None, None)

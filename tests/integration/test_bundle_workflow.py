@@ -1,4 +1,4 @@
-"""A study on the emulated engine, bundled by the workflow, verified elsewhere, gone on with."""
+"""The workflow bundles an emulated study, which is verified and continued elsewhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STUDY: dict[str, Any] = {
 
 
 def run(folder: Path, *command: str, home: Path | None = None, status: int = 0) -> str:
-    """Run a command of this Python in `folder`, as a user would whose home is `home`."""
+    """Run a module of this Python in `folder`, with `home` as the home folder."""
     env = os.environ | ({"HOME": str(home)} if home else {})
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -45,9 +45,9 @@ def run(folder: Path, *command: str, home: Path | None = None, status: int = 0) 
         text=True,
         timeout=240,
     )
-    told = done.stdout + done.stderr
-    assert done.returncode == status, told
-    return told
+    output = done.stdout + done.stderr
+    assert done.returncode == status, output
+    return output
 
 
 def snakemake(folder: Path, config: Path, *targets: str) -> str:
@@ -58,13 +58,13 @@ def snakemake(folder: Path, config: Path, *targets: str) -> str:
     )  # fmt: skip
 
 
-def times(folder: Path) -> dict[str, int]:
+def modification_times(folder: Path) -> dict[str, int]:
     found = (folder / "results" / "cells").rglob("*.parquet")
     return {each.relative_to(folder).as_posix(): each.stat().st_mtime_ns for each in found}
 
 
 @pytest.mark.slow
-def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
+def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
     tmp_path: Path,
 ) -> None:
     site = tmp_path / "site"
@@ -84,54 +84,54 @@ def test_a_study_is_bundled_twice_alike_verified_elsewhere_and_gone_on_with(
     elsewhere.mkdir()
     home.mkdir()
     verify = ("servegrid.cli.main", "verify", str(bundle))
-    told = run(elsewhere, *verify, home=home)
-    assert [line.split()[0] for line in told.splitlines()] == ["PASS"] * 6
-    assert "4 of 4 trials" in told
+    output = run(elsewhere, *verify, home=home)
+    assert [line.split()[0] for line in output.splitlines()] == ["PASS"] * 6
+    assert "4 of 4 trials" in output
     assert list(elsewhere.iterdir()) == []
 
     again = ("--replicate", "1", "--profile", str(ROOT / "profiles/local"))
-    told = run(elsewhere, *verify, *again, home=home)
+    output = run(elsewhere, *verify, *again, home=home)
     (replicated,) = elsewhere.iterdir()
     assert replicated.name == bundle.name.removesuffix(".tar.gz") + "-replicated"
-    assert f"# {replicated.name} against the bundle" in told
+    assert f"# {replicated.name} against the bundle" in output
     assert len(list(replicated.glob("results/cells/**/requests.parquet"))) == 2
     shutil.rmtree(replicated)
 
     run(elsewhere, "servegrid.cli.main", "unpack", str(bundle), "study", home=home)
-    opened = elsewhere / "study"
+    unpacked = elsewhere / "study"
     sums = ["sha256sum", "--check", "--strict", "--quiet", "manifest-sha256.txt"]
-    assert subprocess.run(sums, cwd=opened).returncode == 0
-    assert (opened / "profiles" / "local" / "config.yaml").exists()
-    kept = times(opened)
+    assert subprocess.run(sums, cwd=unpacked).returncode == 0
+    assert (unpacked / "profiles" / "local" / "config.yaml").exists()
+    kept = modification_times(unpacked)
     assert len(kept) == 8
-    more = json.loads((opened / "config" / "study.json").read_text())
+    more = json.loads((unpacked / "config" / "study.json").read_text())
     more["workload"]["trials"] = 3
-    (opened / "config" / "more.json").write_text(json.dumps(more))
-    snakemake(opened, opened / "config" / "more.json", "bundle")
-    now = times(opened)
+    (unpacked / "config" / "more.json").write_text(json.dumps(more))
+    snakemake(unpacked, unpacked / "config" / "more.json", "bundle")
+    now = modification_times(unpacked)
     assert {name: now[name] for name in kept} == kept
     assert {name.split("/")[4] for name in now.keys() - kept.keys()} == {"trial-3"}
-    assert "trial" in (opened / "results" / "tables" / "cells.csv").read_text()
+    assert "trial" in (unpacked / "results" / "tables" / "cells.csv").read_text()
 
-    # Gone on with, it is another bundle, whole again.
-    (larger,) = (opened / "results" / "bundles").iterdir()
-    told = run(elsewhere, "servegrid.cli.main", "verify", str(larger))
-    assert "6 of 6 trials" in told
+    # The continued study is another, complete bundle.
+    (larger,) = (unpacked / "results" / "bundles").iterdir()
+    output = run(elsewhere, "servegrid.cli.main", "verify", str(larger))
+    assert "6 of 6 trials" in output
 
 
 @pytest.mark.slow
-def test_what_there_is_can_be_bundled_where_not_all_can_be_measured(tmp_path: Path) -> None:
+def test_a_partial_study_can_be_bundled(tmp_path: Path) -> None:
     config = tmp_path / "study.json"
     config.write_text(json.dumps(STUDY))
-    snakemake(tmp_path, config, f"{measured(1)}/requests.parquet")
+    snakemake(tmp_path, config, f"{trial_folder(1)}/requests.parquet")
     assert "1 of 4 trials" in snakemake(tmp_path, config, "bundle_partial")
     (bundle,) = (tmp_path / "results" / "bundles").iterdir()
     assert bundle.name.startswith("small-partial-")
-    told = run(tmp_path, "servegrid.cli.main", "verify", str(bundle))
-    assert "PASS  completeness  1 of 4 trials: partial, as it says" in told
-    assert f"{measured(2).removeprefix('results/cells/')}: not measured" in told
+    output = run(tmp_path, "servegrid.cli.main", "verify", str(bundle))
+    assert "PASS  completeness  1 of 4 trials; the bundle says that it is partial" in output
+    assert f"{trial_folder(2).removeprefix('results/cells/')}: not measured" in output
 
 
-def measured(trial: int) -> str:
+def trial_folder(trial: int) -> str:
     name = "mistral-7b_fp16_emulated_2xv100-16gb"
     return f"results/cells/{name}/burst-c1-i31-o10/trial-{trial}"

@@ -1,4 +1,4 @@
-"""Two studies on the emulated engine compared: a slow-down is found where it is, and only there."""
+"""`servegrid compare` finds a slowdown of an emulated deployment, and no other difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from servegrid.analysis.comparison import compare
-from servegrid.bundle.cells import cells_of
+from servegrid.bundle.cells import load_cells
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("one", "other")
@@ -43,7 +43,7 @@ STUDY: dict[str, Any] = {
 }
 
 
-def measured(study: dict[str, Any], folder: Path) -> Path:
+def measure_study(study: dict[str, Any], folder: Path) -> Path:
     folder.mkdir()
     config = folder / "study.json"
     config.write_text(json.dumps(study))
@@ -62,11 +62,11 @@ def measured(study: dict[str, Any], folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_slow_down_of_a_tenth_is_found_there_and_only_there(tmp_path: Path) -> None:
+def test_only_the_deployment_that_is_a_tenth_slower_is_reported(tmp_path: Path) -> None:
     slower = copy.deepcopy(STUDY)
     slower["deployments"][1]["engine_args"] = ARGUMENTS | {"slowdown": 1.1}
-    first, second = measured(STUDY, tmp_path / "a"), measured(slower, tmp_path / "b")
-    found = compare(cells_of(first), cells_of(second))
+    first, second = measure_study(STUDY, tmp_path / "a"), measure_study(slower, tmp_path / "b")
+    found = compare(load_cells(first), load_cells(second))
     assert [each.name for each in found.deployments] == [*NAMES]
     verdicts = [each.verdict for each in found.deployments]
     assert verdicts == ["no evidence", "slower"], found

@@ -1,4 +1,4 @@
-"""The transport against a scripted server: arrival times, connections, and httpx's own calls."""
+"""The transport with a mock server: arrival times, connections, and single httpx requests."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from helpers.scripted import Script, Server, serving
+from helpers.faulty_server import FaultScript, MockServer, start_faulty_server
 from servegrid.client import sockets
-from servegrid.client.transport import Exchange, Exchanged, MeasuringTransport
+from servegrid.client.transport import Exchange, MeasuringTransport, WaveResult
 
 MS = 1_000_000
 
 
 def send(
-    server: Server,
+    server: MockServer,
     transport: MeasuringTransport,
     requests: int,
     users: int,
@@ -33,7 +33,7 @@ def send(
     name: str = "t",
     timeout_s: float = 30,
     idle_timeout_s: float = 10,
-) -> Exchanged:
+) -> WaveResult:
     with httpx.Client(base_url=server.endpoint.base_url) as client:
         built = [
             client.build_request(
@@ -44,26 +44,26 @@ def send(
             )
             for number in range(requests)
         ]
-    return transport.exchange(built, users, timeout_s=timeout_s, idle_timeout_s=idle_timeout_s)
+    return transport.send_wave(built, users, timeout_s=timeout_s, idle_timeout_s=idle_timeout_s)
 
 
 @pytest.fixture
 def transport() -> Iterator[MeasuringTransport]:
-    with MeasuringTransport() as made:
-        yield made
+    with MeasuringTransport() as created:
+        yield created
 
 
 def lateness_ns(exchanges: list[Exchange], sent: dict[str, list[int]], name: str) -> list[int]:
-    """Arrival minus the server's own time of sending, of every piece."""
+    """Arrival minus the server's send time, for every piece."""
     late = []
     for number, exchange in enumerate(exchanges):
         times = sent[f"{name}/{number}"]
-        assert len(exchange.arrivals) == len(times)
-        late += [mine - its for mine, its in zip(exchange.arrivals, times, strict=True)]
+        assert len(exchange.arrival_ns) == len(times)
+        late += [client - server for client, server in zip(exchange.arrival_ns, times, strict=True)]
     return late
 
 
-def test_a_late_reader_still_gets_the_kernels_arrival_times(
+def test_over_tcp_a_late_reader_gets_the_kernels_arrival_times(
     transport: MeasuringTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     receive = sockets.TcpConnection.receive
@@ -72,19 +72,19 @@ def test_a_late_reader_still_gets_the_kernels_arrival_times(
         time.sleep(0.03)
         return receive(connection)
 
-    with serving(Script(ttft_s=0.05, itl_s=0.1)) as server:
+    with start_faulty_server(FaultScript(ttft_s=0.05, itl_s=0.1)) as server:
         send(server, transport, 1, 1, name="before")
         monkeypatch.setattr(sockets.TcpConnection, "receive", late_by_30_ms)
-        exchanged = send(server, transport, 1, 1, tokens=10)
+        result = send(server, transport, 1, 1, tokens=10)
         sent = server.log().sent
-    assert exchanged.stamps == "kernel"
-    assert median(lateness_ns(exchanged.exchanges, sent, "t")) < 10 * MS
+    assert result.stamps == "kernel"
+    assert median(lateness_ns(result.exchanges, sent, "t")) < 10 * MS
 
 
-def test_a_late_reader_of_a_unix_socket_has_only_its_own_clock(
+def test_over_a_unix_socket_a_late_reader_gets_late_arrival_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the test above can fail: here the same lateness is seen in full."""
+    """Shows that the test above can fail: here the full delay is visible."""
     receive = sockets.Connection.receive
 
     def late_by_30_ms(connection: sockets.Connection) -> tuple[int, bytes]:
@@ -93,72 +93,72 @@ def test_a_late_reader_of_a_unix_socket_has_only_its_own_clock(
 
     path = str(tmp_path / "s")
     with (
-        serving(Script(ttft_s=0.05, itl_s=0.1, unix_socket=path)) as server,
+        start_faulty_server(FaultScript(ttft_s=0.05, itl_s=0.1, unix_socket=path)) as server,
         MeasuringTransport(path) as transport,
     ):
         send(server, transport, 1, 1, name="before")
         monkeypatch.setattr(sockets.Connection, "receive", late_by_30_ms)
-        exchanged = send(server, transport, 1, 1, tokens=10)
+        result = send(server, transport, 1, 1, tokens=10)
         sent = server.log().sent
-    assert exchanged.stamps == "reader"
-    assert min(lateness_ns(exchanged.exchanges, sent, "t")) >= 30 * MS
+    assert result.stamps == "reader"
+    assert min(lateness_ns(result.exchanges, sent, "t")) >= 30 * MS
 
 
-def test_a_burst_is_sent_at_once_from_connections_made_before(
+def test_a_burst_is_sent_at_once_over_connections_that_are_already_open(
     transport: MeasuringTransport,
 ) -> None:
-    with serving(Script(ttft_s=0.3, accept_after_s=0.2)) as server:
-        exchanged = send(server, transport, 32, 32)
+    with start_faulty_server(FaultScript(ttft_s=0.3, accept_after_s=0.2)) as server:
+        result = send(server, transport, 32, 32)
         assert server.log().connections == 33 + 1  # one to find the server, one for the log
-    exchanges = exchanged.exchanges
-    assert {exchange.scheduled_ns for exchange in exchanges} == {exchanged.start_ns}
+    exchanges = result.exchanges
+    assert {exchange.scheduled_ns for exchange in exchanges} == {result.start_ns}
     assert sorted(exchange.user or 0 for exchange in exchanges) == list(range(32))
     sent = [exchange.sent_ns or 0 for exchange in exchanges]
-    assert max(sent) < min(exchange.arrivals[0] for exchange in exchanges)
+    assert max(sent) < min(exchange.arrival_ns[0] for exchange in exchanges)
 
 
-def test_in_a_closed_loop_each_user_goes_on_when_its_last_request_has_ended(
+def test_in_a_closed_loop_a_user_continues_when_its_last_request_has_ended(
     transport: MeasuringTransport,
 ) -> None:
-    with serving(Script(itl_s=0.01)) as server:
-        exchanged = send(server, transport, 10, 3)
-    assert all(exchange.failure is None for exchange in exchanged.exchanges)
+    with start_faulty_server(FaultScript(itl_s=0.01)) as server:
+        result = send(server, transport, 10, 3)
+    assert all(exchange.failure is None for exchange in result.exchanges)
     by_user: dict[int | None, list[Exchange]] = {}
-    for exchange in exchanged.exchanges:
+    for exchange in result.exchanges:
         by_user.setdefault(exchange.user, []).append(exchange)
     assert set(by_user) == {0, 1, 2}
-    for mine in by_user.values():
-        due = [exchanged.start_ns, *[exchange.done_ns for exchange in mine[:-1]]]
-        assert [exchange.scheduled_ns for exchange in mine] == due
+    for exchanges in by_user.values():
+        due = [result.start_ns, *[exchange.done_ns for exchange in exchanges[:-1]]]
+        assert [exchange.scheduled_ns for exchange in exchanges] == due
         assert all(
-            exchange.scheduled_ns <= exchange.sent_ns < exchange.arrivals[0] <= exchange.done_ns
-            for exchange in mine
+            exchange.scheduled_ns <= exchange.sent_ns < exchange.arrival_ns[0] <= exchange.done_ns
+            for exchange in exchanges
             if exchange.scheduled_ns is not None and exchange.sent_ns is not None
         )
 
 
 @pytest.mark.parametrize("close_after", ["announced", "silently"])
-def test_connections_that_the_server_closes_are_made_anew(
+def test_connections_that_the_server_closes_are_opened_again(
     transport: MeasuringTransport, close_after: str
 ) -> None:
-    with serving(Script(close_after=close_after)) as server:  # type: ignore[arg-type]
+    with start_faulty_server(FaultScript(close_after=close_after)) as server:  # type: ignore[arg-type]
         for wave in range(3):
-            exchanged = send(server, transport, 4, 2, name=f"wave{wave}")
-            assert [exchange.failure for exchange in exchanged.exchanges] == [None] * 4
+            result = send(server, transport, 4, 2, name=f"wave{wave}")
+            assert [exchange.failure for exchange in result.exchanges] == [None] * 4
         log = server.log()
     assert len(log.requests) == 12
     assert log.connections == 12 + 2
 
 
-def test_responses_that_end_with_the_connection_are_whole(transport: MeasuringTransport) -> None:
-    with serving(Script(framing="close")) as server:
-        exchanged = send(server, transport, 4, 2)
-    for exchange in exchanged.exchanges:
+def test_a_response_can_end_with_the_connection(transport: MeasuringTransport) -> None:
+    with start_faulty_server(FaultScript(framing="close")) as server:
+        result = send(server, transport, 4, 2)
+    for exchange in result.exchanges:
         assert exchange.failure is None and exchange.raw.endswith(b"data: [DONE]\n\n")
 
 
 def test_connections_stay_open_between_waves(transport: MeasuringTransport) -> None:
-    with serving(Script()) as server:
+    with start_faulty_server(FaultScript()) as server:
         for wave in range(3):
             send(server, transport, 4, 4, name=f"wave{wave}")
         assert server.log().connections == 4 + 2
@@ -168,10 +168,10 @@ def test_a_request_larger_than_the_sockets_buffers_is_sent_in_parts(
     transport: MeasuringTransport,
 ) -> None:
     prompt = list(range(2_000_000))
-    with serving(Script()) as server:
+    with start_faulty_server(FaultScript()) as server:
         url = f"{server.endpoint.base_url}/v1/completions"
         request = httpx.Request("POST", url, json={"prompt": prompt, "max_tokens": 1})
-        (exchange,) = transport.exchange([request], 1, timeout_s=60, idle_timeout_s=30).exchanges
+        (exchange,) = transport.send_wave([request], 1, timeout_s=60, idle_timeout_s=30).exchanges
         (seen,) = server.log().requests
     assert exchange.failure is None
     assert seen["body"]["prompt"] == prompt
@@ -193,50 +193,52 @@ def test_an_unreachable_server_is_a_connect_error(
         client.get("http://localhost/health")
 
 
-def test_a_server_that_is_gone_fails_each_request_and_hangs_none(
+def test_every_request_fails_if_the_server_is_gone(
     transport: MeasuringTransport,
 ) -> None:
-    with serving(Script()) as server:
+    with start_faulty_server(FaultScript()) as server:
         send(server, transport, 2, 2)
-    exchanged = send(server, transport, 2_000, 2)
-    kinds = [exchange.failure and exchange.failure.kind for exchange in exchanged.exchanges]
+    result = send(server, transport, 2_000, 2)
+    kinds = [exchange.failure and exchange.failure.kind for exchange in result.exchanges]
     assert kinds == ["connect"] * 2_000
 
 
-def test_only_as_many_open_files_as_the_system_allows(
+def test_the_open_file_limit_is_raised_as_far_as_the_system_allows(
     transport: MeasuringTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = []
     monkeypatch.setattr(sockets.resource, "getrlimit", lambda _: (100, 1000))
     monkeypatch.setattr(sockets.resource, "setrlimit", lambda _, limit: limits.append(limit))
-    sockets.allow_open_files(36)
+    sockets.raise_open_file_limit(36)
     assert limits == []
-    sockets.allow_open_files(37)
+    sockets.raise_open_file_limit(37)
     assert limits == [(101, 1000)]
     with pytest.raises(sockets.LoadError, match="937 concurrent requests need 1001 open files"):
-        sockets.allow_open_files(937)
+        sockets.raise_open_file_limit(937)
 
 
-# As an ordinary transport.
+# As an ordinary httpx transport.
 
 
 @pytest.mark.parametrize("framing", ["chunked", "length", "close"])
-def test_single_requests_go_the_same_way(transport: MeasuringTransport, framing: str) -> None:
-    script = Script(framing=framing)  # type: ignore[arg-type]
+def test_single_requests_get_the_same_response_as_from_httpx(
+    transport: MeasuringTransport, framing: str
+) -> None:
+    script = FaultScript(framing=framing)  # type: ignore[arg-type]
     body = {"prompt": [1], "max_tokens": 2}
     with (
-        serving(script) as server,
-        httpx.Client(base_url=server.endpoint.base_url, transport=transport) as ours,
-        httpx.Client(base_url=server.endpoint.base_url) as theirs,
+        start_faulty_server(script) as server,
+        httpx.Client(base_url=server.endpoint.base_url, transport=transport) as measuring,
+        httpx.Client(base_url=server.endpoint.base_url) as ordinary,
     ):
-        assert ours.get("/health").status_code == 200
-        mine = ours.post("/v1/completions", json=body)
-        other = theirs.post("/v1/completions", json=body)
-    assert (mine.status_code, mine.text) == (other.status_code, other.text)
-    assert mine.headers == other.headers
+        assert measuring.get("/health").status_code == 200
+        response = measuring.post("/v1/completions", json=body)
+        expected = ordinary.post("/v1/completions", json=body)
+    assert (response.status_code, response.text) == (expected.status_code, expected.text)
+    assert response.headers == expected.headers
 
 
-def test_failures_of_single_requests_are_those_of_httpx(transport: MeasuringTransport) -> None:
+def test_failures_of_single_requests_are_httpx_errors(transport: MeasuringTransport) -> None:
     expected = {
         "reset": httpx.ReadError,
         "close": httpx.RemoteProtocolError,
@@ -244,14 +246,14 @@ def test_failures_of_single_requests_are_those_of_httpx(transport: MeasuringTran
         "stall": httpx.ReadTimeout,
     }
     for fault, error in expected.items():
-        script = Script(fault=fault, fault_on="", fault_after=1)  # type: ignore[arg-type]
-        with serving(script) as server, pytest.raises(error):
+        script = FaultScript(fault=fault, fault_on="", fault_after=1)  # type: ignore[arg-type]
+        with start_faulty_server(script) as server, pytest.raises(error):
             client = httpx.Client(transport=transport, timeout=0.3)
             url = f"{server.endpoint.base_url}/v1/completions"
             client.post(url, json={"prompt": [1], "max_tokens": 2})
 
 
-def test_other_schemes_are_refused(transport: MeasuringTransport) -> None:
+def test_other_url_schemes_are_refused(transport: MeasuringTransport) -> None:
     with pytest.raises(httpx.UnsupportedProtocol, match="ftp://host/x: neither http nor https"):
         transport.handle_request(httpx.Request("GET", "ftp://host/x"))
 
@@ -260,10 +262,10 @@ def test_other_schemes_are_refused(transport: MeasuringTransport) -> None:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate for 127.0.0.1, with its key."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "scripted")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "mock")])
     now = datetime.datetime.now(datetime.UTC)
     address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    built = (
+    certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -281,27 +283,27 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        + built.public_bytes(serialization.Encoding.PEM)
+        + certificate.public_bytes(serialization.Encoding.PEM)
     )
     return path
 
 
-def test_tls_is_measured_by_the_readers_clock(certificate: Path) -> None:
+def test_tls_arrivals_are_read_times(certificate: Path) -> None:
     trusting = ssl.create_default_context(cafile=str(certificate))
-    script = Script(itl_s=0.01, certificate=str(certificate))
-    with serving(script) as server, MeasuringTransport(tls=trusting) as transport:
+    script = FaultScript(itl_s=0.01, certificate=str(certificate))
+    with start_faulty_server(script) as server, MeasuringTransport(tls=trusting) as transport:
         for wave in range(2):
-            exchanged = send(server, transport, 6, 3, name=f"wave{wave}")
-            assert exchanged.stamps == "reader"
-            for exchange in exchanged.exchanges:
+            result = send(server, transport, 6, 3, name=f"wave{wave}")
+            assert result.stamps == "reader"
+            for exchange in result.exchanges:
                 assert exchange.failure is None
                 assert exchange.raw.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
-                assert len(exchange.arrivals) >= 5
+                assert len(exchange.arrival_ns) >= 5
 
 
-def test_a_certificate_that_is_not_trusted_is_a_connect_error(certificate: Path) -> None:
+def test_an_untrusted_certificate_is_a_connect_error(certificate: Path) -> None:
     with (
-        serving(Script(certificate=str(certificate))) as server,
+        start_faulty_server(FaultScript(certificate=str(certificate))) as server,
         httpx.Client(transport=MeasuringTransport()) as client,
         pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"),
     ):

@@ -1,4 +1,4 @@
-"""Loads that come from several processes: as one load, and without leaving any of them behind."""
+"""Several client processes send one workload together, and none of them remains."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 import psutil
 import pytest
 
-from helpers.scripted import Script, serving
+from helpers.faulty_server import FaultScript, start_faulty_server
 from servegrid.client import measure, workers
 from servegrid.errors import LoadError
 from servegrid.study.grid import Workload
 
 CORES = os.sched_getaffinity(0)
 BURST = Workload("burst", 7, 9, 5, 14, warmup_waves=1, timeout_s=60, idle_timeout_s=20)
-STEADY = replace(BURST, protocol="closed_loop", requests=30)
+CLOSED_LOOP = replace(BURST, protocol="closed_loop", requests=30)
 POISSON = Workload("poisson", None, 9, 5, 30, request_rate=60.0, idle_timeout_s=20)
 
 
-@pytest.mark.parametrize("workload", [BURST, STEADY, POISSON])
-def test_the_load_of_several_processes_is_one_load(workload: Workload) -> None:
-    with serving(Script(ttft_s=0.02, itl_s=0.005)) as server:
-        measurement = measure(server.endpoint, workload, None, "cell", places=[CORES] * 3)
-        sent = [each["headers"]["x-request-id"] for each in server.log().requests]
+@pytest.mark.parametrize("workload", [BURST, CLOSED_LOOP, POISSON])
+def test_several_processes_send_one_workload(workload: Workload) -> None:
+    with start_faulty_server(FaultScript(ttft_s=0.02, itl_s=0.005)) as server:
+        measurement = measure(server.endpoint, workload, None, "cell", cpu_sets=[CORES] * 3)
+        sent = [request["headers"]["x-request-id"] for request in server.log().requests]
     rows = measurement.requests.to_pylist()
     assert workload.requests is not None
     assert [row["request_id"] for row in rows] == [f"cell/{n}" for n in range(workload.requests)]
@@ -43,79 +43,79 @@ def test_the_load_of_several_processes_is_one_load(workload: Workload) -> None:
         assert max(row["done_ns"] for row in rows[:7]) < rows[7]["scheduled_ns"]
 
 
-def test_parts_begin_together_on_their_cores() -> None:
-    def part(start: workers.Start) -> tuple[int, int, set[int]]:
-        begun = start()
-        return begun, time.monotonic_ns(), os.sched_getaffinity(0)
+def test_tasks_start_together_on_their_cpus() -> None:
+    def task(wait_for_start: workers.WaitForStart) -> tuple[int, int, set[int]]:
+        start_ns = wait_for_start()
+        return start_ns, time.monotonic_ns(), os.sched_getaffinity(0)
 
     core = {min(CORES)}
-    first, second = workers.run([part, part], [core, CORES])
+    first, second = workers.run_parallel([task, task], [core, CORES])
     assert first[0] == second[0]
     assert min(first[1], second[1]) >= first[0]
     assert (first[2], second[2]) == (core, CORES)
 
 
-def failing(start: workers.Start) -> Any:
+def failing(wait_for_start: workers.WaitForStart) -> Any:
     raise LoadError("no connection")
 
 
-def failing_later(start: workers.Start) -> Any:
-    start()
+def failing_later(wait_for_start: workers.WaitForStart) -> Any:
+    wait_for_start()
     raise LoadError("no connection")
 
 
-def killed(start: workers.Start) -> Any:
-    start()
+def killed(wait_for_start: workers.WaitForStart) -> Any:
+    wait_for_start()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def waiting(start: workers.Start) -> Any:
-    start()
+def waiting(wait_for_start: workers.WaitForStart) -> Any:
+    wait_for_start()
     time.sleep(600)
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
-    [(failing, "no connection"), (failing_later, "no connection"), (killed, "ended from outside")],
+    ("task", "message"),
+    [(failing, "no connection"), (failing_later, "no connection"), (killed, "killed from outside")],
 )
-def test_one_that_fails_is_told_and_the_others_are_ended(
-    part: Callable[[workers.Start], Any], told: str
+def test_the_error_of_a_failed_task_is_raised_and_the_other_tasks_are_killed(
+    task: Callable[[workers.WaitForStart], Any], message: str
 ) -> None:
     before = psutil.Process().children()
-    with pytest.raises(LoadError, match=told):
-        workers.run([part, waiting])
+    with pytest.raises(LoadError, match=message):
+        workers.run_parallel([task, waiting])
     assert psutil.Process().children() == before
 
 
-def test_they_end_with_the_process_that_began_them() -> None:
-    def main(start: workers.Start) -> Any:
-        def part(start: workers.Start) -> Any:
-            os.write(tell, f"{os.getpid()}\n".encode())
+def test_workers_end_with_their_parent_process() -> None:
+    def main(wait_for_start: workers.WaitForStart) -> Any:
+        def task(wait_for_start: workers.WaitForStart) -> Any:
+            os.write(writer, f"{os.getpid()}\n".encode())
             time.sleep(600)
 
-        start()
-        workers.run([part, part])
+        wait_for_start()
+        workers.run_parallel([task, task])
 
-    hear, tell = os.pipe()
-    with os.fdopen(hear) as lines:
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as lines:
         child = os.fork()
         if child == 0:
             try:
-                workers.run([main])
+                workers.run_parallel([main])
             finally:
                 os._exit(1)
-        os.close(tell)
-        parts = [int(lines.readline()) for _ in range(2)]
+        os.close(writer)
+        pids = [int(lines.readline()) for _ in range(2)]
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         deadline = time.monotonic() + 20
-        while any(map(psutil.pid_exists, parts)):
+        while any(map(psutil.pid_exists, pids)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
-def test_how_many_processes_a_load_takes() -> None:
-    assert workers.size(concurrency=512, cores=64) == 1
-    assert workers.size(concurrency=513, cores=64) == 2
-    assert workers.size(concurrency=2048, cores=8) == 2
-    assert workers.size(concurrency=2048, cores=2) == 1
+def test_the_number_of_processes_depends_on_concurrency_and_cores() -> None:
+    assert workers.processes_allowed(concurrency=512, cores=64) == 1
+    assert workers.processes_allowed(concurrency=513, cores=64) == 2
+    assert workers.processes_allowed(concurrency=2048, cores=8) == 2
+    assert workers.processes_allowed(concurrency=2048, cores=2) == 1

@@ -14,14 +14,14 @@ import httpx
 import pytest
 
 from servegrid.client import Measurement, measure
-from servegrid.engines import Engine, Site, bring_up
+from servegrid.engines import Engine, Site, start_engine
 from servegrid.errors import EngineError, LoadError
-from servegrid.records.verdict import verdict_of
-from servegrid.study.config import read_study
+from servegrid.records.verdict import decide_verdict
+from servegrid.study.config import load_study
 from servegrid.study.grid import Workload
 
 ROOT = Path(__file__).parents[2]
-MISTRAL = read_study(ROOT / "config/rehearsal.yaml").deployments[0]
+MISTRAL = load_study(ROOT / "config/rehearsal.yaml").deployments[0]
 SITE = Site(models=Path("nowhere"))
 QUICK = {"timing": "inria-2024", "time_scale": 0.05}
 
@@ -38,7 +38,7 @@ def workload(concurrency: int = 4, input_len: int = 31, **changes: Any) -> Workl
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     arguments = QUICK | getattr(request, "param", {})
-    with bring_up(replace(MISTRAL, engine_args=arguments), SITE) as engine:
+    with start_engine(replace(MISTRAL, engine_args=arguments), SITE) as engine:
         yield engine
 
 
@@ -48,7 +48,7 @@ def with_fault(kind: str, **when: int) -> Any:
 
 
 def verdict(engine: Engine, measured: Measurement) -> str:
-    return verdict_of(measured.errors, engine.healthy())[0]
+    return decide_verdict(measured.errors, engine.healthy())[0]
 
 
 def measured(engine: Engine, wanted: Workload) -> Measurement:
@@ -128,7 +128,7 @@ def test_out_of_memory_at_the_start() -> None:
     deployment = replace(MISTRAL, engine_args=QUICK | {"faults": [{"kind": "oom_at_start"}]})
     with (
         pytest.raises(EngineError, match="did not start: out of memory"),
-        bring_up(deployment, SITE),
+        start_engine(deployment, SITE),
     ):
         pass
 
@@ -137,11 +137,11 @@ def test_a_slow_start() -> None:
     faults = [{"kind": "slow_start", "seconds": 0.3}]
     deployment = replace(MISTRAL, engine_args=QUICK | {"faults": faults})
     began = time.monotonic()
-    with bring_up(deployment, SITE):
+    with start_engine(deployment, SITE):
         assert time.monotonic() - began > 0.3
     with (
         pytest.raises(EngineError, match=r"not up within 0\.1 s"),
-        bring_up(deployment, replace(SITE, startup_s=0.1)),
+        start_engine(deployment, replace(SITE, startup_s=0.1)),
     ):
         pass
 
@@ -154,13 +154,13 @@ def test_only_those_with_the_key_are_served(engine: Engine) -> None:
 
 def test_on_a_unix_socket_and_nothing_is_left() -> None:
     deployment = replace(MISTRAL, engine_args=QUICK)
-    with bring_up(deployment, replace(SITE, socket="unix")) as engine:
+    with start_engine(deployment, replace(SITE, socket="unix")) as engine:
         assert engine.pids() == [os.getpid()]
         assert verdict(engine, measured(engine, workload())) == "ok"
         path = engine.endpoint.socket
         assert path is not None
     assert not Path(path).exists()
-    with bring_up(deployment, SITE) as engine:
+    with start_engine(deployment, SITE) as engine:
         url = httpx.URL(engine.endpoint.base_url)
     with socket.socket() as probe:
         assert probe.connect_ex((url.host, url.port or 80)) != 0

@@ -20,14 +20,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from conftest import DemoModel
-from helpers.scripted import MODEL, Script, serving
+from helpers.faulty_server import MODEL, FaultScript, start_faulty_server
 from servegrid.analysis import tables
 from servegrid.cli.main import main
-from servegrid.engines import Site, bring_up
+from servegrid.engines import Site, start_engine
 from servegrid.errors import EngineError
 from servegrid.records import parquet
 from servegrid.run import service
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 from servegrid.study.grid import Deployment, Study
 
 VARIABLE = "LLAMACPP_KEY"
@@ -86,7 +86,7 @@ def urls(demo_model: DemoModel) -> Iterator[dict[bool, str]]:
 
 def study(url: str, **endpoint: Any) -> Study:
     """Bursts of 2 requests of 12 and of 40 prompt tokens, 6 output tokens each."""
-    return study_of(
+    return parse_study(
         {
             "study": "external",
             "workload": {"concurrency": 2, "input_len": [12, 40], "output_len": 6},
@@ -137,8 +137,8 @@ def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
     resources = {"max_concurrency": 2, "startup_s": 60}
     with service.serve("a", {"spec": of.trials[0].spec_json}, resources) as served:
         assert served.healthy()
-        handover = Path(served.env[service.VARIABLE])
-        monkeypatch.setenv(service.VARIABLE, str(handover))
+        handover = Path(served.env[service.INFO_VARIABLE])
+        monkeypatch.setenv(service.INFO_VARIABLE, str(handover))
         for trial in of.trials:
             folder = tmp_path / trial.id
             requests, samples = folder / "requests.parquet", folder / "telemetry.parquet"
@@ -191,7 +191,7 @@ def test_the_template_has_the_tokens_that_the_server_adds(demo_model: DemoModel)
 def refusal(deployment: Deployment, demo_model: DemoModel) -> str:
     with (
         pytest.raises(EngineError) as caught,
-        bring_up(deployment, Site(models=demo_model.models)),
+        start_engine(deployment, Site(models=demo_model.models)),
     ):
         pass
     told = str(caught.value)
@@ -231,22 +231,22 @@ def test_an_endpoint_that_is_not_there_is_told(demo_model: DemoModel) -> None:
 @pytest.mark.parametrize(
     ("script", "told"),
     [
-        (Script(usage="none"), "failed: usage_missing: no usage in the stream"),
-        (Script(fault="fewer_tokens"), "failed: wrong_completion_tokens: 3 generated, 4 asked"),
-        (Script(fault="not_a_stream"), "failed: malformed: an event stream was asked for"),
+        (FaultScript(usage="none"), "failed: usage_missing: the stream has no usage"),
+        (FaultScript(fault="fewer_tokens"), "failed: wrong_completion_tokens: 3 generated, 4 requested"),
+        (FaultScript(fault="not_a_stream"), "failed: malformed: the response is not an event stream"),
     ],
 )
 def test_an_endpoint_that_does_not_do_what_measuring_needs_is_refused_before_it(
-    script: Script, told: str, demo_model: DemoModel
+    script: FaultScript, told: str, demo_model: DemoModel
 ) -> None:
-    with serving(script) as server:
+    with start_faulty_server(script) as server:
         of = deployment(server.endpoint.base_url, model=MODEL)
         assert told in refusal(of, demo_model)
 
 
 def test_nothing_of_it_is_ours(urls: dict[bool, str], demo_model: DemoModel) -> None:
     before = psutil.Process().children()
-    with bring_up(deployment(urls[False]), Site(models=demo_model.models)) as engine:
+    with start_engine(deployment(urls[False]), Site(models=demo_model.models)) as engine:
         assert engine.pids() == []
         assert psutil.Process().children() == before
         assert engine.healthy()
@@ -254,8 +254,8 @@ def test_nothing_of_it_is_ours(urls: dict[bool, str], demo_model: DemoModel) -> 
 
 def test_an_endpoint_that_has_gone_is_not_healthy(demo_model: DemoModel) -> None:
     with (
-        serving(Script()) as server,
-        bring_up(
+        start_faulty_server(FaultScript()) as server,
+        start_engine(
             deployment(server.endpoint.base_url, model=MODEL), Site(models=demo_model.models)
         ) as engine,
     ):
@@ -276,7 +276,7 @@ def test_the_command_measures_a_chat(
     out = tmp_path / "cell.parquet"
     words = [
         *(
-            "workload",
+            "load",
             "--url",
             urls[True],
             "--model",
@@ -287,7 +287,7 @@ def test_the_command_measures_a_chat(
             "2",
         ),
         *("--requests", "4", "--input-len", "12", "--output-len", "5", "--protocol", "burst"),
-        *("--api-key-env", VARIABLE, "--out", str(out)),
+        *("--api-key-env", VARIABLE, "--output", str(out)),
     ]
     assert main([*words, "--tokenizer", str(demo_model.folder)]) == 0
     rows = pq.read_table(out).to_pylist()

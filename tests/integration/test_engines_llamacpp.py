@@ -16,7 +16,7 @@ import pytest
 
 from conftest import DemoModel
 from helpers.serving import Serving, client_of
-from servegrid.engines import Site, bring_up
+from servegrid.engines import Site, start_engine
 from servegrid.errors import ConfigError, EngineError
 from servegrid.study.grid import Deployment
 
@@ -53,7 +53,7 @@ def test_it_serves_the_model_and_every_prompt_in_full(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with (
-        bring_up(llamacpp_deployment, site(demo_model)) as engine,
+        start_engine(llamacpp_deployment, site(demo_model)) as engine,
         client_of(engine.endpoint) as client,
     ):
         assert complete(client, "The capital of France is", 3)["choices"][0]["text"].startswith(
@@ -80,7 +80,7 @@ def test_a_request_may_fill_the_context_and_no_more(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with (
-        bring_up(llamacpp_deployment, site(demo_model)) as engine,
+        start_engine(llamacpp_deployment, site(demo_model)) as engine,
         client_of(engine.endpoint) as client,
     ):
         usage = complete(client, [1000] * 500, 12)["usage"]
@@ -93,7 +93,7 @@ def test_as_many_requests_as_it_has_slots_run_at_once_while_it_stays_healthy(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with (
-        bring_up(llamacpp_deployment, site(demo_model)) as engine,
+        start_engine(llamacpp_deployment, site(demo_model)) as engine,
         client_of(engine.endpoint) as client,
         ThreadPoolExecutor(12) as pool,
     ):
@@ -111,7 +111,7 @@ def test_as_many_requests_as_it_has_slots_run_at_once_while_it_stays_healthy(
 def test_only_who_has_the_key_is_served(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
-    with bring_up(llamacpp_deployment, site(demo_model)) as engine:
+    with start_engine(llamacpp_deployment, site(demo_model)) as engine:
         with client_of(replace(engine.endpoint, api_key="another")) as client:
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
         (pid,) = engine.pids()
@@ -122,7 +122,7 @@ def test_only_who_has_the_key_is_served(
 def test_it_listens_on_a_unix_socket_that_only_its_user_reaches(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
-    with bring_up(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
+    with start_engine(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
         assert engine.endpoint.socket
         socket = Path(engine.endpoint.socket)
         assert socket.is_socket()
@@ -139,7 +139,7 @@ def test_a_second_one_comes_up_after_the_first(
 ) -> None:
     pids = set()
     for _ in range(2):
-        with bring_up(llamacpp_deployment, site(demo_model)) as engine:
+        with start_engine(llamacpp_deployment, site(demo_model)) as engine:
             assert engine.healthy()
             pids |= set(engine.pids())
         assert not engine.healthy()
@@ -150,7 +150,7 @@ def test_a_second_one_comes_up_after_the_first(
 def test_a_killed_engine_is_not_healthy_and_leaves_nothing(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
-    with bring_up(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
+    with start_engine(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
         (pid,) = engine.pids()
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 30
@@ -168,7 +168,7 @@ def test_a_damaged_model_is_told_in_one_line(
     damaged.write_bytes(demo_model.gguf.read_bytes()[:50_000_000])
     with (
         pytest.raises(EngineError, match="corrupted or incomplete") as caught,
-        bring_up(replace(llamacpp_deployment, checkpoint=str(damaged)), site(demo_model)),
+        start_engine(replace(llamacpp_deployment, checkpoint=str(damaged)), site(demo_model)),
     ):
         pass
     assert "\n" not in str(caught.value)
@@ -181,7 +181,7 @@ def test_a_misspelt_argument_is_refused_with_what_was_meant(
     misspelt = replace(llamacpp_deployment, engine_args={"cache_promt": True})
     with (
         pytest.raises(ConfigError, match=r"engine_args\.cache_promt.*Did you mean `cache_prompt`"),
-        bring_up(misspelt, site(demo_model)),
+        start_engine(misspelt, site(demo_model)),
     ):
         pass
 
@@ -192,7 +192,7 @@ def test_a_context_longer_than_the_models_is_refused(
     long = replace(llamacpp_deployment, max_model_len=8448, max_num_seqs=1)
     with (
         pytest.raises(ConfigError, match="max_model_len 8448 is more than the 8192 tokens"),
-        bring_up(long, site(demo_model)),
+        start_engine(long, site(demo_model)),
     ):
         pass
 
@@ -203,7 +203,7 @@ def test_gpus_that_are_not_there_are_missed(
     on_gpus = replace(llamacpp_deployment, gpu="a100", gpu_count=64)
     with (
         pytest.raises(EngineError, match="is for 64 GPUs of kind `a100`, but"),
-        bring_up(on_gpus, site(demo_model)),
+        start_engine(on_gpus, site(demo_model)),
     ):
         pass
 
@@ -213,7 +213,7 @@ def test_a_start_that_takes_too_long_is_given_up(
 ) -> None:
     with (
         pytest.raises(EngineError, match="not up within its limit"),
-        bring_up(llamacpp_deployment, site(demo_model, startup_s=0.0)),
+        start_engine(llamacpp_deployment, site(demo_model, startup_s=0.0)),
     ):
         pass
     commands = [" ".join(child.cmdline()) for child in psutil.Process().children()]
@@ -244,7 +244,7 @@ def test_a_signal_ends_it_and_leaves_nothing(
 def test_the_schedulers_warning_does_not_reach_the_engine(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
-    with bring_up(llamacpp_deployment, site(demo_model)) as engine:
+    with start_engine(llamacpp_deployment, site(demo_model)) as engine:
         (pid,) = engine.pids()
         for signal_number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             os.kill(pid, signal_number)

@@ -25,7 +25,7 @@ from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment, Workload
 from servegrid.telemetry import sampler
 from servegrid.telemetry.sampler import Sampler
-from servegrid.telemetry.server import counters_of
+from servegrid.telemetry.server import counter_reader
 
 HELD = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 DEPLOYMENT = Deployment(
@@ -82,7 +82,7 @@ def check_the_servers_view(
     workload = Workload("burst", concurrency=8, input_len=31, output_len=40, requests=16)
     file = folder / "telemetry.jsonl"
     with Sampler(pids, file, endpoint):
-        counters = counters_of(endpoint)
+        counters = counter_reader(endpoint)
         measured = measure(endpoint, workload, demo_model.folder, "a trial", counters)
     assert measured.errors == [None] * 16
     before, after = measured.counters_before, measured.counters_after
@@ -96,8 +96,8 @@ def check_the_servers_view(
     }.items():
         assert after[f"vllm:{name}"] - before[f"vllm:{name}"] == counted
 
-    samples = parquet.table_of(
-        columns.TELEMETRY, sampler.slice(file, 0, *measured.facts["window_ns"])
+    samples = parquet.arrow_table(
+        columns.TELEMETRY, sampler.read_samples(file, 0, *measured.facts["window_ns"])
     )
     record = {"metrics_before": before, "metrics_after": after}
     row = columns_of(record, measured.requests, samples)
@@ -201,7 +201,7 @@ def test_an_allocation_that_ends_while_its_engine_starts_takes_it_along(
         while "Initializing a V1 LLM engine" not in serving.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(1)  # the warden hears of new processes twice a second
+        time.sleep(1)  # the reaper hears of new processes twice a second
         children = psutil.Process(serving.process.pid).children(recursive=True)
         assert len(children) >= 2
         serving.end(signal_number)

@@ -37,19 +37,24 @@ class Workspace:
         for cell, act in acts.items():
             (self.folder / "acts" / cell).write_text(act)
 
-    def start(self, *arguments: str, linger: int = 20) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, idle_timeout: int = 20) -> subprocess.Popen[bytes]:
         command = [
             *(sys.executable, "-m", "snakemake", "--snakefile", str(TOY / "Snakefile")),
             *("--executor", "submitit", "--submitit-cluster", "local"),
-            *("--submitit-service", "toy_service:serve", "--submitit-linger", str(linger)),
+            *(
+                "--submitit-service",
+                "toy_service:serve",
+                "--submitit-idle-timeout",
+                str(idle_timeout),
+            ),
             *("--jobs", "100", "--keep-going", "--nocolor", *arguments),
         ]
-        with self.told.open("w") as told:
+        with self.output.open("w") as output:
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
                 env=os.environ | {"PYTHONPATH": str(TOY)},
-                stdout=told,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
@@ -57,17 +62,17 @@ class Workspace:
         return process
 
     @property
-    def told(self) -> Path:
-        return self.folder / "told.log"
+    def output(self) -> Path:
+        return self.folder / "output.log"
 
     def end(self, process: subprocess.Popen[bytes], status: int) -> str:
         process.wait(timeout=HANG_S)
-        told = self.told.read_text()
-        assert process.returncode == status, told
-        return told
+        output = self.output.read_text()
+        assert process.returncode == status, output
+        return output
 
-    def run(self, *arguments: str, status: int = 0, linger: int = 20) -> str:
-        return self.end(self.start(*arguments, linger=linger), status)
+    def run(self, *arguments: str, status: int = 0, idle_timeout: int = 20) -> str:
+        return self.end(self.start(*arguments, idle_timeout=idle_timeout), status)
 
     def outputs(self) -> dict[str, int]:
         found = [*self.folder.glob("out/*"), *self.folder.glob("alone/*")]
@@ -87,7 +92,7 @@ class Workspace:
     def wait(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + HANG_S
         while not condition():
-            assert time.monotonic() < deadline, self.told.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.02)
 
     def survivors(self) -> list[psutil.Process]:
@@ -117,12 +122,12 @@ def work(tmp_path: Path) -> Iterator[Workspace]:
 def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace) -> None:
     odd = "../ü $x/"
     work.plan(out={"a": 3, "b": 2}, alone={"x": 1}, prefix=odd)
-    told = work.run(linger=0)
+    output = work.run(idle_timeout=0)
     first = work.outputs()
     assert sorted(first) == ["a0", "a1", "a2", "b0", "b1", "x0"]
     assert sorted(work.bring_ups()) == [f"{odd}a", f"{odd}b"]
-    assert told.count(f"Allocation {odd}a: submitted") == 1
-    assert f"Allocation {odd}a: ended; 3 of 3 jobs done." in told
+    assert output.count(f"Allocation {odd}a: submitted") == 1
+    assert f"Allocation {odd}a: ended; 3 of 3 jobs done." in output
 
     assert "Nothing to be done" in work.run()
     (work.folder / "out" / "a1").unlink()
@@ -152,12 +157,12 @@ def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace)
 def test_one_failing_job_is_alone_in_failing(work: Workspace) -> None:
     work.plan(out={"a": 4}, alone={"x": 1})
     work.act(a1="fail", x0="fail")
-    told = work.run("--retries", "1", "--submitit-allocations", "2", "--jobs", "3", status=1)
+    output = work.run("--retries", "1", "--submitit-max-allocations", "2", "--jobs", "3", status=1)
     assert sorted(work.outputs()) == ["a0", "a2", "a3"]
     assert work.bring_ups() == ["a"]
     assert work.begun().count("a1") == 2
     assert (work.folder / "logs" / "a1.log").read_text().count("measuring a1") == 1
-    log = next(word for word in told.split() if word.endswith(".log") and "/logs/0" in word)
+    log = next(word for word in output.split() if word.endswith(".log") and "/logs/0" in word)
     assert "measuring x0" in Path(log).read_text()
 
     kept = work.outputs()
@@ -174,8 +179,8 @@ def test_a_lost_allocation_is_continued(work: Workspace) -> None:
     work.wait(lambda: "a2" in work.begun())
     work.act(a2="0")
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGKILL)
-    told = work.end(process, 0)
-    assert "Allocation a: was killed; 2 of 5 jobs done; 3 jobs left" in told
+    output = work.end(process, 0)
+    assert "Allocation a: was killed; 2 of 5 jobs done; 3 jobs left" in output
     assert len(work.outputs()) == 5
     # What was under way comes last: it may have been the cause.
     assert work.begun() == ["a0", "a1", "a2", "a3", "a4", "a2"]
@@ -186,20 +191,20 @@ def test_a_lost_allocation_is_continued(work: Workspace) -> None:
 def test_a_job_that_takes_its_allocation_down_fails_alone(work: Workspace) -> None:
     work.plan(out={"a": 3})
     work.act(a1="crash")
-    told = work.run(status=1)
+    output = work.run(status=1)
     assert sorted(work.outputs()) == ["a0", "a2"]
     assert work.begun() == ["a0", "a1", "a2", "a1", "a1"]
-    assert "Allocation a: was killed; 0 of 1 jobs done" in told
-    assert told.count("Jobs not done: 1 of measure.") == 1
+    assert "Allocation a: was killed; 0 of 1 jobs done" in output
+    assert output.count("Jobs not done: 1 of measure.") == 1
 
 
 @pytest.mark.slow
 def test_an_unhealthy_service_gets_no_further_job(work: Workspace) -> None:
     work.plan(out={"a": 4})
     work.act(a1="sicken")
-    told = work.run(status=1)
+    output = work.run(status=1)
     assert sorted(work.outputs()) == ["a0", "a2", "a3"]
-    assert "no longer healthy; 2 of 4 jobs done; 2 jobs left" in told
+    assert "no longer healthy; 2 of 4 jobs done; 2 jobs left" in output
     assert [note["name"] for note in work.notes("service", "down")] == ["a", "a"]
 
 
@@ -207,17 +212,17 @@ def test_an_unhealthy_service_gets_no_further_job(work: Workspace) -> None:
 def test_a_bring_up_that_fails_is_one_error(work: Workspace) -> None:
     work.plan(out={"a": 3, "b": 2})
     (work.folder / "refuse-a").write_text("tiny")
-    told = work.run(status=1)
+    output = work.run(status=1)
     assert sorted(work.outputs()) == ["b0", "b1"]
     assert sorted(work.bring_ups()) == ["a", "b"]
-    assert "Allocation a: its service did not come up; 0 of 3 jobs done." in told
-    head, _, summary = told.partition("Allocations:")
+    assert "Allocation a: its service did not come up; 0 of 3 jobs done." in output
+    head, _, summary = output.partition("Allocations:")
     assert head.count("RuntimeError: no such model: tiny") == 1
     assert summary.count("Not done in a: RuntimeError: no such model: tiny") == 1
-    assert told.count("Jobs not done: 3 of measure.") == 1
-    assert "Error in rule" not in told
-    assert "Traceback" not in told
-    (log,) = {line.split()[-1] for line in told.splitlines() if line.strip().startswith("Log: ")}
+    assert output.count("Jobs not done: 3 of measure.") == 1
+    assert "Error in rule" not in output
+    assert "Traceback" not in output
+    (log,) = {line.split()[-1] for line in output.splitlines() if line.strip().startswith("Log: ")}
     assert "Traceback" in Path(log).read_text()
 
 
@@ -225,9 +230,9 @@ def test_a_bring_up_that_fails_is_one_error(work: Workspace) -> None:
 def test_a_bring_up_is_tried_again_as_often_as_its_jobs(work: Workspace) -> None:
     work.plan(out={"a": 2})
     (work.folder / "refuse-a").write_text("tiny")
-    told = work.run("--retries", "1", status=1)
+    output = work.run("--retries", "1", status=1)
     assert work.bring_ups() == ["a", "a"]
-    head, _, summary = told.partition("Allocations:")
+    head, _, summary = output.partition("Allocations:")
     assert head.count("RuntimeError: no such model: tiny") == 2
     assert summary.count("RuntimeError: no such model: tiny") == 1
 
@@ -240,8 +245,8 @@ def test_the_warning_of_a_time_limit_ends_one_allocation_but_not_the_run(work: W
     work.wait(lambda: "a1" in work.begun())
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGUSR2)
     (work.folder / "go").touch()
-    told = work.end(process, 0)
-    assert "ended by its time limit; 1 of 3 jobs done; 2 jobs left" in told
+    output = work.end(process, 0)
+    assert "ended by its time limit; 1 of 3 jobs done; 2 jobs left" in output
     assert work.begun() == ["a0", "a1", "a2", "a1"]
     assert len(work.notes("service", "down")) == 2
 
@@ -253,8 +258,8 @@ def test_an_interrupt_takes_everything_down(work: Workspace) -> None:
     process = work.start()
     work.wait(lambda: "a1" in work.begun())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    told = work.end(process, 1)
-    assert "Allocation a: cancelled." in told
+    output = work.end(process, 1)
+    assert "Allocation a: cancelled." in output
     assert work.survivors() == []
     assert len(work.notes("service", "down")) == 1
     assert sorted(work.outputs()) == ["a0"]
@@ -270,8 +275,8 @@ def test_a_terminated_allocation_takes_its_service_and_job_down(work: Workspace)
     process = work.start()
     work.wait(lambda: "a0" in work.begun())
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGTERM)
-    told = work.end(process, 1)
-    assert "Allocation a: was stopped by SIGTERM; 0 of 2 jobs done" in told
+    output = work.end(process, 1)
+    assert "Allocation a: was stopped by SIGTERM; 0 of 2 jobs done" in output
     assert len(work.notes("service", "down")) == 1
     assert work.outputs() == {}
 
@@ -281,8 +286,10 @@ def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None
     process.wait()
     assert "LockException" in work.run(status=1)
     unlock = [sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock"]
-    told = subprocess.run(unlock, cwd=work.folder, check=True, timeout=HANG_S, capture_output=True)
-    assert (told.stdout, told.stderr) == (
+    output = subprocess.run(
+        unlock, cwd=work.folder, check=True, timeout=HANG_S, capture_output=True
+    )
+    assert (output.stdout, output.stderr) == (
         b"Removed the lock of a Snakemake that was killed.\n",
         b"",
     )
@@ -292,14 +299,14 @@ def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None
 def test_a_new_run_takes_up_what_a_killed_one_has_left(work: Workspace) -> None:
     work.plan(out={"a": 4}, alone={"x": 1})
     work.act(a1="wait", x0="wait")
-    process = work.start("--submitit-allocations", "2")
+    process = work.start("--submitit-max-allocations", "2")
     work.wait(lambda: {"a1", "x0"} <= set(work.begun()))
     kill_main_process(work, process)
-    process = work.start("--submitit-allocations", "2")
-    work.wait(lambda: work.told.read_text().count("of an earlier run is still there") == 2)
+    process = work.start("--submitit-max-allocations", "2")
+    work.wait(lambda: work.output.read_text().count("of an earlier run is still there") == 2)
     (work.folder / "go").touch()
-    told = work.end(process, 0)
-    assert "is still there and takes 3 jobs." in told
+    output = work.end(process, 0)
+    assert "is still there and takes 3 jobs." in output
     assert len(work.outputs()) == 5
     assert sorted(work.begun()) == ["a0", "a1", "a2", "a3", "x0"]
     assert work.bring_ups() == ["a"]
@@ -310,7 +317,7 @@ def test_a_new_run_takes_up_what_a_killed_one_has_left(work: Workspace) -> None:
 def test_an_orphan_finishes_alone_and_nothing_is_left_to_do(work: Workspace) -> None:
     work.plan(out={"a": 3})
     work.act(a0="wait")
-    process = work.start(linger=1)
+    process = work.start(idle_timeout=1)
     work.wait(lambda: "a0" in work.begun())
     kill_main_process(work, process)
     (work.folder / "go").touch()
@@ -325,12 +332,12 @@ def test_an_orphan_finishes_alone_and_nothing_is_left_to_do(work: Workspace) -> 
 def test_an_orphan_that_is_not_wanted_begins_nothing_more(work: Workspace) -> None:
     work.plan(out={"a": 5})
     work.act(a1="wait")
-    process = work.start(linger=1)
+    process = work.start(idle_timeout=1)
     work.wait(lambda: "a1" in work.begun())
     kill_main_process(work, process)
     work.plan(out={"b": 1})
     process = work.start()
-    work.wait(lambda: "Execute 1 jobs" in work.told.read_text())
+    work.wait(lambda: "Execute 1 jobs" in work.output.read_text())
     (work.folder / "go").touch()
     work.end(process, 0)
     assert sorted(work.outputs()) == ["a0", "a1", "b0"]
@@ -346,7 +353,7 @@ def test_what_is_under_way_with_other_params_does_not_count(work: Workspace) -> 
     kill_main_process(work, process)
     work.plan(out={"a": 1}, version=2)
     process = work.start()
-    work.wait(lambda: "of an earlier run is still there" in work.told.read_text())
+    work.wait(lambda: "of an earlier run is still there" in work.output.read_text())
     (work.folder / "go").touch()
     work.end(process, 0)
     assert (work.folder / "out" / "a0").read_text() == "2\n"
@@ -366,7 +373,7 @@ def test_another_directory_and_a_profile_s_paths(work: Workspace) -> None:
 
 REFUSED = {
     "cluster": (["--submitit-cluster", "slrum"], "`slrum` is unknown. Valid are: slurm, local"),
-    "allocations": (["--submitit-allocations", "0"], "at least 1"),
+    "allocations": (["--submitit-max-allocations", "0"], "at least 1"),
     "precommand": (["--precommand", "true"], "give the kind of node a `setup` instead"),
 }
 
@@ -375,16 +382,16 @@ REFUSED = {
 def test_a_wrong_setting_is_refused_before_anything_starts(work: Workspace, case: str) -> None:
     arguments, message = REFUSED[case]
     work.plan(out={"a": 1})
-    told = work.run(*arguments, status=1)
-    assert message in told
-    assert "Traceback" not in told
+    output = work.run(*arguments, status=1)
+    assert message in output
+    assert "Traceback" not in output
     assert work.begun() == []
 
 
 def test_an_unknown_kind_is_refused_by_name(work: Workspace) -> None:
     work.plan(out={"a": 2}, kind="a101")
     (work.folder / "kinds.yaml").write_text("a100: {gpus_per_node: 2}\n")
-    told = work.run("--submitit-kinds", "kinds.yaml", status=1)
-    assert "kind `a101` is not in" in told
-    assert "Valid are: a100." in told
+    output = work.run("--submitit-kinds", "kinds.yaml", status=1)
+    assert "kind `a101` is not in" in output
+    assert "Valid are: a100." in output
     assert work.begun() == work.bring_ups() == []

@@ -1,4 +1,4 @@
-"""The scripted server that ships with the package: what it answers, what it logs, and its end."""
+"""The mock server that ships with the package: its responses, its log, and its end."""
 
 from __future__ import annotations
 
@@ -13,36 +13,42 @@ from typing import Any
 import httpx
 import pytest
 
-from servegrid.mock_server.process import Server, running
-from servegrid.mock_server.responses import MODEL, Script
+from servegrid.mock_server.process import MockServer, start_mock_server
+from servegrid.mock_server.responses import MODEL, ResponseScript
 
 COMPLETIONS = "/v1/completions"
 
 
-def client_of(server: Server) -> httpx.Client:
+def http_client(server: MockServer) -> httpx.Client:
     transport = httpx.HTTPTransport(uds=server.endpoint.socket)
     return httpx.Client(base_url=server.endpoint.base_url, transport=transport, timeout=20)
 
 
-def events_in(text: str) -> list[Any]:
+def parse_events(text: str) -> list[Any]:
     *events, last = [line.removeprefix("data: ") for line in text.splitlines() if line]
     assert last == "[DONE]"
-    return [json.loads(each) for each in events]
+    return [json.loads(event) for event in events]
 
 
-def test_each_piece_is_sent_at_its_time_after_the_request_was_read() -> None:
-    with running(Script(ttft_s=0.05, itl_s=0.01)) as server, client_of(server) as client:
+def test_no_piece_is_sent_before_it_is_due() -> None:
+    with (
+        start_mock_server(ResponseScript(ttft_s=0.05, itl_s=0.01)) as server,
+        http_client(server) as client,
+    ):
         client.post(COMPLETIONS, json={"prompt": [1, 2], "max_tokens": 4, "stream": True})
         log = server.log()
     ((name, sent),) = log.sent.items()
     assert name == "#0"
     due = [log.read[name] + after * 1_000_000 for after in (50, 60, 70, 80)]
-    late = [time - each for time, each in zip(sent, due, strict=True)]
+    late = [sent_ns - due_ns for sent_ns, due_ns in zip(sent, due, strict=True)]
     assert min(late) >= 0
 
 
-def test_completions_that_come_later_can_be_slower() -> None:
-    with running(Script(slower_s=0.05)) as server, client_of(server) as client:
+def test_later_completions_can_be_slower() -> None:
+    with (
+        start_mock_server(ResponseScript(slowdown_s=0.05)) as server,
+        http_client(server) as client,
+    ):
         for _ in range(3):
             client.post(COMPLETIONS, json={"prompt": "one", "max_tokens": 1})
         log = server.log()
@@ -51,25 +57,27 @@ def test_completions_that_come_later_can_be_slower() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "tokens"),
+    ("limit", "tokens"),
     [({"max_tokens": 3}, 3), ({"max_completion_tokens": 2}, 2), ({}, 16)],
 )
-def test_a_text_as_prompt_is_answered_too(asked: dict[str, int], tokens: int) -> None:
-    with running(Script()) as server, client_of(server) as client:
-        response = client.post(COMPLETIONS, json={"prompt": "hello", "stream": True} | asked)
+def test_a_text_prompt_gets_a_completion(limit: dict[str, int], tokens: int) -> None:
+    with start_mock_server(ResponseScript()) as server, http_client(server) as client:
+        response = client.post(COMPLETIONS, json={"prompt": "hello", "stream": True} | limit)
     assert response.headers["content-type"].startswith("text/event-stream")
-    told = events_in(response.text)
-    assert [len(event["choices"]) for event in told] == [1] * tokens + [0]
-    assert told[-1]["usage"] == {
+    events = parse_events(response.text)
+    assert [len(event["choices"]) for event in events] == [1] * tokens + [0]
+    assert events[-1]["usage"] == {
         "prompt_tokens": 5,
         "completion_tokens": tokens,
         "total_tokens": 5 + tokens,
     }
 
 
-def test_its_metrics_are_the_gauges_and_what_the_completions_have_added() -> None:
-    script = Script(gauges=(("vllm:num_requests_waiting", 2.0),), counters=(("hits_total", 16.0),))
-    with running(script) as server, client_of(server) as client:
+def test_metrics_show_the_gauges_and_the_counters_grown_by_completions() -> None:
+    script = ResponseScript(
+        gauges=(("vllm:num_requests_waiting", 2.0),), counters=(("hits_total", 16.0),)
+    )
+    with start_mock_server(script) as server, http_client(server) as client:
         before = client.get("/metrics").text
         for _ in range(2):
             client.post(COMPLETIONS, json={"prompt": [1], "max_tokens": 1})
@@ -78,10 +86,10 @@ def test_its_metrics_are_the_gauges_and_what_the_completions_have_added() -> Non
     assert after == "vllm:num_requests_waiting 2.0\nhits_total 32.0\n"
 
 
-def test_what_any_client_may_ask_it_is_answered() -> None:
-    with running(Script()) as server, client_of(server) as client:
+def test_every_path_has_a_response() -> None:
+    with start_mock_server(ResponseScript()) as server, http_client(server) as client:
         assert client.get("/health").status_code == 200
-        assert [each["id"] for each in client.get("/v1/models").json()["data"]] == [MODEL]
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [MODEL]
         for refused in (
             client.get("/version"),
             client.post("/tokenize", json={"prompt": "x"}),
@@ -92,8 +100,8 @@ def test_what_any_client_may_ask_it_is_answered() -> None:
         assert server.log().requests == []
 
 
-def test_requests_are_told_apart_whatever_they_are_called() -> None:
-    with running(Script()) as server, client_of(server) as client:
+def test_requests_with_the_same_or_no_id_are_logged_separately() -> None:
+    with start_mock_server(ResponseScript()) as server, http_client(server) as client:
         for headers in ({"X-Request-Id": "a"}, {}, {"X-Request-Id": "a"}):
             client.post(COMPLETIONS, json={"prompt": [1], "max_tokens": 2}, headers=headers)
         log = server.log()
@@ -102,25 +110,25 @@ def test_requests_are_told_apart_whatever_they_are_called() -> None:
     assert all(one <= other for one, other in pairwise(times))
 
 
-def test_on_a_unix_socket_nothing_stays(tmp_path: Path) -> None:
-    script = Script(unix_socket=str(tmp_path / "socket"))
-    with running(script) as server, client_of(server) as client:
+def test_the_unix_socket_is_removed_at_the_end(tmp_path: Path) -> None:
+    script = ResponseScript(unix_socket=str(tmp_path / "socket"))
+    with start_mock_server(script) as server, http_client(server) as client:
         assert client.get("/health").status_code == 200
     assert list(tmp_path.iterdir()) == []
     assert server.process.returncode == 0
 
 
-def test_it_ends_even_while_a_client_takes_nothing() -> None:
-    asked = json.dumps({"prompt": [1], "max_tokens": 100_000})
+def test_it_ends_even_if_a_client_does_not_read() -> None:
+    body = json.dumps({"prompt": [1], "max_tokens": 100_000})
     with contextlib.ExitStack() as stack:
-        with running(Script()) as server, client_of(server) as client:
+        with start_mock_server(ResponseScript()) as server, http_client(server) as client:
             port = str(httpx.URL(server.endpoint.base_url).port)
             stuck = stack.enter_context(
-                subprocess.Popen([sys.executable, "-c", STUCK, port, asked], stdout=subprocess.PIPE)
+                subprocess.Popen([sys.executable, "-c", STUCK, port, body], stdout=subprocess.PIPE)
             )
             stack.callback(stuck.kill)
             assert stuck.stdout is not None and stuck.stdout.read(1)
-            with pytest.raises(httpx.ReadTimeout):  # it waits for room for those 25 MB
+            with pytest.raises(httpx.ReadTimeout):  # it waits to send those 25 MB
                 client.get("/health", timeout=3)
         assert stuck.poll() is None
         assert server.process.returncode == 0

@@ -1,7 +1,8 @@
-"""The page of a study in a real browser."""
+"""The page of a study, and of published data, in a real browser."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from helpers.browsing import browser, opened
+from helpers.browsing import browser, open_page
 from servegrid.analysis.capacity import Demand, Hardware, plan
 from servegrid.analysis.findings import Slo, frontier
-from servegrid.analysis.published import beside, summary_of
+from servegrid.analysis.published import compare_with_published
 from servegrid.analysis.summary import summarise
 from servegrid.analysis.tables import typed
 from servegrid.records import columns
+from servegrid.reference.published import load_published
 from servegrid.report.page import compose
 
 pytestmark = pytest.mark.crowded
@@ -25,18 +27,18 @@ HARDWARE = Hardware("USD", {"a100-40gb": 8500.0}, electricity_per_kwh=0.2, years
 CONCURRENCIES, LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128), (31, 63, 119, 296, 480, 822, 2193)
 
 
-def trial(place: int, concurrency: int, input_len: int, **other: Any) -> dict[str, Any]:
-    """One row of cells whose figures follow from its load, the faster the higher its place."""
-    speed = 40.0 * (place + 1) / (1 + concurrency / 16) / (1 + input_len / 1000)
+def trial(index: int, concurrency: int, input_len: int, **other: Any) -> dict[str, Any]:
+    """One row of the table of cells. The higher `index`, the faster the deployment."""
+    speed = 40.0 * (index + 1) / (1 + concurrency / 16) / (1 + input_len / 1000)
     return {
-        "deployment": f"deployment-{place}",
+        "deployment": f"deployment-{index}",
         "model": "m",
-        "quantization": f"q{place}",
+        "quantization": f"q{index}",
         "gpu": "a100-40gb",
-        "gpu_count": 1 + place % 2,
+        "gpu_count": 1 + index % 2,
         "engine": "vllm",
         "engine_version": "0.32.0",
-        "allocation": f"deployment-{place}.0",
+        "allocation": f"deployment-{index}.0",
         "protocol": "burst",
         "concurrency": concurrency,
         "input_len": input_len,
@@ -58,7 +60,7 @@ def trial(place: int, concurrency: int, input_len: int, **other: Any) -> dict[st
 
 FAILED = {
     "verdict": "timeout",
-    "reason": "stalled: </script><b>120 s</b>",
+    "verdict_detail": "stalled: </script><b>120 s</b>",
     "valid": None,
     **dict.fromkeys(["seconds_per_100_tokens", "output_tokens_per_s", "e2el_s_p50", "ttft_s_p50"]),
     **dict.fromkeys(["output_tokens_per_s_per_user", "memory_peak_bytes", "power_w_mean"]),
@@ -70,25 +72,30 @@ def study(*rows: dict[str, Any]) -> pd.DataFrame:
     return typed(frame, columns.CELLS)
 
 
-def written(cells: pd.DataFrame, file: Path, demand: Demand | None = None) -> Path:
-    summary, limits, demand = summarise(cells), Slo(), demand or Demand()
-    found = compose.Found(
+def write_page(
+    cells: pd.DataFrame, file: Path, demand: Demand | None = None, compare: bool = True
+) -> Path:
+    """The page of `cells`, compared with the published data if `compare`."""
+    summary, slo = summarise(cells), Slo()
+    published = load_published("inria-2024") if compare else None
+    results = compose.StudyResults(
         cells,
         summary,
-        frontier(summary, limits),
-        beside(summary, summary_of("inria-2024")),
-        limits,
-        ["What differs."],
+        frontier(summary, slo),
+        compare_with_published(summary, published),
+        slo,
+        published,
+        ["distinct"],
         [],
     )
-    text = compose.page("a <study>", found, demand, HARDWARE)
+    text = compose.render_study_page("a <study>", results, demand or Demand(), HARDWARE)
     file.write_text(text, encoding="utf-8")
     return file
 
 
-WHOLE = [
-    trial(place, concurrency, length)
-    for place in range(7)
+CELLS_392 = [
+    trial(index, concurrency, length)
+    for index in range(7)
     for length in LENGTHS
     for concurrency in CONCURRENCIES
 ]
@@ -101,9 +108,9 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture
-def whole(tmp_path: Path) -> tuple[pd.DataFrame, Path]:
-    """392 cells, of which one failed and one may not be believed."""
-    rows = [dict(row) for row in WHOLE]
+def full_study(tmp_path: Path) -> tuple[pd.DataFrame, Path]:
+    """392 cells. One was not served, one is not valid."""
+    rows = [dict(row) for row in CELLS_392]
     rows[55] |= FAILED
     rows[6] |= {
         "valid": False,
@@ -111,39 +118,39 @@ def whole(tmp_path: Path) -> tuple[pd.DataFrame, Path]:
         "invalid_evidence": ["3 of 64 requests waited"],
     }
     cells = study(*rows)
-    return cells, written(cells, tmp_path / "index.html")
+    return cells, write_page(cells, tmp_path / "index.html")
 
 
-def test_it_opens_offline_without_a_complaint_or_a_request(
-    chromium: Any, whole: tuple[pd.DataFrame, Path]
+def test_the_page_opens_offline_without_messages_or_requests(
+    chromium: Any, full_study: tuple[pd.DataFrame, Path]
 ) -> None:
-    file = whole[1]
+    file = full_study[1]
     assert file.stat().st_size < 3_000_000
     for width, scheme in ((1100, "light"), (1100, "dark"), (375, "light")):
-        with opened(chromium, file, width, scheme) as found:
-            found.redrawn()
-            assert found.complaints == []
+        with open_page(chromium, file, width, scheme) as found:
+            found.wait_for_charts()
+            assert found.messages == []
             assert found.requests == [file.as_uri()]
-            # Wide tables scroll by themselves, the page does not.
+            # Wide tables scroll on their own, the page does not.
             assert found.page.evaluate("document.documentElement.scrollWidth") <= width
             for chart in ("heatmap", "curves", "pareto"):
                 assert found.page.locator(f"#{chart} svg").count() == 1
 
 
-def test_its_figures_are_those_of_the_cells(
-    chromium: Any, whole: tuple[pd.DataFrame, Path]
+def test_the_heat_map_has_the_figures_of_the_cells(
+    chromium: Any, full_study: tuple[pd.DataFrame, Path]
 ) -> None:
-    cells, file = whole
-    with opened(chromium, file) as found:
-        for place, metric in ((0, "output_tokens_per_s"), (6, "ttft_s_p50")):
-            found.page.select_option("select[name=deployment]", str(place))
+    cells, file = full_study
+    with open_page(chromium, file) as found:
+        for index, metric in ((0, "output_tokens_per_s"), (6, "ttft_s_p50")):
+            found.page.select_option("select[name=deployment]", str(index))
             found.page.select_option("select[name=metric]", metric)
-            found.redrawn()
+            found.wait_for_charts()
             shown = found.page.eval_on_selector_all(
                 "#grid tbody tr",
                 "rows => rows.map(row => [...row.cells].map(c => c.dataset.value))",
             )
-            own = cells[cells["deployment"] == f"deployment-{place}"]
+            own = cells[cells["deployment"] == f"deployment-{index}"]
             table = own.pivot(index="concurrency", columns="input_len", values=metric)
             assert len(shown) == len(CONCURRENCIES)
             for concurrency, (_, *values) in zip(CONCURRENCIES, shown, strict=True):
@@ -155,25 +162,25 @@ def test_its_figures_are_those_of_the_cells(
                         assert math.isclose(float(value), expected, rel_tol=1e-5)
 
 
-def test_what_failed_and_what_may_not_be_believed_is_marked_and_listed(
-    chromium: Any, whole: tuple[pd.DataFrame, Path]
+def test_cells_that_were_not_served_or_are_not_valid_are_marked_and_listed(
+    chromium: Any, full_study: tuple[pd.DataFrame, Path]
 ) -> None:
-    with opened(chromium, whole[1]) as found:
-        found.redrawn()
+    with open_page(chromium, full_study[1]) as found:
+        found.wait_for_charts()
         texts = found.page.locator("#grid tbody tr:nth-child(8) td").all_text_contents()
         assert texts[-1] == "✕"
         assert found.page.locator("#grid tbody tr:nth-child(7) td").first.text_content()[-1] == "!"
-        told = found.page.locator("#validity").inner_text()
-        assert "391 trials of 392 served; 390 of them valid." in told
-        assert "stalled: </script><b>120 s</b>" in told
-        assert "server_queueing" in told
+        text = found.page.locator("#validity").inner_text()
+        assert "391 of 392 trials served, 390 valid." in text
+        assert "stalled: </script><b>120 s</b>" in text
+        assert "server_queueing" in text
 
 
-def test_every_control_has_a_name_and_can_be_reached_by_keyboard(
-    chromium: Any, whole: tuple[pd.DataFrame, Path]
+def test_every_control_has_a_label_and_can_be_reached_by_keyboard(
+    chromium: Any, full_study: tuple[pd.DataFrame, Path]
 ) -> None:
-    with opened(chromium, whole[1]) as found:
-        found.redrawn()
+    with open_page(chromium, full_study[1]) as found:
+        found.wait_for_charts()
         unnamed = found.page.eval_on_selector_all(
             "select, input", "all => all.filter(each => !each.closest('label')).length"
         )
@@ -186,30 +193,30 @@ def test_every_control_has_a_name_and_can_be_reached_by_keyboard(
 
 
 NOT_SERVED = {(3, 16), (3, 64), (5, 8)}
-"""Places and concurrencies; at place 5, more at once are served again."""
+"""Places and concurrencies. At index 5, higher concurrencies are served again."""
 
 REPEATED = [
     trial(
-        place,
+        index,
         concurrency,
         length,
         protocol=protocol,
         trial=number,
-        time_scale=0.5 if place == 5 else None,
+        time_scale=0.5 if index == 5 else None,
         energy_j_per_output_token=0.5 + 4 / concurrency,
-        seconds_per_100_tokens=noise * (2 + place + concurrency / (3 if place else 8))
+        seconds_per_100_tokens=noise * (2 + index + concurrency / (3 if index else 8))
         + length / 99,
-        valid=None if (place, concurrency) in NOT_SERVED else (place, concurrency) != (2, 8),
-        verdict="timeout" if (place, concurrency) in NOT_SERVED else "ok",
+        valid=None if (index, concurrency) in NOT_SERVED else (index, concurrency) != (2, 8),
+        verdict="timeout" if (index, concurrency) in NOT_SERVED else "ok",
     )
     for protocol in ("burst", "closed_loop")
-    for place in range(7)
+    for index in range(7)
     for length in (31, 119)
     for concurrency in (1, 2, 8, 16, 64)
     for number, noise in ((1, 1.0), (2, 1.1), (3, 1.02))
-    if not (place == 4 and length == 119) and (place != 6 or number == 1)
+    if not (index == 4 and length == 119) and (index != 6 or number == 1)
 ]
-"""Deployments with intervals and one without, with gaps, loads not served, and times that fall."""
+"""Six deployments with intervals, one without; gaps, cells not served, and falling times."""
 
 MIX = {31: 3.0, 100: 1.0}
 ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
@@ -224,15 +231,17 @@ ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
 
 
 @pytest.mark.parametrize(("typed_in", "demand"), ASSUMPTIONS)
-def test_the_plan_follows_the_assumptions_as_python_computes_it(
+def test_the_plan_in_the_page_equals_the_plan_in_python(
     chromium: Any, tmp_path: Path, typed_in: dict[str, str], demand: Demand
 ) -> None:
     cells = study(*REPEATED)
     expected = plan(summarise(cells), demand, HARDWARE)
-    file = written(cells, tmp_path / "index.html", Demand(prompt_mix=MIX) if demand.mix else None)
-    with opened(chromium, file) as found:
+    file = write_page(
+        cells, tmp_path / "index.html", Demand(prompt_mix=MIX) if demand.prompt_mix else None
+    )
+    with open_page(chromium, file) as found:
         for workload, protocol in enumerate(("burst", "closed_loop")):
-            found.page.select_option("select[name=plan_load]", str(workload))
+            found.page.select_option("select[name=plan_workload]", str(workload))
             for name, value in typed_in.items():
                 control = found.page.locator(f"#demand [name={name}]")
                 control.select_option(value) if name == "input_len" else control.fill(value)
@@ -248,26 +257,26 @@ def test_the_plan_follows_the_assumptions_as_python_computes_it(
                         assert shown[name] == pytest.approx(value, rel=1e-9), name
                     else:
                         assert shown.get(name) == value, name
-        assert found.complaints == []
+        assert found.messages == []
 
 
-def test_the_rule_of_thumb_holds_for_many_users(
-    chromium: Any, whole: tuple[pd.DataFrame, Path]
+def test_the_rule_of_thumb_is_exact_for_many_users(
+    chromium: Any, full_study: tuple[pd.DataFrame, Path]
 ) -> None:
-    with opened(chromium, whole[1]) as found:
+    with open_page(chromium, full_study[1]) as found:
         found.page.fill("[name=users]", "50000")
         found.page.fill("[name=logged_in]", "25")
         # Binomial(50000, 2.5%), summed in decimals of 60 digits.
-        told = found.page.locator("#rule-of-thumb").text_content()
-        assert "up to 1308 in 95% and up to 1332 in 99% of the time" in told
+        text = found.page.locator("#rule-of-thumb").text_content()
+        assert "at most 1308 for 95% and at most 1332 for 99% of the time" in text
 
 
-def test_an_assumption_out_of_range_is_refused_and_can_be_taken_back(
-    chromium: Any, whole: tuple[pd.DataFrame, Path]
+def test_an_assumption_out_of_range_is_refused_and_can_be_reset(
+    chromium: Any, full_study: tuple[pd.DataFrame, Path]
 ) -> None:
-    with opened(chromium, whole[1]) as found:
+    with open_page(chromium, full_study[1]) as found:
         headline = found.page.locator("#headline").inner_text()
-        assert headline.startswith("95% of the requests of 1,000 registered users (100 logged in")
+        assert headline.startswith("For 1,000 registered users (100 logged in")
         found.page.fill("[name=users]", "2000")
         assert "2,000 registered users" in found.page.locator("#headline").inner_text()
         found.page.fill("[name=users]", "0")
@@ -277,29 +286,94 @@ def test_an_assumption_out_of_range_is_refused_and_can_be_taken_back(
         assert found.page.locator("#headline").inner_text() == headline
 
 
-@pytest.mark.parametrize("rows", [[], [WHOLE[0]], [WHOLE[0] | FAILED]])
-def test_small_studies_say_what_there_is(
+@pytest.mark.parametrize("rows", [[], [CELLS_392[0]], [CELLS_392[0] | FAILED]])
+def test_small_studies_have_a_page(
     chromium: Any, tmp_path: Path, rows: list[dict[str, Any]]
 ) -> None:
-    with opened(chromium, written(study(*rows), tmp_path / "index.html")) as found:
+    with open_page(chromium, write_page(study(*rows), tmp_path / "index.html")) as found:
         if rows and rows[0]["verdict"] == "ok":
-            found.redrawn()
-        assert found.complaints == []
+            found.wait_for_charts()
+        assert found.messages == []
         text = found.page.locator("body").inner_text()
         assert ("1 cell in 1 trial" if rows else "Nothing has been measured yet.") in text
 
 
-def test_a_huge_study_opens(chromium: Any, tmp_path: Path) -> None:
+def test_the_page_of_a_huge_study_opens(chromium: Any, tmp_path: Path) -> None:
     rows = [
-        trial(place, concurrency, length)
-        for place in range(25)
+        trial(index, concurrency, length)
+        for index in range(25)
         for length in range(16, 16 + 20 * 20, 20)
         for concurrency in range(1, 21)
     ]
-    file = written(study(*rows), tmp_path / "index.html")
-    with opened(chromium, file) as found:
-        found.redrawn()
-        assert found.complaints == []
+    file = write_page(study(*rows), tmp_path / "index.html")
+    with open_page(chromium, file) as found:
+        found.wait_for_charts()
+        assert found.messages == []
         assert (
             "15 more deployments are left out" in found.page.locator("#curves-caption").inner_text()
         )
+
+
+def test_a_study_without_published_data_has_no_section_and_no_ratio(
+    chromium: Any, tmp_path: Path
+) -> None:
+    cells = study(*CELLS_392[:56])
+    with open_page(chromium, write_page(cells, tmp_path / "index.html", compare=False)) as found:
+        found.wait_for_charts()
+        assert found.messages == []
+        assert found.page.locator("#published").count() == 0
+        assert found.page.locator("option[value=published_ratio]").count() == 0
+        assert "published" not in found.page.locator("body").inner_text().lower()
+
+
+def test_a_study_is_compared_with_the_published_cells_that_are_equal(
+    chromium: Any, tmp_path: Path
+) -> None:
+    equal = {
+        "model": "mistral-7b",
+        "quantization": "fp16",
+        "gpu": "v100-16gb",
+        "gpu_count": 2,
+        "seconds_per_100_tokens": 3.6,
+    }
+    file = write_page(study(trial(0, 1, 31) | equal, trial(0, 2, 31)), tmp_path / "index.html")
+    with open_page(chromium, file) as found:
+        found.page.select_option("select[name=metric]", "published_ratio")
+        found.wait_for_charts()
+        assert found.messages == []
+        # The article has 1.8 s for this cell.
+        values = found.page.eval_on_selector_all(
+            "#grid tbody td", "cells => cells.map(cell => cell.dataset.value ?? null)"
+        )
+        assert values == ["2", None]
+        text = found.page.locator("#published").inner_text()
+        assert "1 cell in both. The median ratio of measured to published time is 2." in text
+        methods = found.page.locator("#published tbody tr").first.locator("th, td")
+        assert methods.all_text_contents()[:2] == ["prompts", "distinct"]
+
+
+def test_the_page_of_published_data_has_their_figures_and_source(
+    chromium: Any, tmp_path: Path
+) -> None:
+    published = load_published("inria-2024")
+    file = tmp_path / "page.html"
+    file.write_text(
+        compose.render_published_page(published, Slo(), Demand(input_len=119), HARDWARE),
+        encoding="utf-8",
+    )
+    with open_page(chromium, file) as found:
+        found.page.select_option("select[name=deployment]", "5")
+        found.page.select_option("select[name=metric]", "seconds_per_100_tokens")
+        found.wait_for_charts()
+        assert found.messages == []
+        assert found.requests == [file.as_uri()]
+        text = found.page.locator("body").inner_text()
+        assert "7 deployments, 392 cells: 365 served" in text
+        assert "Published: Bendi-Ouis, Dutarte, Hinaut, 2024." in text
+        # Rows as printed in the article for Mixtral 8x22B.
+        last = found.page.locator("#grid tbody tr:last-child td").all_text_contents()
+        assert last == ["52", "55.3", "67", "112", "✕", "✕", "✕"]
+        row = found.page.locator("#plan tbody tr", has_text="mixtral-8x7b").first
+        # As `servegrid capacity --published inria-2024 --input-len 119` computes it.
+        assert json.loads(row.get_attribute("data-row"))["users_carried"] == 437
+        assert found.page.locator("#validity, #provenance, #tables").count() == 0

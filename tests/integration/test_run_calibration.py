@@ -17,9 +17,9 @@ import pytest
 
 from servegrid.run import calibration
 from servegrid.run.calibration import self_check, told
-from servegrid.run.cores import shares
+from servegrid.run.cores import assign_cpu_sets
 
-SHARES = shares(os.sched_getaffinity(0), 8, on_gpu=False)
+SHARES = assign_cpu_sets(os.sched_getaffinity(0), 8, on_gpu=False)
 
 
 @pytest.mark.parametrize("unix", [False, True])
@@ -41,8 +41,8 @@ def test_a_client_that_is_stopped_for_a_while_shows_it(tmp_path: Path) -> None:
     """On a Unix socket, where the reader's clock must do."""
     program = (
         "import json, os, sys; from pathlib import Path;"
-        "from servegrid.run.cores import shares; from servegrid.run.calibration import self_check;"
-        "check = self_check(4, shares(os.sched_getaffinity(0), 4, False), Path(sys.argv[1]));"
+        "from servegrid.run.cores import assign_cpu_sets; from servegrid.run.calibration import self_check;"
+        "check = self_check(4, assign_cpu_sets(os.sched_getaffinity(0), 4, False), Path(sys.argv[1]));"
         "print(json.dumps(check))"
     )
     client = subprocess.Popen(
@@ -72,18 +72,18 @@ def test_a_client_that_is_stopped_for_a_while_shows_it(tmp_path: Path) -> None:
 
 
 def test_a_check_that_fails_is_told_and_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = replace(calibration.burst(4), input_len=7, requests=5)
-    monkeypatch.setattr(calibration, "burst", lambda streams: broken)
+    broken = replace(calibration.calibration_workload(4), input_len=7, requests=5)
+    monkeypatch.setattr(calibration, "calibration_workload", lambda streams: broken)
     check = self_check(4, SHARES)
-    assert check["error"].startswith("requests 5: a burst load of concurrency 4 needs a multiple")
+    assert check["error"].startswith("requests 5: a burst workload of concurrency 4 needs a multiple")
     assert "no cell will be valid" in told(check)
 
 
 def test_the_server_ends_with_the_process_that_checks() -> None:
     program = (
-        "import time; from servegrid.mock_server.process import running;"
-        "from servegrid.mock_server.responses import Script\n"
-        "with running(Script()): print('up', flush=True); time.sleep(99)"
+        "import time; from servegrid.mock_server.process import start_mock_server;"
+        "from servegrid.mock_server.responses import ResponseScript\n"
+        "with start_mock_server(ResponseScript()): print('up', flush=True); time.sleep(99)"
     )
     client = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None

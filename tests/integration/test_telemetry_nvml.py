@@ -63,7 +63,7 @@ def sampled(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
         file = tmp_path / "telemetry.jsonl"
         with sampler.Sampler([os.getpid()], file, hz=HZ):
             deadline = time.monotonic() + 60
-            while not until(rows := sampler.slice(file, 0, 0, time.monotonic_ns())):
+            while not until(rows := sampler.read_samples(file, 0, 0, time.monotonic_ns())):
                 assert time.monotonic() < deadline, rows[-3:]
                 time.sleep(0.02)
         return rows
@@ -121,7 +121,7 @@ def test_power_and_energy_are_those_of_the_counter_and_doubted_where_the_samples
     for uuid in (A, B):
         script.gpu(uuid, **READINGS | {"energy": (0, counted)})
     rows = sampled(script, lasting(2.0, B))
-    table = parquet.table_of(columns.TELEMETRY, rows)
+    table = parquet.arrow_table(columns.TELEMETRY, rows)
     power = power_of(table)
     # Two GPUs. What a sample is late by, of 2 s, is all that may be wrong with the counter.
     assert power.sampled_w == pytest.approx(400)
@@ -214,7 +214,7 @@ def test_a_gpu_that_another_job_has_does_not_count_and_one_that_fails_is_named(
     rows = sampled(script, several("index 2"))
     assert {row["device"] for row in rows} == {"engine", A, "index 2"}
     assert of(rows, "index 2")[-1].keys() == {"time_ns", "device"}
-    assert power_of(parquet.table_of(columns.TELEMETRY, rows)).mean_w is None
+    assert power_of(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
     assert sampled(script, several(A), CUDA_VISIBLE_DEVICES="0")
 
 
@@ -238,7 +238,7 @@ def test_a_gpu_that_is_lost_is_null_from_then_on_and_the_others_go_on(sampled: S
     assert states == sorted(states)  # never known again
     assert not any(map(lost, of(rows, B)))
     # The mean power of a time is not that of its beginning.
-    assert power_of(parquet.table_of(columns.TELEMETRY, rows)).mean_w is None
+    assert power_of(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
 
 
 def test_a_call_that_begins_to_fail_takes_nothing_else_along(sampled: Sampled) -> None:
@@ -320,7 +320,7 @@ def test_a_record_names_the_driver_and_the_gpus_that_the_allocation_has(
     script.gpu(A)
     script.gpu(B)
     script.use(library, tmp_path, monkeypatch, CUDA_VISIBLE_DEVICES="1")
-    code = "import json, os; from servegrid.node import nvml; print(json.dumps(nvml.described(os.environ)))"
+    code = "import json, os; from servegrid.node import nvml; print(json.dumps(nvml.describe_gpus(os.environ)))"
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert json.loads(told.stdout) == {
         "driver": "580.65.06",

@@ -75,7 +75,7 @@ def scripted(request: pytest.FixtureRequest) -> Iterator[tuple[Endpoint, type[Sc
 
 def rows_when(file: Path, ready: Callable[[list[Row]], bool]) -> list[Row]:
     deadline = time.monotonic() + 60
-    while not ready(rows := sampler.slice(file, 0, 0, time.monotonic_ns())):
+    while not ready(rows := sampler.read_samples(file, 0, 0, time.monotonic_ns())):
         assert time.monotonic() < deadline, rows[-3:]
         time.sleep(0.02)
     return rows
@@ -111,7 +111,7 @@ def test_a_slow_answer_delays_no_sample(
     file = tmp_path / "telemetry.jsonl"
     with sampler.Sampler([os.getpid()], file, endpoint, hz=HZ):
         assert handler.asked.wait(60)
-        asked = len(sampler.slice(file, 0, 0, time.monotonic_ns()))
+        asked = len(sampler.read_samples(file, 0, 0, time.monotonic_ns()))
         rows = rows_when(file, lambda rows: len(rows) >= asked + 20)
         assert told(rows) == []
         handler.open.set()
@@ -138,7 +138,7 @@ def test_llamacpps_requests_are_seen_to_run_and_to_wait_and_counted_to_the_last(
         "temperature": 0,
         "ignore_eos": True,
     }
-    counters = server.counters_of(endpoint)
+    counters = server.counter_reader(endpoint)
     before = counters(0)
     with (
         client_of(endpoint) as client,

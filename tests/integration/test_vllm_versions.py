@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from helpers import vllm_versions
-from servegrid.study.config import read_study
+from servegrid.study.config import load_study
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "config" / "inria-2024.yaml"
@@ -50,7 +50,7 @@ def test_its_parser_takes_the_study_and_its_parts_are_there(version: str, tmp_pa
     told = json.loads(out.read_text())
 
     assert told["version"].removesuffix("+cpu") == version
-    deployments = read_study(STUDY).deployments
+    deployments = load_study(STUDY).deployments
     assert len(deployments) == 7
     assert told["parsed"] == {
         each.name: {

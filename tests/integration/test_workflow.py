@@ -1,10 +1,11 @@
-"""The whole workflow on a real engine: llama.cpp, which is up in under a second."""
+"""The whole workflow on a real engine: llama.cpp, which starts in under a second."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 import yaml
 
 from servegrid.records import columns, parquet
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "tiny_q4_1_llamacpp_cpu"
@@ -42,7 +43,7 @@ STUDY: dict[str, Any] = {
 
 
 class Workspace:
-    """A folder with a study, in which snakemake runs as its users run it."""
+    """A folder with a study, in which Snakemake runs as users run it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,9 +64,9 @@ class Workspace:
         done = subprocess.run(
             self.command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=240
         )
-        told = done.stdout + done.stderr
-        assert done.returncode == status, told
-        return told
+        output = done.stdout + done.stderr
+        assert done.returncode == status, output
+        return output
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.output.open("w") as output:
@@ -80,18 +81,18 @@ class Workspace:
         return process
 
     def cells(self) -> dict[str, int]:
-        """Each trial that has been measured, with the time its record was written."""
+        """The measured trials, each with the time when its record was written."""
         found = (self.folder / "results" / "cells").glob("*/*/*/requests.parquet")
         return {
             str(each.parent.relative_to(self.folder)): each.stat().st_mtime_ns for each in found
         }
 
     def repeated(self, kept: dict[str, int]) -> set[str]:
-        """Which of the cells that were there have been measured again."""
+        """The cells in `kept` that have been measured again."""
         now = self.cells()
         return {trial for trial in kept if now[trial] != kept[trial]}
 
-    def bring_ups(self) -> int:
+    def engine_starts(self) -> int:
         return len({record["environment"]["started"] for record in self.records()})
 
     def records(self) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ class Workspace:
             time.sleep(0.02)
 
     def survivors(self) -> list[psutil.Process]:
-        """Processes that still run in this folder or name it."""
+        """Processes that run in this folder or have it in their command line."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -124,12 +125,12 @@ class Workspace:
 
 
 def latest(cells: dict[str, int]) -> str:
-    """The cell that was written last: its job may not have ended yet."""
+    """The cell that was written last; its job may still run."""
     return max(cells, key=lambda trial: cells[trial])
 
 
 def abandoned_shared_memory() -> set[str]:
-    """Segments that no process has mapped: other tests may run beside these."""
+    """Shared memory that no process has mapped, because other tests may run at the same time."""
     mapped = ""
     for process in psutil.process_iter():
         with contextlib.suppress(OSError):
@@ -151,14 +152,15 @@ def workspace(tmp_path: Path) -> Iterator[Workspace]:
 
 
 @pytest.mark.slow
-def test_measure_then_rerun_only_what_is_missing_new_or_changed(workspace: Workspace) -> None:
-    workspace.run()
+def test_only_missing_new_and_changed_cells_are_measured_again(workspace: Workspace) -> None:
+    output = workspace.run()
     first = workspace.cells()
     assert len(first) == 4
-    assert workspace.bring_ups() == 1
+    assert workspace.engine_starts() == 1
     table = pq.read_table(workspace.folder / "results/tables/cells.parquet").to_pandas()
     assert list(table.columns) == [column.name for column in columns.CELLS]
     assert set(table["verdict"]) == {"ok"}
+    check_short_output(output, workspace, valid=int(table["valid"].sum()))
     for trial in first:
         rows = pq.read_table(workspace.folder / trial / "requests.parquet").to_pandas()
         assert set(rows["completion_tokens"]) == {5}
@@ -185,27 +187,78 @@ def test_measure_then_rerun_only_what_is_missing_new_or_changed(workspace: Works
     fourth = workspace.cells()
     assert {trial for trial in fourth if fourth[trial] == third[trial]} == set()
 
-    # The site and the words around a study are no reason to measure again.
-    told = workspace.run("--set-resources", "measure:runtime=30", "measure:startup_s=77")
-    assert "Nothing to be done" in told
+    # Neither another limit of the site nor a comment in the study changes a cell.
+    output = workspace.run("--set-resources", "measure:runtime=30", "measure:startup_s=77")
+    assert "Nothing to be done" in output
     workspace.config.write_text(workspace.config.read_text() + "\n# a comment\n")
     assert "Nothing to be done" in workspace.run()
 
 
+def check_short_output(output: str, workspace: Workspace, valid: int) -> None:
+    """A run without a terminal says in few lines what it does and what came out."""
+    lines = output.splitlines()
+    assert len(lines) < 30, output
+    assert any("To do: 4 measurements on 1 deployment" in line for line in lines)
+    assert any(line.endswith(f"{DEPLOYMENT}: done, 4 measurements") for line in lines)
+    assert f"{'All' if valid == 4 else f'{valid} of'} 4 cells are valid." in output
+    page = workspace.folder / "results" / "report" / "index.html"
+    assert lines[-1] == f"Results on one page: {os.path.relpath(page, ROOT)}"
+    assert not re.search("rule |jobid|Select jobs|Finished", output)
+
+
 @pytest.mark.slow
-def test_a_cell_that_is_not_of_this_study_is_refused_by_name(workspace: Workspace) -> None:
+def test_a_job_has_snakemakes_plain_output_in_its_log(workspace: Workspace) -> None:
+    workspace.study["workload"] |= {"concurrency": [1], "input_len": [31]}
+    workspace.run()
+    (log,) = (workspace.folder / "results/logs/cells").rglob("*.log")
+    assert "requests.parquet: ok" in log.read_text()
+    assert "measurement" not in log.read_text()
+    assert "\x1b" not in log.read_text()
+
+
+def test_a_dry_run_counts_what_would_run(workspace: Workspace) -> None:
+    output = workspace.run("--dry-run")
+    assert re.search(rf"4 measurements to do:\n  4  {DEPLOYMENT}\n", output)
+    assert re.search(r"other jobs to run: .*gather", output)
+    assert "nothing was started" in output
+    assert len(output.splitlines()) < 8
+    assert workspace.cells() == {}
+
+
+def test_verbose_shows_snakemakes_own_output(workspace: Workspace) -> None:
+    output = workspace.run("--dry-run", "--verbose")
+    assert "rule measure:" in output
+    assert "Job stats:" in output
+    assert "measurements to do" not in output
+
+
+@pytest.mark.slow
+def test_a_failed_cell_is_shown_with_its_log(workspace: Workspace) -> None:
+    """A request log that cannot be written is nobody's verdict: the job itself fails."""
+    workspace.study["workload"] |= {"concurrency": [1], "input_len": [31]}
+    (trial,) = parse_study(workspace.study).trials
+    blocked = workspace.folder / "results" / "logs" / "cells" / trial.id
+    blocked.with_suffix(".log").mkdir(parents=True)
+    output = workspace.run(status=1)
+    assert f"Rule measure failed for {trial.id}: " in output
+    assert f"Log: results/logs/cells/{trial.id}.log" in output
+    assert "Not finished: 0 of 1 measurement done" in output
+    assert output.splitlines()[-1] == "To resume, run the same command again."
+
+
+@pytest.mark.slow
+def test_a_cell_of_another_specification_is_refused_by_name(workspace: Workspace) -> None:
     workspace.study["workload"] = {"concurrency": [1], "input_len": [31], "output_len": 5}
     workspace.run()
-    (trial,) = study_of(workspace.study).trials
+    (trial,) = parse_study(workspace.study).trials
     stale = workspace.folder / "results/cells" / trial.id / "requests.parquet"
     table = pq.read_table(stale)
     record = parquet.read_record(stale) | {"spec_digest": "0" * 16}
-    parquet.write(
-        table.replace_schema_metadata(parquet.schema_of(columns.REQUESTS, record).metadata), stale
-    )
-    told = workspace.run(status=1)
-    assert trial.id in told
-    assert "Traceback" not in told
+    schema = parquet.arrow_schema(columns.REQUESTS, record)
+    parquet.write_table(table.replace_schema_metadata(schema.metadata), stale)
+    output = workspace.run(status=1)
+    assert trial.id in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
@@ -221,11 +274,11 @@ def test_a_killed_allocation_is_continued_by_the_same_command(workspace: Workspa
     assert process.wait(200) == 0, workspace.output.read_text()
     assert len(workspace.cells()) == 8
     assert workspace.repeated(kept) <= {latest(kept)}
-    assert workspace.bring_ups() == 2
+    assert workspace.engine_starts() == 2
 
 
 @pytest.mark.slow
-def test_a_killed_main_process_is_taken_up_again(workspace: Workspace) -> None:
+def test_a_run_whose_main_process_was_killed_is_continued(workspace: Workspace) -> None:
     workspace.study["workload"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
     process = workspace.start()
     workspace.wait_for_cells(2)
@@ -236,11 +289,11 @@ def test_a_killed_main_process_is_taken_up_again(workspace: Workspace) -> None:
     workspace.run()
     assert len(workspace.cells()) == 8
     assert workspace.repeated(kept) <= {latest(kept)}
-    assert workspace.bring_ups() == 1
+    assert workspace.engine_starts() == 1
 
 
 @pytest.mark.slow
-def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
+def test_an_interrupt_leaves_no_process_and_no_partial_file(
     workspace: Workspace,
 ) -> None:
     workspace.study["workload"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
@@ -248,6 +301,10 @@ def test_an_interrupt_leaves_nothing_running_and_nothing_half_written(
     workspace.wait_for_cells(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0
+    output = workspace.output.read_text()
+    assert "Interrupted. Stopping engines and allocations" in output
+    assert output.splitlines()[-1] == "To resume, run the same command again."
+    assert "Traceback" not in output
     workspace.wait_until_gone()
     assert all(record["verdict"] == "ok" for record in workspace.records())
     workspace.run()
@@ -266,9 +323,9 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_refused_before_anything_starts(workspace: Workspace, case: str) -> None:
-    change, told = BAD_INPUT[case]
+    change, expected = BAD_INPUT[case]
     change(workspace.study)
     output = workspace.run(status=1)
-    assert told in output
+    assert expected in output
     assert "Traceback" not in output
     assert not [*(workspace.folder / ".snakemake" / "submitit").glob("*/*/allocation.json")]

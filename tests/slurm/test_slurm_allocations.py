@@ -143,7 +143,7 @@ def test_what_somebody_cancels_stays_cancelled_until_the_next_run(work: Workspac
     told = work.end(run, status=1)
     assert work.outputs() == {"a0", "b0", "b1"}
     assert "Not done in a: Allocation a: was stopped by SIGTERM; 1 of 3 jobs done" in told
-    assert "To do what is left, and nothing else, type the same again: " in told
+    assert "To resume, run the same command again: " in told
     work.run()
     assert work.outputs() == names("a", 3) | names("b", 2)
     assert work.begun().count("a0") == work.begun().count("b1") == 1

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from servegrid.analysis.capacity import Demand, Hardware, demand_of, plan, read_hardware
-from servegrid.analysis.published import summary_of
+from servegrid.analysis.published import published_summary
 from servegrid.analysis.tables import typed
 from servegrid.cli.main import main
 from servegrid.errors import ConfigError
 from servegrid.records import columns
+from servegrid.reference.published import load_published
 
 ROOT = Path(__file__).parents[2]
 HARDWARE = Hardware("USD", {"a100-40gb": 8500.0, "v100-16gb": 5000.0})
@@ -57,7 +58,7 @@ def test_two_users_on_a_deployment_that_serves_one_in_time() -> None:
     assert row["output_tokens_per_s"] == pytest.approx(100.0)
     assert row["in_flight_mean"] == pytest.approx(1.0)
     assert row["purchase_per_token_per_s"] == pytest.approx(34_000 / 200)
-    assert not row["is_lower_bound"]
+    assert not row["max_in_flight_is_lower_bound"]
     easier = Demand(
         users=2, logged_in=1.0, think_time_s=1.0, slo_attainment=0.5, tokens_per_s_per_user=100
     )
@@ -86,22 +87,22 @@ def test_the_interval_has_all_times_at_their_ends_and_the_replica_takes_the_slow
     assert row["users_carried_low"] < row["users_carried"] <= row["users_carried_high"]
     assert row["users_per_replica"] == int(0.9 * row["users_carried_low"])
     assert row["max_in_flight"] == 8
-    assert row["is_lower_bound"]
+    assert row["max_in_flight_is_lower_bound"]
 
 
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
-        ([cell(1, 1.0, trials_valid=0)], "no load was served that may be believed"),
-        ([cell(1, None, trials_served=0, trials_valid=0)], "no load was served"),
-        ([cell(1, 60.0)], "the lowest measured load does not give that speed for sure"),
+        ([cell(1, 1.0, trials_valid=0)], "there is no valid cell"),
+        ([cell(1, None, trials_served=0, trials_valid=0)], "there is no valid cell"),
+        ([cell(1, 60.0)], "even the lowest measured concurrency may not meet the SLO"),
         (
             [cell(64, 30.0), cell(128, 40.0)],
-            "the lowest measured load does not give that speed for sure",
+            "even the lowest measured concurrency may not meet the SLO",
         ),
         (
             [cell(1, 1.0), cell(1, None, input_len=63, trials_valid=0)],
-            "prompts of 63 tokens were not served in a way that may be believed",
+            "there is no valid cell with prompts of 63 tokens",
         ),
     ],
 )
@@ -115,7 +116,7 @@ def test_where_nothing_can_be_said_there_is_a_reason(
 
 def test_a_load_above_that_was_tried_and_not_served_ends_it() -> None:
     tried = plan(summary(cell(1, 1.0), cell(2, None, trials_valid=0)), Demand(), HARDWARE)
-    assert (only(tried)["max_in_flight"], only(tried)["is_lower_bound"]) == (1, False)
+    assert (only(tried)["max_in_flight"], only(tried)["max_in_flight_is_lower_bound"]) == (1, False)
 
 
 def test_a_load_that_was_not_served_ends_what_is_known_whatever_was_served_above() -> None:
@@ -124,14 +125,14 @@ def test_a_load_that_was_not_served_ends_what_is_known_whatever_was_served_above
         cell(8, None, trials_served=0, trials_valid=0),
     )
     row = only(plan(rows, Demand(), HARDWARE))
-    assert (row["max_in_flight"], row["is_lower_bound"]) == (4, False)
+    assert (row["max_in_flight"], row["max_in_flight_is_lower_bound"]) == (4, False)
 
 
 def test_a_load_that_may_not_be_believed_is_passed_over() -> None:
     # 1 s alone and 19 s for seven at once: 13 s for five, 22 s as measured in vain.
     rows = summary(cell(1, 1.0), cell(5, 22.0, trials_valid=0), cell(7, 19.0))
     row = only(plan(rows, Demand(), HARDWARE))
-    assert (row["max_in_flight"], row["is_lower_bound"]) == (7, True)
+    assert (row["max_in_flight"], row["max_in_flight_is_lower_bound"]) == (7, True)
 
 
 def test_an_unknown_price_leaves_costs_unknown_and_comes_last() -> None:
@@ -145,12 +146,14 @@ def test_emulated_time_is_taken_for_what_it_stands_for() -> None:
     rows = summary(cell(1, 0.05, engine="emulated", time_scale=0.005))
     row = only(plan(rows, Demand(tokens_per_s_per_user=11.0), HARDWARE))
     assert row["emulated"]
-    assert row["reason"] == "the lowest measured load does not give that speed for sure"
+    assert row["reason"] == "even the lowest measured concurrency may not meet the SLO"
     assert only(plan(rows, Demand(tokens_per_s_per_user=9.0), HARDWARE))["max_in_flight"] == 1
 
 
 def test_the_articles_deployments_for_1000_users() -> None:
-    table = plan(summary_of("inria-2024"), Demand(input_len=119), HARDWARE).set_index("deployment")
+    table = plan(
+        published_summary(load_published("inria-2024")), Demand(input_len=119), HARDWARE
+    ).set_index("deployment")
     mixtral = table.loc["mixtral-8x7b_awq-4bit_2xa100-40gb"]
     assert mixtral["users_carried"] == 437
     assert mixtral["max_in_flight"] == 118
@@ -165,7 +168,7 @@ def test_the_articles_deployments_for_1000_users() -> None:
     llama = table.loc["llama-3-70b_awq-4bit_2xa100-40gb"]
     assert llama["prompt_tokens"] == "97"
     # At 64 requests 15.2 s; 128 were not served.
-    assert (llama["max_in_flight"], llama["is_lower_bound"]) == (64, False)
+    assert (llama["max_in_flight"], llama["max_in_flight_is_lower_bound"]) == (64, False)
     assert table["purchase"].is_monotonic_increasing
     assert table["purchase"].iloc[0] == 8500
 
@@ -233,31 +236,36 @@ def run(*arguments: str) -> int:
 def test_the_command_plans_from_the_articles_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--published", "inria-2024", "--input-len", "119", "--users", "2000") == 0
     printed = capsys.readouterr().out
-    assert "2000 registered users, of whom 0.1 are logged in at the busiest time (200)" in printed
+    assert (
+        "2000 registered users. At the busiest time, a share of 0.1 is logged in (200 users)."
+        in printed
+    )
     (line,) = [each for each in printed.splitlines() if each.startswith("| mixtral-8x7b_awq")]
     assert [part.strip() for part in line.split("|")][1:9] == [
         *("mixtral-8x7b_awq-4bit_2xa100-40gb", "119", "118", "437", "472", "1", "2", "17,000"),
     ]
     assert "about 5,000 USD do not suffice" in printed
-    assert "20 requests in flight on average, by chance up to 28 in 95%" in printed
+    assert "20 requests in flight on average, at most 28 for 95%" in printed
 
 
 def test_the_command_plans_for_many_users(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--published", "inria-2024", "--users", "50000") == 0
     # Binomial(50000, 1%), summed in decimals of 60 digits.
-    told = "500 requests in flight on average, by chance up to 537 in 95% and up to 552 in 99%"
+    told = "500 requests in flight on average, at most 537 for 95% and at most 552 for 99%"
     assert told in capsys.readouterr().out
 
 
 def test_no_share_of_the_requests_is_certain(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("--published", "inria-2024", "--slo-attainment", "1")
-    assert "give less than 1" in capsys.readouterr().err
+    assert "give a number below 1" in capsys.readouterr().err
 
 
 def test_the_command_takes_a_mix_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--published", "inria-2024", "--prompt-mix", "31:3,119:1") == 0
-    assert "prompts of several lengths, 0.75 of 31, 0.25 of 119 tokens" in capsys.readouterr().out
+    assert (
+        "Prompts have several lengths: 0.75 of 31, 0.25 of 119 tokens." in capsys.readouterr().out
+    )
     with pytest.raises(SystemExit):
         run("--published", "inria-2024", "--prompt-mix", "31")
 

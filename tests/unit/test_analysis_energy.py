@@ -18,7 +18,7 @@ def power(*rows: tuple[float, str, float | None, float | None]) -> Power:
         {"time_ns": int(time * SECOND), "device": device, "power_w": watts, "energy_j": joules}
         for time, device, watts, joules in rows
     ]
-    return power_of(parquet.table_of(columns.TELEMETRY, samples))
+    return power_of(parquet.arrow_table(columns.TELEMETRY, samples))
 
 
 def test_counters_and_samples_of_all_gpus_are_added() -> None:
@@ -89,13 +89,13 @@ def test_the_state_of_the_gpus_is_that_of_all_their_samples() -> None:
         {"device": "GPU-b", "utilization": 1.0, "temperature_c": 71, "sm_clock_mhz": 1100},
         {"device": "engine"},
     ]
-    assert state_of(parquet.table_of(columns.TELEMETRY, samples)) == {
+    assert state_of(parquet.arrow_table(columns.TELEMETRY, samples)) == {
         "gpu_utilization_mean": 0.75,
         "gpu_temperature_c_max": 71,
         "sm_clock_mhz_min": 1100,
         "sm_clock_mhz_max": 1400,
     }
-    nothing = state_of(parquet.table_of(columns.TELEMETRY, samples[-1:]))
+    nothing = state_of(parquet.arrow_table(columns.TELEMETRY, samples[-1:]))
     assert set(nothing.values()) == {None}
 
 

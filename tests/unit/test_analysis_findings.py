@@ -4,10 +4,11 @@ import pandas as pd
 import pytest
 
 from servegrid.analysis.findings import Slo, frontier, knee, slo_of, statements
-from servegrid.analysis.published import summary_of
+from servegrid.analysis.published import published_summary
 from servegrid.analysis.queueing import Curve
+from servegrid.reference.published import load_published
 
-PUBLISHED = summary_of("inria-2024")
+PUBLISHED = published_summary(load_published("inria-2024"))
 MIXTRAL = "mixtral-8x7b_awq-4bit_2xa100-40gb"
 
 

@@ -84,8 +84,8 @@ def cell(
     }
     return row_of(
         record,
-        parquet.table_of(columns.REQUESTS, rows),
-        parquet.table_of(columns.TELEMETRY, samples or []),
+        parquet.arrow_table(columns.REQUESTS, rows),
+        parquet.arrow_table(columns.TELEMETRY, samples or []),
     )
 
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from servegrid.analysis.rule_of_thumb import conclusion, in_flight, systems
-from servegrid.report.capacity_report import rule_of_thumb_page
+from servegrid.report.capacity_report import render_rule_of_thumb
 
 
 def test_the_rule_is_a_mean_that_chance_exceeds() -> None:
@@ -59,7 +59,7 @@ def test_a_system_too_slow_is_needed_several_times() -> None:
 
 
 def test_what_is_printed_says_what_was_taken_for_it_and_gives_no_sum_without_a_price() -> None:
-    printed = rule_of_thumb_page()
+    printed = render_rule_of_thumb()
     (epyc,) = [line for line in printed.splitlines() if "AMD Epyc" in line]
     assert [part.strip() for part in epyc.split("|")][3:7] == ["3.7", "–", "–", "14 ×"]
-    assert "two systems give twice as many" in printed
+    assert "Two systems have twice the tokens/s." in printed

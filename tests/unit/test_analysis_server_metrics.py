@@ -55,8 +55,8 @@ def columns_with(
 ) -> dict[str, float | None]:
     return columns_of(
         {"metrics_before": before, "metrics_after": after},
-        parquet.table_of(columns.REQUESTS, requests),
-        parquet.table_of(columns.TELEMETRY, samples),
+        parquet.arrow_table(columns.REQUESTS, requests),
+        parquet.arrow_table(columns.TELEMETRY, samples),
     )
 
 

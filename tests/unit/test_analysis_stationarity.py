@@ -33,7 +33,7 @@ def closed_loop(requests_per_user: int, latency: Latency, users: int = 2) -> Any
                 }
             )
             now += took
-    return parquet.table_of(columns.REQUESTS, rows)
+    return parquet.arrow_table(columns.REQUESTS, rows)
 
 
 def open_loop(latency: Latency, requests: int = 60) -> Any:
@@ -47,7 +47,7 @@ def open_loop(latency: Latency, requests: int = 60) -> Any:
         }
         for number in range(requests)
     ]
-    return parquet.table_of(columns.REQUESTS, rows)
+    return parquet.arrow_table(columns.REQUESTS, rows)
 
 
 def test_nothing_but_the_first_answers_and_the_end_is_cut_of_a_load_that_never_changes() -> None:
@@ -88,7 +88,7 @@ def test_latencies_of_an_open_loop_count_from_when_requests_were_due() -> None:
     # Sent ever later, answered 50 ms after that: the server looks steady, its queue is not.
     rows = open_loop(lambda number: 50.0 + 20 * number).to_pylist()
     late = [row | {"sent_ns": row["done_ns"] - 50 * MS} for row in rows]
-    assert isinstance(window_of(parquet.table_of(columns.REQUESTS, late), POISSON), str)
+    assert isinstance(window_of(parquet.arrow_table(columns.REQUESTS, late), POISSON), str)
 
 
 def test_a_difference_that_chance_makes_is_no_drift() -> None:
@@ -110,6 +110,6 @@ def test_too_few_requests_tell_nothing() -> None:
 def test_failures_are_left_out() -> None:
     rows = closed_loop(40, lambda number: 100.0).to_pylist()
     failed = [row | {"error": "reset: gone"} for row in rows]
-    assert window_of(parquet.table_of(columns.REQUESTS, failed), STEADY) == (
+    assert window_of(parquet.arrow_table(columns.REQUESTS, failed), STEADY) == (
         "no request was served"
     )

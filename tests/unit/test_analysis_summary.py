@@ -79,6 +79,6 @@ def test_it_is_written_with_its_units(tmp_path: Path) -> None:
     table = summarise(cells({"output_tokens_per_s": 5.0}))
     summary.write(table, tmp_path / "s.parquet", tmp_path / "s.csv")
     schema = pq.read_schema(tmp_path / "s.parquet")
-    assert schema.equals(parquet.schema_of(columns.SUMMARY), check_metadata=True)
+    assert schema.equals(parquet.arrow_schema(columns.SUMMARY), check_metadata=True)
     header = (tmp_path / "s.csv").read_text().split("\n")[0]
     assert header == ",".join(column.name for column in columns.SUMMARY)

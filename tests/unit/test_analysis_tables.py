@@ -15,7 +15,7 @@ import pytest
 from servegrid.analysis.tables import drift_by_allocation, gather, read_cells, write_cells
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 from servegrid.study.grid import Trial
 
 
@@ -32,7 +32,7 @@ def trials_of(concurrency: int = 2, **workload: Any) -> tuple[Trial, ...]:
     workloads = {"concurrency": [*range(1, concurrency + 1)], "input_len": 31, "output_len": 10}
     deployments = [{"name": name} | deployment for name in ("b", "a")]
     study = {"study": "s", "workload": workloads | workload, "deployments": deployments}
-    return study_of(study).trials
+    return parse_study(study).trials
 
 
 def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
@@ -65,17 +65,17 @@ def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None 
         "done_ns": n * 10**9,
         "prompt_tokens": 31,
         "completion_tokens": 10,
-        "asked_tokens": 10,
+        "requested_tokens": 10,
     }
     record = record or record_of(trial)
-    table = parquet.table_of(columns.REQUESTS, [request] * n, record)
-    parquet.write(table, folder / trial.id / "requests.parquet")
+    table = parquet.arrow_table(columns.REQUESTS, [request] * n, record)
+    parquet.write_table(table, folder / trial.id / "requests.parquet")
 
 
 def write_trial(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
     sample = {"time_ns": 5, "device": "engine", "memory_bytes": 2**60 + 1}
-    table = parquet.table_of(columns.TELEMETRY, [sample], record or record_of(trial))
-    parquet.write(table, folder / trial.id / "telemetry.parquet")
+    table = parquet.arrow_table(columns.TELEMETRY, [sample], record or record_of(trial))
+    parquet.write_table(table, folder / trial.id / "telemetry.parquet")
     write_requests(folder, trial, record)
 
 
@@ -145,7 +145,7 @@ def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) ->
     write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
     assert read_cells(folder / "cells.parquet").equals(cells)
     schema = pq.read_schema(folder / "cells.parquet")
-    assert schema.equals(parquet.schema_of(columns.CELLS), check_metadata=True)
+    assert schema.equals(parquet.arrow_schema(columns.CELLS), check_metadata=True)
 
 
 def test_what_is_unknown_is_null_and_large_integers_stay_exact(study: Study) -> None:
@@ -249,8 +249,8 @@ def test_a_damaged_file_is_named(study: Study, name: str) -> None:
 
 def test_a_file_without_a_record_is_damaged(study: Study) -> None:
     trials, folder = study
-    table = parquet.table_of(columns.REQUESTS, [])
-    parquet.write(table, folder / trials[0].id / "requests.parquet")
+    table = parquet.arrow_table(columns.REQUESTS, [])
+    parquet.write_table(table, folder / trials[0].id / "requests.parquet")
     assert f"{trials[0].id}: requests.parquet is damaged" in refusal(trials, folder)
 
 

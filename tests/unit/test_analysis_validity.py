@@ -11,9 +11,9 @@ import pytest
 
 from servegrid.analysis.validity import RULES, Evidence, Validity, check_validity
 from servegrid.records import columns, parquet
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 
-TRIAL = study_of(
+TRIAL = parse_study(
     {
         "study": "s",
         "workload": {"concurrency": 2, "input_len": 7, "output_len": 3},
@@ -40,7 +40,7 @@ ROW = {
     "chunk_tokens": [1, 2],
     "prompt_tokens": 7,
     "completion_tokens": 3,
-    "asked_tokens": 3,
+    "requested_tokens": 3,
     "user": 0,
     "done_ns": 301 * MS,
     "error": None,
@@ -87,7 +87,7 @@ def evidence(
 
 
 def telemetry(samples: list[dict[str, Any]]) -> pa.Table:
-    return parquet.table_of(columns.TELEMETRY, samples)
+    return parquet.arrow_table(columns.TELEMETRY, samples)
 
 
 @pytest.mark.parametrize("make", [evidence, lambda: steady(), lambda: steady(waiting=(0, 0))])

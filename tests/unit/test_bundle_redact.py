@@ -1,22 +1,22 @@
-"""What must not leave the site: what is redacted, what stays, what is found."""
+"""Secrets are redacted or found; other text stays."""
 
 from pathlib import Path
 
 import pytest
 
-from servegrid.bundle.redact import Redactor, secrets_in, secrets_in_data
-from servegrid.bundle.secrets import findings
+from servegrid.bundle.redact import Redactor, find_secrets, find_secrets_in_data
+from servegrid.bundle.secrets import scan_tree
 
 RECORDS = [
     {"node": "sirocco14.site.example", "job": {"SLURM_JOB_NODELIST": "bora[001-002,7]"}},
     {"UserId": "alice(1000)", "AllocNode:Sid": "miriel01:4711", "NodeList": "(null)"},
     {"host": "vm"},
 ]
-REDACTOR = Redactor.of(RECORDS, ["bob", "root"])
+REDACTOR = Redactor.from_documents(RECORDS, ["bob", "root"])
 HF, KEY = "hf_" + "aB3" * 9, "sk-" + "aB3_" * 8
 
 
-def test_hosts_are_numbered_by_name_with_and_without_their_domain() -> None:
+def test_hosts_are_numbered_by_name_with_and_without_domain() -> None:
     assert REDACTOR.hosts == {
         "bora001": "node-1",
         "bora002": "node-2",
@@ -29,8 +29,10 @@ def test_hosts_are_numbered_by_name_with_and_without_their_domain() -> None:
     assert REDACTOR.users == {"alice", "bob"}
 
 
-def test_pseudonyms_of_an_opened_bundle_stay_and_are_not_given_again() -> None:
-    hosts = Redactor.of([{"node": "node-2"}, {"node": "bora1"}, {"node": "bora2"}]).hosts
+def test_pseudonyms_of_an_unpacked_bundle_stay_and_are_not_reused() -> None:
+    hosts = Redactor.from_documents(
+        [{"node": "node-2"}, {"node": "bora1"}, {"node": "bora2"}]
+    ).hosts
     assert hosts == {"node-2": "node-2", "bora1": "node-1", "bora2": "node-3"}
 
 
@@ -59,14 +61,14 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_is_redacted(text: str) -> None:
-    assert REDACTOR.text(text) == TEXTS[text]
-    assert REDACTOR.text(TEXTS[text]) == TEXTS[text]
+    assert REDACTOR.redact_text(text) == TEXTS[text]
+    assert REDACTOR.redact_text(TEXTS[text]) == TEXTS[text]
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "vm is too short to be told from a word",
+        "vm is too short to differ from a word",
         "a-bora001 bora0011 bora001-x my.bora001",
         "tokens: 123456789012345678901234567890",
         "max_tokens=100 token_ns tokenizer=abcdefgh12345678",
@@ -75,11 +77,11 @@ def test_text_is_redacted(text: str) -> None:
     ],
 )
 def test_other_words_stay(text: str) -> None:
-    assert REDACTOR.text(text) == text
-    assert list(secrets_in(text)) == []
+    assert REDACTOR.redact_text(text) == text
+    assert list(find_secrets(text)) == []
 
 
-def test_of_json_data_a_host_s_key_is_redacted_whatever_its_length_and_a_spec_stays() -> None:
+def test_json_values_of_host_keys_are_redacted_and_a_spec_stays() -> None:
     data = {
         "host": "vm",
         "job": {"SLURM_JOB_NODELIST": "bora[001-002]"},
@@ -90,7 +92,7 @@ def test_of_json_data_a_host_s_key_is_redacted_whatever_its_length_and_a_spec_st
         "paths": ["/home/alice/x", 1, None],
         "spec": {"checkpoint": "/home/alice/m"},
     }
-    assert REDACTOR.data(data) == {
+    assert REDACTOR.redact_data(data) == {
         "host": "node-6",
         "job": {"SLURM_JOB_NODELIST": "node-1,node-2"},
         "NodeList": "(null)",
@@ -102,26 +104,26 @@ def test_of_json_data_a_host_s_key_is_redacted_whatever_its_length_and_a_spec_st
     }
 
 
-def test_what_is_found_is_told_by_its_kind_alone() -> None:
+def test_secrets_are_reported_by_kind_without_repeating_them() -> None:
     text = f"{HF} {KEY} /home/carol"
-    found = list(secrets_in(text))
+    found = list(find_secrets(text))
     assert found == ["a Hugging Face token", "an API key", "a user's name in a path"]
     data = {"engine_args": {"api-key": "short"}, "x": [f"/home/carol {HF}"]}
-    assert list(secrets_in_data(data)) == [
+    assert list(find_secrets_in_data(data)) == [
         "a value of `api-key`",
         "a Hugging Face token",
         "a user's name in a path",
     ]
-    assert list(secrets_in_data(REDACTOR.data(data))) == []
+    assert list(find_secrets_in_data(REDACTOR.redact_data(data))) == []
 
 
-def test_of_images_only_what_is_readable_is_looked_through(tmp_path: Path) -> None:
+def test_images_are_scanned_for_readable_text_only(tmp_path: Path) -> None:
     chance = b"\x89PNG\r\n\x1a\n\0\0" + bytes(range(256)) + b"x://\xe9\x01k:\xff\xa0y@\x07"
     (tmp_path / "plot.png").write_bytes(chance)
-    assert list(findings(tmp_path)) == []
+    assert list(scan_tree(tmp_path)) == []
     (tmp_path / "plot.png").write_bytes(chance + b"tEXtComment\0" + HF.encode() + b"\0")
-    assert list(findings(tmp_path)) == ["plot.png: a Hugging Face token"]
-    # Written as text, it would be one.
+    assert list(scan_tree(tmp_path)) == ["plot.png: a Hugging Face token"]
+    # As text, the same characters are a secret.
     (tmp_path / "plot.png").unlink()
     (tmp_path / "a.log").write_bytes(b"x://k:y@host")
-    assert list(findings(tmp_path)) == ["a.log: a password in a URL"]
+    assert list(scan_tree(tmp_path)) == ["a.log: a password in a URL"]

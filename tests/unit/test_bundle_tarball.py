@@ -1,4 +1,4 @@
-"""The archive: the same bytes each time, and nothing unpacked that could do harm."""
+"""Archives have the same bytes each time, and nothing harmful is unpacked."""
 
 import gzip
 import hashlib
@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from helpers.bundling import archive_of
+from helpers.bundling import write_tar
 from servegrid.bundle import tarball
 from servegrid.errors import BundleError
 
 
-def unpack(archive: Path, folder: Path) -> tarball.Unpacked:
+def unpack(archive: Path, folder: Path) -> tarball.UnpackedArchive:
     target = folder / "inside" / "target"
     target.mkdir(parents=True)
-    return tarball.unpack(archive, target)
+    return tarball.unpack_archive(archive, target)
 
 
 def refusal(archive: Path, folder: Path) -> str:
-    """Why it is refused; nothing may lie beside the folder that it was to be unpacked into."""
+    """The error message. Nothing may be written outside the target folder."""
     with pytest.raises(BundleError) as caught:
         unpack(archive, folder)
     assert [each.name for each in (folder / "inside").iterdir()] == ["target"]
@@ -39,8 +39,8 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
             path.write_text(name)
             path.chmod(0o600 if tree == "one" else 0o664)
             os.utime(path, (len(tree) + len(name), order.index(name)))
-        tarball.write(tmp_path / tree, "root", tmp_path / f"{tree}.tar.gz")
-        time.sleep(1.1)  # gzip's own time is in seconds
+        tarball.write_archive(tmp_path / tree, "root", tmp_path / f"{tree}.tar.gz")
+        time.sleep(1.1)  # gzip's timestamp has seconds
     one, two = ((tmp_path / f"{tree}.tar.gz").read_bytes() for tree in ("one", "two"))
     assert one == two
     with tarfile.open(tmp_path / "one.tar.gz") as tar:
@@ -51,16 +51,16 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     assert {(m.uid, m.gid, m.uname, m.mtime, m.mode) for m in members} == {(0, 0, "", 0, 0o644)}
 
 
-def test_what_is_written_is_read_again_with_names_of_any_length(tmp_path: Path) -> None:
+def test_names_of_any_length_can_be_written_and_read(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     files = {"x.sh": b"", f"{'d' * 200}/{'é' * 100}": b"1" * 70_000, "block": b"2" * 512}
     for name, data in files.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes(data)
     (tree / "x.sh").chmod(0o755)
-    tarball.write(tree, "root", tmp_path / "b.tar.gz")
+    tarball.write_archive(tree, "root", tmp_path / "b.tar.gz")
     unpacked = unpack(tmp_path / "b.tar.gz", tmp_path)
-    assert unpacked == tarball.Unpacked(
+    assert unpacked == tarball.UnpackedArchive(
         "root", {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     )
     target = tmp_path / "inside" / "target"
@@ -84,41 +84,41 @@ HOSTILE = {
     "pipe": ([special(tarfile.FIFOTYPE)], "'root/bad': is a pipe"),
     "folder": ([special(tarfile.DIRTYPE)], "'root/bad/': is a folder entry"),
     "sparse": ([special(tarfile.GNUTYPE_SPARSE)], "'root/bad': is of the type b'S'"),
-    "upwards": ([GOOD, ("root/../../up", b"")], "'root/../../up': is no plain path"),
-    "upwards at once": ([("../up", b"")], "'../up': is no plain path"),
-    "absolute": ([GOOD, ("/tmp/absolute", b"")], "'/tmp/absolute': is no plain path"),
-    "dot": ([("root/./x", b"")], "'root/./x': is no plain path"),
-    "double slash": ([("root//x", b"")], "'root//x': is no plain path"),
-    "backslash": ([("root/a\\b", b"")], "is no plain path"),
-    "line feed": ([("root/a\nb", b"")], r"'root/a\nb': is no plain path"),
-    "beside the root": ([("good", b"")], "'good': is no plain path"),
-    "two roots": ([GOOD, ("other/x", b"")], "'other/x': does not lie below 'root'"),
-    "twice": ([GOOD, ("root/good", b"bad")], "'root/good': comes twice"),
-    "file as folder": ([GOOD, ("root/good/x", b"")], "'root/good/x': comes twice"),
-    "folder as file": ([("root/a/x", b""), ("root/a", b"")], "'root/a': comes twice"),
-    "long part": ([("root/" + "a" * 256, b"")], "is no plain path"),
+    "upwards": ([GOOD, ("root/../../up", b"")], "'root/../../up': is not a plain path"),
+    "upwards at once": ([("../up", b"")], "'../up': is not a plain path"),
+    "absolute": ([GOOD, ("/tmp/absolute", b"")], "'/tmp/absolute': is not a plain path"),
+    "dot": ([("root/./x", b"")], "'root/./x': is not a plain path"),
+    "double slash": ([("root//x", b"")], "'root//x': is not a plain path"),
+    "backslash": ([("root/a\\b", b"")], "is not a plain path"),
+    "line feed": ([("root/a\nb", b"")], r"'root/a\nb': is not a plain path"),
+    "outside the root": ([("good", b"")], "'good': is not a plain path"),
+    "two roots": ([GOOD, ("other/x", b"")], "'other/x': is not below 'root'"),
+    "twice": ([GOOD, ("root/good", b"bad")], "'root/good': occurs twice"),
+    "file as folder": ([GOOD, ("root/good/x", b"")], "'root/good/x': occurs twice"),
+    "folder as file": ([("root/a/x", b""), ("root/a", b"")], "'root/a': occurs twice"),
+    "long part": ([("root/" + "a" * 256, b"")], "is not a plain path"),
 }
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_members_are_refused_by_name(tmp_path: Path, hostile: str) -> None:
-    members, told = HOSTILE[hostile]
-    assert told in refusal(archive_of(tmp_path / "b.tar.gz", *members), tmp_path)
+    members, message = HOSTILE[hostile]
+    assert message in refusal(write_tar(tmp_path / "b.tar.gz", *members), tmp_path)
 
 
-def test_headers_that_are_never_written_are_refused(tmp_path: Path) -> None:
+def test_other_kinds_of_headers_are_refused(tmp_path: Path) -> None:
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
         folder = tmp_path / kind.decode()
         folder.mkdir()
-        archive = archive_of(folder / "b.tar.gz", special(kind), GOOD)
+        archive = write_tar(folder / "b.tar.gz", special(kind), GOOD)
         assert f"is of the type {kind!r}" in refusal(archive, folder)
     timed = tarfile.TarInfo("root/x")
     timed.pax_headers = {"mtime": "1.5"}
-    archive = archive_of(tmp_path / "b.tar.gz", timed)
-    assert "a pax header with something else than a path" in refusal(archive, tmp_path)
+    archive = write_tar(tmp_path / "b.tar.gz", timed)
+    assert "a pax header that is not a path" in refusal(archive, tmp_path)
 
 
-def test_a_header_that_asks_for_memory_is_refused(tmp_path: Path) -> None:
+def test_a_header_that_needs_too_much_memory_is_refused(tmp_path: Path) -> None:
     pax = tarfile.TarInfo("root/x")
     pax.type, pax.size = tarfile.XHDTYPE, 2**32
     archive = tmp_path / "b.tar.gz"
@@ -127,7 +127,7 @@ def test_a_header_that_asks_for_memory_is_refused(tmp_path: Path) -> None:
 
 
 def bomb(path: Path, size: int, members: int) -> Path:
-    """A .tar.gz of files of `size` zeros, 10 GB in all: a block of them packed once, repeated."""
+    """A .tar.gz of files with `size` zeros each, 10 GB in total, made from one packed block."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     block = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
     block = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)
@@ -145,7 +145,7 @@ def bomb(path: Path, size: int, members: int) -> Path:
 BOMBS = [
     (2**30, 10, "unpack to more than"),
     (5 * 2**30, 2, "'root/zeros-0': a bundle has at most 200,000 files of 4,294,967,296 bytes"),
-    (10 * 2**30, 1, "a pax header with something else than a path"),  # too large for another
+    (10 * 2**30, 1, "a pax header that is not a path"),  # too large for another
 ]
 
 
@@ -154,22 +154,22 @@ def test_a_bomb_of_10_gb_is_refused_quickly_and_in_little_memory(
     tmp_path: Path, size: int, members: int, why: str
 ) -> None:
     archive = bomb(tmp_path / "b.tar.gz", size, members)
-    assert archive.stat().st_size > 9_000_000  # all of the 10 GB are there
+    assert archive.stat().st_size > 9_000_000  # it contains all 10 GB
     tracemalloc.start()
     began = time.monotonic()
-    told = refusal(archive, tmp_path)
+    message = refusal(archive, tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert why in told
+    assert why in message
     assert time.monotonic() - began < 5
     assert peak < 8 * 2**20
     written = sum(each.stat().st_size for each in tmp_path.rglob("zeros*"))
     assert written <= 32 * 2**20
 
 
-def test_flipped_and_missing_bytes_are_told_with_the_place(tmp_path: Path) -> None:
+def test_flipped_and_missing_bytes_are_reported_with_the_file(tmp_path: Path) -> None:
     data = os.urandom(300_000)
-    good = archive_of(tmp_path / "good.tar.gz", GOOD, ("root/large", data), ("root/z", b"z"))
+    good = write_tar(tmp_path / "good.tar.gz", GOOD, ("root/large", data), ("root/z", b"z"))
     packed = good.read_bytes()
     flipped = bytearray(packed)
     flipped[len(packed) // 2] ^= 1
@@ -178,22 +178,22 @@ def test_flipped_and_missing_bytes_are_told_with_the_place(tmp_path: Path) -> No
         archive = tmp_path / name / "b.tar.gz"
         archive.write_bytes(broken)
         unpacked = unpack(archive, tmp_path / name)
-        told = unpacked.damage or ""
+        damage = unpacked.damage or ""
         wrong = unpacked.sha256.get("large") not in (None, hashlib.sha256(data).hexdigest())
-        assert "damaged in or after" in told
-        assert "large" in told or wrong
+        assert "damaged in or after" in damage
+        assert "large" in damage or wrong
 
 
-def test_what_is_hidden_behind_a_file_is_told(tmp_path: Path) -> None:
-    plain = bytearray(gzip.decompress(archive_of(tmp_path / "good.tar.gz", GOOD).read_bytes()))
+def test_data_hidden_after_a_file_is_reported(tmp_path: Path) -> None:
+    plain = bytearray(gzip.decompress(write_tar(tmp_path / "good.tar.gz", GOOD).read_bytes()))
     plain[512 + len(GOOD[1])] = 1
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(plain))
     unpacked = unpack(tmp_path / "b.tar.gz", tmp_path)
     assert unpacked.damage == ("damaged in or after good (its last block is not filled with zeros)")
 
 
-def test_what_is_no_archive_or_goes_on_after_its_end_is_refused(tmp_path: Path) -> None:
-    good = archive_of(tmp_path / "good.tar.gz", GOOD).read_bytes()
+def test_other_files_and_archives_with_more_data_are_refused(tmp_path: Path) -> None:
+    good = write_tar(tmp_path / "good.tar.gz", GOOD).read_bytes()
     for name, data in (
         ("empty", b""),
         ("text", b"not an archive"),
@@ -204,6 +204,7 @@ def test_what_is_no_archive_or_goes_on_after_its_end_is_refused(tmp_path: Path) 
         folder = tmp_path / name
         folder.mkdir()
         (folder / "b.tar.gz").write_bytes(data)
-        told = refusal(folder / "b.tar.gz", folder)
-        follows = name in ("appended", "hidden")
-        assert ("something follows" if follows else "is not a bundle of servegrid") in told
+        message = refusal(folder / "b.tar.gz", folder)
+        has_more = name in ("appended", "hidden")
+        expected = "more data after its end" if has_more else "is not a servegrid bundle"
+        assert expected in message

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as bytes, held against h11 and against every place at which a read can end."""
+"""HTTP/1.1 as bytes, compared with h11, with reads that end at every possible byte."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import h11
 import httpx
 import pytest
 
-from servegrid.client.http1 import Framing, WireError, body_spans, head_of, render
+from servegrid.client.http1 import (
+    Framing,
+    HttpSyntaxError,
+    body_spans,
+    parse_head,
+    serialize_request,
+)
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -24,7 +30,7 @@ RESPONSES = {
 }
 
 
-def parsed_by_h11(response: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+def parse_with_h11(response: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="GET", target="/", headers=[("host", "x")]))
     connection.send(h11.EndOfMessage())
@@ -41,55 +47,55 @@ def parsed_by_h11(response: bytes) -> tuple[int, list[tuple[bytes, bytes]], byte
 
 
 @pytest.mark.parametrize("response", RESPONSES.values(), ids=RESPONSES.keys())
-def test_head_and_body_are_those_that_h11_sees(response: bytes) -> None:
-    head = head_of(response)
+def test_head_and_body_agree_with_h11(response: bytes) -> None:
+    head = parse_head(response)
     assert head is not None
     body = b"".join(response[start:end] for start, end in body_spans(response, head))
-    assert (head.status, list(head.headers), body) == parsed_by_h11(response)
+    assert (head.status, list(head.headers), body) == parse_with_h11(response)
 
 
 @pytest.mark.parametrize("response", RESPONSES.values(), ids=RESPONSES.keys())
-def test_the_end_is_seen_with_the_last_byte_wherever_the_reads_end(response: bytes) -> None:
+def test_the_last_byte_completes_the_response_however_it_is_split(response: bytes) -> None:
     for first in range(1, len(response)):
         for second in range(first, len(response)):
             framing, buffer = Framing("POST"), bytearray()
             for read in (response[:first], response[first:second], response[second:]):
-                assert not framing.ended(buffer)
+                assert not framing.is_complete(buffer)
                 buffer += read
-            assert framing.ended(buffer)
+            assert framing.is_complete(buffer)
             assert framing.end == len(response)
-            assert framing.reusable(buffer)
+            assert framing.keep_alive(buffer)
 
 
-def test_the_end_is_seen_byte_by_byte() -> None:
+def test_the_last_byte_completes_the_response_read_byte_by_byte() -> None:
     for response in RESPONSES.values():
         framing, buffer = Framing("POST"), bytearray()
         ends = []
         for byte in response:
             buffer.append(byte)
-            ends.append(framing.ended(buffer))
+            ends.append(framing.is_complete(buffer))
         assert ends == [False] * (len(response) - 1) + [True]
 
 
-def test_without_a_length_only_the_close_ends_the_response() -> None:
+def test_without_a_length_the_close_ends_the_response() -> None:
     buffer = bytearray(HEAD + b"\r\nabc")
     framing = Framing("POST")
-    assert not framing.ended(buffer)
-    assert framing.ended_by_close(buffer)
+    assert not framing.is_complete(buffer)
+    assert framing.is_complete_at_close(buffer)
     assert framing.end == len(buffer)
 
 
 @pytest.mark.parametrize("response", [RESPONSES["chunked"], RESPONSES["length"]])
-def test_a_close_before_the_end_is_no_end(response: bytes) -> None:
+def test_a_close_before_the_end_leaves_the_response_incomplete(response: bytes) -> None:
     for length in range(len(response)):
         framing = Framing("POST")
-        assert not framing.ended_by_close(bytearray(response[:length]))
+        assert not framing.is_complete_at_close(bytearray(response[:length]))
 
 
 def test_a_response_to_head_has_no_body() -> None:
     buffer = bytearray(HEAD + b"Content-Length: 9\r\n\r\n")
-    assert Framing("HEAD").ended(buffer)
-    assert not Framing("GET").ended(buffer)
+    assert Framing("HEAD").is_complete(buffer)
+    assert not Framing("GET").is_complete(buffer)
 
 
 @pytest.mark.parametrize(
@@ -102,16 +108,16 @@ def test_a_response_to_head_has_no_body() -> None:
         (b"HTTP/1.0 200 OK\r\nContent-Length: 0\r\nConnection: keep-alive\r\n\r\n", True),
     ],
 )
-def test_a_connection_is_used_again_only_where_the_response_allows_it(
+def test_a_connection_is_reused_only_if_the_response_allows_it(
     response: bytes, reusable: bool
 ) -> None:
     framing, buffer = Framing("POST"), bytearray(response)
-    assert framing.ended(buffer)
-    assert framing.reusable(buffer) is reusable
+    assert framing.is_complete(buffer)
+    assert framing.keep_alive(buffer) is reusable
 
 
 @pytest.mark.parametrize(
-    ("response", "told"),
+    ("response", "named"),
     [
         (b"SSH-2.0-OpenSSH\r\n\r\n", "SSH-2.0"),
         (b"HTTP/2 200 OK\r\n\r\n", "HTTP/2"),
@@ -125,24 +131,24 @@ def test_a_connection_is_used_again_only_where_the_response_allows_it(
         (CHUNKED + b"2\r\nabc\r\n0\r\n\r\n", "longer than its size"),
     ],
 )
-def test_damaged_responses_are_refused_with_what_is_wrong(response: bytes, told: str) -> None:
-    with pytest.raises(WireError, match=told):
-        Framing("POST").ended(bytearray(response))
+def test_a_damaged_response_is_an_error_that_names_the_damage(response: bytes, named: str) -> None:
+    with pytest.raises(HttpSyntaxError, match=named):
+        Framing("POST").is_complete(bytearray(response))
 
 
-def test_the_body_of_a_broken_off_response_is_what_came_of_it() -> None:
+def test_the_body_of_an_incomplete_response_is_what_has_arrived() -> None:
     raw = CHUNKED + b"3\r\nabc\r\n5\r\nde"
-    head = head_of(raw)
+    head = parse_head(raw)
     assert head is not None
     assert [raw[start:end] for start, end in body_spans(raw, head)] == [b"abc", b"de"]
 
 
-def test_a_rendered_request_is_read_back_by_h11_as_it_was_built() -> None:
+def test_h11_parses_a_serialized_request_unchanged() -> None:
     client = httpx.Client(base_url="http://host:8000/api", headers={"Authorization": "Bearer k"})
     request = client.build_request("POST", "/v1/completions?x=1", json={"prompt": [1, 2]})
     client.close()
     server = h11.Connection(h11.SERVER)
-    server.receive_data(render(request))
+    server.receive_data(serialize_request(request))
     head, data, end = server.next_event(), server.next_event(), server.next_event()
     assert isinstance(head, h11.Request) and isinstance(data, h11.Data)
     assert (head.method, head.target) == (b"POST", b"/api/v1/completions?x=1")
@@ -152,6 +158,6 @@ def test_a_rendered_request_is_read_back_by_h11_as_it_was_built() -> None:
     assert isinstance(end, h11.EndOfMessage)
 
 
-def test_what_is_no_http_cannot_be_rendered() -> None:
-    with pytest.raises(WireError, match="GET http://host/"):
-        render(httpx.Request("GET", "http://host/", headers={"X": "a\nb"}))
+def test_an_invalid_request_cannot_be_serialized() -> None:
+    with pytest.raises(HttpSyntaxError, match="GET http://host/"):
+        serialize_request(httpx.Request("GET", "http://host/", headers={"X": "a\nb"}))

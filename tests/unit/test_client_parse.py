@@ -1,4 +1,4 @@
-"""From the bytes of a response to a row: tokens, their arrivals, and every kind of failure."""
+"""Parsing of responses: tokens, their arrivals, and every kind of failure."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import Any, get_args
 
 import pytest
 
-from servegrid.client.failures import KINDS, Failure, Kind
-from servegrid.client.http1 import head_of
-from servegrid.client.parse import Asked, row_of
-from servegrid.client.prompts import Form
+from servegrid.client.failures import FAILURE_KINDS, Failure, FailureKind
+from servegrid.client.http1 import parse_head
+from servegrid.client.parse import RequestSpec, request_row
+from servegrid.client.prompts import PromptForm
 from servegrid.client.transport import Exchange
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-ASKED = Asked("cell/0", 2, prompt_tokens=7, completion_tokens=4)
+SPEC = RequestSpec("cell/0", 2, prompt_tokens=7, completion_tokens=4)
 Reads = Sequence[tuple[int, bytes]]
 
 
-def row(reads: Reads, failure: Failure | None = None, asked: Asked = ASKED) -> dict[str, Any]:
-    raw, ends = b"", []
+def row(reads: Reads, failure: Failure | None = None, spec: RequestSpec = SPEC) -> dict[str, Any]:
+    raw, received = b"", []
     for _, data in reads:
         raw += data
-        ends.append(len(raw))
+        received.append(len(raw))
     exchange = Exchange(
         number=0,
         user=3,
         scheduled_ns=90,
         sent_ns=95,
         done_ns=reads[-1][0] if reads else 99,
-        arrivals=[arrival for arrival, _ in reads],
-        ends=ends,
+        arrival_ns=[arrival for arrival, _ in reads],
+        received=received,
         raw=raw,
-        head=head_of(raw),
+        head=parse_head(raw),
         failure=failure,
         resent=False,
     )
-    return row_of(exchange, asked)
+    return request_row(exchange, spec)
 
 
 def usage(completion: int, prompt: int = 7) -> dict[str, int]:
@@ -46,8 +46,8 @@ def usage(completion: int, prompt: int = 7) -> dict[str, int]:
 
 
 def chunk(text: str, tokens: int | None = None, finish: str | None = None) -> str:
-    told: dict[str, Any] = {"choices": [{"index": 0, "text": text, "finish_reason": finish}]}
-    return json.dumps(told if tokens is None else told | {"usage": usage(tokens)})
+    parsed: dict[str, Any] = {"choices": [{"index": 0, "text": text, "finish_reason": finish}]}
+    return json.dumps(parsed if tokens is None else parsed | {"usage": usage(tokens)})
 
 
 def event(data: str) -> bytes:
@@ -55,13 +55,13 @@ def event(data: str) -> bytes:
 
 
 def http(*events: bytes) -> bytes:
-    """The events as one HTTP chunk each."""
-    return b"".join(b"%x\r\n%s\r\n" % (len(each), each) for each in events)
+    """One HTTP chunk per event."""
+    return b"".join(b"%x\r\n%s\r\n" % (len(data), data) for data in events)
 
 
 def stream(*data: str, end: bytes = b"0\r\n\r\n") -> Reads:
-    """Each event in a read of its own, at 100, 200, …; the head with the first."""
-    pieces = [http(event(each)) for each in data]
+    """One read per event, at 100, 200, …; the first one also has the head."""
+    pieces = [http(event(text)) for text in data]
     pieces[0] = HEAD + pieces[0]
     pieces[-1] += end
     return [(100 * number, piece) for number, piece in enumerate(pieces, 1)]
@@ -81,7 +81,7 @@ def tokens_of(row: dict[str, Any]) -> list[tuple[int, int]]:
     return list(zip(row["token_ns"], row["chunk_tokens"], strict=True))
 
 
-def test_usage_per_chunk_gives_each_chunk_its_tokens_also_without_text() -> None:
+def test_usage_per_chunk_counts_the_tokens_of_each_chunk_even_without_text() -> None:
     assert row(stream(*CONTINUOUS)) == {
         "request_id": "cell/0",
         "user": 3,
@@ -97,24 +97,24 @@ def test_usage_per_chunk_gives_each_chunk_its_tokens_also_without_text() -> None
         "error": None,
         "prompt_tokens": 7,
         "completion_tokens": 4,
-        "asked_tokens": 4,
+        "requested_tokens": 4,
     }
 
 
-def test_a_chunk_without_new_tokens_is_not_counted_as_one() -> None:
-    told = row(stream(chunk(" a", 1), chunk("", 1), chunk(" b", 4, "length"), "[DONE]"))
-    assert tokens_of(told) == [(100, 1), (300, 3)]
-    assert told["error"] is None
+def test_a_chunk_without_new_tokens_counts_as_no_token() -> None:
+    result = row(stream(chunk(" a", 1), chunk("", 1), chunk(" b", 4, "length"), "[DONE]"))
+    assert tokens_of(result) == [(100, 1), (300, 3)]
+    assert result["error"] is None
 
 
 @pytest.mark.parametrize(
     ("texts", "tokens"),
     [
-        # As many texts as tokens: the bare end of the stream carries none.
+        # As many texts as tokens: the empty last chunk carries none.
         ((" a", " b", " c", " d"), [(100, 1), (200, 1), (300, 1), (400, 1)]),
-        # Fewer texts: chunks without text are tokens too.
+        # Fewer texts than tokens: chunks without text carry tokens too.
         ((" a", "", "", " d"), [(100, 1), (200, 1), (300, 1), (400, 1)]),
-        # Fewer chunks than tokens: shared out, the earlier never less than the later.
+        # Fewer chunks than tokens: divided evenly, earlier chunks get the remainder.
         ((" a", " b", " c"), [(100, 2), (200, 1), (300, 1)]),
         ((" a",), [(100, 4)]),
         # More chunks than tokens.
@@ -122,56 +122,56 @@ def test_a_chunk_without_new_tokens_is_not_counted_as_one() -> None:
             (" a", " b", " c", " d", " e", " f", " g", " h"),
             [(100, 1), (300, 1), (500, 1), (700, 1)],
         ),
-        # Nothing but the end.
+        # Only the last chunk.
         ((), [(100, 4)]),
     ],
 )
-def test_the_final_usage_is_shared_out_over_the_chunks_and_marked(
+def test_without_usage_per_chunk_the_final_count_is_divided_and_marked_as_estimated(
     texts: tuple[str, ...], tokens: list[tuple[int, int]]
 ) -> None:
-    told = row(stream(*map(chunk, texts), chunk("", finish="length"), FINAL, "[DONE]"))
-    assert tokens_of(told) == tokens
-    assert told["chunk_tokens_estimated"] is True
-    assert told["error"] is None
+    result = row(stream(*map(chunk, texts), chunk("", finish="length"), FINAL, "[DONE]"))
+    assert tokens_of(result) == tokens
+    assert result["chunk_tokens_estimated"] is True
+    assert result["error"] is None
 
 
-def test_usage_that_is_told_but_not_counted_up_is_only_a_final_one() -> None:
-    told = row(stream(chunk(" a", 0), chunk(" b", 0), chunk(" c", 4, "length"), FINAL, "[DONE]"))
-    assert tokens_of(told) == [(100, 2), (200, 1), (300, 1)]
-    assert told["chunk_tokens_estimated"] is True
+def test_usage_per_chunk_that_stays_0_is_not_used() -> None:
+    result = row(stream(chunk(" a", 0), chunk(" b", 0), chunk(" c", 4, "length"), FINAL, "[DONE]"))
+    assert tokens_of(result) == [(100, 2), (200, 1), (300, 1)]
+    assert result["chunk_tokens_estimated"] is True
 
 
-def test_usage_that_falls_short_of_the_final_one_is_not_believed_per_chunk() -> None:
-    told = row(stream(chunk(" a", 1), chunk(" b", 2, "length"), FINAL, "[DONE]"))
-    assert tokens_of(told) == [(100, 2), (200, 2)]
-    assert told["chunk_tokens_estimated"] is True
+def test_usage_per_chunk_below_the_final_count_is_not_used() -> None:
+    result = row(stream(chunk(" a", 1), chunk(" b", 2, "length"), FINAL, "[DONE]"))
+    assert tokens_of(result) == [(100, 2), (200, 2)]
+    assert result["chunk_tokens_estimated"] is True
 
 
-def test_several_events_in_one_read_have_its_arrival() -> None:
+def test_all_events_of_one_read_have_its_arrival() -> None:
     body = HEAD + http(*map(event, CONTINUOUS)) + b"0\r\n\r\n"
     assert tokens_of(row([(100, body)])) == [(100, 1), (100, 1), (100, 2)]
 
 
-def test_several_events_in_one_http_chunk_are_told_apart() -> None:
+def test_one_http_chunk_can_have_several_events() -> None:
     body = HEAD + http(b"".join(map(event, CONTINUOUS))) + b"0\r\n\r\n"
     assert tokens_of(row([(100, body)])) == [(100, 1), (100, 1), (100, 2)]
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n", b"\r"])
 def test_an_event_arrives_with_the_read_that_completes_it(newline: bytes) -> None:
-    """Split in two at every byte, by a table of where each event's last byte lies."""
+    """The response is split at every byte. The expected reads follow from the last bytes."""
     events = [event(data).replace(b"\n", newline) for data in CONTINUOUS]
     body = HEAD + http(*events) + b"0\r\n\r\n"
-    last_bytes = [body.index(each) + len(each) for each in events]
+    last_bytes = [body.index(data) + len(data) for data in events]
     for split in range(1, len(body)):
-        told = row([(100, body[:split]), (200, body[split:])])
+        result = row([(100, body[:split]), (200, body[split:])])
         expected = [100 if last <= split else 200 for last in last_bytes[:3]]
-        assert told["token_ns"] == expected
-        assert told["chunk_tokens"] == [1, 1, 2]
-        assert (told["error"], told["done_ns"]) == (None, 200)
+        assert result["token_ns"] == expected
+        assert result["chunk_tokens"] == [1, 1, 2]
+        assert (result["error"], result["done_ns"]) == (None, 200)
 
 
-def test_comments_other_fields_and_data_over_several_lines_are_read_as_the_standard_says() -> None:
+def test_comments_other_fields_and_multi_line_data_follow_the_standard() -> None:
     first, second, third, *_ = CONTINUOUS
     halves = second.replace('"choices"', '\ndata:"choices"')
     reads = [
@@ -180,19 +180,19 @@ def test_comments_other_fields_and_data_over_several_lines_are_read_as_the_stand
         (300, http(b": ping\nretry: 5\n" + event(halves))),
         (400, http(event(third), event("[DONE]")) + b"0\r\n\r\n"),
     ]
-    told = row(reads)
-    assert tokens_of(told) == [(200, 1), (300, 1), (400, 2)]
-    assert told["error"] is None
+    result = row(reads)
+    assert tokens_of(result) == [(200, 1), (300, 1), (400, 2)]
+    assert result["error"] is None
 
 
-def test_responses_without_chunked_coding_are_read_alike() -> None:
+def test_a_response_without_chunks_is_parsed_the_same_way() -> None:
     events = b"".join(map(event, CONTINUOUS))
     head = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n"
     length = b"Content-Length: %d\r\n" % len(events)
     for framing in (b"", length):
-        told = row([(100, head + framing + b"\r\n" + events)])
-        assert tokens_of(told) == [(100, 1), (100, 1), (100, 2)]
-        assert told["error"] is None
+        result = row([(100, head + framing + b"\r\n" + events)])
+        assert tokens_of(result) == [(100, 1), (100, 1), (100, 2)]
+        assert result["error"] is None
 
 
 ERROR = json.dumps({"error": {"message": "out of\nmemory", "code": 500}})
@@ -216,13 +216,13 @@ PLAIN = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 38\r\n\r\n"
         (stream(CONTINUOUS[0], '{"error": "plain"}'), "mid_stream_error: plain"),
         (stream(*CONTINUOUS[:2]), "truncated: the stream ended without finish_reason and [DONE]"),
         ([(100, HEAD + b"0\r\n\r\n")], "truncated: the stream ended without"),
-        (stream(CONTINUOUS[0], '{"choices": ['), 'malformed: an event is no JSON: {"choices": ['),
-        (stream(CONTINUOUS[0], "[1]"), "malformed: an event is no JSON object: [1]"),
-        (stream('{"choices": [{"delta": {}}]}'), "malformed: an event is no completion chunk"),
-        (stream('{"id": "x"}'), "malformed: an event is no completion chunk"),
+        (stream(CONTINUOUS[0], '{"choices": ['), 'malformed: an event is not JSON: {"choices": ['),
+        (stream(CONTINUOUS[0], "[1]"), "malformed: an event is not a JSON object: [1]"),
+        (stream('{"choices": [{"delta": {}}]}'), "malformed: an event is not a completion chunk"),
+        (stream('{"id": "x"}'), "malformed: an event is not a completion chunk"),
         (
             stream('{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": "4"}}'),
-            "malformed: an event is no completion chunk",
+            "malformed: an event is not a completion chunk",
         ),
         (
             [(100, HEAD + http(event(CONTINUOUS[0])) + b"zz\r\n\r\n")],
@@ -230,13 +230,13 @@ PLAIN = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 38\r\n\r\n"
         ),
         (
             [(100, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{}")],
-            "malformed: an event stream was asked for, application/json came",
+            "malformed: the response is not an event stream, but application/json",
         ),
         (
             [(100, HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"))],
             "malformed: the stream is encoded as gzip",
         ),
-        (stream(FINAL, "[DONE]"), "malformed: 4 tokens counted, none came"),
+        (stream(FINAL, "[DONE]"), "malformed: usage counts 4 tokens, but none arrived"),
         (stream(chunk(" a"), chunk("", finish="length"), "[DONE]"), "usage_missing: "),
         (
             stream(chunk(" a", 4, "stop").replace("7", "8"), "[DONE]"),
@@ -244,50 +244,55 @@ PLAIN = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 38\r\n\r\n"
         ),
         (
             stream(chunk(" a", 3, "stop"), "[DONE]"),
-            "wrong_completion_tokens: 3 generated, 4 asked",
+            "wrong_completion_tokens: 3 generated, 4 requested",
         ),
-        (stream(chunk(" a", 5, "stop"), "[DONE]"), "wrong_completion_tokens: 5 generated, 4 asked"),
+        (
+            stream(chunk(" a", 5, "stop"), "[DONE]"),
+            "wrong_completion_tokens: 5 generated, 4 requested",
+        ),
     ],
 )
-def test_each_failure_has_its_kind_and_tells_what_happened(reads: Reads, error: str) -> None:
-    told = row(reads)
-    assert told["error"].startswith(error)
-    assert "\n" not in told["error"]
+def test_each_failure_has_its_kind_and_a_detail(reads: Reads, error: str) -> None:
+    result = row(reads)
+    assert result["error"].startswith(error)
+    assert "\n" not in result["error"]
 
 
-CHAT = Asked("cell/0", 2, prompt_tokens=7, completion_tokens=4, form="messages")
+CHAT = RequestSpec("cell/0", 2, prompt_tokens=7, completion_tokens=4, form="messages")
 
 
-def said(delta: dict[str, Any], tokens: int | None = None, finish: str | None = None) -> str:
-    told: dict[str, Any] = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-    return json.dumps(told if tokens is None else told | {"usage": usage(tokens)})
+def chat_chunk(delta: dict[str, Any], tokens: int | None = None, finish: str | None = None) -> str:
+    parsed: dict[str, Any] = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    return json.dumps(parsed if tokens is None else parsed | {"usage": usage(tokens)})
 
 
 @pytest.mark.parametrize("opening", [{"role": "assistant", "content": None}, {"content": ""}])
 @pytest.mark.parametrize("tokens", [(None,) * 4, (0, 1, 2, 4)])
-def test_a_chat_is_read_by_its_deltas_of_which_the_first_has_no_token(
+def test_a_chat_is_parsed_from_its_deltas_and_the_role_chunk_has_no_token(
     opening: dict[str, Any], tokens: tuple[int | None, ...]
 ) -> None:
     texts = [{"reasoning_content": "a"}, {"content": ""}, {"content": "c"}]
-    chunks = [said(delta, count) for delta, count in zip([opening, *texts], tokens, strict=True)]
-    told = row(stream(*chunks, said({}, tokens[-1], "length"), FINAL, "[DONE]"), asked=CHAT)
-    assert told["error"] is None
-    assert told["chunk_tokens_estimated"] is (tokens[0] is None)
-    # Four tokens in three chunks are shared out where they are not counted.
+    chunks = [
+        chat_chunk(delta, count) for delta, count in zip([opening, *texts], tokens, strict=True)
+    ]
+    result = row(stream(*chunks, chat_chunk({}, tokens[-1], "length"), FINAL, "[DONE]"), spec=CHAT)
+    assert result["error"] is None
+    assert result["chunk_tokens_estimated"] is (tokens[0] is None)
+    # Without usage per chunk, four tokens are divided among three chunks.
     expected = [(200, 2), (300, 1), (400, 1)] if tokens[0] is None else None
-    assert tokens_of(told) == (expected or [(200, 1), (300, 1), (400, 2)])
+    assert tokens_of(result) == (expected or [(200, 1), (300, 1), (400, 2)])
 
 
-def test_a_first_chunk_of_a_chat_with_text_is_a_token() -> None:
-    both = said({"role": "assistant", "content": "a"})
-    told = row(stream(both, *[said({"content": "b"})] * 3, FINAL, "[DONE]"), asked=CHAT)
-    assert tokens_of(told) == [(100, 1), (200, 1), (300, 1), (400, 1)]
+def test_a_first_chunk_of_a_chat_with_text_has_a_token() -> None:
+    both = chat_chunk({"role": "assistant", "content": "a"})
+    result = row(stream(both, *[chat_chunk({"content": "b"})] * 3, FINAL, "[DONE]"), spec=CHAT)
+    assert tokens_of(result) == [(100, 1), (200, 1), (300, 1), (400, 1)]
 
 
 @pytest.mark.parametrize("chunk", ['{"choices": [{"text": " a"}]}', '{"choices": [{"delta": 1}]}'])
-def test_what_is_no_chunk_of_a_chat_is_told(chunk: str) -> None:
-    error = row(stream(chunk), asked=CHAT)["error"]
-    assert error.startswith("malformed: an event is no completion chunk")
+def test_an_invalid_chat_chunk_is_malformed(chunk: str) -> None:
+    error = row(stream(chunk), spec=CHAT)["error"]
+    assert error.startswith("malformed: an event is not a completion chunk")
 
 
 @pytest.mark.parametrize(
@@ -301,34 +306,38 @@ def test_what_is_no_chunk_of_a_chat_is_told(chunk: str) -> None:
         ("messages", 6, "wrong_prompt_tokens: 6 counted by the server, 7 sent"),
     ],
 )
-def test_a_server_may_add_to_a_text_and_never_take_away(
-    form: Form, counted: int, error: str | None
+def test_a_server_may_add_prompt_tokens_to_a_text_but_not_remove_any(
+    form: PromptForm, counted: int, error: str | None
 ) -> None:
-    one = said({"content": "a"}) if form == "messages" else chunk("a")
+    one = chat_chunk({"content": "a"}) if form == "messages" else chunk("a")
     final = json.dumps({"choices": [], "usage": usage(4, counted)})
-    told = row(stream(*[one] * 4, final, "[DONE]"), asked=replace(ASKED, form=form))
-    assert (told["error"], told["prompt_tokens"]) == (error, counted)
+    result = row(stream(*[one] * 4, final, "[DONE]"), spec=replace(SPEC, form=form))
+    assert (result["error"], result["prompt_tokens"]) == (error, counted)
 
 
-def test_a_failure_of_the_connection_outweighs_and_keeps_what_came_before_it() -> None:
-    told = row(stream(*CONTINUOUS[:2], end=b""), Failure("stalled", "no byte for 5 s"))
-    assert told["error"] == "stalled: no byte for 5 s"
-    assert tokens_of(told) == [(100, 1), (200, 1)]
-    assert (told["first_token_ns"], told["completion_tokens"], told["status"]) == (100, 2, 200)
+def test_a_connection_failure_takes_precedence_and_keeps_what_arrived_before() -> None:
+    result = row(stream(*CONTINUOUS[:2], end=b""), Failure("stalled", "no byte for 5 s"))
+    assert result["error"] == "stalled: no byte for 5 s"
+    assert tokens_of(result) == [(100, 1), (200, 1)]
+    assert (result["first_token_ns"], result["completion_tokens"], result["status"]) == (
+        100,
+        2,
+        200,
+    )
 
 
-def test_tokens_are_unknown_where_the_server_told_no_number() -> None:
-    told = row(stream(chunk(" a"), chunk(" b"), end=b""), Failure("reset", "by the server"))
-    assert (told["token_ns"], told["first_token_ns"]) == ([100, 200], 100)
-    assert (told["chunk_tokens"], told["chunk_tokens_estimated"]) == (None, None)
-    assert (told["prompt_tokens"], told["completion_tokens"]) == (None, None)
+def test_tokens_are_unknown_without_usage() -> None:
+    result = row(stream(chunk(" a"), chunk(" b"), end=b""), Failure("reset", "by the server"))
+    assert (result["token_ns"], result["first_token_ns"]) == ([100, 200], 100)
+    assert (result["chunk_tokens"], result["chunk_tokens_estimated"]) == (None, None)
+    assert (result["prompt_tokens"], result["completion_tokens"]) == (None, None)
 
 
-def test_a_request_without_response_has_no_times_but_its_end() -> None:
-    told = row([], Failure("connect", "Connection refused"))
-    assert (told["status"], told["first_token_ns"], told["token_ns"]) == (None, None, [])
-    assert (told["done_ns"], told["error"]) == (99, "connect: Connection refused")
+def test_a_request_without_a_response_has_only_its_end_time() -> None:
+    result = row([], Failure("connect", "Connection refused"))
+    assert (result["status"], result["first_token_ns"], result["token_ns"]) == (None, None, [])
+    assert (result["done_ns"], result["error"]) == (99, "connect: Connection refused")
 
 
-def test_every_kind_of_failure_is_explained() -> None:
-    assert set(KINDS) == set(get_args(Kind))
+def test_every_kind_of_failure_has_a_meaning() -> None:
+    assert set(FAILURE_KINDS) == set(get_args(FailureKind))

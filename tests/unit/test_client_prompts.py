@@ -1,4 +1,4 @@
-"""Prompts: exactly as long as asked, reproducible, and distinct from their first tokens on."""
+"""Prompts have an exact length, are reproducible, and differ in their first tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def workload(**changes: object) -> Workload:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with an id per word and punctuation mark of the corpus."""
+    """A tokenizer with one id per word and punctuation mark of the corpus."""
     split = pre_tokenizers.Whitespace()
-    words = sorted({word for word, _ in split.pre_tokenize_str(prompts.corpus())})
+    words = sorted({word for word, _ in split.pre_tokenize_str(prompts.load_corpus())})
     vocabulary = {word: number for number, word in enumerate(["<unk>", *words])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = split
@@ -31,87 +31,91 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_prompt_has_the_tokens_asked_for(tokenizer: Path) -> None:
+def test_every_prompt_has_the_requested_number_of_tokens(tokenizer: Path) -> None:
     for length in (1, 3, 4, 5, 296, 20_000):
         for kind in (tokenizer, tokenizer / "tokenizer.json", None):
-            made = prompts.make(workload(input_len=length), 3, kind, "cell")
+            made = prompts.make_token_prompts(workload(input_len=length), 3, kind, "cell")
             assert [len(prompt) for prompt in made] == [length] * 3
 
 
-def test_prompts_are_running_text(tokenizer: Path) -> None:
-    (prompt,) = prompts.make(workload(input_len=200), 1, tokenizer, "cell")
+def test_prompts_are_text_from_the_corpus(tokenizer: Path) -> None:
+    (prompt,) = prompts.make_token_prompts(workload(input_len=200), 1, tokenizer, "cell")
     vocabulary = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
     words = [vocabulary.id_to_token(number) for number in prompt[4:]]
-    split = pre_tokenizers.Whitespace().pre_tokenize_str(prompts.corpus())
+    split = pre_tokenizers.Whitespace().pre_tokenize_str(prompts.load_corpus())
     corpus = [word for word, _ in split] * 2
     begins = [place for place, word in enumerate(corpus) if word == words[0]]
     assert any(corpus[place : place + len(words)] == words for place in begins)
 
 
-def test_same_load_and_salt_same_prompts_and_more_of_them_only_add(tokenizer: Path) -> None:
+def test_the_same_workload_and_salt_give_the_same_first_prompts_for_any_count(
+    tokenizer: Path,
+) -> None:
     for kind in (tokenizer, None):
-        few = prompts.make(workload(), 5, kind, "cell")
-        assert prompts.make(workload(), 50, kind, "cell")[:5] == few
+        few = prompts.make_token_prompts(workload(), 5, kind, "cell")
+        assert prompts.make_token_prompts(workload(), 50, kind, "cell")[:5] == few
 
 
 def test_another_salt_or_seed_gives_other_prompts(tokenizer: Path) -> None:
     for kind in (tokenizer, None):
         made = [
-            *prompts.make(workload(), 20, kind, "cell"),
-            *prompts.make(workload(), 20, kind, "other"),
-            *prompts.make(workload(seed=1), 20, kind, "cell"),
+            *prompts.make_token_prompts(workload(), 20, kind, "cell"),
+            *prompts.make_token_prompts(workload(), 20, kind, "other"),
+            *prompts.make_token_prompts(workload(seed=1), 20, kind, "cell"),
         ]
         assert len({tuple(prompt) for prompt in made}) == 60
 
 
-def test_distinct_prompts_differ_from_their_first_tokens_on(tokenizer: Path) -> None:
+def test_distinct_prompts_differ_in_their_first_tokens(tokenizer: Path) -> None:
     for kind in (tokenizer, None):
-        made = prompts.make(workload(), 6_000, kind, "cell")
+        made = prompts.make_token_prompts(workload(), 6_000, kind, "cell")
         assert len({tuple(prompt[:16]) for prompt in made}) == 6_000
         assert len({prompt[0] for prompt in made[:1_000]}) == 1_000
 
 
-def test_identical_prompts_are_identical_on_request(tokenizer: Path) -> None:
-    first, *others = prompts.make(workload(prompts="identical"), 5, tokenizer, "cell")
+def test_prompts_can_be_identical(tokenizer: Path) -> None:
+    first, *others = prompts.make_token_prompts(workload(prompts="identical"), 5, tokenizer, "cell")
     assert others == [first] * 4
-    assert [first] == prompts.make(workload(), 1, tokenizer, "cell")
+    assert [first] == prompts.make_token_prompts(workload(), 1, tokenizer, "cell")
 
 
-def test_random_ids_are_ordinary_text_in_small_vocabularies() -> None:
-    made = prompts.make(workload(input_len=2_000), 10, None, "cell")
+def test_random_ids_are_ordinary_tokens_of_small_vocabularies() -> None:
+    made = prompts.make_token_prompts(workload(input_len=2_000), 10, None, "cell")
     ids = {number for prompt in made for number in prompt}
     assert min(ids) >= 1_000 and max(ids) < 30_000
     assert len(ids) > 10_000
 
 
 def test_prompts_too_short_to_be_distinct_are_refused(tokenizer: Path) -> None:
-    with pytest.raises(LoadError, match=r"input_len 1: there are not 6000 distinct prompts"):
-        prompts.make(workload(input_len=1), 6_000, tokenizer, "cell")
+    with pytest.raises(
+        LoadError, match=r"input_len 1: 6000 distinct prompts of this length do not exist"
+    ):
+        prompts.make_token_prompts(workload(input_len=1), 6_000, tokenizer, "cell")
 
 
-def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match=r"tokenizer\.json: there is no such file"):
-        prompts.make(workload(), 1, tmp_path, "cell")
+def test_a_missing_or_damaged_tokenizer_is_an_error_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"tokenizer\.json: this file does not exist"):
+        prompts.make_token_prompts(workload(), 1, tmp_path, "cell")
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(LoadError, match=r"tokenizer\.json: not a tokenizer"):
-        prompts.make(workload(), 1, tmp_path, "cell")
+        prompts.make_token_prompts(workload(), 1, tmp_path, "cell")
 
 
 def test_a_tokenizer_without_words_of_the_corpus_is_refused(tmp_path: Path) -> None:
     made = Tokenizer(models.BPE(vocab={"猫": 0}, merges=[]))
     made.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(LoadError, match="makes no words of plain English and French"):
-        prompts.make(workload(), 1, tmp_path, "cell")
+    with pytest.raises(LoadError, match="no tokens for English and French words"):
+        prompts.make_token_prompts(workload(), 1, tmp_path, "cell")
 
 
-def test_the_corpus_is_two_languages_of_some_length() -> None:
-    assert len(prompts.corpus().split()) > 5_000
-    assert "Every watt" in prompts.corpus() and "Chaque watt" in prompts.corpus()
+def test_the_corpus_has_enough_text_in_two_languages() -> None:
+    assert len(prompts.load_corpus().split()) > 5_000
+    assert "Every watt" in prompts.load_corpus() and "Chaque watt" in prompts.load_corpus()
 
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with few ids, to which most words are several: cut apart, some are others."""
+    """A tokenizer with few ids. Most words have several tokens, and a cut can change them."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -120,42 +124,42 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([prompts.corpus()], trainer)
+    made.train_from_iterator([prompts.load_corpus()], trainer)
     folder = tmp_path_factory.mktemp("pieces")
     made.save(str(folder / "tokenizer.json"))
     return folder
 
 
-def test_every_text_has_the_tokens_asked_for_when_it_is_tokenized(
-    tokenizer: Path, pieces: Path
-) -> None:
+def test_every_text_has_the_requested_number_of_tokens(tokenizer: Path, pieces: Path) -> None:
     for folder in (tokenizer, pieces):
         made = Tokenizer.from_file(str(folder / "tokenizer.json"))
         made.no_truncation()
-        # Of 2000 beginnings some end in white space, and a few have other tokens by themselves.
+        # Among 2000 texts are some that a careless cut would end in white space or retokenize.
         for length, count in ((1, 5), (3, 5), (31, 2000), (296, 5), (20_000, 5)):
-            texts = prompts.make_texts(workload(input_len=length), count, folder, "cell")
+            texts = prompts.make_text_prompts(workload(input_len=length), count, folder, "cell")
             assert {len(made.encode(text).ids) for text in texts} == {length}
             assert [text.strip() for text in texts] == texts
 
 
-def test_texts_are_reproducible_and_distinct_as_token_ids_are(pieces: Path) -> None:
-    few = prompts.make_texts(workload(), 5, pieces, "cell")
-    many = prompts.make_texts(workload(), 500, pieces, "cell")
+def test_texts_are_reproducible_and_distinct(pieces: Path) -> None:
+    few = prompts.make_text_prompts(workload(), 5, pieces, "cell")
+    many = prompts.make_text_prompts(workload(), 500, pieces, "cell")
     assert many[:5] == few and len(set(many)) == 500
-    assert not set(many) & set(prompts.make_texts(workload(), 500, pieces, "other"))
-    same = prompts.make_texts(workload(prompts="identical"), 3, pieces, "cell")
+    assert not set(many) & set(prompts.make_text_prompts(workload(), 500, pieces, "other"))
+    same = prompts.make_text_prompts(workload(prompts="identical"), 3, pieces, "cell")
     assert same == few[:1] * 3
-    with pytest.raises(LoadError, match=r"input_len 1: there are not 6000 distinct prompts"):
-        prompts.make_texts(workload(input_len=1), 6_000, pieces, "cell")
+    with pytest.raises(
+        LoadError, match=r"input_len 1: 6000 distinct prompts of this length do not exist"
+    ):
+        prompts.make_text_prompts(workload(input_len=1), 6_000, pieces, "cell")
 
 
-def test_texts_are_running_text(tokenizer: Path) -> None:
-    (text,) = prompts.make_texts(workload(input_len=200), 1, tokenizer, "cell")
+def test_texts_come_from_the_corpus(tokenizer: Path) -> None:
+    (text,) = prompts.make_text_prompts(workload(input_len=200), 1, tokenizer, "cell")
     _, begin, rest = text.partition(" ".join(text.split()[5:8]))
-    assert begin + rest in prompts.corpus()
+    assert begin + rest in prompts.load_corpus()
 
 
-def test_texts_cannot_be_counted_without_a_tokenizer() -> None:
+def test_text_prompts_need_a_tokenizer() -> None:
     with pytest.raises(LoadError, match=r"Name the model's tokenizer\.json"):
-        prompts.make_texts(workload(), 1, None, "cell")
+        prompts.make_text_prompts(workload(), 1, None, "cell")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,9 @@ from servegrid.cli.main import main
 from servegrid.doctor import site
 from servegrid.doctor.commands import ask
 from servegrid.doctor.demands import demand_of
-from servegrid.doctor.report import Status, exit_status, summary, told
+from servegrid.doctor.report import Status, exit_status, format_findings, summary
 from servegrid.doctor.site import Profile
 from servegrid.errors import ConfigError
-from snakemake_executor_plugin_submitit.submission import KIND_KEYS
 
 
 def profile_in(
@@ -35,7 +35,7 @@ def test_findings_are_aligned_and_counted() -> None:
         GROUP.warn("longer", "so\nso", "do this"),
         GROUP.skip("b", "no"),
     ]
-    assert told(findings) == (
+    assert format_findings(findings) == (
         "kind v100\n"
         "  OK    a       fine\n"
         "  WARN  longer  so so\n"
@@ -49,16 +49,14 @@ def test_findings_are_aligned_and_counted() -> None:
 
 def test_lines_are_wrapped_to_a_terminal_and_never_inside_words() -> None:
     path = "/a/very/long/path/that/must/stay/in/one/piece/to/be/copied"
-    lines = told([GROUP.warn("x", "word " * 20, f"look at {path} at once")], 60).splitlines()
+    lines = format_findings(
+        [GROUP.warn("x", "word " * 20, f"look at {path} at once")], 60
+    ).splitlines()
     assert all(len(line) <= 60 or path in line for line in lines)
     assert any(path in line for line in lines)
 
 
 # Profile and study
-
-
-def test_the_keys_of_kinds_are_those_of_the_executor() -> None:
-    assert set(KIND_KEYS) == site.KEYS
 
 
 def test_a_profile_is_read_with_its_kinds(tmp_path: Path) -> None:
@@ -73,14 +71,7 @@ def test_a_profile_is_read_with_its_kinds(tmp_path: Path) -> None:
         ("executor: [", None, r"--profile: .*config\.yaml is not valid YAML.*Correct it"),
         ("- a", None, r"config\.yaml is not a mapping of keys\. Write"),
         ("executor: submitit\n", "v100: 3", r"kinds\.yaml: v100: is not a mapping.*Write"),
-        ("executor: submitit\n", "v100: {nodes: '2'}", r"v100\.nodes: '2' is not a number.*Write"),
-        ("executor: submitit\n", "v100: {slurm_qos: 7}", r"v100\.slurm_qos: 7 is not a text"),
         ("executor: submitit\n", "[", r"submitit-kinds: .*kinds\.yaml is not valid YAML"),
-        (
-            "executor: submitit\n",
-            "v100: {slurm_additional_parameters: x}",
-            r"v100\.slurm_additional_parameters: is not a mapping",
-        ),
     ],
 )
 def test_an_unreadable_profile_is_one_error_with_file_key_and_remedy(
@@ -107,6 +98,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ("executor: submitit\nsubmitit-cluster: slurm\n", None, Status.WARN, "no submitit-kinds"),
         ("executor: submitit\n", "{}", Status.FAIL, "no kinds in it"),
         ("executor: submitit\n", "a: {slurm_partitoin: x}", Status.FAIL, "`slurm_partitoin`"),
+        ("executor: submitit\n", "a: {nodes: '2'}", Status.FAIL, "a.nodes: '2' is not a number"),
+        ("executor: submitit\n", "a: {slurm_qos: 7}", Status.FAIL, "a.slurm_qos: 7 is not text"),
+        ("executor: submitit\n", "a: {slurm_additional_parameters: x}", Status.FAIL, "a mapping"),
+        ("executor: submitit\n", "a: {nodes: true}", Status.FAIL, "True is not a number"),
+        ("executor: submitit\n", "a: {gpus_of_node: 0}", Status.FAIL, "0 is less than 1"),
     ],
 )
 def test_a_profile_that_cannot_serve_is_judged(
@@ -119,7 +115,17 @@ def test_a_profile_that_cannot_serve_is_judged(
     assert bad[0].remedy
 
 
-def test_a_misspelt_key_is_told_the_right_one(tmp_path: Path) -> None:
+def test_without_the_plugin_the_keys_are_not_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "snakemake_executor_plugin_submitit.kinds", None)
+    profile = Profile.read(profile_in(tmp_path, kinds_text="a: {slurm_partitoin: x}"))
+    findings = [each for each in site.judge_profile(profile) if each.status is not Status.OK]
+    assert [each.status for each in findings] == [Status.WARN]
+    assert "not installed" in findings[0].found
+
+
+def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
     profile = Profile.read(profile_in(tmp_path, kinds_text="a: {slurm_partitoin: x}"))
     remedies = [each.remedy for each in site.judge_profile(profile)]
     assert "Did you mean `slurm_partition`?" in remedies[-1]

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from servegrid.engines import Site, bring_up, listening
+from servegrid.engines import Site, start_engine, listening
 from servegrid.engines.vllm import _environment
 from servegrid.engines.vllm_server import resolved
 from servegrid.errors import ConfigError, EngineError
@@ -45,7 +45,7 @@ def test_an_engine_that_does_not_exist_is_told_those_that_do() -> None:
     with pytest.raises(
         ConfigError, match=r"no engine `vlm`. Use one of: emulated, external, llamacpp, vllm\."
     ):
-        bring_up(replace(DEPLOYMENT, engine="vlm"), Site(models=Path("unused")))
+        start_engine(replace(DEPLOYMENT, engine="vlm"), Site(models=Path("unused")))
 
 
 def test_a_socket_path_fits_the_kernels_structure_or_is_refused() -> None:
@@ -127,11 +127,11 @@ def test_a_resolved_configuration_becomes_plain_data() -> None:
 
 def test_processes_begun_while_signals_are_held_never_see_them() -> None:
     code = "import signal; print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
-    with processes.signals_held():
+    with processes.block_signals():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     held = sorted(int(each) for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
     assert list(map(int, done.stdout.split())) == held
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(processes.HELD)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(processes.BLOCKED_SIGNALS)
 
 
 LEAKING = """
@@ -157,7 +157,7 @@ def start_leaking(on_sigterm: str) -> tuple[subprocess.Popen[str], Path]:
 def test_shared_memory_is_found_by_who_has_it_mapped() -> None:
     memory = shared_memory.SharedMemory(create=True, size=64)
     try:
-        found = processes.shared_memory([psutil.Process()])
+        found = processes.shared_memory_files([psutil.Process()])
     finally:
         memory.close()
         memory.unlink()
@@ -167,7 +167,7 @@ def test_shared_memory_is_found_by_who_has_it_mapped() -> None:
 def test_a_process_that_does_not_listen_is_killed() -> None:
     process, segment = start_leaking("SIG_IGN")
     try:
-        processes.end([psutil.Process(process.pid)], grace_s=0.2)
+        processes.terminate([psutil.Process(process.pid)], grace_s=0.2)
         assert process.wait(10) == -signal.SIGKILL
     finally:
         segment.unlink()
@@ -175,7 +175,7 @@ def test_a_process_that_does_not_listen_is_killed() -> None:
 
 def test_the_warden_ends_what_is_left_and_removes_its_memory_and_folder() -> None:
     process, segment = start_leaking("SIG_DFL")
-    with reaper.guarded() as guard:
+    with reaper.start_reaper() as guard:
         assert stat.S_IMODE(guard.folder.stat().st_mode) == 0o700
         (guard.folder / "file").touch()
         guard.watch([psutil.Process(process.pid)])
@@ -189,7 +189,7 @@ def test_the_warden_does_the_same_when_its_parent_is_killed() -> None:
     process, segment = start_leaking("SIG_DFL")
     code = (
         "import sys, time, psutil; from servegrid.node import reaper\n"
-        "with reaper.guarded() as guard:\n"
+        "with reaper.start_reaper() as guard:\n"
         f"    guard.watch([psutil.Process({process.pid})])\n"
         "    print(guard.folder, flush=True); time.sleep(60)"
     )

@@ -55,9 +55,9 @@ def rendered(
 ) -> dict[str, list[str]]:
     """The arguments as flags, each with its words."""
     deployment = replace(deployment, engine_args=more)
-    defaults = arguments.defaults_for(deployment, "/models/small", 1 << 20)
+    defaults = arguments.default_arguments(deployment, "/models/small", 1 << 20)
     flags: dict[str, list[str]] = {}
-    for word in arguments.render(deployment, defaults, options, "0.32.0"):
+    for word in arguments.format_arguments(deployment, defaults, options, "0.32.0"):
         if word.startswith("--"):
             flag = word
             assert flag not in flags

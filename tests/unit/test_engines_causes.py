@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from servegrid.engines import causes
+from servegrid.engines import startup_errors
 
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
     """vLLM's logger, configured as its processes are."""
-    for name, value in causes.variables(tmp_path).items():
+    for name, value in startup_errors.logging_variables(tmp_path).items():
         monkeypatch.setenv(name, value)
     config = json.loads((tmp_path / "logging.json").read_text())
     logging.config.dictConfig(config)
@@ -34,26 +34,26 @@ def test_the_first_exception_is_the_cause(log: logging.Logger, tmp_path: Path) -
             raise error
         except Exception:
             log.exception("it did not start")
-    assert causes.first(tmp_path) == "ValueError: no room for the KV cache"
+    assert startup_errors.first_error(tmp_path) == "ValueError: no room for the KV cache"
 
 
 def test_no_error_is_no_cause(log: logging.Logger, tmp_path: Path) -> None:
-    assert causes.first(tmp_path) is None
+    assert startup_errors.first_error(tmp_path) is None
     log.error("without an exception")
-    assert causes.first(tmp_path) is None
+    assert startup_errors.first_error(tmp_path) is None
 
 
 def test_an_engine_that_is_gone_is_no_reason_to_fail(
     log: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(causes.FILE_VARIABLE, "/no/where/errors.jsonl")
+    monkeypatch.setenv(startup_errors.FILE_VARIABLE, "/no/where/errors.jsonl")
     log.error("late")
-    monkeypatch.delenv(causes.FILE_VARIABLE)
+    monkeypatch.delenv(startup_errors.FILE_VARIABLE)
     log.error("later")
 
 
 def test_a_cause_is_told_on_one_line_and_not_at_length() -> None:
-    assert causes.told(ValueError("two\nlines")) == "ValueError: two\nlines"
-    assert causes.shortened("ValueError: two\n  lines") == "ValueError: two lines"
-    assert causes.shortened("1\n2\n3\n4\n5\n6") == "1 2 3 4"
-    assert len(causes.shortened("word " * 1000)) <= causes.CHARACTERS_TOLD
+    assert startup_errors.describe_failure(ValueError("two\nlines")) == "ValueError: two\nlines"
+    assert startup_errors.shorten("ValueError: two\n  lines") == "ValueError: two lines"
+    assert startup_errors.shorten("1\n2\n3\n4\n5\n6") == "1 2 3 4"
+    assert len(startup_errors.shorten("word " * 1000)) <= startup_errors.MAX_CHARACTERS

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from servegrid.engines.emulated import settings_of
-from servegrid.engines.emulated_timing import Timing, timing_of
+from servegrid.engines.emulated import parse_settings
+from servegrid.engines.emulated_timing import Timing, load_timing
 from servegrid.errors import ConfigError
-from servegrid.study.config import read_study
+from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment
 
 ROOT = Path(__file__).parents[2]
-MISTRAL, *_, MIXTRAL_22B, LLAMA = read_study(ROOT / "config/rehearsal.yaml").deployments
+MISTRAL, *_, MIXTRAL_22B, LLAMA = load_study(ROOT / "config/rehearsal.yaml").deployments
 
 
 def seconds_per_100_tokens(timing: Timing, concurrency: int, input_len: int) -> float:
@@ -34,7 +34,7 @@ def seconds_per_100_tokens(timing: Timing, concurrency: int, input_len: int) -> 
 def test_the_articles_cells_take_as_long_as_published(
     deployment: Deployment, concurrency: int, input_len: int, published: float
 ) -> None:
-    timing = timing_of(deployment, "inria-2024")
+    timing = load_timing(deployment, "inria-2024")
     assert seconds_per_100_tokens(timing, concurrency, input_len) == pytest.approx(published)
 
 
@@ -51,14 +51,14 @@ def table(folder: Path, rows: list[tuple[int, int, str]]) -> str:
 
 def test_between_cells_time_is_linear(tmp_path: Path) -> None:
     rows = [(1, 10, "2"), (3, 10, "4"), (1, 20, "6"), (3, 20, "8")]
-    timing = timing_of(MISTRAL, table(tmp_path, rows))
+    timing = load_timing(MISTRAL, table(tmp_path, rows))
     assert seconds_per_100_tokens(timing, 2, 10) == pytest.approx(3)
     assert seconds_per_100_tokens(timing, 1, 15) == pytest.approx(4)
     assert seconds_per_100_tokens(timing, 2, 15) == pytest.approx(5)
 
 
 def test_gaps_and_what_lies_outside_are_not_served(tmp_path: Path) -> None:
-    timing = timing_of(MISTRAL, table(tmp_path, [(1, 10, "2"), (2, 10, "3"), (4, 10, "")]))
+    timing = load_timing(MISTRAL, table(tmp_path, [(1, 10, "2"), (2, 10, "3"), (4, 10, "")]))
     assert timing(2, 10) is not None
     assert timing(4, 10) is None
     assert timing(3, 10) is None  # beside the gap
@@ -68,13 +68,13 @@ def test_gaps_and_what_lies_outside_are_not_served(tmp_path: Path) -> None:
 
 def test_a_time_scale_and_a_slow_down_multiply_all_times() -> None:
     arguments = {"timing": "inria-2024", "time_scale": 0.5, "slowdown": 1.1}
-    _, timing, _ = settings_of(replace(MISTRAL, engine_args=arguments))
+    _, timing, _ = parse_settings(replace(MISTRAL, engine_args=arguments))
     assert seconds_per_100_tokens(timing, 1, 31) == pytest.approx(1.8 * 0.5 * 1.1)
 
 
 def test_the_roofline_is_a_timing() -> None:
     # 14.5 GB of weights from 2 × 900 GB/s, a hundred times; the KV cache adds 0.2%.
-    timing = timing_of(MISTRAL, "roofline")
+    timing = load_timing(MISTRAL, "roofline")
     assert seconds_per_100_tokens(timing, 1, 31) == pytest.approx(0.806, rel=0.005)
 
 
@@ -96,11 +96,11 @@ def test_the_roofline_is_a_timing() -> None:
 )
 def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told) as refused:
-        settings_of(replace(MISTRAL, engine_args=arguments))
+        parse_settings(replace(MISTRAL, engine_args=arguments))
     assert str(refused.value).startswith(f"deployment `{MISTRAL.name}`: ")
 
 
 def test_a_table_without_the_deployment_is_refused() -> None:
     other = replace(MISTRAL, gpu_count=4, engine_args={"timing": "inria-2024"})
     with pytest.raises(ConfigError, match="`inria-2024` has no rows for model mistral-7b"):
-        settings_of(other)
+        parse_settings(other)

@@ -14,20 +14,20 @@ from typing import Any
 
 import pytest
 
-from servegrid.client.requests import without_key
+from servegrid.client.requests import redact_key
 from servegrid.doctor.demands import demand_of
 from servegrid.doctor.site import Profile, nodes_of
 from servegrid.doctor.studies import judge_models
-from servegrid.engines.external import endpoint_of
+from servegrid.engines.external import resolve_endpoint
 from servegrid.errors import ConfigError, EngineError
 from servegrid.run import service
 from servegrid.run import trial as salting
-from servegrid.run.preflight import refuse_unready
-from servegrid.run.service import Handover, refuse_missing_gpus
-from servegrid.study.config import read_study, study_of
-from servegrid.study.endpoint import Endpoint, External, base_of
+from servegrid.run.preflight import check_ready
+from servegrid.run.service import AllocationInfo, check_allocated_gpus
+from servegrid.study.config import load_study, parse_study
+from servegrid.study.endpoint import Endpoint, ExternalEndpoint, normalize_base_url
 from servegrid.study.grid import Study, Trial
-from servegrid.telemetry.server import get, healthy
+from servegrid.telemetry.server import http_get, is_healthy
 
 CONFIG = Path(__file__).parents[2] / "config"
 ENTRY: dict[str, Any] = {
@@ -47,7 +47,7 @@ def study(**changes: Any) -> Study:
     """A study of ENTRY with `changes`; a key that is changed to None is left out."""
     entry = {key: value for key, value in (ENTRY | changes).items() if value is not None}
     workload = {"concurrency": 4, "input_len": 31}
-    return study_of({"study": "s", "workload": workload, "deployments": [entry]})
+    return parse_study({"study": "s", "workload": workload, "deployments": [entry]})
 
 
 def keyed(**endpoint: Any) -> Study:
@@ -58,7 +58,7 @@ def test_it_is_named_after_what_serves_and_keeps_its_endpoint() -> None:
     (trial,) = study().trials
     deployment = trial.deployment
     assert deployment.name == "mistral-7b_fp16_external-sglang_2xa100-40gb"
-    assert deployment.endpoint == External("http://sirocco14:30000/v1", "default", "sglang")
+    assert deployment.endpoint == ExternalEndpoint("http://sirocco14:30000/v1", "default", "sglang")
     assert (deployment.gpu, deployment.gpu_count, deployment.checkpoint) == ("a100-40gb", 2, "")
     again = Trial.from_spec(json.loads(trial.spec_json))
     assert again == trial and again.digest == trial.digest
@@ -69,7 +69,7 @@ def test_its_load_takes_a_node_without_gpus_and_the_main_process_s_python() -> N
     (deployment,) = study().deployments
     assert (deployment.node_kind, deployment.node_gpus) == ("cpu", 0)
     assert deployment.environment == "main"
-    refuse_missing_gpus(deployment, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": ""})
+    check_allocated_gpus(deployment, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_the_doctor_looks_for_its_tokenizer_and_asks_for_no_gpu(tmp_path: Path) -> None:
@@ -94,12 +94,12 @@ def test_other_deployments_have_the_specification_that_they_had_before() -> None
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"endpoint": None}, "the engine `external` needs `endpoint`: where it answers"),
+        ({"endpoint": None}, "the engine `external` needs `endpoint`. Add the key"),
         ({"tokenizer": None}, "the engine `external` needs `tokenizer`"),
         ({"max_num_seqs": None}, "the engine `external` needs `max_num_seqs`"),
-        ({"checkpoint": "org/m"}, "deployments[0].checkpoint: nothing is brought up"),
-        ({"engine_args": {"a": 1}}, "deployments[0].engine_args: nothing is brought up"),
-        ({"engine": "vllm", "checkpoint": "org/m"}, "[0].endpoint: servegrid brings `vllm` up"),
+        ({"checkpoint": "org/m"}, "deployments[0].checkpoint: the engine `external` does not use"),
+        ({"engine_args": {"a": 1}}, "[0].engine_args: the engine `external` does not use"),
+        ({"engine": "vllm", "checkpoint": "org/m"}, "endpoint: servegrid starts the engine `vllm`"),
         ({"engine": "vllm", "endpoint": None}, "deployments[0]: `checkpoint` is missing"),
     ],
 )
@@ -112,8 +112,8 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], told: str
     ("endpoint", "told"),
     [
         ({"url": "sirocco14:30000"}, "endpoint.url: 'sirocco14:30000' is not a URL"),
-        ({"url": "http://user:secret@host"}, "and without a key in it"),
-        ({"url": "http://host/v1?key=secret"}, "and without a key in it"),
+        ({"url": "http://user:secret@host"}, "without a key in it"),
+        ({"url": "http://host/v1?key=secret"}, "without a key in it"),
         ({"api": "responses"}, "'responses' is not one of `completions`, `chat`"),
         ({"engine": "emulated"}, "endpoint.engine: 'emulated' is not a name"),
         ({"api_key": "secret"}, "unknown key `api_key`. Did you mean `api_key_env`?"),
@@ -126,7 +126,7 @@ def test_endpoints_that_do_not_fit_are_refused(endpoint: dict[str, Any], told: s
 
 
 def test_the_example_asks_one_server_by_both_of_its_apis() -> None:
-    first, second = read_study(CONFIG / "external.yaml").deployments
+    first, second = load_study(CONFIG / "external.yaml").deployments
     assert first.endpoint is not None and second.endpoint is not None
     assert second.endpoint == replace(first.endpoint, api="chat")
     assert first.endpoint.api_key_env == "LLAMACPP_KEY"
@@ -141,15 +141,15 @@ def test_the_example_asks_one_server_by_both_of_its_apis() -> None:
     ],
 )
 def test_an_url_may_have_the_apis_v1_or_not(url: str, base: str) -> None:
-    assert base_of(url) == base
+    assert normalize_base_url(url) == base
 
 
 def test_the_key_comes_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     (deployment,) = keyed(api_key_env="SGLANG_KEY", api="chat").deployments
     monkeypatch.setenv("SGLANG_KEY", " secret\n")
-    told = endpoint_of(deployment)
+    told = resolve_endpoint(deployment)
     assert told == Endpoint("http://sirocco14:30000", "default", "secret", api="chat")
-    assert endpoint_of(study().deployments[0]).api_key is None
+    assert resolve_endpoint(study().deployments[0]).api_key is None
 
 
 def test_a_missing_key_is_told_before_anything_starts(
@@ -158,16 +158,16 @@ def test_a_missing_key_is_told_before_anything_starts(
     (tmp_path / "tokenizer.json").touch()
     of = study(tokenizer=str(tmp_path), endpoint=ENTRY["endpoint"] | {"api_key_env": "SGLANG_KEY"})
     monkeypatch.setenv("SGLANG_KEY", "secret")
-    refuse_unready(of, tmp_path)
+    check_ready(of, tmp_path)
     monkeypatch.setenv("SGLANG_KEY", " ")
     with pytest.raises(EngineError, match=r"the variable SGLANG_KEY holds no API key\. Export it"):
-        refuse_unready(of, tmp_path)
+        check_ready(of, tmp_path)
 
 
 def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    given = Handover(
+    given = AllocationInfo(
         endpoint=Endpoint("http://sirocco14:30000", "default", "secret", api="chat"),
         deployment_digest="d",
         tokenizer=tmp_path,
@@ -175,19 +175,19 @@ def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
         process=(1, 0.0),
         engine={},
         environment={},
-        places=[[0]],
+        cpu_sets=[[0]],
         self_check=None,
         api_key_env="SGLANG_KEY",
     )
     file = tmp_path / "handover.json"
     given.write(file)
     assert "secret" not in file.read_text()
-    monkeypatch.setenv(service.VARIABLE, str(file))
+    monkeypatch.setenv(service.INFO_VARIABLE, str(file))
     monkeypatch.setenv("SGLANG_KEY", "secret")
-    assert asdict(Handover.read()) == asdict(replace(given, process=[1, 0.0]))  # type: ignore[arg-type]
+    assert asdict(AllocationInfo.read()) == asdict(replace(given, process=[1, 0.0]))  # type: ignore[arg-type]
     monkeypatch.delenv("SGLANG_KEY")
     with pytest.raises(EngineError, match="the variable SGLANG_KEY holds no API key in this job"):
-        Handover.read()
+        AllocationInfo.read()
 
 
 def test_an_endpoint_that_outlives_allocations_gets_other_prompts_each_time() -> None:
@@ -202,9 +202,9 @@ def test_a_key_that_a_server_quotes_is_not_repeated() -> None:
     import httpx
 
     with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
-        assert without_key("bad key: secret!", client) == "bad key: …!"
+        assert redact_key("bad key: secret!", client) == "bad key: …!"
     with httpx.Client() as client:
-        assert without_key("no key", client) == "no key"
+        assert redact_key("no key", client) == "no key"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from servegrid.engines import fit, hardware
+from servegrid.engines import compatibility, hardware
 from servegrid.engines.hardware import Capability, Gpu, Software
 from servegrid.errors import EngineError
 from servegrid.node import nvml
@@ -69,11 +69,11 @@ def needs(
     gpu_count: int = 1,
     asked: Mapping[str, Capability] = ASKED,
     **arguments: Any,
-) -> fit.Needs:
+) -> compatibility.Requirements:
     """Of a deployment with these `arguments`, whose weights have so many GiB."""
     deployment = replace(DEPLOYMENT, gpu_count=gpu_count, engine_args=arguments)
     size = None if weights is None else int(weights * GIB)
-    return fit.needs_of(deployment, DEFAULTS, config or {}, size, asked.get)
+    return compatibility.requirements_for(deployment, DEFAULTS, config or {}, size, asked.get)
 
 
 def quantized(method: str) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def quantized(method: str) -> dict[str, Any]:
     ],
 )
 def test_what_may_run_is_let_through(
-    needed: fit.Needs, gpus: list[Gpu] | None, software: Software
+    needed: compatibility.Requirements, gpus: list[Gpu] | None, software: Software
 ) -> None:
-    assert fit.misfit(needed, gpus, software) is None
+    assert compatibility.incompatibility(needed, gpus, software) is None
 
 
 @pytest.mark.parametrize(
@@ -207,9 +207,9 @@ def test_what_may_run_is_let_through(
     ],
 )
 def test_what_cannot_run_is_told_in_one_line(
-    needed: fit.Needs, gpus: list[Gpu], software: Software, told: list[str]
+    needed: compatibility.Requirements, gpus: list[Gpu], software: Software, told: list[str]
 ) -> None:
-    reason = fit.misfit(needed, gpus, software)
+    reason = compatibility.incompatibility(needed, gpus, software)
     assert reason
     assert reason.startswith("deployment `mistral-7b_fp16_vllm_1xgpu`: ")
     assert "\n" not in reason
@@ -276,7 +276,7 @@ SECOND = Gpu("Tesla T4", None, None)
 )
 def test_gpus_are_those_that_cuda_sees(named: str | None, seen: list[Gpu] | None) -> None:
     environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
-    assert hardware.visible(Nvml, environment) == seen
+    assert hardware.list_gpus(Nvml, environment) == seen
 
 
 def test_gpus_that_nvml_will_not_show_are_not_counted_as_none() -> None:
@@ -285,13 +285,13 @@ def test_gpus_that_nvml_will_not_show_are_not_counted_as_none() -> None:
         def nvmlDeviceGetHandleByIndex(index: int) -> int:
             raise NotSupportedError
 
-    assert hardware.visible(Forbidden, {}) is None
+    assert hardware.list_gpus(Forbidden, {}) is None
 
 
 def test_the_driver_is_read_where_there_is_one() -> None:
-    software = hardware.installed("0.32.0", Nvml)
+    software = hardware.detect_software("0.32.0", Nvml)
     assert (software.driver, software.driver_cuda) == ("550.54.15", (12, 4))
-    software = hardware.installed("0.32.0", None)
+    software = hardware.detect_software("0.32.0", None)
     assert (software.vllm, software.driver, software.driver_cuda) == ("0.32.0", None, None)
 
 
@@ -307,11 +307,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(quantized("awq")))
-    monkeypatch.setattr(hardware, "visible", lambda nvml, environment: [V100])
-    monkeypatch.setattr(hardware, "installed", lambda vllm, nvml: FOR_V100)
-    monkeypatch.setattr(hardware, "capability_for", ASKED.get)
-    monkeypatch.setattr(nvml, "driver", ADriver)
+    monkeypatch.setattr(hardware, "list_gpus", lambda nvml, environment: [V100])
+    monkeypatch.setattr(hardware, "detect_software", lambda vllm, nvml: FOR_V100)
+    monkeypatch.setattr(hardware, "required_capability", ASKED.get)
+    monkeypatch.setattr(nvml, "open_driver", ADriver)
     with pytest.raises(EngineError, match="quantization `awq` needs"):
-        fit.refuse_misfit(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
+        compatibility.check_compatibility(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
     (tmp_path / "config.json").write_text(json.dumps(quantized("gptq")))
-    fit.refuse_misfit(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
+    compatibility.check_compatibility(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")

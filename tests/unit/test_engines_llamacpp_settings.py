@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from servegrid.engines.llamacpp import gguf_file, settings_for
+from servegrid.engines.llamacpp import find_gguf, llamacpp_settings
 from servegrid.engines.llamacpp_server import apply
 from servegrid.errors import ConfigError, ModelError
 from servegrid.study.grid import Deployment
@@ -29,7 +29,7 @@ DEPLOYMENT = Deployment(
 
 
 def test_the_context_is_shared_by_all_slots_and_no_prompt_is_reused() -> None:
-    settings = settings_for(DEPLOYMENT, Path("/models/small.gguf"), threads=6)
+    settings = llamacpp_settings(DEPLOYMENT, Path("/models/small.gguf"), threads=6)
     assert settings["model.path"] == "/models/small.gguf"
     assert settings["n_parallel"] == 8
     assert settings["n_ctx"] == 8 * 1024
@@ -38,12 +38,12 @@ def test_the_context_is_shared_by_all_slots_and_no_prompt_is_reused() -> None:
     assert settings["cache_prompt"] is False
     assert settings["cache_ram_mib"] == settings["n_cache_reuse"] == 0
     on_gpu = replace(DEPLOYMENT, gpu="a100", gpu_count=1)
-    assert settings_for(on_gpu, Path("small.gguf"), 6)["n_gpu_layers"] == -1
+    assert llamacpp_settings(on_gpu, Path("small.gguf"), 6)["n_gpu_layers"] == -1
 
 
 def test_the_deployments_arguments_come_over_them() -> None:
     chosen = replace(DEPLOYMENT, engine_args={"cache_prompt": True, "n_ubatch": 256})
-    settings = settings_for(chosen, Path("small.gguf"), 2)
+    settings = llamacpp_settings(chosen, Path("small.gguf"), 2)
     assert settings["cache_prompt"] is True
     assert settings["n_ubatch"] == 256
 
@@ -53,7 +53,7 @@ def test_the_deployments_arguments_come_over_them() -> None:
 )
 def test_what_is_decided_elsewhere_is_refused(key: str, instead: str) -> None:
     with pytest.raises(ConfigError, match=rf"engine_args\.{key} is decided by .*{instead}"):
-        settings_for(replace(DEPLOYMENT, engine_args={key: 1}), Path("small.gguf"), 2)
+        llamacpp_settings(replace(DEPLOYMENT, engine_args={key: 1}), Path("small.gguf"), 2)
 
 
 class Kind(enum.IntEnum):
@@ -105,16 +105,16 @@ def test_what_llamacpp_does_not_know_is_named(settings: dict[str, object], told:
 def test_a_folder_with_one_gguf_file_means_that_file(tmp_path: Path) -> None:
     folder = replace(DEPLOYMENT, checkpoint=str(tmp_path))
     with pytest.raises(ModelError, match="has 0 GGUF files"):
-        gguf_file(folder, tmp_path)
+        find_gguf(folder, tmp_path)
     (tmp_path / "one.gguf").write_bytes(b"GGUF....")
-    assert gguf_file(folder, tmp_path) == tmp_path / "one.gguf"
+    assert find_gguf(folder, tmp_path) == tmp_path / "one.gguf"
     (tmp_path / "two.gguf").write_bytes(b"GGUF....")
     with pytest.raises(ModelError, match=r"has 2 GGUF files\. .*name the file"):
-        gguf_file(folder, tmp_path)
+        find_gguf(folder, tmp_path)
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     other = replace(DEPLOYMENT, checkpoint=str(tmp_path / "model.safetensors"))
     with pytest.raises(ModelError, match="is not a GGUF file"):
-        gguf_file(other, tmp_path)
+        find_gguf(other, tmp_path)

@@ -25,7 +25,7 @@ def test_a_script_is_main_and_its_output_is_seen(
 
 
 @pytest.mark.parametrize(
-    ("text", "status", "told"),
+    ("text", "status", "message"),
     [
         ("import sys; sys.exit(3)", 3, ""),
         ("import sys; sys.exit('no such model')", 1, "no such model"),
@@ -35,12 +35,12 @@ def test_a_script_is_main_and_its_output_is_seen(
     ],
 )
 def test_a_script_that_fails_has_a_status_and_says_why(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, status: int, told: str
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, status: int, message: str
 ) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         run(script(tmp_path, text))
     assert failed.value.returncode == status
-    assert told in capfd.readouterr().err
+    assert message in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["import sys; sys.exit()", "import sys; sys.exit(0)"])

@@ -13,9 +13,9 @@ from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_executor_plugin_submitit.jobs import (
     allocation_of,
     argv_of,
+    job_order,
     key_of,
     log_of,
-    order_of,
     params_of,
     plain,
 )
@@ -88,8 +88,8 @@ def test_what_is_not_plain_is_refused_by_place() -> None:
 
 
 def test_a_turn_is_a_number_and_0_where_none_is_given() -> None:
-    assert order_of(job()) == 0
-    assert order_of(job(resources={"turn": np.int64(12)})) == 12
+    assert job_order(job()) == 0
+    assert job_order(job(resources={"order": np.int64(12)})) == 12
     for wrong in (-1, 10**6, "first", 1.5):
-        with pytest.raises(WorkflowError, match=r"measure: resources\.turn: .* is not a number"):
-            order_of(job(resources={"turn": wrong}))
+        with pytest.raises(WorkflowError, match=r"measure: resources\.order: .* is not a number"):
+            job_order(job(resources={"order": wrong}))

@@ -43,7 +43,7 @@ def test_lines_of_squeue() -> None:
 
 
 class Cluster:
-    """A clock and a squeue that says what it is told to."""
+    """A clock and a squeue that says what it is asked to."""
 
     def __init__(self, answer: str | None) -> None:
         self.answer, self.now, self.asked = answer, 0.0, 0
@@ -139,10 +139,10 @@ def test_a_process_is_known_by_its_number_and_its_beginning() -> None:
     assert start_ticks(process.pid) is None
 
 
-def test_people_are_told_state_and_reason() -> None:
+def test_state_and_reason_are_described() -> None:
     cluster = Cluster("101|PENDING|Resources|alpha-1f\n102|RUNNING|None|alpha-1f\n")
-    assert cluster.liveness.told(submission("101")) == ""  # nobody has asked yet
+    assert cluster.liveness.describe(submission("101")) == ""  # nobody has asked yet
     cluster.end()
-    assert cluster.liveness.told(submission("101")) == "pending (Resources)"
-    assert cluster.liveness.told(submission("102")) == "running"
-    assert cluster.liveness.told(submission("103")) == ""
+    assert cluster.liveness.describe(submission("101")) == "pending (Resources)"
+    assert cluster.liveness.describe(submission("102")) == "running"
+    assert cluster.liveness.describe(submission("103")) == ""

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from snakemake_executor_plugin_submitit.fleet import Fleet
+from snakemake_executor_plugin_submitit.manager import AllocationManager
 from snakemake_executor_plugin_submitit.spool import DONE, Spool, Task
-from snakemake_executor_plugin_submitit.tracking import Need, Queued
+from snakemake_executor_plugin_submitit.tracking import AllocationSpec, Queued
 
 
-def needless() -> Need:
+def unneeded() -> AllocationSpec:
     raise AssertionError("nothing is to be submitted")
 
 
 def queued(key: str) -> Queued[str]:
-    return Queued(f"job {key}", Task(key, (), "/", None), needless)
+    return Queued(f"job {key}", Task(key, (), "/", None), unneeded)
 
 
 @pytest.fixture
@@ -31,8 +31,10 @@ def spool(tmp_path: Path) -> Spool:
     return spool
 
 
-def fleet_of(folder: Path) -> Fleet[str]:
-    return Fleet(folder, "local", most=1, linger=1, tell=lambda _: None)
+def manager_of(folder: Path) -> AllocationManager[str]:
+    return AllocationManager(
+        folder, "local", max_allocations=1, idle_timeout=1, report=lambda *_: None
+    )
 
 
 def record_done(spool: Spool, key: str, status: int, when: float) -> None:
@@ -46,9 +48,9 @@ def test_what_was_done_while_snakemake_planned_is_not_done_again(
     tmp_path: Path, spool: Spool
 ) -> None:
     record_done(spool, "x", 0, time.time())
-    fleet = fleet_of(tmp_path)
-    fleet.put([("a", queued("x"))])
-    (outcome,) = fleet.poll()
+    manager = manager_of(tmp_path)
+    manager.put([("a", queued("x"))])
+    (outcome,) = manager.poll()
     assert (outcome.jobs, outcome.failure) == (("job x",), None)
 
 
@@ -61,6 +63,6 @@ def test_what_is_asked_for_again_is_done_again(
     tmp_path: Path, spool: Spool, status: int, when: float
 ) -> None:
     record_done(spool, "x", status, when)
-    fleet = fleet_of(tmp_path)
+    manager = manager_of(tmp_path)
     with pytest.raises(AssertionError, match="nothing is to be submitted"):
-        fleet.put([("a", queued("x"))])
+        manager.put([("a", queued("x"))])

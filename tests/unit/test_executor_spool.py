@@ -61,8 +61,8 @@ def test_what_is_taken_back_is_not_done_and_what_is_claimed_is_not_taken_back(
 
 
 def test_a_lower_turn_goes_first_and_equal_ones_as_they_came(spool: Spool) -> None:
-    for key, turn in (("late", 11), ("a", 2), ("b", 2)):
-        spool.put(replace(task(key), turn=turn))
+    for key, order in (("late", 11), ("a", 2), ("b", 2)):
+        spool.put(replace(task(key), order=order))
     there = Spool(spool.root)
     taken = [there.take() for _ in range(3)]
     assert [each[1].key for each in taken if each] == ["a", "b", "late"]

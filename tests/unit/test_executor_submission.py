@@ -14,9 +14,9 @@ import pytest
 from snakemake_interface_common.exceptions import WorkflowError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from snakemake_executor_plugin_submitit.fleet import slug
+from snakemake_executor_plugin_submitit.kinds import KIND_KEYS
+from snakemake_executor_plugin_submitit.manager import slug
 from snakemake_executor_plugin_submitit.submission import (
-    KIND_KEYS,
     Parameters,
     cancel,
     checked_name,
@@ -146,10 +146,10 @@ def test_a_kinds_file(tmp_path: Path) -> None:
 
 
 WRONG_KINDS = {
-    "a100: {slurm_partitoin: x}": r"a100: unknown key `slurm_partitoin`.*slurm_partition",
-    "a100: {gpus_of_node: 0}": r"a100\.gpus_of_node: it must be 1 or more",
-    "a100: {nodes: two}": r"a100\.nodes: 'two' is not int",
-    "a100: {setup: module load}": r"a100\.setup: 'module load' is not list",
+    "a100: {slurm_partitoin: x}": r"a100.slurm_partitoin: unknown key.*Did you mean `slurm_partition`",
+    "a100: {gpus_of_node: 0}": r"a100\.gpus_of_node: 0 is less than 1",
+    "a100: {nodes: two}": r"a100\.nodes: 'two' is not a number",
+    "a100: {setup: module load}": r"a100\.setup: 'module load' is not a list",
     "a100: 3": "a100 must map parameters",
     "[a100]": "must map kinds",
     "a: [": "cannot be read",

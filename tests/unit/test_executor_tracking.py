@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from snakemake_executor_plugin_submitit.liveness import GONE, HELD, Submission
-from snakemake_executor_plugin_submitit.spool import BEGAN, ENDED, STARTED, STOPPED, Spool, Task
-from snakemake_executor_plugin_submitit.tracking import Need, Queued, Tracked
+from snakemake_executor_plugin_submitit.spool import BEGAN, ENDED, STARTED, STOPPED, UP, Spool, Task
+from snakemake_executor_plugin_submitit.tracking import AllocationSpec, AllocationState, Queued
 
 
-def needless() -> Need:
+def needless() -> AllocationSpec:
     raise AssertionError("only an allocation's first job is asked")
 
 
@@ -21,15 +21,15 @@ def spool(tmp_path: Path) -> Spool:
     return Spool.create(tmp_path / "spool")
 
 
-def tracked(spool: Spool, jobs: str, cluster: str = "slurm", **more: Any) -> Tracked[str]:
+def tracked(spool: Spool, jobs: str, cluster: str = "slurm", **more: Any) -> AllocationState[str]:
     """An allocation with one job per letter; it writes its journal through `spool`."""
     record = Submission("a", cluster, "here", "7", "a-1", 0.0, "a.log")
     queued = [Queued(job, Task(job, (), "/", None), needless) for job in jobs]
     tickets = {spool.put(each.task): each for each in queued}
-    return Tracked(record, spool, tickets=tickets, given=len(jobs), **more)
+    return AllocationState(record, spool, tickets=tickets, given=len(jobs), **more)
 
 
-def ticket_of(live: Tracked[str], job: str) -> str:
+def ticket_of(live: AllocationState[str], job: str) -> str:
     return next(ticket for ticket, queued in live.tickets.items() if queued.job == job)
 
 
@@ -98,7 +98,7 @@ def test_an_orphan_that_was_gone_already_is_no_evidence(spool: Spool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("events", "state", "cluster", "told"),
+    ("events", "state", "cluster", "text"),
     [
         ([(ENDED, {"reason": "walltime"})], None, "slurm", "ended by its time limit"),
         ([(ENDED, {"reason": "bring-up"})], None, "local", "its service did not come up"),
@@ -115,16 +115,16 @@ def test_an_orphan_that_was_gone_already_is_no_evidence(spool: Spool) -> None:
     ],
 )
 def test_how_it_ended(
-    spool: Spool, events: list[tuple[str, Any]], state: str, cluster: str, told: str
+    spool: Spool, events: list[tuple[str, Any]], state: str, cluster: str, text: str
 ) -> None:
     live = tracked(spool, "ab", cluster)
     for kind, data in events:
         spool.record(kind, **data)
     live.read(silent)
-    assert live.told_end(state) == f"Allocation a: {told}; 0 of 2 jobs done"
+    assert live.describe_end(state) == f"Allocation a: {text}; 0 of 2 jobs done"
 
 
-def test_a_bring_up_is_told_once_and_only_where_there_is_a_service(spool: Spool) -> None:
+def test_a_bring_up_is_reported_once_and_only_where_there_is_a_service(spool: Spool) -> None:
     spool.record("up", seconds=42.7)
     lines: list[str] = []
     live = tracked(spool, "a", announced=True)
@@ -132,3 +132,23 @@ def test_a_bring_up_is_told_once_and_only_where_there_is_a_service(spool: Spool)
     live.read(lines.append)
     assert lines == ["Allocation a: up after 43 s."]
     tracked(spool, "a").read(silent)
+
+
+def test_progress_follows_the_journal(spool: Spool) -> None:
+    live = tracked(spool, "ab", announced=True)
+    live.account.given = {"a", "b"}
+    pending = live.progress("pending (Resources)", left=2)
+    assert (pending.state, pending.reason, pending.node) == ("pending", "Resources", None)
+    assert (pending.done, pending.total) == (0, 2)
+    spool.record(STARTED, host="n1", pid=1, start_ticks=1)
+    live.read(lambda *_: None)
+    starting = live.progress("running", left=2)
+    assert (starting.state, starting.reason, starting.node) == ("starting", None, "n1")
+    spool.record(UP, seconds=1.0)
+    spool.finish(ticket_of(live, "a"), 0)
+    live.read(lambda *_: None)
+    running = live.progress("running", left=1)
+    assert (running.state, running.node, running.done) == ("running", "n1", 1)
+    spool.record(STOPPED, reason="SIGTERM")
+    live.read(lambda *_: None)
+    assert live.progress("requeued", left=1).state == "pending"

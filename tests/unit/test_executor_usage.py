@@ -1,4 +1,4 @@
-"""The account of a run: what jobs, allocations and time have come to, and how it is told."""
+"""The account of a run: what jobs, allocations and time have come to, and how it is described."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from snakemake_executor_plugin_submitit.account import Account, State, duration, progress, summary
 from snakemake_executor_plugin_submitit.history import parse_sacct, parse_scontrol
 from snakemake_executor_plugin_submitit.spool import Event
+from snakemake_executor_plugin_submitit.usage import Progress, UsageStats, duration, summary
 
 
-def account_of(*events: tuple[str, float, dict[str, Any]]) -> Account:
-    account = Account("a", shown=True, given={"x", "y"}, done={"x"}, jobs=["job 7"])
+def account_of(*events: tuple[str, float, dict[str, Any]]) -> UsageStats:
+    account = UsageStats("a", shown=True, given={"x", "y"}, done={"x"}, jobs=["job 7"])
     for kind, time, data in events:
         account.note(Event(kind, {"time": time, **data}))
     return account
@@ -46,11 +46,11 @@ def test_times_are_added_up_by_what_they_were_spent_on() -> None:
     assert (account.begun, account.repeated) == (4, 1)
 
 
-def test_the_end_of_a_run_is_told_with_what_is_left_and_how_to_do_it() -> None:
+def test_the_end_of_a_run_is_described_with_what_is_left_and_how_to_do_it() -> None:
     account = account_of(*RUN)
     account.failed = {"y"}
     account.failures.append("was killed")
-    lines = summary([account, Account("unseen", given={"q"})], 95.0, "snakemake --profile p")
+    lines = summary([account, UsageStats("unseen", given={"q"})], 95.0, "snakemake --profile p")
     assert lines == [
         "a: 1 of 2 jobs done, 1 failed, 1 start repeated, up 2 times in 1 allocation (job 7), "
         "28 s allocated, 46% of it under jobs, 33% at work",
@@ -58,31 +58,30 @@ def test_the_end_of_a_run_is_told_with_what_is_left_and_how_to_do_it() -> None:
         "28 s allocated, 46% of it under jobs, 33% at work, "
         "0.70 s from one's work to the next one's (median)",
         "Not done in a: was killed",
-        "To do what is left, and nothing else, type the same again: snakemake --profile p",
+        "To resume, run the same command again: snakemake --profile p",
     ]
 
 
 def test_a_run_without_allocations_says_nothing() -> None:
-    assert summary([Account("a")], 1.0, "snakemake") == []
+    assert summary([UsageStats("a")], 1.0, "snakemake") == []
 
 
-def test_progress_is_aligned() -> None:
-    states = [
-        State(Account("a", given={"x", "y"}, done={"x"}), 1, "working, job 7 on n1", rest_s=61.0),
-        State(Account("longer", given={"z"}), 1, "job 8 pending (Resources), waiting for 2 min"),
-    ]
-    assert progress(states) == [
-        "a       1/2  working, job 7 on n1, about 1 min 1 s left",
-        "longer  0/1  job 8 pending (Resources), waiting for 2 min",
-    ]
+def test_progress_is_described_in_a_line() -> None:
+    running = Progress("a", "running", "running, job 7 on n1", 1, 2, "n1", eta_s=61.0)
+    text = "Allocation a: 1 of 2 jobs done, running, job 7 on n1, about 1 min 1 s left"
+    assert running.describe() == text
+    pending = Progress("b", "pending", "job 8 pending (Resources) since 2 min", 0, 1)
+    assert pending.describe() == (
+        "Allocation b: 0 of 1 job done, job 8 pending (Resources) since 2 min"
+    )
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (61, "1 min 1 s"), (7260, "2 h 1 min")],
 )
-def test_durations(seconds: float, told: str) -> None:
-    assert duration(seconds) == told
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_scontrol_s_record() -> None:

@@ -1,4 +1,4 @@
-"""Records are written whole or not at all, and say clearly why one cannot be kept or read."""
+"""Records are written atomically, and errors name the file and the remedy."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def names(folder: Path) -> list[str]:
 
 @contextmanager
 def files_no_larger_than(size: int) -> Iterator[None]:
-    """As a full disk: the kernel takes the first bytes of a file and then refuses."""
+    """Simulate a full disk: the kernel accepts the first bytes of a file and refuses the rest."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -47,10 +47,10 @@ def files_no_larger_than(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("columns", [columns.REQUESTS, columns.TELEMETRY, columns.CELLS])
-def test_every_column_is_named_once_and_explained(columns: tuple[columns.Column, ...]) -> None:
+def test_column_names_are_unique_and_have_a_meaning(columns: tuple[columns.Column, ...]) -> None:
     assert len({column.name for column in columns}) == len(columns)
     assert all(column.meaning for column in columns)
-    # A unit is said wherever the name ends in one.
+    # Columns whose name ends in a unit state the unit.
     assert [
         column.name
         for column in columns
@@ -59,10 +59,10 @@ def test_every_column_is_named_once_and_explained(columns: tuple[columns.Column,
     ] == []
 
 
-def test_rows_metadata_and_units_come_back(tmp_path: Path) -> None:
+def test_rows_metadata_and_units_can_be_read_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "requests.parquet"
     rows = [{"request_id": "a", "token_ns": [1, 2]}, {"request_id": "b"}]
-    parquet.write(parquet.table_of(columns.REQUESTS, rows, RECORD), path)
+    parquet.write_table(parquet.arrow_table(columns.REQUESTS, rows, RECORD), path)
     assert parquet.read_record(path) == RECORD
     back = pq.read_table(path)
     assert [(field.name, field.type, field.metadata[b"unit"]) for field in back.schema] == [
@@ -74,28 +74,31 @@ def test_rows_metadata_and_units_come_back(tmp_path: Path) -> None:
     ]
     assert back.schema.field("sent_ns").metadata == {
         b"unit": b"ns of CLOCK_MONOTONIC",
-        b"meaning": b"When its first byte was handed to the kernel",
+        b"meaning": b"Time when its first byte was passed to the kernel",
     }
 
 
-def test_others_may_read_what_is_written_and_nothing_else_is_left(tmp_path: Path) -> None:
-    parquet.write(table(10), tmp_path / "a.parquet")
+def test_files_are_readable_by_others_and_temporary_files_are_removed(tmp_path: Path) -> None:
+    parquet.write_table(table(10), tmp_path / "a.parquet")
     assert names(tmp_path) == ["a.parquet"]
     assert stat.S_IMODE((tmp_path / "a.parquet").stat().st_mode) == 0o644
 
 
-def test_a_full_disk_is_named_and_what_lay_there_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_old_file_remains(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    parquet.write(table(10), path)
+    parquet.write_table(table(10), path)
     before = path.read_bytes()
-    with files_no_larger_than(20_000), pytest.raises(RecordError, match="free some space") as told:
-        parquet.write(table(100_000), path)
-    assert str(path) in str(told.value)
+    with (
+        files_no_larger_than(20_000),
+        pytest.raises(RecordError, match="Free some space") as caught,
+    ):
+        parquet.write_table(table(100_000), path)
+    assert str(path) in str(caught.value)
     assert path.read_bytes() == before
     assert names(tmp_path) == ["a.parquet"]
 
 
-def test_a_disk_that_is_full_only_when_synced_is_noticed(
+def test_an_error_while_syncing_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(descriptor: int) -> None:
@@ -103,14 +106,14 @@ def test_a_disk_that_is_full_only_when_synced_is_noticed(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RecordError, match=r"a\.parquet: cannot be written \(No space left"):
-        parquet.write(table(10), tmp_path / "a.parquet")
+        parquet.write_table(table(10), tmp_path / "a.parquet")
     assert names(tmp_path) == []
 
 
-def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_an_exception_leaves_the_old_file_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), parquet.written_whole(path) as temporary:
+    with pytest.raises(ZeroDivisionError), parquet.atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
         _ = 1 / 0
@@ -118,31 +121,31 @@ def test_a_block_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.csv"]
 
 
-def test_the_old_file_is_whole_until_the_new_one_is(tmp_path: Path) -> None:
+def test_readers_of_the_old_file_are_not_disturbed(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("old")
     with path.open() as reader:
-        with parquet.written_whole(path) as temporary:
+        with parquet.atomic_write(path) as temporary:
             temporary.write_text("new")
         assert reader.read() == "old"
     assert path.read_text() == "new"
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "cells"
     for attempt in (
-        lambda: parquet.write(table(1), folder / "a.parquet"),
-        lambda: parquet.refuse_unwritable(folder),
+        lambda: parquet.write_table(table(1), folder / "a.parquet"),
+        lambda: parquet.check_writable(folder),
     ):
-        with pytest.raises(RecordError, match="Not a directory") as told:
+        with pytest.raises(RecordError, match="Not a directory") as caught:
             attempt()
-        assert str(folder) in str(told.value)
+        assert str(folder) in str(caught.value)
 
 
 @pytest.fixture
 def unprivileged() -> Iterator[None]:
-    """Without root's rights: root may write anywhere."""
+    """Drop the rights of root, who can write anywhere."""
     user = os.geteuid()
     os.seteuid(user or 65534)
     yield
@@ -155,33 +158,33 @@ def test_a_folder_without_permission_is_named() -> None:
         folder = Path(name)
         folder.chmod(0o500)
         with pytest.raises(RecordError, match="writable"):
-            parquet.refuse_unwritable(folder)
+            parquet.check_writable(folder)
         with pytest.raises(RecordError, match="writable"):
-            parquet.write(table(1), folder / "a.parquet")
+            parquet.write_table(table(1), folder / "a.parquet")
 
 
-def test_asking_whether_a_folder_is_writable_leaves_nothing_in_it(tmp_path: Path) -> None:
-    parquet.refuse_unwritable(tmp_path / "new")
+def test_check_writable_leaves_no_files(tmp_path: Path) -> None:
+    parquet.check_writable(tmp_path / "new")
     assert names(tmp_path / "new") == []
 
 
-def test_what_is_no_record_is_refused_by_name(tmp_path: Path) -> None:
+def test_files_without_a_record_are_refused(tmp_path: Path) -> None:
     plain, listed, torn = (tmp_path / f"{name}.parquet" for name in ("plain", "listed", "torn"))
-    parquet.write(table(1), plain)
-    parquet.write(table(1).replace_schema_metadata({parquet.RECORD_KEY: b"[1]"}), listed)
+    parquet.write_table(table(1), plain)
+    parquet.write_table(table(1).replace_schema_metadata({parquet.RECORD_KEY: b"[1]"}), listed)
     torn.write_bytes(plain.read_bytes()[:-10])
     for path in (plain, listed, torn, tmp_path / "missing.parquet"):
-        with pytest.raises(RecordError, match="run again") as told:
+        with pytest.raises(RecordError, match="run again") as caught:
             parquet.read_record(path)
-        assert str(path) in str(told.value)
+        assert str(path) in str(caught.value)
 
 
-def test_a_full_disk_is_named_for_text_as_well(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_for_text_files(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.csv"
     with (
-        pytest.raises(RecordError, match="free some space"),
+        pytest.raises(RecordError, match="Free some space"),
         files_no_larger_than(100),
-        parquet.written_whole(path) as temporary,
+        parquet.atomic_write(path) as temporary,
     ):
         temporary.write_text("x" * 1000)
     assert names(tmp_path / "new") == []

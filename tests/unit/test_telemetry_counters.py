@@ -9,8 +9,8 @@ from servegrid.telemetry.counters import (
     PREEMPTIONS,
     PREFIX_HITS,
     Counters,
-    gauges_of,
-    grown,
+    gauge_columns,
+    increase,
     has_settled,
 )
 
@@ -38,15 +38,15 @@ IDLE = TODAYS | {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 
     ],
 )
 def test_gauges_are_told_by_the_columns_names(counters: Counters, told: dict[str, float]) -> None:
-    assert gauges_of(counters) == told
+    assert gauge_columns(counters) == told
     assert told.keys() <= {column.name for column in columns.TELEMETRY}
 
 
 def test_a_counter_grows_by_the_difference() -> None:
-    assert grown(TODAYS, TODAYS | {"vllm:num_preemptions_total": 9.0}, PREEMPTIONS) == 2
-    assert grown(TODAYS, TODAYS, PREEMPTIONS) == 0
+    assert increase(TODAYS, TODAYS | {"vllm:num_preemptions_total": 9.0}, PREEMPTIONS) == 2
+    assert increase(TODAYS, TODAYS, PREEMPTIONS) == 0
     old = {"vllm:gpu_prefix_cache_hits_total": 16.0}
-    assert grown({"vllm:gpu_prefix_cache_hits_total": 0.0}, old, PREFIX_HITS) == 16
+    assert increase({"vllm:gpu_prefix_cache_hits_total": 0.0}, old, PREFIX_HITS) == 16
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_counter_grows_by_the_difference() -> None:
     ],
 )
 def test_what_a_counter_has_grown_by_may_not_be_known(before: Counters, after: Counters) -> None:
-    assert grown(before, after, PREEMPTIONS) is None
+    assert increase(before, after, PREEMPTIONS) is None
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def write_process(
 def test_memory_counts_files_once_and_cpu_time_adds_up(tmp_path: Path) -> None:
     write_process(tmp_path, 10, anonymous=1000, files=300, shared=20, ticks=(150, 50))
     write_process(tmp_path, 11, anonymous=4000, files=500, shared=30, ticks=(900, 100))
-    assert sampler.engine_row([10, 11], tmp_path) == {
+    assert sampler.sample_processes([10, 11], tmp_path) == {
         "device": "engine",
         "memory_bytes": (1000 + 20 + 4000 + 30 + 500) * 1024,
         "cpu_s": 1200 / TICKS,
@@ -46,8 +46,8 @@ def test_memory_counts_files_once_and_cpu_time_adds_up(tmp_path: Path) -> None:
 
 def test_processes_that_ended_count_no_more_and_none_left_is_unknown(tmp_path: Path) -> None:
     write_process(tmp_path, 10, anonymous=1000, files=300, shared=20, ticks=(150, 50))
-    assert sampler.engine_row([9, 10], tmp_path)["memory_bytes"] == 1320 * 1024
-    assert sampler.engine_row([9], tmp_path) == {"device": "engine"}
+    assert sampler.sample_processes([9, 10], tmp_path)["memory_bytes"] == 1320 * 1024
+    assert sampler.sample_processes([9], tmp_path) == {"device": "engine"}
 
 
 def test_a_slice_is_what_was_sampled_behind_the_offset_and_within_the_times(
@@ -60,17 +60,17 @@ def test_a_slice_is_what_was_sampled_behind_the_offset_and_within_the_times(
             stream.writelines(json.dumps({"time_ns": time}) + "\n" for time in times)
 
     append(1, 2)
-    offset = sampler.offset(file)
+    offset = sampler.end_offset(file)
     append(2, 3, 4, 5)
     with file.open("a") as stream:
         stream.write('{"time_ns": 4')  # still being written
-    assert [row["time_ns"] for row in sampler.slice(file, offset, 2, 4)] == [2, 3, 4]
-    assert [row["time_ns"] for row in sampler.slice(file, 0, 1, 2)] == [1, 2, 2]
+    assert [row["time_ns"] for row in sampler.read_samples(file, offset, 2, 4)] == [2, 3, 4]
+    assert [row["time_ns"] for row in sampler.read_samples(file, 0, 1, 2)] == [1, 2, 2]
 
 
 def samples(file: Path, count: int) -> list[dict[str, Any]]:
     deadline = time.monotonic() + 30
-    while len(rows := sampler.slice(file, 0, 0, time.monotonic_ns())) < count:
+    while len(rows := sampler.read_samples(file, 0, 0, time.monotonic_ns())) < count:
         assert time.monotonic() < deadline, f"{len(rows)} samples"
         time.sleep(0.02)
     return rows
@@ -79,7 +79,7 @@ def samples(file: Path, count: int) -> list[dict[str, Any]]:
 def test_the_sampler_sees_a_process_until_it_is_left(tmp_path: Path) -> None:
     file = tmp_path / "telemetry.jsonl"
     with sampler.Sampler([os.getpid()], file, hz=50):
-        assert sampler.offset(file) >= 0
+        assert sampler.end_offset(file) >= 0
         rows = samples(file, 3)
         (process,) = (each for each in psutil.Process().children() if str(file) in each.cmdline())
     assert not process.is_running()
@@ -88,7 +88,7 @@ def test_the_sampler_sees_a_process_until_it_is_left(tmp_path: Path) -> None:
     rss = psutil.Process().memory_info().rss
     assert rows[-1]["memory_bytes"] == pytest.approx(rss, rel=0.2)
     assert 0 < rows[-1]["cpu_s"] <= sum(psutil.Process().cpu_times()[:2]) + 1 / TICKS
-    assert parquet.table_of(columns.TELEMETRY, rows).num_rows == len(rows)
+    assert parquet.arrow_table(columns.TELEMETRY, rows).num_rows == len(rows)
 
 
 def test_the_sampler_ends_with_its_parent(tmp_path: Path) -> None:

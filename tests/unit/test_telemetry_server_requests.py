@@ -69,7 +69,7 @@ def page(finished: int, running: int = 0) -> dict[str, float]:
 def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> Iterator[Any]:
     """The server's answers, one after another, the last one for ever; what is left of them."""
     left = itertools.chain(pages, itertools.repeat(pages[-1]))
-    monkeypatch.setattr(server, "metrics", lambda endpoint: next(left))
+    monkeypatch.setattr(server, "read_metrics", lambda endpoint: next(left))
     return left
 
 
@@ -78,7 +78,7 @@ def test_counters_are_read_when_the_server_has_counted_what_it_has_finished(
 ) -> None:
     pages = [page(3, running=1), page(4), page(5), page(6, running=1), page(6)]
     answers(monkeypatch, *pages)
-    read = server.counters_of(ENDPOINT)
+    read = server.counter_reader(ENDPOINT)
     assert read(0) == page(4)
     assert read(2) == page(6)
 
@@ -88,13 +88,13 @@ def test_a_server_that_goes_on_with_what_its_client_gave_up_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(server, "SETTLED_S", 0.05)
     answers(monkeypatch, page(0), page(1, running=1))
-    read = server.counters_of(ENDPOINT)
+    read = server.counter_reader(ENDPOINT)
     assert read(0) == page(0)
     assert read(2) == page(1, running=1)
 
 
 def test_a_server_without_metrics_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     left = answers(monkeypatch, None, None, page(0))
-    read = server.counters_of(ENDPOINT)
+    read = server.counter_reader(ENDPOINT)
     assert (read(0), read(2)) == (None, None)
     assert next(left) == page(0)

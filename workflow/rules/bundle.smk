@@ -1,4 +1,4 @@
-from servegrid.bundle.sources import profile_folders
+from servegrid.bundle.sources import find_profile_folders
 
 
 localrules:
@@ -6,7 +6,7 @@ localrules:
     bundle_partial,
 
 
-# Neither has an output: a bundle's name ends with the digest of what is in it.
+# Neither rule has an output, because a bundle's name ends with the digest of its content.
 rule bundle:
     input:
         lambda wildcards: rules.all.input,
@@ -15,22 +15,22 @@ rule bundle:
     conda:
         "../envs/analysis.yaml"
     params:
-        root=workflow.basedir,
+        repository=workflow.basedir,
         hardware=HARDWARE,
-        profiles=lambda wildcards: profile_folders(sys.argv, os.environ),
+        profiles=lambda wildcards: find_profile_folders(sys.argv, os.environ),
     script:
         "../scripts/bundle.py"
 
 
-# What there is, where not all can be measured.
+# Packs the trials that exist, if the rest of the study cannot be measured.
 rule bundle_partial:
     log:
         "results/logs/bundle.log",
     conda:
         "../envs/analysis.yaml"
     params:
-        root=workflow.basedir,
+        repository=workflow.basedir,
         hardware=HARDWARE,
-        profiles=lambda wildcards: profile_folders(sys.argv, os.environ),
+        profiles=lambda wildcards: find_profile_folders(sys.argv, os.environ),
     script:
         "../scripts/bundle.py"

@@ -1,4 +1,7 @@
-HARDWARE = f"{workflow.basedir}/config/hardware.yaml"
+from servegrid.reference.hardware import find_hardware_file
+from servegrid.reference.published import is_path
+
+HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
 
 def trial_of(wildcards):
@@ -8,6 +11,12 @@ def trial_of(wildcards):
 def of_each_deployment(outputs, **wildcards):
     names = [deployment.name for deployment in study.deployments]
     return expand(outputs, deployment=names, **wildcards)
+
+
+def published_file():
+    """The CSV file of published data, if the study names one: an input of what compares with it."""
+    name = str(config.get("published", ""))
+    return [name] if is_path(name) else []
 
 
 PACKAGES = {
@@ -24,4 +33,9 @@ def package_files(name):
     root = Path(workflow.basedir) / "workflow/servegrid"
     files = [*root.glob("*.py")]
     files += [file for each in PACKAGES[name] for file in (root / each).rglob("*.*")]
-    return sorted(str(file) for file in files if "__pycache__" not in file.parts)
+    # The link to the prices is left out: rules that need prices have HARDWARE as input.
+    return sorted(
+        str(file)
+        for file in files
+        if "__pycache__" not in file.parts and not file.is_symlink()
+    )

@@ -7,6 +7,7 @@ rule findings:
         package_files("report"),
         cells=rules.gather.output.parquet,
         summary=rules.summarise.output.parquet,
+        published_file=published_file(),
     output:
         frontier="results/tables/frontier.parquet",
         frontier_csv="results/tables/frontier.csv",
@@ -24,13 +25,15 @@ rule findings:
             "results/tables/published.md",
             "../report/published.rst",
             category="Tables",
-            labels={"table": "beside published figures", "format": "Markdown"},
+            labels={"table": "comparison with published data", "format": "Markdown"},
         ),
     log:
         "results/logs/findings.log",
     conda:
         "../envs/analysis.yaml"
     params:
-        limits=[config.get("slo"), config.get("allow_emulated_mix")],
+        slo=config.get("slo"),
+        published=config.get("published"),
+        allow_emulated_mix=config.get("allow_emulated_mix"),
     script:
         "../scripts/findings.py"

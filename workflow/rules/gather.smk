@@ -7,7 +7,7 @@ rule gather:
     input:
         expand(
             "results/cells/{trial}/{part}.parquet",
-            trial=[trial.id for trial in study.measured],
+            trial=[trial.id for trial in study.all_trials],
             part=["requests", "telemetry"],
         ),
         package_files("analysis"),
@@ -25,7 +25,7 @@ rule gather:
     conda:
         "../envs/analysis.yaml"
     params:
-        specs=[trial.digest for trial in study.measured],
+        specs=[trial.digest for trial in study.all_trials],
     script:
         "../scripts/gather.py"
 

@@ -9,13 +9,14 @@ rule render:
         summary=rules.summarise.output.parquet,
         frontier=rules.findings.output.frontier,
         published=rules.findings.output.published,
+        published_file=published_file(),
         hardware=HARDWARE,
     output:
         report(
             "results/report/index.html",
             "../report/page.rst",
             category="Page",
-            labels={"page": "all of the study"},
+            labels={"page": "the whole study"},
         ),
     log:
         "results/logs/render.log",
@@ -23,5 +24,6 @@ rule render:
         "../envs/analysis.yaml"
     params:
         demand=[config.get("slo"), config.get("capacity")],
+        published=config.get("published"),
     script:
         "../scripts/render.py"

@@ -9,7 +9,7 @@ rule tabulate:
     output:
         markdown=report(
             "results/tables/{deployment}.md",
-            "../report/article.rst",
+            "../report/latency_table.rst",
             category="Tables",
             labels={"table": "{deployment}", "format": "Markdown"},
         ),

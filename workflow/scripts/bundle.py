@@ -1,13 +1,16 @@
 import os
 from pathlib import Path
 
-from servegrid.bundle.pack import Origin, pack
-from servegrid.run.jobscript import logged
+from servegrid.bundle.pack import Sources, pack
+from servegrid.cli.progress import show_progress
+from servegrid.run.jobscript import redirect_output
 
-terminal = os.dup(2)
-with logged(snakemake.log[0]):
+terminal = os.fdopen(os.dup(2), "w")
+with redirect_output(snakemake.log[0]):
     params = snakemake.params
-    profiles = [Path(each) for each in params.profiles]
-    origin = Origin(Path(params.root), Path(params.hardware), profiles)
-    packed = pack(snakemake.config, origin, Path(), [os.environ.get("USER", "")])
-    os.write(terminal, f"{packed.told()}\n".encode())
+    profiles = [Path(profile) for profile in params.profiles]
+    made_with = Sources(Path(params.repository), Path(params.hardware), profiles)
+    users = [os.environ.get("USER", "")]
+    with show_progress("Bundling", terminal) as report:
+        packed = pack(snakemake.config, made_with, Path(), users, report)
+    print(packed.format(), file=terminal, flush=True)

@@ -1,11 +1,11 @@
 import json
 from pathlib import Path
 
-from servegrid.run.jobscript import logged
+from servegrid.run.jobscript import redirect_output
 from servegrid.run.trial import measure_trial
 from servegrid.study.grid import Trial
 
-with logged(snakemake.log[0]):
+with redirect_output(snakemake.log[0]):
     verdict = measure_trial(
         Trial.from_spec(json.loads(snakemake.params.spec)),
         requests=Path(snakemake.output.requests),

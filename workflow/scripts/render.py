@@ -1,15 +1,15 @@
 from pathlib import Path
 
-from servegrid.report.write import write_page
-from servegrid.run.jobscript import logged
+from servegrid.report.write import write_study_page
+from servegrid.run.jobscript import redirect_output
 
-FOUND = ("cells", "summary", "frontier", "published")
+INPUTS = ("cells", "summary", "frontier", "published")
 
-with logged(snakemake.log[0]):
-    write_page(
+with redirect_output(snakemake.log[0]):
+    write_study_page(
         snakemake.config,
         Path("results/cells"),
-        {name: Path(snakemake.input[name]) for name in FOUND},
+        {name: Path(snakemake.input[name]) for name in INPUTS},
         Path(snakemake.input.hardware),
         Path(snakemake.output[0]),
     )

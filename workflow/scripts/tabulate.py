@@ -1,11 +1,11 @@
 from pathlib import Path
 
 from servegrid.analysis.tables import read_cells
-from servegrid.report.article_table import write_article
-from servegrid.run.jobscript import logged
+from servegrid.report.latency_table import write_latency_tables
+from servegrid.run.jobscript import redirect_output
 
-with logged(snakemake.log[0]):
-    write_article(
+with redirect_output(snakemake.log[0]):
+    write_latency_tables(
         read_cells(Path(snakemake.input.cells)),
         snakemake.wildcards.deployment,
         {name: Path(path) for name, path in snakemake.output.items()},

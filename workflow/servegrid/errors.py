@@ -1,48 +1,48 @@
-"""What can go wrong, as types. Every message names the place and the remedy.
+"""The errors that a user can act on. Each message names the place and the remedy.
 
 ServegridError
- ├── ConfigError         the study's configuration cannot be measured as it stands
- ├── ModelError          a model is missing, damaged or not of the expected kind
- ├── EngineError         an engine did not come up, or died
- ├── LoadError           the load could not be put on the endpoint at all
- ├── RecordError         a record cannot be written, read or believed
- ├── BundleError         a bundle cannot be made, or is not safe to read
+ ├── ConfigError         the configuration of a study is not valid
+ ├── ModelError          a model is missing or damaged
+ ├── EngineError         an engine did not start, or died
+ ├── LoadError           the load client could not send requests
+ ├── RecordError         a record cannot be written or read, or belongs to another study
+ ├── BundleError         a bundle cannot be made or read safely
  ├── ComparisonError     two studies cannot be compared
- └── ExchangeError       a file of another tool cannot be read, or a trial not be written for one
+ └── ExchangeError       a file cannot be imported from another tool or exported for it
 """
 
 
 class ServegridError(Exception):
-    """Base of all errors that a user can do something about."""
+    """Base class of all errors that a user can act on."""
 
 
 class ConfigError(ServegridError):
-    """The configuration cannot be measured as it stands; nothing has been started."""
+    """The configuration is not valid. Nothing has been started."""
 
 
 class ModelError(ServegridError):
-    """A model is missing, damaged or not of the expected kind."""
+    """A model is missing or damaged."""
 
 
 class EngineError(ServegridError):
-    """An engine did not come up within its limit, or died."""
+    """An engine did not start within its time limit, or died."""
 
 
 class LoadError(ServegridError):
-    """No request could be sent: the endpoint is unreachable or the prompts cannot be made."""
+    """No request could be sent: the endpoint is unreachable, or the prompts cannot be made."""
 
 
 class RecordError(ServegridError):
-    """A record cannot be written, cannot be read, or does not belong to the study."""
+    """A record cannot be written or read, or does not belong to the study."""
 
 
 class BundleError(ServegridError):
-    """A bundle cannot be made of these results, or this file is not one that can be read safely."""
+    """These results cannot be packed, or this file is not a bundle that can be read safely."""
 
 
 class ComparisonError(ServegridError):
-    """Two studies cannot be held against each other."""
+    """Two studies cannot be compared."""
 
 
 class ExchangeError(ServegridError):
-    """A file of another tool cannot be read, or there is nothing to be written for it."""
+    """A file of another tool cannot be imported, or there is nothing to export."""

@@ -110,8 +110,8 @@ def read_hardware(file: Path) -> Hardware:
 
     Raises ConfigError, naming file, key and remedy, where it cannot be used as it stands.
     """
-    data = config.read_mapping(file)
-    config.refuse_unfitting(data, config.read_mapping(RULES), str(file))
+    data = config.load_mapping(file)
+    config.validate(data, config.load_mapping(RULES), str(file))
     return Hardware(
         currency=data["currency"],
         prices={gpu: float(entry["price"]) for gpu, entry in data["gpus"].items()},
@@ -121,7 +121,7 @@ def read_hardware(file: Path) -> Hardware:
 
 
 def plan(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> pd.DataFrame:
-    """One row of `columns.PLAN` per deployment and closed-loop load, the cheapest first.
+    """One row of `columns.CAPACITY_PLAN` per deployment and closed-loop load, the cheapest first.
 
     `summary` has the columns of `columns.SUMMARY`. Where nothing can be said, `reason` says why.
     """
@@ -144,8 +144,8 @@ def plan(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> pd.DataFr
         else:
             row["prompt_tokens"] = found.prompt_tokens
             rows.append(row | needed(found, demand, hardware, first["gpu"], row["gpu_count"]))
-    frame = pd.DataFrame(rows, columns=[column.name for column in columns.PLAN])
-    frame = tables.typed(frame.astype(object).where(frame.notna(), None), columns.PLAN)
+    frame = pd.DataFrame(rows, columns=[column.name for column in columns.CAPACITY_PLAN])
+    frame = tables.typed(frame.astype(object).where(frame.notna(), None), columns.CAPACITY_PLAN)
     order = ["purchase", "gpus", "replicas"]
     return frame.sort_values(order, kind="stable", na_position="last", ignore_index=True)
 
@@ -170,10 +170,10 @@ def served(cells: pd.DataFrame, prompts: Mapping[int, float] | None) -> Served |
     end = known["input_len"].map(failed).astype(float).fillna(math.inf)
     known = known[known["concurrency"] < end]
     if known.empty:
-        return "no load was served that may be believed"
+        return "there is no valid cell"
     lacking = sorted(set(cells["input_len"]) - set(known["input_len"]))
     if lacking:
-        return f"prompts of {lacking[0]} tokens were not served in a way that may be believed"
+        return f"there is no valid cell with prompts of {lacking[0]} tokens"
     parts = [own.sort_values("concurrency") for _, own in known.groupby("input_len")]
     most = min(int(own["concurrency"].max()) for own in parts)
     tried = cells.loc[cells["concurrency"] > most, "input_len"]
@@ -195,7 +195,7 @@ def served(cells: pd.DataFrame, prompts: Mapping[int, float] | None) -> Served |
 def needed(
     found: Served, demand: Demand, hardware: Hardware, gpu: str, gpu_count: int
 ) -> dict[str, Any]:
-    """What the demand needs of a deployment, by the names of `columns.PLAN`."""
+    """What the demand needs of a deployment, by the names of `columns.CAPACITY_PLAN`."""
     limit_s = found.output_len / demand.tokens_per_s_per_user
     seconds = _mean(found.seconds, found.shares)
     most = min(max_in_flight(each, limit_s) for each in found.seconds)
@@ -213,7 +213,7 @@ def needed(
     users, low, high = map(carried, (found.seconds, found.slow_s, found.fast_s))
     row: dict[str, Any] = {
         "max_in_flight": most,
-        "is_lower_bound": most == len(seconds) and found.more_untried,
+        "max_in_flight_is_lower_bound": most == len(seconds) and found.more_untried,
         "users_carried": users,
         "users_carried_low": low,
         "users_carried_high": high,
@@ -222,7 +222,7 @@ def needed(
     sure = users if low is None else low
     each = max(1, math.floor(SHARE_USED * sure)) if sure else 0
     if not each:
-        return row | {"reason": "the lowest measured load does not give that speed for sure"}
+        return row | {"reason": "even the lowest measured concurrency may not meet the SLO"}
     replicas = math.ceil(demand.at_once / each)
     there = math.ceil(demand.at_once / replicas)
     busy = mean_in_flight(seconds, there, demand.think_time_s)

@@ -1,4 +1,4 @@
-"""Published figures in the shape of measured ones, and measured ones beside them. Pure."""
+"""Published latencies as a table of the study's shape, and measured cells next to them. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.titles import EMULATED, counted
 from servegrid.records import columns
-from servegrid.reference import data
+from servegrid.reference.published import PublishedData
 
 
-def summary_of(study: str) -> pd.DataFrame:
-    """The figures of a published study, one of `reference.STUDIES`, as a table of columns.SUMMARY.
+def published_summary(published: PublishedData) -> pd.DataFrame:
+    """Published latencies as a table of `columns.SUMMARY`, one row per cell.
 
-    A row per cell; what was not served has trials_served 0. Speeds follow from the seconds per
-    100 tokens of a burst: with n requests at once, each gets 100 / seconds tokens per second.
-    The engine's column says what is known of it.
+    A cell that was not served has `trials_served` 0. Throughput follows from the seconds per 100
+    tokens: with n requests in flight, each gets 100 / seconds tokens per second.
     """
-    cells = data.published(study)
+    cells = pd.DataFrame(published.rows)
     seconds = cells["seconds_per_100_tokens"]
     gpus = cells["gpu_count"].astype(str) + "x" + cells["gpu"]
     served = seconds.notna().astype(int)
@@ -35,29 +34,35 @@ def summary_of(study: str) -> pd.DataFrame:
     return tables.typed(frame.astype(object).where(frame.notna(), None), columns.SUMMARY)
 
 
-ROUNDING_S = 0.05
-"""Half of the last digit in which the article gives its seconds."""
-
 SAME = (
     *("model", "quantization", "gpu", "gpu_count"),
     *("protocol", "concurrency", "input_len", "output_len"),
 )
-"""What must be alike in two cells to hold one against the other."""
+"""Columns in which a measured and a published cell must be equal to be compared."""
 
 
-def beside(measured: pd.DataFrame, published: pd.DataFrame, emulated: bool = False) -> pd.DataFrame:
-    """Measured cells beside the published ones, a row of `columns.BESIDE` each.
+def compare_with_published(
+    measured: pd.DataFrame, published: PublishedData | None, emulated: bool = False
+) -> pd.DataFrame:
+    """Measured cells next to the published ones: one row of `columns.PUBLISHED_COMPARISON` each.
 
-    Both are tables of `columns.SUMMARY`. Of `measured`, only figures that may be believed count,
-    and emulated ones only if asked for. The ratio is measured / published seconds; its range takes
-    the published figure anywhere within its rounding and the measured one anywhere in its interval.
+    `measured` is a table of `columns.SUMMARY`. Only valid figures count, and emulated ones only if
+    `emulated`. The ratio is measured / published seconds. Its range assumes the published value
+    anywhere within its rounding, and the measured value anywhere in its 95% interval. Without
+    published data, the table has no rows.
     """
-    own = measured[measured["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
-    is_emulated = own["engine"] == EMULATED
-    own = own.assign(emulated=is_emulated)[is_emulated <= emulated]
-    theirs = published.dropna(subset="seconds_per_100_tokens")[[*SAME, "seconds_per_100_tokens"]]
+    if published is None:
+        return tables.typed(
+            pd.DataFrame(columns=[column.name for column in columns.PUBLISHED_COMPARISON]),
+            columns.PUBLISHED_COMPARISON,
+        )
+    valid = measured[measured["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
+    is_emulated = valid["engine"] == EMULATED
+    valid = valid.assign(emulated=is_emulated)[is_emulated <= emulated]
+    theirs = published_summary(published).dropna(subset="seconds_per_100_tokens")
+    theirs = theirs[[*SAME, "seconds_per_100_tokens"]]
     theirs = theirs.rename(columns={"seconds_per_100_tokens": "published_s"})
-    both = own.merge(theirs, on=list(SAME))
+    both = valid.merge(theirs, on=list(SAME))
     scale = both["time_scale"].fillna(1.0)
     value, low, high = (
         both[f"seconds_per_100_tokens{end}"].astype(float) / scale for end in ("", "_low", "_high")
@@ -65,36 +70,41 @@ def beside(measured: pd.DataFrame, published: pd.DataFrame, emulated: bool = Fal
     both = both.assign(
         measured_s=value,
         ratio=value / both["published_s"],
-        ratio_low=low.fillna(value) / (both["published_s"] + ROUNDING_S),
-        ratio_high=high.fillna(value) / (both["published_s"] - ROUNDING_S),
+        ratio_low=low.fillna(value) / (both["published_s"] + published.rounding_s),
+        ratio_high=high.fillna(value) / (both["published_s"] - published.rounding_s),
     )
-    names = [column.name for column in columns.BESIDE]
+    names = [column.name for column in columns.PUBLISHED_COMPARISON]
     table = both.reindex(columns=names)
-    return tables.typed(table.astype(object).where(table.notna(), None), columns.BESIDE)
+    return tables.typed(
+        table.astype(object).where(table.notna(), None), columns.PUBLISHED_COMPARISON
+    )
 
 
-def statements(pairs: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
-    """What a table of `columns.BESIDE` says, a sentence for each deployment.
+def comparison_statements(pairs: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
+    """What a table of `columns.PUBLISHED_COMPARISON` says: one sentence per deployment.
 
-    `titles` are the deployments' names for people.
+    `titles` maps names of deployments to their titles.
     """
-    told = []
-    for name, own in pairs.groupby("deployment", sort=False):
-        median = own["ratio"].median()
-        apart = int(((own["ratio_low"] > 1) | (own["ratio_high"] < 1)).sum())
-        mark = " (emulated)" if own["emulated"].any() else ""
+    sentences = []
+    for name, rows in pairs.groupby("deployment", sort=False):
+        median = rows["ratio"].median()
+        differing = int(((rows["ratio_low"] > 1) | (rows["ratio_high"] < 1)).sum())
+        mark = " (emulated)" if rows["emulated"].any() else ""
         title = titles.get(str(name), str(name))
-        told.append(
-            f"{title}{mark}: {counted(len(own), 'cell')} in both; the median takes {median:.3g} × "
-            f"the published time; {apart} differ by more than rounding and intervals explain."
+        sentences.append(
+            f"{title}{mark}: {counted(len(rows), 'cell')} in both. The median ratio of measured to "
+            f"published time is {median:.3g}. {counted(differing, 'cell')} differ by more than "
+            "rounding and intervals can explain."
         )
-    return told
+    return sentences
 
 
-def differences(cells: pd.DataFrame, prompts: Sequence[str]) -> list[str]:
-    """What is known to differ between a study and the article, apart from the hardware.
+def method_differences(
+    cells: pd.DataFrame, prompts: Sequence[str], published: PublishedData
+) -> pd.DataFrame:
+    """How the study and the published measurement differ in method: texts, one row per aspect.
 
-    `cells` is its table of `columns.CELLS`, `prompts` the kinds of prompts of its loads.
+    `cells` is the table of `columns.CELLS`, `prompts` are the kinds of prompts of the workloads.
     """
     engines = sorted(
         {
@@ -103,13 +113,17 @@ def differences(cells: pd.DataFrame, prompts: Sequence[str]) -> list[str]:
             if not pd.isna(version)
         }
     )
-    return [
-        f"Prompts: {' and '.join(sorted(set(prompts)))} here; the article does not say whether its "
-        "simultaneous requests had the same one, which a prefix cache would answer faster.",
-        f"Software: {', '.join(engines) or 'not known'} here; vLLM there, of a version that the "
-        "article does not give.",
-        f"Repeats: {counted(int(cells['trial'].max()), 'trial')} per cell after a warm-up here; "
-        "the article says neither how often it measured nor whether it warmed up.",
-        "Time: here from the first request's being sent until the last token of the wave; there "
-        "the time required to generate 100 tokens.",
-    ]
+    trials = "–" if cells.empty else counted(int(cells["trial"].max()), "trial")
+    measured = {
+        "prompts": " and ".join(sorted(set(prompts))),
+        "software": ", ".join(engines) or "not known",
+        "trials": f"{trials} per cell, after a warm-up",
+        "time": "from the first request sent to the last token of the wave",
+    }
+    return pd.DataFrame(
+        [
+            (aspect, text, published.source.method.get(aspect, "not known"))
+            for aspect, text in measured.items()
+        ],
+        columns=["aspect", "this study", "published"],
+    )

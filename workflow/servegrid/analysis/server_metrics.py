@@ -18,7 +18,7 @@ from servegrid.telemetry.counters import (
     TTFT,
     Counters,
     Names,
-    grown,
+    increase,
 )
 
 REQUEST_COLUMNS = ("sent_ns", "first_token_ns")
@@ -49,15 +49,15 @@ def columns_of(
         "waiting_mean": pc.mean(telemetry["waiting"]).as_py(),
         "waiting_max": pc.max(telemetry["waiting"]).as_py(),
         "kv_cache_usage_max": pc.max(telemetry["kv_cache_usage"]).as_py(),
-        "preemptions": grown(before, after, PREEMPTIONS),
-        "prefix_hit_tokens": grown(before, after, PREFIX_HITS),
+        "preemptions": increase(before, after, PREEMPTIONS),
+        "prefix_hit_tokens": increase(before, after, PREFIX_HITS),
     }
 
 
 def _mean(before: Counters, after: Counters, names: Names) -> tuple[float | None, float | None]:
     """Mean and number of a histogram's values since `before`."""
-    total = grown(before, after, tuple(f"{name}_sum" for name in names))
-    count = grown(before, after, tuple(f"{name}_count" for name in names))
+    total = increase(before, after, tuple(f"{name}_sum" for name in names))
+    count = increase(before, after, tuple(f"{name}_count" for name in names))
     return (None if total is None or not count else total / count), count
 
 

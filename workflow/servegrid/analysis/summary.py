@@ -23,7 +23,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     Figures are of the trials that may be believed; where none may, of all that were served.
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
-    figures = cells[list(columns.SUMMARISED)].astype("Float64").to_numpy(float, na_value=math.nan)
+    figures = cells[list(columns.SUMMARY_METRICS)].astype("Float64").to_numpy(float, na_value=math.nan)
     is_served = (cells["verdict"] == OK).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     firsts, rows = [], []
@@ -71,9 +71,9 @@ def write(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
 
 
 def _figures(trials: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """The figures of one cell, a column each of SUMMARISED in its trials; unknown is NaN."""
+    """The figures of one cell, a column each of SUMMARY_METRICS in its trials; unknown is NaN."""
     row: dict[str, Any] = {}
-    for name, column in zip(columns.SUMMARISED, trials.T, strict=True):
+    for name, column in zip(columns.SUMMARY_METRICS, trials.T, strict=True):
         values = column[~np.isnan(column)].tolist()
         low, high = interval(values) or (None, None)
         value = statistics.median(values) if values else None

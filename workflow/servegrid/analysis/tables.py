@@ -22,7 +22,7 @@ from servegrid.analysis.validity import Evidence, check_validity
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.records.columns import Column
-from servegrid.study.grid import Trial, canonical
+from servegrid.study.grid import Trial, canonical_json
 
 _LISTED = 10
 _MANY = 1000
@@ -61,7 +61,7 @@ def gather(
     }
     if errors:
         raise RecordError(_refusal(errors, len(trials), folder))
-    return _frame(parquet.table_of(columns.CELLS, rows))
+    return _frame(parquet.arrow_table(columns.CELLS, rows))
 
 
 def drift_by_allocation(drift_checks: pd.DataFrame) -> dict[str, float]:
@@ -88,15 +88,15 @@ def write_cells(cells: pd.DataFrame, path: Path, csv: Path) -> None:
 
 def write(table: pd.DataFrame, columns: Iterable[Column], path: Path, csv: Path) -> None:
     """Write a table of `columns` twice, as `write_cells` does."""
-    schema = parquet.schema_of(columns)
+    schema = parquet.arrow_schema(columns)
     written = _as_arrow(table, schema)
-    parquet.write(written.replace_schema_metadata(None), path)
+    parquet.write_table(written.replace_schema_metadata(None), path)
     write_csv(table, csv)
 
 
 def write_csv(table: pd.DataFrame, csv: Path) -> None:
     """Write `table` as CSV, its columns only. Raises RecordError where that is not possible."""
-    with parquet.written_whole(csv) as temporary:
+    with parquet.atomic_write(csv) as temporary:
         _lists_as_json(table).to_csv(temporary, index=False, lineterminator="\n")
 
 
@@ -128,7 +128,7 @@ def read_summary(path: Path) -> pd.DataFrame:
 
 def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
     """`table` with the types of `columns`, in which integers can be unknown."""
-    schema = parquet.schema_of(columns)
+    schema = parquet.arrow_schema(columns)
     return _frame(_as_arrow(table, schema))
 
 
@@ -209,7 +209,7 @@ def _staleness(record: Mapping[str, Any], trial: Trial) -> str:
     measured = {**_flat(record.get("spec", {})), "digest": record.get("spec_digest")}
     asked = {**_flat(trial.spec), "digest": trial.digest}
     changes = [
-        f"{key} is {canonical(asked.get(key))} and was {canonical(measured.get(key))}"
+        f"{key} is {canonical_json(asked.get(key))} and was {canonical_json(measured.get(key))}"
         for key in sorted(asked.keys() | measured.keys())
         if asked.get(key) != measured.get(key)
     ]

@@ -20,7 +20,7 @@ from servegrid.analysis.metrics import during, in_flight_mean, stationary
 from servegrid.analysis.stationarity import window_of
 from servegrid.records.verdict import OK
 from servegrid.study.grid import Trial
-from servegrid.telemetry.counters import PREEMPTIONS, PREFIX_HITS, Names, grown
+from servegrid.telemetry.counters import PREEMPTIONS, PREFIX_HITS, Names, increase
 
 LAG_SHARE, LAG_S = 0.05, 0.010
 """By which share of an answer's time, or by how much, requests may be sent late."""
@@ -61,7 +61,7 @@ class Evidence:
 
     def counted(self, names: Names) -> float | None:
         """How much a counter of the server has grown; None where it has none."""
-        return grown(self.record["metrics_before"], self.record["metrics_after"], names)
+        return increase(self.record["metrics_before"], self.record["metrics_after"], names)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Validity:
 
 REQUEST_COLUMNS = (
     *stationarity.COLUMNS,
-    *("first_token_ns", "chunk_tokens", "prompt_tokens", "completion_tokens", "asked_tokens"),
+    *("first_token_ns", "chunk_tokens", "prompt_tokens", "completion_tokens", "requested_tokens"),
 )
 TELEMETRY_COLUMNS = ("time_ns", "throttle_reasons", "waiting")
 
@@ -100,7 +100,7 @@ def _tokens(evidence: Evidence) -> str | None:
         return f"prompt_tokens are {prompts}: not always as many more than {input_len}"
     if not as_text and prompts != [input_len]:
         return f"prompt_tokens are {prompts} and not {input_len}"
-    asked = rows["asked_tokens"].to_pylist()
+    asked = rows["requested_tokens"].to_pylist()
     chunks = map(sum, rows["chunk_tokens"].to_pylist())
     for what, found in (
         ("counted by the server", rows["completion_tokens"].to_pylist()),

@@ -1,5 +1,6 @@
-"""A study in one file that others can check: packed, verified and opened again.
+"""A study in one file that others can check.
 
-`pack` writes what `verify` reads; `open` makes a folder of it in which the study goes on. No code
-that a bundle holds is run here. docs/bundles.md says what is in one and what each check proves.
+`pack` makes a bundle, `verify` checks it, `unpack` turns it into a folder in which the study
+continues. None of them runs code from a bundle. docs/bundles.md says what a bundle contains and
+what each check proves.
 """

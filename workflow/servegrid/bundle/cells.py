@@ -1,4 +1,4 @@
-"""The table of cells of a study, from its results folder or from a bundle of it."""
+"""Loads the table of cells of a study from its results folder or from its bundle."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pandas as pd
 
 from servegrid.analysis import tables
 from servegrid.bundle import tarball
-from servegrid.bundle.integrity import culprits_of
+from servegrid.bundle.integrity import find_integrity_problems
 from servegrid.errors import ComparisonError
 
 CELLS = "results/tables/cells.parquet"
 
 
-def cells_of(source: Path) -> pd.DataFrame:
-    """The table of cells of a bundle, or of a folder with results. Nothing in it is run.
+def load_cells(source: Path) -> pd.DataFrame:
+    """The table of cells of `source`, a folder of results or a bundle. Runs nothing from it.
 
-    Raises ComparisonError where there is none, and BundleError where a bundle is not safe to read.
+    Raises ComparisonError if there is no table, BundleError if the bundle is not safe to read.
     """
     if source.is_dir():
         for file in (source / CELLS, source / "tables/cells.parquet", source / "cells.parquet"):
@@ -28,12 +28,17 @@ def cells_of(source: Path) -> pd.DataFrame:
             f"{source}: has no tables/cells.parquet. Name a folder of results, or a bundle."
         )
     if not source.is_file():
-        raise ComparisonError(f"{source}: is not there. Name a folder of results, or a bundle.")
+        raise ComparisonError(f"{source}: does not exist. Name a folder of results, or a bundle.")
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name)
-        culprits = culprits_of(tree, tarball.unpack(source, tree))
-        if culprits:
-            raise ComparisonError(f"{source}: is not whole: {culprits[0]}")
+        problems = find_integrity_problems(tree, tarball.unpack_archive(source, tree))
+        if problems:
+            raise ComparisonError(
+                f"{source}: is damaged: {problems[0]}. Get the bundle again from its source."
+            )
         if not (tree / CELLS).is_file():
-            raise ComparisonError(f"{source}: has no {CELLS}: it is of a partial study.")
+            raise ComparisonError(
+                f"{source}: is a bundle of a partial study and has no {CELLS}. Measure the rest of "
+                "the study and bundle it again."
+            )
         return tables.read_summary(tree / CELLS)

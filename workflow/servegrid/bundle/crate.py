@@ -1,7 +1,7 @@
-"""The metadata of a bundle as a Workflow Run RO-Crate, that other software reads.
+"""Describes a bundle as a Workflow Run RO-Crate, which other software can read.
 
-The terms are those of RO-Crate 1.1 (https://w3id.org/ro/crate/1.1) and of the profile Workflow
-Run Crate 0.5 (https://w3id.org/ro/wfrun/workflow/0.5). What is not known is left out.
+The terms come from RO-Crate 1.1 (https://w3id.org/ro/crate/1.1) and its profile Workflow Run
+Crate 0.5 (https://w3id.org/ro/wfrun/workflow/0.5). Unknown values are left out.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _FORMATS = {
     ".yaml": "application/yaml",
 }
 _OTHER_FORMAT = "text/plain"
-"""Snakefiles, LICENSE, lists of packages, captions of a report."""
+"""For Snakefiles, LICENSE, lists of packages, captions of a report."""
 _WORKFLOW_PROFILE = "https://bioschemas.org/profiles/ComputationalWorkflow/1.0-RELEASE"
 
 
 @dataclass(frozen=True)
-class File:
+class CrateFile:
     """One file of the bundle."""
 
     name: str
@@ -49,8 +49,8 @@ class File:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the crate says of the study as a whole. Times are ISO 8601, None where unknown."""
+class RunFacts:
+    """Facts about the whole study. Times are ISO 8601, None if unknown."""
 
     study: str
     version: str
@@ -58,12 +58,15 @@ class Run:
     started: str | None
     ended: str | None
     missing: Sequence[str]
+    """Trials of the study that are not in the bundle."""
 
 
-def crate(run: Run, files: Sequence[File], unhashed: Sequence[str]) -> dict[str, Any]:
-    """The JSON-LD of a bundle with `files`, and the files `unhashed`, that come after it."""
-    results = [each.name for each in files if _is_result(each.name)]
-    named = {each.name for each in files}
+def build_crate(
+    run: RunFacts, files: Sequence[CrateFile], unhashed: Sequence[str]
+) -> dict[str, Any]:
+    """The JSON-LD of a bundle with `files`. It lists `unhashed` files, written later, by name."""
+    results = [file.name for file in files if _is_result(file.name)]
+    names = sorted({file.name for file in files})
     graph = [
         {
             "@id": CRATE,
@@ -74,7 +77,7 @@ def crate(run: Run, files: Sequence[File], unhashed: Sequence[str]) -> dict[str,
             ],
             "about": {"@id": "./"},
         },
-        _root(run, [*sorted(named), *unhashed]),
+        _root(run, [*names, *unhashed]),
         *(
             {"@id": url, "@type": "CreativeWork", "name": name, "version": version}
             for url, (name, version) in _PROFILES.items()
@@ -83,7 +86,7 @@ def crate(run: Run, files: Sequence[File], unhashed: Sequence[str]) -> dict[str,
             "@id": "#licence",
             "@type": "CreativeWork",
             "name": "No licence stated",
-            "description": "The study states no licence for its results. That of the workflow is "
+            "description": "The study states no licence for its results. The workflow's licence is "
             "in the file LICENSE.",
         },
         {
@@ -106,7 +109,7 @@ def crate(run: Run, files: Sequence[File], unhashed: Sequence[str]) -> dict[str,
             "version": "1.0-RELEASE",
         },
         _action(run, results),
-        *(_file(each, run.version) for each in files),
+        *(_file(file, run.version) for file in files),
         *(
             {"@id": name, "@type": "File", "name": name, "encodingFormat": _OTHER_FORMAT}
             for name in unhashed
@@ -121,31 +124,33 @@ def crate(run: Run, files: Sequence[File], unhashed: Sequence[str]) -> dict[str,
     }
 
 
-def files_of(data: Mapping[str, Any]) -> dict[str, File]:
+def parse_files(data: Mapping[str, Any]) -> dict[str, CrateFile]:
     """The files that a crate describes with size and hash, by their names.
 
-    Raises KeyError, TypeError or ValueError where it is no crate of ours.
+    Raises KeyError, TypeError or ValueError if `build_crate` did not make `data`.
     """
-    found: dict[str, File] = {}
+    found: dict[str, CrateFile] = {}
     for entity in data["@graph"]:
         types = entity["@type"]
         if "File" in (types if isinstance(types, list) else [types]) and "sha256" in entity:
             name = str(entity["@id"])
             if name in found:
                 raise ValueError(f"{name} is described twice")
-            found[name] = File(name, int(entity["contentSize"]), str(entity["sha256"]))
+            found[name] = CrateFile(name, int(entity["contentSize"]), str(entity["sha256"]))
     return found
 
 
-def _root(run: Run, names: Sequence[str]) -> dict[str, Any]:
-    about = "Measurements of what language models serve under load, by servegrid"
-    partial = f"; partial, {len(run.missing)} trials are missing" if run.missing else ""
-    return _known(
+def _root(run: RunFacts, names: Sequence[str]) -> dict[str, Any]:
+    about = "Benchmark of language models with servegrid"
+    partial = (
+        f" This study is partial: {len(run.missing)} trials are missing." if run.missing else ""
+    )
+    return _without_null(
         {
             "@id": "./",
             "@type": "Dataset",
             "name": f"Study {run.study}" + (" (partial)" if run.missing else ""),
-            "description": f"{about}: raw records, configuration, workflow, tables{partial}.",
+            "description": f"{about}: raw records, configuration, workflow, tables.{partial}",
             "datePublished": run.ended or run.started,
             "license": {"@id": "#licence"},
             "conformsTo": [{"@id": url} for url in _PROFILES],
@@ -156,15 +161,15 @@ def _root(run: Run, names: Sequence[str]) -> dict[str, Any]:
     )
 
 
-def _action(run: Run, results: Sequence[str]) -> dict[str, Any]:
+def _action(run: RunFacts, results: Sequence[str]) -> dict[str, Any]:
     status = "FailedActionStatus" if run.missing else "CompletedActionStatus"
     error = "Not measured: " + ", ".join(run.missing) if run.missing else None
-    return _known(
+    return _without_null(
         {
             "@id": "#run",
             "@type": "CreateAction",
             "name": f"Measurement of the study {run.study}",
-            "description": "Each deployment was brought up and put under each load of the study.",
+            "description": "Each deployment was started and benchmarked under each workload.",
             "instrument": {"@id": WORKFLOW},
             "object": {"@id": run.configuration},
             "result": [{"@id": name} for name in results],
@@ -176,7 +181,7 @@ def _action(run: Run, results: Sequence[str]) -> dict[str, Any]:
     )
 
 
-def _file(file: File, version: str) -> dict[str, Any]:
+def _file(file: CrateFile, version: str) -> dict[str, Any]:
     entity: dict[str, Any] = {
         "@id": file.name,
         "@type": "File",
@@ -204,5 +209,5 @@ def _is_result(name: str) -> bool:
     return name.startswith("results/") and not name.startswith("results/logs/")
 
 
-def _known(entity: Mapping[str, Any]) -> dict[str, Any]:
+def _without_null(entity: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entity.items() if value is not None}

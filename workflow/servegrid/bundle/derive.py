@@ -1,4 +1,4 @@
-"""What follows from a study's records, made again beside it, as the workflow's rules make it."""
+"""Derives a study's tables, figures and page from its records, like the workflow's rules."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pandas as pd
 
 from servegrid.analysis import summary, tables
 from servegrid.report import write
-from servegrid.report.article_table import write_article
+from servegrid.report.latency_table import write_latency_tables
 from servegrid.study.grid import Study
 
 ANALYSIS_PACKAGES = ("matplotlib", "numpy", "pandas", "pyarrow", "vl-convert-python")
-"""What decides the bytes of a figure and of the page, beside Python and the processor's kind."""
+"""Packages whose version can change the bytes of a figure or of the page."""
 
-_ENDINGS = {"markdown": "md", "csv": "csv", "latex": "tex", "parquet": "parquet"}
-_CONCLUSIONS = {
+_SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex", "parquet": "parquet"}
+_FINDINGS = {
     "frontier": "frontier.parquet",
     "frontier_csv": "frontier.csv",
     "frontier_tex": "frontier.tex",
@@ -30,75 +30,77 @@ _CONCLUSIONS = {
     "published_tex": "published.tex",
     "published_md": "published.md",
 }
-"""The names of the rule `conclude` for its outputs, and those of the files."""
+"""The outputs of the rule `findings`: name and file."""
 
 
 @dataclass(frozen=True)
-class Ground:
-    """All that a study's tables, figures and page follow from."""
+class AnalysisInputs:
+    """Everything that a study's tables, figures and page depend on."""
 
     config: Mapping[str, Any]
-    folder: Path
-    """Of the records."""
+    records: Path
+    """The folder of the records, `results/cells`."""
     hardware: Path
     """The file of prices."""
     cells: pd.DataFrame
     drift_checks: pd.DataFrame
 
 
-def cells_of(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The cells and the sentinels of the records in `folder`, tables of `columns.CELLS`.
+def gather_cells(study: Study, records: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The study's cells and its drift checks from the folder `records`, as `columns.CELLS`.
 
-    Raises RecordError as `tables.gather` does.
+    Raises RecordError if a record is missing, damaged or of another specification.
     """
-    drift_checks = tables.gather(study.drift_checks, folder)
+    drift_checks = tables.gather(study.drift_checks, records)
     drifts = tables.drift_by_allocation(drift_checks)
-    return tables.gather(study.trials, folder, drifts), drift_checks
+    return tables.gather(study.trials, records, drifts), drift_checks
 
 
-def write_tables(ground: Ground, folder: Path) -> None:
-    """Write all of `results/tables`, under the names that the rules give them."""
-    cells = ground.cells
+def write_tables(inputs: AnalysisInputs, folder: Path) -> None:
+    """Write all files of `results/tables` into `folder`, named as by the rules."""
+    cells = inputs.cells
     tables.write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
-    tables.write_csv(ground.drift_checks, folder / "sentinels.csv")
+    tables.write_csv(inputs.drift_checks, folder / "drift_checks.csv")
     summarised = summary.summarise(cells)
     summary.write(summarised, folder / "summary.parquet", folder / "summary.csv")
     for name in _deployments(cells):
-        write_article(cells, name, _paths(folder, name))
-    conclusions = {key: folder / name for key, name in _CONCLUSIONS.items()}
-    write.write_conclusions(ground.config, cells, summarised, conclusions)
-    write.write_plan(ground.config, summarised, ground.hardware, _paths(folder, "capacity"))
+        write_latency_tables(cells, name, _paths(folder, name))
+    findings = {key: folder / name for key, name in _FINDINGS.items()}
+    write.write_findings(inputs.config, cells, summarised, findings)
+    paths = _paths(folder, "capacity")
+    write.write_capacity_plan(inputs.config, summarised, inputs.hardware, paths)
 
 
-def write_figures(ground: Ground, found: Path, folder: Path) -> None:
+def write_figures(inputs: AnalysisInputs, tables_folder: Path, folder: Path) -> None:
     """Write the figures of `results/plots` and the page of `results/report` below `folder`.
 
-    `found` has the tables that `write_tables` wrote.
+    `tables_folder` has the tables that `write_tables` wrote.
     """
-    from servegrid.report.figure_style import save
+    from servegrid.report.figure_style import save_figure
     from servegrid.report.plots import FIGURES, deployment_figure, overview_figure
 
     plots = folder / "plots"
-    save(overview_figure(ground.cells), plots / "overview.svg", plots / "overview.png")
-    for name in _deployments(ground.cells):
+    save_figure(overview_figure(inputs.cells), plots / "overview.svg", plots / "overview.png")
+    for name in _deployments(inputs.cells):
         for figure, metrics in FIGURES.items():
             paths = (plots / f"{name}.{figure}.{suffix}" for suffix in ("svg", "png"))
-            save(deployment_figure(ground.cells, name, metrics), *paths)
-    tables_of = {
-        name: found / f"{name}.parquet" for name in ("cells", "summary", "frontier", "published")
+            save_figure(deployment_figure(inputs.cells, name, metrics), *paths)
+    page_inputs = {
+        name: tables_folder / f"{name}.parquet"
+        for name in ("cells", "summary", "frontier", "published")
     }
     page = folder / "report" / "index.html"
-    write.write_page(ground.config, ground.folder, tables_of, ground.hardware, page)
+    write.write_study_page(inputs.config, inputs.records, page_inputs, inputs.hardware, page)
 
 
 def analysis_environment() -> dict[str, str]:
-    """The versions of what makes tables and figures here, and the processor's kind."""
+    """The versions here of Python and ANALYSIS_PACKAGES, and the kind of processor."""
     versions = {name: metadata.version(name) for name in ANALYSIS_PACKAGES}
     return {"machine": platform.machine(), "python": platform.python_version()} | versions
 
 
 def _paths(folder: Path, name: str) -> dict[str, Path]:
-    return {kind: folder / f"{name}.{ending}" for kind, ending in _ENDINGS.items()}
+    return {kind: folder / f"{name}.{suffix}" for kind, suffix in _SUFFIXES.items()}
 
 
 def _deployments(cells: pd.DataFrame) -> Iterable[str]:

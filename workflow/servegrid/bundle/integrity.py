@@ -1,4 +1,4 @@
-"""Whether a bundle's files are those that it was made of, by its manifest and by its crate."""
+"""Compares a bundle's files with its manifest and its crate."""
 
 from __future__ import annotations
 
@@ -8,61 +8,61 @@ from pathlib import Path
 from servegrid.bundle import crate
 from servegrid.bundle.layout import MANIFEST, manifest_digest
 from servegrid.bundle.limits import JSON_BYTES, read_json
-from servegrid.bundle.tarball import Unpacked
+from servegrid.bundle.tarball import UnpackedArchive
 from servegrid.errors import BundleError
 
 
-def culprits_of(tree: Path, unpacked: Unpacked) -> list[str]:
-    """The culprits of an unpacked bundle's integrity: none where every hash is as it was."""
-    culprits = [unpacked.damage] if unpacked.damage else []
+def find_integrity_problems(tree: Path, unpacked: UnpackedArchive) -> list[str]:
+    """A line per problem with an unpacked bundle; none if every file has its original hash."""
+    problems = [unpacked.damage] if unpacked.damage else []
     if MANIFEST not in unpacked.sha256:
-        return [*culprits, f"{MANIFEST}: is missing"]
+        return [*problems, f"{MANIFEST}: is missing"]
     if (tree / MANIFEST).stat().st_size > JSON_BYTES:
-        return [*culprits, f"{MANIFEST}: is larger than {JSON_BYTES:,} bytes"]
+        return [*problems, f"{MANIFEST}: is larger than {JSON_BYTES:,} bytes"]
     manifest = (tree / MANIFEST).read_bytes()
-    listed = _listed(manifest)
+    listed = _parse_manifest(manifest)
     actual = {name: digest for name, digest in unpacked.sha256.items() if name != MANIFEST}
-    culprits += [f"{name}: is missing" for name in sorted(listed.keys() - actual.keys())]
-    culprits += [f"{name}: is not in {MANIFEST}" for name in sorted(actual.keys() - listed.keys())]
-    culprits += [
-        f"{name}: is not what {MANIFEST} was made of"
+    problems += [f"{name}: is missing" for name in sorted(listed.keys() - actual.keys())]
+    problems += [f"{name}: is not in {MANIFEST}" for name in sorted(actual.keys() - listed.keys())]
+    problems += [
+        f"{name}: differs from its hash in {MANIFEST}"
         for name in sorted(listed.keys() & actual.keys())
         if listed[name] != actual[name]
     ]
     if not unpacked.root.endswith(f"-{manifest_digest(manifest)}"):
-        culprits.append(
-            f"{unpacked.root}: the bundle's name is not of its content, which has the digest "
+        problems.append(
+            f"{unpacked.root}: the bundle's name does not fit its content, whose digest is "
             f"{manifest_digest(manifest)}"
         )
-    return culprits + _crate_culprits(tree, actual)
+    return problems + _find_crate_problems(tree, actual)
 
 
-def _listed(manifest: bytes) -> dict[str, str]:
-    listed: dict[str, str] = {}
+def _parse_manifest(manifest: bytes) -> dict[str, str]:
+    digests: dict[str, str] = {}
     for line in manifest.decode("utf-8", "replace").splitlines():
         digest, _, name = line.partition("  ")
-        listed[name] = digest if name not in listed else "listed twice"
-    return listed
+        digests[name] = digest if name not in digests else "listed twice"
+    return digests
 
 
-def _crate_culprits(tree: Path, actual: Mapping[str, str]) -> list[str]:
+def _find_crate_problems(tree: Path, actual: Mapping[str, str]) -> list[str]:
     if crate.CRATE not in actual:
-        return []  # the manifest's check tells it
+        return []  # a problem of the manifest, which lists it
     try:
-        described = crate.files_of(read_json(tree / crate.CRATE))
+        described = crate.parse_files(read_json(tree / crate.CRATE))
     except (BundleError, KeyError, TypeError, ValueError, RecursionError) as error:
         return [f"{crate.CRATE}: cannot be read ({error})"]
     files = {name: digest for name, digest in actual.items() if name != crate.CRATE}
-    culprits = [
-        f"{name}: is in {crate.CRATE} and not in the bundle"
+    problems = [
+        f"{name}: is in {crate.CRATE} but not in the bundle"
         for name in sorted(described.keys() - files.keys())
     ]
     for name, digest in sorted(files.items()):
         if name not in described:
-            culprits.append(f"{name}: is not in {crate.CRATE}")
+            problems.append(f"{name}: is not in {crate.CRATE}")
         elif (described[name].sha256, described[name].bytes) != (
             digest,
             (tree / name).stat().st_size,
         ):
-            culprits.append(f"{name}: is not what {crate.CRATE} describes")
-    return culprits
+            problems.append(f"{name}: differs from its description in {crate.CRATE}")
+    return problems

@@ -1,13 +1,13 @@
-"""The names in a bundle, below its one folder, which is a repository with its results."""
+"""The paths in a bundle. They are relative to its one folder, a repository with its results."""
 
 from __future__ import annotations
 
 import hashlib
 
 BUNDLE_FORMAT = 1
-"""Raise it when a bundle gets other files or another meaning."""
+"""Raise it if a bundle gets other files or a file gets another meaning."""
 
-BUNDLE = "bundle.json"
+METADATA = "bundle.json"
 CONFIGURATION = "config/study.json"
 HARDWARE = "config/hardware.yaml"
 ENVIRONMENTS = "environments.json"
@@ -23,5 +23,5 @@ RECORDS = ("requests.parquet", "telemetry.parquet")
 
 
 def manifest_digest(manifest: bytes) -> str:
-    """What a bundle's name ends with: of the manifest, and so of every file."""
+    """The end of a bundle's name. It depends on the manifest, and so on every file."""
     return hashlib.sha256(manifest).hexdigest()[:16]

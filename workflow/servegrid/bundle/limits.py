@@ -1,4 +1,4 @@
-"""What is read of a bundle, and not more: its files say how large they will get."""
+"""Limits on what is read from a bundle, checked before a file is loaded."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ TABLE_BYTES = 4 * 2**30
 JSON_BYTES = 64 * 2**20
 CONFIGURATION_BYTES = 2**20
 MEMORY_BYTES = 8 * 2**30
-"""What a check may take. A small Parquet file can say in few bytes that a long text comes a
-million times, which nothing but its reading shows."""
+"""Memory that the checks may allocate. A small Parquet file can repeat a long text a million times,
+and only reading it shows this."""
 
 
 @contextlib.contextmanager
 def limited_memory() -> Iterator[None]:
-    """Let allocations of the block fail where they would take more than MEMORY_BYTES in all."""
-    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    """Let allocations in the block fail if they exceed MEMORY_BYTES in total."""
+    before, maximum = resource.getrlimit(resource.RLIMIT_AS)
     limit = psutil.Process().memory_info().vms + MEMORY_BYTES
-    known = [each for each in (limit, before, most) if each != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(known), most))
+    known = [value for value in (limit, before, maximum) if value != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(known), maximum))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+        resource.setrlimit(resource.RLIMIT_AS, (before, maximum))
 
 
-def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises BundleError where there is none of at most `most` bytes."""
+def read_json(path: Path, max_bytes: int = JSON_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises BundleError if it is missing, too large or not one."""
     name = path.name
-    if not path.exists() or path.stat().st_size > most:
-        raise BundleError(f"{name}: is missing, or larger than {most:,} bytes.")
+    if not path.exists() or path.stat().st_size > max_bytes:
+        raise BundleError(f"{name}: is missing, or larger than {max_bytes:,} bytes.")
     try:
         data = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -53,10 +53,10 @@ def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
     return data
 
 
-def refuse_huge_study(config: Mapping[str, Any]) -> None:
-    """Raise BundleError where a configuration would expand beyond what memory takes."""
+def check_study_size(config: Mapping[str, Any]) -> None:
+    """Raise BundleError if a configuration would expand to more than TRIALS trials."""
     deployments = config.get("deployments")
-    asked = 0
+    total = 0
     for entry in deployments if isinstance(deployments, list) else []:
         workloads = [
             config.get("workload"),
@@ -71,33 +71,35 @@ def refuse_huge_study(config: Mapping[str, Any]) -> None:
             product *= max(1, len(value)) if isinstance(value := keys.get(key), list) else 1
         levels = [v for v in (keys.get("concurrency"), keys.get("request_rate")) if v is not None]
         product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
-        asked += product
-    if asked > TRIALS:
-        raise BundleError(f"{CONFIGURATION}: asks for more than {TRIALS:,} trials.")
+        total += product
+    if total > TRIALS:
+        raise BundleError(f"{CONFIGURATION}: describes more than {TRIALS:,} trials.")
 
 
-def refuse_unplain_yaml(path: Path) -> None:
-    """Raise BundleError where a YAML file is missing, large, or refers to parts of itself.
+def check_yaml(path: Path) -> None:
+    """Raise BundleError if a YAML file is missing, too large, invalid, or has aliases.
 
-    Such references can make a few lines into more than memory takes.
+    Nested aliases can expand a few lines to more than the memory can hold.
     """
     if not path.exists() or path.stat().st_size > CONFIGURATION_BYTES:
         raise BundleError(f"{path.name}: is missing, or larger than {CONFIGURATION_BYTES:,} bytes.")
     try:
-        refers = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_bytes()))
+        has_alias = any(
+            isinstance(event, yaml.AliasEvent) for event in yaml.parse(path.read_bytes())
+        )
     except (yaml.YAMLError, RecursionError) as error:
         raise BundleError(f"{path.name}: is not valid YAML.") from error
-    if refers:
-        raise BundleError(f"{path.name}: refers to parts of itself.")
+    if has_alias:
+        raise BundleError(f"{path.name}: contains a YAML alias.")
 
 
-def refuse_huge_table(path: Path) -> None:
-    """Raise BundleError where a Parquet file says that it unpacks to more than memory takes."""
+def check_table_size(path: Path) -> None:
+    """Raise BundleError if the metadata of a Parquet file announce a table above the limits."""
     if not path.exists():
         return
     try:
         metadata = pq.read_metadata(path)
-    except Exception:  # damaged: told by those who read it
+    except Exception:  # damaged: its reader reports this
         return
     groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
     values = max(
@@ -107,6 +109,6 @@ def refuse_huge_table(path: Path) -> None:
     size = sum(group.total_byte_size for group in groups)
     if max(metadata.num_rows, values) > TABLE_ROWS or size > TABLE_BYTES:
         raise BundleError(
-            f"{path.parent.name}/{path.name}: a table has at most {TABLE_ROWS:,} values a column "
-            f"and {TABLE_BYTES:,} bytes."
+            f"{path.parent.name}/{path.name}: has more than {TABLE_ROWS:,} values in a column, or "
+            f"more than {TABLE_BYTES:,} bytes."
         )

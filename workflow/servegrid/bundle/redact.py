@@ -1,7 +1,7 @@
-"""What must not leave the site: keys and tokens, the users' names, the names of hosts.
+"""Redacts secrets: keys and tokens, the names of users, the names of hosts.
 
-docs/bundles.md tells the rule. Where text may change it is redacted; where it may not (the
-configuration, specifications, sources) a bundle with something in it is refused.
+docs/bundles.md has the rules. Text that may change is redacted. A secret in text that may not
+change (the configuration, specifications, the workflow) makes `secrets.check_secrets` refuse.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ TOKENS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
 }
-"""Shapes that nothing else has."""
+"""Kinds of secrets that have a pattern of their own."""
 
 _SECRET_KEY = r"(?:[\w-]*[_-])?(?:api[_-]?key|token|secret|password)"
-_ASSIGNED = re.compile(
+_ASSIGNMENT = re.compile(
     rf"(?i)\b({_SECRET_KEY}[\"']?(?:\s*[=:]\s*|\s+)[\"']?)"
     r"(?=[\w.+/=-]*\d)(?=[\w.+/=-]*[a-z])[\w.+/=-]{16,}"
 )
-_NAMED_SECRET = re.compile(rf"(?i)(?:--)?{_SECRET_KEY}")
-_TOKENS = re.compile("|".join(f"(?P<k{n}>{shape})" for n, shape in enumerate(TOKENS.values())))
+_SECRET_NAME = re.compile(rf"(?i)(?:--)?{_SECRET_KEY}")
+_TOKEN = re.compile("|".join(f"(?P<k{n}>{pattern})" for n, pattern in enumerate(TOKENS.values())))
 _HOME = re.compile(r"(/(?:home|Users)/)(?!user(?![\w.-]))([^\s/\"'`<>:,;()\[\]{}*]+)")
 _PSEUDONYM = re.compile(r"node-\d+")
-_LEAST_LETTERS = 4
-"""Of a host's name that is looked for in running text: a shorter one would hit other words."""
+_MIN_LETTERS = 4
+"""Shortest name of a host that is replaced in running text: a shorter one would hit other words."""
 
 HOST_KEYS = frozenset(
     {
@@ -43,150 +43,152 @@ HOST_KEYS = frozenset(
         *("NodeList", "BatchHost", "ReqNodeList", "ExcNodeList", "SchedNodeList", "AllocNode:Sid"),
     }
 )
-"""Keys of records and of Slurm under which hosts stand, as one name or as `prefix[1-3,5]`."""
+"""Keys in records and in Slurm's output whose values are hosts: one name, or `prefix[1-3,5]`."""
 USER_KEYS = frozenset({"UserId", "User"})
 
 
 @dataclass(frozen=True)
 class Redactor:
-    """The names of one study: `hosts` with their pseudonyms, and its users."""
+    """Replaces the names of one study: `hosts` by their pseudonyms, `users` by `user`."""
 
     hosts: Mapping[str, str]
     users: frozenset[str]
 
     @classmethod
-    def of(cls, documents: Iterable[Any], users: Iterable[str] = ()) -> Redactor:
-        """The names that JSON documents hold: records of cells, Slurm's records of jobs.
+    def from_documents(cls, documents: Iterable[Any], users: Iterable[str] = ()) -> Redactor:
+        """A redactor for the names in JSON documents: records of trials, Slurm's records of jobs.
 
-        A host's pseudonym is `node-<n>`, by the order of the names; those that are pseudonyms
-        already, in a study that was opened from a bundle, stay.
+        A host's pseudonym is `node-<n>`, in the order of the names. A study that was unpacked from
+        a bundle contains pseudonyms already; these stay.
         """
         hosts: set[str] = set()
         found = set(users)
-        for key, text in (pair for each in documents for pair in _texts(each)):
+        for key, text in (pair for document in documents for pair in _iterate_texts(document)):
             if key in HOST_KEYS:
-                hosts |= _hosts(text)
+                hosts |= _parse_hosts(text)
             elif key in USER_KEYS:
                 found.add(text.partition("(")[0])
-        return cls(_pseudonyms(hosts), frozenset(found - {"", "root", "user"}))
+        return cls(_make_pseudonyms(hosts), frozenset(found - {"", "root", "user"}))
 
-    def text(self, text: str) -> str:
-        """`text` without tokens, users' names in paths, and hosts."""
-        text = _TOKENS.sub(lambda hit: f"[{_kind(hit)}]", text)
-        text = _ASSIGNED.sub(r"\1[a secret]", text)
+    def redact_text(self, text: str) -> str:
+        """`text` without tokens, names of users in paths, and hosts."""
+        text = _TOKEN.sub(lambda match: f"[{_kind(match)}]", text)
+        text = _ASSIGNMENT.sub(r"\1[a secret]", text)
         text = _HOME.sub(r"\1user", text)
         if self.users:
-            text = self._users.sub("user", text)
+            text = self._user_pattern.sub("user", text)
         if not self.hosts:
             return text
-        text = self._whole_hosts.sub(lambda hit: self.hosts[hit[0]], text)
-        return self._hosts.sub(lambda hit: self.hosts[hit[0]], text)
+        text = self._element_pattern.sub(lambda match: self.hosts[match[0]], text)
+        return self._host_pattern.sub(lambda match: self.hosts[match[0]], text)
 
-    def data(self, data: Any, key: str | None = None) -> Any:
-        """JSON data, all of its strings redacted; those under a host's key whatever their length.
+    def redact_data(self, data: Any, key: str | None = None) -> Any:
+        """JSON data with all strings redacted; under a host's key, names of any length.
 
-        A `spec` stays: digests are of it.
+        A `spec` stays unchanged, because digests identify it.
         """
         if isinstance(data, Mapping):
             return {
-                name: value if name == "spec" else self.data(value, name)
+                name: value if name == "spec" else self.redact_data(value, name)
                 for name, value in data.items()
             }
         if isinstance(data, list):
-            return [self.data(each, key) for each in data]
+            return [self.redact_data(item, key) for item in data]
         if not isinstance(data, str) or not data:
             return data
-        if key is not None and _NAMED_SECRET.fullmatch(key):
+        if key is not None and _SECRET_NAME.fullmatch(key):
             return "[a secret]"
         if key in HOST_KEYS:
-            return _NAME.sub(lambda hit: self.hosts.get(hit[0], hit[0]), _spelled_out(data))
-        return "user" if data in self.users else self.text(data)
+            names = _expand_ranges(data)
+            return _NAME.sub(lambda match: self.hosts.get(match[0], match[0]), names)
+        return "user" if data in self.users else self.redact_text(data)
+
+    def find_hosts(self, text: str) -> set[str]:
+        """The hosts in running text."""
+        return set(self._host_pattern.findall(text)) if self.hosts else set()
 
     @cached_property
-    def _hosts(self) -> re.Pattern[str]:
-        long = [host for host in self.hosts if len(host) >= _LEAST_LETTERS]
-        return _one_of(long, r"(?<![\w.-])", r"(?![\w-])")
+    def _host_pattern(self) -> re.Pattern[str]:
+        long = [host for host in self.hosts if len(host) >= _MIN_LETTERS]
+        return _compile_words(long, r"(?<![\w.-])", r"(?![\w-])")
 
     @cached_property
-    def _whole_hosts(self) -> re.Pattern[str]:
-        """A host of any length that is all of an element of a page."""
-        return _one_of(self.hosts, "(?<=>)", "(?=<)")
+    def _element_pattern(self) -> re.Pattern[str]:
+        """A host of any length that is the whole text of an HTML element."""
+        return _compile_words(self.hosts, "(?<=>)", "(?=<)")
 
     @cached_property
-    def _users(self) -> re.Pattern[str]:
-        return _one_of(
+    def _user_pattern(self) -> re.Pattern[str]:
+        return _compile_words(
             self.users, r"(?:(?<=/)|(?<=UserId=)|(?<![\w@.-])(?=\S+[@(]))", r"(?=[/@(\s\"':,;]|$)"
         )
 
-    def hosts_in(self, text: str) -> set[str]:
-        """The hosts that running text names."""
-        return set(self._hosts.findall(text)) if self.hosts else set()
 
-
-def secrets_in(text: str) -> Iterator[str]:
-    """What `text` holds that must not leave the site, told without repeating it."""
-    kinds = dict.fromkeys(_kind(hit) for hit in _TOKENS.finditer(text))
+def find_secrets(text: str) -> Iterator[str]:
+    """The kinds of secrets in `text`; the secrets themselves are not repeated."""
+    kinds = dict.fromkeys(_kind(match) for match in _TOKEN.finditer(text))
     yield from kinds
     if _HOME.search(text):
         yield "a user's name in a path"
 
 
-def secrets_in_data(data: Any) -> Iterator[str]:
-    """The same of JSON data, and any value under a key that is named like one."""
-    for key, text in _texts(data):
-        if key is not None and _NAMED_SECRET.fullmatch(key) and text != "[a secret]":
+def find_secrets_in_data(data: Any) -> Iterator[str]:
+    """The kinds of secrets in JSON data, including any value under a key such as `api_key`."""
+    for key, text in _iterate_texts(data):
+        if key is not None and _SECRET_NAME.fullmatch(key) and text != "[a secret]":
             yield f"a value of `{key}`"
-        yield from secrets_in(text)
+        yield from find_secrets(text)
 
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
-def _kind(hit: re.Match[str]) -> str:
-    assert hit.lastgroup is not None
-    return list(TOKENS)[int(hit.lastgroup[1:])]
+def _kind(match: re.Match[str]) -> str:
+    assert match.lastgroup is not None
+    return list(TOKENS)[int(match.lastgroup[1:])]
 
 
-def _one_of(words: Iterable[str], before: str, after: str) -> re.Pattern[str]:
+def _compile_words(words: Iterable[str], before: str, after: str) -> re.Pattern[str]:
+    """Any of `words` between two patterns; none if there are no words."""
     longest_first = sorted(words, key=lambda word: (-len(word), word))
     return re.compile(f"{before}(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'}){after}")
 
 
-def _texts(data: Any, key: str | None = None) -> Iterator[tuple[str | None, str]]:
-    """Each string in JSON data, with the key that it stands under."""
+def _iterate_texts(data: Any, key: str | None = None) -> Iterator[tuple[str | None, str]]:
+    """Each string in JSON data, with the nearest key above it."""
     if isinstance(data, Mapping):
         for name, value in data.items():
-            yield from _texts(value, str(name))
+            yield from _iterate_texts(value, str(name))
     elif isinstance(data, list | tuple):
-        for each in data:
-            yield from _texts(each, key)
+        for item in data:
+            yield from _iterate_texts(item, key)
     elif isinstance(data, str):
         yield key, data
 
 
-def _hosts(text: str) -> set[str]:
-    """All names of one host entry, each with its domain and without."""
-    names = {hit[0] for hit in _NAME.finditer(_spelled_out(text.partition(":")[0]))}
+def _parse_hosts(text: str) -> set[str]:
+    """The hosts of one entry, each with and without its domain."""
+    names = {match[0] for match in _NAME.finditer(_expand_ranges(text.partition(":")[0]))}
     known = {name for name in names if name not in ("localhost", "None", "null", "N/A")}
     return known | {name.partition(".")[0] for name in known if not name[0].isdigit()}
 
 
-def _spelled_out(text: str) -> str:
-    """`bora[001-003,7]` as `bora001,bora002,bora003,bora7`; anything else as it is."""
+def _expand_ranges(text: str) -> str:
+    """`bora[001-003,7]` as `bora001,bora002,bora003,bora7`; other text unchanged."""
 
-    def each(hit: re.Match[str]) -> str:
+    def expand(match: re.Match[str]) -> str:
         names = []
-        for part in hit[2].split(","):
+        for part in match[2].split(","):
             first, _, last = part.partition("-")
             for number in range(int(first), int(last or first) + 1):
-                names.append(f"{hit[1]}{number:0{len(first)}}{hit[3]}")
+                names.append(f"{match[1]}{number:0{len(first)}}{match[3]}")
         return ",".join(names)
 
-    return re.sub(r"([\w.-]+)\[(\d[\d,-]*)\]([\w.-]*)", each, text)
+    return re.sub(r"([\w.-]+)\[(\d[\d,-]*)\]([\w.-]*)", expand, text)
 
 
-def _pseudonyms(hosts: Iterable[str]) -> dict[str, str]:
-    """A pseudonym for each host; a name with its domain has that of the name without."""
+def _make_pseudonyms(hosts: Iterable[str]) -> dict[str, str]:
+    """A pseudonym for each host; names with and without a domain share one."""
     machines: dict[str, str] = {}
     taken = {host for host in hosts if _PSEUDONYM.fullmatch(host)}
     numbers = iter(range(1, 2**31))
@@ -195,7 +197,7 @@ def _pseudonyms(hosts: Iterable[str]) -> dict[str, str]:
         if short in taken:
             machines[short] = short
         elif short not in machines:
-            free = (f"node-{number}" for number in numbers)
-            machines[short] = next(name for name in free if name not in taken)
+            candidates = (f"node-{number}" for number in numbers)
+            machines[short] = next(name for name in candidates if name not in taken)
         machines[host] = machines[short]
     return machines

@@ -1,4 +1,4 @@
-"""A tree of files looked through for what must not leave the site."""
+"""Scans a tree of files for secrets: everything that must not leave the site."""
 
 from __future__ import annotations
 
@@ -11,82 +11,82 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from servegrid.bundle.layout import CONFIGURATION
-from servegrid.bundle.limits import refuse_huge_table
-from servegrid.bundle.redact import Redactor, secrets_in, secrets_in_data
+from servegrid.bundle.limits import check_table_size
+from servegrid.bundle.redact import Redactor, find_secrets, find_secrets_in_data
 from servegrid.bundle.sources import PARTS
-from servegrid.bundle.tarball import names_below
+from servegrid.bundle.tarball import list_files
 from servegrid.errors import BundleError
 from servegrid.records import parquet
 
-_LISTED = 10
+_MAX_LISTED = 10
 _PART_BYTES = 2**24
 _OVERLAP_BYTES = 2**12
-"""As long as any token may be: what lies across two parts is whole in one of them."""
+"""The longest possible token: a token across two parts is complete in one of them."""
 _SIGNATURE_BYTES = 512
 _PRINTABLE = bytes(byte if 32 <= byte < 127 else 10 for byte in range(256))
 
 
-def refuse_secrets(tree: Path, redactor: Redactor) -> None:
-    """Raise BundleError, naming files and kinds, where `tree` holds anything of the sort."""
-    found = list(findings(tree, redactor))
+def check_secrets(tree: Path, redactor: Redactor) -> None:
+    """Raise BundleError, with files and kinds of secrets, if `tree` contains any."""
+    found = list(scan_tree(tree, redactor))
     if found:
-        more = f"\n  … and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        listed = "\n  ".join(found[:_LISTED])
+        more = f"\n  … and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
+        listed = "\n  ".join(found[:_MAX_LISTED])
         raise BundleError(
-            "The bundle would hold what must not leave the site, where it cannot be redacted "
-            f"without changing what was measured:\n  {listed}{more}\n"
-            "Take it out of the configuration or the workflow and measure those cells again, for "
-            "example under a path outside of /home; then make the bundle."
+            "The bundle would contain secrets that cannot be redacted, because redacting them "
+            f"would change the identity of what was measured:\n  {listed}{more}\n"
+            "Remove them from the configuration or the workflow (for example, use a path outside "
+            "of /home), measure those cells again, and bundle the study again."
         )
 
 
-def findings(tree: Path, redactor: Redactor | None = None) -> Iterator[str]:
-    """`file: kind` of all that must not be there; hosts only where `redactor` knows them.
+def scan_tree(tree: Path, redactor: Redactor | None = None) -> Iterator[str]:
+    """`file: kind` for each secret. Hosts are found only if `redactor` knows them.
 
-    Sources are not looked through for hosts, whose names may be any word.
+    The workflow's files are not scanned for hosts, because any word can be a host's name.
     """
-    for name in names_below(tree):
+    for name in list_files(tree):
         is_source = any(name == part or name.startswith(f"{part}/") for part in PARTS)
-        kinds = dict.fromkeys(_of_file(tree / name, name))
+        kinds = dict.fromkeys(_scan_file(tree / name, name))
         if redactor is not None and not is_source:
             kinds |= dict.fromkeys(
                 f"the host {host!r}"
-                for text in _texts(tree / name)
-                for host in sorted(redactor.hosts_in(text) - set(redactor.hosts.values()))
+                for text in _read_texts(tree / name)
+                for host in sorted(redactor.find_hosts(text) - set(redactor.hosts.values()))
             )
-        for kind in [*kinds, *secrets_in(name)]:
+        for kind in [*kinds, *find_secrets(name)]:
             yield f"{name}: {kind}"
 
 
 def is_text(type: pa.DataType) -> bool:
-    """Whether a column of this type holds strings."""
+    """Whether a column of this type contains strings."""
     return bool(pa.types.is_string(type) or pa.types.is_large_string(type))
 
 
-def _of_file(path: Path, name: str) -> Iterator[str]:
-    for text in _texts(path):
-        yield from secrets_in(text)
+def _scan_file(path: Path, name: str) -> Iterator[str]:
+    for text in _read_texts(path):
+        yield from find_secrets(text)
     if name == CONFIGURATION:
-        yield from secrets_in_data(json.loads(path.read_text()))
+        yield from find_secrets_in_data(json.loads(path.read_text()))
     elif path.suffix == ".parquet":
-        yield from secrets_in_data(_record(path))
+        yield from find_secrets_in_data(_read_record(path))
 
 
-def _record(path: Path) -> Any:
+def _read_record(path: Path) -> Any:
     metadata = pq.read_schema(path).metadata or {}
     return json.loads(metadata.get(parquet.RECORD_KEY, b"{}"))
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """What can be read in a file: of Parquet the metadata and the strings, else its bytes.
+def _read_texts(path: Path) -> Iterator[str]:
+    """The readable parts of a file: metadata and strings of Parquet, else its bytes as text.
 
-    Raises BundleError where a table is too large to be read.
+    Raises BundleError if a table is too large.
     """
     if path.suffix != ".parquet":
-        yield from _parts(path)
+        yield from _read_parts(path)
         return
     with pq.ParquetFile(path) as file:
-        refuse_huge_table(path)
+        check_table_size(path)
         schema = file.schema_arrow
         for value in (schema.metadata or {}).values():
             yield value.decode("utf-8", "replace")
@@ -96,16 +96,16 @@ def _texts(path: Path) -> Iterator[str]:
         yield "\n".join(text for text in column.unique().to_pylist() if text)
 
 
-def _parts(path: Path) -> Iterator[str]:
-    """The text of a file, of which only a part is in memory; of a binary one what is readable.
+def _read_parts(path: Path) -> Iterator[str]:
+    """The text of a file, part by part; of a binary file only the printable characters.
 
-    Among the bytes of an image, taken for letters, a password in a URL will turn up one day.
+    Other bytes of an image, decoded as text, would sooner or later look like a secret.
     """
     with path.open("rb") as file:
-        before, is_binary = b"", b"\0" in file.read(_SIGNATURE_BYTES)
+        overlap, is_binary = b"", b"\0" in file.read(_SIGNATURE_BYTES)
         file.seek(0)
         while data := file.read(_PART_BYTES):
-            whole = before + data
-            readable = whole.translate(_PRINTABLE) if is_binary else whole
+            part = overlap + data
+            readable = part.translate(_PRINTABLE) if is_binary else part
             yield readable.decode("utf-8", "replace")
-            before = data[-_OVERLAP_BYTES:]
+            overlap = data[-_OVERLAP_BYTES:]

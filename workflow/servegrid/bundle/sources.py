@@ -1,4 +1,4 @@
-"""Where the results come from: the workflow's files as used, its commit, the profile."""
+"""Finds the sources of a study's results: the workflow's files, its commit, the profiles."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("Snakefile", "pyproject.toml", "LICENSE", "CITATION.cff", "workflow", "plugin")
-"""Of the repository: what it takes to run a study, without tests and documentation."""
+"""Files and folders of the repository that run a study: no tests, no documentation."""
 _LIMIT_S = 60.0
 
 
-def files(root: Path) -> Iterator[tuple[str, Path]]:
+def list_source_files(root: Path) -> Iterator[tuple[str, Path]]:
     """The name and the path of each file of the workflow below `root`."""
     for part in PARTS:
-        yield from _below(root / part, part)
+        yield from _list_below(root / part, part)
 
 
-def profile_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The same of a profile, below `profiles/`."""
-    yield from _below(folder, f"profiles/{folder.name}")
+def list_profile_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The name below `profiles/` and the path of each file of a profile."""
+    yield from _list_below(folder, f"profiles/{folder.name}")
 
 
-def profile_folders(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The folders of the profiles that a snakemake command names; none where it names none.
+def find_profile_folders(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """The folders of the profiles that a Snakemake command uses.
 
-    `arguments` are those of the command, `environment` has SNAKEMAKE_PROFILE where it is set.
+    `arguments` are the command's arguments, `environment` may have SNAKEMAKE_PROFILE.
     """
     from snakemake.cli import get_profile_dir
 
     names = environment.get("SNAKEMAKE_PROFILE", "").split(",")
-    following = iter(arguments)
-    for argument in following:
-        option, given, value = argument.partition("=")
+    remaining = iter(arguments)
+    for argument in remaining:
+        option, equals_sign, value = argument.partition("=")
         if option in ("--profile", "--workflow-profile"):
-            names.append(value if given else next(following, ""))
+            names.append(value if equals_sign else next(remaining, ""))
     found = [get_profile_dir(name) for name in filter(None, names)]
-    return list(dict.fromkeys(str(place[0]) for place in found if place is not None))
+    return list(dict.fromkeys(str(profile[0]) for profile in found if profile is not None))
 
 
-def commit(root: Path) -> tuple[dict[str, Any], str]:
-    """What git says of `root`, and the difference to the commit as a patch.
+def describe_commit(root: Path) -> tuple[dict[str, Any], str]:
+    """The commit of the repository `root`, and the difference to the commit as a patch.
 
-    `commit` and `changed` are null where git isn't there or `root` is no repository of its own.
+    `commit` and `changed` are null if git is not installed or `root` is not a repository's root.
     """
     unknown = {"commit": None, "changed": None}, ""
     top = _git(root, "rev-parse", "--show-toplevel")
@@ -51,23 +51,23 @@ def commit(root: Path) -> tuple[dict[str, Any], str]:
         return unknown
     head = _git(root, "rev-parse", "HEAD")
     patch = _git(root, "diff", "--no-ext-diff", "--no-color", "--binary", "HEAD", "--", *PARTS)
-    loose = _git(root, "ls-files", "--others", "--exclude-standard", "--", *PARTS)
-    if head is None or patch is None or loose is None:
+    untracked = _git(root, "ls-files", "--others", "--exclude-standard", "--", *PARTS)
+    if head is None or patch is None or untracked is None:
         return unknown
-    return {"commit": head.strip(), "changed": bool(patch or loose)}, patch
+    return {"commit": head.strip(), "changed": bool(patch or untracked)}, patch
 
 
-def _below(path: Path, name: str) -> Iterator[tuple[str, Path]]:
+def _list_below(path: Path, name: str) -> Iterator[tuple[str, Path]]:
     if path.is_file():
         yield name, path
         return
-    for found in sorted(path.rglob("*")):
-        below = found.relative_to(path)
-        if found.is_file() and not any(_left_out(part) for part in below.parts):
-            yield f"{name}/{below.as_posix()}", found
+    for file in sorted(path.rglob("*")):
+        below = file.relative_to(path)
+        if file.is_file() and not any(_is_ignored(part) for part in below.parts):
+            yield f"{name}/{below.as_posix()}", file
 
 
-def _left_out(part: str) -> bool:
+def _is_ignored(part: str) -> bool:
     return part.startswith(".") or part == "__pycache__" or part.endswith((".egg-info", ".pyc"))
 
 

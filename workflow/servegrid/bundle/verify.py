@@ -1,365 +1,239 @@
-"""Whether a bundle is whole and its tables follow from its records. Runs no code that it holds.
+"""Checks that a bundle is complete and that its tables follow from its records.
 
-Checks 1 to 4 are analysis reproduction: they show that a bundle agrees with itself, not that
-anything would be measured like this again, nor that the records are honest.
+Runs no code from the bundle. The checks are analysis reproduction: they prove that the bundle
+agrees with itself, not that a new measurement would agree, nor that the records are honest.
 """
 
 from __future__ import annotations
 
 import filecmp
 import tempfile
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from servegrid import __version__
-from servegrid.analysis import tables
 from servegrid.bundle import crate, tarball
-from servegrid.bundle.derive import (
-    Ground,
-    analysis_environment,
-    cells_of,
-    write_figures,
-    write_tables,
-)
-from servegrid.bundle.differences import between_files, of_cell
-from servegrid.bundle.integrity import culprits_of
-from servegrid.bundle.layout import (
-    BUNDLE,
-    BUNDLE_FORMAT,
-    CELLS,
-    CONFIGURATION,
-    FIGURES,
-    HARDWARE,
-    MANIFEST,
-    RECORDS,
-    TABLES,
-)
-from servegrid.bundle.limits import (
-    CONFIGURATION_BYTES,
-    limited_memory,
-    read_json,
-    refuse_huge_study,
-    refuse_huge_table,
-    refuse_unplain_yaml,
-)
-from servegrid.bundle.secrets import findings
-from servegrid.bundle.tarball import Unpacked
+from servegrid.bundle.check import FAIL, PASS, SKIP, Check
+from servegrid.bundle.derive import analysis_environment, write_figures
+from servegrid.bundle.diff import describe_row, diff_tables
+from servegrid.bundle.integrity import find_integrity_problems
+from servegrid.bundle.layout import CELLS, FIGURES, MANIFEST, METADATA, RECORDS, TABLES
+from servegrid.bundle.limits import check_table_size, limited_memory
+from servegrid.bundle.progress import Report, report_nothing
+from servegrid.bundle.secrets import scan_tree
+from servegrid.bundle.unpacked import UnpackedBundle
 from servegrid.errors import BundleError, RecordError, ServegridError
 from servegrid.records import parquet
-from servegrid.study.config import study_of
-from servegrid.study.grid import Study, Trial
-
-PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
-_LISTED = 10
-_SHOWN = 400
+from servegrid.study.grid import Trial
 
 
-@dataclass(frozen=True)
-class Check:
-    """One check: what it found, and for FAIL the culprits, each with its file or trial."""
+def verify(archive: Path, report: Report = report_nothing) -> list[Check]:
+    """All checks of a bundle, in order. It is unpacked into a temporary folder.
 
-    name: str
-    status: str
-    found: str
-    culprits: Sequence[str] = ()
-
-    def told(self) -> str:
-        """As lines: the status, the name, what was found, and up to ten culprits below."""
-        lines = [f"{self.status}  {self.name:<13} {_printable(self.found)}"]
-        lines += [f"      {_printable(each)}" for each in self.culprits[:_LISTED]]
-        if len(self.culprits) > _LISTED:
-            lines.append(f"      … and {len(self.culprits) - _LISTED} more")
-        return "\n".join(lines)
-
-
-def verify(archive: Path) -> list[Check]:
-    """All checks of a bundle, in order. It is unpacked into a temporary folder that goes again.
-
-    Raises BundleError where `archive` cannot be read at all; one that is not safe to unpack
-    fails its first check, and the others are skipped.
+    Raises BundleError if `archive` does not exist. If it is not safe to unpack, the first check
+    fails and the others are skipped.
     """
     if not archive.is_file():
-        raise BundleError(f"{archive}: there is no such file.")
+        raise BundleError(f"{archive}: does not exist. Correct the path.")
+    steps = ["unpack", *CHECKS]
     with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
-        tree, again = Path(temporary) / "tree", Path(temporary) / "again"
+        tree, scratch = Path(temporary) / "tree", Path(temporary) / "scratch"
         tree.mkdir()
+        report(steps[0], 0, len(steps))
         try:
-            unpacked = tarball.unpack(archive, tree)
+            unpacked = tarball.unpack_archive(archive, tree)
         except BundleError as error:
-            reason = "what cannot be unpacked safely is not looked at"
-            rest = [Check(name, SKIP, reason) for name in CHECKS if name != "integrity"]
-            return [Check("integrity", FAIL, "not safe, or no bundle", [str(error)]), *rest]
-        bundle = Bundle(tree, unpacked, again)
+            reason = "the bundle could not be unpacked safely"
+            skipped = [Check(name, SKIP, reason) for name in CHECKS if name != "integrity"]
+            summary = "not safe to unpack, or not a bundle"
+            return [Check("integrity", FAIL, summary, [str(error)]), *skipped]
+        bundle = UnpackedBundle(tree, unpacked, scratch)
+        checks = []
         with limited_memory():
-            return [_checked(name, check, bundle) for name, check in CHECKS.items()]
+            for done, (name, check) in enumerate(CHECKS.items(), 1):
+                report(name, done, len(steps))
+                checks.append(_run(name, check, bundle))
+        return checks
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """An unpacked bundle, and what its checks share, each computed when it is asked for."""
-
-    tree: Path
-    unpacked: Unpacked
-    again: Path
-    """A folder for what is derived again."""
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        facts = read_json(self.tree / BUNDLE)
-        if facts.get("format") != BUNDLE_FORMAT:
-            raise BundleError(
-                f"{BUNDLE}: the bundle's format is {facts.get('format')!r}, this version of "
-                f"servegrid reads {BUNDLE_FORMAT}."
-            )
-        return facts
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        config = read_json(self.tree / CONFIGURATION, CONFIGURATION_BYTES)
-        refuse_huge_study(config)
-        return config
-
-    @cached_property
-    def study(self) -> Study:
-        return study_of(self.config, [CONFIGURATION])
-
-    @cached_property
-    def ground(self) -> Ground:
-        """What tables and figures are derived from, found safe to be read."""
-        refuse_unplain_yaml(self.tree / HARDWARE)
-        return Ground(self.config, self.tree / CELLS, self.tree / HARDWARE, *self.derived)
-
-    @cached_property
-    def missing(self) -> dict[str, str]:
-        missing: dict[str, str] = self.facts["missing"]
-        return missing
-
-    @cached_property
-    def derived(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The cells and sentinels, from the records that are there by the bundle's word."""
-        for trial in self.study.measured:
-            for name in RECORDS:
-                refuse_huge_table(self.tree / CELLS / trial.id / name)
-        trials, drift_checks = (
-            tuple(each for each in group if each.id not in self.missing)
-            for group in (self.study.trials, self.study.drift_checks)
-        )
-        try:
-            return cells_of(Study(self.study.name, trials, drift_checks), self.tree / CELLS)
-        except RecordError as error:
-            # The first line and the last ones say what to do where the study is measured.
-            culprits = [line.strip() for line in str(error).splitlines() if line[:2] == "  "]
-            told = [each for each in culprits if not each.startswith("rm -r ")]
-            raise BundleError("\n".join(told)) from error
-
-    @cached_property
-    def tables(self) -> Path:
-        """The folder of the tables that follow from the records."""
-        write_tables(self.ground, self.again / "tables")
-        return self.again / "tables"
-
-    @cached_property
-    def shipped(self) -> pd.DataFrame:
-        """The bundle's own table of cells."""
-        path = self.tree / TABLES / "cells.parquet"
-        refuse_huge_table(path)
-        try:
-            rows = pq.read_metadata(path).num_rows
-            if rows != len(self.study.trials):
-                raise BundleError(
-                    f"{TABLES}/{path.name}: has {rows} rows, the study {len(self.study.trials)} "
-                    "trials."
-                )
-            return tables.read_cells(path)
-        except (OSError, pa.ArrowException) as error:
-            raise BundleError(f"{TABLES}/{path.name}: cannot be read ({error}).") from error
+def _check_integrity(bundle: UnpackedBundle) -> Check:
+    problems = find_integrity_problems(bundle.tree, bundle.archive)
+    files = len(bundle.archive.sha256)
+    if problems:
+        return Check("integrity", FAIL, f"of {files} files", problems)
+    return Check("integrity", PASS, f"{files} files agree with {MANIFEST} and {crate.CRATE}")
 
 
-def _integrity(bundle: Bundle) -> Check:
-    culprits = culprits_of(bundle.tree, bundle.unpacked)
-    files = len(bundle.unpacked.sha256)
-    if culprits:
-        return Check("integrity", FAIL, f"of {files} files", culprits)
-    return Check("integrity", PASS, f"{files} files, each as {MANIFEST} and {crate.CRATE} have it")
-
-
-def _completeness(bundle: Bundle) -> Check:
-    wanted = {trial.id: trial for trial in bundle.study.measured}
+def _check_completeness(bundle: UnpackedBundle) -> Check:
+    expected = {trial.id: trial for trial in bundle.study.all_trials}
     present = {
         path.relative_to(bundle.tree / CELLS).parent.as_posix()
         for path in (bundle.tree / CELLS).rglob("*")
         if path.is_file()
     }
-    culprits = [f"{trial}: is no trial of the study" for trial in sorted(present - wanted.keys())]
-    for trial in wanted.values():
-        culprits += _trial_culprits(bundle, trial, trial.id in present)
-    culprits += [
-        f"{each}: is told to be missing, but is no trial of the study"
-        for each in sorted(bundle.missing.keys() - wanted.keys())
+    problems = [
+        f"{trial}: is not a trial of the study" for trial in sorted(present - expected.keys())
     ]
-    if bundle.facts["partial"] != bool(bundle.missing):
-        culprits.append(f"{BUNDLE}: `partial` contradicts `missing`")
-    told = f"{len(wanted) - len(bundle.missing)} of {len(wanted)} trials"
-    if culprits:
-        return Check("completeness", FAIL, told, culprits)
+    for trial in expected.values():
+        problems += _find_trial_problems(bundle, trial, trial.id in present)
+    problems += [
+        f"{trial}: {METADATA} lists it as missing, but it is not a trial of the study"
+        for trial in sorted(bundle.missing.keys() - expected.keys())
+    ]
+    if bundle.metadata["partial"] != bool(bundle.missing):
+        problems.append(f"{METADATA}: `partial` contradicts `missing`")
+    count = f"{len(expected) - len(bundle.missing)} of {len(expected)} trials"
+    if problems:
+        return Check("completeness", FAIL, count, problems)
     if bundle.missing:
-        missing = [f"{trial}: {why}" for trial, why in sorted(bundle.missing.items())]
-        return Check("completeness", PASS, f"{told}: partial, as it says", missing)
-    return Check("completeness", PASS, f"{told}, each once, as the configuration asks")
+        missing = [f"{trial}: {reason}" for trial, reason in sorted(bundle.missing.items())]
+        return Check("completeness", PASS, f"{count}; the bundle says that it is partial", missing)
+    return Check("completeness", PASS, f"{count}, as the configuration describes them")
 
 
-def _trial_culprits(bundle: Bundle, trial: Trial, present: bool) -> list[str]:
+def _find_trial_problems(bundle: UnpackedBundle, trial: Trial, present: bool) -> list[str]:
     if trial.id in bundle.missing:
-        return [f"{trial.id}: is told to be missing, and is there"] if present else []
+        problem = f"{trial.id}: {METADATA} lists it as missing, but it is present"
+        return [problem] if present else []
     if not present:
-        return [f"{trial.id}: is missing, and the bundle does not say so"]
-    culprits = []
+        return [f"{trial.id}: is missing, and {METADATA} does not list it"]
+    problems = []
     for name in RECORDS:
         path = bundle.tree / CELLS / trial.id / name
         if not path.exists():
-            culprits.append(f"{trial.id}: {name} is missing")
+            problems.append(f"{trial.id}: {name} is missing")
             continue
         try:
             record = parquet.read_record(path)
         except RecordError:
-            culprits.append(f"{trial.id}: {name} is damaged")
+            problems.append(f"{trial.id}: {name} is damaged")
             continue
         if record.get("spec_digest") != trial.digest or record.get("spec") != trial.spec:
-            culprits.append(f"{trial.id}: {name} is of another specification")
-    extra = {each.name for each in (bundle.tree / CELLS / trial.id).iterdir()} - {*RECORDS}
-    return culprits + [f"{trial.id}: {name} does not belong there" for name in sorted(extra)]
+            problems.append(f"{trial.id}: {name} has another specification")
+    extra = {file.name for file in (bundle.tree / CELLS / trial.id).iterdir()} - {*RECORDS}
+    return problems + [f"{trial.id}: {name} does not belong there" for name in sorted(extra)]
 
 
-def _validity(bundle: Bundle) -> Check:
-    cells, _ = bundle.derived
+def _check_validity(bundle: UnpackedBundle) -> Check:
+    cells, _ = bundle.derived_cells
     if bundle.missing:
-        told = f"{len(cells)} trials can be judged; a partial bundle has no table to compare with"
-        return Check("validity", SKIP, told)
+        summary = "a partial bundle has no table of cells to compare with"
+        return Check("validity", SKIP, summary)
     rows = _by_digest(cells)
-    shipped, found = (
-        {digest: _validity_of(row) for digest, row in _by_digest(table).items()}
-        for table in (bundle.shipped, cells)
+    shipped, derived = (
+        {digest: _describe_validity(row) for digest, row in _by_digest(table).items()}
+        for table in (bundle.shipped_cells, cells)
     )
-    culprits = [
-        f"{of_cell(row)}: {shipped[digest]} in the table, {found[digest]} by its records"
+    problems = [
+        f"{describe_row(row)}: {shipped[digest]} in the table, {derived[digest]} by its records"
         for digest, row in rows.items()
-        if digest in shipped and shipped[digest] != found[digest]
+        if digest in shipped and shipped[digest] != derived[digest]
     ]
-    culprits += [
-        f"{of_cell(row)}: is not in the table"
+    problems += [
+        f"{describe_row(row)}: is not in the table"
         for digest, row in rows.items()
         if digest not in shipped
     ]
-    if culprits:
-        return Check("validity", FAIL, f"of {len(cells)} trials", culprits)
+    if problems:
+        return Check("validity", FAIL, f"of {len(cells)} trials", problems)
     valid = int(cells["valid"].eq(True).sum())
-    return Check("validity", PASS, f"{len(cells)} trials, {valid} of them valid, by their records")
+    return Check("validity", PASS, f"{len(cells)} trials, {valid} valid, the same by their records")
 
 
-def _tables(bundle: Bundle) -> Check:
+def _check_tables(bundle: UnpackedBundle) -> Check:
     if bundle.missing:
-        return _without_derived(bundle, "tables", TABLES)
-    names = tarball.names_below(bundle.tables)
+        return _check_absence(bundle, "tables", TABLES)
+    names = tarball.list_files(bundle.derived_tables)
     for name in names:
         if name.endswith(".parquet"):
-            refuse_huge_table(bundle.tree / TABLES / name)
-    culprits = [
-        f"{TABLES}/{name}: {each}"
+            check_table_size(bundle.tree / TABLES / name)
+    problems = [
+        f"{TABLES}/{name}: {difference}"
         for name in names
-        for each in between_files(bundle.tree / TABLES / name, bundle.tables / name)
+        for difference in diff_tables(bundle.tree / TABLES / name, bundle.derived_tables / name)
     ]
-    others = sorted({*tarball.names_below(bundle.tree / TABLES)} - {*names})
-    also = f"; not derived again: {', '.join(others)}" if others else ""
-    if bundle.facts["servegrid"] != __version__:
-        also += f"; made by servegrid {bundle.facts['servegrid']}, checked by {__version__}"
-    if culprits:
-        return Check("tables", FAIL, f"of {len(names)} derived again{also}", culprits)
-    return Check("tables", PASS, f"{len(names)} derived again from the records{also}")
+    unchecked = sorted({*tarball.list_files(bundle.tree / TABLES)} - {*names})
+    note = f"; not derived: {', '.join(unchecked)}" if unchecked else ""
+    if bundle.metadata["servegrid"] != __version__:
+        note += f"; made by servegrid {bundle.metadata['servegrid']}, checked by {__version__}"
+    if problems:
+        return Check("tables", FAIL, f"of {len(names)} derived from the records{note}", problems)
+    return Check("tables", PASS, f"{len(names)} derived from the records are equal{note}")
 
 
-def _figures(bundle: Bundle) -> Check:
+def _check_figures(bundle: UnpackedBundle) -> Check:
     if bundle.missing:
-        return _without_derived(bundle, "figures", *FIGURES)
-    here, there = analysis_environment(), bundle.facts["analysis"]
-    other = [
+        return _check_absence(bundle, "figures", *FIGURES)
+    here, there = analysis_environment(), bundle.metadata["analysis"]
+    different = [
         f"{name} {there.get(name)}, here {here[name]}"
         for name in here
         if here[name] != there.get(name)
     ]
-    if other:
-        return Check("figures", SKIP, f"made with {'; '.join(other)}: bytes may differ")
-    write_figures(bundle.ground, bundle.tables, bundle.again)
+    if different:
+        summary = f"made with {'; '.join(different)}: bytes could differ"
+        return Check("figures", SKIP, summary)
+    write_figures(bundle.inputs, bundle.derived_tables, bundle.scratch)
     names = [
         f"{folder}/{name}"
         for folder in FIGURES
-        for name in tarball.names_below(bundle.again / Path(folder).name)
+        for name in tarball.list_files(bundle.scratch / Path(folder).name)
     ]
-    culprits = []
+    problems = []
     for name in names:
-        path, own = bundle.tree / name, bundle.again / Path(name).relative_to("results")
-        if not path.exists():
-            culprits.append(f"{name}: is missing")
-        elif not filecmp.cmp(path, own, shallow=False):
-            culprits.append(f"{name}: is not what follows from the records")
-    others = sorted(
-        {
-            f"{folder}/{name}"
-            for folder in FIGURES
-            for name in tarball.names_below(bundle.tree / folder)
-        }
-        - {*names}
-    )
-    also = f"; not made again: {', '.join(others)}" if others else ""
-    if culprits:
-        return Check("figures", FAIL, f"of {len(names)} made again{also}", culprits)
-    return Check(
-        "figures", PASS, f"{len(names)}, the page among them, made again byte for byte{also}"
-    )
+        shipped, derived = bundle.tree / name, bundle.scratch / Path(name).relative_to("results")
+        if not shipped.exists():
+            problems.append(f"{name}: is missing")
+        elif not filecmp.cmp(shipped, derived, shallow=False):
+            problems.append(f"{name}: differs from the figure that the records give")
+    present = {
+        f"{folder}/{name}"
+        for folder in FIGURES
+        for name in tarball.list_files(bundle.tree / folder)
+    }
+    unchecked = sorted(present - {*names})
+    note = f"; not drawn: {', '.join(unchecked)}" if unchecked else ""
+    if problems:
+        return Check("figures", FAIL, f"of {len(names)} drawn from the records{note}", problems)
+    summary = f"{len(names)} drawn from the records, with the page, have equal bytes{note}"
+    return Check("figures", PASS, summary)
 
 
-def _without_derived(bundle: Bundle, name: str, *folders: str) -> Check:
-    present = [each for each in folders if tarball.names_below(bundle.tree / each)]
+def _check_absence(bundle: UnpackedBundle, name: str, *folders: str) -> Check:
+    """Tables and figures belong to complete studies."""
+    present = [folder for folder in folders if tarball.list_files(bundle.tree / folder)]
     if present:
-        return Check(name, FAIL, "", [f"{each}: a partial bundle has none" for each in present])
+        problems = [f"{folder}: a partial bundle has none" for folder in present]
+        return Check(name, FAIL, "", problems)
     return Check(name, SKIP, "a partial bundle has none")
 
 
-def _secrets(bundle: Bundle) -> Check:
-    found = list(findings(bundle.tree))
+def _check_secrets(bundle: UnpackedBundle) -> Check:
+    found = list(scan_tree(bundle.tree))
     if found:
-        return Check("secrets", FAIL, "what must not leave a site", found)
-    return Check("secrets", PASS, "no key, token or user's path is found")
+        return Check("secrets", FAIL, "the bundle contains secrets", found)
+    return Check("secrets", PASS, "no key, token or path with a user's name")
 
 
-CHECKS: Mapping[str, Callable[[Bundle], Check]] = {
-    "integrity": _integrity,
-    "completeness": _completeness,
-    "validity": _validity,
-    "tables": _tables,
-    "figures": _figures,
-    "secrets": _secrets,
+CHECKS: Mapping[str, Callable[[UnpackedBundle], Check]] = {
+    "integrity": _check_integrity,
+    "completeness": _check_completeness,
+    "validity": _check_validity,
+    "tables": _check_tables,
+    "figures": _check_figures,
+    "secrets": _check_secrets,
 }
 
 
-def _printable(text: str) -> str:
-    """`text` as a terminal may get it: what a bundle says must not move its cursor."""
-    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
-
-
-def _checked(name: str, check: Callable[[Bundle], Check], bundle: Bundle) -> Check:
+def _run(name: str, check: Callable[[UnpackedBundle], Check], bundle: UnpackedBundle) -> Check:
     try:
         return check(bundle)
     except ServegridError as error:
         return Check(name, FAIL, "cannot be checked", str(error).splitlines())
-    except Exception as error:  # whatever a hostile file brings about is its fault, not ours
+    except Exception as error:  # a hostile file can cause any exception
         return Check(name, FAIL, "cannot be checked", [f"{type(error).__name__}: {error}"])
 
 
@@ -367,9 +241,10 @@ def _by_digest(table: pd.DataFrame) -> dict[str, dict[Hashable, Any]]:
     return {str(row["spec_digest"]): row for row in table.to_dict("records")}
 
 
-def _validity_of(row: Mapping[Any, Any]) -> str:
+def _describe_validity(row: Mapping[Any, Any]) -> str:
     if pd.isna(row["valid"]):
         return "not served"
     if row["valid"]:
         return "valid"
-    return f"not valid ({', '.join(row['invalid_rules'])})"
+    broken = zip(row["invalid_rules"], row["invalid_evidence"], strict=True)
+    return f"not valid ({'; '.join(f'{rule}: {evidence}' for rule, evidence in broken)})"

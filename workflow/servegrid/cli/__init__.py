@@ -1,1 +1,1 @@
-"""The command `servegrid`."""
+"""The command `servegrid`: `main` assembles it, each other module adds subcommands."""

@@ -6,63 +6,67 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import servegrid
+from servegrid.cli import arguments
+from servegrid.cli.progress import show_progress
 from servegrid.errors import BundleError
 
 
 def add_verify(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "verify",
-        help="check a bundle: that it is whole, and that its tables follow from its records",
-        description="Checks a bundle that `snakemake … bundle` has made, without running anything "
-        "that it holds. The status is 1 if a check failed, 2 if there is no such file.",
+        help="check that a bundle is complete and its tables follow from its records",
+        description="Check a bundle that `snakemake bundle` made. Runs no code from the bundle. "
+        "Exit status: 0 if no check failed, 1 if a check failed, 2 if the bundle cannot be read.",
     )
     add = parser.add_argument
-    add("bundle", type=Path, metavar="BUNDLE", help="a .tar.gz")
+    add("bundle", type=Path, metavar="BUNDLE", help="a .tar.gz file")
     add(
         "--replicate",
-        type=_positive,
+        type=arguments.positive_int,
         metavar="N",
-        help="then measure N of its cells again, with this repository's own workflow",
+        help="then measure N of its cells again; needs a checkout of servegrid and --profile",
     )
-    add("--profile", type=Path, metavar="DIR", help="where to measure them, as for snakemake")
+    add("--profile", type=Path, metavar="DIR", help="where to measure, as for snakemake")
     add(
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="where they are kept; default: NAME-replicated",
+        help="folder of the new measurements; default: NAME-replicated",
     )
     parser.set_defaults(run=_verify)
 
 
-def add_open(subcommands: Any) -> None:
+def add_unpack(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "unpack",
-        help="unpack a bundle into a new folder, in which the study goes on",
-        description="Unpacks a bundle safely, after its integrity has been checked.",
+        help="unpack a bundle to continue its study",
+        description="Check the hashes of a bundle and unpack it into a new folder, in which the "
+        "study can continue.",
     )
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a .tar.gz")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="a .tar.gz file")
     parser.add_argument(
-        "folder", type=Path, nargs="?", metavar="DIR", help="a new folder; default: its own name"
+        "folder",
+        type=Path,
+        nargs="?",
+        metavar="DIR",
+        help="a new folder; default: the bundle's name, in this folder",
     )
-    parser.set_defaults(run=_open)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of cells")
-    return number
+    parser.set_defaults(run=_unpack)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from servegrid.bundle.verify import FAIL, verify
+    from servegrid.bundle.check import FAIL
+    from servegrid.bundle.replicate import require_workflow
+    from servegrid.bundle.verify import verify
 
-    if options.replicate and options.profile is None:
-        raise BundleError("--replicate: name the --profile to measure with, as for snakemake.")
-    checks = verify(options.bundle)
+    if options.replicate:
+        if options.profile is None:
+            raise BundleError("--replicate: needs --profile, the profile to measure with.")
+        require_workflow()
+    with show_progress("Verifying") as report:
+        checks = verify(options.bundle, report)
     for check in checks:
-        print(check.told(), flush=True)
+        print(check.format(), flush=True)
     if any(check.status == FAIL for check in checks):
         return 1
     if options.replicate:
@@ -71,25 +75,29 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _replicate(options: argparse.Namespace) -> None:
-    from servegrid.bundle.replicate import draw, measure
-    from servegrid.report.comparison_report import markdown
+    from servegrid.bundle.replicate import replicate_cells, sample_cells
+    from servegrid.report.comparison_report import render_comparison_markdown
 
-    drawn = draw(options.bundle, options.replicate)
-    folder = options.output_dir or Path(f"{drawn.name}-replicated")
-    told = markdown(["the bundle", str(folder)], measure(drawn, options.profile, folder))
-    print(f"\n{told}", end="")
+    sample = sample_cells(options.bundle, options.replicate)
+    folder = options.output_dir or Path(f"{sample.name}-replicated")
+    comparison = replicate_cells(sample, options.profile, folder)
+    text = render_comparison_markdown(["the bundle", str(folder)], comparison)
+    print(f"\n{text}", end="")
 
 
-def _open(options: argparse.Namespace) -> int:
-    from servegrid.bundle.opening import open_bundle
+def _unpack(options: argparse.Namespace) -> int:
+    from servegrid.bundle.replicate import find_snakefile
+    from servegrid.bundle.unpack import unpack_bundle
 
-    folder = open_bundle(options.bundle, options.folder)
-    own = Path(servegrid.__file__).parents[2] / "Snakefile"
-    snakefile = own if own.exists() else "…/Snakefile"
+    with show_progress("Unpacking"):
+        folder = unpack_bundle(options.bundle, options.folder)
+    # Without a checkout, the user has to name the Snakefile of one.
+    snakefile = find_snakefile() or "PATH-OF-SERVEGRID/Snakefile"
     print(
-        f"{folder} is the study. It goes on there, its trials are not measured again:\n"
+        f"{folder} contains the study. To continue it, run:\n"
         f"  snakemake --snakefile {snakefile} --profile … --directory {folder} "
         f"--configfile {folder / 'config/study.json'}\n"
-        "The workflow that measured it is there too; look at it before you run it."
+        "This measures only missing trials. The folder also has the workflow that measured the "
+        "study; read it before you run it."
     )
     return 0

@@ -1,4 +1,4 @@
-"""The load client: a load put on an OpenAI-compatible endpoint, and what came back when."""
+"""The load client: sends a workload to an OpenAI-compatible endpoint and times the responses."""
 
 from servegrid.client.measure import Measurement, measure
 

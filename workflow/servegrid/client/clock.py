@@ -1,7 +1,8 @@
-"""From the kernel's arrival stamps to CLOCK_MONOTONIC.
+"""Converts the kernel's arrival timestamps to CLOCK_MONOTONIC.
 
-The kernel stamps packets with CLOCK_REALTIME, which time servers slew and step. Offsets taken
-before, during and after a load carry its stamps over to the clock of all other times.
+The kernel stamps packets with CLOCK_REALTIME, which time servers slew and step. All other times
+are CLOCK_MONOTONIC. The offset between the two clocks is sampled before, during and after a wave,
+and interpolated in between.
 """
 
 from __future__ import annotations
@@ -12,45 +13,45 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_TRIES = 16
+_READINGS = 16
 
 
 @dataclass(frozen=True)
-class Offset:
+class ClockOffset:
     """CLOCK_REALTIME minus CLOCK_MONOTONIC, in ns, at one moment of CLOCK_REALTIME."""
 
     realtime_ns: int
     offset_ns: int
 
 
-def read_offset() -> Offset:
-    """The offset now: of several readings the one with the least time around it."""
+def read_offset() -> ClockOffset:
+    """Read the offset now. Of several readings, the one that took the least time is used."""
     readings = []
-    for _ in range(_TRIES):
+    for _ in range(_READINGS):
         before = time.monotonic_ns()
         realtime = time.time_ns()
         after = time.monotonic_ns()
         readings.append((after - before, realtime, realtime - (before + after) // 2))
     _, realtime, offset = min(readings)
-    return Offset(realtime, offset)
+    return ClockOffset(realtime, offset)
 
 
 @dataclass
 class OffsetLog:
-    """Offsets in the order in which they were taken; the first with the log itself."""
+    """Offsets in the order of their sampling. Creating the log samples the first one."""
 
-    offsets: list[Offset] = field(default_factory=lambda: [read_offset()])
+    offsets: list[ClockOffset] = field(default_factory=lambda: [read_offset()])
 
-    def take(self) -> None:
+    def sample(self) -> None:
         self.offsets.append(read_offset())
 
     def to_monotonic(self, realtime_ns: Sequence[int]) -> list[int]:
-        """Stamps of CLOCK_REALTIME as CLOCK_MONOTONIC, the offset interpolated in between."""
+        """Convert CLOCK_REALTIME timestamps to CLOCK_MONOTONIC, by linear interpolation."""
         base, first = self.offsets[0].realtime_ns, self.offsets[0].offset_ns
-        # Whole ns since the epoch have more digits than a double holds: only differences do.
-        known_at = [each.realtime_ns - base for each in self.offsets]
-        drift = [each.offset_ns - first for each in self.offsets]
+        # A double cannot hold ns since the epoch exactly, but it can hold differences.
+        sampled_at = [offset.realtime_ns - base for offset in self.offsets]
+        drift = [offset.offset_ns - first for offset in self.offsets]
         stamps = np.asarray(realtime_ns, dtype=np.int64)
-        moved = np.rint(np.interp(stamps - base, known_at, drift)).astype(np.int64)
+        moved = np.rint(np.interp(stamps - base, sampled_at, drift)).astype(np.int64)
         converted: list[int] = (stamps - first - moved).tolist()
         return converted

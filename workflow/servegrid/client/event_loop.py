@@ -1,10 +1,9 @@
-"""The hot loop: requests out, bytes in, each with the time of its arrival.
+"""The event loop of the measurement: sends requests and records when each response byte arrives.
 
-One thread, one epoll, no parsing beyond what shows the end of a response. The messages of a
-wave are served by users: each takes the next message when its last has been answered, on a
-connection of its own. As many users as messages make a burst, fewer make a closed loop. The
-messages of an open loop have times of their own, at which a user who is free takes them, or one
-more user who joins.
+It uses one thread and one epoll, and parses only what shows the end of a response. It sends the
+requests of one wave. Each user has its own connection, and sends its next request when the last one
+has ended. A burst has as many users as requests; a closed loop has fewer. The requests of an open
+loop have due times of their own: a free user sends each one, or a new user if none is free.
 """
 
 from __future__ import annotations
@@ -14,200 +13,183 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import inf
 
 from servegrid.client.clock import OffsetLog
-from servegrid.client.failures import Failure, Kind
-from servegrid.client.http1 import WireError
-from servegrid.client.inflight import Flight, Message, User
-from servegrid.client.sockets import WOULD_BLOCK, Connection, Server
+from servegrid.client.failures import Failure, FailureKind
+from servegrid.client.http1 import HttpSyntaxError
+from servegrid.client.inflight import InFlightRequest, PreparedRequest, Timeouts, User
+from servegrid.client.sockets import WOULD_BLOCK, Connection, ServerAddress
 
-CONNECT_LIMIT_S = 20.0
-_TICK_S = 1.0
-_SHORTEST_TICK_S = 0.005
 _QUEUE_RETRY_S = 0.01
 _FOREVER_NS = 10**18
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Seconds for the whole wave, seconds that may pass without a byte for a request, and seconds
-    after which no further request is begun: the rest of the messages is left."""
+class EventLoop:
+    """Sends the requests of one wave and collects their responses.
 
-    timeout_s: float
-    idle_timeout_s: float
-    sending_s: float = inf
-
-    @property
-    def connect_s(self) -> float:
-        return min(CONNECT_LIMIT_S, self.idle_timeout_s, self.timeout_s)
-
-    @property
-    def tick_s(self) -> float:
-        """How often the limits are looked at: they are exceeded by this at most."""
-        return max(min(_TICK_S, self.connect_s / 4), _SHORTEST_TICK_S)
-
-
-class Wave:
-    """The messages of one wave on their way.
-
-    `run` connects the users who are not connected, starts the clock and returns when every
-    message has been answered or has failed; `flights` are then in the order of the messages.
-    Messages that would be due after `limits.sending_s` have none. Users may join `users`.
+    `run` connects the users that are not connected, starts the clock and returns when every
+    request has a response or has failed. `requests` are then in the order of `prepared`, without
+    those that would be due after `timeouts.send_duration_s`. `users` may have grown.
     """
 
     def __init__(
-        self, server: Server, users: list[User], messages: Sequence[Message], limits: Limits
+        self,
+        server: ServerAddress,
+        users: list[User],
+        prepared: Sequence[PreparedRequest],
+        timeouts: Timeouts,
     ) -> None:
-        self.flights: list[Flight] = []
+        self.requests: list[InFlightRequest] = []
         self.offsets = OffsetLog()
         self.start_ns = 0
-        self._server = server
         self.users = users
-        self._limits = limits
-        self._waiting = deque(messages)
-        self._open_loop = any(message.due_ns is not None for message in messages)
-        self._under_way = 0
-        self._failed: deque[User] = deque()
-        self._free: list[User] = []
-        self._resting: list[tuple[int, int, User, Flight | None]] = []
-        self._sending_until_ns = 0
+        self._server = server
+        self._timeouts = timeouts
+        self._unsent = deque(prepared)
+        self._open_loop = any(request.due_ns is not None for request in prepared)
+        self._in_flight = 0
+        self._failed_users: deque[User] = deque()
+        self._free_users: list[User] = []
+        self._thinking: list[tuple[int, int, User, InFlightRequest | None]] = []
+        self._send_until_ns = 0
         self._queue_full: list[User] = []
         self._by_descriptor: dict[int, User] = {}
         self._epoll = select.epoll()
 
-    def run(self, start: Callable[[], int] = time.monotonic_ns) -> None:
-        """`start` tells the time at which the clock starts, and may wait for it."""
+    def run(self, wait_for_start: Callable[[], int] = time.monotonic_ns) -> None:
+        """`wait_for_start` returns the start time in ns of CLOCK_MONOTONIC, and may block."""
         try:
             self._connect_all()
-            self.offsets.take()
-            self.start_ns = start()
-            self._serve_all()
+            self.offsets.sample()
+            self.start_ns = wait_for_start()
+            self._send_all()
         finally:
             self._epoll.close()
             for user in self.users:
-                if user.flight is not None or not user.ready:
-                    user.flight = None
+                if user.request is not None or not user.connected:
+                    user.request = None
                     user.close()
 
     def _connect_all(self) -> None:
         for user in self.users:
-            if user.connection is not None and not self._still_open(user, user.connection):
+            if user.connection is not None and not self._is_still_open(user, user.connection):
                 self._close(user)
             if user.connection is None:
                 self._open(user)
-        deadline = time.monotonic() + self._limits.connect_s
-        while any(user.connection is not None and not user.ready for user in self.users):
+        deadline = time.monotonic() + self._timeouts.connect_s
+        while any(user.connection is not None and not user.connected for user in self.users):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             self._handle_events(left)
 
-    def _still_open(self, user: User, connection: Connection) -> bool:
-        """Whether the server has left the connection alone since the last wave."""
+    def _is_still_open(self, user: User, connection: Connection) -> bool:
+        """Whether the server has kept the connection open since the last wave."""
         try:
             connection.receive()
         except WOULD_BLOCK:
-            self._watch(user, connection, select.EPOLLIN)
+            self._register(user, connection, select.EPOLLIN)
             return True
         except OSError:
             pass
         return False
 
-    def _serve_all(self) -> None:
+    def _send_all(self) -> None:
         now = self.start_ns / 1e9
-        deadline, next_tick = now + self._limits.timeout_s, now + self._limits.tick_s
-        self._sending_until_ns = self.start_ns + int(min(self._limits.sending_s * 1e9, _FOREVER_NS))
-        if self._limits.timeout_s <= 0:
-            self._time_out()
+        deadline, next_check = now + self._timeouts.timeout_s, now + self._timeouts.check_s
+        self._send_until_ns = self.start_ns + int(
+            min(self._timeouts.send_duration_s * 1e9, _FOREVER_NS)
+        )
+        if self._timeouts.timeout_s <= 0:
+            self._time_out_all()
         if self._open_loop:
-            self._free = list(reversed(self.users))
+            self._free_users = list(reversed(self.users))
         else:
             for user in self.users:
-                self._take_next(user, None)
-        while self._under_way or self._failed or self._next_due_ns() is not None:
-            self._handle_events(self._patience(next_tick))
-            self._begin_due()
-            while self._failed:
-                user = self._failed.popleft()
-                self._take_next(user, user.flight)
+                self._continue(user, None)
+        while self._in_flight or self._failed_users or self._next_due_ns() is not None:
+            self._handle_events(self._poll_timeout_s(next_check))
+            self._send_due()
+            while self._failed_users:
+                user = self._failed_users.popleft()
+                self._continue(user, user.request)
             now = time.monotonic()
             if now >= deadline:
-                self._time_out()
-            elif now >= next_tick:
-                self._tick(now)
-                next_tick = now + self._limits.tick_s
-        self.offsets.take()
+                self._time_out_all()
+            elif now >= next_check:
+                self._check_timeouts(now)
+                next_check = now + self._timeouts.check_s
+        self.offsets.sample()
 
-    # When messages are due.
+    # When requests are due.
 
     def _next_due_ns(self) -> int | None:
-        """When something is due for which no answer is awaited; None where nothing is."""
-        if self._resting:
-            return self._resting[0][0]
-        if not self._open_loop or not self._waiting:
+        """When the next request is due that waits for no response; None if there is none."""
+        if self._thinking:
+            return self._thinking[0][0]
+        if not self._open_loop or not self._unsent:
             return None
-        due_ns = self._waiting[0].due_ns
+        due_ns = self._unsent[0].due_ns
         assert due_ns is not None
-        if self.start_ns + due_ns > self._sending_until_ns:
-            self._waiting.clear()
+        if self.start_ns + due_ns > self._send_until_ns:
+            self._unsent.clear()
             return None
         return self.start_ns + due_ns
 
-    def _patience(self, next_tick: float) -> float:
-        """Seconds to wait for events. epoll counts whole ms: the last before a due time is spun."""
-        if self._failed:
+    def _poll_timeout_s(self, next_check: float) -> float:
+        """Seconds to wait in epoll. epoll counts whole ms, so the last ms is a busy wait."""
+        if self._failed_users:
             return 0.0
-        patience = next_tick - time.monotonic()
+        timeout_s = next_check - time.monotonic()
         due_ns = self._next_due_ns()
         if due_ns is None:
-            return patience
+            return timeout_s
         left_ms = (due_ns - time.monotonic_ns()) // 1_000_000
-        return min(patience, max(left_ms, 0) / 1e3)
+        return min(timeout_s, max(left_ms, 0) / 1e3)
 
-    def _begin_due(self) -> None:
+    def _send_due(self) -> None:
         while (due_ns := self._next_due_ns()) is not None and due_ns <= time.monotonic_ns():
-            if self._resting:
-                _, _, user, predecessor = heapq.heappop(self._resting)
-                self._begin(user, predecessor)
+            if self._thinking:
+                _, _, user, previous = heapq.heappop(self._thinking)
+                self._start_request(user, previous)
             else:
-                self._begin(self._free.pop() if self._free else self._joining(), None)
+                user = self._free_users.pop() if self._free_users else self._add_user()
+                self._start_request(user, None)
 
-    def _joining(self) -> User:
+    def _add_user(self) -> User:
         user = User(len(self.users))
         self.users.append(user)
         return user
 
-    def _handle_events(self, limit_s: float) -> None:
+    def _handle_events(self, timeout_s: float) -> None:
         if self._queue_full:
-            limit_s = min(limit_s, _QUEUE_RETRY_S)
+            timeout_s = min(timeout_s, _QUEUE_RETRY_S)
             waiting, self._queue_full = self._queue_full, []
             for user in waiting:
                 assert user.connection is not None
                 self._connect(user, user.connection)
-        for descriptor, events in self._epoll.poll(max(limit_s, 0)):
+        for descriptor, events in self._epoll.poll(max(timeout_s, 0)):
             user = self._by_descriptor[descriptor]
-            connection, flight = user.connection, user.flight
+            connection, request = user.connection, user.request
             assert connection is not None
-            if not user.ready:
+            if not user.connected:
                 self._advance(user, connection)
-            elif flight is None:
-                # The server has closed an idle connection, or speaks out of turn.
+            elif request is None:
+                # The server has closed an idle connection, or sends without a request.
                 self._close(user)
             elif events == select.EPOLLOUT:
-                self._send(user, connection, flight)
+                self._send(user, connection, request)
             else:
-                self._receive(user, connection, flight)
+                self._receive(user, connection, request)
 
     # Connections.
 
     def _open(self, user: User) -> None:
-        user.since = time.monotonic()
+        user.progress_at = time.monotonic()
         try:
-            user.connection = self._server.connection()
+            user.connection = self._server.new_connection()
         except OSError as error:
-            self._unreachable(user, error)
+            self._connection_failed(user, error)
         else:
             self._connect(user, user.connection)
 
@@ -217,25 +199,25 @@ class Wave:
         except BlockingIOError:
             self._queue_full.append(user)
         except OSError as error:
-            self._unreachable(user, error)
+            self._connection_failed(user, error)
         else:
-            self._await_or_begin(user, connection, events)
+            self._wait_or_send(user, connection, events)
 
     def _advance(self, user: User, connection: Connection) -> None:
         try:
             events = connection.advance()
         except OSError as error:
-            self._unreachable(user, error)
+            self._connection_failed(user, error)
         else:
-            self._await_or_begin(user, connection, events)
+            self._wait_or_send(user, connection, events)
 
-    def _await_or_begin(self, user: User, connection: Connection, events: int) -> None:
-        self._watch(user, connection, events or select.EPOLLIN)
-        user.ready = not events
-        if user.ready and user.flight is not None:
-            self._send(user, connection, user.flight)
+    def _wait_or_send(self, user: User, connection: Connection, events: int) -> None:
+        self._register(user, connection, events or select.EPOLLIN)
+        user.connected = not events
+        if user.connected and user.request is not None:
+            self._send(user, connection, user.request)
 
-    def _watch(self, user: User, connection: Connection, events: int) -> None:
+    def _register(self, user: User, connection: Connection, events: int) -> None:
         descriptor = connection.fileno()
         if descriptor in self._by_descriptor:
             self._epoll.modify(descriptor, events)
@@ -250,153 +232,155 @@ class Wave:
             self._queue_full.remove(user)
         user.close()
 
-    def _unreachable(self, user: User, error: OSError) -> None:
+    def _connection_failed(self, user: User, error: OSError) -> None:
         self._close(user)
-        if user.flight is not None:
-            self._fail(user, user.flight, "connect", error.strerror or str(error))
+        if user.request is not None:
+            self._fail(user, user.request, "connect", error.strerror or str(error))
 
     # Requests and responses.
 
-    def _take_next(self, user: User, predecessor: Flight | None) -> None:
-        """What `user` does once its last request has ended, or the clock has started."""
-        user.flight = None
+    def _continue(self, user: User, previous: InFlightRequest | None) -> None:
+        """Give `user` its next task, at the start or after its `previous` request has ended."""
+        user.request = None
         if self._open_loop:
-            self._free.append(user)
+            self._free_users.append(user)
             return
-        if not self._waiting:
+        if not self._unsent:
             return
-        rest_ns = 0 if predecessor is None else predecessor.message.rest_ns
-        due_ns = time.monotonic_ns() + rest_ns
-        if due_ns > self._sending_until_ns:
+        think_ns = 0 if previous is None else previous.prepared.think_ns
+        due_ns = time.monotonic_ns() + think_ns
+        if due_ns > self._send_until_ns:
             return
-        if rest_ns:
-            heapq.heappush(self._resting, (due_ns, user.number, user, predecessor))
+        if think_ns:
+            heapq.heappush(self._thinking, (due_ns, user.number, user, previous))
         else:
-            self._begin(user, predecessor)
+            self._start_request(user, previous)
 
-    def _begin(self, user: User, predecessor: Flight | None) -> None:
-        if not self._waiting:
+    def _start_request(self, user: User, previous: InFlightRequest | None) -> None:
+        if not self._unsent:
             return
-        user.flight = flight = Flight(self._waiting.popleft(), user.number, predecessor)
-        user.progress = -1
-        self.flights.append(flight)
-        self._under_way += 1
+        user.request = request = InFlightRequest(self._unsent.popleft(), user.number, previous)
+        user.bytes_seen = -1
+        self.requests.append(request)
+        self._in_flight += 1
         if user.connection is None:
             self._open(user)
-        elif user.ready:
-            self._send(user, user.connection, flight)
+        elif user.connected:
+            self._send(user, user.connection, request)
 
-    def _send(self, user: User, connection: Connection, flight: Flight) -> None:
-        whole = flight.sent_ns is None
-        if whole:
-            flight.sent_ns = time.monotonic_ns()
+    def _send(self, user: User, connection: Connection, request: InFlightRequest) -> None:
+        is_first = request.sent_ns is None
+        if is_first:
+            request.sent_ns = time.monotonic_ns()
         try:
-            sent = connection.send(flight.unsent)
+            sent = connection.send(request.unsent)
         except WOULD_BLOCK:
             sent = 0
         except OSError as error:
-            if not self._send_again(user, flight):
-                self._fail(user, flight, "reset", error.strerror or str(error))
+            if not self._resend(user, request):
+                self._fail(user, request, "reset", error.strerror or str(error))
             return
-        flight.unsent = flight.unsent[sent:]
-        if flight.unsent:
-            self._watch(user, connection, select.EPOLLIN | select.EPOLLOUT)
-        elif not whole:
-            self._watch(user, connection, select.EPOLLIN)
+        request.unsent = request.unsent[sent:]
+        if request.unsent:
+            self._register(user, connection, select.EPOLLIN | select.EPOLLOUT)
+        elif not is_first:
+            self._register(user, connection, select.EPOLLIN)
 
-    def _receive(self, user: User, connection: Connection, flight: Flight) -> None:
+    def _receive(self, user: User, connection: Connection, request: InFlightRequest) -> None:
         try:
             stamp, data = connection.receive()
         except WOULD_BLOCK:
             return
         except OSError as error:
-            self._fail(user, flight, "reset", error.strerror or str(error))
+            self._fail(user, request, "reset", error.strerror or str(error))
             return
         try:
             if data:
-                flight.buffer += data
-                flight.stamps.append(stamp)
-                flight.ends.append(len(flight.buffer))
-                ended = flight.framing.ended(flight.buffer)
-            elif flight.buffer:
-                ended = flight.framing.ended_by_close(flight.buffer)
+                request.buffer += data
+                request.stamps.append(stamp)
+                request.received.append(len(request.buffer))
+                ended = request.framing.is_complete(request.buffer)
+            elif request.buffer:
+                ended = request.framing.is_complete_at_close(request.buffer)
             else:
                 ended = False
-        except WireError as error:
-            self._fail(user, flight, "malformed", f"not an HTTP response: {error}")
+        except HttpSyntaxError as error:
+            self._fail(user, request, "malformed", f"not an HTTP response: {error}")
             return
         if ended:
-            self._finish(user, flight, open_still=bool(data))
+            self._finish(user, request, still_open=bool(data))
         elif not data:
-            self._closed_early(user, flight)
+            self._handle_early_close(user, request)
 
-    def _finish(self, user: User, flight: Flight, open_still: bool) -> None:
-        if open_still and not flight.unsent and flight.framing.reusable(flight.buffer):
-            user.served = True
+    def _finish(self, user: User, request: InFlightRequest, still_open: bool) -> None:
+        if still_open and not request.unsent and request.framing.keep_alive(request.buffer):
+            user.reused = True
         else:
             self._close(user)
-        self._under_way -= 1
-        self._take_next(user, flight)
+        self._in_flight -= 1
+        self._continue(user, request)
 
-    def _closed_early(self, user: User, flight: Flight) -> None:
-        if flight.buffer:
-            detail = f"the server closed after {len(flight.buffer)} bytes of the response"
-            self._fail(user, flight, "truncated", detail)
-        elif not self._send_again(user, flight):
-            self._fail(user, flight, "reset", "the server closed without an answer")
+    def _handle_early_close(self, user: User, request: InFlightRequest) -> None:
+        if request.buffer:
+            detail = f"the server closed after {len(request.buffer)} bytes of the response"
+            self._fail(user, request, "truncated", detail)
+        elif not self._resend(user, request):
+            self._fail(user, request, "reset", "the server closed without a response")
 
-    def _send_again(self, user: User, flight: Flight) -> bool:
-        """Send a request once more that met a connection which the server was just closing.
+    def _resend(self, user: User, request: InFlightRequest) -> bool:
+        """Send the request again if the server was just closing the reused connection.
 
-        Servers may end a connection after any response (RFC 9112, 9.3 and 9.6), and the request
-        then never reached them. Once, so that a server that dies of it is seen.
+        A server may close a connection after any response (RFC 9112, 9.3 and 9.6), and then never
+        receives the request. Only once, so that a server that dies of the request is noticed.
         """
-        if not user.served or flight.resent:
+        if not user.reused or request.resent:
             return False
-        flight.resent = True
-        flight.rewind()
+        request.resent = True
+        request.rewind()
         self._close(user)
         self._open(user)
         return True
 
-    # Failures and limits.
+    # Failures and timeouts.
 
-    def _fail(self, user: User, flight: Flight, kind: Kind, detail: str) -> None:
-        flight.failure = Failure(kind, detail)
-        flight.failed_ns = time.monotonic_ns()
+    def _fail(self, user: User, request: InFlightRequest, kind: FailureKind, detail: str) -> None:
+        request.failure = Failure(kind, detail)
+        request.failed_ns = time.monotonic_ns()
         self._close(user)
-        self._under_way -= 1
-        self._failed.append(user)
+        self._in_flight -= 1
+        self._failed_users.append(user)
 
-    def _tick(self, now: float) -> None:
-        self.offsets.take()
+    def _check_timeouts(self, now: float) -> None:
+        self.offsets.sample()
         for user in self.users:
-            flight = user.flight
-            if flight is None:
+            request = user.request
+            if request is None:
                 continue
-            if not user.ready:
-                if now - user.since > self._limits.connect_s:
-                    detail = f"no connection within {self._limits.connect_s:g} s"
-                    self._fail(user, flight, "connect", detail)
-            elif len(flight.buffer) != user.progress:
-                user.progress, user.since = len(flight.buffer), now
-            elif now - user.since > self._limits.idle_timeout_s:
-                detail = f"no byte for {self._limits.idle_timeout_s:g} s"
-                self._fail(user, flight, "stalled", detail)
+            if not user.connected:
+                if now - user.progress_at > self._timeouts.connect_s:
+                    detail = f"no connection within {self._timeouts.connect_s:g} s"
+                    self._fail(user, request, "connect", detail)
+            elif len(request.buffer) != user.bytes_seen:
+                user.bytes_seen, user.progress_at = len(request.buffer), now
+            elif now - user.progress_at > self._timeouts.idle_timeout_s:
+                detail = f"no byte for {self._timeouts.idle_timeout_s:g} s"
+                self._fail(user, request, "stalled", detail)
 
-    def _time_out(self) -> None:
+    def _time_out_all(self) -> None:
         for user in self.users:
-            if user.flight is not None:
+            if user.request is not None:
                 self._fail(
                     user,
-                    user.flight,
+                    user.request,
                     "timeout",
-                    "the load's time was up before the answer was complete",
+                    "the workload's timeout passed before the response was complete",
                 )
-        self._resting.clear()
-        for message in self._waiting:
-            flight = Flight(message, None, None)
-            flight.failure = Failure("timeout", "the load's time was up before it was sent")
-            flight.failed_ns = time.monotonic_ns()
-            self.flights.append(flight)
-        self._waiting.clear()
+        self._thinking.clear()
+        for prepared in self._unsent:
+            request = InFlightRequest(prepared, None, None)
+            request.failure = Failure(
+                "timeout", "the workload's timeout passed before the request was sent"
+            )
+            request.failed_ns = time.monotonic_ns()
+            self.requests.append(request)
+        self._unsent.clear()

@@ -1,11 +1,11 @@
-"""How a request can fail: the one list of kinds, and a failure as the records keep it."""
+"""The kinds of request failures, and a failure as the records keep it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal[
+FailureKind = Literal[
     "connect",
     "reset",
     "truncated",
@@ -19,18 +19,18 @@ Kind = Literal[
     "wrong_completion_tokens",
 ]
 
-KINDS: dict[Kind, str] = {
-    "connect": "No connection could be made",
-    "reset": "The server broke the connection off, or closed it without an answer",
+FAILURE_KINDS: dict[FailureKind, str] = {
+    "connect": "The connection failed",
+    "reset": "The server reset the connection, or closed it without a response",
     "truncated": "The response ended before it was complete",
-    "malformed": "The response is not HTTP, not an event stream, or not the JSON expected in it",
-    "stalled": "No byte came for longer than the load allows",
-    "timeout": "The load's limit passed before the response was complete",
-    "http_status": "The server answered with another status than 200",
+    "malformed": "The response is not HTTP, not an event stream, or not the expected JSON",
+    "stalled": "No byte arrived for longer than `idle_timeout_s`",
+    "timeout": "`timeout_s` passed before the response was complete",
+    "http_status": "The HTTP status of the response is not 200",
     "mid_stream_error": "The server reported an error inside the stream",
-    "usage_missing": "The server did not say how many tokens it processed",
-    "wrong_prompt_tokens": "The server counted another number of prompt tokens than was sent",
-    "wrong_completion_tokens": "The server generated another number of tokens than was asked",
+    "usage_missing": "The server did not report how many tokens it processed",
+    "wrong_prompt_tokens": "The server counted a different number of prompt tokens than was sent",
+    "wrong_completion_tokens": "The server generated a different number of tokens than requested",
 }
 """The kinds of failure and their meanings."""
 
@@ -39,7 +39,7 @@ KINDS: dict[Kind, str] = {
 class Failure:
     """Why a request failed. As text it is `kind: detail`, on one line."""
 
-    kind: Kind
+    kind: FailureKind
     detail: str
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
-"""HTTP/1.1 as bytes: requests rendered before the clock starts, and where responses end.
+"""HTTP/1.1 as bytes: serializes requests before the measurement, and finds the end of responses.
 
-Requests are written by h11. Responses are read here, because a load must see the end of a
-response at the cost of looking at its last four bytes, and needs the places of the chunks
-afterwards. Sources: RFC 9112, sections 4 (status line), 6 (body length) and 7.1 (chunks).
+h11 writes the requests. Responses are read here, because the client must detect the end of a
+response by looking at its last four bytes only, and needs the positions of the chunks afterwards.
+Sources: RFC 9112, sections 4 (status line), 6 (body length) and 7.1 (chunks).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _BLANK = b"\r\n\r\n"
 _SHOWN = 60
 
 Span = tuple[int, int]
-"""Start and end of a piece of the body within the response's bytes."""
+"""Start and end of a piece of the body within the bytes of the response."""
 
 
-class WireError(Exception):
-    """The bytes are not an HTTP/1.1 response."""
+class HttpSyntaxError(Exception):
+    """The bytes are not HTTP/1.1."""
 
 
-def render(request: httpx.Request) -> bytes:
-    """The bytes of a request, whole and ready to send. Raises WireError where it is no HTTP."""
+def serialize_request(request: httpx.Request) -> bytes:
+    """The complete request as bytes. Raises HttpSyntaxError if it is not valid HTTP."""
     connection = h11.Connection(h11.CLIENT)
     body = request.read()
     try:
@@ -40,12 +40,12 @@ def render(request: httpx.Request) -> bytes:
         parts = [head, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
         return b"".join(connection.send(part) or b"" for part in parts)
     except h11.LocalProtocolError as error:
-        raise WireError(f"{request.method} {request.url}: {error}") from error
+        raise HttpSyntaxError(f"{request.method} {request.url}: {error}") from error
 
 
 @dataclass(frozen=True)
-class Head:
-    """Status and headers of a final (not 1xx) response; its body begins at `body_start`."""
+class ResponseHead:
+    """Status and headers of a final (not 1xx) response. Its body starts at `body_start`."""
 
     status: int
     minor_version: int
@@ -53,7 +53,7 @@ class Head:
     body_start: int
 
     def header(self, name: bytes) -> bytes | None:
-        """The value of the header of that lower-case name; several are joined by commas."""
+        """The value of the header with this lower-case name; commas join repeated headers."""
         values = [value for key, value in self.headers if key == name]
         return b", ".join(values) if values else None
 
@@ -64,47 +64,48 @@ class Head:
 
     @property
     def keep_alive(self) -> bool:
-        tokens = {each.strip().lower() for each in (self.header(b"connection") or b"").split(b",")}
+        options = (self.header(b"connection") or b"").split(b",")
+        tokens = {option.strip().lower() for option in options}
         return b"close" not in tokens and (self.minor_version == 1 or b"keep-alive" in tokens)
 
     @property
     def length(self) -> int | None:
-        """Content-Length, None where there is none. Raises WireError where it is no number."""
-        told = self.header(b"content-length")
-        if told is None:
+        """Content-Length, or None if it is missing. Raises HttpSyntaxError if not a number."""
+        value = self.header(b"content-length")
+        if value is None:
             return None
-        if not told.isdigit():
-            raise WireError(f"Content-Length is {told[:_SHOWN]!r}")
-        return int(told)
+        if not value.isdigit():
+            raise HttpSyntaxError(f"Content-Length is {value[:_SHOWN]!r}")
+        return int(value)
 
 
-def head_of(raw: bytes | bytearray) -> Head | None:
-    """The head of a response, None while it is incomplete. Raises WireError where it is none."""
+def parse_head(raw: bytes | bytearray) -> ResponseHead | None:
+    """The head of a response, or None while it is incomplete. Raises HttpSyntaxError."""
     start = 0
     while (end := raw.find(_BLANK, start)) >= 0:
         status_line, *lines = bytes(raw[start:end]).split(b"\r\n")
         match = _STATUS_LINE.fullmatch(status_line)
         if match is None:
-            raise WireError(f"it begins with {status_line[:_SHOWN]!r}")
+            raise HttpSyntaxError(f"it begins with {status_line[:_SHOWN]!r}")
         if not match[2].startswith(b"1"):
-            headers = tuple(_header(line) for line in lines)
-            return Head(int(match[2]), int(match[1]), headers, end + len(_BLANK))
+            headers = tuple(_parse_header(line) for line in lines)
+            return ResponseHead(int(match[2]), int(match[1]), headers, end + len(_BLANK))
         start = end + len(_BLANK)
     return None
 
 
-def _header(line: bytes) -> tuple[bytes, bytes]:
+def _parse_header(line: bytes) -> tuple[bytes, bytes]:
     name, colon, value = line.partition(b":")
     if not colon or not name or name != name.strip():
-        raise WireError(f"a header line is {line[:_SHOWN]!r}")
+        raise HttpSyntaxError(f"a header line is {line[:_SHOWN]!r}")
     return name.lower(), value.strip()
 
 
 class Framing:
-    """Sees the end of one response while its bytes come in.
+    """Detects the end of one response while its bytes arrive.
 
-    Cheap as long as it streams: the chunks are only walked, each once, when the bytes end as a
-    response can end.
+    This is cheap during streaming: the chunks are walked, each once, only when the last bytes
+    look like the end of a response.
     """
 
     __slots__ = ("_chunk_at", "_length", "_method", "end", "head")
@@ -113,23 +114,23 @@ class Framing:
         self._method = method
         self._chunk_at = 0
         self._length: int | None = None
-        self.head: Head | None = None
+        self.head: ResponseHead | None = None
         self.end: int | None = None
         """Where the response ends, once that is known."""
 
-    def ended(self, buffer: bytearray) -> bool:
-        """Whether `buffer`, all bytes so far, holds the whole response. Raises WireError."""
+    def is_complete(self, buffer: bytearray) -> bool:
+        """Whether `buffer`, all bytes so far, holds the full response. Raises HttpSyntaxError."""
         if self._chunk_at:
-            return buffer.endswith(_BLANK) and self._walk(buffer)
+            return buffer.endswith(_BLANK) and self._walk_chunks(buffer)
         if self.head is None:
-            self.head = head_of(buffer)
+            self.head = parse_head(buffer)
             if self.head is None:
                 return False
             if self._method == "HEAD" or self.head.status in (204, 304):
                 self._length = 0
             elif self.head.chunked:
                 self._chunk_at = self.head.body_start
-                return self._walk(buffer)
+                return self._walk_chunks(buffer)
             else:
                 self._length = self.head.length
         if self._length is None:
@@ -137,23 +138,23 @@ class Framing:
         self.end = self.head.body_start + self._length
         return len(buffer) >= self.end
 
-    def ended_by_close(self, buffer: bytearray) -> bool:
-        """Whether the response is whole, now that the server has closed. Raises WireError."""
-        if self.ended(buffer):
+    def is_complete_at_close(self, buffer: bytearray) -> bool:
+        """Whether the response is complete if the server closes now. Raises HttpSyntaxError."""
+        if self.is_complete(buffer):
             return True
         if self._chunk_at:
-            return self._walk(buffer)
+            return self._walk_chunks(buffer)
         if self.head is None or self._length is not None:
             return False
         self.end = len(buffer)
         return True
 
-    def reusable(self, buffer: bytearray) -> bool:
+    def keep_alive(self, buffer: bytearray) -> bool:
         """Whether the connection can carry another request after this response."""
         return self.head is not None and self.head.keep_alive and self.end == len(buffer)
 
-    def _walk(self, buffer: bytearray) -> bool:
-        while (match := _chunk_line(buffer, self._chunk_at)) is not None:
+    def _walk_chunks(self, buffer: bytearray) -> bool:
+        while (match := _match_chunk_line(buffer, self._chunk_at)) is not None:
             size = int(match[1], 16)
             if size == 0:
                 blank = buffer.find(_BLANK, match.end() - 2)
@@ -163,28 +164,29 @@ class Framing:
             if following > len(buffer):
                 return False
             if buffer[following - 2 : following] != b"\r\n":
-                raise WireError(f"the chunk at byte {self._chunk_at} is longer than its size")
+                raise HttpSyntaxError(f"the chunk at byte {self._chunk_at} is longer than its size")
             self._chunk_at = following
         return False
 
 
-def _chunk_line(raw: bytes | bytearray, start: int) -> re.Match[bytes] | None:
+def _match_chunk_line(raw: bytes | bytearray, start: int) -> re.Match[bytes] | None:
     match = _CHUNK_LINE.match(raw, start)
     if match is None and raw.find(b"\r\n", start) >= 0:
-        raise WireError(f"a chunk size is {bytes(raw[start : start + _SHOWN])!r}")
+        raise HttpSyntaxError(f"a chunk size is {bytes(raw[start : start + _SHOWN])!r}")
     return match
 
 
-def body_spans(raw: bytes, head: Head) -> Iterator[Span]:
-    """The pieces of the body in the bytes of one response, in order, as far as they came.
+def body_spans(raw: bytes, head: ResponseHead) -> Iterator[Span]:
+    """The positions of the body's pieces in the bytes of one response, in order.
 
-    Raises WireError at a damaged chunk.
+    The last piece of an incomplete response may be cut short. Raises HttpSyntaxError at a damaged
+    chunk.
     """
     if not head.chunked:
         yield head.body_start, len(raw)
         return
     at = head.body_start
-    while (match := _chunk_line(raw, at)) is not None:
+    while (match := _match_chunk_line(raw, at)) is not None:
         size = int(match[1], 16)
         if size == 0:
             return

@@ -1,9 +1,9 @@
-"""A load put on an endpoint: what is sent when, and what is kept of it.
+"""Measures one workload on an endpoint: sends the requests and keeps one row per request.
 
-burst: waves of `concurrency` requests, all of a wave at once, each wave when the one before has
-ended. steady: a closed loop, in which `concurrency` users each send another request when their
-last has ended and they have rested. poisson: an open loop, in which requests are due at random
-times of a given rate, whatever has become of those before.
+burst: waves of `concurrency` simultaneous requests; a wave starts when the one before has ended.
+closed_loop: `concurrency` users, who each send the next request when the last one has ended and
+their think time is over. poisson: an open loop, in which requests are due at random times with a
+given rate, independent of the responses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -23,46 +23,47 @@ import httpx
 import pyarrow as pa
 
 from servegrid.client import prompts, schedule
-from servegrid.client.parse import Asked, row_of
+from servegrid.client.parse import RequestSpec, request_row
 from servegrid.client.prompts import Prompt
-from servegrid.client.requests import Writer, accepted_in_some_form, headers, without_key
-from servegrid.client.transport import Exchanged, MeasuringTransport
+from servegrid.client.requests import RequestBuilder, negotiate, redact_key, request_headers
+from servegrid.client.transport import MeasuringTransport, WaveResult
 from servegrid.errors import LoadError
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Workload
 
 Counters = Mapping[str, float] | None
-"""What a server counts, by name; None where it does not tell."""
+"""The counters of a server, by name; None if it has none."""
+Progress = Callable[[int, int], None]
+"""Takes the number of requests that have ended, and their total; the total is 0 if unknown."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one load gave: `requests` has the schema of columns.REQUESTS, a row per request.
+    """The result of one workload: `requests` has the schema of columns.REQUESTS.
 
     `facts` say how it was measured:
 
     - `started_at`: UTC, ISO 8601; `window_ns`: start of the first wave and end of the last
-      request, CLOCK_MONOTONIC; `salt`: what the prompts were drawn with besides the load
-    - `stamps`: whose clock the arrivals are from, `kernel` or `reader`;
+      request, CLOCK_MONOTONIC; `salt`: with the workload, it determines the prompts
+    - `stamps`: who took the arrival timestamps, `kernel` or `reader`;
       `clock_offset_before_ns`, `clock_offset_after_ns`: CLOCK_REALTIME minus CLOCK_MONOTONIC
-    - `send_lag_ns_p50`, `send_lag_ns_max`: from a request being due to its first byte being
-      sent, None where none was; `resent`: requests sent again on a new connection because the
+    - `send_lag_ns_p50`, `send_lag_ns_max`: from the time a request is due until its first byte is
+      sent, None if none was sent; `resent`: requests sent again on a new connection, because the
       server was just closing the old one
-    - `processes` of the client; `cpu_s`: CPU time of all of them while the clock ran,
-      `cpu_s_busiest`: of the one that used most, `parse_cpu_s`: of parsing, afterwards;
-      `reads`: reads with data; `token_chunks`: chunks with tokens
-    - `continuous_usage`: whether usage per chunk was asked for; `keys_refused`: the keys of a
-      request that the server refuses and that were left out
+    - `processes` of the client; `cpu_s`: CPU time of all of them during the measurement,
+      `cpu_s_busiest`: of the one that used most, `parse_cpu_s`: of parsing the responses
+      afterwards; `reads`: reads with data; `token_chunks`: chunks with tokens
+    - `continuous_usage`: whether usage per chunk was requested; `keys_refused`: keys that the
+      server refuses and that the requests therefore omit
     - `prompt_form`: how prompts were sent, `ids`, `text` or `messages`; `prompt_tokens_added`: by
-      how many tokens the server counted more than were asked for, as its template adds them to a
-      text; None where that is not the same for all requests
+      how many the server's count of prompt tokens exceeds `input_len`, because its template adds
+      tokens to a text; None if requests differ in this
     - `warmup_s`: duration of the warm-up; `warmup_errors`: its failures, with their number
-    - `left`: requests held ready that were not begun in the load's duration; 0 means, where there
-      is a duration, that more would have been sent
+    - `left`: prepared requests that were not sent within the workload's duration. In a closed
+      loop with a duration, 0 means that too few requests were prepared
 
-    `counters_before` and `counters_after`: what the server had counted when the clock started,
-    and after its end.
+    `counters_before` and `counters_after`: the server's counters at the start and after the end.
     """
 
     requests: pa.Table
@@ -83,104 +84,122 @@ def measure(
     tokenizer: Path | None,
     salt: str,
     counters: Callable[[int], Counters] = lambda finished: None,
-    places: Sequence[Collection[int]] = (),
+    cpu_sets: Sequence[Collection[int]] = (),
+    progress: Progress | None = None,
 ) -> Measurement:
-    """Put `load` on `endpoint` and keep one row per request, failures included.
+    """Send `workload` to `endpoint` and keep one row per request, also of failed ones.
 
-    Before the clock starts, a request of one token shows whether the server takes such requests
-    at all, and `load.warmup_waves` waves warm it up: of `load.concurrency` requests, or of as many
-    as an open loop sends in a second. The limits `timeout_s` and `idle_timeout_s` hold for the warm-up
-    and for the measured load, each by itself; with a duration, `timeout_s` begins after it.
-    Prompts are sent as token ids, or as text where the API is chat or the server takes no ids.
-    `salt` makes the prompts (see `prompts.make`) and begins every X-Request-Id. `counters` is
-    asked just before the clock starts, with 0, and after its end, with the number of requests
-    that the server has completed in between. With several `places`, sets of cores, the load comes
-    from a process on each of them.
+    First, a request for one token shows whether the server accepts such requests. Then
+    `workload.warmup_waves` waves warm it up. A wave has `workload.concurrency` requests, or as
+    many as an open loop sends in a second. `timeout_s` and `idle_timeout_s` apply to the warm-up
+    and to the measurement separately; with a duration, `timeout_s` starts at its end. Prompts are
+    sent as token ids, or as text if the API is chat or the server accepts no ids.
 
-    Raises LoadError where the server cannot be reached or refuses the key, the model or a part
-    of the request, where the prompts cannot be made, and where `load.requests` do not fill it.
+    `salt` seeds the prompts (see `prompts.make_token_prompts`) and starts every X-Request-Id.
+    `counters` is called just before the start, with 0, and after the end, with the number of
+    requests that the server has completed in between. With several `cpu_sets`, one process per
+    CPU set sends its share. `progress` is called after the warm-up and after each wave, never
+    while requests are in flight. A closed loop and an open loop are one single wave each.
+
+    Raises LoadError if the server cannot be reached, if it refuses the key, the model or a part
+    of the request, if the prompts cannot be made, or if `workload.requests` do not fill the waves.
     """
-    _refuse_partly_filled(workload)
-    users = workload.concurrency or math.ceil(workload.intensity)
-    arrivals = schedule.arrivals(workload, salt)
-    warming = workload.warmup_waves * users
-    warmup = f"{salt}/warmup"
-    chat = endpoint.api == "chat"
-    ids = [] if chat else prompts.make(workload, warming or 1, tokenizer, warmup)
+    _validate_requests(workload)
+    arrivals = schedule.arrival_times(workload, salt)
     transport = MeasuringTransport(endpoint.socket)
     with httpx.Client(
-        base_url=endpoint.base_url, headers=headers(endpoint), transport=transport
+        base_url=endpoint.base_url, headers=request_headers(endpoint), transport=transport
     ) as client:
-        writer = accepted_in_some_form(
-            Writer(client, endpoint.model, salt, "messages" if chat else "ids"),
-            token=ids[0][0] if ids else 0,
-            limit_s=workload.idle_timeout_s,
-            as_text=tokenizer is not None,
-        )
-        prepare = prompts.make if writer.form == "ids" else prompts.make_texts
-        first = ids if writer.form == "ids" else prepare(workload, warming or 1, tokenizer, warmup)
-        sender = _Sender(transport, writer, workload, users, places)
-        warmed = sender.send("warmup/", _in_waves(first[:warming], users), workload.timeout_s)
-        count = len(arrivals or ()) or workload.requests or _enough(workload, users, warmed)
-        prepared = prepare(workload, count, tokenizer, salt)
-        wave = users if workload.protocol == "burst" else count
-        counted_before = counters(0)
+        builder = RequestBuilder(client, endpoint.model, salt)
+        sender = _Sender(transport, builder, workload, cpu_sets)
+        sender, warmup = _warm_up(sender, endpoint, tokenizer)
+        total = len(arrivals or ()) or workload.requests
+        count = total or _estimate_requests(workload, sender.users, warmup)
+        prepared = sender.make_prompts(count, tokenizer, salt)
+        if progress is not None:
+            progress(0, total or 0)
+        counters_before = counters(0)
         started_at = datetime.now(UTC)
         sent = sender.send(
             "",
-            _in_waves(prepared, wave),
+            _split_into_waves(prepared, sender.users if workload.protocol == "burst" else count),
             workload.timeout_s + (workload.duration_s or 0.0),
             due_s=arrivals,
-            rest_s=schedule.rests(workload, count, salt),
+            think_s=schedule.think_times(workload, count, salt),
+            after_wave=None if progress is None else lambda ended: progress(ended, total or 0),
         )
     before_parsing = time.process_time()
     rows = sent.rows()
     parse_cpu_s = time.process_time() - before_parsing
+    omitted = sender.builder.omitted_keys
     facts = {
         "started_at": started_at.isoformat(),
         "salt": salt,
-        "continuous_usage": "continuous_usage_stats" not in writer.left_out,
-        "keys_refused": sorted(writer.left_out),
-        "prompt_form": writer.form,
-        "prompt_tokens_added": _added(rows, workload),
-        **_facts_of(sent.waves),
+        "continuous_usage": "continuous_usage_stats" not in omitted,
+        "keys_refused": sorted(omitted),
+        "prompt_form": sender.builder.form,
+        "prompt_tokens_added": _prompt_tokens_added(rows, workload),
+        **_wave_facts(sent.waves),
         **_send_lag(rows),
         "token_chunks": sum(len(row["token_ns"]) for row in rows),
         "parse_cpu_s": parse_cpu_s,
-        "warmup_s": warmed.duration_s,
-        "warmup_errors": dict(Counter(row["error"] for row in warmed.rows() if row["error"])),
+        "warmup_s": warmup.duration_s,
+        "warmup_errors": dict(Counter(row["error"] for row in warmup.rows() if row["error"])),
         "left": count - len(rows),
     }
     completed = sum(row["error"] is None for row in rows)
     return Measurement(
-        parquet.table_of(columns.REQUESTS, rows), facts, counted_before, counters(completed)
+        parquet.arrow_table(columns.REQUESTS, rows), facts, counters_before, counters(completed)
     )
 
 
-def _refuse_partly_filled(workload: Workload) -> None:
+def _validate_requests(workload: Workload) -> None:
     if workload.concurrency is None or workload.requests is None:
         return
-    whole_waves = (
+    fills_waves = (
         workload.requests % workload.concurrency == 0 or workload.protocol == "closed_loop"
     )
-    if workload.requests < workload.concurrency or not whole_waves:
-        wanted = "a multiple of" if workload.protocol == "burst" else "at least"
+    if workload.requests < workload.concurrency or not fills_waves:
+        needed = "a multiple of" if workload.protocol == "burst" else "at least"
         raise LoadError(
-            f"requests {workload.requests}: a {workload.protocol} load of concurrency {workload.concurrency} "
-            f"needs {wanted} {workload.concurrency}, or fewer would be in flight than it says."
+            f"requests {workload.requests}: a {workload.protocol} workload of concurrency "
+            f"{workload.concurrency} needs {needed} {workload.concurrency} requests. With this "
+            "number, fewer requests than the concurrency would be in flight."
         )
 
 
-def _enough(workload: Workload, users: int, warmed: _Sent) -> int:
-    """Requests for all of the duration, judged by the fastest of the warm-up.
+def _warm_up(sender: _Sender, endpoint: Endpoint, tokenizer: Path | None) -> tuple[_Sender, _Sent]:
+    """Negotiate the requests with the server and send the warm-up waves.
 
-    A wave is warmed up with all its prompts at once: its fastest request may have been slower
-    than one in the closed loop will be.
+    Returns the sender of the requests that the server accepts, and the warm-up.
+    """
+    workload, builder = sender.workload, sender.builder
+    count = workload.warmup_waves * sender.users
+    salt = f"{builder.salt}/warmup"
+    chat = endpoint.api == "chat"
+    ids = [] if chat else prompts.make_token_prompts(workload, count or 1, tokenizer, salt)
+    accepted = negotiate(
+        replace(builder, form="messages" if chat else "ids"),
+        token=ids[0][0] if ids else 0,
+        timeout_s=workload.idle_timeout_s,
+        allow_text=tokenizer is not None,
+    )
+    sender = replace(sender, builder=accepted)
+    prepared = ids if accepted.form == "ids" else sender.make_prompts(count or 1, tokenizer, salt)
+    waves = _split_into_waves(prepared[:count], sender.users)
+    return sender, sender.send("warmup/", waves, workload.timeout_s)
+
+
+def _estimate_requests(workload: Workload, users: int, warmup: _Sent) -> int:
+    """Requests that suffice for the whole duration, by the fastest request of the warm-up.
+
+    The warm-up sends all prompts of a wave at once. So its fastest request may have been slower
+    than those of the closed loop will be.
     """
     assert workload.duration_s is not None
     times = [
         exchange.done_ns - exchange.sent_ns
-        for wave in warmed.waves
+        for wave in warmup.waves
         for exchange in wave.exchanges
         if exchange.sent_ns is not None and exchange.failure is None
     ]
@@ -192,38 +211,47 @@ _MARGIN = 3
 _Prompts = Sequence[Prompt]
 
 
-def _in_waves(prepared: _Prompts, size: int) -> list[_Prompts]:
+def _split_into_waves(prepared: _Prompts, size: int) -> list[_Prompts]:
     return [prepared[start : start + size] for start in range(0, len(prepared), size)]
 
 
 @dataclass(frozen=True)
 class _Sent:
-    """Waves that are over, with what their requests asked for."""
+    """Finished waves, with what their requests asked for."""
 
-    waves: list[Exchanged]
-    asked: list[list[Asked]]
+    waves: list[WaveResult]
+    specs: list[list[RequestSpec]]
     duration_s: float
     client: httpx.Client
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each request that was due."""
+        """One row per request that was due."""
         rows = [
-            row_of(exchange, asked[exchange.number])
-            for wave, asked in zip(self.waves, self.asked, strict=True)
+            request_row(exchange, specs[exchange.number])
+            for wave, specs in zip(self.waves, self.specs, strict=True)
             for exchange in wave.exchanges
         ]
         for row in rows:
-            row["error"] = row["error"] and without_key(row["error"], self.client)
+            row["error"] = row["error"] and redact_key(row["error"], self.client)
         return rows
 
 
 @dataclass(frozen=True)
 class _Sender:
     transport: MeasuringTransport
-    writer: Writer
+    builder: RequestBuilder
     workload: Workload
-    users: int
-    places: Sequence[Collection[int]]
+    cpu_sets: Sequence[Collection[int]]
+
+    @property
+    def users(self) -> int:
+        """The concurrency; in an open loop, as many users as requests arrive in a second."""
+        return self.workload.concurrency or math.ceil(self.workload.intensity)
+
+    def make_prompts(self, count: int, tokenizer: Path | None, salt: str) -> _Prompts:
+        if self.builder.form == "ids":
+            return prompts.make_token_prompts(self.workload, count, tokenizer, salt)
+        return prompts.make_text_prompts(self.workload, count, tokenizer, salt)
 
     def send(
         self,
@@ -231,13 +259,18 @@ class _Sender:
         waves: list[_Prompts],
         timeout_s: float,
         due_s: list[float] | None = None,
-        rest_s: list[float] | None = None,
+        think_s: list[float] | None = None,
+        after_wave: Callable[[int], None] | None = None,
     ) -> _Sent:
-        """Send the waves one after another, all of them within `timeout_s`."""
+        """Send the waves one after another, all of them within `timeout_s`.
+
+        `after_wave` takes the number of requests that have ended.
+        """
         started = time.monotonic()
-        exchanged, asked = [], []
-        lengths = schedule.lengths(
-            self.workload, sum(map(len, waves)), f"{self.writer.salt}/{prefix}"
+        results: list[WaveResult] = []
+        specs: list[list[RequestSpec]] = []
+        lengths = schedule.output_lengths(
+            self.workload, sum(map(len, waves)), f"{self.builder.salt}/{prefix}"
         )
         numbered = enumerate(lengths)
         for wave, prepared in enumerate(waves):
@@ -245,36 +278,38 @@ class _Sender:
                 (f"{prefix}{number}", length) for number, length in islice(numbered, len(prepared))
             ]
             requests = [
-                self.writer.completion(name, prompt, length)
+                self.builder.completion(name, prompt, length)
                 for (name, length), prompt in zip(named, prepared, strict=True)
             ]
             left_s = started + timeout_s - time.monotonic()
-            exchanged.append(
-                self.transport.exchange(
+            results.append(
+                self.transport.send_wave(
                     requests,
                     self.users,
                     timeout_s=left_s,
                     idle_timeout_s=self.workload.idle_timeout_s,
-                    sending_s=self.workload.duration_s or math.inf,
+                    send_duration_s=self.workload.duration_s or math.inf,
                     due_s=due_s,
-                    rest_s=rest_s,
-                    places=self.places,
+                    think_s=think_s,
+                    cpu_sets=self.cpu_sets,
                 )
             )
-            asked.append([self._asked(name, wave, length) for name, length in named])
-        return _Sent(exchanged, asked, time.monotonic() - started, self.writer.client)
+            specs.append([self._spec(name, wave, length) for name, length in named])
+            if after_wave is not None:
+                after_wave(sum(len(result.exchanges) for result in results))
+        return _Sent(results, specs, time.monotonic() - started, self.builder.client)
 
-    def _asked(self, name: str, wave: int, length: int) -> Asked:
-        return Asked(
-            request_id=self.writer.request_id(name),
+    def _spec(self, name: str, wave: int, length: int) -> RequestSpec:
+        return RequestSpec(
+            request_id=self.builder.request_id(name),
             wave=wave,
             prompt_tokens=self.workload.input_len,
             completion_tokens=length,
-            form=self.writer.form,
+            form=self.builder.form,
         )
 
 
-def _facts_of(waves: list[Exchanged]) -> dict[str, Any]:
+def _wave_facts(waves: list[WaveResult]) -> dict[str, Any]:
     exchanges = [exchange for wave in waves for exchange in wave.exchanges]
     return {
         "window_ns": [waves[0].start_ns, max(exchange.done_ns for exchange in exchanges)],
@@ -285,11 +320,11 @@ def _facts_of(waves: list[Exchanged]) -> dict[str, Any]:
         "processes": len(waves[0].cpu_s),
         "cpu_s": sum(sum(wave.cpu_s) for wave in waves),
         "cpu_s_busiest": max(map(sum, zip(*(wave.cpu_s for wave in waves), strict=True))),
-        "reads": sum(len(exchange.arrivals) for exchange in exchanges),
+        "reads": sum(len(exchange.arrival_ns) for exchange in exchanges),
     }
 
 
-def _added(rows: list[dict[str, Any]], workload: Workload) -> int | None:
+def _prompt_tokens_added(rows: list[dict[str, Any]], workload: Workload) -> int | None:
     counted = {row["prompt_tokens"] for row in rows if row["error"] is None}
     return counted.pop() - workload.input_len if len(counted) == 1 else None
 

@@ -1,8 +1,8 @@
-"""Prompts of exactly so many tokens: running text, reproducible and distinct.
+"""Prompts with an exact number of tokens: natural text, reproducible and distinct.
 
-The text is the corpus beside this module, English and French prose written for servegrid. It is
-sent as token ids where the server takes them, because a text that was cut to N tokens need not
-have N tokens when it is tokenized again; else as texts that do.
+The text is the corpus in this package, English and French prose written for servegrid. Prompts are
+sent as token ids if the server accepts them, because a text cut after N tokens need not have N
+tokens when it is tokenized again. Otherwise they are texts that do have N tokens.
 """
 
 from __future__ import annotations
@@ -19,87 +19,91 @@ from tokenizers import Tokenizer
 from servegrid.errors import LoadError
 from servegrid.study.grid import Workload
 
-DISTINCT_WITHIN = 16
-"""No two distinct prompts of a load begin with the same so many tokens: the smallest block that
-vLLM's prefix cache keeps."""
+DISTINCT_TOKENS = 16
+"""Two distinct prompts differ within this many tokens: the smallest block of vLLM's prefix
+cache."""
 
 ORDINARY_IDS = range(1_000, 30_000)
-"""Ids that are ordinary text in every customary vocabulary: control and byte tokens lie below
-(up to 1000 of them), and the smallest vocabularies in use end at 32,000."""
+"""Ids that are ordinary text in every usual vocabulary. Control and byte tokens have smaller ids
+(up to 1000 of them), and the smallest vocabularies in use have 32,000 ids."""
 
-Form = Literal["ids", "text", "messages"]
-"""How a prompt is sent: as token ids, as text, or as what a user says in a chat."""
+PromptForm = Literal["ids", "text", "messages"]
+"""How a prompt is sent: as token ids, as text, or as the user's message in a chat."""
 Prompt = list[int] | str
 """Token ids, or text."""
 
-_OPENING = 4
+_OPENING_TOKENS = 4
 _DRAWS_PER_PROMPT = 20
-_MORE_CHARACTERS = 2
-"""Times the corpus' mean characters per token: a text that is long enough to be cut."""
+_EXTRA_CHARACTERS = 2
+"""Factor on the corpus' mean characters per token, so that a text is long enough to be cut."""
 
-_Made = TypeVar("_Made", list[int], str)
+_PromptType = TypeVar("_PromptType", list[int], str)
 
 
-def make(workload: Workload, count: int, tokenizer: Path | None, salt: str) -> list[list[int]]:
-    """`count` prompts of `load.input_len` token ids each.
+def make_token_prompts(
+    workload: Workload, count: int, tokenizer: Path | None, salt: str
+) -> list[list[int]]:
+    """`count` prompts of `workload.input_len` token ids each.
 
-    The same load.seed, salt, length and tokenizer give the same prompts on every machine, and
-    the first of them do not depend on `count`. `tokenizer` is a folder with a tokenizer.json,
-    or that file; without one the ids are drawn at random from ORDINARY_IDS.
+    The same seed, salt, length and tokenizer give the same prompts on every machine, and the
+    first prompts do not depend on `count`. `tokenizer` is a folder with a tokenizer.json, or that
+    file. Without a tokenizer, random ids from ORDINARY_IDS are used.
 
-    Distinct prompts must have no beginning in common that a server could keep: they open with
-    a few tokens of running text from one place and go on with text from another. Their first
-    tokens are all different for as long as the corpus has words for it (some 2,000), and the
-    rest of the opening still differs, also between loads with different salts.
+    Distinct prompts must share no prefix that a server could cache. Each starts with a few tokens
+    of text from one position of the corpus and continues with text from another. The first tokens
+    all differ as long as the corpus has enough words (about 2,000). After that the rest of the
+    opening still differs, also between measurements with different salts.
 
-    Raises LoadError where the tokenizer cannot be used, or where the prompts are too short to
-    be distinct.
+    Raises LoadError if the tokenizer cannot be used, or if the prompts are too short to be
+    distinct.
     """
     rng = random.Random(f"{workload.seed}/{salt}")
     if tokenizer is None:
-        endless = _random_ids(rng, workload.input_len)
+        drawn = _random_ids(rng, workload.input_len)
     else:
-        endless = _running_text(rng, workload.input_len, _tokenized_corpus(tokenizer))
-    return _chosen(((prompt, prompt) for prompt in endless), workload, count)
+        drawn = _corpus_ids(rng, workload.input_len, _tokenize_corpus(tokenizer))
+    return _select_distinct(((prompt, prompt) for prompt in drawn), workload, count)
 
 
-def make_texts(workload: Workload, count: int, tokenizer: Path | None, salt: str) -> list[str]:
-    """`count` prompts as text that has `load.input_len` tokens each, tokenized by itself.
+def make_text_prompts(
+    workload: Workload, count: int, tokenizer: Path | None, salt: str
+) -> list[str]:
+    """`count` prompts as text that has `workload.input_len` tokens, tokenized on its own.
 
-    As `make` says of token ids. None begins or ends with white space, which templates strip.
-    Raises LoadError also where there is no tokenizer to count with.
+    Otherwise as `make_token_prompts`. No text starts or ends with white space, which chat
+    templates strip. Also raises LoadError without a tokenizer.
     """
     if tokenizer is None:
         raise LoadError(
-            "Prompts are sent as text here, and only a tokenizer tells how many tokens a text "
-            "has. Name the model's tokenizer.json."
+            "Prompts are sent as text here, and counting their tokens needs a tokenizer. Name the "
+            "model's tokenizer.json."
         )
     rng = random.Random(f"{workload.seed}/{salt}")
-    corpus = _tokenized_corpus(tokenizer)
-    drawn = _running_characters(rng, workload.input_len, corpus)
-    return _chosen(
-        (_cut(corpus.tokenizer, text, workload.input_len) for text in drawn), workload, count
+    corpus = _tokenize_corpus(tokenizer)
+    texts = _corpus_texts(rng, workload.input_len, corpus)
+    return _select_distinct(
+        (_truncate(corpus.tokenizer, text, workload.input_len) for text in texts), workload, count
     )
 
 
-def _chosen(
-    drawn: Iterable[tuple[list[int], _Made] | None], workload: Workload, count: int
-) -> list[_Made]:
-    """Of prompts with their ids as many as are wanted; None is a draw that gave no prompt."""
-    wanted = 1 if workload.prompts == "identical" else count
-    chosen: dict[tuple[int, ...], _Made] = {}
-    for number, made in enumerate(drawn):
-        if len(chosen) == wanted:
+def _select_distinct(
+    drawn: Iterable[tuple[list[int], _PromptType] | None], workload: Workload, count: int
+) -> list[_PromptType]:
+    """`count` distinct prompts of those drawn, with their ids. A draw may be None: no prompt."""
+    needed = 1 if workload.prompts == "identical" else count
+    selected: dict[tuple[int, ...], _PromptType] = {}
+    for number, draw in enumerate(drawn):
+        if len(selected) == needed:
             break
-        if number == _DRAWS_PER_PROMPT * wanted:
+        if number == _DRAWS_PER_PROMPT * needed:
             raise LoadError(
-                f"input_len {workload.input_len}: there are not {count} distinct prompts that short. "
-                "Ask for longer prompts, fewer requests, or identical prompts."
+                f"input_len {workload.input_len}: {count} distinct prompts of this length do not "
+                "exist. Use longer prompts, fewer requests, or identical prompts."
             )
-        if made is not None:
-            ids, prompt = made
-            chosen.setdefault(tuple(ids[:DISTINCT_WITHIN]), prompt)
-    prompts = list(chosen.values())
+        if draw is not None:
+            ids, prompt = draw
+            selected.setdefault(tuple(ids[:DISTINCT_TOKENS]), prompt)
+    prompts = list(selected.values())
     return prompts * count if workload.prompts == "identical" else prompts
 
 
@@ -110,17 +114,17 @@ def _random_ids(rng: random.Random, length: int) -> Iterator[list[int]]:
 
 
 class _Corpus(NamedTuple):
-    """The corpus, its tokens' ids and places in the text, and which of them begin words."""
+    """The corpus with its token ids, the tokens' offsets in the text, and where words start."""
 
     tokenizer: Tokenizer
     text: str
     ids: list[int]
-    places: list[tuple[int, int]]
+    offsets: list[tuple[int, int]]
     word_starts: list[int]
 
 
-def _drawn(rng: random.Random, corpus: _Corpus) -> Iterator[tuple[int, int]]:
-    """For each prompt where its opening and where its text begins, as numbers of tokens."""
+def _draw_positions(rng: random.Random, corpus: _Corpus) -> Iterator[tuple[int, int]]:
+    """For each prompt, the token numbers where its opening and where its text starts."""
     starts = corpus.word_starts
     openings = {corpus.ids[start]: start for start in rng.sample(starts, len(starts))}
     while True:
@@ -128,68 +132,73 @@ def _drawn(rng: random.Random, corpus: _Corpus) -> Iterator[tuple[int, int]]:
             yield opening, rng.choice(starts)
 
 
-def _running_text(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[list[int]]:
-    enough = corpus.ids * (2 + length // len(corpus.ids))
-    for opening, text in _drawn(rng, corpus):
-        prompt = enough[opening : opening + _OPENING] + enough[text : text + length]
+def _corpus_ids(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[list[int]]:
+    repeated = corpus.ids * (2 + length // len(corpus.ids))
+    for opening, text in _draw_positions(rng, corpus):
+        prompt = repeated[opening : opening + _OPENING_TOKENS] + repeated[text : text + length]
         yield prompt[:length]
 
 
-def _running_characters(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[str]:
-    """Texts of more than `length` tokens, most of them."""
-    characters = _MORE_CHARACTERS * math.ceil(length * len(corpus.text) / len(corpus.ids))
-    enough = f"{corpus.text}\n\n" * (2 + characters // len(corpus.text))
-    for opening, text in _drawn(rng, corpus):
-        last = min(opening + _OPENING, len(corpus.places)) - 1
-        begin, end = corpus.places[opening][0], corpus.places[last][1]
-        start = corpus.places[text][0]
-        following = enough[start : start + characters].lstrip()
-        yield f"{enough[begin:end].strip()} {following}"
+def _corpus_texts(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[str]:
+    """Texts of which most have more than `length` tokens."""
+    characters = _EXTRA_CHARACTERS * math.ceil(length * len(corpus.text) / len(corpus.ids))
+    repeated = f"{corpus.text}\n\n" * (2 + characters // len(corpus.text))
+    for opening, text in _draw_positions(rng, corpus):
+        last = min(opening + _OPENING_TOKENS, len(corpus.offsets)) - 1
+        begin, end = corpus.offsets[opening][0], corpus.offsets[last][1]
+        start = corpus.offsets[text][0]
+        following = repeated[start : start + characters].lstrip()
+        yield f"{repeated[begin:end].strip()} {following}"
 
 
-def _cut(tokenizer: Tokenizer, text: str, length: int) -> tuple[list[int], str] | None:
-    """The beginning of `text` that has `length` tokens, with their ids; None where none has.
+def _truncate(tokenizer: Tokenizer, text: str, length: int) -> tuple[list[int], str] | None:
+    """The first `length` tokens of `text`, as ids and as text. None if that does not work.
 
-    A beginning that was cut at the end of a token need not have the same tokens by itself.
+    A text that was cut at the end of a token need not have the same tokens on its own.
     """
-    places = tokenizer.encode(text, add_special_tokens=False).offsets
-    if len(places) < length:
+    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+    if len(offsets) < length:
         return None
-    beginning = text[: places[length - 1][1]]
-    ids = tokenizer.encode(beginning, add_special_tokens=False).ids
-    return (ids, beginning) if len(ids) == length and beginning == beginning.strip() else None
+    prefix = text[: offsets[length - 1][1]]
+    ids = tokenizer.encode(prefix, add_special_tokens=False).ids
+    return (ids, prefix) if len(ids) == length and prefix == prefix.strip() else None
 
 
-def _tokenized_corpus(tokenizer: Path) -> _Corpus:
+def _tokenize_corpus(tokenizer: Path) -> _Corpus:
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not file.is_file():
         raise LoadError(
-            f"{file}: there is no such file. Name a folder with a tokenizer.json, "
-            "or leave the tokenizer out: random token ids are then sent."
+            f"{file}: this file does not exist. Name a folder with a tokenizer.json, or use no "
+            "tokenizer: random token ids are sent then."
         )
     try:
         loaded = Tokenizer.from_file(str(file))
     except Exception as error:  # The library raises nothing more specific.
-        raise LoadError(f"{file}: not a tokenizer ({error}). Fetch it anew.") from error
+        raise LoadError(f"{file}: not a tokenizer ({error}). Download it again.") from error
     loaded.no_truncation()
     loaded.no_padding()
-    text = corpus()
+    text = load_corpus()
     encoded = loaded.encode(text, add_special_tokens=False)
-    places = encoded.offsets
-    starts = [number for number, (start, end) in enumerate(places) if _is_word(text, start, end)]
+    offsets = encoded.offsets
+    starts = [
+        number for number, (start, end) in enumerate(offsets) if _starts_word(text, start, end)
+    ]
     if not starts:
-        raise LoadError(f"{file}: this tokenizer makes no words of plain English and French.")
-    return _Corpus(loaded, text, encoded.ids, places, starts)
+        raise LoadError(
+            f"{file}: this tokenizer has no tokens for English and French words. Use the "
+            "model's own tokenizer."
+        )
+    return _Corpus(loaded, text, encoded.ids, offsets, starts)
 
 
-def _is_word(text: str, start: int, end: int) -> bool:
-    """Whether the token of that place begins a word; its own leading space may belong to it."""
+def _starts_word(text: str, start: int, end: int) -> bool:
+    """Whether the token at these offsets starts a word. It may include the space before it."""
     token = text[start:end].lstrip()
     begin = end - len(token)
     return token[:1].isalpha() and (begin == 0 or text[begin - 1].isspace())
 
 
-def corpus() -> str:
+def load_corpus() -> str:
     """The whole corpus, English before French."""
     folder = resources.files("servegrid.client") / "corpus"
     return "\n\n".join(

@@ -1,4 +1,7 @@
-"""What is random in a load, drawn before the clock starts: the same load, the same draws. Pure."""
+"""The random parts of a workload, drawn before the measurement starts. Pure.
+
+The same workload and salt give the same values.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ from functools import partial
 from servegrid.study.grid import Workload
 
 
-def arrivals(workload: Workload, salt: str) -> list[float] | None:
-    """When the requests of an open loop are due, in s after its start; None for any other load.
+def arrival_times(workload: Workload, salt: str) -> list[float] | None:
+    """When the requests of an open loop are due, in s after the start; None for other workloads.
 
-    A Poisson process: the times between arrivals are independent and exponential, with the mean
-    1 / `load.request_rate`.
+    A Poisson process: the times between arrivals are independent and exponentially distributed,
+    with mean 1 / `workload.request_rate`.
     """
     if workload.request_rate is None:
         return None
@@ -22,23 +25,24 @@ def arrivals(workload: Workload, salt: str) -> list[float] | None:
     times = itertools.accumulate(rng.expovariate(workload.request_rate) for _ in itertools.count())
     if workload.duration_s is None:
         return list(itertools.islice(times, workload.requests))
-    # The first may lie beyond: a load of no request would say nothing.
+    # If the first arrival is after the end, send one request anyway: none would measure nothing.
     return list(itertools.takewhile(partial(operator.gt, workload.duration_s), times)) or [0.0]
 
 
-def rests(workload: Workload, count: int, salt: str) -> list[float] | None:
-    """How long the user of each of `count` requests rests after its answer, in s.
+def think_times(workload: Workload, count: int, salt: str) -> list[float] | None:
+    """How long the user thinks after the response to each of `count` requests, in s.
 
-    Exponential with the mean `load.think_time_s`; None where users don't rest.
+    Exponentially distributed with mean `workload.think_time_s`. None if users don't think.
     """
     if not workload.think_time_s:
         return None
+    # "rests" is part of the seed: another word would change the values.
     rng = random.Random(f"{workload.seed}/{salt}/rests")
     return [rng.expovariate(1 / workload.think_time_s) for _ in range(count)]
 
 
-def lengths(workload: Workload, count: int, salt: str) -> list[int]:
-    """The output tokens that each of `count` requests asks for, evenly spread around their mean."""
-    spread = workload.longest_output - workload.output_len
+def output_lengths(workload: Workload, count: int, salt: str) -> list[int]:
+    """Output tokens of each of `count` requests, uniformly distributed around their mean."""
+    spread = workload.max_output_len - workload.output_len
     rng = random.Random(f"{workload.seed}/{salt}/lengths")
     return [workload.output_len + rng.randint(-spread, spread) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Connections to one server: opened without blocking, read together with the arrival time."""
+"""Non-blocking connections to one server; each read also returns the arrival time."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ import httpx
 
 from servegrid.errors import LoadError
 
-Stamps = Literal["kernel", "reader"]
+StampSource = Literal["kernel", "reader"]
+"""Who takes the arrival timestamps: the kernel, or the client when it reads."""
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-"""Nothing to be had, or no room, at this moment. To be caught before OSError."""
+"""Nothing to read or no room to write at the moment. Catch these before OSError."""
 
 _SPARE_FILES = 64
 _READ_SIZE = 65536
 _ANCILLARY_SIZE = 64
-# Linux gives SO_TIMESTAMPNS the number 35 on every architecture but SPARC and PA-RISC; Python's
-# socket module does not name it.
+# Python's socket module has no SO_TIMESTAMPNS. Linux numbers it 35 on every architecture except
+# SPARC and PA-RISC.
 _SO_TIMESTAMPNS = 35
 _TIMESPEC = struct.Struct("ll")
 
 
 @dataclass(frozen=True)
-class Server:
+class ServerAddress:
     """Where a server listens, and what a connection to it needs."""
 
     host: str
@@ -41,40 +42,40 @@ class Server:
     tls: ssl.SSLContext | None
 
     @classmethod
-    def locate(
-        cls, url: httpx.URL, unix_socket: str | None, tls: ssl.SSLContext | None, limit_s: float
-    ) -> Server:
-        """The server of `url`. Raises OSError where none of its addresses answers in time."""
+    def resolve(
+        cls, url: httpx.URL, unix_socket: str | None, tls: ssl.SSLContext | None, timeout_s: float
+    ) -> ServerAddress:
+        """The server of `url`. Raises OSError if none of its addresses accepts a connection."""
         encrypted = None
         if url.scheme == "https":
             encrypted = tls or ssl.create_default_context()
         if unix_socket is not None:
             return cls(url.host, socket.AF_UNIX, unix_socket, encrypted)
         port = url.port or (80 if encrypted is None else 443)
-        with socket.create_connection((url.host, port), limit_s) as answering:
-            return cls(url.host, answering.family, answering.getpeername(), encrypted)
+        with socket.create_connection((url.host, port), timeout_s) as connected:
+            return cls(url.host, connected.family, connected.getpeername(), encrypted)
 
-    def connection(self) -> Connection:
+    def new_connection(self) -> Connection:
         """A new connection, not yet connected."""
         if self.tls is not None:
             return TlsConnection(self, self.tls)
         return Connection(self) if self.family == socket.AF_UNIX else TcpConnection(self)
 
     @property
-    def stamps(self) -> Stamps:
-        """Whose clock tells when something arrived."""
+    def stamps(self) -> StampSource:
+        """Who takes the arrival timestamps."""
         tcp = self.family != socket.AF_UNIX and self.tls is None
         return "kernel" if tcp else "reader"
 
 
 class Connection:
-    """One socket, driven by readiness: its methods never block.
+    """One non-blocking socket.
 
-    `connect` and `advance` give the epoll events to wait for before `advance` is called (again),
-    0 once requests can be sent. They raise OSError where no connection can be made.
+    `connect` and `advance` return the epoll events to wait for before the next call of `advance`,
+    or 0 once requests can be sent. They raise OSError if the connection fails.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServerAddress) -> None:
         self._server = server
         self._socket = socket.socket(server.family, socket.SOCK_STREAM)
         self._socket.setblocking(False)
@@ -85,7 +86,7 @@ class Connection:
         return self._socket.fileno()
 
     def connect(self) -> int:
-        """Begin to connect. Raises BlockingIOError where a Unix socket's queue is full."""
+        """Start to connect. Raises BlockingIOError if the queue of a Unix socket is full."""
         code = self._socket.connect_ex(self._server.address)
         if code == errno.EINPROGRESS:
             return select.EPOLLOUT
@@ -103,9 +104,9 @@ class Connection:
         return self._socket.send(data)
 
     def receive(self) -> tuple[int, bytes]:
-        """When it arrived, in ns, and what; no bytes at the end of the connection.
+        """Arrival time in ns, and the data. The data is empty at the end of the connection.
 
-        The time is CLOCK_MONOTONIC, of the moment of reading.
+        The time is when this process reads, on CLOCK_MONOTONIC.
         """
         data = self._socket.recv(_READ_SIZE)
         return time.monotonic_ns(), data
@@ -115,14 +116,14 @@ class Connection:
 
 
 class TcpConnection(Connection):
-    """Over TCP the kernel stamps arrivals, so that a late reader still gets the right time."""
+    """Over TCP the kernel timestamps arrivals, so a late reader still gets the right time."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: ServerAddress) -> None:
         super().__init__(server)
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
 
     def receive(self) -> tuple[int, bytes]:
-        """As in Connection, but the time is CLOCK_REALTIME, of the kernel's reception."""
+        """As in Connection, but the time is when the kernel received it, on CLOCK_REALTIME."""
         data, ancillary, _, _ = self._socket.recvmsg(_READ_SIZE, _ANCILLARY_SIZE)
         if not ancillary:
             return time.time_ns(), data
@@ -131,9 +132,9 @@ class TcpConnection(Connection):
 
 
 class TlsConnection(Connection):
-    """Over TLS the reader's clock must do: what a packet holds is known after decryption only."""
+    """Over TLS the reader takes the time: the content is known only after decryption."""
 
-    def __init__(self, server: Server, context: ssl.SSLContext) -> None:
+    def __init__(self, server: ServerAddress, context: ssl.SSLContext) -> None:
         super().__init__(server)
         self._context = context
         self._tls: ssl.SSLSocket | None = None
@@ -154,16 +155,16 @@ class TlsConnection(Connection):
 
     def receive(self) -> tuple[int, bytes]:
         data = self._socket.recv(_READ_SIZE)
-        # What the TLS layer has decrypted already would make no socket readable again.
-        while self._tls is not None and (held := self._tls.pending()):
-            data += self._tls.recv(held)
+        # epoll does not report data that the TLS layer has already decrypted.
+        while self._tls is not None and (pending := self._tls.pending()):
+            data += self._tls.recv(pending)
         return time.monotonic_ns(), data
 
 
-def allow_open_files(connections: int) -> None:
-    """Raise this process's limit of open files as far as `connections` need it.
+def raise_open_file_limit(connections: int) -> None:
+    """Raise this process's limit of open files to what `connections` need.
 
-    Raises LoadError where the system does not allow as many.
+    Raises LoadError if the system does not allow that many.
     """
     needed = connections + _SPARE_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -171,13 +172,13 @@ def allow_open_files(connections: int) -> None:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise LoadError(
-            f"{connections} concurrent requests need {needed} open files, this system allows "
+            f"{connections} concurrent requests need {needed} open files, but this system allows "
             f"{hard}. Raise the hard limit (`ulimit -Hn`), or lower the concurrency."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def allow_all_open_files() -> None:
-    """Raise this process's limit of open files as far as the system allows."""
+def maximise_open_file_limit() -> None:
+    """Raise this process's limit of open files to the most that the system allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""httpx is the client; this transport moves its bytes, and knows when each of them arrived."""
+"""The httpx transport of the load client. It knows when each byte of a response arrived."""
 
 from __future__ import annotations
 
@@ -15,14 +15,25 @@ from math import inf
 import httpx
 
 from servegrid.client import workers
-from servegrid.client.event_loop import Limits, Wave
-from servegrid.client.failures import Failure, Kind
-from servegrid.client.http1 import Head, WireError, body_spans, render
-from servegrid.client.inflight import Flight, Message, User
-from servegrid.client.sockets import Server, Stamps, allow_all_open_files, allow_open_files
-from servegrid.client.workers import Start
+from servegrid.client.event_loop import EventLoop
+from servegrid.client.failures import Failure, FailureKind
+from servegrid.client.http1 import (
+    HttpSyntaxError,
+    ResponseHead,
+    Span,
+    body_spans,
+    serialize_request,
+)
+from servegrid.client.inflight import InFlightRequest, PreparedRequest, Timeouts, User
+from servegrid.client.sockets import (
+    ServerAddress,
+    StampSource,
+    maximise_open_file_limit,
+    raise_open_file_limit,
+)
+from servegrid.client.workers import WaitForStart
 
-_RAISED: dict[Kind, type[httpx.TransportError]] = {
+_HTTPX_ERRORS: dict[FailureKind, type[httpx.TransportError]] = {
     "connect": httpx.ConnectError,
     "reset": httpx.ReadError,
     "stalled": httpx.ReadTimeout,
@@ -32,15 +43,15 @@ _RAISED: dict[Kind, type[httpx.TransportError]] = {
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request and what came back, unparsed. Times are ns of CLOCK_MONOTONIC.
+    """One request and its response, unparsed. Times are ns of CLOCK_MONOTONIC.
 
-    `number` is its place among the requests of its wave.
+    `number` is the position of the request in its wave.
 
-    `arrivals` and `ends` have one entry per read: when it arrived, and how many bytes of `raw`
-    had arrived then. `scheduled_ns` is when the request was due: at the start of the wave, or when
-    the same user had ended the exchange before and rested, or of an open loop at its own time.
-    It, `user` and `sent_ns` are None where the request was never due or never sent. `head` is
-    None where no whole head came.
+    `arrival_ns` and `received` have one entry per read: when it arrived, and how many bytes of
+    `raw` had arrived by then. `scheduled_ns` is when the request was due: at the start of the
+    wave, or when the same user had ended its previous exchange and its think time, or in an open
+    loop at the request's own time. `scheduled_ns` and `user` are None if the request was never
+    due, `sent_ns` if it was never sent, `head` if no complete head arrived.
     """
 
     number: int
@@ -48,119 +59,116 @@ class Exchange:
     scheduled_ns: int | None
     sent_ns: int | None
     done_ns: int
-    arrivals: list[int]
-    ends: list[int]
+    arrival_ns: list[int]
+    received: list[int]
     raw: bytes
-    head: Head | None
+    head: ResponseHead | None
     failure: Failure | None
     resent: bool
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Where in `raw` the pieces of the body are. Raises WireError at a damaged one."""
+    def body_spans(self) -> Iterator[Span]:
+        """Positions of the body's pieces in `raw`. Raises HttpSyntaxError at a damaged chunk."""
         return iter(()) if self.head is None else body_spans(self.raw, self.head)
 
 
 @dataclass(frozen=True)
-class Exchanged:
-    """A wave that is over: its exchanges in the order of the requests, and how it was measured.
+class WaveResult:
+    """A finished wave: its exchanges in the order of the requests, and how it was measured.
 
-    There are fewer exchanges than requests where the time for sending was over before the last.
-    `stamps` tells whose clock the arrivals are from. `offset_before_ns` and `offset_after_ns` are
+    There are fewer exchanges than requests if the time for sending ended before the last request.
+    `stamps` is who took the arrival timestamps. `offset_before_ns` and `offset_after_ns` are
     CLOCK_REALTIME minus CLOCK_MONOTONIC. `cpu_s` is the CPU time of each process.
     """
 
     exchanges: list[Exchange]
     start_ns: int
-    stamps: Stamps
+    stamps: StampSource
     offset_before_ns: int
     offset_after_ns: int
     cpu_s: list[float]
 
 
 class MeasuringTransport(httpx.BaseTransport):
-    """An httpx transport that can also put many requests on a server at once and measure them.
+    """An httpx transport that can also send many concurrent requests and measure them.
 
-    As the transport of an `httpx.Client` it serves single requests; `exchange` serves a wave.
-    Connections stay open in between. `unix_socket` is connected to whatever the URL's host is.
-    Certificates are checked as `tls` says, by default against those the system trusts.
+    As the transport of an `httpx.Client` it handles single requests; `send_wave` handles a wave.
+    Connections stay open in between. With `unix_socket` it connects to this socket and ignores
+    the URL's host. `tls` verifies certificates; by default the system's trusted ones are used.
     """
 
     def __init__(self, unix_socket: str | None = None, tls: ssl.SSLContext | None = None) -> None:
         self._unix_socket = unix_socket
         self._tls = tls
-        self._servers: dict[_Origin, Server] = {}
+        self._servers: dict[_Origin, ServerAddress] = {}
         self._users: dict[_Origin, list[User]] = {}
 
-    def exchange(
+    def send_wave(
         self,
         requests: Sequence[httpx.Request],
         users: int,
         *,
         timeout_s: float,
         idle_timeout_s: float,
-        sending_s: float = inf,
+        send_duration_s: float = inf,
         due_s: Sequence[float] | None = None,
-        rest_s: Sequence[float] | None = None,
-        places: Sequence[Collection[int]] = (),
-    ) -> Exchanged:
-        """Send `requests`, all to one server, from `users` at once, and keep what comes back.
+        think_s: Sequence[float] | None = None,
+        cpu_sets: Sequence[Collection[int]] = (),
+    ) -> WaveResult:
+        """Send `requests`, all to one server, with `users` concurrent users.
 
-        Each user sends its first request at the start and another as soon as its last has been
-        answered or has failed, until none is left. With `rest_s`, one per request, it rests for
-        so long after that one. With `due_s`, one per request and ascending, each is sent at that
-        time after the start, by as many more users as it takes. Connections are made and
-        requests rendered before; only users who join later connect while the clock runs.
+        Each user sends its first request at the start, and the next one as soon as the last one
+        has ended, until none is left. With `think_s`, one value per request, the user first waits
+        that long after the response. With `due_s`, one ascending value per request, each request
+        is sent at that time after the start, by additional users if all are busy. Users connect
+        and requests are serialized before the start; only additional users connect later.
 
-        With several `places`, sets of cores, there is a process for each of them, and requests and
-        users are dealt out to them.
+        With several `cpu_sets`, one process per CPU set sends its share of the requests and users.
 
-        None is begun after `sending_s`. What takes longer than `timeout_s` since the start, or
-        shows no byte for `idle_timeout_s`, fails. Raises httpx.ConnectError where the server cannot be
-        reached at all, httpx.LocalProtocolError where a request is not HTTP, and LoadError
-        where the system does not allow as many open files.
+        No request is sent after `send_duration_s`. A request fails if it is not complete
+        `timeout_s` after the start, or if no byte arrives for `idle_timeout_s`. Raises
+        httpx.ConnectError if the server cannot be reached at all, httpx.LocalProtocolError if a
+        request is not valid HTTP, and LoadError if the system does not allow enough open files.
         """
         origins = {_origin(request.url) for request in requests}
         if len(origins) != 1:
             raise ValueError(f"a wave goes to one server, not to {len(origins)}")
         (origin,) = origins
         due = repeat(None) if due_s is None else map(_ns, due_s)
-        rest = repeat(0) if rest_s is None else map(_ns, rest_s)
-        messages = [_message(*each) for each in zip(requests, due, rest, strict=False)]
+        think = repeat(0) if think_s is None else map(_ns, think_s)
+        prepared = [_prepare(*item) for item in zip(requests, due, think, strict=False)]
         if due_s is None:
-            allow_open_files(users)
+            raise_open_file_limit(users)
         else:
-            allow_all_open_files()
+            maximise_open_file_limit()
             users = max(users, len(self._users.get(origin, ())))
-        limits = Limits(timeout_s, idle_timeout_s, sending_s)
-        server = self._located(requests[0], limits)
-        if len(places) > 1:
-            crews = len(places)
-            shares = workers.run(
-                [
-                    partial(_share_of, server, messages[part::crews], users, limits, (part, crews))
-                    for part in range(crews)
-                ],
-                places,
-            )
-            return _joined(shares)
-        known = self._known(requests[0], users)
-        wave = Wave(server, known[:users], messages, limits)
-        exchanged = _measured(wave, server.stamps)
-        known += wave.users[users:]
-        return exchanged
+        timeouts = Timeouts(timeout_s, idle_timeout_s, send_duration_s)
+        server = self._resolve(requests[0], timeouts)
+        if len(cpu_sets) > 1:
+            count = len(cpu_sets)
+            tasks = [
+                partial(_run_share, server, prepared[index::count], users, timeouts, (index, count))
+                for index in range(count)
+            ]
+            return _merge(workers.run_parallel(tasks, cpu_sets))
+        pool = self._user_pool(requests[0], users)
+        loop = EventLoop(server, pool[:users], prepared, timeouts)
+        result = _run(loop, server.stamps)
+        pool += loop.users[users:]
+        return result
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """One request, as httpx asks for it; its read timeout is the longest silence."""
-        told = request.extensions.get("timeout", {})
-        idle_timeout_s = told.get("read") or inf
-        wave = self._wave(request, [_message(request)], 1, Limits(inf, idle_timeout_s))
-        wave.run()
-        (exchange,) = _landed(wave, "reader")
+        """Handle one request for httpx. Its read timeout limits the time without a byte."""
+        idle_timeout_s = request.extensions.get("timeout", {}).get("read") or inf
+        timeouts = Timeouts(inf, idle_timeout_s)
+        server = self._resolve(request, timeouts)
+        loop = EventLoop(server, self._user_pool(request, 1)[:1], [_prepare(request)], timeouts)
+        loop.run()
+        (exchange,) = _exchanges(loop, "reader")
         if exchange.failure is not None:
-            error = _RAISED.get(exchange.failure.kind, httpx.RemoteProtocolError)
+            error = _HTTPX_ERRORS.get(exchange.failure.kind, httpx.RemoteProtocolError)
             raise error(str(exchange.failure), request=request)
         assert exchange.head is not None
-        body = b"".join(exchange.raw[start:end] for start, end in exchange.spans())
+        body = b"".join(exchange.raw[start:end] for start, end in exchange.body_spans())
         return httpx.Response(
             exchange.head.status,
             headers=list(exchange.head.headers),
@@ -174,70 +182,74 @@ class MeasuringTransport(httpx.BaseTransport):
                 user.close()
         self._users.clear()
 
-    def _wave(
-        self, request: httpx.Request, messages: list[Message], users: int, limits: Limits
-    ) -> Wave:
-        server = self._located(request, limits)
-        return Wave(server, self._known(request, users)[:users], messages, limits)
-
-    def _located(self, request: httpx.Request, limits: Limits) -> Server:
+    def _resolve(self, request: httpx.Request, timeouts: Timeouts) -> ServerAddress:
         origin = _origin(request.url)
         if origin[0] not in ("http", "https"):
             raise httpx.UnsupportedProtocol(f"{request.url}: neither http nor https")
         if origin not in self._servers:
             try:
-                self._servers[origin] = Server.locate(
-                    request.url, self._unix_socket, self._tls, limits.connect_s
+                self._servers[origin] = ServerAddress.resolve(
+                    request.url, self._unix_socket, self._tls, timeouts.connect_s
                 )
             except OSError as error:
                 raise httpx.ConnectError(error.strerror or str(error), request=request) from error
         return self._servers[origin]
 
-    def _known(self, request: httpx.Request, users: int) -> list[User]:
-        """The users of that server, at least so many."""
-        known = self._users.setdefault(_origin(request.url), [])
-        known += [User(number) for number in range(len(known), users)]
-        return known
+    def _user_pool(self, request: httpx.Request, users: int) -> list[User]:
+        """The users of the request's server; there are at least `users` of them."""
+        pool = self._users.setdefault(_origin(request.url), [])
+        pool += [User(number) for number in range(len(pool), users)]
+        return pool
 
 
-def _measured(
-    wave: Wave, stamps: Stamps, part: _Part = (0, 1), start: Start = time.monotonic_ns
-) -> Exchanged:
-    with _undisturbed():
+_Origin = tuple[str, str, int | None]
+_Share = tuple[int, int]
+"""Index of this process, and number of processes."""
+_ALL: _Share = (0, 1)
+
+
+def _run(
+    loop: EventLoop,
+    stamps: StampSource,
+    share: _Share = _ALL,
+    wait_for_start: WaitForStart = time.monotonic_ns,
+) -> WaveResult:
+    with _no_garbage_collection():
         cpu_before = time.process_time()
-        wave.run(start)
+        loop.run(wait_for_start)
         cpu_s = time.process_time() - cpu_before
-    return Exchanged(
-        exchanges=_landed(wave, stamps, part),
-        start_ns=wave.start_ns,
+    return WaveResult(
+        exchanges=_exchanges(loop, stamps, share),
+        start_ns=loop.start_ns,
         stamps=stamps,
-        offset_before_ns=wave.offsets.offsets[0].offset_ns,
-        offset_after_ns=wave.offsets.offsets[-1].offset_ns,
+        offset_before_ns=loop.offsets.offsets[0].offset_ns,
+        offset_after_ns=loop.offsets.offsets[-1].offset_ns,
         cpu_s=[cpu_s],
     )
 
 
-def _share_of(
-    server: Server, messages: list[Message], users: int, limits: Limits, part: _Part, start: Start
-) -> Exchanged:
-    """What one process of several does: every so many-th message and user are its own."""
-    first, step = part
-    own = [User(number) for number in range(len(range(first, users, step)))]
-    return _measured(Wave(server, own, messages, limits), server.stamps, part, start)
+def _run_share(
+    server: ServerAddress,
+    prepared: list[PreparedRequest],
+    users: int,
+    timeouts: Timeouts,
+    share: _Share,
+    wait_for_start: WaitForStart,
+) -> WaveResult:
+    """The share of one of several processes: every `count`-th request and user from `index`."""
+    index, count = share
+    pool = [User(number) for number in range(len(range(index, users, count)))]
+    loop = EventLoop(server, pool, prepared, timeouts)
+    return _run(loop, server.stamps, share, wait_for_start)
 
 
-def _joined(shares: Sequence[Exchanged]) -> Exchanged:
-    exchanges = [exchange for share in shares for exchange in share.exchanges]
+def _merge(results: Sequence[WaveResult]) -> WaveResult:
+    exchanges = [exchange for result in results for exchange in result.exchanges]
     return replace(
-        shares[0],
+        results[0],
         exchanges=sorted(exchanges, key=lambda exchange: exchange.number),
-        cpu_s=[cpu_s for share in shares for cpu_s in share.cpu_s],
+        cpu_s=[cpu_s for result in results for cpu_s in result.cpu_s],
     )
-
-
-_Origin = tuple[str, str, int | None]
-_Part = tuple[int, int]
-"""Which of how many processes."""
 
 
 def _origin(url: httpx.URL) -> _Origin:
@@ -248,52 +260,54 @@ def _ns(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-def _message(request: httpx.Request, due_ns: int | None = None, rest_ns: int = 0) -> Message:
+def _prepare(
+    request: httpx.Request, due_ns: int | None = None, think_ns: int = 0
+) -> PreparedRequest:
     try:
-        return Message(request.method, render(request), due_ns, rest_ns)
-    except WireError as error:
+        return PreparedRequest(request.method, serialize_request(request), due_ns, think_ns)
+    except HttpSyntaxError as error:
         raise httpx.LocalProtocolError(str(error), request=request) from error
 
 
-def _landed(wave: Wave, stamps: Stamps, part: _Part = (0, 1)) -> list[Exchange]:
-    """The flights as exchanges, their times all on CLOCK_MONOTONIC."""
-    first, step = part
-    done: dict[Flight, int] = {}
+def _exchanges(loop: EventLoop, stamps: StampSource, share: _Share = _ALL) -> list[Exchange]:
+    """The loop's requests as exchanges, with all times on CLOCK_MONOTONIC."""
+    index, count = share
+    done: dict[InFlightRequest, int] = {}
     exchanges = []
-    for place, flight in enumerate(wave.flights):
-        arrivals = flight.stamps
+    for position, request in enumerate(loop.requests):
+        arrival_ns = request.stamps
         if stamps == "kernel":
-            arrivals = wave.offsets.to_monotonic(arrivals)
-        done[flight] = arrivals[-1] if flight.failed_ns is None else flight.failed_ns
+            arrival_ns = loop.offsets.to_monotonic(arrival_ns)
+        done[request] = arrival_ns[-1] if request.failed_ns is None else request.failed_ns
         exchanges.append(
             Exchange(
-                number=first + place * step,
-                user=None if flight.user is None else first + flight.user * step,
-                scheduled_ns=None if flight.user is None else _due_ns(wave, flight, done),
-                sent_ns=flight.sent_ns,
-                done_ns=done[flight],
-                arrivals=arrivals,
-                ends=flight.ends,
-                raw=bytes(flight.buffer[: flight.framing.end]),
-                head=flight.framing.head,
-                failure=flight.failure,
-                resent=flight.resent,
+                number=index + position * count,
+                user=None if request.user is None else index + request.user * count,
+                scheduled_ns=None if request.user is None else _due_ns(loop, request, done),
+                sent_ns=request.sent_ns,
+                done_ns=done[request],
+                arrival_ns=arrival_ns,
+                received=request.received,
+                raw=bytes(request.buffer[: request.framing.end]),
+                head=request.framing.head,
+                failure=request.failure,
+                resent=request.resent,
             )
         )
     return exchanges
 
 
-def _due_ns(wave: Wave, flight: Flight, done: Mapping[Flight, int]) -> int:
-    if flight.message.due_ns is not None:
-        return wave.start_ns + flight.message.due_ns
-    if flight.predecessor is None:
-        return wave.start_ns
-    return done[flight.predecessor] + flight.predecessor.message.rest_ns
+def _due_ns(loop: EventLoop, request: InFlightRequest, done: Mapping[InFlightRequest, int]) -> int:
+    if request.prepared.due_ns is not None:
+        return loop.start_ns + request.prepared.due_ns
+    if request.previous is None:
+        return loop.start_ns
+    return done[request.previous] + request.previous.prepared.think_ns
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """No garbage collection: at thousands of objects one takes longer than a token."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection: with thousands of objects it takes longer than a token."""
     enabled = gc.isenabled()
     gc.collect()
     gc.freeze()

@@ -1,7 +1,7 @@
-"""Several processes that put one load on a server, beginning at the same moment.
+"""Several processes that send one workload together and start at the same moment.
 
-One process reads some ten thousand chunks a second; above a few hundred streams that is no longer
-enough, and Python's threads would share it.
+One process reads some ten thousand chunks per second. A few hundred concurrent requests need more,
+and threads would not help: they share one interpreter lock.
 """
 
 from __future__ import annotations
@@ -15,136 +15,143 @@ import struct
 import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from servegrid.errors import LoadError, ServegridError
 
-STREAMS_PER_PROCESS = 512
-"""A process keeps up with so many streams of 50 tokens/s on half of a slow core."""
+CONCURRENCY_PER_PROCESS = 512
+"""One process serves this many concurrent requests of 50 tokens/s on half of a slow core."""
 CORES_PER_PROCESS = 4
-"""Of the cores that a node has, for each process of the client at most one in so many."""
-START_AFTER_S = 0.005
-"""From when all are ready to the common start: time for all of them to hear of it."""
+"""The client gets at most one process per this many cores of the node."""
+START_DELAY_S = 0.005
+"""Time from when all processes are ready to the common start, so that each learns of it before."""
 
 _PR_SET_PDEATHSIG = 1
 _START = struct.Struct("q")
 _READY = b"r"
 
 Result = TypeVar("Result")
-Start = Callable[[], int]
+WaitForStart = Callable[[], int]
 """Waits for the common start and returns it, in ns of CLOCK_MONOTONIC."""
 
 
-def wanted(concurrency: int) -> int:
-    """How many processes so many streams take."""
-    return -(-concurrency // STREAMS_PER_PROCESS)
+def processes_needed(concurrency: int) -> int:
+    """How many processes `concurrency` requests in flight need."""
+    return -(-concurrency // CONCURRENCY_PER_PROCESS)
 
 
-def size(concurrency: int, cores: int) -> int:
-    """How many they get on a node with so many cores."""
-    return max(1, min(wanted(concurrency), cores // CORES_PER_PROCESS))
+def processes_allowed(concurrency: int, cores: int) -> int:
+    """How many processes the client gets on a node with `cores` cores."""
+    return max(1, min(processes_needed(concurrency), cores // CORES_PER_PROCESS))
 
 
-def run(
-    parts: Sequence[Callable[[Start], Result]], places: Sequence[Collection[int]] = ()
+def run_parallel(
+    tasks: Sequence[Callable[[WaitForStart], Result]],
+    cpu_sets: Sequence[Collection[int]] = (),
 ) -> list[Result]:
-    """What each of `parts` returns, each called in a process of its own with a common start.
+    """Run each task in its own process, with a common start, and return their results.
 
-    Each must call the function it is given once, when it is ready. `places` are the cores for
-    each process. Raises what the first part to fail has raised, and LoadError where a process is
-    gone without a word.
+    A task must call the function it is given exactly once, when it is ready. `cpu_sets` has the
+    CPUs of each process. Raises the exception of the first task that failed, and LoadError if a
+    process was killed.
     """
-    members = [_Member(part, places[number] if places else ()) for number, part in enumerate(parts)]
+    workers = [
+        _Worker(task, cpu_sets[number] if cpu_sets else ()) for number, task in enumerate(tasks)
+    ]
     try:
-        for member in members:
-            member.wait_until_ready()
-        start_ns = time.monotonic_ns() + int(START_AFTER_S * 1e9)
-        for member in members:
-            member.begin(start_ns)
-        return [member.result() for member in members]
+        for worker in workers:
+            worker.wait_until_ready()
+        start_ns = time.monotonic_ns() + int(START_DELAY_S * 1e9)
+        for worker in workers:
+            worker.start(start_ns)
+        return [worker.result() for worker in workers]
     finally:
-        for member in members:
-            member.end()
+        for worker in workers:
+            worker.kill()
 
 
-class _Member(Generic[Result]):
-    """One process: a pipe to it for the start, a pipe from it for a ready byte and its result."""
+class _Worker(Generic[Result]):
+    """One process. One pipe carries the start time to it, another its result back."""
 
-    def __init__(self, part: Callable[[Start], Result], cores: Collection[int]) -> None:
-        told, self._tell = os.pipe()
-        self._hear, answer = os.pipe()
-        self._heard = bytearray()
+    def __init__(self, task: Callable[[WaitForStart], Result], cpus: Collection[int]) -> None:
+        start_reader, self._start_writer = os.pipe()
+        self._result_reader, result_writer = os.pipe()
+        self._received = bytearray()
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                _end_with(parent)
-                if cores:
-                    os.sched_setaffinity(0, cores)
-                _work(part, told, answer)
+                _die_with(parent)
+                if cpus:
+                    os.sched_setaffinity(0, cpus)
+                _run_task(task, start_reader, result_writer)
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(1)
-        os.close(told)
-        os.close(answer)
+        os.close(start_reader)
+        os.close(result_writer)
 
     def wait_until_ready(self) -> None:
-        word = os.read(self._hear, 1)
-        if word != _READY:
-            self._heard += word
+        byte = os.read(self._result_reader, 1)
+        if byte != _READY:
+            self._received += byte
             self.result()
 
-    def begin(self, start_ns: int) -> None:
+    def start(self, start_ns: int) -> None:
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._tell, _START.pack(start_ns))
+            os.write(self._start_writer, _START.pack(start_ns))
 
     def result(self) -> Result:
-        while data := os.read(self._hear, 1 << 20):
-            self._heard += data
+        while data := os.read(self._result_reader, 1 << 20):
+            self._received += data
         try:
-            error, result = pickle.loads(self._heard)
+            error, result = pickle.loads(self._received)
         except (pickle.UnpicklingError, EOFError):
-            self._gone()
+            _raise_killed()
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
 
-    def end(self) -> None:
-        os.close(self._tell)
-        os.close(self._hear)
+    def kill(self) -> None:
+        os.close(self._start_writer)
+        os.close(self._result_reader)
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
 
-    def _gone(self) -> Any:
-        raise LoadError(
-            "A process of the load client was ended from outside (out of memory?). Nothing of "
-            "this load is kept; run the same command again."
-        )
+
+def _raise_killed() -> NoReturn:
+    raise LoadError(
+        "A process of the load client was killed from outside (out of memory?). Nothing of this "
+        "measurement is kept. To repeat it, run the same command again."
+    )
 
 
-def _work(part: Callable[[Start], Any], told: int, answer: int) -> None:
-    def start() -> int:
-        os.write(answer, _READY)
-        (start_ns,) = _START.unpack(os.read(told, _START.size))
+def _run_task(
+    task: Callable[[WaitForStart], Result], start_reader: int, result_writer: int
+) -> NoReturn:
+    def wait_for_start() -> int:
+        os.write(result_writer, _READY)
+        (start_ns,) = _START.unpack(os.read(start_reader, _START.size))
         time.sleep(max(0.0, (start_ns - time.monotonic_ns()) / 1e9 - 0.001))
         while time.monotonic_ns() < start_ns:
             pass
         return int(start_ns)
 
+    outcome: tuple[Exception | None, Result | None]
     try:
-        outcome: tuple[Exception | None, Any] = (None, part(start))
+        outcome = (None, task(wait_for_start))
     except ServegridError as error:
         outcome = (error, None)
     data = memoryview(pickle.dumps(outcome, protocol=pickle.HIGHEST_PROTOCOL))
     while data:
-        data = data[os.write(answer, data) :]
+        data = data[os.write(result_writer, data) :]
     os._exit(0)
 
 
-def _end_with(parent: int) -> None:
-    """Have this process killed when its parent ends, however that ends."""
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends, however that happens."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

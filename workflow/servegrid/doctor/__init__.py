@@ -13,7 +13,7 @@ from servegrid.doctor import environments, files, kinds, site, slurm, studies
 from servegrid.doctor.commands import Ask, ask
 from servegrid.doctor.demands import Demand, demand_of
 from servegrid.doctor.report import Finding, Group, Status
-from servegrid.study.config import read_study
+from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment, Study
 
 __all__ = ["examine"]
@@ -27,7 +27,7 @@ def examine(profile_folder: Path, study_file: Path | None, directory: Path) -> I
     Raises ConfigError, before the first, where the profile or the study cannot be read.
     """
     profile = site.Profile.read(profile_folder)
-    study = read_study(study_file) if study_file else None
+    study = load_study(study_file) if study_file else None
     return _examine(profile, study, study_file or Path(), directory)
 
 

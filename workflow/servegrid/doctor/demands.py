@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from servegrid.doctor.site import CPU, Profile, minutes_of, nodes_of
-from servegrid.engines import EMULATED
+from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment
 
 RULE = "measure"

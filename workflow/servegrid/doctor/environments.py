@@ -44,8 +44,8 @@ class Environment:
 def environment_of(answer: Answer) -> Environment | None:
     """What the probe printed; None where it did not run."""
     try:
-        told = json.loads(answer.stdout.splitlines()[-1])
-        return Environment(tuple(told["python"]), told["packages"])
+        text = json.loads(answer.stdout.splitlines()[-1])
+        return Environment(tuple(text["python"]), text["packages"])
     except (IndexError, KeyError, TypeError, ValueError):
         return None
 
@@ -56,8 +56,8 @@ def judge_environment(
     """Whether an environment has what an allocation needs; `engines` are packages."""
     version = ".".join(map(str, found.python))
     missing = [name for name in PACKAGES + tuple(engines) if found.packages.get(name) is None]
-    told = [f"{name} {version}" for name, version in found.packages.items() if version]
-    said = f"{python}: Python {version}, {', '.join(told) or 'none of the packages'}"
+    text = [f"{name} {version}" for name, version in found.packages.items() if version]
+    said = f"{python}: Python {version}, {', '.join(text) or 'none of the packages'}"
     if found.python < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         return GROUP.fail(f"kind {kind}", said, f"It must be {oldest} or newer. {remedy(python)}")

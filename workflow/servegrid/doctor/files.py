@@ -53,16 +53,16 @@ def judge_sharing(
     remedy = f"Keep {what} on a file system that all nodes share, such as your home or project."
     if mount is None:
         return group.warn(subject, f"{path}: file system unknown", remedy)
-    told = f"{path}: {mount.type} on {mount.point}"
+    text = f"{path}: {mount.type} on {mount.point}"
     if mount.type in SHARED:
-        return group.ok(subject, f"{told}, shared by its nature")
+        return group.ok(subject, f"{text}, shared by its nature")
     if mount.type in IN_MEMORY:
-        return group.warn(subject, f"{told}, in this machine's memory", remedy)
+        return group.warn(subject, f"{text}, in this machine's memory", remedy)
     if any(path.is_relative_to(folder) for folder in LOCAL_FOLDERS):
-        return group.warn(subject, f"{told}, a folder that each node has for itself", remedy)
+        return group.warn(subject, f"{text}, a folder that each node has for itself", remedy)
     return group.warn(
         subject,
-        f"{told}; cannot tell whether the nodes see it",
+        f"{text}; cannot tell whether the nodes see it",
         f"Look from a node: srun ls {path}. If it is not there: {remedy[0].lower()}{remedy[1:]}",
     )
 

@@ -99,23 +99,23 @@ def _judge_partition(group: Group, demand: Demand, facts: Facts, where: str) -> 
 
 def _judge_limit(group: Group, demand: Demand, partition: Partition, where: str) -> Finding:
     subject, limit = f"partition {partition.name}", partition.max_minutes
-    told = "no time limit" if limit is None else f"time limit {_duration(limit)}"
+    text = "no time limit" if limit is None else f"time limit {_duration(limit)}"
     asked = demand.minutes
     if asked is None:
         return group.fail(
             subject,
-            f"up, {told}; no runtime is asked for, or none that can be read",
+            f"up, {text}; no runtime is asked for, or none that can be read",
             "Write minutes in the profile: set-resources: measure: runtime: 720.",
         )
     if limit is not None and asked > limit:
         return group.fail(
             subject,
-            f"{told}, but {_duration(asked)} are asked for: such a job waits for ever",
+            f"{text}, but {_duration(asked)} are asked for: such a job waits for ever",
             f"Ask for at most {limit:g} minutes: set-resources: measure: runtime in the profile, "
             f"or timeout_min of `{demand.kind}` in {where}. What is left gets a further "
             "allocation.",
         )
-    return group.ok(subject, f"up, {told}, {_duration(asked)} asked for")
+    return group.ok(subject, f"up, {text}, {_duration(asked)} asked for")
 
 
 def _judge_nodes(
@@ -164,7 +164,7 @@ def _judge_size(group: Group, demand: Demand, nodes: Sequence[Node], where: str)
     enough = [
         node for node in nodes if node.cpus >= demand.cpus and node.memory_mb >= demand.memory_mb
     ]
-    told = f"{_range([node.cpus for node in nodes])} CPUs, " + (
+    text = f"{_range([node.cpus for node in nodes])} CPUs, " + (
         f"{_range([round(node.memory_mb / 1024) for node in nodes])} GiB of memory"
     )
     asked = f"{demand.cpus} CPUs"
@@ -173,11 +173,11 @@ def _judge_size(group: Group, demand: Demand, nodes: Sequence[Node], where: str)
     if not enough:
         return group.fail(
             "CPUs and memory",
-            f"{told} in a node, but {asked} are asked for",
+            f"{text} in a node, but {asked} are asked for",
             f"Lower cpus_per_task or the memory of `{demand.kind}` in {where}.",
         )
     some = "" if len(enough) == len(nodes) else f", enough in {len(enough)} of {len(nodes)}"
-    return group.ok("CPUs and memory", f"{told}; {asked} asked for{some}")
+    return group.ok("CPUs and memory", f"{text}; {asked} asked for{some}")
 
 
 def judge_gpus(group: Group, demand: Demand, nodes: Sequence[Node], where: str) -> Finding:
@@ -191,7 +191,7 @@ def judge_gpus(group: Group, demand: Demand, nodes: Sequence[Node], where: str) 
             f"Correct gpus_of_node of `{demand.kind}` in {where}.",
         )
     managed = sorted({str(gpus) for node in nodes for gpus in node.gpus})
-    told = f"Slurm manages gpu:{' and gpu:'.join(managed)} in a node" if managed else ""
+    text = f"Slurm manages gpu:{' and gpu:'.join(managed)} in a node" if managed else ""
     asked = demand.gpus
     if asked is None:
         if not (managed and demand.wants_gpus):
@@ -199,7 +199,7 @@ def judge_gpus(group: Group, demand: Demand, nodes: Sequence[Node], where: str) 
         gres = f"gpu:{managed[0]}"
         return group.warn(
             "GPUs",
-            f"{told}, but none are asked for: it may hand none over",
+            f"{text}, but none are asked for: it may hand none over",
             f"Give `{demand.kind}` in {where} `slurm_gres: {gres}` and remove gpus_per_node: 0.",
         )
     if not managed:
@@ -212,11 +212,11 @@ def judge_gpus(group: Group, demand: Demand, nodes: Sequence[Node], where: str) 
     if not any(_covers(node.gpus, asked) for node in nodes):
         return group.fail(
             "GPUs",
-            f"{told}, but {asked} are asked for",
+            f"{text}, but {asked} are asked for",
             f"Correct slurm_gres or gpus_per_node of `{demand.kind}` in {where}: "
             f"gpu:{' or gpu:'.join(managed)} (upper and lower case count).",
         )
-    return group.ok("GPUs", f"{told}; {asked} asked for")
+    return group.ok("GPUs", f"{text}; {asked} asked for")
 
 
 def _judge_account(group: Group, demand: Demand, facts: Facts, where: str) -> Iterator[Finding]:

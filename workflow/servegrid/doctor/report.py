@@ -1,4 +1,4 @@
-"""What a check found, and how it is told on a terminal. Pure."""
+"""What a check found, and how it is shown on a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Group:
         return Finding(self.name, subject, Status.SKIP, found)
 
 
-def told(findings: Sequence[Finding], width: int | None = None) -> str:
+def format_findings(findings: Sequence[Finding], width: int | None = None) -> str:
     """The findings of one group under its name, with lines of at most `width` characters.
 
     Without a width every finding, and every remedy, is one line.

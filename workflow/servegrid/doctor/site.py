@@ -1,11 +1,10 @@
-"""The profile as the workflow will read it, and what can be told of it alone."""
+"""The profile as the workflow reads it, and what can be checked without Slurm."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,29 +12,13 @@ from typing import Any
 import yaml
 
 from servegrid.doctor.report import Finding, Group
-from servegrid.engines import EMULATED
 from servegrid.errors import ConfigError
+from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment, Study
 
 EXECUTOR = "submitit"
 CLUSTERS = ("slurm", "local")
-KEYS = frozenset(
-    {
-        *("timeout_min", "signal_delay_s", "nodes", "gpus_per_node", "gpus_of_node"),
-        *("cpus_per_task", "mem_gb", "python", "setup", "srun_args"),
-        *("slurm_account", "slurm_additional_parameters", "slurm_comment", "slurm_constraint"),
-        *("slurm_exclude", "slurm_exclusive", "slurm_gres", "slurm_mem", "slurm_mem_per_cpu"),
-        *("slurm_mem_per_gpu", "slurm_nodelist", "slurm_partition", "slurm_qos", "slurm_wckey"),
-    }
-)
-"""What a kind may say about itself; a test compares it with the executor's own list."""
-
-NUMBERS = ("timeout_min", "nodes", "gpus_of_node", "cpus_per_task", "mem_gb")
 MINUTES = {"s": 1 / 60, "m": 1.0, "h": 60.0, "d": 1440.0, "w": 10080.0}
-WORDS = (
-    *("python", "slurm_partition", "slurm_constraint", "slurm_gres"),
-    *("slurm_account", "slurm_qos"),
-)
 CPU = "cpu"
 
 
@@ -64,7 +47,6 @@ class Profile:
                     f"{kinds_file}: {kind}: is not a mapping of parameters. "
                     "Write them below it, indented, as `slurm_partition: NAME`."
                 )
-            _refuse_unreadable(parameters, f"{kinds_file}: {kind}")
         return cls(file, options, kinds_file, kinds)
 
     @property
@@ -123,23 +105,37 @@ def judge_profile(profile: Profile) -> Iterator[Finding]:
 
 
 def _judge_kinds(group: Group, profile: Profile) -> Iterator[Finding]:
-    unknown = [
-        (kind, str(key)) for kind, keys in profile.kinds.items() for key in keys if key not in KEYS
-    ]
-    for kind, key in unknown:
-        near = difflib.get_close_matches(key, sorted(KEYS), n=1)
-        meant = f"Did you mean `{near[0]}`? " if near else ""
-        yield group.fail(
+    check_kind = _plugin_check()
+    if check_kind is None:
+        yield group.warn(
             f"{profile.kinds_file}",
-            f"{kind}: unknown key `{key}`",
-            f"{meant}Valid keys: {', '.join(sorted(KEYS))}.",
+            "the Snakemake plugin is not installed, so the keys of the kinds are not checked",
+            "Install snakemake-executor-plugin-submitit.",
+        )
+    problems = [
+        (kind, problem)
+        for kind, parameters in profile.kinds.items()
+        for problem in (check_kind(parameters) if check_kind else ())
+    ]
+    for kind, problem in problems:
+        yield group.fail(
+            f"{profile.kinds_file}", f"{kind}.{problem.key}: {problem.problem}", problem.remedy
         )
     if not profile.kinds:
         yield group.fail(
             f"{profile.kinds_file}", "no kinds in it", "Describe at least one kind of node."
         )
-    elif not unknown:
+    elif not problems:
         yield group.ok(f"{profile.kinds_file}", f"kinds {', '.join(map(str, profile.kinds))}")
+
+
+def _plugin_check() -> Callable[[Mapping[str, Any]], Iterable[Any]] | None:
+    """The executor plugin's own check of a kind; None if the plugin is not installed."""
+    try:
+        from snakemake_executor_plugin_submitit.kinds import check_kind
+    except ImportError:
+        return None
+    return check_kind
 
 
 def judge_study(profile: Profile, study: Study, file: Path) -> Iterator[Finding]:
@@ -197,23 +193,6 @@ def nodes_of(deployment: Deployment, parameters: Mapping[str, Any]) -> int:
     if most and "nodes" not in parameters:
         return max(1, math.ceil(deployment.node_gpus / int(most)))
     return max(1, int(parameters.get("nodes", 1)))
-
-
-def _refuse_unreadable(parameters: Mapping[str, Any], where: str) -> None:
-    for key in NUMBERS:
-        value = parameters.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ConfigError(
-                f"{where}.{key}: {value!r} is not a number. Write it without quotes, as `{key}: 2`."
-            )
-    for key in WORDS:
-        if not isinstance(parameters.get(key, ""), str):
-            raise ConfigError(
-                f"{where}.{key}: {parameters[key]!r} is not a text. Write it in quotes."
-            )
-    key = "slurm_additional_parameters"
-    if not isinstance(parameters.get(key, {}), dict):
-        raise ConfigError(f"{where}.{key}: is not a mapping. Write `option: value` lines.")
 
 
 def _mapping(file: Path, key: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ TOOLS, CONTROLLER, SETTINGS = Group("tools"), Group("slurm"), Group("settings of
 
 @dataclass(frozen=True)
 class Facts:
-    """What the controller told; empty where it told nothing."""
+    """What the controller reported; empty if it reported nothing."""
 
     settings: Mapping[str, str] = field(default_factory=dict)
     partitions: Mapping[str, Partition] = field(default_factory=dict)
@@ -86,13 +86,13 @@ def judge_tools(ask: Ask, which: Callable[[str], str | None] = shutil.which) -> 
             "Run this on a login node of the cluster: here the programs know none.",
         )
         return
-    told = f"{answer.stdout.strip()}; {', '.join(NEEDED)}"
-    yield TOOLS.ok("Slurm's programs", told)
+    text = f"{answer.stdout.strip()}; {', '.join(NEEDED)}"
+    yield TOOLS.ok("Slurm's programs", text)
     if which("sacct") is None:
         yield TOOLS.warn(
             "sacct",
             "not on the PATH",
-            "Nothing: allocations are watched by squeue; how they ended is told less exactly.",
+            "Nothing: allocations are watched by squeue; how they ended is known less exactly.",
         )
     else:
         yield TOOLS.ok("sacct", "on the PATH")
@@ -166,13 +166,15 @@ def judge_settings(facts: Facts, partitions: Sequence[str]) -> Iterator[Finding]
             "Nothing: servegrid continues by a further allocation, which queues anew.",
         )
     else:
-        yield SETTINGS.ok("JobRequeue", f"{settings.get('JobRequeue', 'not told')}")
+        yield SETTINGS.ok("JobRequeue", f"{settings.get('JobRequeue', 'not reported')}")
     yield _judge_min_job_age(settings.get("MinJobAge", ""))
-    yield SETTINGS.ok("KillWait", f"{settings.get('KillWait', 'not told')}, from TERM to KILL")
-    storage = settings.get("AccountingStorageType", "not told").rpartition("/")[2]
-    enforced = settings.get("AccountingStorageEnforce", "not told")
+    yield SETTINGS.ok("KillWait", f"{settings.get('KillWait', 'not reported')}, from TERM to KILL")
+    storage = settings.get("AccountingStorageType", "not reported").rpartition("/")[2]
+    enforced = settings.get("AccountingStorageEnforce", "not reported")
     yield SETTINGS.ok("accounting", f"{storage}, enforces {enforced}")
-    yield SETTINGS.ok("MaxJobCount", f"{settings.get('MaxJobCount', 'not told')} jobs of all users")
+    yield SETTINGS.ok(
+        "MaxJobCount", f"{settings.get('MaxJobCount', 'not reported')} jobs of all users"
+    )
 
 
 def judge_preemption(settings: Mapping[str, str], partition: Partition) -> Finding:
@@ -182,19 +184,19 @@ def judge_preemption(settings: Mapping[str, str], partition: Partition) -> Findi
     mode = partition.preempt_mode or settings.get("PreemptMode", "OFF")
     if by in ("none", "(null)", "") or (by != "qos" and mode == "OFF"):
         return SETTINGS.ok(subject, "none")
-    told = f"by {by}, {mode}"
+    text = f"by {by}, {mode}"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
         return SETTINGS.warn(
             subject,
-            f"{told}: jobs may be stopped while they measure",
+            f"{text}: jobs may be stopped while they measure",
             "Use a partition without it: times that span a stop mean nothing.",
         )
     both = settings.get("SlurmctldParameters", "") + settings.get("PreemptParameters", "")
     if partition.grace_s and "send_user_signal" in both:
-        return SETTINGS.ok(subject, f"{told}, warned {partition.grace_s} s before")
+        return SETTINGS.ok(subject, f"{text}, warned {partition.grace_s} s before")
     return SETTINGS.warn(
         subject,
-        f"{told}, without a warning to the job (GraceTime {partition.grace_s} s)",
+        f"{text}, without a warning to the job (GraceTime {partition.grace_s} s)",
         "Nothing must be done: only the cell in hand is lost and measured again. Where it "
         "happens often, use another partition.",
     )
@@ -207,6 +209,6 @@ def _judge_min_job_age(value: str) -> Finding:
             "MinJobAge",
             f"{value}: squeue forgets ended jobs after that",
             "Ask the administrators for 60 s or more (Slurm's default is 300); until then an "
-            "allocation that has ended may be told as lost.",
+            "allocation that has ended may be reported as lost.",
         )
-    return SETTINGS.ok("MinJobAge", value or "not told")
+    return SETTINGS.ok("MinJobAge", value or "not reported")

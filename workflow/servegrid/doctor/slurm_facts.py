@@ -146,9 +146,9 @@ def fits(features: Iterable[str], constraint: str) -> bool:
 def spread(nodes: Sequence[Node]) -> str:
     """`4 nodes (3 idle, 1 busy)`."""
     counts = [(use, sum(node.use == use for node in nodes)) for use in ("idle", "busy", "out")]
-    told = ", ".join(f"{count} {use}" for use, count in counts if count)
+    text = ", ".join(f"{count} {use}" for use, count in counts if count)
     noun = "node" if len(nodes) == 1 else "nodes"
-    return f"{len(nodes)} {noun} ({told})" if nodes else "no nodes"
+    return f"{len(nodes)} {noun} ({text})" if nodes else "no nodes"
 
 
 def _fields(line: str) -> dict[str, str]:

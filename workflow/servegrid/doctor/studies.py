@@ -9,9 +9,9 @@ from pathlib import Path
 
 from servegrid.doctor.files import Mount, judge_sharing
 from servegrid.doctor.report import Finding, Group
-from servegrid.engines import EMULATED
 from servegrid.errors import ModelError
 from servegrid.study import models
+from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment
 
 GROUP = Group("models")
@@ -72,8 +72,8 @@ def examine_models(
         return
     set_here = [f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)]
     unset = [name for name in SETTINGS if not os.environ.get(name)]
-    told = "; ".join((*set_here, f"not set: {', '.join(unset)}" if unset else "")).strip("; ")
-    yield GROUP.ok("settings", f"{told}; engines never download")
+    text = "; ".join((*set_here, f"not set: {', '.join(unset)}" if unset else "")).strip("; ")
+    yield GROUP.ok("settings", f"{text}; engines never download")
     folder = models.default_folder()
     if mounts is not None:
         yield from _judge_caches(needing, folder, mounts)

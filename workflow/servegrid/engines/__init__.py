@@ -10,7 +10,7 @@ from servegrid.errors import ConfigError
 from servegrid.study.deployment import EMULATED, EXTERNAL
 from servegrid.study.grid import Deployment
 
-__all__ = ["EMULATED", "ENGINES", "EXTERNAL", "Engine", "Site", "bring_up"]
+__all__ = ["EMULATED", "ENGINES", "EXTERNAL", "Engine", "Site", "start_engine"]
 
 ENGINES = {
     EMULATED: "servegrid.engines.emulated",
@@ -18,10 +18,10 @@ ENGINES = {
     "llamacpp": "servegrid.engines.llamacpp",
     "vllm": "servegrid.engines.vllm",
 }
-"""Each engine's module, which has a `bring_up` of its own; imported only where it is used."""
+"""Each engine's module, which has a `start_engine` of its own; imported only where it is used."""
 
 
-def bring_up(deployment: Deployment, site: Site) -> AbstractContextManager[Engine]:
+def start_engine(deployment: Deployment, site: Site) -> AbstractContextManager[Engine]:
     """The engine of `deployment`, up for the length of a `with` block.
 
     To be entered in the main thread. When the block ends, however it ends, no process, socket
@@ -36,5 +36,5 @@ def bring_up(deployment: Deployment, site: Site) -> AbstractContextManager[Engin
             f"Use one of: {', '.join(ENGINES)}."
         )
     module = importlib.import_module(ENGINES[deployment.engine])
-    manager: AbstractContextManager[Engine] = module.bring_up(deployment, site)
+    manager: AbstractContextManager[Engine] = module.start_engine(deployment, site)
     return manager

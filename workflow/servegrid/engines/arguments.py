@@ -33,7 +33,7 @@ KEYS_OF_THE_DEPLOYMENT = {
 KEYS_OF_THE_SITE = ("host", "port", "uds", "api_key")
 
 
-def render(
+def format_arguments(
     deployment: Deployment,
     defaults: Mapping[str, Any],
     options: Collection[str],
@@ -47,7 +47,7 @@ def render(
     deployment or the site decides, or unknown to `version`.
     """
     for key in deployment.engine_args:
-        _refuse_decided_elsewhere(deployment, key)
+        _check_not_decided_elsewhere(deployment, key)
         if not _is_known(key, options):
             raise ConfigError(_unknown(deployment, key, options, version))
     settings = {key: value for key, value in defaults.items() if _is_known(key, options)}
@@ -60,7 +60,7 @@ def render(
     ]
 
 
-def defaults_for(
+def default_arguments(
     deployment: Deployment, checkpoint: str, kv_cache_bytes: int | None
 ) -> dict[str, Any]:
     """What a deployment means in vLLM's arguments, its own `engine_args` left out.
@@ -111,7 +111,7 @@ def kv_cache_bytes(
     return max(per_request, min(limit, per_request * deployment.max_num_seqs))
 
 
-def _refuse_decided_elsewhere(deployment: Deployment, key: str) -> None:
+def _check_not_decided_elsewhere(deployment: Deployment, key: str) -> None:
     if key in KEYS_OF_THE_DEPLOYMENT:
         raise ConfigError(
             f"deployment `{deployment.name}`: engine_args.{key} is decided by the deployment's own "

@@ -19,10 +19,10 @@ from typing import Any
 from servegrid import __version__
 from servegrid.engines.base import Site
 from servegrid.engines.emulated_server import FAULTS, Fault, Server
-from servegrid.engines.emulated_timing import Timing, timing_of
+from servegrid.engines.emulated_timing import Timing, load_timing
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
 from servegrid.errors import ConfigError, EngineError
-from servegrid.node.reaper import guarded
+from servegrid.node.reaper import start_reaper
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
 
@@ -61,7 +61,7 @@ class Emulated:
         return self.server.is_alive()
 
 
-def settings_of(deployment: Deployment) -> tuple[Settings, Timing, tuple[Fault, ...]]:
+def parse_settings(deployment: Deployment) -> tuple[Settings, Timing, tuple[Fault, ...]]:
     """What a deployment asks of this engine; nothing is started.
 
     Raises ConfigError, naming deployment and key, where an argument is unknown or does not fit,
@@ -83,18 +83,18 @@ def settings_of(deployment: Deployment) -> tuple[Settings, Timing, tuple[Fault, 
         raise ConfigError(_where(deployment, "engine_args.faults", settings.faults, "a list"))
     faults = tuple(_fault(deployment, n, each) for n, each in enumerate(settings.faults))
     scale = settings.time_scale * settings.slowdown
-    return settings, timing_of(deployment, settings.timing).scaled(scale), faults
+    return settings, load_timing(deployment, settings.timing).scaled(scale), faults
 
 
 @contextlib.contextmanager
-def bring_up(deployment: Deployment, site: Site) -> Iterator[Emulated]:
-    """See `servegrid.engines.bring_up`."""
+def start_engine(deployment: Deployment, site: Site) -> Iterator[Emulated]:
+    """See `servegrid.engines.start_engine`."""
     started = time.monotonic()
-    settings, timing, faults = settings_of(deployment)
+    settings, timing, faults = parse_settings(deployment)
     _start(deployment, settings, faults, site)
     key = secrets.token_urlsafe(24)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(guarded()).folder
+        folder = stack.enter_context(start_reaper()).folder
         path = socket_path(site, folder)
         listener = stack.enter_context(socket.socket(socket.AF_UNIX if path else socket.AF_INET))
         listener.bind(str(path) if path else (LOOPBACK, 0))

@@ -37,7 +37,7 @@ class Timing:
         return times and Bound(times.ttft_s * self.scale, times.itl_s * self.scale)
 
 
-def timing_of(deployment: Deployment, timing: str) -> Timing:
+def load_timing(deployment: Deployment, timing: str) -> Timing:
     """The timing called `timing`: a published study, `roofline`, or a CSV file like the published.
 
     Raises ConfigError, naming the deployment, where it is none of these or does not know the

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from servegrid.client import measure
-from servegrid.client.requests import Refusal
+from servegrid.client.requests import RequestRefused
 from servegrid.engines.base import Site
 from servegrid.errors import EngineError, LoadError
 from servegrid.study import models
 from servegrid.study.deployment import Deployment
-from servegrid.study.endpoint import Endpoint, External, base_of, key_in
+from servegrid.study.endpoint import Endpoint, ExternalEndpoint, normalize_base_url, read_api_key
 from servegrid.study.grid import Workload
-from servegrid.telemetry.server import MODELS_PATH, NO_SUCH_PATH, get, healthy
+from servegrid.telemetry.server import NOT_FOUND_STATUSES, MODELS_PATH, http_get, is_healthy
 
 KEY_REFUSED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
 SHORT_LOAD = Workload("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, idle_timeout_s=60.0)
@@ -42,18 +42,18 @@ class AlreadyUp:
         return []
 
     def healthy(self) -> bool:
-        return healthy(self.endpoint)
+        return is_healthy(self.endpoint)
 
 
 @contextlib.contextmanager
-def bring_up(deployment: Deployment, site: Site) -> Iterator[AlreadyUp]:
-    """See `servegrid.engines.bring_up`; EngineError where the endpoint does not do what it must.
+def start_engine(deployment: Deployment, site: Site) -> Iterator[AlreadyUp]:
+    """See `servegrid.engines.start_engine`; EngineError where the endpoint does not do what it must.
 
     It must answer, list the model, take the key, and answer a short request as a stream that
     says how many tokens it has.
     """
     started = time.monotonic()
-    external, endpoint = _external(deployment), endpoint_of(deployment)
+    external, endpoint = _external(deployment), resolve_endpoint(deployment)
     _refuse_unready(deployment, external, endpoint)
     client = _answered(deployment, external, endpoint, site)
     facts = {
@@ -69,7 +69,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[AlreadyUp]:
     yield AlreadyUp(endpoint, facts)
 
 
-def endpoint_of(deployment: Deployment) -> Endpoint:
+def resolve_endpoint(deployment: Deployment) -> Endpoint:
     """Where an external deployment answers, with its API key from the environment.
 
     Raises EngineError where the variable of the key holds none.
@@ -77,33 +77,33 @@ def endpoint_of(deployment: Deployment) -> Endpoint:
     external = _external(deployment)
     key = None
     if external.api_key_env is not None:
-        key = key_in(external.api_key_env, os.environ)
+        key = read_api_key(external.api_key_env, os.environ)
         if key is None:
             raise EngineError(
                 f"deployment `{deployment.name}`: the variable {external.api_key_env} holds no API "
                 "key. Export it first: it is read from there and written nowhere."
             )
-    return Endpoint(base_of(external.url), external.model, key, api=external.api)
+    return Endpoint(normalize_base_url(external.url), external.model, key, api=external.api)
 
 
-def _external(deployment: Deployment) -> External:
+def _external(deployment: Deployment) -> ExternalEndpoint:
     assert deployment.endpoint is not None
     return deployment.endpoint
 
 
-def _refuse_unready(deployment: Deployment, external: External, endpoint: Endpoint) -> None:
+def _refuse_unready(deployment: Deployment, external: ExternalEndpoint, endpoint: Endpoint) -> None:
     """Raise EngineError where it does not answer, refuses the key or does not list the model."""
     where = f"deployment `{deployment.name}`: {external.url}"
     try:
-        status, body = get(endpoint, MODELS_PATH)
+        status, body = http_get(endpoint, MODELS_PATH)
     except (OSError, http.client.HTTPException) as error:
-        told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise EngineError(
-            f"{where} does not answer ({told}). Start it, or correct `endpoint.url`."
+            f"{where} does not answer ({detail}). Start it, or correct `endpoint.url`."
         ) from error
     if status in KEY_REFUSED:
         raise EngineError(_key_refused(deployment, external, status))
-    if status in NO_SUCH_PATH and healthy(endpoint):
+    if status in NOT_FOUND_STATUSES and is_healthy(endpoint):
         return
     if status != http.HTTPStatus.OK:
         raise EngineError(
@@ -128,14 +128,14 @@ def _names_in(body: bytes) -> list[str]:
 
 
 def _answered(
-    deployment: Deployment, external: External, endpoint: Endpoint, site: Site
+    deployment: Deployment, external: ExternalEndpoint, endpoint: Endpoint, site: Site
 ) -> dict[str, Any]:
     """What the client says of a short request. Raises EngineError where that fails."""
     where = f"deployment `{deployment.name}`: {external.url}"
     tokenizer = models.locate(deployment.tokenizer, site.models)
     try:
         measurement = measure(endpoint, SHORT_LOAD, tokenizer, f"bring-up-{time.time_ns()}")
-    except Refusal as error:
+    except RequestRefused as error:
         if error.status in KEY_REFUSED:
             raise EngineError(_key_refused(deployment, external, error.status)) from error
         raise EngineError(f"deployment `{deployment.name}`: {error}") from error
@@ -151,7 +151,7 @@ def _answered(
     return measurement.facts
 
 
-def _key_refused(deployment: Deployment, external: External, status: int) -> str:
+def _key_refused(deployment: Deployment, external: ExternalEndpoint, status: int) -> str:
     where = f"deployment `{deployment.name}`: {external.url}"
     if external.api_key_env is None:
         return (

@@ -57,7 +57,7 @@ def weight_bytes(checkpoint: Path) -> int | None:
     return sum(file.stat().st_size for file in files if file.exists()) or None
 
 
-def visible(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:
+def list_gpus(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where NVML cannot tell.
 
     A part of a GPU (MIG) is not listed by NVML under the name that the variable has.
@@ -73,7 +73,7 @@ def visible(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:
     return [_gpu(nvml, handle) for handle in handles]
 
 
-def installed(vllm: str, nvml: Any) -> Software:
+def detect_software(vllm: str, nvml: Any) -> Software:
     """The software of this process; `nvml` is None where there is no driver to ask."""
     import torch
 
@@ -87,14 +87,14 @@ def installed(vllm: str, nvml: Any) -> Software:
     return Software(
         vllm=vllm,
         cuda=torch.version.cuda,
-        # vLLM has told torch to ask NVML here, so CUDA is not initialised in this process.
+        # vLLM has made torch ask NVML here, so CUDA is not initialised in this process.
         architectures=tuple(torch.cuda.get_arch_list()),
         driver=_text(driver),
         driver_cuda=None if cuda is None else (cuda // 1000, cuda % 1000 // 10),
     )
 
 
-def capability_for(method: str) -> Capability | None:
+def required_capability(method: str) -> Capability | None:
     """What the installed vLLM asks for a quantization method; None where it does not say.
 
     `modelopt` stands for several, of which vLLM chooses by the checkpoint.

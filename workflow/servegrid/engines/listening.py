@@ -26,11 +26,11 @@ def socket_path(site: Site, folder: Path) -> Path | None:
     if site.socket == "tcp":
         return None
     path = folder / "engine.sock"
-    refuse_too_long(path)
+    check_socket_path(path)
     return path
 
 
-def refuse_too_long(path: Path) -> None:
+def check_socket_path(path: Path) -> None:
     """Raise EngineError where no Unix socket can have this path."""
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_BYTES:

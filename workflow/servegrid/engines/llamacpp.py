@@ -2,7 +2,7 @@
 
 The library could serve inside the calling process. But there a model that takes too long to
 load cannot be given up, an assertion that fails ends the allocation, and the engine's memory
-and CPU time cannot be told from ours.
+and CPU time cannot be separated from ours.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from servegrid.engines.base import Site
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path, wait_until
 from servegrid.errors import ConfigError, EngineError, ModelError
 from servegrid.node import processes
-from servegrid.node.reaper import guarded
+from servegrid.node.reaper import start_reaper
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
-from servegrid.telemetry.server import get, healthy
+from servegrid.telemetry.server import http_get, is_healthy
 
 PACKAGE = "xllamacpp"
 GGUF_MAGIC = b"GGUF"
@@ -63,39 +63,39 @@ class LlamaCpp:
         return [self.process.pid]
 
     def healthy(self) -> bool:
-        return self.process.poll() is None and healthy(self.endpoint)
+        return self.process.poll() is None and is_healthy(self.endpoint)
 
 
 @contextlib.contextmanager
-def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
-    """See `servegrid.engines.bring_up`."""
+def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
+    """See `servegrid.engines.start_engine`."""
     started = time.monotonic()
     _refuse_missing_package(deployment)
-    settings = settings_for(deployment, gguf_file(deployment, site.models), threads())
+    settings = llamacpp_settings(deployment, find_gguf(deployment, site.models), threads())
     key = secrets.token_urlsafe(24)
-    with guarded() as warden:
-        socket = socket_path(site, warden.folder)
+    with start_reaper() as reaper:
+        socket = socket_path(site, reaper.folder)
         place = {"hostnames": [str(socket or LOOPBACK)], "port": 0, "api_keys": [key]}
         server = _Server(deployment.name, settings | place)
         try:
-            warden.watch([psutil.Process(server.process.pid)])
+            reaper.watch([psutil.Process(server.process.pid)])
             wait_until(server.is_listening, started + site.startup_s, deployment.name)
-            _refuse_missing_gpus(deployment, server.told["gpus"])
+            _check_gpus(deployment, server.reported["gpus"])
             endpoint = Endpoint(
-                base_url=UNIX_BASE_URL if socket else server.told["address"],
+                base_url=UNIX_BASE_URL if socket else server.reported["address"],
                 model=deployment.model,
                 api_key=key,
                 socket=str(socket) if socket else None,
             )
-            wait_until(lambda: healthy(endpoint), started + site.startup_s, deployment.name)
+            wait_until(lambda: is_healthy(endpoint), started + site.startup_s, deployment.name)
             facts = {
                 "engine": "llamacpp",
                 "version": metadata.version(PACKAGE),
                 **_resolved(deployment, endpoint),
                 "engine_args": settings,
-                "system": server.told["system"],
-                "gpus": server.told["gpus"],
-                "model_files": models.digest(Path(settings["model.path"])),
+                "system": server.reported["system"],
+                "gpus": server.reported["gpus"],
+                "model_files": models.file_digests(Path(settings["model.path"])),
                 "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
             }
             yield LlamaCpp(endpoint, facts, server.process)
@@ -103,7 +103,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
             server.stop()
 
 
-def gguf_file(deployment: Deployment, cache: Path) -> Path:
+def find_gguf(deployment: Deployment, cache: Path) -> Path:
     """The GGUF file of the deployment's checkpoint, which may be a folder with just one.
 
     Raises ModelError where there is none.
@@ -134,7 +134,7 @@ def threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
-def settings_for(deployment: Deployment, checkpoint: Path, threads: int) -> dict[str, Any]:
+def llamacpp_settings(deployment: Deployment, checkpoint: Path, threads: int) -> dict[str, Any]:
     """What a deployment means as attributes of llama.cpp's `common_params`, by dotted name.
 
     llama.cpp divides `n_ctx` among its slots, so that each gets `max_model_len`. Every prompt is
@@ -178,9 +178,9 @@ class _Server:
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name = name
-        self.told: dict[str, Any] = {}
+        self.reported: dict[str, Any] = {}
         self._complaints: list[str] = []
-        with processes.signals_held():
+        with processes.block_signals():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "servegrid.engines.llamacpp_server"],
                 stdin=subprocess.PIPE,
@@ -204,7 +204,7 @@ class _Server:
         """Raises ConfigError or EngineError, with the cause, where it never will be."""
         if self.process.poll() is not None:
             self._finish_reading()
-            if refused := self.told.get("refused"):
+            if refused := self.reported.get("refused"):
                 raise ConfigError(f"deployment `{self.name}`: {refused}")
             cause = "; ".join(self._complaints[:COMPLAINTS_TOLD])
             raise EngineError(
@@ -212,7 +212,7 @@ class _Server:
                 f"{cause or f'its process ended with status {self.process.returncode}'}. "
                 "All that it said is in the log."
             )
-        return "address" in self.told
+        return "address" in self.reported
 
     def stop(self) -> None:
         self.process.terminate()
@@ -233,7 +233,7 @@ class _Server:
     def _hear(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            self.told.update(json.loads(line))
+            self.reported.update(json.loads(line))
 
     def _log(self) -> None:
         assert self.process.stderr
@@ -252,7 +252,7 @@ def _refuse_missing_package(deployment: Deployment) -> None:
         )
 
 
-def _refuse_missing_gpus(deployment: Deployment, gpus: list[str]) -> None:
+def _check_gpus(deployment: Deployment, gpus: list[str]) -> None:
     if len(gpus) < deployment.gpu_count:
         raise EngineError(
             f"deployment `{deployment.name}` is for {deployment.gpu_count} GPUs of kind "
@@ -263,8 +263,8 @@ def _refuse_missing_gpus(deployment: Deployment, gpus: list[str]) -> None:
 
 def _resolved(deployment: Deployment, endpoint: Endpoint) -> dict[str, Any]:
     """What the server says that it uses. Raises ConfigError where the model cannot do it."""
-    properties = json.loads(get(endpoint, "/props")[1])
-    (model,) = json.loads(get(endpoint, "/v1/models")[1])["data"]
+    properties = json.loads(http_get(endpoint, "/props")[1])
+    (model,) = json.loads(http_get(endpoint, "/v1/models")[1])["data"]
     longest = model["meta"]["n_ctx_train"]
     if deployment.max_model_len > longest:
         raise ConfigError(

@@ -19,7 +19,7 @@ def apply(settings: Mapping[str, Any], params: Any) -> None:
     """Set each attribute of `params` that `settings` names; `a.b` is attribute b of a.
 
     An enumeration is set by its member's name, a set by a list. Raises ValueError, naming the
-    key, where there is no such attribute or the value does not fit.
+    key, where there is no such attribute or the value does not compatibility.
     """
     for key, value in settings.items():
         *path, name = key.split(".")

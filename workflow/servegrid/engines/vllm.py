@@ -21,23 +21,23 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines import arguments, causes, fit, vllm_api
+from servegrid.engines import arguments, compatibility, startup_errors, vllm_api
 from servegrid.engines.base import Site
 from servegrid.engines.listening import (
     LOOPBACK,
     UNIX_BASE_URL,
-    refuse_too_long,
+    check_socket_path,
     socket_path,
     wait_until,
 )
 from servegrid.engines.vllm_server import Failed, Server
 from servegrid.engines.vllm_worker import Facts
 from servegrid.errors import EngineError
-from servegrid.node.reaper import guarded
+from servegrid.node.reaper import start_reaper
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
-from servegrid.telemetry.server import healthy
+from servegrid.telemetry.server import is_healthy
 
 ENVIRONMENT = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -67,20 +67,20 @@ class Vllm:
         return [os.getpid(), *(child.pid for child in self.server.children if child.is_running())]
 
     def healthy(self) -> bool:
-        return self.server.is_alive() and healthy(self.endpoint)
+        return self.server.is_alive() and is_healthy(self.endpoint)
 
 
 @contextlib.contextmanager
-def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
-    """See `servegrid.engines.bring_up`."""
+def start_engine(deployment: Deployment, site: Site) -> Iterator[Vllm]:
+    """See `servegrid.engines.start_engine`."""
     clock = _Clock()
     deadline = clock.started + site.startup_s
     checkpoint = models.locate(deployment.checkpoint, site.models)
     with contextlib.ExitStack() as stack:
-        warden = stack.enter_context(guarded())
-        path = socket_path(site, warden.folder)
-        refuse_too_long(warden.folder / str(uuid.uuid4()))  # as vLLM names its own sockets
-        with _environment(variables(warden.folder)):
+        reaper = stack.enter_context(start_reaper())
+        path = socket_path(site, reaper.folder)
+        check_socket_path(reaper.folder / str(uuid.uuid4()))  # as vLLM names its own sockets
+        with _environment(variables(reaper.folder)):
             api = _load(deployment)
             rendered = _rendered(deployment, checkpoint, api)
             listener = stack.enter_context(_listener(path))
@@ -94,21 +94,21 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
             parsed = api.parse([*rendered, *hidden], deployment.name)
             clock.lap("import")
             if deployment.gpu_count:
-                defaults = arguments.defaults_for(deployment, str(checkpoint), None)
-                fit.refuse_misfit(deployment, defaults, checkpoint, api.version)
-            server = Server(api, parsed, listener, warden)
+                defaults = arguments.default_arguments(deployment, str(checkpoint), None)
+                compatibility.check_compatibility(deployment, defaults, checkpoint, api.version)
+            server = Server(api, parsed, listener, reaper)
             stack.callback(server.stop)
             try:
                 server.start()
                 wait_until(server.has_engine, deadline, deployment.name)
                 clock.lap("engine")
                 wait_until(
-                    lambda: server.has_engine() and healthy(endpoint), deadline, deployment.name
+                    lambda: server.has_engine() and is_healthy(endpoint), deadline, deployment.name
                 )
                 server.watch()
                 clock.lap("server")
             except Failed as failed:
-                raise _explained(deployment, api, failed, warden.folder) from None
+                raise _explained(deployment, api, failed, reaper.folder) from None
             except BaseException:
                 # As long as it goes on starting, it must find its variables.
                 server.stop()
@@ -119,7 +119,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
             **server.resolved,
             "engine_args": rendered,
             "packages": _versions(PACKAGES),
-            "model_files": models.digest(checkpoint),
+            "model_files": models.file_digests(checkpoint),
             "bring_up_s": clock.laps,
         }
         yield Vllm(endpoint, facts, server)
@@ -128,7 +128,7 @@ def bring_up(deployment: Deployment, site: Site) -> Iterator[Vllm]:
 def variables(folder: Path) -> dict[str, str]:
     """The environment that vLLM and its processes start in; `folder` takes their files."""
     places = {"TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
-    return ENVIRONMENT | places | causes.variables(folder)
+    return ENVIRONMENT | places | startup_errors.logging_variables(folder)
 
 
 class _Clock:
@@ -162,7 +162,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _load(deployment: Deployment) -> vllm_api.Api:
     try:
-        api = vllm_api.workload()
+        api = vllm_api.load_api()
     except ImportError as error:
         raise EngineError(
             f"deployment `{deployment.name}`: vLLM cannot be imported here ({error}). "
@@ -186,8 +186,8 @@ def _rendered(deployment: Deployment, checkpoint: Path, api: vllm_api.Api) -> li
             json.loads(config.read_text()) if config.exists() else {},
             psutil.virtual_memory().total,
         )
-    defaults = arguments.defaults_for(deployment, str(checkpoint), kv_cache)
-    return arguments.render(deployment, defaults, api.options, api.version)
+    defaults = arguments.default_arguments(deployment, str(checkpoint), kv_cache)
+    return arguments.format_arguments(deployment, defaults, api.options, api.version)
 
 
 def _worker_extension(api: vllm_api.Api) -> list[str]:
@@ -216,10 +216,10 @@ def _explained(
     deployment: Deployment, api: vllm_api.Api, failed: Failed, folder: Path
 ) -> EngineError:
     logger.error("vLLM did not start", exc_info=failed.cause)
-    cause = causes.first(folder) or causes.told(failed.cause)
+    cause = startup_errors.first_error(folder) or startup_errors.describe_failure(failed.cause)
     return EngineError(
         f"deployment `{deployment.name}`: vLLM {api.version} did not start: "
-        f"{causes.shortened(cause)} (The whole story is in the log.)"
+        f"{startup_errors.shorten(cause)} (The whole story is in the log.)"
     )
 
 

@@ -48,7 +48,7 @@ class Api:
         self.parser.error = refuse  # type: ignore[method-assign]
         return self.parser.parse_args(arguments)
 
-    async def app_of(self, engine: Any, arguments: Namespace) -> Any:
+    async def make_app(self, engine: Any, arguments: Namespace) -> Any:
         """The ASGI application that serves `engine`."""
         offered = {
             "args": arguments,
@@ -65,7 +65,7 @@ class Api:
         return app
 
 
-def workload() -> Api:
+def load_api() -> Api:
     """The installed vLLM. Raises ImportError where there is none, or one that is not supported."""
     import vllm
     from vllm.platforms import current_platform
@@ -96,7 +96,7 @@ def workload() -> Api:
     )
 
 
-async def config_of(engine: Any) -> Any:
+async def get_config(engine: Any) -> Any:
     """The engine's resolved `VllmConfig`."""
     return await _asked(engine, "vllm_config")
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines.vllm_api import Api, config_of
+from servegrid.engines.vllm_api import Api, get_config
 from servegrid.node import processes
-from servegrid.node.reaper import Warden
+from servegrid.node.reaper import Reaper
 
 DRAIN_S = 5
 KEEP_ALIVE_S = 600
@@ -38,7 +38,7 @@ class Server:
     `resolved` is known once `has_engine` is true. All methods are for the thread that made it.
     """
 
-    def __init__(self, api: Api, arguments: Namespace, listener: socket, warden: Warden) -> None:
+    def __init__(self, api: Api, arguments: Namespace, listener: socket, reaper: Reaper) -> None:
         self.resolved: dict[str, Any] = {}
         self.children: list[psutil.Process] = []
         self._api = api
@@ -48,7 +48,7 @@ class Server:
         self._error: BaseException | None = None
         self._stopping = threading.Event()
         self._strangers = processes.descendants()
-        self._warden = warden
+        self._reaper = reaper
         self._watched_at = 0.0
         self._thread = threading.Thread(target=self._run, name="vllm-server", daemon=True)
 
@@ -67,13 +67,13 @@ class Server:
         return self._uvicorn is not None
 
     def watch(self) -> None:
-        """Find the engine's processes and tell the warden of them.
+        """Find the engine's processes and tell the reaper of them.
 
         To be done while it starts, for a start that fails takes the names of its shared memory
         along, and not after: other children of this process would be taken for the engine's.
         """
-        self.children = processes.descendants(but=self._strangers)
-        self._warden.watch(self.children)
+        self.children = processes.descendants(exclude=self._strangers)
+        self._reaper.watch(self.children)
         self._watched_at = time.monotonic()
 
     def stop(self) -> None:
@@ -86,7 +86,7 @@ class Server:
             else:
                 # An engine that is still starting listens to nothing but its end.
                 self.watch()
-                processes.end(self.children, grace_s=0)
+                processes.terminate(self.children, grace_s=0)
             self._thread.join(0.1)
         self._uvicorn = self._error = None
         # Its cycles hold the engine's client, whose sockets and queues go only with it.
@@ -95,11 +95,11 @@ class Server:
     def _run(self) -> None:
         import uvloop
 
-        with processes.signals_held():
+        with processes.block_signals():
             # Starting the tracker unblocks signals, so it must not be left to the engine.
             resource_tracker.ensure_running()
             with (
-                processes.signals_held(),
+                processes.block_signals(),
                 asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
             ):
                 try:
@@ -111,12 +111,12 @@ class Server:
         import uvicorn
 
         async with self._api.build_engine(self._arguments) as engine:
-            config = await config_of(engine)
+            config = await get_config(engine)
             self.resolved = {
                 **resolved(config),
                 "attention_backends": await _attention_backends(engine),
             }
-            app = await self._api.app_of(engine, self._arguments)
+            app = await self._api.make_app(engine, self._arguments)
             server = uvicorn.Server(
                 uvicorn.Config(
                     app,

@@ -1,1 +1,1 @@
-"""Results as other tools write and read them: exports of trials, imports of loads."""
+"""Writes trials in the formats of other tools, and reads the results of other tools."""

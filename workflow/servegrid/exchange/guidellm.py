@@ -1,7 +1,7 @@
-"""What guidellm saves (`benchmarks.json` of 0.8), read. Pure.
+"""Reads the JSON that guidellm 0.8 saves (`benchmarks.json`). Pure.
 
-It keeps of each request when it began, its first and its last token; not those between, so that
-times between tokens are not known.
+guidellm keeps the start, the first token and the last token of each request, but not the tokens in
+between, so inter-token latencies are unknown.
 """
 
 from __future__ import annotations
@@ -12,44 +12,54 @@ from datetime import UTC, datetime
 from typing import Any
 
 from servegrid.errors import ExchangeError
-from servegrid.exchange.foreign import Foreign, closed, lengths_of, ns, with_users
+from servegrid.exchange.imported import (
+    ImportedResult,
+    assign_users,
+    closed_protocol,
+    mean_lengths,
+    to_ns,
+)
 from servegrid.study.grid import Protocol
 
 KEYS = ("metadata", "benchmarks")
-"""By which a file of it is known."""
+"""The keys that identify such a file."""
 
 
-def read(report: Mapping[str, Any], source: str) -> list[Foreign]:
-    """The loads of one report, one per benchmark. Raises ExchangeError, naming `source`.
+def parse_report(report: Mapping[str, Any], source: str) -> list[ImportedResult]:
+    """One result per benchmark of a report. Raises ExchangeError, which names `source`.
 
-    Requests that were cut off when the benchmark ended are left out, as guidellm itself does.
+    Requests that were cut off at the end of the benchmark are left out, as guidellm does.
     """
     version = report["metadata"].get("guidellm_version", "")
-    workloads = []
+    results = []
     for position, benchmark in enumerate(report["benchmarks"]):
         where = f"{source}, benchmarks[{position}]"
         if not isinstance(benchmark, Mapping):
-            raise ExchangeError(f"{where}: holds nothing; was it saved whole?")
-        workloads.append(_read(benchmark, where, f"guidellm {version}".strip()))
-    if not workloads:
-        raise ExchangeError(f"{source}: has no benchmarks.")
-    return workloads
+            raise ExchangeError(
+                f"{where}: is empty. Check that guidellm wrote the file to its end."
+            )
+        results.append(_parse_benchmark(benchmark, where, f"guidellm {version}".strip()))
+    if not results:
+        raise ExchangeError(f"{source}: has no benchmarks. Leave this file out.")
+    return results
 
 
-def _read(benchmark: Mapping[str, Any], where: str, origin: str) -> Foreign:
+def _parse_benchmark(benchmark: Mapping[str, Any], where: str, origin: str) -> ImportedResult:
     successful, errored = (benchmark["requests"][kind] or [] for kind in ("successful", "errored"))
-    sent = [each for each in errored if each["info"]["timings"]["request_start"] is not None]
+    sent = [
+        request for request in errored if request["info"]["timings"]["request_start"] is not None
+    ]
     strategy, count = benchmark["config"]["strategy"], len(successful) + len(sent)
-    protocol, concurrency, rate = _kind(strategy, count, where)
+    protocol, concurrency, rate = _parse_strategy(strategy, count, where)
     requests = [
-        _request(each, error, protocol == "poisson")
-        for each, error in [
-            *((each, None) for each in successful),
-            *((each, _error(each)) for each in sent),
+        _request_row(request, error, protocol == "poisson")
+        for request, error in [
+            *((request, None) for request in successful),
+            *((request, _format_error(request)) for request in sent),
         ]
     ]
     served = [row for row in requests if row["error"] is None]
-    lengths, notes = lengths_of(
+    input_len, output_len, notes = mean_lengths(
         [row["prompt_tokens"] for row in served],
         [row["completion_tokens"] for row in served],
         where,
@@ -57,68 +67,73 @@ def _read(benchmark: Mapping[str, Any], where: str, origin: str) -> Foreign:
     if len(sent) < len(errored):
         notes.append(f"{len(errored) - len(sent)} requests were never sent")
     started = datetime.fromtimestamp(benchmark["start_time"], UTC)
-    return Foreign(
+    return ImportedResult(
         source=where,
         origin=origin,
         model=str(benchmark["config"]["backend"].get("model") or ""),
-        measured=started.isoformat(timespec="seconds"),
+        started=started.isoformat(timespec="seconds"),
         protocol=protocol,
         concurrency=concurrency,
         request_rate=rate,
-        lengths=lengths,
-        requests=with_users(requests),
-        figures={},
+        input_len=input_len,
+        output_len=output_len,
+        requests=assign_users(requests),
+        metrics={},
         notes=notes,
-        gaps_known=False,
+        itl_known=False,
     )
 
 
-def _kind(
+def _parse_strategy(
     strategy: Mapping[str, Any], requests: int, where: str
 ) -> tuple[Protocol, int | None, float | None]:
+    """Protocol, concurrency and request rate."""
     kind = strategy["type_"]
     if kind == "poisson":
         return "poisson", None, float(strategy["rate"])
     if kind == "synchronous":
         return "closed_loop", 1, None
     if kind in ("concurrent", "throughput"):
-        return *closed(strategy.get("streams") or strategy.get("max_concurrency"), requests), None
+        limit = strategy.get("streams") or strategy.get("max_concurrency")
+        return *closed_protocol(limit, requests), None
     raise ExchangeError(
-        f"{where}: its strategy is {kind!r}; synchronous, concurrent, throughput and poisson are "
-        "what servegrid has protocols for."
+        f"{where}: the strategy {kind!r} has no equivalent in servegrid. Import a benchmark with "
+        "the strategy synchronous, concurrent, throughput or poisson."
     )
 
 
-def _request(told: Mapping[str, Any], error: str | None, open_loop: bool) -> dict[str, Any]:
-    timings = told["info"]["timings"]
-    begun = timings["request_start"]
+def _request_row(request: Mapping[str, Any], error: str | None, open_loop: bool) -> dict[str, Any]:
+    timings = request["info"]["timings"]
+    start = timings["request_start"]
     first, last = timings["first_token_iteration"], timings["last_token_iteration"]
-    tokens = (told.get("output_metrics") or {}).get("text_tokens") or 0
-    stamps, counts = _stamps(first, last, tokens)
+    tokens = (request.get("output_metrics") or {}).get("text_tokens") or 0
+    token_ns, chunk_tokens = _chunks(first, last, tokens)
     return {
         "wave": 0,
-        "scheduled_ns": ns(timings.get("targeted_start") or begun) if open_loop else ns(begun),
-        "sent_ns": ns(begun),
-        "first_token_ns": stamps[0] if stamps else None,
-        "token_ns": stamps,
-        "chunk_tokens": counts,
+        "scheduled_ns": to_ns(timings.get("targeted_start") or start)
+        if open_loop
+        else to_ns(start),
+        "sent_ns": to_ns(start),
+        "first_token_ns": token_ns[0] if token_ns else None,
+        "token_ns": token_ns,
+        "chunk_tokens": chunk_tokens,
         "chunk_tokens_estimated": True,
-        "done_ns": ns(timings["request_end"]),
+        "done_ns": to_ns(timings["request_end"]),
         "error": error,
-        "prompt_tokens": (told.get("input_metrics") or {}).get("text_tokens"),
+        "prompt_tokens": (request.get("input_metrics") or {}).get("text_tokens"),
         "completion_tokens": None if error else tokens,
-        "asked_tokens": None if error else tokens,
+        "requested_tokens": None if error else tokens,
     }
 
 
-def _stamps(first: float | None, last: float | None, tokens: int) -> tuple[list[int], list[int]]:
-    """When the first and the last chunk came, and the tokens that may be counted by then."""
+def _chunks(first: float | None, last: float | None, tokens: int) -> tuple[list[int], list[int]]:
+    """The arrivals of the first and the last chunk, and the tokens in each."""
     if first is None or math.isnan(first) or not tokens:
         return [], []
     if last is None or tokens == 1:
-        return [ns(first)], [tokens]
-    return [ns(first), ns(last)], [1, tokens - 1]
+        return [to_ns(first)], [tokens]
+    return [to_ns(first), to_ns(last)], [1, tokens - 1]
 
 
-def _error(told: Mapping[str, Any]) -> str:
-    return f"http_error: {told['info'].get('error') or 'no reason is given'}"
+def _format_error(request: Mapping[str, Any]) -> str:
+    return f"http_error: {request['info'].get('error') or 'no reason is given'}"

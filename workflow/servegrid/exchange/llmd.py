@@ -1,7 +1,7 @@
-"""A trial as a Benchmark Report 0.2 of llm-d. Pure.
+"""Formats a trial as a Benchmark Report 0.2 of llm-d. Pure.
 
-Field by field as the package `llmd-benchmark-report` 0.2.1 checks it; what is not known is left
-out. The figures are servegrid's own, of the part of the load that the table of cells is of.
+The keys are those that the package `llmd-benchmark-report` 0.2.1 checks. Unknown values are left
+out. The metrics are those of the table of cells: of the stationary part, or of the whole burst.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from servegrid import __version__
 from servegrid.analysis.metrics import allocation_of
 from servegrid.analysis.titles import EMULATED
 from servegrid.records.columns import PERCENTILES
-from servegrid.study.deployment import Deployment, digest_of
+from servegrid.study.deployment import Deployment, digest_json
 from servegrid.study.grid import Trial, Workload
 
 VERSION = "0.2.1"
 
 
-def report(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def format_report(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """The report of one trial; `row` is its row of `columns.CELLS`, with None for null."""
     trial = Trial.from_spec(record["spec"])
-    uid = digest_of([trial.spec, allocation_of(record["environment"])])
-    found: dict[str, Any] = _told(
+    allocation = allocation_of(record["environment"])
+    report: dict[str, Any] = _without_nulls(
         {
             "version": VERSION,
             "run": {
-                "uid": uid,
-                "eid": digest_of(allocation_of(record["environment"])),
+                "uid": digest_json([trial.spec, allocation]),
+                "eid": digest_json(allocation),
                 "time": {
                     "start": record["client"].get("started_at"),
-                    "duration": _duration(row["makespan_s"]),
+                    "duration": _format_duration(row["makespan_s"]),
                 },
-                "description": f"{trial.id}: {_belief(row)}",
+                "description": f"{trial.id}: {_describe_validity(row)}",
             },
             "scenario": {
-                "stack": [_engine(trial.deployment, row)],
-                "workload": _load(trial.workload, row["origin"]),
+                "stack": [_format_engine(trial.deployment, row)],
+                "load": _format_load(trial.workload, row["origin"]),
             },
-            "results": {"request_performance": {"aggregate": _aggregate(trial.workload, row)}},
+            "results": {"request_performance": {"aggregate": _format_metrics(trial.workload, row)}},
         }
     )
-    return found
+    return report
 
 
-def _engine(deployment: Deployment, row: Mapping[str, Any]) -> dict[str, Any]:
+def _format_engine(deployment: Deployment, row: Mapping[str, Any]) -> dict[str, Any]:
     on_gpus = deployment.gpu != "cpu"
     return {
         "metadata": {"label": deployment.name, "cfg_id": deployment.digest},
@@ -66,14 +66,15 @@ def _engine(deployment: Deployment, row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load(workload: Workload, origin: str) -> dict[str, Any]:
-    spread = workload.longest_output - workload.output_len
+def _format_load(workload: Workload, origin: str) -> dict[str, Any]:
+    """llm-d calls a workload a load."""
+    spread = workload.max_output_len - workload.output_len
     output = {"distribution": "fixed", "value": workload.output_len}
     if spread:
         limits = {"min": workload.output_len - spread, "max": workload.output_len + spread}
         output = {"distribution": "uniform", "value": workload.output_len, **limits}
     return {
-        "metadata": {"cfg_id": digest_of(vars(workload)), "description": workload.protocol},
+        "metadata": {"cfg_id": digest_json(vars(workload)), "description": workload.protocol},
         "standardized": {
             "tool": origin,
             "tool_version": __version__,
@@ -87,7 +88,7 @@ def _load(workload: Workload, origin: str) -> dict[str, Any]:
     }
 
 
-def _aggregate(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any]:
+def _format_metrics(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any]:
     window, served = row["window_s"], row["requests_in_window"]
     rate = served / window if window and served is not None else None
     return {
@@ -98,51 +99,50 @@ def _aggregate(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any]:
             "output_length": {"units": "count", "mean": workload.output_len},
         },
         "latency": {
-            "time_to_first_token": _latency("ttft", "s", row),
-            "time_per_output_token": _latency("tpot", "s/token", row),
-            "inter_token_latency": _latency("itl", "s/token", row),
-            "request_latency": _latency("e2el", "s", row),
+            "time_to_first_token": _format_latency("ttft", "s", row),
+            "time_per_output_token": _format_latency("tpot", "s/token", row),
+            "inter_token_latency": _format_latency("itl", "s/token", row),
+            "request_latency": _format_latency("e2el", "s", row),
         },
         "throughput": {
-            "output_token_rate": _mean("tokens/s", row["output_tokens_per_s"]),
-            "request_rate": _mean("queries/s", rate),
+            "output_token_rate": _format_mean("tokens/s", row["output_tokens_per_s"]),
+            "request_rate": _format_mean("queries/s", rate),
         },
     }
 
 
-def _latency(name: str, units: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
+def _format_latency(name: str, units: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
     if row[f"{name}_s_mean"] is None:
         return None
-    percentiles = {f"p{each}": row[f"{name}_s_p{each}"] for each in PERCENTILES}
+    percentiles = {f"p{percentile}": row[f"{name}_s_p{percentile}"] for percentile in PERCENTILES}
     return {"units": units, "mean": row[f"{name}_s_mean"], **percentiles}
 
 
-def _mean(units: str, value: float | None) -> dict[str, Any] | None:
+def _format_mean(units: str, value: float | None) -> dict[str, Any] | None:
     return None if value is None else {"units": units, "mean": value}
 
 
-def _belief(row: Mapping[str, Any]) -> str:
+def _describe_validity(row: Mapping[str, Any]) -> str:
     emulated = "EMULATED, no hardware was measured; " if row["engine"] == EMULATED else ""
     if row["valid"]:
         return f"{emulated}valid"
-    broken = (
-        zip(row["invalid_rules"], row["invalid_evidence"], strict=True)
-        if row["valid"] is not None
-        else ()
-    )
-    why = "; ".join(f"{rule}: {evidence}" for rule, evidence in broken)
-    why = why or row["verdict_detail"] or row["verdict"]
-    return f"{emulated}not to be believed: {why}"
+    if row["valid"] is None:
+        return f"{emulated}not served: {row['verdict_detail'] or row['verdict']}"
+    broken = zip(row["invalid_rules"], row["invalid_evidence"], strict=True)
+    reasons = "; ".join(f"{rule}: {evidence}" for rule, evidence in broken)
+    return f"{emulated}not valid: {reasons}"
 
 
-def _duration(seconds: float | None) -> str | None:
-    """As ISO 8601 writes it."""
+def _format_duration(seconds: float | None) -> str | None:
+    """An ISO 8601 duration."""
     return None if seconds is None else f"PT{seconds:.6f}S"
 
 
-def _told(value: Any) -> Any:
-    """`value` without what is null, and without mappings that nothing is left of."""
+def _without_nulls(value: Any) -> Any:
+    """`value` without nulls and without mappings that are empty then."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
     if not isinstance(value, Mapping):
-        return [_told(each) for each in value] if isinstance(value, list) else value
-    found = {key: _told(each) for key, each in value.items() if each is not None}
-    return {key: each for key, each in found.items() if each != {}}
+        return value
+    kept = {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return {key: item for key, item in kept.items() if item != {}}

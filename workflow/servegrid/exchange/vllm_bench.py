@@ -1,8 +1,8 @@
-"""What `vllm bench serve` saves, read and written. Pure.
+"""Reads and writes the results of `vllm bench serve`. Pure.
 
-Keys and definitions are those of vLLM 0.32, `vllm/benchmarks/serve.py`: percentiles over all
-requests that succeeded, between-chunk times as they are, over the time from the first request
-sent to the last one's end.
+Keys and definitions come from vLLM 0.32, `vllm/benchmarks/serve.py`: percentiles over all
+successful requests, inter-token latencies between chunks, throughput from the first request's
+start to the last request's end.
 """
 
 from __future__ import annotations
@@ -17,151 +17,164 @@ import numpy as np
 import pyarrow as pa
 
 from servegrid.errors import ExchangeError
-from servegrid.exchange.foreign import Foreign, closed, lengths_of, ns, percentile_known, with_users
-from servegrid.records.tokens import shared_out
+from servegrid.exchange.imported import (
+    ImportedResult,
+    assign_users,
+    closed_protocol,
+    has_enough_samples,
+    mean_lengths,
+    nothing_to_import,
+    to_ns,
+)
+from servegrid.records.tokens import split_tokens
 from servegrid.study.grid import Protocol, Trial
 
 ORIGIN = "vllm bench serve"
 KEYS = ("model_id", "num_prompts", "request_rate", "completed", "duration", "output_throughput")
-"""By which a file of it is known."""
+"""The keys that identify such a file."""
 _DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "start_times", "errors")
 _DATE = "%Y%m%d-%H%M%S"
 _LATENCIES = ("ttft", "tpot", "itl", "e2el")
 
 
-def read(result: Mapping[str, Any], source: str) -> Foreign:
-    """The load of one result. Raises ExchangeError, naming `source` and the key.
+def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
+    """One result: from its requests if it was saved with `--save-detailed`, else from its metrics.
 
-    With `--save-detailed` from its requests, else from its own figures: then the throughput is
-    that of the whole load. An open loop is taken only as a Poisson process.
+    In the second case the throughput covers the whole run. Raises ExchangeError, which names
+    `source` and the key, for example if the arrivals are not a Poisson process.
     """
     rate = float(result["request_rate"])
     if math.isfinite(rate) and result.get("burstiness", 1.0) != 1.0:
         raise ExchangeError(
-            f"{source}: burstiness is {result['burstiness']}; servegrid knows a rate only as a "
-            "Poisson process, which is burstiness 1."
+            f"{source}: burstiness is {result['burstiness']}, but the protocol `poisson` of "
+            "servegrid has burstiness 1. Import a result with burstiness 1."
         )
     protocol: Protocol = "poisson"
     concurrency, limit = None, result.get("max_concurrency")
     if math.isinf(rate):
-        protocol, concurrency = closed(limit, int(result["num_prompts"]))
+        protocol, concurrency = closed_protocol(limit, int(result["num_prompts"]))
     detailed = all(result.get(key) for key in _DETAILS)
+    requests, metrics = None, {}
     if detailed:
-        requests = _requests(result, source, protocol == "poisson")
+        requests = _request_rows(result, source, protocol == "poisson")
         served = [row for row in requests if row["error"] is None]
-        lengths, notes = lengths_of(
+        input_len, output_len, notes = mean_lengths(
             [row["prompt_tokens"] for row in served],
             [row["completion_tokens"] for row in served],
             source,
         )
     else:
-        requests, (lengths, notes) = None, _mean_lengths(result, source)
-    return Foreign(
+        input_len, output_len, notes = _lengths_from_totals(result, source)
+        metrics = _parse_metrics(result, protocol, concurrency, output_len)
+    return ImportedResult(
         source=source,
         origin=ORIGIN,
         model=str(result["model_id"]),
-        measured=str(result.get("date", "")),
+        started=str(result.get("date", "")),
         protocol=protocol,
         concurrency=concurrency,
         request_rate=rate if protocol == "poisson" else None,
-        lengths=lengths,
+        input_len=input_len,
+        output_len=output_len,
         requests=requests,
-        figures={} if detailed else _figures(result, protocol, concurrency, lengths[1]),
+        metrics=metrics,
         notes=notes,
     )
 
 
-def _requests(result: Mapping[str, Any], source: str, open_loop: bool) -> list[dict[str, Any]]:
+def _request_rows(result: Mapping[str, Any], source: str, open_loop: bool) -> list[dict[str, Any]]:
     lists = {key: result[key] for key in _DETAILS}
-    if len({len(each) for each in lists.values()}) != 1:
-        told = ", ".join(f"{key} {len(each)}" for key, each in lists.items())
-        raise ExchangeError(f"{source}: its lists are of different lengths: {told}.")
+    if len({len(values) for values in lists.values()}) != 1:
+        lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
+        raise ExchangeError(
+            f"{source}: its lists have different lengths: {lengths}. Save the result again."
+        )
     count = len(lists["ttfts"])
     lists["latencies"] = result.get("latencies") or [None] * count  # not in older versions
     lists["queue_times"] = result.get("queue_times") or [0.0] * count
     rows = [
-        _request({key: each[place] for key, each in lists.items()}, open_loop)
-        for place in range(count)
+        _request_row({key: values[index] for key, values in lists.items()}, open_loop)
+        for index in range(count)
     ]
-    return with_users(rows)
+    return assign_users(rows)
 
 
-def _request(told: Mapping[str, Any], open_loop: bool) -> dict[str, Any]:
-    start, ttft, output = told["start_times"], told["ttfts"], told["output_lens"]
-    arrivals = itertools.accumulate([ttft, *told["itls"]])
-    stamps = [ns(start + at) for at in arrivals] if ttft else []
-    end = stamps[-1] if stamps else ns(start)
-    if told["latencies"]:
-        end = max(end, ns(start + told["latencies"]))
-    error = told["errors"]
+def _request_row(request: Mapping[str, Any], open_loop: bool) -> dict[str, Any]:
+    start, ttft, output = request["start_times"], request["ttfts"], request["output_lens"]
+    arrivals = itertools.accumulate([ttft, *request["itls"]])
+    token_ns = [to_ns(start + arrival) for arrival in arrivals] if ttft else []
+    end = token_ns[-1] if token_ns else to_ns(start)
+    if request["latencies"]:
+        end = max(end, to_ns(start + request["latencies"]))
+    error = request["errors"]
     return {
         "wave": 0,
-        "scheduled_ns": ns(start - told["queue_times"]) if open_loop else ns(start),
-        "sent_ns": ns(start),
-        "first_token_ns": stamps[0] if stamps else None,
-        "token_ns": stamps,
-        "chunk_tokens": shared_out(output, len(stamps)) if stamps else [],
-        "chunk_tokens_estimated": len(stamps) != output,
+        "scheduled_ns": to_ns(start - request["queue_times"]) if open_loop else to_ns(start),
+        "sent_ns": to_ns(start),
+        "first_token_ns": token_ns[0] if token_ns else None,
+        "token_ns": token_ns,
+        "chunk_tokens": split_tokens(output, len(token_ns)) if token_ns else [],
+        "chunk_tokens_estimated": len(token_ns) != output,
         "done_ns": end,
         "error": f"http_error: {error}" if error else None,
-        "prompt_tokens": told["input_lens"],
+        "prompt_tokens": request["input_lens"],
         "completion_tokens": None if error else output,
-        "asked_tokens": None if error else output,
+        "requested_tokens": None if error else output,
     }
 
 
-def _mean_lengths(result: Mapping[str, Any], source: str) -> tuple[tuple[int, int], list[str]]:
+def _lengths_from_totals(result: Mapping[str, Any], source: str) -> tuple[int, int, list[str]]:
     completed = result["completed"]
     totals = [result.get(key) for key in ("total_input_tokens", "total_output_tokens")]
     if not completed or None in totals:
-        raise ExchangeError(f"{source}: no request of it succeeded; there is nothing to import.")
+        raise nothing_to_import(source)
     prompt, output = (round(total / completed) for total in totals if total is not None)
-    note = "saved without --save-detailed: figures of the whole load as the client gave them"
-    return (prompt, output), [note, "lengths are means"]
+    note = "saved without --save-detailed: metrics of the whole run, as the client computed them"
+    return prompt, output, [note, "lengths are means"]
 
 
-def _figures(
+def _parse_metrics(
     result: Mapping[str, Any], protocol: str, concurrency: int | None, output_len: int
 ) -> dict[str, Any]:
+    """Columns of `columns.CELLS` from the client's own metrics."""
     completed, duration = int(result["completed"]), float(result["duration"])
-    speed = float(result["output_throughput"])
+    tokens_per_s = float(result["output_throughput"])
     gaps = int(result["total_output_tokens"]) - completed
     e2el = result.get("mean_e2el_ms")
     seconds = duration if protocol == "burst" else None if e2el is None else e2el / 1e3
-    figures: dict[str, Any] = {
+    metrics: dict[str, Any] = {
         "requests": int(result["num_prompts"]),
         "failed_requests": int(result.get("failed", result["num_prompts"] - completed)),
         "makespan_s": duration,
         "window_s": duration,
         "requests_in_window": completed,
-        "output_tokens_per_s": speed,
-        "output_tokens_per_s_per_user": None if concurrency is None else speed / concurrency,
+        "output_tokens_per_s": tokens_per_s,
+        "output_tokens_per_s_per_user": tokens_per_s / concurrency if concurrency else None,
         "seconds_per_100_tokens": None if seconds is None else seconds / output_len * 100,
     }
     for name in _LATENCIES:
         samples = gaps if name == "itl" else completed
-        told = {"mean": result.get(f"mean_{name}_ms"), "p50": result.get(f"median_{name}_ms")}
+        values = {"mean": result.get(f"mean_{name}_ms"), "p50": result.get(f"median_{name}_ms")}
         for percentile in (90, 95, 99):
-            known = percentile_known(percentile, samples)
-            told[f"p{percentile}"] = result.get(f"p{percentile}_{name}_ms") if known else None
-        figures |= {
-            f"{name}_s_{which}": None if value is None else value / 1e3
-            for which, value in told.items()
+            enough = has_enough_samples(percentile, samples)
+            values[f"p{percentile}"] = result.get(f"p{percentile}_{name}_ms") if enough else None
+        metrics |= {
+            f"{name}_s_{statistic}": None if value is None else value / 1e3
+            for statistic, value in values.items()
         }
-    return figures
+    return metrics
 
 
-def written(record: Mapping[str, Any], requests: pa.Table) -> dict[str, Any]:
-    """The result that it would have saved of a trial, with its details but without texts.
+def format_result(record: Mapping[str, Any], requests: pa.Table) -> dict[str, Any]:
+    """A trial like `vllm bench serve --save-detailed` would save it, but without texts.
 
-    `requests` has the columns of `columns.REQUESTS`; texts are not kept. Raises ExchangeError
-    where no request was sent.
+    `requests` has the columns of `columns.REQUESTS`. Raises ExchangeError if no request was sent.
     """
     trial = Trial.from_spec(record["spec"])
     workload, deployment = trial.workload, trial.deployment
     rows = [row for row in requests.to_pylist() if row["sent_ns"] is not None]
     if not rows:
-        raise ExchangeError(f"{trial.id}: no request of it was sent; there is nothing to export.")
+        raise ExchangeError(f"{trial.id}: no request was sent, so there is nothing to export.")
     duration = (max(row["done_ns"] for row in rows) - min(row["sent_ns"] for row in rows)) / 1e9
     served = [row for row in rows if row["error"] is None]
     prompts = sum(row["prompt_tokens"] or workload.input_len for row in served)
@@ -219,7 +232,7 @@ def _gaps(row: Mapping[str, Any]) -> list[float]:
 
 
 def _statistics(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median, population's standard deviation and 99th percentile; nothing of nothing."""
+    """Mean, median, population standard deviation and 99th percentile; empty without values."""
     if not seconds:
         return {}
     values = np.array(seconds) * 1e3

@@ -1,8 +1,8 @@
-"""The process of the scripted server."""
+"""The process of the mock server."""
 
 import sys
 
-from servegrid.mock_server.responses import Script, from_json
-from servegrid.mock_server.server import Loop, serve
+from servegrid.mock_server.responses import ResponseScript, script_from_json
+from servegrid.mock_server.server import MockServerLoop, serve
 
-serve(Loop(from_json(Script, sys.argv[1])))
+serve(MockServerLoop(script_from_json(ResponseScript, sys.argv[1])))

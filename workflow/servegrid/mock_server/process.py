@@ -1,4 +1,4 @@
-"""The scripted server in a process of its own, as those who measure it have it."""
+"""Runs the mock server as a subprocess, as those who measure it use it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.errors import EngineError
-from servegrid.mock_server.responses import MODEL, Script
-from servegrid.node.processes import signals_held
+from servegrid.mock_server.responses import MODEL, ResponseScript
+from servegrid.node.processes import block_signals
 from servegrid.study.endpoint import Endpoint
 from servegrid.telemetry import server
 
 PROGRAM = ("-m", "servegrid.mock_server")
-START_LIMIT_S = 30.0
-END_LIMIT_S = 5.0
+START_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class Log:
-    """What the server did; see `loop.Loop` for `sent` and `read`."""
+class MockServerLog:
+    """What the server did. `server.MockServerLoop` explains `sent` and `read`."""
 
     sent: Mapping[str, Sequence[int]]
     read: Mapping[str, int]
@@ -34,28 +34,28 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Server:
-    """A scripted server that is up."""
+class MockServer:
+    """A running mock server."""
 
     endpoint: Endpoint
     process: subprocess.Popen[str] = field(repr=False)
 
-    def log(self) -> Log:
-        """Raises OSError or http.client.HTTPException where it does not tell."""
-        _, body = server.get(self.endpoint, "/log")
-        return Log(**json.loads(body))
+    def log(self) -> MockServerLog:
+        """Read its log. Raises OSError or http.client.HTTPException if it does not respond."""
+        _, body = server.http_get(self.endpoint, "/log")
+        return MockServerLog(**json.loads(body))
 
 
 @contextlib.contextmanager
-def running(
-    script: Script, program: Sequence[str] = PROGRAM, api_key: str | None = None
-) -> Iterator[Server]:
-    """A server for `script`, gone at the end of the block, or with this process.
+def start_mock_server(
+    script: ResponseScript, program: Sequence[str] = PROGRAM, api_key: str | None = None
+) -> Iterator[MockServer]:
+    """Start a mock server. It ends with the block, or with this process.
 
-    `program` are the arguments of the interpreter that make such a server. Raises EngineError
-    where it does not come up.
+    `program` are the arguments of the Python interpreter that start it. Raises EngineError if it
+    does not start in time.
     """
-    with signals_held():
+    with block_signals():
         process = subprocess.Popen(
             [sys.executable, *program, json.dumps(asdict(script))],
             stdin=subprocess.PIPE,
@@ -64,21 +64,21 @@ def running(
         )
     assert process.stdin is not None and process.stdout is not None
     try:
-        up = select.select([process.stdout], [], [], START_LIMIT_S)[0]
-        told = process.stdout.readline() if up else ""
-        if not told:
+        ready = select.select([process.stdout], [], [], START_TIMEOUT_S)[0]
+        first_line = process.stdout.readline() if ready else ""
+        if not first_line:
             raise EngineError(
-                f"The scripted server was not up within {START_LIMIT_S:g} s. Its log is above; "
-                "run again if the node was only busy."
+                f"The mock server did not start within {START_TIMEOUT_S:g} s. Its output is above. "
+                "If the node was only busy, run the same command again."
             )
         scheme = "http" if script.certificate is None else "https"
-        port = told.strip()
+        port = first_line.strip()
         url = f"{scheme}://127.0.0.1:{port}" if port else "http://localhost"
-        yield Server(Endpoint(url, MODEL, api_key, script.unix_socket), process)
+        yield MockServer(Endpoint(url, MODEL, api_key, script.unix_socket), process)
     finally:
         process.stdin.close()
         try:
-            process.wait(END_LIMIT_S)
+            process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

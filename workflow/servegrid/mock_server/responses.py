@@ -1,4 +1,4 @@
-"""What the scripted server answers, and when: scripts, and the bytes that follow from them."""
+"""What the mock server sends, and when: scripts, and the bytes that follow from them."""
 
 from __future__ import annotations
 
@@ -9,84 +9,89 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-MODEL = "scripted"
+MODEL = "mock"
 DEFAULT_TOKENS = 16
-"""What OpenAI's completions give where a request does not say how many it wants."""
+"""The tokens of a completion if the request has no limit, as in OpenAI's API."""
 
-Numbers = tuple[tuple[str, float], ...]
+Metrics = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
-class Script:
-    """What the server does with every completion. Times in s after the request was read.
+class ResponseScript:
+    """How the server responds to each completion. Times in s after it has read the request.
 
-    A request of `max_tokens` is answered in chunks of `chunk_tokens` tokens, in turn; every
-    `empty_every`-th chunk has an empty text. `/metrics` shows `gauges` as they are, and
-    `counters` grown by so much with each completion that was answered.
+    The response has `max_tokens` tokens, in chunks of `chunk_tokens` tokens, used in turn. Every
+    `empty_every`-th chunk has an empty text. `/metrics` shows `gauges` unchanged. Each of its
+    `counters` grows by the given value with every completed response.
     """
 
     ttft_s: float = 0.0
     itl_s: float = 0.0
-    slower_s: float = 0.0
-    """By how much later each completion's tokens come than those of the one before it."""
+    slowdown_s: float = 0.0
+    """How much later the tokens of each completion are sent than those of the previous one."""
     chunk_tokens: tuple[int, ...] = (1,)
     empty_every: int = 0
     usage: Literal["continuous", "final", "none"] = "continuous"
     newline: str = "\n"
-    gauges: Numbers = ()
-    counters: Numbers = ()
+    gauges: Metrics = ()
+    counters: Metrics = ()
     unix_socket: str | None = None
     certificate: str | None = None
 
 
-AnyScript = TypeVar("AnyScript", bound=Script)
+AnyScript = TypeVar("AnyScript", bound=ResponseScript)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What is sent when, in s after the request was read, and what happens to the connection."""
+class TimedResponse:
+    """The pieces of a response, each with its time in s after the request was read.
+
+    `end` is what happens to the connection after the last piece.
+    """
 
     pieces: list[tuple[float, bytes]]
     end: Literal["keep", "close", "reset", "hang"] = "keep"
 
 
-def plain(script: Script, request_id: str, body: Mapping[str, Any]) -> Answer:
-    """The answer to one completion as the script says, streamed in HTTP chunks."""
-    return _streamed(script, *numbers_of(body))
+def respond(script: ResponseScript, request_id: str, body: Mapping[str, Any]) -> TimedResponse:
+    """The response to one completion, streamed in HTTP chunks."""
+    return _stream(script, *parse_token_counts(body))
 
 
-def numbers_of(body: Mapping[str, Any]) -> tuple[int, int, bool]:
-    """Prompt tokens (characters of a text), tokens asked for, and whether with usage per chunk."""
-    asked = body.get("max_tokens") or body.get("max_completion_tokens") or DEFAULT_TOKENS
+def parse_token_counts(body: Mapping[str, Any]) -> tuple[int, int, bool]:
+    """Prompt tokens (characters of a text), tokens to generate, and whether usage is per chunk."""
+    tokens = body.get("max_tokens") or body.get("max_completion_tokens") or DEFAULT_TOKENS
     options = body.get("stream_options") or {}
-    return len(body.get("prompt", "")), asked, bool(options.get("continuous_usage_stats"))
+    return len(body.get("prompt", "")), tokens, bool(options.get("continuous_usage_stats"))
 
 
-# Cached, so that a thousand requests at once are not kept waiting for their texts to be made.
+# Cached, so that a thousand simultaneous requests do not wait while responses are built.
 @functools.lru_cache
-def _streamed(script: Script, prompt: int, asked: int, asks_continuous: bool) -> Answer:
-    events = events_of(script, prompt, asked, asks_continuous)
-    # What is due at one time goes out in one piece, as servers do with the last chunks.
+def _stream(
+    script: ResponseScript, prompt: int, tokens: int, continuous_usage: bool
+) -> TimedResponse:
+    events = stream_events(script, prompt, tokens, continuous_usage)
+    # Events that are due at the same time are sent in one piece, as servers do at the end.
     pieces = []
     for due, group in itertools.groupby(events, key=lambda event: event[0]):
         texts = [f"data: {text}{script.newline * 2}".encode() for _, text in group]
         pieces.append((due, b"".join(b"%x\r\n%s\r\n" % (len(text), text) for text in texts)))
-    pieces[0] = (pieces[0][0], head(200, STREAM) + pieces[0][1])
+    pieces[0] = (pieces[0][0], format_head(200, EVENT_STREAM) + pieces[0][1])
     pieces[-1] = (pieces[-1][0], pieces[-1][1] + b"0\r\n\r\n")
-    return Answer(pieces)
+    return TimedResponse(pieces)
 
 
 @functools.lru_cache
-def events_of(
-    script: Script, prompt: int, asked: int, asks_continuous: bool
+def stream_events(
+    script: ResponseScript, prompt: int, tokens: int, continuous_usage: bool
 ) -> list[tuple[float, str]]:
-    """The events of a stream, each with the time at which it is due."""
-    continuous = script.usage == "continuous" and asks_continuous
+    """The events of a stream, each with the time when it is due."""
+    continuous = script.usage == "continuous" and continuous_usage
     events: list[tuple[float, str]] = []
     sizes = itertools.cycle(script.chunk_tokens)
     done = 0
-    while done < asked:
-        done = min(done + next(sizes), asked)
+    while done < tokens:
+        done = min(done + next(sizes), tokens)
         number = len(events)
         empty = script.empty_every and (number + 1) % script.empty_every == 0
         chunk: dict[str, Any] = {
@@ -99,32 +104,34 @@ def events_of(
                     "index": 0,
                     "text": "" if empty else f" word{number}",
                     "logprobs": None,
-                    "finish_reason": "length" if done == asked else None,
+                    "finish_reason": "length" if done == tokens else None,
                 }
             ],
         }
         if continuous:
-            chunk["usage"] = usage(prompt, done)
+            chunk["usage"] = usage_object(prompt, done)
         events.append((script.ttft_s + number * script.itl_s, json.dumps(chunk)))
     last = events[-1][0]
     if script.usage != "none":
-        events.append((last, json.dumps({"choices": [], "usage": usage(prompt, asked)})))
+        events.append((last, json.dumps({"choices": [], "usage": usage_object(prompt, tokens)})))
     events.append((last, "[DONE]"))
     return events
 
 
-def usage(prompt: int, completion: int) -> dict[str, int]:
+def usage_object(prompt: int, completion: int) -> dict[str, int]:
     total = prompt + completion
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
-STREAM = "text/event-stream; charset=utf-8"
+EVENT_STREAM = "text/event-stream; charset=utf-8"
 JSON = "application/json"
 
 
-def head(status: int, kind: str, length: int | None = None, closing: bool = False) -> bytes:
-    """The head of a response; `length` None announces chunks, a negative one nothing."""
-    lines = [f"HTTP/1.1 {status} Scripted", f"content-type: {kind}"]
+def format_head(
+    status: int, media_type: str, length: int | None = None, closing: bool = False
+) -> bytes:
+    """The head of a response. `length` None announces chunks, a negative one nothing."""
+    lines = [f"HTTP/1.1 {status} Mock", f"content-type: {media_type}"]
     if length is None:
         lines.append("transfer-encoding: chunked")
     elif length >= 0:
@@ -134,19 +141,22 @@ def head(status: int, kind: str, length: int | None = None, closing: bool = Fals
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def page(data: Any, status: int = 200) -> Answer:
-    """A whole answer at once: a string as text, anything else as JSON."""
-    text, kind = (data, "text/plain") if isinstance(data, str) else (json.dumps(data), JSON)
+def full_response(data: Any, status: int = 200) -> TimedResponse:
+    """A response in one piece: a string is sent as text, anything else as JSON."""
+    if isinstance(data, str):
+        text, media_type = data, "text/plain"
+    else:
+        text, media_type = json.dumps(data), JSON
     body = text.encode()
-    return Answer([(0.0, head(status, kind, len(body)) + body)])
+    return TimedResponse([(0.0, format_head(status, media_type, len(body)) + body)])
 
 
-def error(status: int, message: str) -> Answer:
-    return page({"error": {"message": message, "code": status}}, status)
+def error_response(status: int, message: str) -> TimedResponse:
+    return full_response({"error": {"message": message, "code": status}}, status)
 
 
-def from_json(kind: type[AnyScript], text: str) -> AnyScript:
-    """A script of that kind from its fields as JSON, where tuples are lists."""
+def script_from_json(kind: type[AnyScript], text: str) -> AnyScript:
+    """A script of class `kind` from its fields as JSON. JSON arrays become tuples."""
     return kind(**{key: _as_tuple(value) for key, value in json.loads(text).items()})
 
 

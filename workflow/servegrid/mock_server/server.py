@@ -1,4 +1,4 @@
-"""The scripted server's loop: requests in, pieces of answers out when they are due."""
+"""The event loop of the mock server: reads requests and sends responses when they are due."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from servegrid.mock_server.responses import MODEL, Answer, Script, error, page, plain
+from servegrid.mock_server.responses import (
+    MODEL,
+    ResponseScript,
+    TimedResponse,
+    error_response,
+    full_response,
+    respond,
+)
 
 _STANDARD_INPUT = 0
 
-Answering = Callable[[Any, str, Mapping[str, Any]], Answer]
-"""The answer to a completion: of the script, its X-Request-Id and its body."""
+Respond = Callable[[Any, str, Mapping[str, Any]], TimedResponse]
+"""Takes the script, the X-Request-Id and the body of a completion; returns its response."""
 
 
 class _Peer:
@@ -36,62 +43,64 @@ class _Peer:
         self.read_ns = 0
 
 
-class Loop:
-    """One thread, one epoll. `answering` makes the answers to completions.
+class MockServerLoop:
+    """One thread, one epoll. `respond` makes the responses to completions.
 
-    What it did is kept by request: `read` when the last byte of it had been read, `sent` when each
-    piece of its answer was handed to the kernel, in ns of CLOCK_MONOTONIC. A request is known by
-    its X-Request-Id; `#` and its number from 0 is added where it has none, or one that was used
-    before.
+    The log has times in ns of CLOCK_MONOTONIC by request: `read` is when its last byte was read,
+    `sent` when each piece of its response was handed to the kernel. A request is logged under its
+    X-Request-Id. If that is missing or used before, `#` and the request's number from 0 are added.
     """
 
     def __init__(
-        self, script: Script, answering: Answering = plain, accept_after_s: float = 0.0
+        self,
+        script: ResponseScript,
+        respond: Respond = respond,
+        accept_after_s: float = 0.0,
     ) -> None:
         self.script = script
         self.sent: dict[str, list[int]] = {}
         self.read: dict[str, int] = {}
-        self._answering = answering
+        self._respond = respond
         self._accept_after_s = accept_after_s
         self._listener = _listen(script)
         self._epoll = select.epoll()
         self._peers: dict[int, _Peer] = {}
-        self._due: list[tuple[int, int, Callable[[], None]]] = []
+        self._scheduled: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._requests: list[dict[str, Any]] = []
         self._connections = 0
-        self._answered = 0
+        self._completed = 0
 
     @property
     def port(self) -> str:
-        """The port it listens on; empty for a Unix socket."""
+        """The port on which it listens; empty for a Unix socket."""
         return "" if self.script.unix_socket else str(self._listener.getsockname()[1])
 
     def run(self) -> None:
         self._epoll.register(_STANDARD_INPUT, select.EPOLLIN)
-        self.at(
+        self.call_at(
             time.monotonic_ns() + int(self._accept_after_s * 1e9),
             lambda: self._epoll.register(self._listener.fileno(), select.EPOLLIN),
         )
-        while self._take_in():
+        while self._handle_events():
             now_ns = time.monotonic_ns()
-            while self._due and self._due[0][0] <= now_ns:
-                heapq.heappop(self._due)[2]()
+            while self._scheduled and self._scheduled[0][0] <= now_ns:
+                heapq.heappop(self._scheduled)[2]()
 
-    def at(self, when_ns: int, action: Callable[[], None]) -> None:
-        heapq.heappush(self._due, (when_ns, next(self._order), action))
+    def call_at(self, when_ns: int, action: Callable[[], None]) -> None:
+        heapq.heappush(self._scheduled, (when_ns, next(self._order), action))
 
-    def _take_in(self) -> bool:
-        """Wait until something comes or is due, and take in what has come; False at the end."""
-        wait = None
-        if self._due:
-            wait = max(self._due[0][0] - time.monotonic_ns(), 0) / 1e9
+    def _handle_events(self) -> bool:
+        """Wait until data arrives or an action is due, and read the data. False at the end."""
+        timeout_s = None
+        if self._scheduled:
+            timeout_s = max(self._scheduled[0][0] - time.monotonic_ns(), 0) / 1e9
         # epoll would round up to whole ms.
-        if not select.select([self._epoll], [], [], wait)[0]:
+        if not select.select([self._epoll], [], [], timeout_s)[0]:
             return True
         arrived = []
-        # All is read before any of it is understood, so that requests sent together are read
-        # nearly together.
+        # Read everything before parsing any of it, so that requests that were sent together are
+        # read almost together.
         for descriptor, _ in self._epoll.poll(0):
             if descriptor == _STANDARD_INPUT:
                 return False
@@ -100,7 +109,7 @@ class Loop:
             elif self._receive(peer := self._peers[descriptor]):
                 arrived.append(peer)
         for peer in arrived:
-            while (request := _request_of(peer.received)) is not None:
+            while (request := _pop_request(peer.received)) is not None:
                 self._serve(peer, *request)
         return True
 
@@ -124,7 +133,7 @@ class Loop:
                 self._epoll.register(connection.fileno(), select.EPOLLIN)
 
     def _receive(self, peer: _Peer) -> bool:
-        """Read what there is of `peer`; False where that is nothing, or its end."""
+        """Read what `peer` has sent. False if that is nothing, or the end of the connection."""
         try:
             data = peer.socket.recv(1 << 20)
         except (BlockingIOError, ssl.SSLWantReadError):
@@ -142,12 +151,12 @@ class Loop:
         if path == "/v1/completions":
             self._complete(peer, path, headers, body)
         else:
-            _Reply(self, peer, self._page_at(path), peer.read_ns, []).follow()
+            _Reply(self, peer, self._get(path), peer.read_ns, []).schedule_next()
 
-    def _page_at(self, path: str) -> Answer:
+    def _get(self, path: str) -> TimedResponse:
         match path:
             case "/log":
-                return page(
+                return full_response(
                     {
                         "sent": self.sent,
                         "read": self.read,
@@ -156,21 +165,23 @@ class Loop:
                     }
                 )
             case "/health":
-                return page("")
+                return full_response("")
             case "/metrics":
-                grown = [(name, growth * self._answered) for name, growth in self.script.counters]
-                told = [*self.script.gauges, *grown]
-                return page("".join(f"{name} {value}\n" for name, value in told))
+                counters = [(name, step * self._completed) for name, step in self.script.counters]
+                metrics = [*self.script.gauges, *counters]
+                return full_response("".join(f"{name} {value}\n" for name, value in metrics))
             case "/v1/models":
-                return page({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
-        return error(404, f"{path} is not served")
+                models = [{"id": MODEL, "object": "model"}]
+                return full_response({"object": "list", "data": models})
+        return error_response(404, f"the mock server has no {path}")
 
     def _complete(self, peer: _Peer, path: str, headers: dict[str, str], body: bytes) -> None:
         number = len(self._requests)
         try:
-            asked = json.loads(body)
-        except ValueError as refusal:
-            _Reply(self, peer, error(400, str(refusal)), peer.read_ns, []).follow()
+            parsed = json.loads(body)
+        except ValueError as error:
+            response = error_response(400, str(error))
+            _Reply(self, peer, response, peer.read_ns, []).schedule_next()
             return
         request_id = headers.get("x-request-id", "")
         name = (
@@ -178,13 +189,14 @@ class Loop:
         )
         self.read[name] = peer.read_ns
         times = self.sent[name] = []
-        self._requests.append({"headers": headers, "body": asked, "path": path})
-        later_ns = int(number * self.script.slower_s * 1e9)
-        what = self._answering(self.script, request_id, asked)
-        _Reply(self, peer, what, peer.read_ns + later_ns, times, self._count).follow()
+        self._requests.append({"headers": headers, "body": parsed, "path": path})
+        delay_ns = int(number * self.script.slowdown_s * 1e9)
+        response = self._respond(self.script, request_id, parsed)
+        start_ns = peer.read_ns + delay_ns
+        _Reply(self, peer, response, start_ns, times, self._count).schedule_next()
 
     def _count(self) -> None:
-        self._answered += 1
+        self._completed += 1
 
     def has(self, peer: _Peer) -> bool:
         return self._peers.get(peer.socket.fileno()) is peer
@@ -195,41 +207,41 @@ class Loop:
 
 
 class _Reply:
-    """An answer on its way: its pieces one after another, each at its time after `start_ns`."""
+    """Sends the pieces of a response one after another, each at its time after `start_ns`."""
 
-    __slots__ = ("_answered", "_loop", "_peer", "_place", "_start_ns", "_times", "_what")
+    __slots__ = ("_loop", "_on_end", "_peer", "_position", "_response", "_start_ns", "_times")
 
     def __init__(
         self,
-        loop: Loop,
+        loop: MockServerLoop,
         peer: _Peer,
-        what: Answer,
+        response: TimedResponse,
         start_ns: int,
         times: list[int],
-        answered: Callable[[], None] = lambda: None,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._loop = loop
         self._peer = peer
-        self._what = what
+        self._response = response
         self._start_ns = start_ns
         self._times = times
-        self._answered = answered
-        self._place = 0
+        self._on_end = on_end
+        self._position = 0
 
-    def follow(self) -> None:
-        """Have the next piece sent when it is due; after the last, end as the answer says."""
-        if self._place < len(self._what.pieces):
-            due_s, _ = self._what.pieces[self._place]
-            self._loop.at(self._start_ns + int(due_s * 1e9), self._send)
+    def schedule_next(self) -> None:
+        """Schedule the next piece. After the last one, end as the response says."""
+        if self._position < len(self._response.pieces):
+            due_s, _ = self._response.pieces[self._position]
+            self._loop.call_at(self._start_ns + int(due_s * 1e9), self._send)
         else:
-            self._answered()
+            self._on_end()
             self._end()
 
     def _send(self) -> None:
         if not self._loop.has(self._peer):
             return
-        _, data = self._what.pieces[self._place]
-        self._place += 1
+        _, data = self._response.pieces[self._position]
+        self._position += 1
         connection = self._peer.socket
         self._times.append(time.monotonic_ns())
         try:
@@ -237,30 +249,30 @@ class _Reply:
                 try:
                     data = data[connection.send(data) :]
                 except BlockingIOError:
-                    _wait_for_room(connection)
+                    _wait_until_writable(connection)
         except OSError:
             self._loop.close(self._peer)
             return
-        self.follow()
+        self.schedule_next()
 
     def _end(self) -> None:
-        if self._what.end == "reset":
+        if self._response.end == "reset":
             linger = struct.pack("ii", 1, 0)
             self._peer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        if self._what.end in ("reset", "close"):
+        if self._response.end in ("reset", "close"):
             self._loop.close(self._peer)
 
 
-def _wait_for_room(connection: socket.socket) -> None:
-    """Wait for a client that does not read; no longer than this process is wanted."""
-    waiting = select.poll()
-    waiting.register(connection, select.POLLOUT)
-    waiting.register(_STANDARD_INPUT, select.POLLIN)
-    if any(descriptor == _STANDARD_INPUT for descriptor, _ in waiting.poll()):
+def _wait_until_writable(connection: socket.socket) -> None:
+    """Wait for a client that does not read, until standard input is closed at the latest."""
+    poll = select.poll()
+    poll.register(connection, select.POLLOUT)
+    poll.register(_STANDARD_INPUT, select.POLLIN)
+    if any(descriptor == _STANDARD_INPUT for descriptor, _ in poll.poll()):
         raise SystemExit
 
 
-def _listen(script: Script) -> socket.socket:
+def _listen(script: ResponseScript) -> socket.socket:
     if script.unix_socket is None:
         listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
     else:
@@ -271,14 +283,14 @@ def _listen(script: Script) -> socket.socket:
     return listener
 
 
-def _request_of(received: bytearray) -> tuple[str, dict[str, str], bytes] | None:
-    """Take one whole request off the front, if there is one."""
+def _pop_request(received: bytearray) -> tuple[str, dict[str, str], bytes] | None:
+    """Remove one complete request from the front and return its path, headers and body."""
     end = received.find(b"\r\n\r\n")
     if end < 0:
         return None
     first, *lines = received[:end].decode("latin-1").split("\r\n")
     headers = {
-        name.lower(): value.strip() for name, _, value in (li.partition(":") for li in lines)
+        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
     total = end + 4 + int(headers.get("content-length", 0))
     if len(received) < total:
@@ -288,12 +300,12 @@ def _request_of(received: bytearray) -> tuple[str, dict[str, str], bytes] | None
     return first.split(" ")[1], headers, body
 
 
-def serve(loop: Loop) -> NoReturn:
-    """Tell the port and serve until standard input is closed."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def serve(loop: MockServerLoop) -> NoReturn:
+    """Print the port and serve until standard input is closed."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     print(loop.port, flush=True)
-    # What has been made up to now stays, and is not to be looked through in between.
+    # Existing objects stay; the garbage collector must not pause the server to look through them.
     gc.freeze()
     gc.disable()
     with contextlib.suppress(SystemExit):

@@ -1,1 +1,1 @@
-"""The machine that a process runs on: its processes, GPUs and software."""
+"""The machine that a process runs on: processes, GPUs and installed software."""

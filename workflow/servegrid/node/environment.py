@@ -1,4 +1,4 @@
-"""What machine and software a measurement ran on, as plain data for its record."""
+"""The machine and the software that a trial ran on, as plain data for its record."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import psutil
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
 
 
-def describe() -> dict[str, Any]:
-    """The node, its processor and memory, Slurm's job, Python and all installed packages."""
+def describe_node() -> dict[str, Any]:
+    """The node, its processor and memory, the Slurm job, Python and all installed packages."""
     return {
         "node": socket.gethostname(),
         "kernel": platform.release(),
@@ -25,8 +25,8 @@ def describe() -> dict[str, Any]:
         "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
         "python": platform.python_version(),
         "packages": {
-            distribution.name: distribution.version
-            for distribution in sorted(metadata.distributions(), key=lambda each: each.name)
+            package.name: package.version
+            for package in sorted(metadata.distributions(), key=lambda package: package.name)
         },
     }
 

@@ -1,6 +1,7 @@
-"""What NVIDIA's management library (NVML) says of the GPUs that an allocation has.
+"""The GPUs of an allocation, read through NVIDIA's management library (NVML).
 
-NVML shows every GPU of a node, whatever CUDA is told to use. What a GPU does not tell is None.
+NVML shows all GPUs of a node, whatever CUDA_VISIBLE_DEVICES says. A value that a GPU does not
+report is None.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from typing import Any
 
 Row = dict[str, Any]
 
-_NUMBERS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
+_VALUE_FIELDS = ("dVal", "uiVal", "ulVal", "ullVal", "sllVal", "siVal", "usVal")
 """The members of nvmlValue_t, in the order of nvmlValueType_t (nvml.h)."""
 
 
 @contextlib.contextmanager
-def driver() -> Iterator[Any]:
-    """The module `pynvml`, ready to be asked; None where there is no driver.
+def open_driver() -> Iterator[Any]:
+    """The module `pynvml`, initialised; None if there is no NVIDIA driver.
 
-    Why a driver that is there cannot be asked is said on standard error.
+    If there is a driver but NVML cannot use it, it yields None and prints the reason to stderr.
     """
     import pynvml
 
@@ -28,7 +29,7 @@ def driver() -> Iterator[Any]:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         if error.value != pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
-            complain(error)
+            warn_unavailable(error)
         yield None
         return
     try:
@@ -38,52 +39,53 @@ def driver() -> Iterator[Any]:
             pynvml.nvmlShutdown()
 
 
-def complain(error: Exception) -> None:
-    """Say on standard error why nothing is known of the GPUs."""
-    print(f"servegrid: nothing is known of the GPUs: NVML: {error}", file=sys.stderr)
+def warn_unavailable(error: Exception) -> None:
+    """Print to stderr why there is no GPU telemetry."""
+    print(f"servegrid: no GPU data: NVML failed: {error}", file=sys.stderr)
 
 
 def visible_gpus(nvml: Any, environment: Mapping[str, str]) -> dict[str, Any]:
-    """NVML's handles by UUID of the GPUs that CUDA shows where `environment` holds, in its order.
+    """The GPUs that CUDA sees in `environment`: NVML handles by UUID, in CUDA's order.
 
-    CUDA_VISIBLE_DEVICES has indices, UUIDs that may be cut short, and names of parts of GPUs
-    (MIG); from the first name on that fits no GPU, CUDA shows none. Indices are in PCI order, as
-    NVML counts: the engines run with CUDA_DEVICE_ORDER=PCI_BUS_ID, for CUDA itself would put the
-    fastest first. GPUs that this user may not open are another job's, and count for neither. A
-    GPU that is there and cannot be opened goes by its index and has None for a handle.
+    CUDA_VISIBLE_DEVICES contains indices, UUIDs (or prefixes of them) and names of MIG devices.
+    CUDA ignores the first name that matches no GPU and everything after it. Indices follow the
+    PCI order, as in NVML: the engines run with CUDA_DEVICE_ORDER=PCI_BUS_ID, because CUDA's
+    default puts the fastest GPU first. A GPU that this user may not open belongs to another job:
+    neither CUDA nor NVML counts it. A GPU that exists but cannot be opened has its index as key
+    and None as handle.
 
-    Raises the driver's NVMLError where the GPUs cannot be counted.
+    Raises the driver's NVMLError if the GPUs cannot be counted.
     """
-    present = _present(nvml)
+    gpus = _all_gpus(nvml)
     names = environment.get("CUDA_VISIBLE_DEVICES")
     if names is None:
-        return present
-    found: dict[str, Any] = {}
+        return gpus
+    visible: dict[str, Any] = {}
     for name in map(str.strip, names.split(",")):
         if name.startswith("MIG-"):
-            part = _part(nvml, name)
+            matches = _mig_device(nvml, name)
         elif name.isdecimal():
-            part = dict(list(present.items())[int(name) : int(name) + 1])
+            matches = dict(list(gpus.items())[int(name) : int(name) + 1])
         else:
-            part = {uuid: present[uuid] for uuid in present if name and uuid.startswith(name)}
-        if len(part) != 1:
+            matches = {uuid: gpus[uuid] for uuid in gpus if name and uuid.startswith(name)}
+        if len(matches) != 1:
             break
-        found |= part
-    return found
+        visible |= matches
+    return visible
 
 
-def described(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The driver's version and the GPUs that CUDA shows where `environment` holds.
+def describe_gpus(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The driver's version, and UUID and name of each GPU that CUDA sees in `environment`.
 
-    `driver` is None and `gpus` is empty where there are none, or where nothing can be said.
+    Without GPUs, or if NVML fails, `driver` is None and `gpus` is empty.
     """
-    with driver() as nvml:
+    with open_driver() as nvml:
         if nvml is None:
             return {"driver": None, "gpus": []}
         try:
             version, visible = nvml.nvmlSystemGetDriverVersion(), visible_gpus(nvml, environment)
         except nvml.NVMLError as error:
-            complain(error)
+            warn_unavailable(error)
             return {"driver": None, "gpus": []}
         gpus = []
         for uuid, handle in visible.items():
@@ -95,19 +97,19 @@ def described(environment: Mapping[str, str]) -> dict[str, Any]:
         return {"driver": version, "gpus": gpus}
 
 
-def gpu_row(nvml: Any, uuid: str, handle: Any) -> Row:
-    """One sample of a GPU, keyed as `columns.TELEMETRY`."""
+def sample_gpu(nvml: Any, uuid: str, handle: Any) -> Row:
+    """One sample of a GPU, with the keys of `columns.TELEMETRY`."""
 
-    def read(name: str, *arguments: Any) -> Any:
+    def read(function: str, *arguments: Any) -> Any:
         with contextlib.suppress(nvml.NVMLError):
-            return getattr(nvml, name)(handle, *arguments)
+            return getattr(nvml, function)(handle, *arguments)
         return None
 
     if handle is None:
         return {"device": uuid}
     memory = read("nvmlDeviceGetMemoryInfo", nvml.nvmlMemory_v2) or read("nvmlDeviceGetMemoryInfo")
     rates = read("nvmlDeviceGetUtilizationRates")
-    power = _field(read("nvmlDeviceGetFieldValues", [nvml.NVML_FI_DEV_POWER_INSTANT]))
+    power = _field_value(read("nvmlDeviceGetFieldValues", [nvml.NVML_FI_DEV_POWER_INSTANT]))
     if power is None:
         power = read("nvmlDeviceGetPowerUsage")
     reasons = read("nvmlDeviceGetCurrentClocksEventReasons")
@@ -117,8 +119,8 @@ def gpu_row(nvml: Any, uuid: str, handle: Any) -> Row:
         "device": uuid,
         "memory_bytes": memory and memory.used,
         "utilization": rates and rates.gpu * 0.01,
-        "power_w": _thousandth(power),
-        "energy_j": _thousandth(read("nvmlDeviceGetTotalEnergyConsumption")),
+        "power_w": _from_milli(power),
+        "energy_j": _from_milli(read("nvmlDeviceGetTotalEnergyConsumption")),
         "sm_clock_mhz": read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
         "memory_clock_mhz": read("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
         "temperature_c": read("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
@@ -126,32 +128,32 @@ def gpu_row(nvml: Any, uuid: str, handle: Any) -> Row:
     }
 
 
-def _present(nvml: Any) -> dict[str, Any]:
-    present: dict[str, Any] = {}
+def _all_gpus(nvml: Any) -> dict[str, Any]:
+    gpus: dict[str, Any] = {}
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-            present[nvml.nvmlDeviceGetUUID(handle)] = handle
+            gpus[nvml.nvmlDeviceGetUUID(handle)] = handle
         except nvml.NVMLError as error:
             if error.value != nvml.NVML_ERROR_NO_PERMISSION:
-                present[f"index {index}"] = None
-    return present
+                gpus[f"index {index}"] = None
+    return gpus
 
 
-def _part(nvml: Any, name: str) -> dict[str, Any]:
+def _mig_device(nvml: Any, name: str) -> dict[str, Any]:
     with contextlib.suppress(nvml.NVMLError):
         return {name: nvml.nvmlDeviceGetHandleByUUID(name)}
     return {}
 
 
-def _field(values: Any) -> float | None:
-    """The number in what nvmlDeviceGetFieldValues gave for one field."""
+def _field_value(values: Any) -> float | None:
+    """The number in the answer of nvmlDeviceGetFieldValues for one field."""
     if values is None or values[0].nvmlReturn:
         return None
-    number: float = getattr(values[0].value, _NUMBERS[values[0].valueType])
+    number: float = getattr(values[0].value, _VALUE_FIELDS[values[0].valueType])
     return number
 
 
-def _thousandth(value: float | None) -> float | None:
-    """From mW and mJ."""
+def _from_milli(value: float | None) -> float | None:
+    """Converts mW to W and mJ to J."""
     return None if value is None else value / 1000

@@ -1,4 +1,4 @@
-"""Processes of ours that must not outlive us, and what they have in shared memory."""
+"""Child processes that must end with this one, and their shared memory."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from pathlib import Path
 
 import psutil
 
-HELD = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""What a terminal or a scheduler sends to a whole job, and the job's own process answers."""
+BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""A terminal or a scheduler sends these to all processes of a job; only the main one handles them."""
 
 SHARED_MEMORY = Path("/dev/shm")
 POLL_S = 0.02
-KILLED_S = 10.0
-"""How long the kernel may take to clear a killed process away; it has gigabytes to free."""
+KILL_TIMEOUT_S = 10.0
+"""Time that the kernel may take to remove a killed process: it frees gigabytes of memory."""
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Block `HELD` in this thread: processes begun in the block never receive them.
+def block_signals() -> Iterator[None]:
+    """Block `BLOCKED_SIGNALS` in this thread; processes started in the block never receive them.
 
-    A process inherits the mask of the thread that starts it, through exec and spawn. A signal
-    that comes meanwhile is delivered to another thread, or to this one when the block ends.
+    A process inherits the signal mask of the thread that starts it, through exec and spawn. A
+    signal that arrives during the block goes to another thread, or to this one after the block.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def descendants(but: Collection[psutil.Process] = ()) -> list[psutil.Process]:
-    """All processes below this one except `but` and Python's shared resource tracker."""
+def descendants(exclude: Collection[psutil.Process] = ()) -> list[psutil.Process]:
+    """All processes below this one, except `exclude` and Python's resource tracker."""
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        if process not in but and not _is_resource_tracker(process)
+        if process not in exclude and not _is_resource_tracker(process)
     ]
 
 
-def end(processes: Iterable[psutil.Process], grace_s: float) -> None:
-    """End `processes`: asked first, killed after `grace_s` seconds.
+def terminate(processes: Iterable[psutil.Process], grace_s: float) -> None:
+    """Send SIGTERM to `processes`, and SIGKILL to those that still run after `grace_s` seconds.
 
-    Those that are children of this process stay for whoever started them to wait for.
+    Children of this process become zombies; the code that started them must wait for them.
     """
-    left = list(processes)
-    for signal_number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILLED_S)):
-        left = [process for process in left if not _has_ended(process)]
-        for process in left:
+    running = list(processes)
+    for signal_number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, KILL_TIMEOUT_S)):
+        running = [process for process in running if not _has_ended(process)]
+        for process in running:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal_number)
         deadline = time.monotonic() + limit_s
-        while not all(map(_has_ended, left)) and time.monotonic() < deadline:
+        while not all(map(_has_ended, running)) and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
 
@@ -65,7 +65,7 @@ def _has_ended(process: psutil.Process) -> bool:
         return True
 
 
-def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+def shared_memory_files(processes: Iterable[psutil.Process]) -> set[Path]:
     """The files of named shared memory and semaphores that `processes` have mapped now."""
     mapped = {inode for process in processes for inode in _mapped_inodes(process.pid)}
     found = set()
@@ -77,7 +77,7 @@ def shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
 
 
 def _mapped_inodes(pid: int) -> Iterator[int]:
-    # By inode, for whoever makes a semaphore has it mapped under a name that is gone.
+    # Compare inodes, not names: the creator of a semaphore maps it under a temporary name.
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)

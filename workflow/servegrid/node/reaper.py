@@ -1,8 +1,7 @@
-"""A small process that cleans up after an engine, above all when nobody else is left to do so.
+"""A small process that cleans up after an engine, even if the allocation's process is killed.
 
-An allocation that is killed outright cannot stop its engine, and vLLM's processes then stay,
-with their memory. The warden ends what it was told to watch as soon as its parent has ended or
-has closed its pipe.
+A killed process cannot stop its engine. vLLM's processes would then stay and keep their memory.
+The reaper ends all processes that it watches as soon as its parent ends or closes the pipe.
 """
 
 from __future__ import annotations
@@ -25,100 +24,101 @@ from servegrid.node import processes
 
 GRACE_S = 5.0
 PARENT_CHECK_S = 2.0
-END_LIMIT_S = 2 * GRACE_S + processes.KILLED_S
+STOP_TIMEOUT_S = 2 * GRACE_S + processes.KILL_TIMEOUT_S
 
 
-class Warden:
-    """What is told to the warden's process; `folder`, of mode 0700, goes with the engine."""
+class Reaper:
+    """The parent's side of the reaper process, which also removes `folder` (mode 0700)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         command = [sys.executable, "-m", __name__, str(os.getpid()), str(folder)]
-        # In a session of its own, it survives what kills the job's process group.
-        with processes.signals_held():
+        # A new session: a signal that kills the job's process group does not reach the reaper.
+        with processes.block_signals():
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, text=True, start_new_session=True
             )
 
     def watch(self, engine: Iterable[psutil.Process]) -> None:
-        """Have `engine`, and the shared memory it has now, removed in the end."""
+        """Add the processes `engine`, and the shared memory they use now, to the clean-up."""
         engine = list(engine)
-        told = {
-            "processes": [each for process in engine for each in _identity(process)],
-            "files": sorted(map(str, processes.shared_memory(engine))),
+        message = {
+            "processes": [identity for process in engine for identity in _identity(process)],
+            "files": sorted(map(str, processes.shared_memory_files(engine))),
         }
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(told) + "\n")
+            self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
 
-    def dismiss(self) -> None:
-        """Let it clean up what is left now, and end."""
+    def close(self) -> None:
+        """Make the reaper clean up now, and wait until it has ended."""
         assert self._process.stdin
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
-            self._process.wait(END_LIMIT_S)
+            self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[Warden]:
-    """A warden, and a fresh folder for what an engine needs on disk, for the block."""
+def start_reaper() -> Iterator[Reaper]:
+    """A reaper for the block, with a new temporary folder for the engine's files."""
     with tempfile.TemporaryDirectory(prefix="servegrid-", ignore_cleanup_errors=True) as folder:
-        warden = Warden(Path(folder))
+        reaper = Reaper(Path(folder))
         try:
-            yield warden
+            yield reaper
         finally:
-            warden.dismiss()
+            reaper.close()
 
 
-class Remains:
-    """What an engine would leave if it ended now."""
+class CleanupSet:
+    """Processes and shared-memory files to remove."""
 
     def __init__(self) -> None:
         self.processes: set[psutil.Process] = set()
         self.files: set[Path] = set()
 
-    def note(self, told: str) -> None:
-        """Take up one line of `Warden.watch`."""
-        line = json.loads(told)
-        self.files.update(map(Path, line["files"]))
-        for pid, created in line["processes"]:
+    def add(self, line: str) -> None:
+        """Add what one line of `Reaper.watch` names."""
+        message = json.loads(line)
+        self.files.update(map(Path, message["files"]))
+        for pid, created in message["processes"]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 if process.create_time() == created:
                     self.processes.add(process)
 
     def remove(self, grace_s: float) -> None:
-        """End the processes with all below them, then remove the shared memory."""
+        """End the processes and all their descendants, then remove the shared memory."""
         engine = set(self.processes)
         for process in self.processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 engine.update(process.children(recursive=True))
-        self.files |= processes.shared_memory(engine)
-        processes.end(engine, grace_s)
+        self.files |= processes.shared_memory_files(engine)
+        processes.terminate(engine, grace_s)
         for file in self.files:
             file.unlink(missing_ok=True)
 
 
 def _identity(process: psutil.Process) -> Iterator[tuple[int, float]]:
+    """Pid and start time: the kernel may give the pid to another process later."""
     with contextlib.suppress(psutil.NoSuchProcess):
         yield process.pid, process.create_time()
 
 
-def _lines_until_end_of(parent: int) -> Iterator[str]:
-    """Lines on standard input until it is closed, or `parent` has ended and nothing is left."""
+def _read_lines(parent: int) -> Iterator[str]:
+    """Lines of standard input, until it is closed or `parent` has ended and no line is left."""
     pending = b""
     while True:
         ended = os.getppid() != parent
         if select.select([0], [], [], 0 if ended else PARENT_CHECK_S)[0]:
-            read = os.read(0, 1 << 16)
-            if not read:
+            data = os.read(0, 1 << 16)
+            if not data:
                 return
-            *lines, pending = (pending + read).split(b"\n")
+            *lines, pending = (pending + data).split(b"\n")
             yield from (line.decode() for line in lines)
         elif ended:
             return
@@ -126,10 +126,10 @@ def _lines_until_end_of(parent: int) -> Iterator[str]:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    remains = Remains()
-    for line in _lines_until_end_of(int(sys.argv[1])):
-        remains.note(line)
-    remains.remove(GRACE_S)
+    cleanup = CleanupSet()
+    for line in _read_lines(int(sys.argv[1])):
+        cleanup.add(line)
+    cleanup.remove(GRACE_S)
     shutil.rmtree(sys.argv[2], ignore_errors=True)
 
 

@@ -1,1 +1,1 @@
-"""What is stored: the columns of every table, Parquet files with their records, verdicts."""
+"""Stored data: columns of all tables, Parquet files with their records, verdicts."""

@@ -1,4 +1,4 @@
-"""What is kept of a measurement: Parquet files with its record, written all or not at all."""
+"""Parquet files that contain a record. A write either completes or changes nothing."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from servegrid.errors import RecordError
 from servegrid.records.columns import Column
 
 RECORD_FORMAT = 3
-"""Raise it when records get other keys or columns: those before can't be gathered any more."""
+"""Raise this number when the keys or columns of records change. Older records are then refused."""
 
 RECORD_KEY = b"servegrid"
-"""The key of the schema metadata under which a file's record lies, as JSON."""
+"""The key in the schema metadata that holds the record of a file, as JSON."""
 
 
-def schema_of(columns: Iterable[Column], record: Mapping[str, Any] | None = None) -> pa.Schema:
+def arrow_schema(columns: Iterable[Column], record: Mapping[str, Any] | None = None) -> pa.Schema:
     """The Arrow schema of `columns`, with `record` as its metadata."""
     metadata = None if record is None else {RECORD_KEY: json.dumps(record, sort_keys=True).encode()}
     return pa.schema([column.field for column in columns], metadata=metadata)
 
 
-def table_of(
+def arrow_table(
     columns: Iterable[Column],
     rows: Iterable[Mapping[str, Any]],
     record: Mapping[str, Any] | None = None,
 ) -> pa.Table:
-    """An Arrow table of `rows`, one mapping each; a key that is missing becomes null."""
-    return pa.Table.from_pylist(list(rows), schema=schema_of(columns, record))
+    """An Arrow table with one row for each mapping in `rows`. Missing keys become null."""
+    return pa.Table.from_pylist(list(rows), schema=arrow_schema(columns, record))
 
 
-def write(table: pa.Table, path: Path) -> None:
-    """Write `table` as Parquet: whole and on disk, or not at all.
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write `table` as Parquet, atomically and synced to disk.
 
-    Raises RecordError, naming the path, where that is not possible; what lay there stays.
+    Raises RecordError, with the path, if the file cannot be written. An older file then remains.
     """
-    with written_whole(path) as temporary:
-        # Without the checksums, two of three flipped bytes would be read as other numbers.
+    with atomic_write(path) as temporary:
+        # Without checksums, two of three flipped bytes are read as other numbers, without an error.
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
-def refuse_unwritable(folder: Path) -> None:
-    """Raise RecordError, naming `folder`, where no file can be made in it.
+def check_writable(folder: Path) -> None:
+    """Raise RecordError if no file can be created in `folder`. Creates the folder if missing.
 
-    Cheap, so that it can be asked before something is measured that could not be kept.
+    Call this before a measurement, so that no result is lost.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,16 +59,16 @@ def refuse_unwritable(folder: Path) -> None:
             pass
     except OSError as error:
         raise RecordError(
-            f"{folder}: nothing can be written here ({error.strerror or error}). Make the folder "
-            "writable or free some space, and run again; nothing has been measured."
+            f"{folder}: the folder is not writable ({error.strerror or error}). Make it writable "
+            "or free some space, and run again. Nothing has been measured."
         ) from error
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces `path` if the block ends without an exception.
 
-    Raises RecordError, naming the path, where it cannot be written; what lay there stays.
+    Raises RecordError, with the path, if the file cannot be written. An older file then remains.
     """
     temporary = None
     try:
@@ -83,8 +83,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise RecordError(
-            f"{path}: cannot be written ({error.strerror or error}). Nothing that was measured "
-            "before is lost: free some space or make the folder writable, and run again."
+            f"{path}: cannot be written ({error.strerror or error}). Free some space or make the "
+            "folder writable, and run again. Earlier results are not lost."
         ) from error
     finally:
         if temporary is not None:
@@ -92,18 +92,18 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a Parquet file, without its rows.
+    """The record of a Parquet file, without reading its rows.
 
-    Raises RecordError where the file is missing, damaged or not one of ours.
+    Raises RecordError if the file is missing or damaged, or was not written by servegrid.
     """
     try:
         metadata = pq.read_schema(path).metadata or {}
         record = json.loads(metadata[RECORD_KEY])
     except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
         raise RecordError(
-            f"{path}: not a record of servegrid ({error}). Delete it and run again: "
-            "only this cell is measured anew."
+            f"{path}: is not a record of servegrid ({error}). Delete it and run again; "
+            "only this trial is measured again."
         ) from error
     if not isinstance(record, dict):
-        raise RecordError(f"{path}: its record is not a mapping. Delete it and run again.")
+        raise RecordError(f"{path}: the record is not a mapping. Delete it and run again.")
     return record

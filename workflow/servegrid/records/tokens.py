@@ -1,11 +1,10 @@
-"""Tokens per chunk, where only their sum is known."""
+"""Estimates the tokens of each chunk if only their sum is known."""
 
 from __future__ import annotations
 
 
-def shared_out(total: int, carriers: int) -> list[int]:
-    """`total` tokens over that many chunks, as evenly as goes, the first never without."""
+def split_tokens(total: int, chunks: int) -> list[int]:
+    """`total` tokens split over `chunks` chunks as evenly as possible, the larger parts first."""
     return [
-        -(-(number + 1) * total // carriers) + (-number * total // carriers)
-        for number in range(carriers)
+        -(-(number + 1) * total // chunks) + (-number * total // chunks) for number in range(chunks)
     ]

@@ -1,4 +1,4 @@
-"""How a cell ended: `ok`, or why it could not be served, from what its requests met."""
+"""The verdict of a trial: `ok`, or why the workload was not served."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ OK = "ok"
 SERVER_DIED = "server_died"
 
 VERDICTS = {
-    OK: "Every request was answered with exactly the tokens asked for",
-    "http_error": "The server refused requests or broke off its answers",
-    "timeout": "Requests were not answered within the load's limits",
-    "wrong_tokens": "The server did not process the tokens asked for",
-    SERVER_DIED: "The engine died under the load, twice, and had to be brought up again",
+    OK: "Every response has exactly the requested number of tokens",
+    "http_error": "Requests failed: no connection, an HTTP error or an incomplete response",
+    "timeout": "Requests exceeded `timeout_s` or `idle_timeout_s`",
+    "wrong_tokens": "The server reported a different number of tokens than requested, or none",
+    SERVER_DIED: "The engine died during the workload, and again after a restart",
 }
 """The verdicts and their meanings."""
 
-_OF_KIND = {
+_VERDICT_OF_ERROR = {
     "timeout": "timeout",
     "stalled": "timeout",
     "usage_missing": "wrong_tokens",
@@ -26,20 +26,22 @@ _OF_KIND = {
 }
 
 
-def verdict_of(errors: Iterable[str | None], engine_alive: bool) -> tuple[str, str | None]:
-    """The verdict and its evidence.
+def decide_verdict(errors: Iterable[str | None], engine_alive: bool) -> tuple[str, str | None]:
+    """The verdict and its evidence, which is None for `ok`.
 
-    `errors` has one entry per request: null for a success, else `kind: detail`. Where requests
-    failed in several ways, the most frequent one decides, the first of them among equals.
+    `errors` has one entry per request: None if it succeeded, else `kind: detail`. The most
+    frequent verdict of a request decides; if two are equally frequent, the earlier one does.
     """
-    told = list(errors)
-    failures = [error for error in told if error is not None]
+    outcomes = list(errors)
+    failures = [error for error in outcomes if error is not None]
     if not engine_alive:
-        return SERVER_DIED, _evidence(failures, len(told)) or "the engine is gone"
+        return SERVER_DIED, _evidence(failures, len(outcomes)) or "the engine process has ended"
     if not failures:
         return OK, None
-    kinds = Counter(_OF_KIND.get(error.partition(":")[0], "http_error") for error in failures)
-    return kinds.most_common(1)[0][0], _evidence(failures, len(told))
+    kinds = Counter(
+        _VERDICT_OF_ERROR.get(error.partition(":")[0], "http_error") for error in failures
+    )
+    return kinds.most_common(1)[0][0], _evidence(failures, len(outcomes))
 
 
 def _evidence(failures: list[str], requests: int) -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import pandas as pd
 
-FOLDER = Path(__file__).parent
-STUDIES = ("inria-2024",)
+from servegrid.reference.published import FOLDER, SOURCES
+
+STUDIES = tuple(SOURCES)
 """Published studies: their cells, as far as they are known, in the columns of `columns.CELLS`."""
 
 

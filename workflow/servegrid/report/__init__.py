@@ -1,1 +1,1 @@
-"""What people look at: tables, figures, Markdown and the HTML page."""
+"""Results for people: tables, figures, Markdown and the HTML page."""

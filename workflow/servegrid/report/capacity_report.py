@@ -1,4 +1,4 @@
-"""The capacity plan as Markdown, for people without a browser. Pure."""
+"""The capacity plan as Markdown. Pure."""
 
 from __future__ import annotations
 
@@ -13,122 +13,138 @@ from servegrid.analysis.titles import load_title
 from servegrid.report.markup import as_markdown
 
 HEAD = (
-    *("deployment", "prompt tokens", "in flight", "users carried", "half too slow"),
-    *("replicas", "GPUs", "price", "price per token/s"),
-    *("price per 10⁶ tokens", "energy per 10⁶ tokens"),
+    "deployment",
+    "prompt tokens",
+    "max. requests in flight",
+    "users per replica",
+    "users at which 50% of requests meet the SLO",
+    "replicas",
+    "GPUs",
+    "price",
+    "price per token/s",
+    "price per 10⁶ tokens",
+    "energy cost per 10⁶ tokens",
 )
 
-NOTHING = (
-    "Nothing that users could be planned from was measured: it takes a burst or a steady load."
+NO_USERS = (
+    "There is no capacity plan: the study measured no burst and no closed loop, and a request rate "
+    "has no number of users."
 )
 
 METHOD = """\
-In flight: requests at once that one replica gives the wanted speed, whatever their prompt length.
-Users carried: those of one replica whose requests get it, by the machine repairman's model with a
-server whose speed depends on its load, [all times at the ends of their 95% intervals at once]. A
-replica is given nine tenths of them, by the slow end where that is known; users are split evenly
-among replicas. Half too slow: the users of a replica at which only half of the requests get the
-speed, so near is the fall. Between measured loads times are linear, above the highest nothing is
-assumed. Prompt lengths come mixed; how they slow each other down is not measured."""
+- **Max. requests in flight**: requests that one replica can process at the same time so that each \
+of them gets the wanted speed, for every prompt length.
+- **Users per replica**: logged-in users of one replica at which the wanted share of requests gets \
+the wanted speed. The model is the machine repairman's, with a server whose speed depends on its \
+number of requests in flight. For the interval in brackets, all times are at the ends of their 95% \
+intervals at once.
+- **Users at which 50% of requests meet the SLO**: if this is close to the number of users per \
+replica, a few more users slow down many requests.
+- **Replicas**: each replica gets nine tenths of the users that it can carry (of the low end of \
+the interval, if there is one). Users are split evenly among replicas.
+
+Between two measured concurrencies, times are interpolated linearly. Nothing is assumed about \
+concurrencies above the highest measured one. Requests of all prompt lengths arrive mixed; how \
+they slow each other down is not measured."""
 
 
-BIONIC_TAKEN = """\
-Taken for this: a system gives its tokens/s whatever the number of requests, as the source does not
-say at which it was measured; two systems give twice as many; a system without a price is left
-out."""
+BIONIC_ASSUMPTIONS = """\
+Assumptions: a system has the same tokens/s at every number of requests, because the source does \
+not say at which number it was measured. Two systems have twice the tokens/s. Systems without a \
+price are left out."""
 
 
-def page(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
-    """The plan, a table of `columns.PLAN`, with its assumptions and what it does not know."""
+def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
+    """The capacity plan, a table of `columns.CAPACITY_PLAN`, with its assumptions and method."""
     blocks = ["# Capacity plan", _assumptions(demand, hardware)]
-    for (protocol, output_len), own in plan.groupby(["protocol", "output_len"], sort=False):
+    for (protocol, output_len), rows in plan.groupby(["protocol", "output_len"], sort=False):
         workload = load_title(str(protocol), int(str(output_len)))
-        blocks += [f"## {workload.capitalize()}", as_markdown(table(own)).rstrip()]
+        blocks += [f"## {workload.capitalize()}", as_markdown(capacity_table(rows)).rstrip()]
     if plan.empty:
-        blocks.append(NOTHING)
+        blocks.append(NO_USERS)
     if plan["emulated"].any():
-        blocks.append("Emulated: no hardware was measured for the deployments marked so.")
-    return "\n\n".join([*blocks, _method(demand)]) + "\n"
+        blocks.append("Emulated: these figures do not come from hardware.")
+    return "\n\n".join([*blocks, METHOD, _rule_of_thumb_note(demand)]) + "\n"
 
 
-def rule_of_thumb_page() -> str:
-    """Bionic's table and conclusion as Markdown, from its own figures."""
+def render_rule_of_thumb() -> str:
+    """Bionic's sizing table and conclusion as Markdown, from its own figures."""
     head = ["10⁹ parameters", "hardware", "tokens/s", "USD", "USD per token/s", "for 50 tokens/s"]
     rows = [
         (
             str(row["params_b"]),
             str(row["hardware"]),
             f"{row['output_tokens_per_s']:g}",
-            _number(row["price_usd"]),
-            _number(row["usd_per_token_per_s"]),
-            f"{row['needed']} × = {_number(row['usd'])} USD"
+            _format_number(row["price_usd"]),
+            _format_number(row["usd_per_token_per_s"]),
+            f"{row['needed']} × = {_format_number(row['usd'])} USD"
             if pd.notna(row["usd"])
             else f"{row['needed']} ×",
         )
         for row in rule_of_thumb.systems().to_dict("records")
     ]
-    told = [f"- {text}" for _, text in rule_of_thumb.conclusion().values()]
+    conclusions = [f"- {text}" for _, text in rule_of_thumb.conclusion().values()]
     title = "# Bionic's sizing for 1000 users, 2023"
-    listed = as_markdown(pd.DataFrame(rows, columns=head)).rstrip()
-    return "\n\n".join([title, listed, "\n".join(told), BIONIC_TAKEN])
+    table = as_markdown(pd.DataFrame(rows, columns=head)).rstrip()
+    return "\n\n".join([title, table, "\n".join(conclusions), BIONIC_ASSUMPTIONS])
+
+
+def capacity_table(plan: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a table of `columns.CAPACITY_PLAN` as texts, with the columns HEAD."""
+    return pd.DataFrame([_row(row) for row in plan.to_dict("records")], columns=list(HEAD))
 
 
 def _assumptions(demand: Demand, hardware: Hardware) -> str:
-    prompts = "all measured prompt lengths in equal parts"
+    prompts = "All measured prompt lengths are equally frequent"
     if demand.input_len is not None:
-        prompts = f"prompts of about {demand.input_len} tokens"
+        prompts = f"Prompts have about {demand.input_len} tokens"
     elif demand.prompt_mix is not None:
-        whole = sum(demand.prompt_mix.values())
-        parts = (f"{share / whole:.3g} of {length}" for length, share in demand.prompt_mix.items())
-        prompts = f"prompts of several lengths, {', '.join(parts)} tokens"
+        total = sum(demand.prompt_mix.values())
+        parts = (f"{share / total:.3g} of {length}" for length, share in demand.prompt_mix.items())
+        prompts = f"Prompts have several lengths: {', '.join(parts)} tokens"
     return (
-        f"{demand.users} registered users, of whom {demand.logged_in:.4g} are logged in at the "
-        f"busiest time ({demand.at_once}); {demand.think_time_s:g} s on average between an answer and "
-        f"the same user's next request; {prompts}. {100 * demand.slo_attainment:g}% of the requests "
-        f"are to get {demand.tokens_per_s_per_user:g} output tokens/s, the time for the prompt "
-        f"included. Prices are of GPUs alone, in {hardware.currency}."
+        f"{demand.users} registered users. At the busiest time, a share of {demand.logged_in:.4g} "
+        f"is logged in ({demand.at_once} users). On average, {demand.think_time_s:g} s pass "
+        f"between an answer and the next request of the same user. {prompts}. "
+        f"{100 * demand.slo_attainment:g}% of requests must get at least "
+        f"{demand.tokens_per_s_per_user:g} output tokens/s, including the time to first token. "
+        f"Prices are for GPUs only, in {hardware.currency}."
     )
-
-
-def table(own: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a plan as texts."""
-    return pd.DataFrame([_row(row) for row in own.to_dict("records")], columns=list(HEAD))
 
 
 def _row(row: Mapping[Any, Any]) -> list[str]:
     name = f"{row['deployment']}{' (emulated)' if row['emulated'] else ''}"
     if not pd.isna(row["reason"]):
         return [name, f"– ({row['reason']})", *["–"] * (len(HEAD) - 2)]
-    least = "at least " if row["is_lower_bound"] else ""
-    around = ""
+    at_least = "at least " if row["max_in_flight_is_lower_bound"] else ""
+    interval = ""
     if not pd.isna(row["users_carried_low"]):
-        around = f" [{row['users_carried_low']}, {row['users_carried_high']}]"
+        interval = f" [{row['users_carried_low']}, {row['users_carried_high']}]"
     figures = ("replicas", "gpus", "purchase", "purchase_per_token_per_s")
     costs = ("purchase_per_million_tokens", "energy_cost_per_million_tokens")
     return [
         name,
         str(row["prompt_tokens"]),
-        f"{least}{row['max_in_flight']}",
-        f"{least}{row['users_carried']}{around}",
-        f"{least}{row['users_at_50pct_slo']}",
-        *(_number(row[figure]) for figure in (*figures, *costs)),
+        f"{at_least}{row['max_in_flight']}",
+        f"{at_least}{row['users_carried']}{interval}",
+        f"{at_least}{row['users_at_50pct_slo']}",
+        *(_format_number(row[figure]) for figure in (*figures, *costs)),
     ]
 
 
-def _method(demand: Demand) -> str:
-    rule = rule_of_thumb.in_flight(demand.users, demand.logged_in)
+def _rule_of_thumb_note(demand: Demand) -> str:
+    active = rule_of_thumb.in_flight(demand.users, demand.logged_in)
     return (
-        f"{METHOD}\n\n"
-        f"A rule of thumb (Bionic, 2023) counts a tenth of those logged in as active: "
-        f"{rule.mean:g} requests in flight on average, by chance up to {rule.p95} in 95% and up to "
-        f"{rule.p99} in 99% of the time."
+        "For comparison, a rule of thumb (Bionic, 2023) counts a tenth of the logged-in users as "
+        f"active: {active.mean:g} requests in flight on average, at most {active.p95} for 95% and "
+        f"at most {active.p99} for 99% of the time (binomial)."
     )
 
 
-def _number(value: Any) -> str:
-    """Three digits, or all before the point.
+def _format_number(value: Any) -> str:
+    """Three significant digits; from 100 on, whole numbers with thousands separators.
 
-    >>> [_number(each) for each in (None, 0.4567, 12345.6, 8.0)]
+    >>> [_format_number(each) for each in (None, 0.4567, 12345.6, 8.0)]
     ['–', '0.457', '12,346', '8']
     """
     if value is None or pd.isna(value):

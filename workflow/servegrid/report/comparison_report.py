@@ -1,4 +1,4 @@
-"""A comparison of two studies as Markdown and as a page. Pure."""
+"""The comparison of two studies as Markdown and as an HTML page. Pure."""
 
 from __future__ import annotations
 
@@ -10,82 +10,100 @@ import pandas as pd
 from markupsafe import Markup
 
 from servegrid.analysis.comparison import FALSE_DISCOVERIES, INDIFFERENT, Comparison, Ratio, power
-from servegrid.report import forest_plot
+from servegrid.report.forest_plot import MAX_RATIO, forest_plot_svg
 from servegrid.report.markup import as_markdown, bullets
 
-MOST_LEFT_OUT = 20
+MAX_LEFT_OUT = 20
+"""Maximum number of cells that Markdown lists as left out."""
 
 METHOD = (
-    "Ratio: output tokens/s of the second study / of the first, with its 95% interval. A "
-    "deployment is tested by Student's t over its cells' ratios, a cell by Welch's t over its "
-    f"trials, if it has two or more in both. A change of up to {INDIFFERENT:.0%} counts as none: "
-    "another bring-up makes as much. Of all verdicts, on average at most "
-    f"{FALSE_DISCOVERIES:.0%} are wrong (Benjamini and Hochberg). Each deployment was brought up "
-    "once or a few times in a study: what differs between bring-ups by more than that is taken for "
-    "a difference."
+    "Ratio: output tokens/s of the second study divided by the first, with its 95% interval. A "
+    "deployment is tested with Student's t over the ratios of its cells. A cell is tested with "
+    "Welch's t over its trials, if both studies have at least two. Changes of up to "
+    f"{INDIFFERENT:.0%} count as no change, because two bring-ups of the same deployment differ by "
+    "as much. On average, at most "
+    f"{FALSE_DISCOVERIES:.0%} of the verdicts are wrong (false discovery rate, Benjamini and "
+    "Hochberg). A study has one or a few bring-ups per deployment. If two bring-ups differ by more "
+    "than that, the test reports it as a difference between the studies."
 )
 
+FIGURE_CAPTION = (
+    "Output tokens/s of the second study divided by the first, per deployment, with 95% intervals; "
+    f"logarithmic axis. Changes inside the grey band count as no change. Ratios beyond "
+    f"1/{MAX_RATIO:g} and {MAX_RATIO:g} are drawn at the edge."
+)
 
-def markdown(names: Sequence[str], found: Comparison) -> str:
-    """The comparison as Markdown; `names` are those of the two studies."""
-    blocks = [f"# {names[1]} against {names[0]}", METHOD, *(f"**{each}**" for each in found.notes)]
-    for title, table in _tables(found).items():
+_POWER = "Smallest slow-down that is detected with 80% probability"
+
+
+def render_comparison_markdown(names: Sequence[str], comparison: Comparison) -> str:
+    """The comparison as Markdown. `names` are the names of the two studies."""
+    blocks = [f"# {names[1]} compared with {names[0]}", METHOD]
+    blocks += [f"**{note}**" for note in comparison.notes]
+    for title, table in _tables(comparison).items():
         blocks += [f"## {title}", as_markdown(table).rstrip()]
-    return "\n\n".join([*blocks, *_left_out(found)]) + "\n"
+    return "\n\n".join([*blocks, *_left_out(comparison)]) + "\n"
 
 
-def page(names: Sequence[str], found: Comparison) -> str:
-    """The same as a page that opens offline."""
+def render_comparison_page(names: Sequence[str], comparison: Comparison) -> str:
+    """The comparison as an HTML page that needs no network."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     folder = resources.files("servegrid.report.page")
     return environment.from_string(_TEMPLATE).render(
-        title=f"{names[1]} against {names[0]}",
+        title=f"{names[1]} compared with {names[0]}",
         style=Markup((folder / "style.css").read_text(encoding="utf-8")),
         method=METHOD,
-        notes=found.notes,
-        figure=Markup(forest_plot.svg(found.deployments, INDIFFERENT)),
-        tables=_tables(found),
-        left_out=found.left_out,
+        notes=comparison.notes,
+        figure=Markup(forest_plot_svg(comparison.deployments, INDIFFERENT)),
+        caption=FIGURE_CAPTION,
+        tables=_tables(comparison),
+        left_out=comparison.left_out,
     )
 
 
-def _tables(found: Comparison) -> Mapping[str, pd.DataFrame]:
-    shown = {"Deployments": pd.DataFrame([_row(each, "cells") for each in found.deployments])}
-    shown["What would be found in four of five cases"] = pd.DataFrame(
+def _tables(comparison: Comparison) -> Mapping[str, pd.DataFrame]:
+    tables = {
+        "Deployments": pd.DataFrame([_row(each, "cells") for each in comparison.deployments]),
+        _POWER: _power_table(comparison),
+    }
+    cells: dict[str, list[dict[str, str]]] = {}
+    for each in comparison.cells:
+        deployment, _, workload = each.name.partition(", ")
+        cells.setdefault(deployment, []).append(_row(each, "trials", workload))
+    return tables | {f"Cells of {name}": pd.DataFrame(rows) for name, rows in cells.items()}
+
+
+def _power_table(comparison: Comparison) -> pd.DataFrame:
+    return pd.DataFrame(
         [
             {"deployment": name}
             | {
-                f"slow-down, with {trials} trial{'s' * (trials > 1)}": "–"
-                if least is None
-                else f"{least:.1%}"
-                for trials, least in by_trials.items()
+                f"with {trials} trial{'s' * (trials > 1)}": "–"
+                if slowdown is None
+                else f"{slowdown:.1%}"
+                for trials, slowdown in by_trials.items()
             }
-            for name, by_trials in power(found).items()
+            for name, by_trials in power(comparison).items()
         ]
     )
-    cells: dict[str, list[dict[str, str]]] = {}
-    for each in found.cells:
-        deployment, _, workload = each.name.partition(", ")
-        cells.setdefault(deployment, []).append(_row(each, "trials", workload))
-    return shown | {f"Cells of {name}": pd.DataFrame(rows) for name, rows in cells.items()}
 
 
-def _row(each: Ratio, counted: str, workload: str | None = None) -> dict[str, str]:
-    around = "" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]"
+def _row(each: Ratio, unit: str, workload: str | None = None) -> dict[str, str]:
+    interval = "" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]"
     return {
         "deployment" if workload is None else "workload": workload or each.name,
-        counted: str(each.count),
-        "ratio": f"{each.ratio:.3f}{around}",
+        unit: str(each.count),
+        "ratio [95% interval]": f"{each.ratio:.3f}{interval}",
         "p": "–" if each.p is None else f"{each.p:.2g}",
         "verdict": each.verdict,
     }
 
 
-def _left_out(found: Comparison) -> list[str]:
-    if not found.left_out:
+def _left_out(comparison: Comparison) -> list[str]:
+    if not comparison.left_out:
         return []
-    more = len(found.left_out) - MOST_LEFT_OUT
-    lines = [*found.left_out[:MOST_LEFT_OUT], *([f"and {more} more"] if more > 0 else [])]
+    more = len(comparison.left_out) - MAX_LEFT_OUT
+    lines = [*comparison.left_out[:MAX_LEFT_OUT], *([f"and {more} more"] if more > 0 else [])]
     return ["## Left out", bullets(lines).rstrip()]
 
 
@@ -105,8 +123,7 @@ _TEMPLATE = """\
 {% endfor %}<p>{{ method }}</p>
 <figure>
 {{ figure }}
-<figcaption>Output tokens/s of the second study / of the first, per deployment, with 95% intervals;
-logarithmic. In the grey band a change counts as none.</figcaption>
+<figcaption>{{ caption }}</figcaption>
 </figure>
 {% for name, table in tables.items() %}
 <section>

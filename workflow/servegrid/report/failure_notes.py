@@ -1,7 +1,7 @@
-"""Why cells have no figure, or one that may not be believed, in few lines of Markdown. Pure.
+"""Short Markdown notes: why cells have no figure, or why a figure is not valid. Pure.
 
-Cells share a line where the same verdict or rule of validity speaks against them, and are named
-by rows and columns of their table where they fill these. All evidence stands in the table of cells.
+Cells that share a verdict or a broken rule of validity share a line. A full row or column of the
+table is named as one. The table of cells contains all evidence.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import pandas as pd
 
 from servegrid.records.verdict import OK
 
-Cell = tuple[float, int]
-"""Concurrent requests, or requests per second, and prompt tokens."""
+CellKey = tuple[float, int]
+"""Concurrency or request rate, and prompt tokens."""
 
-_LISTED = 3
-"""Lines of one verdict or rule, and pieces of evidence in a line."""
+_MAX_SHOWN = 3
+"""Maximum lines per verdict or rule, and maximum pieces of evidence per line."""
 
 
 @dataclass(frozen=True)
 class Reason:
-    """The verdict or rule that speaks against trials of a cell, with what each of them met.
+    """A verdict or a broken rule of some trials of a cell, with the evidence.
 
-    `share` tells how many trials these are; it is empty where they are all.
+    `share` says how many trials are affected. It is empty if all are.
     """
 
     name: str
@@ -32,86 +32,84 @@ class Reason:
     share: str
 
 
-def failures(trials: pd.DataFrame) -> list[Reason]:
+def serving_failures(trials: pd.DataFrame) -> list[Reason]:
     """Why trials of one cell were not served."""
     failed = trials[trials["verdict"] != OK]
-    told = [
-        (verdict, reason if isinstance(reason, str) else None)
-        for verdict, reason in zip(failed["verdict"], failed["verdict_detail"], strict=True)
+    found = [
+        (verdict, detail if isinstance(detail, str) else None)
+        for verdict, detail in zip(failed["verdict"], failed["verdict_detail"], strict=True)
     ]
-    return _reasons(told, len(trials))
+    return _group(found, len(trials))
 
 
-def doubts(trials: pd.DataFrame) -> list[Reason]:
-    """Why trials of one cell were served and may not be believed."""
-    told: list[tuple[str, str]] = []
+def validity_failures(trials: pd.DataFrame) -> list[Reason]:
+    """Which rules of validity the served trials of one cell break."""
+    found: list[tuple[str, str]] = []
     broken = trials[["invalid_rules", "invalid_evidence"]].dropna()
     for rules, evidence in broken.itertuples(index=False):
-        told += zip(rules, evidence, strict=True)
-    return _reasons(told, len(trials))
+        found += zip(rules, evidence, strict=True)
+    return _group(found, len(trials))
 
 
-def listed(table: Mapping[Cell, Sequence[Reason]]) -> list[str]:
-    """The lines of a Markdown list of the reasons of all cells of a table; none without any."""
-    by_name: dict[str, dict[Reason, list[Cell]]] = {}
-    for cell, against in table.items():
-        for reason in against:
+def format_reasons(table: Mapping[CellKey, Sequence[Reason]]) -> list[str]:
+    """The reasons of all cells of a table as Markdown list items. Empty if there are no reasons."""
+    by_name: dict[str, dict[Reason, list[CellKey]]] = {}
+    for cell, reasons in table.items():
+        for reason in reasons:
             by_name.setdefault(reason.name, {}).setdefault(reason, []).append(cell)
-    lines: list[tuple[Reason, list[Cell]]] = []
-    for alike in by_name.values():
-        lines += (alike if len(alike) <= _LISTED else _as_one(alike)).items()
-    return [f"- {_places(cells, table)}: {_text(reason)}" for reason, cells in lines]
+    lines: list[tuple[Reason, list[CellKey]]] = []
+    for same_name in by_name.values():
+        lines += (same_name if len(same_name) <= _MAX_SHOWN else _merge(same_name)).items()
+    return [f"- {_format_cells(cells, table)}: {_format_reason(reason)}" for reason, cells in lines]
 
 
-def _reasons(told: Iterable[tuple[str, str | None]], trials: int) -> list[Reason]:
+def _group(found: Iterable[tuple[str, str | None]], trials: int) -> list[Reason]:
     by_name: dict[str, list[str | None]] = {}
-    for name, evidence in told:
+    for name, evidence in found:
         by_name.setdefault(name, []).append(evidence)
     return [
         Reason(
             name,
-            evidence=tuple(dict.fromkeys(each for each in met if each is not None)),
-            share="" if len(met) == trials else f"{len(met)} of {trials} trials",
+            evidence=tuple(dict.fromkeys(each for each in evidence if each is not None)),
+            share="" if len(evidence) == trials else f"{len(evidence)} of {trials} trials",
         )
-        for name, met in by_name.items()
+        for name, evidence in by_name.items()
     ]
 
 
-def _as_one(alike: Mapping[Reason, Sequence[Cell]]) -> dict[Reason, list[Cell]]:
-    """Reasons of one name taken together."""
-    shares = {reason.share for reason in alike}
+def _merge(same_name: Mapping[Reason, Sequence[CellKey]]) -> dict[Reason, list[CellKey]]:
+    """Several reasons of one name as one reason."""
+    shares = {reason.share for reason in same_name}
     reason = Reason(
-        name=next(iter(alike)).name,
-        evidence=tuple(dict.fromkeys(each for reason in alike for each in reason.evidence)),
+        name=next(iter(same_name)).name,
+        evidence=tuple(dict.fromkeys(each for reason in same_name for each in reason.evidence)),
         share=shares.pop() if len(shares) == 1 else "some trials",
     )
-    return {reason: [cell for cells in alike.values() for cell in cells]}
+    return {reason: [cell for cells in same_name.values() for cell in cells]}
 
 
-def _text(reason: Reason) -> str:
-    evidence = "; ".join(map(_quoted, reason.evidence[:_LISTED]))
-    more = len(reason.evidence) - _LISTED
-    told = [reason.share, f"`{reason.name}`", evidence + (f" and {more} more" if more > 0 else "")]
-    return ", ".join(filter(None, told))
+def _format_reason(reason: Reason) -> str:
+    evidence = "; ".join(map(_quote, reason.evidence[:_MAX_SHOWN]))
+    more = len(reason.evidence) - _MAX_SHOWN
+    parts = [reason.share, f"`{reason.name}`", evidence + (f" and {more} more" if more > 0 else "")]
+    return ", ".join(filter(None, parts))
 
 
-def _quoted(text: str) -> str:
-    """Text of a server on one line, as code: nothing in it is Markdown."""
+def _quote(text: str) -> str:
+    """A server's text as code on one line, so that nothing in it acts as Markdown."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-def _places(cells: Collection[Cell], table: Collection[Cell]) -> str:
-    """`64 × 31`, or `64 × all` where that is the whole row, and `all × 31` of a column."""
+def _format_cells(cells: Collection[CellKey], table: Collection[CellKey]) -> str:
+    """`64 × 31`; `64 × all` for a full row; `all × 31` for a full column; `all`."""
     left = set(cells)
     if len(left) > 1 and left == set(table):
         return "all"
-    places = []
-    for part, text in enumerate(("{:g} × all", "all × {:g}")):
-        for level in sorted({cell[part] for cell in cells}):
-            line = {cell for cell in table if cell[part] == level}
+    texts = []
+    for axis, text in enumerate(("{:g} × all", "all × {:g}")):
+        for level in sorted({cell[axis] for cell in cells}):
+            line = {cell for cell in table if cell[axis] == level}
             if len(line) > 1 and line <= set(cells) and line & left:
-                places.append(text.format(level))
+                texts.append(text.format(level))
                 left -= line
-    return ", ".join(
-        [*places, *(f"{intensity:g} × {length}" for intensity, length in sorted(left))]
-    )
+    return ", ".join([*texts, *(f"{intensity:g} × {length}" for intensity, length in sorted(left))])

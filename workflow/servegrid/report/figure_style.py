@@ -1,8 +1,8 @@
-"""What all figures are drawn with: their look, their panels, their points and marks.
+"""The style of all figures: fonts, colours, panels, lines and marks.
 
-A cell that was not served is a gap in its line and a cross on the axis, never a zero; one that was
-served and has no figure, a question mark there. One without a valid trial has a hollow marker. With
-several trials a point is their median, in its 95% interval.
+A cell that was not served is a gap in its line and a cross on the axis, never a zero. A cell that
+was served but has no figure is a question mark on the axis. A cell without a valid trial has a
+hollow marker. With several trials, a point is their median and a bar is its 95% interval.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from servegrid.records import parquet
 
 PNG_DPI = 150
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-"""Colours that stay apart for all common kinds of colour vision (Okabe and Ito, 2008)."""
+"""Colours that people with colour blindness can tell apart (Okabe and Ito, 2008)."""
 
 MARKERS = "osD^vPXph"
 EDGE_IN = 0.1
 LEFT_IN = 0.75
 GAP_IN = 0.22
 PANEL_IN = 2.1
-_SIGN_STEP_PT = 5.0
-_HEIGHT_PT = {"not served": 0.0, "no figure": 5.0}
-"""Of the signs above the axis; a question mark on it would not be read."""
-_LONGEST_BAR = 1.5
-"""Where a bar ends that is longer, from the highest point: two trials can have one of ten times
-that, which would leave the points no height."""
-_TICK_LABELS = 10
+_MARK_STEP_PT = 5.0
+_MARK_HEIGHT_PT = {"not served": 0.0, "no figure": 5.0}
+"""Height of a mark above the axis. A question mark on the axis line would be hard to read."""
+_MAX_BAR = 1.5
+"""Bars are cut at this multiple of the highest point. The interval of two trials can be ten times
+as long, and the points would then lie flat on the axis."""
+_MAX_TICK_LABELS = 10
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -56,7 +56,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
     "legend.frameon": False,
-    # The same cells give the same bytes: text stays text, and ids don't depend on the time.
+    # Make files reproducible: keep text as text, and do not derive ids from the time.
     "svg.fonttype": "none",
     "svg.hashsalt": "servegrid",
 }
@@ -67,66 +67,67 @@ MARKS: Mapping[str, Mapping[str, Any]] = {
     "no figure": {"marker": "$?$", "markersize": 6.0, "markeredgewidth": 0.3},
     "not valid": {"marker": "o", "markerfacecolor": "white"},
 }
-"""What a cell is marked with that is not to be taken as it stands."""
+"""Marks of cells that were not served, have no figure, or are not valid."""
 
 
 @dataclass(frozen=True)
-class Look:
+class LineStyle:
     colour: Any
     marker: str
 
 
 @dataclass(frozen=True)
 class Line:
-    """`points` of one column as by `points_of`, and `beyond` of one that goes with it, if any."""
+    """One line: `points` of a column (see `line_points`) and, if wanted, those of its `p99`."""
 
     points: pd.DataFrame
-    look: Look
-    beyond: pd.DataFrame | None = None
+    style: LineStyle
+    p99: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Panels in rows and columns; `foot` is the room below them for more than their axes. Panels
-    that are `apart` have a vertical axis each, others share that of their row.
+    """Panels in rows and columns. All lengths are in inches.
 
-    Lengths are in inches.
+    `right` is the margin right of the panels, `row_gap` the gap between rows, and `foot` the space
+    below the axis labels. With `own_y_axes`, each panel has its own vertical axis. Otherwise the
+    panels of a row share one. `titled` leaves space for panel titles.
     """
 
     rows: int
     columns: int
     width: float
     right: float
-    gap_above: float
+    row_gap: float
     titled: bool
-    apart: bool = False
+    own_y_axes: bool = False
     foot: float = 0.0
 
 
 @mpl.rc_context(STYLE)
-def save(figure: Figure, *paths: Path) -> None:
-    """Write `figure` to each of `paths`, as SVG or PNG by its suffix.
+def save_figure(figure: Figure, *paths: Path) -> None:
+    """Write `figure` to each path, as SVG or PNG according to its suffix.
 
-    The same figure gives the same bytes. Raises RecordError where a file cannot be written.
+    The same figure gives the same bytes. Raises RecordError if a file cannot be written.
     """
     for path in paths:
         kind = path.suffix.removeprefix(".")
         metadata = {"Date": None} if kind == "svg" else {}
-        with parquet.written_whole(path) as temporary:
+        with parquet.atomic_write(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=PNG_DPI, metadata=metadata)
 
 
-def looks_of(keys: Iterable[Any], colours: Sequence[Any]) -> dict[Any, Look]:
-    """A look for each key: colours and markers repeat, the pairs of them much later."""
+def assign_line_styles(keys: Iterable[Any], colours: Sequence[Any]) -> dict[Any, LineStyle]:
+    """A line style for each key. Pairs of colour and marker repeat much later than colours do."""
     pairs = zip(itertools.cycle(colours), itertools.cycle(MARKERS), strict=False)
-    return {key: Look(*pair) for key, pair in zip(keys, pairs, strict=False)}
+    return {key: LineStyle(*pair) for key, pair in zip(keys, pairs, strict=False)}
 
 
-def points_of(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The figures of `column` by the column `intensity` of `labels.with_intensity`.
+def line_points(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The points of `column`, indexed by `intensity` (see `titles.with_intensity`).
 
-    `median`, with `low` and `high` of its interval, NaN where not known; `mark` is one of MARKS
-    or None.
+    Columns: `median`, `low` and `high` of its 95% interval (NaN if unknown), and `mark` (one of
+    MARKS, or None).
     """
     points = {level: _point(trials, column) for level, trials in rows.groupby("intensity")}
     names = ["median", "low", "high", "mark"]
@@ -134,35 +135,35 @@ def points_of(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(names[:3], float))
 
 
-def marks_of(lines: Iterable[Line]) -> list[str]:
-    """Those of MARKS that are in `lines`."""
+def marks_in(lines: Iterable[Line]) -> list[str]:
+    """The marks that occur in `lines`, in the order of MARKS."""
     found = {mark for line in lines for mark in line.points["mark"]}
     return [mark for mark in MARKS if mark in found]
 
 
-def draw(axes: Axes, lines: Sequence[Line]) -> None:
-    """Each line with its bars, a dotted one for what is beyond it, and the marks of its cells."""
+def draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
+    """Draw each line with its bars, its dotted 99th percentile, and the marks of its cells."""
     for line in lines:
-        points, look = line.points, line.look
+        points, style = line.points, line.style
         bars = [points["median"] - points["low"], points["high"] - points["median"]]
         axes.errorbar(
             points.index,
             points["median"],
             yerr=bars if points["high"].notna().any() else None,
-            color=look.colour,
-            marker=look.marker,
+            color=style.colour,
+            marker=style.marker,
             elinewidth=0.9,
             capsize=2,
         )
-        _draw_hollow(axes, points.loc[points["mark"] == "not valid", "median"], look)
-        if line.beyond is not None:
-            _draw_lightly(axes, line.beyond["median"].dropna(), look)
-    _draw_on_axis(axes, lines)
+        _draw_hollow(axes, points.loc[points["mark"] == "not valid", "median"], style)
+        if line.p99 is not None:
+            _draw_dotted(axes, line.p99["median"].dropna(), style)
+    _draw_marks_on_axis(axes, lines)
 
 
 def _point(trials: pd.DataFrame, column: str) -> tuple[float, float, float, str | None]:
-    value, around = median(trials, column)
-    low, high = around or (math.nan, math.nan)
+    value, interval = median(trials, column)
+    low, high = interval or (math.nan, math.nan)
     if served(trials).empty:
         return math.nan, low, high, "not served"
     if value is None:
@@ -170,23 +171,23 @@ def _point(trials: pd.DataFrame, column: str) -> tuple[float, float, float, str 
     return value, low, high, "not valid" if valid(trials).empty else None
 
 
-def _draw_hollow(axes: Axes, points: pd.Series[float], look: Look) -> None:
+def _draw_hollow(axes: Axes, points: pd.Series[float], style: LineStyle) -> None:
     axes.plot(
         points.index,
         points,
         linestyle="none",
-        marker=look.marker,
-        color=look.colour,
+        marker=style.marker,
+        color=style.colour,
         markerfacecolor="white",
         zorder=3,
     )
 
 
-def _draw_lightly(axes: Axes, points: pd.Series[float], look: Look) -> None:
+def _draw_dotted(axes: Axes, points: pd.Series[float], style: LineStyle) -> None:
     axes.plot(
         points.index,
         points,
-        color=look.colour,
+        color=style.colour,
         linestyle=":",
         linewidth=0.8,
         marker=".",
@@ -195,33 +196,33 @@ def _draw_lightly(axes: Axes, points: pd.Series[float], look: Look) -> None:
     )
 
 
-def _draw_on_axis(axes: Axes, lines: Sequence[Line]) -> None:
-    """A sign for each cell without a figure, side by side where lines have them together."""
+def _draw_marks_on_axis(axes: Axes, lines: Sequence[Line]) -> None:
+    """Mark each cell without a figure. Marks of several lines at one place stand side by side."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    signs: dict[Any, list[tuple[str, Any]]] = {}
+    marked: dict[Any, list[tuple[str, Any]]] = {}
     for line in lines:
         marks = line.points["mark"]
-        for intensity, mark in marks[marks.isin(_HEIGHT_PT)].items():
-            signs.setdefault(intensity, []).append((mark, line.look.colour))
-    for intensity, together in signs.items():
-        for position, (mark, colour) in enumerate(together):
-            aside = (position - (len(together) - 1) / 2) * _SIGN_STEP_PT
-            place = ScaledTranslation(aside / 72, _HEIGHT_PT[mark] / 72, figure.dpi_scale_trans)
+        for intensity, mark in marks[marks.isin(_MARK_HEIGHT_PT)].items():
+            marked.setdefault(intensity, []).append((mark, line.style.colour))
+    for intensity, neighbours in marked.items():
+        for position, (mark, colour) in enumerate(neighbours):
+            x_pt = (position - (len(neighbours) - 1) / 2) * _MARK_STEP_PT
+            shift = ScaledTranslation(x_pt / 72, _MARK_HEIGHT_PT[mark] / 72, figure.dpi_scale_trans)
             axes.plot(
                 intensity,
                 0,
                 color=colour,
                 clip_on=False,
                 zorder=3,
-                transform=axes.get_xaxis_transform() + place,
+                transform=axes.get_xaxis_transform() + shift,
                 **MARKS[mark],
             )
 
 
 def start_at_zero(panels: Sequence[Axes], lines: Sequence[Line]) -> None:
-    """The vertical axis of `panels`, in which `lines` have been drawn and which share it."""
-    drawn = [each for line in lines for each in (line.points, line.beyond) if each is not None]
+    """Start the vertical axis that `panels` share at zero. `lines` are the lines drawn in them."""
+    drawn = [each for line in lines for each in (line.points, line.p99) if each is not None]
     medians = pd.concat([points["median"] for points in drawn])
     bars = pd.concat([line.points["high"] for line in lines])
     highest = medians.max()
@@ -229,19 +230,20 @@ def start_at_zero(panels: Sequence[Axes], lines: Sequence[Line]) -> None:
         panels[0].set_ylim(0, 1)
         panels[0].set_yticks([])
         return
-    panels[0].set_ylim(0, 1.05 * min(pd.concat([medians, bars]).max(), _LONGEST_BAR * highest))
+    panels[0].set_ylim(0, 1.05 * min(pd.concat([medians, bars]).max(), _MAX_BAR * highest))
 
 
 def label_intensity(axes: Axes, rows: pd.DataFrame) -> None:
-    """Concurrency and rates double at equal steps; ticks where they were measured."""
+    """Make the horizontal axis logarithmic, with a tick at each measured concurrency or rate."""
     levels = sorted(rows["intensity"].unique())
     axes.set_xscale("log", base=2)
     axes.set_xlim(levels[0] / 2**0.3, levels[-1] * 2**0.3)
-    axes.set_xticks(levels, labels=_thinned(levels))
+    axes.set_xticks(levels, labels=_thin_labels(levels))
     axes.minorticks_off()
 
 
 def mark_emulated(axes: Axes, rows: pd.DataFrame) -> None:
+    """Write `EMULATED` across a panel if its figures are emulated."""
     mark = emulation(rows)
     if mark:
         axes.text(
@@ -258,9 +260,9 @@ def mark_emulated(axes: Axes, rows: pd.DataFrame) -> None:
         )
 
 
-def _thinned(levels: Sequence[float]) -> list[str]:
-    """The labels of the ticks: from the largest down, those with enough room."""
-    room = math.log2(levels[-1] / levels[0]) / _TICK_LABELS
+def _thin_labels(levels: Sequence[float]) -> list[str]:
+    """Tick labels that do not overlap. The largest level always has one."""
+    room = math.log2(levels[-1] / levels[0]) / _MAX_TICK_LABELS
     labels: list[str] = []
     last = math.inf
     for level in reversed(levels):
@@ -270,11 +272,11 @@ def _thinned(levels: Sequence[float]) -> list[str]:
     return labels[::-1]
 
 
-def handles_of(looks: Mapping[str, Look], marks: Iterable[str]) -> list[Line2D]:
-    """For the legend: a line per look, and what `marks` look like."""
+def legend_handles(styles: Mapping[str, LineStyle], marks: Iterable[str]) -> list[Line2D]:
+    """Legend entries: one line per style, then one per mark."""
     lines = [
-        Line2D([], [], color=look.colour, marker=look.marker, label=label)
-        for label, look in looks.items()
+        Line2D([], [], color=style.colour, marker=style.marker, label=label)
+        for label, style in styles.items()
     ]
     return lines + [
         Line2D([], [], color="0.3", linestyle="none", label=mark, **MARKS[mark]) for mark in marks
@@ -282,21 +284,21 @@ def handles_of(looks: Mapping[str, Look], marks: Iterable[str]) -> list[Line2D]:
 
 
 def text_width(text: str) -> float:
-    """In inches, in the figures' font."""
+    """Width of `text` in inches, in the font of the figures."""
     return float(TextPath((0, 0), text, size=STYLE["font.size"]).get_extents().width) / 72
 
 
 def trials_note(cells: pd.DataFrame) -> str:
-    """How many trials a point is of, and what its bar is."""
+    """Number of trials per point, and the meaning of the bars."""
     trials = cells["trial"].nunique()
     return "1 trial." if trials == 1 else f"Median of {trials} trials, bars: {INTERVAL_TITLE}."
 
 
-def framed(title: str, caption: str, layout: Layout) -> tuple[Figure, Any]:
-    """A figure with title and caption above its panels, and these: an array of rows × columns.
+def create_figure(title: str, caption: str, layout: Layout) -> tuple[Figure, Any]:
+    """A figure with title and caption above its panels, and the array of panels (rows × columns).
 
-    Everything is placed in inches: a layout that is solved for would differ in the last digits
-    from one time to the next, and the SVG with it.
+    All positions are in inches. An automatic layout would change the last digits of positions from
+    run to run, and so the bytes of the SVG.
     """
     width = layout.width
     title = textwrap.fill(title, int(11 * width))
@@ -304,26 +306,26 @@ def framed(title: str, caption: str, layout: Layout) -> tuple[Figure, Any]:
     caption_top = 0.12 + 0.17 * len(title.splitlines())
     head = caption_top + 0.14 * len(caption.splitlines()) + (0.3 if layout.titled else 0.15)
     foot = 0.55 + layout.foot
-    panels = layout.rows * PANEL_IN + (layout.rows - 1) * layout.gap_above
+    panels = layout.rows * PANEL_IN + (layout.rows - 1) * layout.row_gap
     height = head + panels + foot
-    gap = LEFT_IN if layout.apart else GAP_IN
+    gap = LEFT_IN if layout.own_y_axes else GAP_IN
     panel_width = (width - LEFT_IN - layout.right + gap) / layout.columns - gap
     figure = Figure(figsize=(width, height))
     grid = figure.subplots(
         layout.rows,
         layout.columns,
         squeeze=False,
-        sharey="none" if layout.apart else "row",
+        sharey="none" if layout.own_y_axes else "row",
         gridspec_kw={
             "left": LEFT_IN / width,
             "right": 1 - layout.right / width,
             "top": 1 - head / height,
             "bottom": foot / height,
             "wspace": gap / panel_width,
-            "hspace": layout.gap_above / PANEL_IN,
+            "hspace": layout.row_gap / PANEL_IN,
         },
     )
-    for axes in grid.flat if layout.apart else grid[:, 0]:
+    for axes in grid.flat if layout.own_y_axes else grid[:, 0]:
         axes.yaxis.set_label_coords((EDGE_IN + 0.12 - LEFT_IN) / panel_width, 0.5)
     left = EDGE_IN / width
     figure.text(left, 1 - 0.08 / height, title, weight="bold", va="top", linespacing=1.1)

@@ -1,4 +1,4 @@
-"""The frontier and the comparison with published figures as pages. Pure."""
+"""The findings, the frontier and the comparison with published data as Markdown. Pure."""
 
 from __future__ import annotations
 
@@ -9,90 +9,142 @@ import pandas as pd
 
 from servegrid.analysis.findings import Slo
 from servegrid.analysis.titles import load_title
+from servegrid.report.latency_table import format_seconds
 from servegrid.report.markup import as_markdown, bullets
 
+NO_FINDINGS = "There are no findings, because they need served cells of a burst or a closed loop."
+
+NO_PUBLISHED_DATA = (
+    "This study is not compared with published data, because it does not name any. To compare it, "
+    "set the key `published` of the study to the name of a data set or to the path of a CSV file."
+)
+
 NOT_COMPARABLE = (
-    "No cell of this study that was measured on hardware has a published counterpart: same model, "
-    "quantization, GPUs, load and prompt length."
+    "No cell can be compared: the published data have no cell with the same model, quantization, "
+    "GPUs, workload and prompt length as a valid cell of this study. Emulated cells are not "
+    "compared, unless the study sets `allow_emulated_mix`."
 )
 
-BESIDE = (
-    "Seconds per 100 tokens. Published: Bendi-Ouis, Dutarte, Hinaut, 2024. The range of the ratio "
-    "has the published figure anywhere within its rounding and the measured one anywhere in its "
-    "95% interval."
-)
+PUBLISHED_TITLE = "Comparison with published data"
 
 
-def frontier_table(reach: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
-    """`columns.FRONTIER` as texts; `titles` are the deployments' names for people."""
+def frontier_caption(slo: Slo) -> str:
+    """The caption of the frontier."""
+    return (
+        "Highest concurrency that was served, and highest concurrency at which users get "
+        f"{slo}. From the concurrency in the last column on, the time grows at least 1.8-fold per "
+        "doubling of the concurrency (linear growth)."
+    )
+
+
+def published_caption(citation: str) -> str:
+    """The caption of the comparison with the published data of `citation`."""
+    return (
+        f"Seconds per 100 tokens. Published: {citation}. The range of a ratio assumes the "
+        "published value anywhere within its rounding, and the measured value anywhere in its "
+        "95% interval."
+    )
+
+
+def frontier_table(frontier: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
+    """`columns.FRONTIER` as texts. `titles` maps names of deployments to their titles."""
     rows = [
         {
             "deployment": titles.get(row["deployment"], row["deployment"]),
             "workload": load_title(row["protocol"], int(row["output_len"])),
             "prompt tokens": str(row["input_len"]),
-            "served": _most(row, "served"),
-            "within SLO": _most(row, "within_slo"),
-            "linear from": "–" if pd.isna(row["knee"]) else str(row["knee"]),
+            "max. concurrency served": _format_max(row, "served"),
+            "max. concurrency within SLO": _format_max(row, "within_slo"),
+            "linear growth from": "–" if pd.isna(row["knee"]) else str(row["knee"]),
         }
-        for row in reach.to_dict("records")
+        for row in frontier.to_dict("records")
     ]
-    head = ["deployment", "workload", "prompt tokens", "served", "within SLO", "linear from"]
+    head = [
+        "deployment",
+        "workload",
+        "prompt tokens",
+        "max. concurrency served",
+        "max. concurrency within SLO",
+        "linear growth from",
+    ]
     return pd.DataFrame(rows, columns=head)
 
 
-def findings_page(told: Sequence[str], table: pd.DataFrame, slo: Slo, notes: Sequence[str]) -> str:
-    """The statements and the frontier as Markdown; `notes` stand above them."""
-    if not told:
-        nothing = "Nothing was found: it takes cells of a burst or a steady load."
-        return "\n\n".join(["# Findings", *notes, nothing]) + "\n"
+def render_findings(
+    statements: Sequence[str], table: pd.DataFrame, slo: Slo, notes: Sequence[str]
+) -> str:
+    """The findings and the frontier as Markdown. `notes` come first."""
+    if not statements:
+        return "\n\n".join(["# Findings", *notes, NO_FINDINGS]) + "\n"
     return "\n\n".join(
         [
             "# Findings",
             *notes,
-            bullets(told).rstrip(),
-            f"Requests at once that were served, and with {slo} for each; linear from: from "
-            "there on the time grows at least 1.8-fold per doubling of the requests.",
+            bullets(statements).rstrip(),
+            frontier_caption(slo),
             as_markdown(table),
         ]
     )
 
 
-def beside_table(pairs: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
-    """`columns.BESIDE` as texts."""
+def published_table(pairs: pd.DataFrame, titles: Mapping[str, str]) -> pd.DataFrame:
+    """`columns.PUBLISHED_COMPARISON` as texts. `titles` maps deployments to their titles."""
     rows = [
         {
             "deployment": titles.get(row["deployment"], row["deployment"]),
-            "requests": str(row["concurrency"]),
+            "concurrency": str(row["concurrency"]),
             "prompt tokens": str(row["input_len"]),
-            "measured s": f"{row['measured_s']:.3g}",
-            "published s": f"{row['published_s']:.1f}",
-            "ratio": f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+            "measured (s)": f"{row['measured_s']:.3g}",
+            "published (s)": format_seconds(row["published_s"]),
+            "ratio [range]": "{:.2f} [{:.2f}, {:.2f}]".format(
+                *(row[name] for name in ("ratio", "ratio_low", "ratio_high"))
+            ),
         }
         for row in pairs.to_dict("records")
     ]
-    head = ["deployment", "requests", "prompt tokens", "measured s", "published s", "ratio"]
+    head = [
+        "deployment",
+        "concurrency",
+        "prompt tokens",
+        "measured (s)",
+        "published (s)",
+        "ratio [range]",
+    ]
     return pd.DataFrame(rows, columns=head)
 
 
-def beside_page(
-    told: Sequence[str], table: pd.DataFrame, apart: Sequence[str], notes: Sequence[str]
+def render_published_comparison(
+    citation: str | None,
+    statements: Sequence[str],
+    table: pd.DataFrame,
+    differences: pd.DataFrame | None,
+    notes: Sequence[str],
 ) -> str:
-    """Measured beside published figures as Markdown, with what is known to differ."""
-    head = ["# Beside published figures", *notes]
+    """The comparison with published data as Markdown, with the known differences in method.
+
+    `citation` and `differences` (see `published.method_differences`) are None if the study names
+    no published data.
+    """
+    head = [f"# {PUBLISHED_TITLE}", *notes]
+    if citation is None:
+        return "\n\n".join([*head, NO_PUBLISHED_DATA]) + "\n"
     if table.empty:
-        return "\n\n".join([*head, NOT_COMPARABLE]) + "\n"
+        return "\n\n".join([*head, f"Published: {citation}.", NOT_COMPARABLE]) + "\n"
     return "\n\n".join(
         [
             *head,
-            BESIDE,
-            bullets(told) + "\nWhat differs beside the figures:\n\n" + bullets(apart).rstrip(),
-            as_markdown(table),
+            published_caption(citation),
+            bullets(statements).rstrip(),
+            "## Cells",
+            as_markdown(table).rstrip(),
+            "## Differences in method",
+            "" if differences is None else as_markdown(differences),
         ]
     )
 
 
-def _most(row: Mapping[Any, Any], which: str) -> str:
-    most = row[f"max_{which}"]
-    if pd.isna(most):
+def _format_max(row: Mapping[Any, Any], which: str) -> str:
+    value = row[f"max_{which}"]
+    if pd.isna(value):
         return "–"
-    return f"≥ {most}" if row[f"max_{which}_is_lower_bound"] else str(most)
+    return f"≥ {value}" if row[f"max_{which}_is_lower_bound"] else str(value)

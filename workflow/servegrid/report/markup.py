@@ -1,4 +1,4 @@
-"""Tables for people: Markdown and LaTeX of frames whose cells are texts. Pure but for `write`."""
+"""Markdown and LaTeX tables from frames whose cells are texts. Pure, except `write_texts`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LATEX_HEAD = "% Needs \\usepackage{booktabs}.\n"
 
 
 def as_markdown(table: pd.DataFrame) -> str:
-    """A Markdown table, its first column to the left, the others to the right."""
+    """A Markdown table. The first column is left-aligned, the others are right-aligned."""
     head = [str(name) for name in table.columns]
     rows = [[str(cell) for cell in row] for row in table.itertuples(index=False)]
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -21,12 +21,12 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 
 def as_latex(table: pd.DataFrame, caption: str, label: str) -> str:
-    """A LaTeX table with booktabs' rules; what LaTeX would take for its own is escaped."""
-    plain = table.rename(columns=str).map(_plain).rename(columns=_plain)
+    """A LaTeX table with booktabs rules. LaTeX's special characters are escaped."""
+    plain = table.rename(columns=str).map(_replace_symbols).rename(columns=_replace_symbols)
     styled = plain.style.format(escape="latex").format_index(axis="columns", escape="latex")
     text: str = styled.hide(axis="index").to_latex(
         hrules=True,
-        caption=_escaped(caption),
+        caption=_escape_latex(caption),
         label=label,
         position_float="centering",
         column_format="l" + "r" * (len(table.columns) - 1),
@@ -34,10 +34,13 @@ def as_latex(table: pd.DataFrame, caption: str, label: str) -> str:
     return LATEX_HEAD + text
 
 
-def write(texts: Mapping[Path, str]) -> None:
-    """Write each text whole or not at all. Raises RecordError where that is not possible."""
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Write each text to its path. A file is either complete or not written.
+
+    Raises RecordError if a file cannot be written.
+    """
     for path, text in texts.items():
-        with parquet.written_whole(path) as temporary:
+        with parquet.atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
@@ -46,13 +49,13 @@ def bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def _plain(text: object) -> str:
-    """Without signs that LaTeX's usual fonts lack."""
+def _replace_symbols(text: object) -> str:
+    """Replace the symbols that LaTeX's usual fonts do not have."""
     return str(text).replace("×", "x").replace("–", "--").replace("·", ",").replace("≥", ">=")
 
 
-def _escaped(text: str) -> str:
-    styled = pd.DataFrame({"text": [_plain(text)]}).style.format(escape="latex")
+def _escape_latex(text: str) -> str:
+    styled = pd.DataFrame({"text": [_replace_symbols(text)]}).style.format(escape="latex")
     return (
         str(styled.hide(axis="index").hide(axis="columns").to_latex()).split("\n")[1].strip(" \\")
     )

@@ -1,6 +1,6 @@
-"""Figures of a study: speed and latency over the load, per deployment and side by side.
+"""Figures of a study: throughput and latency over concurrency or request rate.
 
-Drawn from the table of cells alone.
+One set per deployment, and an overview of all deployments. Their only input is the table of cells.
 """
 
 from __future__ import annotations
@@ -30,83 +30,88 @@ from servegrid.report.figure_style import (
     STYLE,
     Layout,
     Line,
-    Look,
-    draw,
-    framed,
-    handles_of,
+    LineStyle,
+    assign_line_styles,
+    create_figure,
+    draw_lines,
     label_intensity,
-    looks_of,
+    legend_handles,
+    line_points,
     mark_emulated,
-    marks_of,
-    points_of,
+    marks_in,
     start_at_zero,
     text_width,
     trials_note,
 )
 
 _HANDLE_IN = 0.7
-"""Of the legend's columns, for their handles and what is left free between them."""
+"""Width of a legend handle plus the gap to the next column."""
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A column of `columns.CELLS` that is drawn, what its axis is called, and a second column, of
-    which a thin line tells where it is known. `of_users` has no meaning at a rate."""
+class FigureMetric:
+    """A column of `columns.CELLS` to draw, with the label of its axis.
+
+    `p99` is a second column, drawn as a dotted line if it is known. A metric that is `per_user` has
+    no meaning at a request rate.
+    """
 
     column: str
     axis: str
-    beyond: str | None = None
-    of_users: bool = False
+    p99: str | None = None
+    per_user: bool = False
 
-    def of_load(self, protocol: str) -> bool:
-        return not (self.of_users and protocol == "poisson")
+    def applies_to(self, protocol: str) -> bool:
+        return not (self.per_user and protocol == "poisson")
 
 
-PER_USER = Metric("output_tokens_per_s_per_user", "tokens/s per user", of_users=True)
-TOTAL = Metric("output_tokens_per_s", "tokens/s in total")
-TTFT = Metric("ttft_s_p50", "time to first token, s", "ttft_s_p99")
-ITL = Metric("itl_s_p50", "time between tokens, s", "itl_s_p99")
+PER_USER = FigureMetric("output_tokens_per_s_per_user", "output tokens/s per user", per_user=True)
+TOTAL = FigureMetric("output_tokens_per_s", "output tokens/s, all users")
+TTFT = FigureMetric("ttft_s_p50", "time to first token (s)", "ttft_s_p99")
+ITL = FigureMetric("itl_s_p50", "inter-token latency (s)", "itl_s_p99")
 
 FIGURES = {"per_user": (PER_USER,), "total": (TOTAL,), "latency": (TTFT, ITL)}
-"""The figures of a deployment, and what each has panels of."""
+"""The figures of a deployment, with the metric of each of their panels."""
 
 
 @mpl.rc_context(STYLE)
-def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Metric]) -> Figure:
-    """`metrics` of one deployment over the load, a line per prompt length.
+def deployment_figure(
+    cells: pd.DataFrame, deployment: str, metrics: Sequence[FigureMetric]
+) -> Figure:
+    """`metrics` of one deployment over concurrency or request rate, one line per prompt length.
 
-    A row of panels for each protocol and output length, in study order, a column for each metric.
-    Rates are left out where users' figures are drawn of other loads.
+    One row of panels per protocol and output length, in study order, and one column per metric.
+    Metrics per user leave out the workloads with a request rate, unless there are no others.
     """
-    own = with_intensity(cells[cells["deployment"] == deployment])
+    selected = with_intensity(cells[cells["deployment"] == deployment])
     workloads = [
         workload
-        for workload in _loads(own)
-        if all(metric.of_load(workload[0]) for metric in metrics)
-    ] or _loads(own)
-    figure, grid = framed(
-        deployment_titles(own)[deployment],
-        _caption(own, workloads, metrics),
+        for workload in _workloads(selected)
+        if all(metric.applies_to(workload[0]) for metric in metrics)
+    ] or _workloads(selected)
+    figure, grid = create_figure(
+        deployment_titles(selected)[deployment],
+        _caption(selected, workloads, metrics),
         Layout(
             rows=len(workloads),
             columns=len(metrics),
             width=1.2 + 3.6 * len(metrics),
             right=1.35,
-            gap_above=0.75,
+            row_gap=0.75,
             titled=len(workloads) > 1,
-            apart=True,
+            own_y_axes=True,
         ),
     )
-    lengths = sorted(own["input_len"].unique())
+    lengths = sorted(selected["input_len"].unique())
     colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(lengths))).tolist()
-    looks = looks_of(lengths, colours)
+    styles = assign_line_styles(lengths, colours)
     drawn = []
     for panels, workload in zip(grid, workloads, strict=True):
-        rows = _of_load(own, workload)
+        rows = _select(selected, workload)
         for axes, metric in zip(panels, metrics, strict=True):
-            lines = _lines(rows, "input_len", looks, metric)
+            lines = _lines(rows, "input_len", styles, metric)
             drawn += lines
-            draw(axes, lines)
+            draw_lines(axes, lines)
             label_intensity(axes, rows)
             mark_emulated(axes, rows)
             start_at_zero([axes], lines)
@@ -115,7 +120,9 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Me
         if len(workloads) > 1:
             panels[0].set_title(load_title(*workload).capitalize(), loc="left")
     grid[0][-1].legend(
-        handles=handles_of({str(length): looks[length] for length in lengths}, marks_of(drawn)),
+        handles=legend_handles(
+            {str(length): styles[length] for length in lengths}, marks_in(drawn)
+        ),
         title="prompt tokens",
         alignment="left",
         loc="upper left",
@@ -126,46 +133,46 @@ def deployment_figure(cells: pd.DataFrame, deployment: str, metrics: Sequence[Me
 
 @mpl.rc_context(STYLE)
 def overview_figure(cells: pd.DataFrame) -> Figure:
-    """All deployments side by side: per user above, in total below, a column per prompt length.
+    """All deployments: tokens/s per user above, of all users below, a column per prompt length.
 
-    Of many prompt lengths the shortest, the middle and the longest are shown, and of several
-    protocols and output lengths the one with the most cells.
+    If there are more than three prompt lengths, the figure shows the shortest, the middle and the
+    longest. If there are several protocols and output lengths, it shows the one with most cells.
     """
     cells = with_intensity(cells)
-    workload = max(_loads(cells), key=lambda each: len(_of_load(cells, each)))
-    rows = _of_load(cells, workload)
+    workload = max(_workloads(cells), key=lambda each: len(_select(cells, each)))
+    rows = _select(cells, workload)
     columns = _prompt_columns(rows)
     titles = deployment_titles(rows)
-    looks: dict[str, Look] = looks_of(titles, OKABE_ITO)
-    metrics = [metric for metric in (PER_USER, TOTAL) if metric.of_load(workload[0])]
+    styles: dict[str, LineStyle] = assign_line_styles(titles, OKABE_ITO)
+    metrics = [metric for metric in (PER_USER, TOTAL) if metric.applies_to(workload[0])]
     lines = [
-        [_lines(column, "deployment", looks, metric) for column in columns] for metric in metrics
+        [_lines(column, "deployment", styles, metric) for column in columns] for metric in metrics
     ]
-    marks = marks_of(line for panels in lines for panel in panels for line in panel)
-    handles = handles_of({titles[name]: look for name, look in looks.items()}, marks)
+    marks = marks_in(line for row in lines for panel in row for line in panel)
+    handles = legend_handles({titles[name]: style for name, style in styles.items()}, marks)
     width = max(4.8, 1.0 + 2.4 * len(columns))
     widest = _HANDLE_IN + max(map(text_width, titles.values()))
     legend_columns = 2 if len(handles) > 3 and 2 * widest < width else 1
-    figure, grid = framed(
-        "Output tokens per second, per user and in total",
+    figure, grid = create_figure(
+        "Output tokens per second, per user and of all users",
         _caption(rows, [workload], metrics),
         Layout(
             rows=len(metrics),
             columns=len(columns),
             width=width,
             right=EDGE_IN,
-            gap_above=0.15,
+            row_gap=0.15,
             titled=True,
             foot=0.05 + 0.18 * math.ceil(len(handles) / legend_columns),
         ),
     )
-    for panels, metric, of_panels in zip(grid, metrics, lines, strict=True):
-        for axes, column, of_panel in zip(panels, columns, of_panels, strict=True):
-            draw(axes, of_panel)
+    for panels, metric, row_lines in zip(grid, metrics, lines, strict=True):
+        for axes, column, panel_lines in zip(panels, columns, row_lines, strict=True):
+            draw_lines(axes, panel_lines)
             label_intensity(axes, rows)
             mark_emulated(axes, column)
             axes.label_outer()
-        start_at_zero(panels, list(itertools.chain(*of_panels)))
+        start_at_zero(panels, list(itertools.chain(*row_lines)))
         panels[0].set_ylabel(metric.axis)
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(_prompt_title(column))
@@ -181,43 +188,45 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-_Load = tuple[str, int]
-"""Protocol and output length: what must be alike for lines to be comparable."""
+_Workload = tuple[str, int]
+"""Protocol and output length. Only lines with the same ones can be compared."""
 
 
-def _loads(cells: pd.DataFrame) -> list[_Load]:
+def _workloads(cells: pd.DataFrame) -> list[_Workload]:
     return list(cells[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
 
 
-def _of_load(cells: pd.DataFrame, workload: _Load) -> pd.DataFrame:
+def _select(cells: pd.DataFrame, workload: _Workload) -> pd.DataFrame:
     return cells[(cells["protocol"] == workload[0]) & (cells["output_len"] == workload[1])]
 
 
-def _lines(rows: pd.DataFrame, key: str, looks: Mapping[Any, Look], metric: Metric) -> list[Line]:
-    """A line of `metric` for each look whose key is in `rows`."""
+def _lines(
+    rows: pd.DataFrame, key: str, styles: Mapping[Any, LineStyle], metric: FigureMetric
+) -> list[Line]:
+    """A line of `metric` for each style whose key occurs in `rows`."""
     lines = []
-    for value, look in looks.items():
-        own = rows[rows[key] == value]
-        if not own.empty:
-            beyond = None if metric.beyond is None else points_of(own, metric.beyond)
-            lines.append(Line(points_of(own, metric.column), look, beyond))
+    for value, style in styles.items():
+        selected = rows[rows[key] == value]
+        if not selected.empty:
+            p99 = None if metric.p99 is None else line_points(selected, metric.p99)
+            lines.append(Line(line_points(selected, metric.column), style, p99))
     return lines
 
 
 def _prompt_columns(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows of up to three prompt lengths, each with what every deployment has near it."""
-    lengths = [sorted(own.unique()) for _, own in rows.groupby("deployment")["input_len"]]
+    """The rows of up to three prompt lengths. Each deployment adds the length nearest to it."""
+    lengths = [sorted(group.unique()) for _, group in rows.groupby("deployment")["input_len"]]
     most = max(lengths, key=len)
     chosen = sorted({most[0], most[(len(most) - 1) // 2], most[-1]})
     return [
-        pd.concat(_nearest(own, length) for _, own in rows.groupby("deployment", sort=False))
+        pd.concat(_nearest(group, length) for _, group in rows.groupby("deployment", sort=False))
         for length in chosen
     ]
 
 
-def _nearest(own: pd.DataFrame, length: int) -> pd.DataFrame:
-    nearest = nearest_length(own["input_len"].unique().tolist(), length)
-    near: pd.DataFrame = own[own["input_len"] == nearest]
+def _nearest(rows: pd.DataFrame, length: int) -> pd.DataFrame:
+    nearest = nearest_length(rows["input_len"].unique().tolist(), length)
+    near: pd.DataFrame = rows[rows["input_len"] == nearest]
     return near
 
 
@@ -227,15 +236,17 @@ def _prompt_title(column: pd.DataFrame) -> str:
     return f"{lengths} prompt tokens"
 
 
-def _caption(cells: pd.DataFrame, workloads: Sequence[_Load], metrics: Sequence[Metric]) -> str:
+def _caption(
+    cells: pd.DataFrame, workloads: Sequence[_Workload], metrics: Sequence[FigureMetric]
+) -> str:
     sentences = []
     if len(workloads) == 1:
         sentences.append(load_title(*workloads[0]).capitalize() + ".")
     sentences.append(trials_note(cells))
-    beyond = [metric.beyond for metric in metrics if metric.beyond is not None]
-    if beyond:
-        known = bool(cells[beyond].notna().any(axis=None))
-        dotted = ", dotted: their 99th percentile" if known else ""
-        sentences.append(f"Medians of the requests or tokens{dotted}.")
+    p99 = [metric.p99 for metric in metrics if metric.p99 is not None]
+    if p99:
+        known = bool(cells[p99].notna().any(axis=None))
+        dotted = ", dotted: 99th percentile" if known else ""
+        sentences.append(f"A trial counts with its median over requests or tokens{dotted}.")
     sentences += emulation_notes(cells)
     return " ".join(sentences)

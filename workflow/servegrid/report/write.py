@@ -1,7 +1,7 @@
-"""What follows from a study's tables of cells and of its summary, written where a rule wants it.
+"""Everything that follows from the tables of cells and of their summary, written to files.
 
-The rules' scripts and the verification of a bundle both call these: what is verified is made as
-it was made.
+The scripts of the rules and the verification of a bundle both call these functions, so that a
+bundle is verified with the code that made it.
 """
 
 from __future__ import annotations
@@ -12,68 +12,91 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis import findings, published, tables, titles
+from servegrid.analysis import findings, tables, titles
 from servegrid.analysis.capacity import demand_of, plan, read_hardware
+from servegrid.analysis.published import (
+    compare_with_published,
+    comparison_statements,
+    method_differences,
+)
 from servegrid.records import columns
+from servegrid.reference.published import load_published, published_in
 from servegrid.report import capacity_report, findings_report, markup, provenance
-from servegrid.study.config import study_of
+from servegrid.study.config import parse_study
 
 Paths = Mapping[str, Path]
 
 
-def write_conclusions(
+def write_findings(
     config: Mapping[str, Any], cells: pd.DataFrame, summary: pd.DataFrame, paths: Paths
 ) -> None:
-    """Write the frontier, the findings and the comparison with published figures.
+    """Write the frontier, the findings, and the comparison with published data.
 
-    `paths` has the outputs of the rule `conclude` by their names. Raises RecordError where one
-    cannot be written.
+    `paths` are the outputs of the rule `findings` by name. All of them are written, even if the
+    study names no published data. Raises RecordError if a file cannot be written, and ConfigError
+    if the published data cannot be read.
     """
-    study, slo = study_of(config), findings.slo_of(config)
-    names, notes = titles.deployment_titles(cells), titles.emulation_notes(cells)
-
-    reach = findings.frontier(summary, slo)
-    tables.write(reach, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
-    shown = findings_report.frontier_table(reach, names)
-    told = findings.statements(summary, reach, slo, names)
-
-    mixed = config.get("allow_emulated_mix", False)
-    pairs = published.beside(summary, published.summary_of("inria-2024"), mixed)
-    tables.write(pairs, columns.BESIDE, paths["published"], paths["published_csv"])
-    pairs_shown = findings_report.beside_table(pairs, names)
-    apart = published.differences(cells, [trial.workload.prompts for trial in study.trials])
-
-    markup.write(
+    slo, names = findings.slo_of(config), titles.deployment_titles(cells)
+    notes = titles.emulation_notes(cells)
+    frontier = findings.frontier(summary, slo)
+    tables.write(frontier, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
+    table = findings_report.frontier_table(frontier, names)
+    sentences = findings.statements(summary, frontier, slo, names)
+    markup.write_texts(
         {
-            paths["findings"]: findings_report.findings_page(told, shown, slo, notes),
+            paths["findings"]: findings_report.render_findings(sentences, table, slo, notes),
             paths["frontier_tex"]: markup.as_latex(
-                shown, f"Requests at once that were served, and with {slo}.", "tab:frontier"
+                table, findings_report.frontier_caption(slo), "tab:frontier"
             ),
-            paths["published_md"]: findings_report.beside_page(
-                published.statements(pairs, names), pairs_shown, apart, notes
+        }
+    )
+    _write_published(config, cells, summary, paths)
+
+
+def _write_published(
+    config: Mapping[str, Any], cells: pd.DataFrame, summary: pd.DataFrame, paths: Paths
+) -> None:
+    published, names = published_in(config), titles.deployment_titles(cells)
+    mixed = config.get("allow_emulated_mix", False)
+    pairs = compare_with_published(summary, published, mixed)
+    tables.write(pairs, columns.PUBLISHED_COMPARISON, paths["published"], paths["published_csv"])
+    table = findings_report.published_table(pairs, names)
+    citation, caption, differences = None, findings_report.NO_PUBLISHED_DATA, None
+    if published is not None:
+        citation = published.source.citation
+        caption = findings_report.published_caption(citation)
+        prompts = [trial.workload.prompts for trial in parse_study(config).trials]
+        differences = method_differences(cells, prompts, published)
+    markup.write_texts(
+        {
+            paths["published_md"]: findings_report.render_published_comparison(
+                citation,
+                comparison_statements(pairs, names),
+                table,
+                differences,
+                titles.emulation_notes(cells),
             ),
-            paths["published_tex"]: markup.as_latex(
-                pairs_shown, "Seconds per 100 tokens beside published ones.", "tab:published"
-            ),
+            paths["published_tex"]: markup.as_latex(table, caption, "tab:published"),
         }
     )
 
 
-def write_plan(
+def write_capacity_plan(
     config: Mapping[str, Any], summary: pd.DataFrame, hardware: Path, paths: Paths
 ) -> None:
-    """Write the capacity plan; `paths` has the outputs of the rule `plan_capacity`.
+    """Write the capacity plan. `paths` are the outputs of the rule `plan_capacity` by name.
 
-    Raises ConfigError where the file `hardware` cannot be used.
+    Raises ConfigError if the file `hardware` cannot be used, and RecordError if a file cannot be
+    written.
     """
     demand, prices = demand_of(config), read_hardware(hardware)
     planned = plan(summary, demand, prices)
-    tables.write(planned, columns.PLAN, paths["parquet"], paths["csv"])
-    markup.write(
+    tables.write(planned, columns.CAPACITY_PLAN, paths["parquet"], paths["csv"])
+    markup.write_texts(
         {
-            paths["markdown"]: capacity_report.page(planned, demand, prices),
+            paths["markdown"]: capacity_report.render_capacity_report(planned, demand, prices),
             paths["latex"]: markup.as_latex(
-                capacity_report.table(planned),
+                capacity_report.capacity_table(planned),
                 f"Capacity plan for {demand.users} users.",
                 "tab:capacity",
             ),
@@ -81,28 +104,46 @@ def write_plan(
     )
 
 
-def write_page(
-    config: Mapping[str, Any], folder: Path, found: Paths, hardware: Path, page: Path
+def write_study_page(
+    config: Mapping[str, Any], records: Path, inputs: Paths, hardware: Path, page: Path
 ) -> None:
-    """Write the page of a study whose records lie in `folder`.
+    """Write the page of a study whose records lie in the folder `records`.
 
-    `found` has the tables `cells`, `summary`, `frontier` and `published`, as Parquet. Raises
-    RecordError where a record cannot be read, ConfigError where `hardware` cannot be used.
+    `inputs` are the tables `cells`, `summary`, `frontier` and `published`, as Parquet. Raises
+    RecordError if a record cannot be read, and ConfigError if `hardware` or the published data
+    cannot be used.
     """
     from servegrid.report.page import compose
 
-    study = study_of(config)
-    cells, summary, frontier, beside = (
-        tables.read_cells(found[name]) for name in ("cells", "summary", "frontier", "published")
+    study = parse_study(config)
+    cells, summary, frontier, pairs = (
+        tables.read_cells(inputs[name]) for name in ("cells", "summary", "frontier", "published")
     )
-    shown = compose.Found(
+    results = compose.StudyResults(
         cells,
         summary,
         frontier,
-        beside,
+        pairs,
         findings.slo_of(config),
-        published.differences(cells, [trial.workload.prompts for trial in study.trials]),
-        provenance.allocations(study.trials, cells, folder),
+        published_in(config),
+        [trial.workload.prompts for trial in study.trials],
+        provenance.describe_allocations(study.trials, cells, records),
     )
-    text = compose.page(study.name, shown, demand_of(config), read_hardware(hardware))
-    markup.write({page: text})
+    text = compose.render_study_page(
+        study.name, results, demand_of(config), read_hardware(hardware)
+    )
+    markup.write_texts({page: text})
+
+
+def write_published_page(config: Mapping[str, Any], name: str, hardware: Path, page: Path) -> None:
+    """Write the page of the published data `name`: a data set of this package, or a CSV file.
+
+    The SLO and the demand are those of `config`, which may be empty. Raises ConfigError if the
+    published data or `hardware` cannot be used, and RecordError if the page cannot be written.
+    """
+    from servegrid.report.page import compose
+
+    text = compose.render_published_page(
+        load_published(name), findings.slo_of(config), demand_of(config), read_hardware(hardware)
+    )
+    markup.write_texts({page: text})

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.client import measure
-from servegrid.client.distortion import Distortion, distortion_of
+from servegrid.client.timing_error import TimingError, measure_timing_error
 from servegrid.errors import ServegridError
-from servegrid.mock_server.process import Server, running
-from servegrid.mock_server.responses import Script
-from servegrid.run.cores import Shares, kept_to
+from servegrid.mock_server.process import MockServer, start_mock_server
+from servegrid.mock_server.responses import ResponseScript
+from servegrid.run.cores import CpuSets, pinned_to
 from servegrid.study.grid import Workload
 
 TTFT_S, ITL_S, TOKENS = 0.1, 0.02, 100
@@ -22,18 +22,18 @@ PROMPT_TOKENS = 8
 LIMIT_S = 60.0
 
 
-def self_check(concurrency: int, shares: Shares, socket: Path | None = None) -> dict[str, Any]:
-    """The client's distortion at so many concurrency as a mapping, or `error` and why it is unknown.
+def self_check(concurrency: int, shares: CpuSets, socket: Path | None = None) -> dict[str, Any]:
+    """The client's timing error at so many concurrency as a mapping, or `error` and why it is unknown.
 
-    A scripted server on this node, on TCP or on the Unix socket of that path, is given one burst.
+    A mock server on this node, on TCP or on the Unix socket of that path, is given one burst.
     Server and client have the cores that engine and client will have.
     """
-    script = Script(TTFT_S, ITL_S, unix_socket=None if socket is None else str(socket))
+    script = ResponseScript(TTFT_S, ITL_S, unix_socket=None if socket is None else str(socket))
     try:
         with (
-            kept_to(shares.engine),
-            running(script) as server,
-            kept_to(frozenset().union(*shares.client)),
+            pinned_to(shares.engine),
+            start_mock_server(script) as server,
+            pinned_to(frozenset().union(*shares.client)),
         ):
             return {"concurrency": concurrency} | asdict(
                 checked(server, burst(concurrency), shares.client)
@@ -56,13 +56,13 @@ def burst(concurrency: int) -> Workload:
 
 
 def checked(
-    server: Server, workload: Workload, places: Sequence[Collection[int]] = ()
-) -> Distortion:
-    """The client's distortion under `load` on a scripted server with TTFT_S and ITL_S."""
-    measurement = measure(server.endpoint, workload, None, "self-check", places=places)
+    server: MockServer, workload: Workload, cpu_sets: Sequence[Collection[int]] = ()
+) -> TimingError:
+    """The client's timing error under `load` on a mock server with TTFT_S and ITL_S."""
+    measurement = measure(server.endpoint, workload, None, "self-check", cpu_sets=cpu_sets)
     log = server.log()
     cpu_s = measurement.facts["cpu_s"]
-    return distortion_of(measurement.requests, log.sent, log.read, TTFT_S, cpu_s)
+    return measure_timing_error(measurement.requests, log.sent, log.read, TTFT_S, cpu_s)
 
 
 def told(check: Mapping[str, Any]) -> str:

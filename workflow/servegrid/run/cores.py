@@ -17,19 +17,19 @@ _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 @dataclass(frozen=True)
-class Shares:
+class CpuSets:
     """`engine`: the cores of the engine; `client`: those of each process of the load client."""
 
     engine: frozenset[int]
     client: tuple[frozenset[int], ...]
 
 
-def shares(
+def assign_cpu_sets(
     cores: Collection[int],
     concurrency: int,
     on_gpu: bool,
     siblings: Callable[[int], frozenset[int]] | None = None,
-) -> Shares:
+) -> CpuSets:
     """How `cores` are shared on a node where up to `concurrency` requests are in flight.
 
     Beside an engine on GPUs each process of the client gets a whole physical core for itself,
@@ -37,15 +37,15 @@ def shares(
     fewer than APART_FROM cores, all have all of them. `siblings` tells the threads of a core.
     """
     everything = frozenset(cores)
-    processes = workers.size(concurrency, len(everything))
+    processes = workers.processes_allowed(concurrency, len(everything))
     if not on_gpu or len(everything) < APART_FROM:
-        return Shares(everything, (everything,) * processes)
-    whole = {(siblings or siblings_of)(core) & everything for core in everything}
+        return CpuSets(everything, (everything,) * processes)
+    whole = {(siblings or hardware_threads)(core) & everything for core in everything}
     client = tuple(sorted(whole, key=min)[-processes:])
-    return Shares(everything.difference(*client), client)
+    return CpuSets(everything.difference(*client), client)
 
 
-def siblings_of(core: int) -> frozenset[int]:
+def hardware_threads(core: int) -> frozenset[int]:
     """The hardware threads that share a physical core with `core`; itself where unknown."""
     found = {core}
     with contextlib.suppress(OSError, ValueError):
@@ -56,7 +56,7 @@ def siblings_of(core: int) -> frozenset[int]:
 
 
 @contextlib.contextmanager
-def kept_to(cores: Collection[int]) -> Iterator[None]:
+def pinned_to(cores: Collection[int]) -> Iterator[None]:
     """Keep this thread, and all that it starts in the block, to `cores`."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)

@@ -13,7 +13,7 @@ from servegrid.errors import ServegridError
 
 
 @contextlib.contextmanager
-def told_as(kind: type[Exception]) -> Iterator[None]:
+def reraise_as(kind: type[Exception]) -> Iterator[None]:
     """Raise errors of ours as `kind`, which the caller knows how to show without a traceback."""
     try:
         yield
@@ -22,7 +22,7 @@ def told_as(kind: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def at_work() -> Iterator[None]:
+def report_work_span() -> Iterator[None]:
     """Tell the executor, where it asks for it, that the block is what its job exists for."""
     began = time.time()
     yield
@@ -31,7 +31,7 @@ def at_work() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def logged(log: str | Path) -> Iterator[None]:
+def redirect_output(log: str | Path) -> Iterator[None]:
     """Send all output of the block, that of C libraries included, to `log`.
 
     A ServegridError ends the process with status 1 and its message alone, in the log and on

@@ -10,7 +10,7 @@ from servegrid.study import models
 from servegrid.study.grid import Deployment, Study
 
 
-def refuse_unready(study: Study, cells: str | Path) -> None:
+def check_ready(study: Study, cells: str | Path) -> None:
     """Raise where a deployment of the study cannot come up, as far as this machine can tell.
 
     ModelError, naming the deployment, where a model that is needed is not there; ConfigError
@@ -19,19 +19,19 @@ def refuse_unready(study: Study, cells: str | Path) -> None:
     """
     to_measure = {
         trial.deployment.name: trial.deployment
-        for trial in study.measured
+        for trial in study.all_trials
         if not (Path(cells) / trial.id / "requests.parquet").exists()
     }
     for deployment in to_measure.values():
         if deployment.engine == EMULATED:
-            from servegrid.engines.emulated import settings_of
+            from servegrid.engines.emulated import parse_settings
 
-            settings_of(deployment)
+            parse_settings(deployment)
         else:
             if deployment.engine == EXTERNAL:
-                from servegrid.engines.external import endpoint_of
+                from servegrid.engines.external import resolve_endpoint
 
-                endpoint_of(deployment)
+                resolve_endpoint(deployment)
             _refuse_missing_models(deployment)
 
 

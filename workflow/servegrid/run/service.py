@@ -17,14 +17,14 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines import EMULATED, EXTERNAL, Site, bring_up
+from servegrid.engines import EMULATED, EXTERNAL, Site, start_engine
 from servegrid.errors import ConfigError, EngineError
 from servegrid.node import environment, nvml
-from servegrid.node.reaper import guarded
+from servegrid.node.reaper import start_reaper
 from servegrid.run import cores
 from servegrid.run.calibration import self_check, told
 from servegrid.study import models
-from servegrid.study.endpoint import Endpoint, key_in
+from servegrid.study.endpoint import Endpoint, read_api_key
 from servegrid.study.grid import Deployment, Trial
 from servegrid.telemetry.sampler import Sampler
 
@@ -41,7 +41,7 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Handover:
+class AllocationInfo:
     """What a cell must know of the engine that its allocation has up."""
 
     endpoint: Endpoint
@@ -53,7 +53,7 @@ class Handover:
     """Pid and start time of the allocation's process."""
     engine: Mapping[str, Any]
     environment: Mapping[str, Any]
-    places: Sequence[Sequence[int]]
+    cpu_sets: Sequence[Sequence[int]]
     """The cores of each process of the load client."""
     self_check: Mapping[str, Any] | None
     """What the load client distorts on this node; None where nothing real is served."""
@@ -70,7 +70,7 @@ class Handover:
             json.dump(data, file)
 
     @classmethod
-    def read(cls) -> Handover:
+    def read(cls) -> AllocationInfo:
         """The hand-over of the allocation that this process runs in.
 
         Raises EngineError where it runs in none, or lacks the endpoint's API key.
@@ -89,7 +89,7 @@ class Handover:
             ) from error
         data["endpoint"] = Endpoint(**data["endpoint"])
         if variable := data["api_key_env"]:
-            key = key_in(variable, os.environ)
+            key = read_api_key(variable, os.environ)
             if key is None:
                 raise EngineError(
                     f"the variable {variable} holds no API key in this job, though it did in its "
@@ -112,7 +112,7 @@ class Handover:
         )
 
 
-def refuse_unservable(
+def check_servable(
     name: str, params: Mapping[str, Any], resources: Mapping[str, Any], site: Mapping[str, Any]
 ) -> None:
     """Raise ConfigError where the deployment cannot be served on what is asked of the cluster.
@@ -144,37 +144,37 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         startup_s=float(resources.get("startup_s", STARTUP_S)),
         models=models.default_folder(),
     )
-    refuse_missing_gpus(deployment, os.environ)
+    check_allocated_gpus(deployment, os.environ)
     max_concurrency = int(resources.get("max_concurrency", 1))
     # Beside an engine that is elsewhere the client has cores of its own, as beside one on GPUs.
     apart = deployment.engine == EXTERNAL or deployment.gpu_count > 0
-    shared = cores.shares(os.sched_getaffinity(0), max_concurrency, apart)
+    shared = cores.assign_cpu_sets(os.sched_getaffinity(0), max_concurrency, apart)
     with contextlib.ExitStack() as stack:
-        # A warden, so that the folder with the engine's key goes even if this process is killed.
-        folder = stack.enter_context(guarded()).folder
+        # A reaper, so that the folder with the engine's key goes even if this process is killed.
+        folder = stack.enter_context(start_reaper()).folder
         check = None
         if deployment.engine != EMULATED:
             socket = None if site.socket == "tcp" else folder / "self-check"
             check = self_check(max_concurrency, shared, socket)
             print(f"The load client on this node: {told(check)}", flush=True)
-        with cores.kept_to(shared.engine):
-            engine = stack.enter_context(bring_up(deployment, site))
+        with cores.pinned_to(shared.engine):
+            engine = stack.enter_context(start_engine(deployment, site))
         samples = folder / "telemetry.jsonl"
         if deployment.engine == EXTERNAL:
             samples.touch()  # Nothing on this node is the engine's, neither processes nor GPUs.
         else:
             stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
-        handover = Handover(
+        handover = AllocationInfo(
             endpoint=engine.endpoint,
             deployment_digest=deployment.digest,
             tokenizer=_tokenizer(deployment, site),
             telemetry=samples,
             process=(os.getpid(), psutil.Process().create_time()),
             engine=engine.facts,
-            environment=environment.describe()
-            | (nvml.described(os.environ) if deployment.node_gpus else {})
+            environment=environment.describe_node()
+            | (nvml.describe_gpus(os.environ) if deployment.node_gpus else {})
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
-            places=[sorted(each) for each in shared.client],
+            cpu_sets=[sorted(each) for each in shared.client],
             self_check=check,
             api_key_env=None if deployment.endpoint is None else deployment.endpoint.api_key_env,
         )
@@ -182,7 +182,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)
 
 
-def refuse_missing_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:
+def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:
     """Raise EngineError where Slurm has handed over fewer GPUs than the deployment needs.
 
     Where it hands none over by name (whole nodes, on sites without GRES), nothing is known here.

@@ -14,9 +14,9 @@ from servegrid import __version__
 from servegrid.client import Measurement, measure, workers
 from servegrid.errors import EngineError
 from servegrid.records import columns, parquet
-from servegrid.records.verdict import SERVER_DIED, verdict_of
-from servegrid.run.jobscript import at_work
-from servegrid.run.service import Handover
+from servegrid.records.verdict import SERVER_DIED, decide_verdict
+from servegrid.run.jobscript import report_work_span
+from servegrid.run.service import AllocationInfo
 from servegrid.study.deployment import EXTERNAL
 from servegrid.study.grid import Trial
 from servegrid.telemetry import sampler, server
@@ -32,32 +32,32 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     and this is not yet the last attempt: then the trial is worth another engine. Raises
     LoadError where no load could be put on it, and RecordError where nothing can be written.
     """
-    handover = Handover.read()
+    handover = AllocationInfo.read()
     if handover.deployment_digest != trial.deployment.digest:
         raise EngineError(
             f"{trial.id}: the engine that is up serves another specification of this deployment. "
             "Run the same command again when that allocation has ended."
         )
-    parquet.refuse_unwritable(requests.parent)
-    offset = sampler.offset(handover.telemetry)
+    parquet.check_writable(requests.parent)
+    offset = sampler.end_offset(handover.telemetry)
     # Of an open loop nobody knows how many will be in flight.
     concurrency = trial.workload.concurrency
-    places = handover.places[: concurrency and workers.wanted(concurrency)]
-    if len(places) == 1:
-        os.sched_setaffinity(0, places[0])
-    with at_work():
+    cpu_sets = handover.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
+    if len(cpu_sets) == 1:
+        os.sched_setaffinity(0, cpu_sets[0])
+    with report_work_span():
         measurement = measure(
             handover.endpoint,
             trial.workload,
             handover.tokenizer,
             salt=_salt_of(trial),
-            counters=server.counters_of(handover.endpoint),
-            places=places,
+            counters=server.counter_reader(handover.endpoint),
+            cpu_sets=cpu_sets,
         )
     alive = _alive(handover, measurement)
     if not alive:
         handover.refuse_ended()
-    verdict, detail = verdict_of(measurement.errors, alive)
+    verdict, detail = decide_verdict(measurement.errors, alive)
     if verdict == SERVER_DIED and not last_attempt:
         raise EngineError(f"{trial.id}: the engine died under this load; trying once more.")
     record = {
@@ -75,11 +75,11 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "metrics_after": measurement.counters_after,
     }
     window = measurement.facts["window_ns"]
-    rows = sampler.slice(handover.telemetry, offset, *window)
-    parquet.write(parquet.table_of(columns.TELEMETRY, rows, record), samples)
+    rows = sampler.read_samples(handover.telemetry, offset, *window)
+    parquet.write_table(parquet.arrow_table(columns.TELEMETRY, rows, record), samples)
     table = measurement.requests
-    schema = parquet.schema_of(columns.REQUESTS, record)
-    parquet.write(table.replace_schema_metadata(schema.metadata), requests)
+    schema = parquet.arrow_schema(columns.REQUESTS, record)
+    parquet.write_table(table.replace_schema_metadata(schema.metadata), requests)
     return verdict
 
 
@@ -93,12 +93,12 @@ def _salt_of(trial: Trial) -> str:
     return f"{trial.digest}-{secrets.token_hex(4)}"
 
 
-def _alive(handover: Handover, measurement: Measurement) -> bool:
+def _alive(handover: AllocationInfo, measurement: Measurement) -> bool:
     """Whether the server still answers; after a failure it gets a moment to collapse."""
     if not any(measurement.errors):
         return True
     deadline = time.monotonic() + DEATH_CONFIRMED_S
-    while server.healthy(handover.endpoint):
+    while server.is_healthy(handover.endpoint):
         if time.monotonic() > deadline:
             return True
         time.sleep(0.5)

@@ -1,1 +1,1 @@
-"""What a study measures: its configuration, expanded to deployments, cells and trials."""
+"""Studies: the configuration, expanded to deployments, cells and trials."""

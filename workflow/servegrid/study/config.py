@@ -1,6 +1,6 @@
-"""A study's configuration: checked against the schema, then expanded. Nothing is started here.
+"""Loads a study's configuration, validates it against the schema and expands it.
 
-Every refusal is one ConfigError that names the file, the key and the remedy.
+Nothing is started here. Each error is one ConfigError that names the file, the key and the remedy.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from servegrid.study.grid import Study, expand
 
 SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"
 
-
 _TYPES = Draft202012Validator.TYPE_CHECKER
 
 
 def _is_finite_number(_: Any, value: Any) -> bool:
-    """Whether it can be computed with; YAML has `.inf` and `.nan`, too."""
+    """Whether `value` is a number, but not `.inf` or `.nan`, which YAML also allows."""
     is_finite = not isinstance(value, float) or math.isfinite(value)
     return is_finite and _TYPES.is_type(value, "number")
 
@@ -37,114 +36,118 @@ _Validator = validators.extend(  # type: ignore[no-untyped-call]
 
 
 @cache
-def schema() -> dict[str, Any]:
+def load_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a study's configuration."""
     loaded: dict[str, Any] = yaml.safe_load(SCHEMA.read_text())
     return loaded
 
 
-def study_of(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> Study:
-    """The study that `config` describes; `files` is where it came from, for messages.
+def parse_study(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> Study:
+    """The study that `config` describes. Errors name `files` as its source.
 
-    Raises ConfigError where a key is unknown, a value is out of its range, two deployments
-    have the same name, a prompt does not fit, or no cell is left.
+    Raises ConfigError if a key is unknown, a value is out of range, two deployments have the same
+    name, a prompt is too long, or the filters leave no cell.
     """
     source = ", ".join(str(file) for file in files) or "configuration"
-    refuse_unfitting(config, schema(), source)
+    validate(config, load_schema(), source)
     try:
         return expand(config)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
 
-def study_from(config: Mapping[str, Any], files: Sequence[str]) -> Study:
-    """The study that Snakemake has read as `config` from `files`; raises ConfigError as `study_of`.
+def from_snakemake(config: Mapping[str, Any], files: Sequence[str]) -> Study:
+    """The study that Snakemake has read from `files` as `config`. Raises ConfigError.
 
-    Snakemake's reader keeps the last of two equal keys and says nothing; here they are refused.
+    Unlike Snakemake, which silently keeps the last one, this refuses duplicate keys.
     """
     for file in files:
-        _refuse_repeated_keys(Path(file), Path(file).read_text())
-    return study_of(config, files)
+        _check_duplicate_keys(Path(file), Path(file).read_text())
+    return parse_study(config, files)
 
 
-def read_study(file: Path) -> Study:
-    """The study in a YAML file. Raises ConfigError as `study_of`, or where it is not YAML."""
-    return study_of(read_mapping(file), [file])
+def load_study(file: Path) -> Study:
+    """The study in a YAML file. Raises ConfigError if the file cannot be read or is not valid."""
+    return parse_study(load_mapping(file), [file])
 
 
-def read_mapping(file: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file. Raises ConfigError where it has none."""
+def load_mapping(file: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError if the file does not contain one."""
     try:
         text = file.read_text()
         config = yaml.safe_load(text)
-        _refuse_repeated_keys(file, text)
+        _check_duplicate_keys(file, text)
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read ({error.strerror}).") from error
+        raise ConfigError(
+            f"{file}: cannot be read ({error.strerror}). Correct the path or the permissions."
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: is not valid YAML: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{file}: is not a mapping of keys; see config/README.md.")
+        raise ConfigError(
+            f"{file}: is not a mapping of keys. Write `key: value` lines; see config/README.md."
+        )
     return config
 
 
-def _refuse_repeated_keys(file: Path, text: str) -> None:
-    waiting, seen = [yaml.compose(text, yaml.SafeLoader)], set[int]()
-    while waiting:
-        node = waiting.pop()
+def _check_duplicate_keys(file: Path, text: str) -> None:
+    pending, seen = [yaml.compose(text, yaml.SafeLoader)], set[int]()
+    while pending:
+        node = pending.pop()
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
-            waiting += node.value
+            pending += node.value
         elif isinstance(node, yaml.MappingNode):
             keys: set[str] = set()
             for key, value in node.value:
-                waiting.append(value)
+                pending.append(value)
                 if not isinstance(key, yaml.ScalarNode):
                     continue
                 if key.value in keys:
                     line = key.start_mark.line + 1
                     raise ConfigError(
-                        f"{file}: line {line} gives `{key.value}` a second time, and only one of "
-                        "the two would count. Remove one, or make one of them."
+                        f"{file}: line {line}: the key `{key.value}` is a duplicate. "
+                        "Remove one of the two, or merge them."
                     )
                 keys.add(key.value)
 
 
-def refuse_unfitting(config: Mapping[str, Any], rules: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError, naming `source`, the key and the remedy, where `rules` are broken.
+def validate(config: Mapping[str, Any], rules: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError if `config` does not match `rules`, a JSON Schema with descriptions.
 
-    `rules` are a JSON Schema whose keys have descriptions.
+    The error names `source`, the key and the remedy.
     """
     problems = list(_Validator(rules).iter_errors(config))
     if problems:
-        raise ConfigError(f"{source}: {_told(best_match(problems), rules)}")
+        raise ConfigError(f"{source}: {_describe_error(best_match(problems), rules)}")
 
 
-def place(path: Iterable[str | int]) -> str:
-    """`deployments[0].load.concurrency` from the steps of a JSON path."""
+def _format_key_path(path: Iterable[str | int]) -> str:
+    """`deployments[0].workload.concurrency` from the steps of a JSON path."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return text.removeprefix(".") or "the top level"
 
 
-def _told(error: Any, rules: Mapping[str, Any]) -> str:
-    where = place(error.absolute_path)
+def _describe_error(error: Any, rules: Mapping[str, Any]) -> str:
+    where = _format_key_path(error.absolute_path)
     if error.validator == "additionalProperties":
-        return _unknown_keys(where, error)
+        return _describe_unknown_key(where, error)
     if error.validator == "required":
         missing = next(key for key in error.validator_value if key not in error.instance)
         path = [*[*error.absolute_schema_path][:-1], "properties", missing]
         return f"{where}: `{missing}` is missing. {_description(rules, path)}"
-    if error.validator == "oneOf":  # one value or a list of them: speak of what was meant
+    if error.validator == "oneOf":  # One value or a list: describe the form that the user wrote.
         is_list = isinstance(error.instance, list)
-        return _told(next(e for e in error.context if (e.schema_path[0] == 1) == is_list), rules)
-    return (
-        f"{where}: {_complaint(error)} {_description(rules, error.absolute_schema_path)}".rstrip()
-    )
+        branch = next(each for each in error.context if (each.schema_path[0] == 1) == is_list)
+        return _describe_error(branch, rules)
+    description = _description(rules, error.absolute_schema_path)
+    return f"{where}: {_describe_value_error(error)} {description}".rstrip()
 
 
 def _description(rules: Mapping[str, Any], schema_path: Iterable[str | int]) -> str:
-    """The description nearest to the rule that was broken."""
+    """The description of the innermost key on `schema_path`."""
     node: Any = rules
     nearest = ""
     for step in schema_path:
@@ -156,7 +159,7 @@ def _description(rules: Mapping[str, Any], schema_path: Iterable[str | int]) -> 
     return nearest
 
 
-def _complaint(error: Any) -> str:
+def _describe_value_error(error: Any) -> str:
     shown = repr(error.instance)
     shown = shown if len(shown) <= 60 else shown[:57] + "…"
     match error.validator:
@@ -169,7 +172,9 @@ def _complaint(error: Any) -> str:
         case "exclusiveMaximum":
             return f"{shown} must be less than {error.validator_value}."
         case "type":
-            return f"{shown} is not of type {error.validator_value}."
+            types = error.validator_value
+            expected = types if isinstance(types, str) else " or ".join(types)
+            return f"{shown} is not of type {expected}."
         case "enum":
             valid = ", ".join(f"`{each}`" for each in error.validator_value)
             return f"{shown} is not one of {valid}."
@@ -179,11 +184,11 @@ def _complaint(error: Any) -> str:
         case "minItems":
             return "the list is empty."
         case "uniqueItems":
-            return f"{shown} names something twice."
+            return f"{shown} contains a duplicate."
     return f"{error.message}."
 
 
-def _unknown_keys(where: str, error: Any) -> str:
+def _describe_unknown_key(where: str, error: Any) -> str:
     valid = sorted(error.schema["properties"])
     unknown = sorted(str(key) for key in error.instance if key not in valid)
     near = difflib.get_close_matches(unknown[0], valid, n=1)

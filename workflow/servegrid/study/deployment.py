@@ -1,4 +1,4 @@
-"""What one bring-up serves, and how a study says it. Pure: no file is touched."""
+"""Deployments: what one engine start serves. Pure: reads and writes no files."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from servegrid.errors import ConfigError
-from servegrid.study.endpoint import External
+from servegrid.study.endpoint import ExternalEndpoint
 
 EMULATED = "emulated"
-"""The engine that needs neither hardware nor models."""
+"""The engine that needs no hardware and no model."""
 EXTERNAL = "external"
-"""The engine of which only the endpoint is known: somebody else has brought it up."""
+"""The engine of an endpoint that somebody else has started."""
 CPU = "cpu"
-"""The kind of node without GPUs."""
+"""The kind of a node without GPUs."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What one bring-up serves: model × quantization × GPU kind × GPU count × arguments.
+    """What one engine start serves: model × quantization × GPU kind × GPU count × arguments.
 
-    Of an external one the user says all that, and where its `endpoint` is; nobody else knows.
-    Its `checkpoint` is then empty.
+    For the engine `external`, the user states all of this and the `endpoint`; servegrid cannot
+    check it. `checkpoint` is then empty.
     """
 
     name: str
@@ -38,11 +38,11 @@ class Deployment:
     max_model_len: int
     max_num_seqs: int
     engine_args: Mapping[str, Any] = field(default_factory=dict)
-    endpoint: External | None = None
+    endpoint: ExternalEndpoint | None = None
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All of it as plain JSON data; without `endpoint` where there is none."""
+        """All fields as plain JSON data. The key `endpoint` is left out if it is None."""
         spec = asdict(self)
         if self.endpoint is None:
             del spec["endpoint"]
@@ -52,59 +52,62 @@ class Deployment:
     def from_spec(cls, spec: Mapping[str, Any]) -> Self:
         """The inverse of `spec`."""
         endpoint = spec.get("endpoint")
-        return cls(**{**spec, "endpoint": None if endpoint is None else External(**endpoint)})
+        return cls(
+            **{**spec, "endpoint": None if endpoint is None else ExternalEndpoint(**endpoint)}
+        )
 
     @property
     def digest(self) -> str:
-        return digest_of(self.spec)
+        """The digest of `spec`."""
+        return digest_json(self.spec)
 
     @property
     def allocation(self) -> str:
-        """The name of its allocations: another one as soon as anything in it changes."""
+        """The name of its allocations. It changes with every change of the deployment."""
         return f"{self.name}.{self.digest[:8]}"
 
     @property
     def environment(self) -> str:
-        """Whose Python it runs in: that of its kind of node, or the main process's."""
+        """The Python environment of its jobs: of the main process, or of the kind of node."""
         return "main" if self.engine in (EMULATED, EXTERNAL) else "kind"
 
     @property
     def node_kind(self) -> str:
-        """The kind of node that its allocations take: where it is external, only the load runs."""
+        """The kind of node for its allocations. For `external`, only the load client runs there."""
         return CPU if self.engine == EXTERNAL else self.gpu
 
     @property
     def node_gpus(self) -> int:
-        """The GPUs that its allocations take."""
+        """The number of GPUs for its allocations."""
         return 0 if self.engine == EXTERNAL else self.gpu_count
 
 
-def canonical(data: Any) -> str:
-    """JSON with sorted keys and no spaces: equal data, equal text, on every machine."""
+def canonical_json(data: Any) -> str:
+    """JSON with sorted keys and no spaces: equal data gives equal text on every machine."""
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def digest_of(data: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of the canonical JSON."""
-    return hashlib.sha256(canonical(data).encode()).hexdigest()[:16]
+def digest_json(data: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
 
 
-def deployment_of(entry: Mapping[str, Any], where: str) -> Deployment:
-    """The deployment of an entry that fits the schema; `where` it stands, for messages.
+def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
+    """The deployment of an entry that matches the schema. Errors name its place `where`.
 
-    Raises ConfigError where a CPU deployment has GPUs or the other way round, where only one of
-    `engine: external` and `endpoint` is there, and where weights or tokenizer are missing.
+    Raises ConfigError if gpu_count does not match the kind of GPU, if the entry has only one of
+    `engine: external` and `endpoint`, or if the weights or the tokenizer are missing.
     """
     on_cpu = entry["gpu"] == CPU
     gpu_count = entry.get("gpu_count", 0 if on_cpu else 1)
     if on_cpu != (gpu_count == 0):
         raise ConfigError(
-            f"{where}.gpu_count: {gpu_count} does not go with gpu `{entry['gpu']}`. "
-            "`cpu` has 0 GPUs, every other kind at least 1."
+            f"{where}.gpu_count: {gpu_count} is not valid with gpu `{entry['gpu']}`. "
+            "Use 0 for `cpu` and at least 1 for every other kind."
         )
     external = entry["engine"] == EXTERNAL
-    (_refuse_unfitting_external if external else _refuse_unfitting)(entry, where)
-    endpoint = External(**entry["endpoint"]) if external else None
+    (_check_external_keys if external else _check_managed_keys)(entry, where)
+    endpoint = ExternalEndpoint(**entry["endpoint"]) if external else None
     gpus = CPU if on_cpu else f"{gpu_count}x{entry['gpu']}"
     engine = f"{EXTERNAL}-{endpoint.engine}" if endpoint else entry["engine"]
     parts = (entry["model"], entry["quantization"], engine, gpus)
@@ -124,29 +127,32 @@ def deployment_of(entry: Mapping[str, Any], where: str) -> Deployment:
     )
 
 
-def _refuse_unfitting(entry: Mapping[str, Any], where: str) -> None:
+def _check_managed_keys(entry: Mapping[str, Any], where: str) -> None:
     if "checkpoint" not in entry:
         raise ConfigError(
-            f"{where}: `checkpoint` is missing: the engine `{entry['engine']}` serves the weights "
-            "that it names."
+            f"{where}: `checkpoint` is missing. "
+            f"Name the weights that the engine `{entry['engine']}` loads."
         )
     if "endpoint" in entry:
         raise ConfigError(
-            f"{where}.endpoint: servegrid brings `{entry['engine']}` up itself. Remove the key, "
-            f"or write `engine: {EXTERNAL}` to measure what is up there."
+            f"{where}.endpoint: servegrid starts the engine `{entry['engine']}` itself. Remove the "
+            f"key, or write `engine: {EXTERNAL}` to benchmark a server that already runs."
         )
 
 
-def _refuse_unfitting_external(entry: Mapping[str, Any], where: str) -> None:
+def _check_external_keys(entry: Mapping[str, Any], where: str) -> None:
     for key, purpose in (
-        ("endpoint", "where it answers"),
-        ("tokenizer", "a folder with its tokenizer.json, by which prompts are cut to length"),
-        ("max_num_seqs", "how many requests it works on at once, which it cannot be asked"),
+        ("endpoint", "the address of the server"),
+        ("tokenizer", "a folder with the model's tokenizer.json, which sets the prompt lengths"),
+        ("max_num_seqs", "the maximum number of requests that the server runs at once"),
     ):
         if key not in entry:
-            raise ConfigError(f"{where}: the engine `{EXTERNAL}` needs `{key}`: {purpose}.")
+            raise ConfigError(
+                f"{where}: the engine `{EXTERNAL}` needs `{key}`. Add the key: {purpose}."
+            )
     for key in ("checkpoint", "engine_args"):
         if key in entry:
             raise ConfigError(
-                f"{where}.{key}: nothing is brought up for the engine `{EXTERNAL}`. Remove the key."
+                f"{where}.{key}: the engine `{EXTERNAL}` does not use this key, because servegrid "
+                "starts no engine. Remove the key."
             )

@@ -1,4 +1,4 @@
-"""Where an OpenAI-compatible server answers: what the engines give and the load needs."""
+"""Endpoints: addresses of OpenAI-compatible servers, for the engines and the load client."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal, Self
 
 Api = Literal["completions", "chat"]
-"""Which of its APIs is asked: /v1/completions, or /v1/chat/completions."""
+"""The API to use: /v1/completions or /v1/chat/completions."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """An OpenAI-compatible server.
 
-    `base_url` ends where the API's own paths, such as `/v1/models`, begin, and has no trailing
-    slash (`http://127.0.0.1:4711`). With `socket`, the server listens on that Unix socket and
-    `base_url` only names the host in the requests.
+    `base_url` is the part before the API's paths, such as `/v1/models`, without a trailing slash
+    (`http://127.0.0.1:4711`). `socket` is the Unix socket that the server listens on, if any;
+    `base_url` then only gives the host name in the requests.
     """
 
     base_url: str
@@ -27,19 +27,21 @@ class Endpoint:
     api: Api = "completions"
 
     def to_json(self) -> str:
+        """All fields as JSON, including the API key."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`."""
         return cls(**json.loads(text))
 
 
 @dataclass(frozen=True)
-class External:
-    """An endpoint that somebody else has brought up, as a study names it.
+class ExternalEndpoint:
+    """The endpoint of a server that somebody else has started, as the study describes it.
 
-    `model` is the name under which it is served, `engine` and `version` say by what.
-    `api_key_env` names the environment variable with the API key, which is written nowhere.
+    `model` is the name of the model on the server. `engine` and `version` describe the server.
+    `api_key_env` is the environment variable with the API key; the key itself is never written.
     """
 
     url: str
@@ -50,12 +52,12 @@ class External:
     api_key_env: str | None = None
 
 
-def base_of(url: str) -> str:
-    """The `base_url` of a URL as people write it, with or without the API's `/v1`."""
+def normalize_base_url(url: str) -> str:
+    """The `base_url` of `url`, which may end with the API's `/v1`."""
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
-def key_in(variable: str, environment: Mapping[str, str]) -> str | None:
-    """The API key in an environment variable; None where it holds none that can be sent."""
+def read_api_key(variable: str, environment: Mapping[str, str]) -> str | None:
+    """The API key in an environment variable; None if it is empty or cannot be sent by HTTP."""
     key = environment.get(variable, "").strip()
     return key if key and key.isascii() and key.isprintable() else None

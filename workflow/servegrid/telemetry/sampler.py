@@ -1,9 +1,10 @@
-"""What the engine's processes and GPUs use, sampled for as long as an allocation lasts.
+"""Samples what the engine's processes and the GPUs use, for the whole allocation.
 
-The sampler is a process of its own and ends with the one that started it. It appends one line of
-JSON per device and sample, keyed as `columns.TELEMETRY`; a cell remembers where the file ended
-when its load began and reads on from there. The engine, the GPUs and the server are each asked in
-a thread of their own: where one hangs, its rows or values are missing, and the others go on.
+The sampler is a separate process; it ends with the process that started it. It appends one line of
+JSON per device and sample, with the keys of `columns.TELEMETRY`. A cell notes the file's size when
+its workload starts and reads the lines after that. The engine's processes, the GPUs and the server
+are read by separate threads: if one of them hangs, its rows or values are missing and the others
+go on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Self
 from servegrid.node import nvml, processes
 from servegrid.node.nvml import Row
 from servegrid.study.endpoint import Endpoint
-from servegrid.telemetry.server import gauges
+from servegrid.telemetry.server import read_gauges
 
 RATE_HZ = 10.0
 SCRAPE_HZ = 1.0
@@ -37,10 +38,10 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Sampler:
-    """Samples the processes `pids` and the allocation's GPUs into `file` while it is entered.
+    """A context manager that samples the processes `pids` and the allocation's GPUs into `file`.
 
-    With `endpoint`, also what its server says of its load, in rows of the engine about SCRAPE_HZ
-    times a second.
+    With `endpoint`, it also reads the server's gauges about SCRAPE_HZ times per second and adds
+    them to rows of the engine.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Sampler:
 
     def __enter__(self) -> Self:
         self._file.touch()
-        with processes.signals_held():
+        with processes.block_signals():
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, text=True, start_new_session=True
             )
         assert self._process.stdin
-        # What stands on a command line can be read by others.
+        # Not on the command line: other users can read it, and the endpoint contains the API key.
         with contextlib.suppress(BrokenPipeError), self._process.stdin as stdin:
             stdin.write(self._endpoint.to_json() if self._endpoint else "")
         return self
@@ -73,21 +74,21 @@ class Sampler:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A process that waits in the kernel for a driver ends when that answers, not when asked.
-        for end in (self._process.terminate, self._process.kill):
-            end()
+        # A process that waits for a driver inside the kernel ends only when the driver answers.
+        for stop in (self._process.terminate, self._process.kill):
+            stop()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(STOP_LIMIT_S)
                 return
 
 
-def offset(file: Path) -> int:
-    """Where `file` ends now, in bytes; what is sampled later comes behind it."""
+def end_offset(file: Path) -> int:
+    """The size of `file` now, in bytes: later samples come after this offset."""
     return file.stat().st_size
 
 
-def slice(file: Path, offset: int, start_ns: int, end_ns: int) -> list[Row]:
-    """The samples behind `offset` from `start_ns` to `end_ns`, both of CLOCK_MONOTONIC."""
+def read_samples(file: Path, offset: int, start_ns: int, end_ns: int) -> list[Row]:
+    """The samples after `offset` from `start_ns` to `end_ns` (ns of CLOCK_MONOTONIC)."""
     with file.open("rb") as stream:
         stream.seek(offset)
         lines = stream.read().splitlines(keepends=True)
@@ -95,13 +96,13 @@ def slice(file: Path, offset: int, start_ns: int, end_ns: int) -> list[Row]:
     return [row for row in rows if start_ns <= row["time_ns"] <= end_ns]
 
 
-def engine_row(pids: Sequence[int], proc: Path = Path("/proc")) -> Row:
-    """Memory and CPU time of the processes `pids`, as far as they still live.
+def sample_processes(pids: Sequence[int], proc: Path = Path("/proc")) -> Row:
+    """Memory and CPU time of those processes among `pids` that still run.
 
-    Memory is what they have in RAM, anonymous and shared, plus the mapped files of the one that
-    has most of them: the processes of one engine map the same libraries and weights. (The exact
-    share of each, PSS, would cost 10 to 26 ms per process and sample on an engine of 3 GB.) Null
-    where none is left.
+    Memory is the anonymous and shared memory of all of them, plus the mapped files of the process
+    that has most of these: the processes of one engine map the same libraries and weights. (The
+    exact share, PSS, takes 10 to 26 ms per process and sample for an engine of 3 GB.) If no process
+    runs, memory and CPU time are null.
     """
     memory, files, cpu = 0, 0, 0.0
     alive = False
@@ -117,61 +118,61 @@ def engine_row(pids: Sequence[int], proc: Path = Path("/proc")) -> Row:
     return {"device": ENGINE, "memory_bytes": (memory + files) * _KIB, "cpu_s": cpu}
 
 
-class Gauges:
-    """What a server says of its load, asked in a thread: a slow answer delays no sample."""
+class GaugePoller:
+    """Reads the server's gauges in a thread, so that a slow answer delays no sample."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._told: deque[Row] = deque(maxlen=1)
-        threading.Thread(target=self._ask, daemon=True).start()
+        self._latest: deque[Row] = deque(maxlen=1)
+        threading.Thread(target=self._poll, daemon=True).start()
 
-    def take(self) -> Row:
-        """What it has said since this was last asked; empty where nothing."""
+    def pop_latest(self) -> Row:
+        """The newest gauges since the last call; empty if there are none."""
         with contextlib.suppress(IndexError):
-            return self._told.pop()
+            return self._latest.pop()
         return {}
 
-    def _ask(self) -> None:
+    def _poll(self) -> None:
         for _ in _ticks(SCRAPE_HZ):
-            self._told.append(gauges(self._endpoint))
+            self._latest.append(read_gauges(self._endpoint))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Samples an engine's processes, its GPUs and what its server says. The "
-        "endpoint of the server, if any, comes as JSON on standard input, as it holds a key."
+        description="Samples an engine's processes, its GPUs and its server's gauges. The server's "
+        "endpoint, if any, is read as JSON from standard input, because it contains the API key."
     )
     parser.add_argument("--pids", type=int, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--hz", type=float, required=True)
-    parser.add_argument("--parent", type=int, required=True, help="the process to end with")
+    parser.add_argument("--parent", type=int, required=True, help="end when this process ends")
     options = parser.parse_args(arguments)
     endpoint = sys.stdin.read()
-    server = Gauges(Endpoint.from_json(endpoint)) if endpoint else None
-    # Whole lines at the end, whichever thread they are from; closed with the process alone.
+    poller = GaugePoller(Endpoint.from_json(endpoint)) if endpoint else None
+    # O_APPEND: lines of different threads do not mix. Only the end of the process closes the file.
     file = os.open(options.out, os.O_WRONLY | os.O_APPEND)
-    # A driver that hangs takes its own thread along, and neither the engine's samples nor the end.
+    # A driver that hangs blocks only this thread, neither the engine's samples nor the exit.
     threading.Thread(target=_sample_gpus, args=(file, options.hz), daemon=True).start()
     for time_ns in _ticks(options.hz):
         if os.getppid() != options.parent:
             return
-        told = server.take() if server else {}
-        _append(file, time_ns, engine_row(options.pids) | told)
+        gauges = poller.pop_latest() if poller else {}
+        _append(file, time_ns, sample_processes(options.pids) | gauges)
 
 
 def _sample_gpus(file: int, hz: float) -> None:
-    with nvml.driver() as driver:
+    with nvml.open_driver() as driver:
         if driver is None:
             return
         try:
             gpus = nvml.visible_gpus(driver, os.environ)
         except driver.NVMLError as error:
-            nvml.complain(error)
+            nvml.warn_unavailable(error)
             return
         for _ in _ticks(hz) if gpus else ():
             for uuid, handle in gpus.items():
                 time_ns = time.monotonic_ns()
-                _append(file, time_ns, nvml.gpu_row(driver, uuid, handle))
+                _append(file, time_ns, nvml.sample_gpu(driver, uuid, handle))
 
 
 def _append(file: int, time_ns: int, row: Row) -> None:
@@ -179,7 +180,7 @@ def _append(file: int, time_ns: int, row: Row) -> None:
 
 
 def _ticks(hz: float) -> Iterator[int]:
-    """The time in ns, `hz` times a second; what cannot be in time is left out, not made up for."""
+    """The time in ns, `hz` times per second. A tick that is late is skipped, not made up for."""
     due = time.monotonic()
     while True:
         yield time.monotonic_ns()
@@ -194,7 +195,7 @@ def _status(path: Path) -> dict[str, int]:
 
 
 def _cpu_s(path: Path) -> float:
-    """User and system time of /proc/PID/stat, that of threads that have ended included."""
+    """User and system time of /proc/PID/stat, including threads that have ended."""
     fields = path.read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 

@@ -1,4 +1,4 @@
-"""What a server says of itself, apart from any load: its health, its facts and its counters."""
+"""Reads a server's health and metrics, over HTTP and independently of any workload."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from servegrid.telemetry import counters
 from servegrid.telemetry.counters import Counters
 
 PREFIXES = ("vllm:", "llamacpp:")
-SHARES = "_usage_perc"
-"""How the names of gauges end that are shares of a whole, of which there is one per label."""
+RATIO_SUFFIX = "_usage_perc"
+"""Gauges with this suffix are ratios, one per label: they must not be added up."""
 GAUGES_PATH = f"/metrics/?{urlencode([('name[]', name) for name in counters.GAUGES])}"
-"""Where vLLM tells some of its metrics alone: what is mounted there is Prometheus' own server."""
+"""Returns only these metrics on vLLM, which mounts Prometheus' own server under `/metrics/`."""
 MODELS_PATH = "/v1/models"
-NO_SUCH_PATH = (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.METHOD_NOT_ALLOWED)
+NOT_FOUND_STATUSES = (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.METHOD_NOT_ALLOWED)
 LIMIT_S = 5.0
 SETTLED_S = 1.0
-"""How long a server is given to count the requests that it has finished."""
+"""Time for a server to count the requests that it has finished."""
 POLL_S = 0.02
 
-_LEFT_OUT = re.compile(r"[^{ ]*(_bucket|_created)[{ ]")
+_SKIPPED = re.compile(r"[^{ ]*(_bucket|_created)[{ ]")
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    """To a Unix socket; httpx leaves that open if none listens."""
+    """A connection to a Unix socket. (httpx leaks the socket if no server listens.)"""
 
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=LIMIT_S)
@@ -53,10 +53,10 @@ def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
     return kind(parts.netloc, timeout=LIMIT_S)
 
 
-def get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
-    """Status and body of the answer to GET `path`, asked with the endpoint's key.
+def http_get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
+    """Status and body of GET `path`, sent with the endpoint's API key.
 
-    Raises OSError or http.client.HTTPException where none comes within `LIMIT_S`.
+    Raises OSError or http.client.HTTPException if there is no answer within `LIMIT_S` seconds.
     """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     with contextlib.closing(_connection(endpoint)) as connection:
@@ -65,71 +65,73 @@ def get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
-def healthy(endpoint: Endpoint) -> bool:
-    """Whether GET /health, or /v1/models where there is none, is answered with 200 in time."""
+def is_healthy(endpoint: Endpoint) -> bool:
+    """Whether GET /health answers 200 in time; without /health, whether /v1/models does."""
     try:
-        status, _ = get(endpoint, "/health")
-        if status in NO_SUCH_PATH:
-            status, _ = get(endpoint, MODELS_PATH)
+        status, _ = http_get(endpoint, "/health")
+        if status in NOT_FOUND_STATUSES:
+            status, _ = http_get(endpoint, MODELS_PATH)
         return status == http.HTTPStatus.OK
     except (OSError, http.client.HTTPException):
         return False
 
 
-def metrics(endpoint: Endpoint, path: str = "/metrics") -> dict[str, float] | None:
-    """The engine's counters, gauges and the sums and counts of its histograms.
+def read_metrics(endpoint: Endpoint, path: str = "/metrics") -> dict[str, float] | None:
+    """The engine's counters and gauges, and the sums and counts of its histograms.
 
-    None where the server has nothing under `path`, or does not answer.
+    None if the server has no page at `path` or does not answer.
     """
     try:
-        status, page = get(endpoint, path)
+        status, page = http_get(endpoint, path)
     except (OSError, http.client.HTTPException):
         return None
-    return parsed(page.decode()) if status == http.HTTPStatus.OK else None
+    return parse_metrics(page.decode()) if status == http.HTTPStatus.OK else None
 
 
-def gauges(endpoint: Endpoint) -> dict[str, float]:
-    """What the server says of its load at this moment, by the names of `columns.TELEMETRY`.
+def read_gauges(endpoint: Endpoint) -> dict[str, float]:
+    """The server's requests in flight, queue and KV cache now, with the keys of `columns.TELEMETRY`.
 
-    It is asked for little: vLLM works 4 ms on its whole page, and 0.2 ms on these few metrics.
+    It requests few metrics: vLLM needs 0.2 ms for these, and 4 ms for its whole page.
     """
-    return counters.gauges_of(metrics(endpoint, GAUGES_PATH) or metrics(endpoint))
+    return counters.gauge_columns(
+        read_metrics(endpoint, GAUGES_PATH) or read_metrics(endpoint)
+    )
 
 
-def counters_of(endpoint: Endpoint) -> Callable[[int], Counters]:
-    """What reads the server's metrics when it has counted all that it has finished.
+def counter_reader(endpoint: Endpoint) -> Callable[[int], Counters]:
+    """A function that reads the server's metrics after it has counted all finished requests.
 
-    Its argument is the number of requests that were finished since it was first called. A server
-    sends the end of a request before it counts it, so it is asked again for up to SETTLED_S,
-    until no request is left in it; then what it says is taken as it is, as where a client has
-    given up a request that the server goes on with.
+    The function's argument is the number of requests finished since its first call. A server
+    sends the last token of a request before it counts the request. So the function repeats the
+    read until the server is idle, for up to SETTLED_S seconds, and then returns what it has: the
+    server may still work on a request that the client has given up.
     """
     first: Counters = None
 
     def read(finished: int) -> Counters:
         nonlocal first
         deadline = time.monotonic() + SETTLED_S
-        now = metrics(endpoint)
+        now = read_metrics(endpoint)
         while not counters.has_settled(now, finished, first) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            now = metrics(endpoint)
+            now = read_metrics(endpoint)
         first = first or now
         return now
 
     return read
 
 
-def parsed(text: str) -> dict[str, float]:
-    """The engine's samples in Prometheus text, by name, without the histograms' buckets.
+def parse_metrics(text: str) -> dict[str, float]:
+    """The engine's samples in Prometheus' text format, by name, without histogram buckets.
 
-    Samples of the same name are added up over their labels; of shares the largest counts.
+    Samples of one name are added up over their labels; for ratios, the largest is taken.
     """
-    # Most of the page are buckets: without them it is read five times as fast.
+    # Buckets are most of the page: parsing is five times faster without them.
     lines = (line for line in text.splitlines() if line.startswith(PREFIXES))
-    wanted = "\n".join(line for line in lines if not _LEFT_OUT.match(line))
+    wanted = "\n".join(line for line in lines if not _SKIPPED.match(line))
     values: dict[str, float] = {}
     for family in text_string_to_metric_families(wanted):
         for name, _, value, *_ in family.samples:
             before = values.get(name, 0.0)
-            values[name] = max(before, value) if name.endswith(SHARES) else before + value
+            values[name] = max(before, value) if name.endswith(RATIO_SUFFIX) else before + value
     return values

@@ -1,7 +1,7 @@
-"""The page of a study: one HTML file that opens offline and says what the study found.
+"""The page of a study: one HTML file that opens without a network and shows all results.
 
-The charts are Vega-Lite specifications in charts/, drawn by the libraries that `vl-convert-python`
-carries; all data is in the file.
+The charts are Vega-Lite specifications in charts/. The libraries that draw them come from the
+package `vl-convert-python`. The file contains all data.
 """
 
 from __future__ import annotations
@@ -23,75 +23,95 @@ VEGALITE = "6.4"
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of the page: its rows are texts, `left_out` says what has no row in it."""
+class SectionTable:
+    """A table of a section. Its rows are texts. `note` says if rows are left out."""
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    left_out: str = ""
+    note: str = ""
+
+    @property
+    def text_columns(self) -> set[int]:
+        """The columns with a text in at least one row. They are left-aligned."""
+        return {index for row in self.rows for index, cell in enumerate(row) if cell[:1].isalpha()}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A section of the page below the figures."""
+class Section:
+    """A section below the charts: paragraphs, a list, and tables."""
 
     id: str
     title: str
-    texts: Sequence[str] = ()
+    paragraphs: Sequence[str] = ()
     points: Sequence[str] = ()
-    tables: Sequence[Table] = ()
+    tables: Sequence[SectionTable] = ()
 
 
 @dataclass(frozen=True)
-class Field:
-    """An assumption that can be changed in the page. `choices` are its values and their texts, if
-    it has but these; one that is not `needed` may be left empty."""
+class FormField:
+    """An assumption that the reader can change.
+
+    With `choices` (pairs of value and label), the field is a list to select from. A field that is
+    not `required` may be empty.
+    """
 
     name: str
     label: str
     value: Any
-    least: float = 0
-    most: float | None = None
+    minimum: float = 0
+    maximum: float | None = None
     step: str = "any"
-    needed: bool = True
+    required: bool = True
     choices: Sequence[tuple[Any, str]] = ()
 
 
-def render(
+@dataclass(frozen=True)
+class PageTexts:
+    """The sentences of the page that depend on where the data come from."""
+
+    summary: str
+    reset: str
+    footer: str
+
+
+def render_html(
     payload: Mapping[str, Any],
-    counts_text: str,
-    fields: Sequence[Field],
-    parts: Sequence[Part],
+    texts: PageTexts,
+    fields: Sequence[FormField],
+    sections: Sequence[Section],
     files: Sequence[tuple[str, str]],
 ) -> str:
-    """The page as text. The same arguments give the same bytes."""
+    """The page as HTML. The same arguments give the same bytes.
+
+    `files` are pairs of a relative path and what the file contains.
+    """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    sections = [
-        ("answer", "Answer"),
-        ("loads", "Loads"),
-        *((part.id, part.title) for part in parts),
-        ("tables", "Tables"),
+    links = [
+        ("answer", "Capacity"),
+        ("workloads", "Workloads"),
+        *((section.id, section.title) for section in sections),
+        *([("tables", "Files")] if files else []),
     ]
-    return environment.from_string(_text("template.html")).render(
+    return environment.from_string(_read("template.html")).render(
         payload=payload,
-        payload_json=_in_script(dict(payload) | {"charts": charts()}),
-        counts_text=counts_text,
+        payload_json=_script_json(dict(payload) | {"charts": chart_specs()}),
+        texts=texts,
         fields=fields,
+        links=links,
         sections=sections,
-        parts=parts,
         files=files,
         version=__version__,
-        style=_safe(_text("style.css")),
-        library=_safe(_library()),
-        planner=_safe(_text("planner.js")),
-        script=_safe(_text("page.js")),
+        style=Markup(_read("style.css")),
+        library=Markup(_library()),
+        planner=Markup(_read("planner.js")),
+        script=Markup(_read("page.js")),
     )
 
 
 @cache
-def charts() -> dict[str, Any]:
-    """The Vega-Lite specifications by name; their data is given when they are drawn."""
+def chart_specs() -> dict[str, Any]:
+    """The Vega-Lite specifications by name. page.js adds the data."""
     folder = resources.files(__package__) / "charts"
     return {
         file.name.removesuffix(".vl.json"): json.loads(file.read_text(encoding="utf-8"))
@@ -106,15 +126,11 @@ def _library() -> str:
     return f"(() => {{ {bundle} }})();"
 
 
-def _in_script(data: Any) -> Markup:
-    """JSON that can stand in a script element, whatever names a study has chosen."""
+def _script_json(data: Any) -> Markup:
+    """JSON for a script element. `<` is escaped, so that no name can end the element."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return _safe(text.replace("<", "\\u003c"))
+    return Markup(text.replace("<", "\\u003c"))
 
 
-def _safe(text: str) -> Markup:
-    return Markup(text)
-
-
-def _text(name: str) -> str:
+def _read(name: str) -> str:
     return (resources.files(__package__) / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The page of a study from its tables. Pure."""
+"""The page of a study, or of published data, from its tables. Pure."""
 
 from __future__ import annotations
 
@@ -8,134 +8,200 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis import published
 from servegrid.analysis.capacity import CLOSED, Demand, Hardware
 from servegrid.analysis.engine_comparison import compared
-from servegrid.analysis.findings import Slo, statements
-from servegrid.analysis.titles import deployment_titles, hardware_title, load_title
-from servegrid.report import findings_report
-from servegrid.report.page import Field, parts, render
-from servegrid.report.page.payload import counts_of, payload_of
+from servegrid.analysis.findings import Slo, frontier, statements
+from servegrid.analysis.published import (
+    compare_with_published,
+    comparison_statements,
+    method_differences,
+    published_summary,
+)
+from servegrid.analysis.titles import counted, deployment_titles, hardware_title, load_title
+from servegrid.reference.published import PublishedData
+from servegrid.report.findings_report import frontier_table
+from servegrid.report.page import FormField, PageTexts, Section, render_html, sections
+from servegrid.report.page.payload import build_payload, count_results, list_workloads
 
 FILES = (
     ("../tables/cells.parquet", "one row per cell and trial, with units and meanings"),
-    ("../tables/cells.csv", "the same as text"),
+    ("../tables/cells.csv", "the same as CSV"),
     ("../tables/summary.parquet", "one row per cell: medians over trials with 95% intervals"),
-    ("../tables/summary.csv", "the same as text"),
-    ("../tables/capacity.md", "the capacity plan under the study's own assumptions"),
-    ("../tables/findings.md", "what was found, and the frontier"),
-    ("../tables/published.md", "measured cells beside published ones"),
-    ("../tables/sentinels.csv", "the load that was repeated to watch each node"),
+    ("../tables/summary.csv", "the same as CSV"),
+    ("../tables/capacity.md", "the capacity plan under the study's assumptions"),
+    ("../tables/findings.md", "the findings and the frontier"),
+    ("../tables/drift_checks.csv", "the workload that was repeated to check each node for drift"),
 )
+PUBLISHED_FILE = ("../tables/published.md", "the comparison with published data")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the page shows: tables of `columns.CELLS`, `SUMMARY`, `FRONTIER` and `BESIDE`, with the
-    SLO of the frontier, what differs from the published study, and the environments of
-    `provenance.allocations`."""
+class StudyResults:
+    """The content of a study's page.
+
+    `cells`, `summary`, `frontier` and `pairs` are tables of `columns.CELLS`, `SUMMARY`, `FRONTIER`
+    and `PUBLISHED_COMPARISON`. `slo` is the SLO of the frontier. `published` is None if the study
+    names no published data. `prompts` are the kinds of prompts of the trials, and `allocations` the
+    environments of `provenance.describe_allocations`.
+    """
 
     cells: pd.DataFrame
     summary: pd.DataFrame
     frontier: pd.DataFrame
-    beside: pd.DataFrame
+    pairs: pd.DataFrame
     slo: Slo
-    differences: Sequence[str]
+    published: PublishedData | None
+    prompts: Sequence[str]
     allocations: Sequence[Mapping[str, Any]]
 
 
-def page(name: str, found: Found, demand: Demand, hardware: Hardware) -> str:
-    """The page of the study `name` as text."""
-    cells, summary = found.cells, found.summary
-    counts, titles = counts_of(summary, cells), deployment_titles(cells)
-    tables = [
+def render_study_page(name: str, results: StudyResults, demand: Demand, hardware: Hardware) -> str:
+    """The page of the study `name` as HTML."""
+    cells, summary = results.cells, results.summary
+    titles = deployment_titles(cells)
+    published = _published_sections(results, titles)
+    latency_files = [
         (f"../tables/{deployment}.md", f"seconds per 100 tokens of {title}")
         for deployment, title in titles.items()
     ]
-    return render(
-        payload_of(name, summary, cells, found.beside, demand, hardware),
-        parts.counts_text(counts, cells),
-        fields(summary, demand, hardware),
+    return render_html(
+        build_payload(name, summary, cells, results.pairs, demand, hardware),
+        PageTexts(
+            summary=sections.summary_sentence(count_results(summary, cells), cells),
+            reset="Reset to the study's assumptions",
+            footer="The figures come from the records of the study.",
+        ),
+        form_fields(summary, demand, hardware),
         [
-            parts.findings(
-                statements(summary, found.frontier, found.slo, titles),
-                findings_report.frontier_table(found.frontier, titles),
-                found.slo,
+            sections.findings_section(
+                statements(summary, results.frontier, results.slo, titles),
+                frontier_table(results.frontier, titles),
+                results.slo,
             ),
-            parts.beside(
-                published.statements(found.beside, titles), found.differences, found.beside.empty
-            ),
-            parts.engines(compared(summary, cells)),
-            parts.verdicts(cells),
-            parts.provenance(found.allocations),
+            *published,
+            sections.engines_section(compared(summary, cells)),
+            sections.validity_section(cells),
+            sections.provenance_section(results.allocations),
         ],
-        [*FILES, *tables],
+        [*FILES, *([PUBLISHED_FILE] if published else []), *latency_files],
     )
 
 
-def fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[Field]:
-    """The assumptions that can be changed; none where no load was one of users."""
-    workloads = list(summary[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
+def render_published_page(
+    published: PublishedData, slo: Slo, demand: Demand, hardware: Hardware
+) -> str:
+    """The page of published data as HTML: curves, frontier and capacity plan."""
+    summary = published_summary(published)
+    cells = summary.assign(engine_version=None)
+    titles = deployment_titles(cells)
+    reach = frontier(summary, slo)
+    served = int((summary["trials_served"] > 0).sum())
+    return render_html(
+        build_payload(
+            published.name, summary, cells, compare_with_published(summary, None), demand, hardware
+        ),
+        PageTexts(
+            summary=f"{counted(len(titles), 'deployment')}, {counted(len(summary), 'cell')}: "
+            f"{served} served. Published figures, not measured by servegrid.",
+            reset="Reset to the default assumptions",
+            footer=f"The figures come from: {published.source.citation}.",
+        ),
+        form_fields(summary, demand, hardware),
+        [
+            sections.findings_section(
+                statements(summary, reach, slo, titles), frontier_table(reach, titles), slo
+            ),
+            sections.source_section(published.source.citation, published.source.method),
+        ],
+        [],
+    )
+
+
+def _published_sections(results: StudyResults, titles: Mapping[str, str]) -> list[Section]:
+    if results.published is None:
+        return []
+    return [
+        sections.published_section(
+            results.published.source.citation,
+            comparison_statements(results.pairs, titles),
+            method_differences(results.cells, results.prompts, results.published),
+        )
+    ]
+
+
+def form_fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[FormField]:
+    """The assumptions that the reader can change. Empty if no workload has a number of users."""
     closed = [
-        (place, load_title(*workload))
-        for place, workload in enumerate(workloads)
+        (index, load_title(*workload))
+        for index, workload in enumerate(list_workloads(summary))
         if workload[0] in CLOSED
     ]
     if not closed:
         return []
     lengths = sorted(int(length) for length in summary["input_len"].unique())
-    prompts: list[tuple[Any, str]] = [("", "all that were measured, in equal parts")]
-    prompts += [("prompt_mix", "in the study's shares")] if demand.prompt_mix else []
+    prompts: list[tuple[Any, str]] = [("", "all measured lengths, equally frequent")]
+    prompts += [("prompt_mix", "the study's prompt mix")] if demand.prompt_mix else []
     prompts += [(length, str(length)) for length in lengths]
     chosen = demand.input_len or ("prompt_mix" if demand.prompt_mix else "")
-    gpus = sorted(str(gpu) for gpu in summary["gpu"].unique())
-    money = hardware.currency
+    currency = hardware.currency
     return [
-        Field("users", "Registered users", demand.users, least=1, step="1"),
-        Field("logged_in", "Of these logged in, %", number(100 * demand.logged_in), 0.001, 100),
-        Field(
+        FormField("users", "Registered users", demand.users, minimum=1, step="1"),
+        FormField(
+            "logged_in",
+            "Logged in at the busiest time, %",
+            _text(100 * demand.logged_in),
+            0.001,
+            100,
+        ),
+        FormField(
             "think_time_s",
-            "Seconds between answer and next request",
-            number(demand.think_time_s),
+            "Think time between answer and next request, s",
+            _text(demand.think_time_s),
             0.1,
             7200,
         ),
-        Field(
+        FormField(
             "tokens_per_s_per_user",
-            "Tokens/s that each gets",
-            number(demand.tokens_per_s_per_user),
+            "SLO: output tokens/s per user",
+            _text(demand.tokens_per_s_per_user),
             0.01,
         ),
-        Field(
+        FormField(
             "slo_attainment",
-            "Share of requests that get it, %",
-            number(100 * demand.slo_attainment),
+            "Requests that must meet the SLO, %",
+            _text(100 * demand.slo_attainment),
             1,
             99.999,
         ),
-        Field("input_len", "Prompt tokens", chosen, choices=prompts),
-        Field("plan_load", "Measured load", closed[0][0], choices=closed),
+        FormField("input_len", "Prompt tokens", chosen, choices=prompts),
+        FormField("plan_workload", "Measured workload", closed[0][0], choices=closed),
         *(
-            Field(
+            FormField(
                 f"price:{gpu}",
-                f"Price of a machine without GPU, {money}"
-                if gpu == "cpu"
-                else f"Price of one {hardware_title(gpu, 1).removeprefix('1 × ')}, {money}",
-                number(hardware.prices.get(gpu)),
-                needed=False,
+                _price_label(gpu, currency),
+                _text(hardware.prices.get(gpu)),
+                required=False,
             )
-            for gpu in gpus
+            for gpu in sorted(str(gpu) for gpu in summary["gpu"].unique())
         ),
-        Field(
+        FormField(
             "electricity_per_kwh",
-            f"Electricity, {money} per kWh",
-            number(hardware.electricity_per_kwh),
-            needed=False,
+            f"Electricity, {currency} per kWh",
+            _text(hardware.electricity_per_kwh),
+            required=False,
         ),
-        Field("years_in_use", "Years in use", number(hardware.years_in_use), 0.01, needed=False),
+        FormField(
+            "years_in_use", "Years in use", _text(hardware.years_in_use), 0.01, required=False
+        ),
     ]
 
 
-def number(value: float | None) -> str:
-    """As it is typed: no digits that say nothing, and empty where it is not known."""
+def _price_label(gpu: str, currency: str) -> str:
+    if gpu == "cpu":
+        return f"Price of a machine without a GPU, {currency}"
+    return f"Price of one {hardware_title(gpu, 1).removeprefix('1 × ')}, {currency}"
+
+
+def _text(value: float | None) -> str:
+    """A number as a person types it. Empty if it is not known."""
     return "" if value is None else f"{value:.10g}"

@@ -1,0 +1,52 @@
+"""Unpacks a bundle into a folder in which its study continues."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from servegrid.bundle import tarball
+from servegrid.bundle.integrity import find_integrity_problems
+from servegrid.errors import BundleError
+
+_OLD_S = 1
+"""A modification time older than any code. Snakemake ignores a time of 0."""
+
+
+def unpack_bundle(archive: Path, folder: Path | None = None) -> Path:
+    """Unpack `archive` into the new folder `folder` and return it.
+
+    The default is a folder in the working directory with the bundle's name. All files get an old
+    date, so that Snakemake derives tables and figures again with newer code. Records depend on no
+    file, so they are not measured again. Raises BundleError if the bundle is damaged or not safe,
+    or if the folder exists; then nothing is left behind.
+    """
+    if not archive.is_file():
+        raise BundleError(f"{archive}: does not exist. Correct the path.")
+    if folder is not None:
+        _check_is_new(folder)
+    parent = folder.parent if folder is not None else Path()
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".servegrid-", dir=parent) as temporary:
+        tree = Path(temporary) / "tree"
+        tree.mkdir()
+        unpacked = tarball.unpack_archive(archive, tree)
+        problems = find_integrity_problems(tree, unpacked)
+        if problems:
+            listed = "\n  ".join(problems[:10])
+            raise BundleError(
+                f"{archive}: is damaged and was not unpacked. Get it again from its source.\n"
+                f"  {listed}"
+            )
+        target = folder if folder is not None else Path(unpacked.root)
+        _check_is_new(target)
+        for name in unpacked.sha256:
+            os.utime(tree / name, (_OLD_S, _OLD_S))
+        tree.rename(target)
+    return target
+
+
+def _check_is_new(folder: Path) -> None:
+    if folder.exists() or folder.is_symlink():
+        raise BundleError(f"{folder}: exists already. Name a new folder.")

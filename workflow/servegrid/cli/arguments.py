@@ -1,0 +1,82 @@
+"""Types of command-line arguments. Each raises ArgumentTypeError, which argparse shows."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import ArgumentTypeError
+from urllib.parse import urlsplit
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    return 0 if text == "0" else positive_int(text)
+
+
+def positive_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
+def non_negative_float(text: str) -> float:
+    return 0.0 if text == "0" else positive_float(text)
+
+
+def fraction(text: str) -> float:
+    """A number above 0, at most 1."""
+    number = positive_float(text)
+    if number > 1:
+        raise ArgumentTypeError(f"{text!r} is above 1")
+    return number
+
+
+def fraction_below_one(text: str) -> float:
+    """A probability that a queueing model can reach: above 0, below 1."""
+    number = fraction(text)
+    if number == 1:
+        raise ArgumentTypeError(f"{text!r} cannot be guaranteed; give a number below 1")
+    return number
+
+
+def prompt_mix(text: str) -> dict[int, float]:
+    """
+    >>> prompt_mix("31:3,119:1")
+    {31: 3.0, 119: 1.0}
+    """
+    parts = [part.partition(":") for part in text.split(",")]
+    return {positive_int(length): positive_float(share) for length, _, share in parts}
+
+
+def server_url(text: str) -> str:
+    parts = urlsplit(text)
+    target = parts.path if parts.scheme == "unix" else parts.hostname
+    if parts.scheme not in ("http", "https", "unix") or not target:
+        raise ArgumentTypeError(f"{text!r} is not http://…, https://… or unix:///path")
+    return text
+
+
+def salt(text: str) -> str:
+    if not re.fullmatch(r"[\w./-]{1,64}", text, re.ASCII):
+        raise ArgumentTypeError(f"{text!r} has other characters than letters, digits, . / - _")
+    return text
+
+
+def slowdown(text: str) -> float:
+    """
+    >>> slowdown("slower:5%")
+    0.05
+    """
+    match = re.fullmatch(r"slower:(\d+(?:\.\d+)?)%", text)
+    if match is None or not 0 <= float(match[1]) < 100:
+        raise ArgumentTypeError(f"{text!r} does not look like slower:5%")
+    return float(match[1]) / 100

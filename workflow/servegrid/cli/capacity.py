@@ -1,0 +1,105 @@
+"""`servegrid capacity`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from servegrid.cli import arguments
+from servegrid.reference.published import load_published
+
+
+def add_capacity(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "capacity",
+        help="plan the hardware that your users need",
+        description="Print the capacity plan as Markdown, from the tables of a study or from "
+        "published figures. An assumption that you do not give comes from --configfile, or else "
+        "has its default.",
+    )
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group().add_argument
+    tables = Path("results/tables")
+    source("--tables", type=Path, default=tables, metavar="DIR", help="default: results/tables")
+    source(
+        "--published",
+        metavar="NAME",
+        help="plan from published figures: inria-2024, or the path of a CSV file",
+    )
+    add("--configfile", type=Path, metavar="FILE", help="a study; its slo and capacity are used")
+    add(
+        "--hardware",
+        type=Path,
+        metavar="FILE",
+        help="prices; default: config/hardware.yaml if it exists, else those of this package",
+    )
+    add("--users", type=arguments.positive_int, metavar="N", help="registered users")
+    add(
+        "--logged-in",
+        type=arguments.fraction,
+        metavar="X",
+        help="fraction of the users that is logged in at the busiest time",
+    )
+    add(
+        "--think-time",
+        type=arguments.positive_float,
+        dest="think_time_s",
+        metavar="S",
+        help="mean seconds between an answer and the user's next request",
+    )
+    add(
+        "--slo-attainment",
+        type=arguments.fraction_below_one,
+        metavar="X",
+        help="fraction of requests that must meet the SLO",
+    )
+    add(
+        "--tokens-per-s-per-user",
+        type=arguments.positive_float,
+        metavar="V",
+        help="the SLO: output tokens per second of each user",
+    )
+    prompts = parser.add_mutually_exclusive_group().add_argument
+    prompts(
+        "--input-len",
+        type=arguments.positive_int,
+        metavar="I",
+        help="prompt tokens; default: all measured lengths in equal parts",
+    )
+    prompts(
+        "--prompt-mix",
+        type=arguments.prompt_mix,
+        metavar="I:X,…",
+        help="several prompt lengths with their shares, such as 31:3,119:1",
+    )
+    parser.set_defaults(run=_capacity)
+
+
+def _capacity(options: argparse.Namespace) -> int:
+    from servegrid.analysis import capacity, published, tables
+    from servegrid.reference.hardware import find_hardware_file
+    from servegrid.report import capacity_report
+    from servegrid.study import config
+
+    study = {} if options.configfile is None else config.load_mapping(options.configfile)
+    if study:
+        config.parse_study(study, [options.configfile])
+    given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
+    if options.prompt_mix:  # instead of the study's one length
+        study = {**study, "capacity": {**study.get("capacity", {}), "input_len": None}}
+    demand = replace(
+        capacity.demand_of(study),
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    hardware = capacity.read_hardware(options.hardware or find_hardware_file())
+    if options.published:
+        summary = published.published_summary(load_published(options.published))
+    else:
+        summary = tables.read_summary(options.tables / "summary.parquet")
+    plan = capacity.plan(summary, demand, hardware)
+    print(capacity_report.render_capacity_report(plan, demand, hardware))
+    if options.published:
+        print(capacity_report.render_rule_of_thumb())
+    return 0

@@ -1,0 +1,45 @@
+"""`servegrid doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_doctor(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "doctor",
+        help="check a profile and its cluster before the first study",
+        description="Check on a login node that a study can run: profile, Slurm, files, "
+        "environments and models. Submits nothing. Exit status: 0 if no check failed, 1 if a "
+        "check failed, 2 if the profile or the study cannot be read.",
+    )
+    add = parser.add_argument
+    add("--profile", required=True, type=Path, metavar="DIR", help="such as profiles/plafrim")
+    add("--configfile", type=Path, metavar="FILE", help="a study, such as config/inria-2024.yaml")
+    add(
+        "--directory",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder that will contain results/; default: this folder",
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from servegrid.doctor import examine, report
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    findings = []
+    checks = examine(options.profile, options.configfile, options.directory)
+    for _, of_group in itertools.groupby(checks, key=lambda finding: finding.group):
+        group = list(of_group)
+        findings += group
+        print(report.format_findings(group, width), end="\n\n", flush=True)
+    print(report.summary(findings))
+    return report.exit_status(findings)

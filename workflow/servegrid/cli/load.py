@@ -1,0 +1,219 @@
+"""`servegrid load`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from servegrid import __version__
+from servegrid.cli import arguments
+from servegrid.cli.progress import show_progress
+from servegrid.errors import LoadError
+from servegrid.study.endpoint import Endpoint, normalize_base_url, read_api_key
+from servegrid.study.grid import Workload
+
+if TYPE_CHECKING:
+    from servegrid.client import Measurement
+
+
+def add_load(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "load",
+        help="benchmark a server under one workload",
+        description="Benchmark an OpenAI-compatible server under one workload. Exit status: 0 if "
+        "every request got the requested number of tokens, 1 if a request failed, 2 if nothing "
+        "was measured.",
+    )
+    add = parser.add_argument
+    add(
+        "--url",
+        required=True,
+        type=arguments.server_url,
+        help="http://…, https://… or unix:///path/of/socket",
+    )
+    add("--model", required=True, help="the server's name for the model")
+    add(
+        "--protocol",
+        required=True,
+        choices=["burst", "closed_loop", "poisson"],
+        help="burst: waves of simultaneous requests; closed_loop: each user sends the next "
+        "request after an answer; poisson: requests arrive at a rate",
+    )
+    intensity = parser.add_mutually_exclusive_group(required=True).add_argument
+    positive_int, positive_float = arguments.positive_int, arguments.positive_float
+    intensity("--concurrency", type=positive_int, metavar="N", help="simultaneous requests")
+    intensity("--request-rate", type=positive_float, metavar="X", help="requests per second")
+    length = parser.add_mutually_exclusive_group(required=True).add_argument
+    length("--requests", type=positive_int, metavar="R", help="total number of requests")
+    length("--duration", type=positive_float, metavar="S", help="seconds; not for burst")
+    add("--input-len", required=True, type=positive_int, metavar="I", help="tokens per prompt")
+    add("--output-len", required=True, type=positive_int, metavar="O", help="tokens per answer")
+    add(
+        "--think-time",
+        type=arguments.non_negative_float,
+        default=0.0,
+        metavar="S",
+        help="mean pause of a user in seconds (closed_loop); default: 0",
+    )
+    add("--output", required=True, type=Path, metavar="FILE", help="Parquet, one row per request")
+    add(
+        "--api", choices=["completions", "chat"], default="completions", help="default: completions"
+    )
+    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; without it: random tokens")
+    add("--api-key-env", metavar="VAR", help="environment variable with the API key")
+    add(
+        "--prompts",
+        choices=["distinct", "identical"],
+        default="distinct",
+        help="default: distinct, every request has its own prompt",
+    )
+    add("--seed", type=int, default=0, help="seed of the prompts; default: 0")
+    add(
+        "--salt",
+        type=arguments.salt,
+        help="repeats the prompts of an earlier run; without it: new prompts in each run",
+    )
+    add(
+        "--warmup-waves",
+        type=arguments.non_negative_int,
+        default=1,
+        metavar="W",
+        help="waves of requests that warm the server up and are not recorded; default: 1",
+    )
+    add(
+        "--timeout",
+        type=positive_float,
+        default=600.0,
+        metavar="S",
+        help="seconds for the whole workload; default: 600",
+    )
+    add(
+        "--idle-timeout",
+        type=positive_float,
+        default=120.0,
+        metavar="S",
+        help="seconds without a byte until a request fails; default: 120",
+    )
+    parser.set_defaults(run=_load)
+
+
+def _load(options: argparse.Namespace) -> int:
+    from servegrid.client import measure
+    from servegrid.records import columns, parquet
+
+    endpoint = replace(_endpoint(options.url, options.model, options.api_key_env), api=options.api)
+    _validate(options)
+    workload = Workload(
+        protocol=options.protocol,
+        concurrency=options.concurrency,
+        request_rate=options.request_rate,
+        duration_s=options.duration,
+        think_time_s=options.think_time,
+        input_len=options.input_len,
+        output_len=options.output_len,
+        requests=options.requests,
+        prompts=options.prompts,
+        warmup_waves=options.warmup_waves,
+        seed=options.seed,
+        timeout_s=options.timeout,
+        idle_timeout_s=options.idle_timeout,
+    )
+    parquet.check_writable(options.output.parent)
+    # The server could answer prompts of an earlier run from its prefix cache.
+    salt = options.salt or secrets.token_hex(4)
+    with show_progress(f"Benchmarking {endpoint.model}") as report:
+
+        def report_requests(done: int, total: int) -> None:
+            # Only burst has waves, so only burst reports while it runs.
+            report("requests", done, total if workload.protocol == "burst" else 0)
+
+        measurement = measure(
+            endpoint,
+            workload,
+            options.tokenizer,
+            salt,
+            progress=report_requests,
+        )
+    record = {
+        "format": parquet.RECORD_FORMAT,
+        "servegrid": __version__,
+        "workload": asdict(workload),
+        "facts": measurement.facts,
+        "endpoint": {"url": options.url, "model": endpoint.model, "api": endpoint.api},
+    }
+    schema = parquet.arrow_schema(columns.REQUESTS, record)
+    parquet.write_table(
+        measurement.requests.replace_schema_metadata(schema.metadata), options.output
+    )
+    print(_format_summary(measurement))
+    return 1 if any(measurement.errors) else 0
+
+
+def _validate(options: argparse.Namespace) -> None:
+    """Raise LoadError if the options contradict the protocol."""
+    protocol = options.protocol
+    closed_loop = protocol == "closed_loop"
+    for is_wrong, message in (
+        (protocol == "poisson" and options.request_rate is None, "give --request-rate"),
+        (protocol != "poisson" and options.request_rate is not None, "give --concurrency"),
+        (protocol == "burst" and options.duration is not None, "give --requests"),
+        (not closed_loop and options.think_time > 0, "--think-time is for closed_loop"),
+        (
+            closed_loop and options.duration is not None and not options.warmup_waves,
+            "--duration needs at least one warm-up wave, which shows how many requests to prepare",
+        ),
+    ):
+        if is_wrong:
+            raise LoadError(f"--protocol {protocol}: {message}.")
+
+
+def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:
+    """The endpoint of a URL, with or without the API's `/v1`.
+
+    Raises LoadError if the environment variable contains no API key.
+    """
+    key = None
+    if key_variable is not None:
+        key = read_api_key(key_variable, os.environ)
+        if key is None:
+            raise LoadError(
+                f"--api-key-env {key_variable}: this variable contains no API key. Export it first."
+            )
+    if url.startswith("unix://"):
+        return Endpoint("http://localhost", model, key, socket=url.removeprefix("unix://"))
+    return Endpoint(normalize_base_url(url), model, key)
+
+
+def _format_summary(measurement: Measurement) -> str:
+    rows = measurement.requests.to_pylist()
+    served = [row for row in rows if row["error"] is None]
+    start_ns, end_ns = measurement.facts["window_ns"]
+    tokens = sum(row["completion_tokens"] for row in served)
+    ttft = [row["first_token_ns"] - row["sent_ns"] for row in served]
+    e2el = [row["token_ns"][-1] - row["sent_ns"] for row in served]
+    tpot = [
+        (last - first) / (row["completion_tokens"] - 1)
+        for row, last, first in zip(served, e2el, ttft, strict=True)
+        if row["completion_tokens"] > 1
+    ]
+    lines = [
+        ("requests", f"{len(rows)}"),
+        ("failed", f"{len(rows) - len(served)}"),
+        ("ttft, median", _format_median_ms(ttft)),
+        ("tpot, median", _format_median_ms(tpot)),
+        ("e2el, median", _format_median_ms(e2el)),
+        ("output tokens", f"{tokens / (end_ns - start_ns) * 1e9:.1f} /s"),
+    ]
+    failures = sorted(set(filter(None, measurement.errors)))
+    lines += [("failure", failure) for failure in failures[:3]]
+    return "\n".join(f"{name:<14} {value}" for name, value in lines)
+
+
+def _format_median_ms(times_ns: Sequence[float]) -> str:
+    return f"{median(times_ns) / 1e6:.1f} ms" if times_ns else "-"

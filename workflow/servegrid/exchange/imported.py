@@ -1,0 +1,194 @@
+"""Turns a workload that another client measured into a row of the table of cells. Pure.
+
+Its requests go through the same computations as servegrid's own. Values that the other client does
+not report are null, and `valid` is always null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from servegrid.analysis import metrics, tables
+from servegrid.analysis.stationarity import window_of
+from servegrid.errors import ExchangeError
+from servegrid.records import columns, parquet
+from servegrid.records.columns import PERCENTILES
+from servegrid.records.verdict import OK, decide_verdict
+from servegrid.study.deployment import Deployment
+from servegrid.study.grid import Protocol, Trial, Workload
+
+_NS = 1_000_000_000
+
+IMPORTED = "imported"
+"""The entry of `invalid_rules` for each note about an imported cell."""
+
+
+@dataclass(frozen=True)
+class ImportedResult:
+    """One workload, as the client `origin` reports it in the file `source`.
+
+    `requests` are rows of `columns.REQUESTS` with the values that the client reports. If it reports
+    no requests, `requests` is None, and `metrics` are columns of `columns.CELLS` that the client
+    computed. `input_len` and `output_len` are tokens per request; if requests differ, they are
+    rounded means and `notes` say so. `itl_known` is False if the client reports no times between
+    tokens. `started` is a text in the client's own format.
+    """
+
+    source: str
+    origin: str
+    model: str
+    started: str
+    protocol: Protocol
+    concurrency: int | None
+    request_rate: float | None
+    input_len: int
+    output_len: int
+    requests: Sequence[Mapping[str, Any]] | None
+    metrics: Mapping[str, Any]
+    notes: Sequence[str] = ()
+    itl_known: bool = True
+
+
+def imported_cells(
+    results: Sequence[ImportedResult], deployment: Deployment, engine: str | None
+) -> pd.DataFrame:
+    """A dataframe of `columns.CELLS`, one row per result. Equal workloads become trials."""
+    numbers: dict[tuple[Any, ...], int] = {}
+    rows = []
+    for result in results:
+        served = replace(deployment, model=deployment.model or result.model)
+        served = replace(served, name=served.name or _deployment_name(served, result.origin))
+        key = (
+            *(served.name, result.origin, result.protocol, result.concurrency),
+            *(result.request_rate, result.input_len, result.output_len),
+        )
+        numbers[key] = numbers.get(key, 0) + 1
+        trial = Trial(served, _workload(result), numbers[key])
+        rows.append(imported_cell_row(result, trial, engine))
+    names = [column.name for column in columns.CELLS]
+    return tables.typed(pd.DataFrame(rows, columns=names), columns.CELLS)
+
+
+def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) -> dict[str, Any]:
+    """The row of `columns.CELLS`. `valid` is null, and `invalid_evidence` has the notes.
+
+    The metrics of closed_loop and poisson come from the stationary part, as for servegrid's own
+    cells. If there is none, they come from the whole run, and a note says so.
+    """
+    rows = result.requests or []
+    requests = parquet.arrow_table(columns.REQUESTS, rows)
+    notes = [f"not certified: measured by {result.origin}", *result.notes]
+    verdict, detail = decide_verdict((row.get("error") for row in rows), engine_alive=True)
+    use_all = result.protocol == "burst"
+    if rows and not use_all and isinstance(window_of(requests, trial.workload), str):
+        use_all = True
+        notes.append("no steady state: the metrics include the start and the end of the run")
+    record = {
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        "origin": result.origin,
+        "verdict": verdict,
+        "verdict_detail": detail,
+        "engine": {"engine": engine},
+        "environment": {"allocation": result.source, "started": result.started},
+        "client": {},
+        "self_check": None,
+        "metrics_before": None,
+        "metrics_after": None,
+    }
+    telemetry = parquet.arrow_table(columns.TELEMETRY, [])
+    row = metrics.row_of(record, requests, telemetry, use_all)
+    if not result.itl_known:
+        row |= {name: None for name in row if name.startswith("itl_")}
+        row["coalesced_chunk_fraction"] = None
+    row |= result.metrics
+    if verdict == OK and row.get("failed_requests"):
+        row |= {
+            "verdict": "http_error",
+            "verdict_detail": f"{row['failed_requests']} requests failed",
+        }
+    unknown = dict.fromkeys(("valid", "prompts", "output_spread"))
+    return row | unknown | {"invalid_rules": [IMPORTED] * len(notes), "invalid_evidence": notes}
+
+
+def closed_protocol(max_concurrency: int | None, requests: int) -> tuple[Protocol, int]:
+    """Protocol and concurrency of requests that are sent as soon as `max_concurrency` allows."""
+    if max_concurrency is None or max_concurrency >= requests:
+        return "burst", requests
+    return "closed_loop", max_concurrency
+
+
+def assign_users(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The requests with a `user` each: the user who has been idle longest, or a new one."""
+    idle: list[tuple[int, int]] = []
+    assigned = []
+    for row in sorted(requests, key=lambda request: request["sent_ns"]):
+        end, user = min(idle, default=(row["sent_ns"] + 1, 0))
+        if end <= row["sent_ns"]:
+            idle.remove((end, user))
+        else:
+            user = len(idle)
+        idle.append((row["done_ns"], user))
+        assigned.append({**row, "user": user})
+    return assigned
+
+
+def mean_lengths(
+    prompts: Sequence[int], outputs: Sequence[int], source: str
+) -> tuple[int, int, list[str]]:
+    """The rounded means of the tokens of prompts and outputs, and notes if they differ.
+
+    Raises ExchangeError if there are none.
+    """
+    if not prompts or not outputs:
+        raise nothing_to_import(source)
+    notes = [
+        f"{name} of {min(lengths)} to {max(lengths)} tokens"
+        for name, lengths in (("prompts", prompts), ("outputs", outputs))
+        if min(lengths) != max(lengths)
+    ]
+    return _mean(prompts), _mean(outputs), notes
+
+
+def nothing_to_import(source: str) -> ExchangeError:
+    """The error for a result without a successful request."""
+    return ExchangeError(
+        f"{source}: no request succeeded, so there is nothing to import. Leave this file out."
+    )
+
+
+def to_ns(seconds: float) -> int:
+    """Seconds as whole nanoseconds."""
+    return round(seconds * _NS)
+
+
+def has_enough_samples(percentile: int, samples: int) -> bool:
+    """Whether `samples` are enough for the percentile, by servegrid's own rule."""
+    return samples >= PERCENTILES[percentile]
+
+
+def _workload(result: ImportedResult) -> Workload:
+    rows = result.requests
+    return Workload(
+        protocol=result.protocol,
+        concurrency=result.concurrency,
+        request_rate=result.request_rate,
+        input_len=result.input_len,
+        output_len=result.output_len,
+        requests=result.metrics.get("requests") if rows is None else len(rows),
+    )
+
+
+def _deployment_name(deployment: Deployment, origin: str) -> str:
+    client = origin.partition(" ")[0]
+    gpus = f"{deployment.gpu_count}x{deployment.gpu}" if deployment.gpu != "cpu" else "cpu"
+    parts = (deployment.model.rpartition("/")[2], deployment.quantization, client, gpus)
+    return "_".join(part for part in parts if part)
+
+
+def _mean(values: Sequence[int]) -> int:
+    return round(sum(values) / len(values))

@@ -1,0 +1,51 @@
+"""Reads the trials of a results folder for an export."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from servegrid.analysis import tables
+from servegrid.errors import ExchangeError
+from servegrid.records import parquet
+from servegrid.study.grid import Trial
+
+
+def find_records_folder(results: Path) -> Path:
+    """The folder `cells` of a study or of its results. Raises ExchangeError if there is none."""
+    for folder in (results / "results" / "cells", results / "cells"):
+        if folder.is_dir():
+            return folder
+    raise ExchangeError(f"{results}: has no folder cells/. Name a folder of results.")
+
+
+def read_trials(folder: Path) -> Iterator[tuple[Trial, Mapping[str, Any], dict[str, Any]]]:
+    """Each trial in `folder` with its record and its row of `columns.CELLS`, with None for null.
+
+    Drift checks are left out. Raises ExchangeError if there are no trials.
+    """
+    records = {
+        path: parquet.read_record(path) for path in sorted(folder.glob("*/*/*/requests.parquet"))
+    }
+    all_trials = [Trial.from_spec(record["spec"]) for record in records.values()]
+    drift_checks = tables.gather([trial for trial in all_trials if trial.drift_check], folder)
+    drifts = tables.drift_by_allocation(drift_checks)
+    trials = [trial for trial in all_trials if not trial.drift_check]
+    if not trials:
+        raise ExchangeError(f"{folder}: contains no trials. Measure the study first.")
+    cells = tables.gather(trials, folder, drifts)
+    rows = {row["spec_digest"]: row for row in _rows_with_none(cells)}
+    by_digest = {record["spec_digest"]: record for record in records.values()}
+    for trial in trials:
+        yield trial, by_digest[trial.digest], rows[trial.digest]
+
+
+def _rows_with_none(cells: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    for row in cells.to_dict("records"):
+        yield {
+            str(key): value if isinstance(value, list) or not pd.isna(value) else None
+            for key, value in row.items()
+        }

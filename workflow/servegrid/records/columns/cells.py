@@ -1,0 +1,301 @@
+"""The columns of the table of cells, and the percentiles that it publishes."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from servegrid.records.columns.column import Column
+
+PERCENTILES = {50: 1, 90: 64, 95: 130, 99: 662}
+"""The published percentiles, and the minimum number of samples for each.
+
+With n samples, the probability that fewer than two of them lie above the true quantile q is
+q^n + n (1 - q) q^(n - 1). The minimum is the smallest n for which this is at most 1%. MLPerf
+Inference requires the same for its early stopping."""
+
+
+def _latencies(name: str, meaning: str) -> list[Column]:
+    """Columns for the mean and the percentiles of one latency."""
+    return [
+        Column(f"{name}_s_mean", pa.float64(), "s", f"{meaning}; mean"),
+        *(
+            Column(
+                f"{name}_s_p{percentile}",
+                pa.float64(),
+                "s",
+                f"{name}, {percentile}th percentile; null with fewer than {minimum} samples"
+                if minimum > 1
+                else f"{name}, median",
+            )
+            for percentile, minimum in PERCENTILES.items()
+        ),
+    ]
+
+
+CELLS = (
+    Column("deployment", pa.string(), "", "Name of the deployment"),
+    Column("model", pa.string(), "", "Name of the model"),
+    Column("quantization", pa.string(), "", "Number format of the weights"),
+    Column("gpu", pa.string(), "", "Kind of GPU, or `cpu`"),
+    Column("gpu_count", pa.int32(), "", "GPUs of the deployment"),
+    Column("engine", pa.string(), "", "Engine that served the model"),
+    Column("engine_version", pa.string(), "", "Version of the engine"),
+    Column(
+        "origin",
+        pa.string(),
+        "",
+        "Load client that measured the trial: `servegrid`, or the tool it was imported from",
+    ),
+    Column(
+        "time_scale",
+        pa.float64(),
+        "",
+        "Factor on all times of an emulated engine; null for a real engine",
+    ),
+    Column("allocation", pa.string(), "", "Allocation that measured the trial, and its start time"),
+    Column("protocol", pa.string(), "", "`burst`, `closed_loop` or `poisson`"),
+    Column(
+        "concurrency",
+        pa.int32(),
+        "requests",
+        "Simultaneous requests (burst) or users (closed_loop); null for poisson",
+    ),
+    Column("request_rate", pa.float64(), "requests/s", "Request rate; null unless poisson"),
+    Column("input_len", pa.int32(), "tokens", "Prompt length"),
+    Column("output_len", pa.int32(), "tokens", "Output length: the mean over the requests"),
+    Column(
+        "output_spread",
+        pa.float64(),
+        "0 to 1",
+        "Output lengths differ from output_len by up to this fraction",
+    ),
+    Column("prompts", pa.string(), "", "`distinct`, or `identical` in all requests"),
+    Column(
+        "think_time_s",
+        pa.float64(),
+        "s",
+        "Mean time between a response and the same user's next request",
+    ),
+    Column("trial", pa.int32(), "", "Number of the trial of this cell, from 1"),
+    Column("verdict", pa.string(), "", "`ok`, or why the workload was not served"),
+    Column("verdict_detail", pa.string(), "", "Evidence for the verdict; null if ok"),
+    Column(
+        "valid",
+        pa.bool_(),
+        "",
+        "True if no rule of validity is broken; null if the workload was not served",
+    ),
+    Column(
+        "invalid_rules",
+        pa.list_(pa.string()),
+        "",
+        "Rules of validity that are broken; empty if valid, null if the workload was not served",
+    ),
+    Column(
+        "invalid_evidence",
+        pa.list_(pa.string()),
+        "",
+        "Evidence for each of invalid_rules, in the same order",
+    ),
+    Column(
+        "allocation_drift",
+        pa.float64(),
+        "",
+        "Drift checks of the allocation: (highest - lowest) / median of their "
+        "output_tokens_per_s; null with fewer than two drift checks",
+    ),
+    Column("requests", pa.int32(), "requests", "Requests sent"),
+    Column("failed_requests", pa.int32(), "requests", "Requests that failed"),
+    Column(
+        "makespan_s",
+        pa.float64(),
+        "s",
+        "Time from the first request being due to the end of the last one; for a burst, the sum "
+        "over its waves",
+    ),
+    Column(
+        "seconds_per_100_tokens",
+        pa.float64(),
+        "s",
+        "Latency as in the article: makespan of a wave (burst) or mean e2el (other protocols), "
+        "divided by output_len, times 100; null unless the verdict is ok",
+    ),
+    Column(
+        "window_s",
+        pa.float64(),
+        "s",
+        "Length of the window that the figures are computed from: the makespan of a burst, else "
+        "the stationary part; null if there is none",
+    ),
+    Column(
+        "requests_in_window",
+        pa.int32(),
+        "requests",
+        "Requests that the latencies are computed from: those that succeeded and, unless burst, "
+        "ended in the window",
+    ),
+    Column("in_flight_mean", pa.float64(), "requests", "Requests in flight, mean over the window"),
+    *_latencies(
+        "ttft",
+        "Time to first token: from sending the request (poisson: from its due time) to the first "
+        "token",
+    ),
+    *_latencies("tpot", "Time per output token after the first: (e2el - ttft) / (tokens - 1)"),
+    *_latencies(
+        "itl",
+        "Inter-token latency: time between two chunks with tokens, divided by the tokens of the "
+        "later chunk",
+    ),
+    *_latencies(
+        "e2el",
+        "End-to-end latency: from sending the request (poisson: from its due time) to the last "
+        "token",
+    ),
+    Column(
+        "coalesced_chunk_fraction",
+        pa.float64(),
+        "0 to 1",
+        "Fraction of the chunks with tokens that were read together with the previous chunk and "
+        "have the same time stamp",
+    ),
+    Column(
+        "output_tokens_per_s",
+        pa.float64(),
+        "tokens/s",
+        "Output tokens of all users that arrived in the window / window_s",
+    ),
+    Column(
+        "output_tokens_per_s_per_user",
+        pa.float64(),
+        "tokens/s",
+        "output_tokens_per_s / concurrency: the token rate of one user, with the time for the "
+        "prompt included; null for poisson",
+    ),
+    Column(
+        "memory_peak_bytes",
+        pa.int64(),
+        "bytes",
+        "Peak memory: the sum over all GPUs, or over the engine's processes if there is no GPU",
+    ),
+    Column(
+        "power_w_mean",
+        pa.float64(),
+        "W",
+        "Mean power of all GPUs, from their energy counters, else from power samples",
+    ),
+    Column(
+        "power_disagreement",
+        pa.float64(),
+        "",
+        "Power from samples / power from energy counters - 1; null if one of them is unknown",
+    ),
+    Column(
+        "power_suspect",
+        pa.bool_(),
+        "",
+        "True if power_disagreement is more than 10% in either direction. Use power and energy "
+        "with care then. Null if power_disagreement is null",
+    ),
+    Column(
+        "energy_j_per_output_token",
+        pa.float64(),
+        "J/token",
+        "power_w_mean / output_tokens_per_s",
+    ),
+    Column("gpu_utilization_mean", pa.float64(), "0 to 1", "Mean utilization of all GPUs"),
+    Column("gpu_temperature_c_max", pa.int32(), "°C", "Highest temperature of all GPUs"),
+    Column("sm_clock_mhz_min", pa.int32(), "MHz", "Lowest multiprocessor clock of all GPUs"),
+    Column("sm_clock_mhz_max", pa.int32(), "MHz", "Highest multiprocessor clock of all GPUs"),
+    Column(
+        "server_ttft_s_mean",
+        pa.float64(),
+        "s",
+        "Time to first token by the server's clock, mean over all requests",
+    ),
+    Column(
+        "server_itl_s_mean",
+        pa.float64(),
+        "s",
+        "Inter-token latency by the server's clock, mean over all requests",
+    ),
+    Column(
+        "server_queue_s_mean",
+        pa.float64(),
+        "s",
+        "Time in the server's queue, mean over all requests",
+    ),
+    Column(
+        "server_e2el_s_mean",
+        pa.float64(),
+        "s",
+        "End-to-end latency by the server's clock, mean over all requests",
+    ),
+    Column(
+        "ttft_client_overhead_s",
+        pa.float64(),
+        "s",
+        "Time from sending a request to its first token, mean over all requests, minus "
+        "server_ttft_s_mean: the time for network, HTTP and client; null if the server counted a "
+        "different number of requests",
+    ),
+    Column(
+        "running_mean",
+        pa.float64(),
+        "requests",
+        "Requests that the server runs, mean over the samples in the window",
+    ),
+    Column(
+        "waiting_mean",
+        pa.float64(),
+        "requests",
+        "Requests in the server's queue, mean over the samples in the window",
+    ),
+    Column(
+        "waiting_max",
+        pa.int32(),
+        "requests",
+        "Requests in the server's queue, maximum in the window",
+    ),
+    Column(
+        "kv_cache_usage_max",
+        pa.float64(),
+        "0 to 1",
+        "Fraction of the server's KV cache in use, maximum in the window",
+    ),
+    Column("preemptions", pa.int64(), "", "Preemptions during the workload"),
+    Column(
+        "prefix_hit_tokens",
+        pa.int64(),
+        "tokens",
+        "Prompt tokens that the server found in its prefix cache",
+    ),
+    Column(
+        "client_arrival_error_s_p99",
+        pa.float64(),
+        "s",
+        "Client timing error in the calibration: time stamp of a chunk minus the time at which "
+        "the mock server sent it; 99th percentile",
+    ),
+    Column(
+        "client_ttft_error_s_p50",
+        pa.float64(),
+        "s",
+        "Client timing error in the calibration: ttft minus the mock server's; median. It "
+        "includes the time in which the mock server reads all simultaneous requests",
+    ),
+    Column(
+        "client_itl_error_s_p99",
+        pa.float64(),
+        "s",
+        "Client timing error in the calibration: itl minus the mock server's; 99th percentile",
+    ),
+    Column(
+        "client_headroom",
+        pa.float64(),
+        "",
+        "Chunks/s that the client can receive according to the calibration / chunks/s of this "
+        "trial",
+    ),
+    Column("spec_digest", pa.string(), "", "Digest of the trial's specification"),
+)
+"""One row per cell and trial, for cells and for drift checks."""

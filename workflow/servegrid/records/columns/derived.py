@@ -1,0 +1,195 @@
+"""The columns of the tables that are computed from the table of cells."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from servegrid.records.columns.cells import CELLS
+from servegrid.records.columns.column import Column
+
+_CELL_COLUMNS = {column.name: column for column in CELLS}
+
+
+def _from_cells(*names: str) -> tuple[Column, ...]:
+    """The columns of CELLS with these names."""
+    return tuple(_CELL_COLUMNS[name] for name in names)
+
+
+_EMULATED = Column("emulated", pa.bool_(), "", "True if the engine is emulated")
+
+SUMMARY_KEYS = _from_cells(
+    *("deployment", "model", "quantization", "gpu", "gpu_count", "engine", "time_scale"),
+    *("protocol", "concurrency", "request_rate", "input_len", "output_len"),
+)
+"""The columns that identify a cell."""
+
+SUMMARY_METRICS = (
+    *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
+    *("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+    *("memory_peak_bytes", "power_w_mean", "energy_j_per_output_token"),
+)
+"""The columns of CELLS that a summary contains as median over the trials with an interval."""
+
+
+def _with_interval(name: str) -> list[Column]:
+    unit, number = _CELL_COLUMNS[name].unit, pa.float64()
+    interval = "end of the 95% interval; null for a single trial"
+    return [
+        Column(
+            name, number, unit, "Median over the valid trials; if there are none, over the served"
+        ),
+        Column(f"{name}_low", number, unit, f"Lower {interval}"),
+        Column(f"{name}_high", number, unit, f"Upper {interval}"),
+    ]
+
+
+SUMMARY = (
+    *SUMMARY_KEYS,
+    Column("trials", pa.int32(), "", "Trials of the cell"),
+    Column("trials_served", pa.int32(), "", "Trials with the verdict `ok`"),
+    Column("trials_valid", pa.int32(), "", "Valid trials; if 0, the figures are not valid"),
+    *(column for name in SUMMARY_METRICS for column in _with_interval(name)),
+)
+"""One row per cell."""
+
+PUBLISHED_COMPARISON = (
+    *_from_cells("deployment", "model", "quantization", "gpu", "gpu_count"),
+    _EMULATED,
+    *_from_cells("protocol", "concurrency", "input_len", "output_len"),
+    Column(
+        "measured_s",
+        pa.float64(),
+        "s",
+        "seconds_per_100_tokens of `summary`, divided by time_scale if emulated",
+    ),
+    Column("published_s", pa.float64(), "s", "Published seconds_per_100_tokens"),
+    Column("ratio", pa.float64(), "", "measured_s / published_s"),
+    Column(
+        "ratio_low",
+        pa.float64(),
+        "",
+        "Lowest ratio within the rounding of published_s and the 95% interval of measured_s",
+    ),
+    Column("ratio_high", pa.float64(), "", "Highest ratio within the same limits"),
+)
+"""One row per cell that was both measured and published."""
+
+FRONTIER = (
+    *_from_cells("deployment", "engine", "protocol", "output_len", "input_len"),
+    Column("max_served", pa.int32(), "requests", "Highest concurrency that was served"),
+    Column(
+        "max_served_is_lower_bound",
+        pa.bool_(),
+        "",
+        "True if it could be higher: no higher concurrency was measured",
+    ),
+    Column(
+        "max_within_slo",
+        pa.int32(),
+        "requests",
+        "Highest concurrency that meets the SLO, as do all lower measured ones; null if the "
+        "lowest one does not",
+    ),
+    Column(
+        "max_within_slo_is_lower_bound",
+        pa.bool_(),
+        "",
+        "True if it could be higher: no higher concurrency was measured",
+    ),
+    Column(
+        "knee",
+        pa.int32(),
+        "requests",
+        "Concurrency from which on seconds_per_100_tokens grows linearly with the concurrency: at "
+        "least 1.8-fold per doubling in every further step; null if the last step grows less",
+    ),
+)
+"""One row per deployment, protocol (burst or closed_loop), output length and prompt length."""
+
+_MONEY = "currency of config/hardware.yaml"
+
+CAPACITY_PLAN = (
+    *_from_cells("deployment", "gpu", "gpu_count"),
+    _EMULATED,
+    *_from_cells("protocol", "output_len"),
+    Column("prompt_tokens", pa.string(), "tokens", "Range of the prompt lengths in the plan"),
+    Column(
+        "max_in_flight",
+        pa.int32(),
+        "requests",
+        "Highest number of requests in flight on one replica with which requests of every prompt "
+        "length get the token rate of the SLO",
+    ),
+    Column(
+        "max_in_flight_is_lower_bound",
+        pa.bool_(),
+        "",
+        "True if it could be higher: no higher concurrency was measured",
+    ),
+    Column(
+        "users_carried",
+        pa.int32(),
+        "users",
+        "Highest number of logged-in users on one replica with which the fraction "
+        "`slo_attainment` of the requests gets the token rate of the SLO",
+    ),
+    Column(
+        "users_carried_low",
+        pa.int32(),
+        "users",
+        "users_carried with all times at the slow end of their 95% intervals; null if an interval "
+        "is unknown",
+    ),
+    Column(
+        "users_carried_high",
+        pa.int32(),
+        "users",
+        "users_carried with all times at the fast end of their 95% intervals; null if an interval "
+        "is unknown",
+    ),
+    Column(
+        "users_at_50pct_slo",
+        pa.int32(),
+        "users",
+        "Highest number of users with which 50% of the requests get the token rate of the SLO",
+    ),
+    Column(
+        "users_per_replica",
+        pa.int32(),
+        "users",
+        "Users that the plan puts on one replica: 90% of users_carried_low, or of users_carried "
+        "if that is null",
+    ),
+    Column("replicas", pa.int32(), "", "Replicas for all users, who are split evenly"),
+    Column("gpus", pa.int32(), "", "GPUs of all replicas"),
+    Column("in_flight_mean", pa.float64(), "requests", "Mean requests in flight on all replicas"),
+    Column("output_tokens_per_s", pa.float64(), "tokens/s", "Mean output tokens/s of all users"),
+    Column("purchase", pa.float64(), _MONEY, "Price of all GPUs"),
+    Column(
+        "purchase_per_token_per_s",
+        pa.float64(),
+        _MONEY,
+        "purchase / output tokens/s of all replicas with max_in_flight requests each",
+    ),
+    Column(
+        "purchase_per_million_tokens",
+        pa.float64(),
+        _MONEY,
+        "purchase / millions of output tokens in `years_in_use`, at output_tokens_per_s all the "
+        "time",
+    ),
+    Column(
+        "energy_j_per_output_token",
+        pa.float64(),
+        "J/token",
+        "Energy of the GPUs per output token, at in_flight_mean",
+    ),
+    Column(
+        "energy_cost_per_million_tokens",
+        pa.float64(),
+        _MONEY,
+        "Price of the energy for a million output tokens",
+    ),
+    Column("reason", pa.string(), "", "Why there is no plan; null if there is one"),
+)
+"""One row per deployment, protocol (burst or closed_loop) and output length."""

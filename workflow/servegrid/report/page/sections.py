@@ -1,0 +1,149 @@
+"""The sections of the page that consist of sentences and tables. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from servegrid.analysis.findings import Slo
+from servegrid.analysis.titles import counted, deployment_titles
+from servegrid.records.verdict import OK
+from servegrid.report.findings_report import (
+    NO_FINDINGS,
+    NOT_COMPARABLE,
+    PUBLISHED_TITLE,
+    frontier_caption,
+    published_caption,
+)
+from servegrid.report.page import Section, SectionTable
+
+MAX_ROWS = 200
+"""Maximum rows of a table on the page. The files next to the page contain all rows."""
+
+_MAX_EVIDENCE = 120
+"""Maximum characters of evidence in a table."""
+
+
+def summary_sentence(counts: Mapping[str, int], cells: pd.DataFrame) -> str:
+    """One sentence with the numbers of `payload.count_results`."""
+    if not counts["trials"]:
+        return "Nothing has been measured yet."
+    kinds = counted(cells["gpu"].nunique(), "kind")
+    return (
+        f"{counted(counts['deployments'], 'deployment')} on {kinds} of hardware; "
+        f"{counted(counts['cells'], 'cell')} in {counted(counts['trials'], 'trial')} with "
+        f"{counts['requests']:,} requests. {counted(counts['served'], 'cell')} served, "
+        f"{counts['valid']} valid."
+    )
+
+
+def findings_section(statements: Sequence[str], frontier: pd.DataFrame, slo: Slo) -> Section:
+    """The sentences of `findings.statements`, and the frontier as texts."""
+    if not statements:
+        return Section("findings", "Findings", [NO_FINDINGS])
+    table = frame_table(frontier_caption(slo), frontier)
+    return Section("findings", "Findings", points=statements, tables=[table])
+
+
+def published_section(
+    citation: str, statements: Sequence[str], differences: pd.DataFrame
+) -> Section:
+    """The comparison with published data: ratios in sentences, and differences in method."""
+    if not statements:
+        return Section("published", PUBLISHED_TITLE, [NOT_COMPARABLE])
+    paragraphs = [
+        f"{published_caption(citation)} To see the ratio of each cell, select it as the metric of "
+        "the heat map above."
+    ]
+    table = frame_table("Differences in method", differences)
+    return Section("published", PUBLISHED_TITLE, paragraphs, statements, [table])
+
+
+def engines_section(ratios: pd.DataFrame) -> Section:
+    """The comparison of engines, a table of `engine_comparison.compared`."""
+    title = "Comparison of engines"
+    if ratios.empty:
+        text = "No model was served by two engines on the same hardware."
+        return Section("engines", title, [text])
+    caption = (
+        "Second deployment divided by first: median, minimum and maximum over the cells that both "
+        "served. Better is a ratio of times below 1, or a ratio of tokens/s above 1."
+    )
+    return Section("engines", title, tables=[frame_table(caption, ratios)])
+
+
+def validity_section(cells: pd.DataFrame) -> Section:
+    """Verdicts of the trials, and the rules of validity that they break."""
+    titles = deployment_titles(cells)
+    served = Counter(cells["verdict"])[OK]
+    paragraphs = [
+        f"{served} of {counted(len(cells), 'trial')} served, "
+        f"{int(cells['valid'].eq(True).sum())} valid."
+    ]
+    failed = cells[cells["verdict"] != OK]
+    rows = [
+        (titles[str(name)], str(verdict), str(len(trials)), _shorten(trials["verdict_detail"]))
+        for (name, verdict), trials in failed.groupby(["deployment", "verdict"], sort=False)
+    ]
+    broken = Counter(
+        (str(name), rule)
+        for name, rules in cells[["deployment", "invalid_rules"]].dropna().itertuples(index=False)
+        for rule in rules
+    )
+    broken_rows = [(titles[name], rule, str(count)) for (name, rule), count in broken.items()]
+    tables = []
+    if rows:
+        head = ["deployment", "verdict", "trials", "evidence (first trial)"]
+        tables.append(_table("Trials that were not served", head, rows))
+    if broken_rows:
+        head = ["deployment", "broken rule", "trials"]
+        tables.append(_table("Trials that are not valid, by rule of validity", head, broken_rows))
+    else:
+        paragraphs.append("No trial breaks a rule of validity.")
+    return Section("validity", "Verdicts and validity", paragraphs, tables=tables)
+
+
+def provenance_section(allocations: Sequence[Mapping[str, Any]]) -> Section:
+    """The environment of each allocation, from `provenance.describe_allocations`."""
+    head = [
+        *("deployment", "engine", "node", "CPU", "GPUs", "driver", "Python", "servegrid"),
+        "started",
+    ]
+    rows = [[str(each.get(key) or "–") for key in head] for each in allocations]
+    paragraphs = [] if rows else ["No record describes an environment."]
+    tables = [_table("Environment of each allocation", head, rows)] if rows else []
+    return Section("provenance", "Provenance", paragraphs, tables=tables)
+
+
+def source_section(citation: str, method: Mapping[str, str]) -> Section:
+    """Where published data come from, and what is known about their measurement."""
+    points = [f"{aspect.capitalize()}: {text}." for aspect, text in method.items()]
+    return Section(
+        "source",
+        "Source",
+        [
+            f"Published: {citation}. servegrid did not measure these figures. The rules of "
+            "validity cannot be checked, because there are no records of requests."
+        ],
+        points,
+    )
+
+
+def frame_table(caption: str, frame: pd.DataFrame) -> SectionTable:
+    """A table of the page from a frame whose cells are texts."""
+    return _table(caption, list(frame.columns), [list(map(str, row)) for row in frame.to_numpy()])
+
+
+def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> SectionTable:
+    left_out = len(rows) - MAX_ROWS
+    note = f"{left_out} more rows are in the files below." if left_out > 0 else ""
+    return SectionTable(caption, head, rows[:MAX_ROWS], note)
+
+
+def _shorten(details: pd.Series[Any]) -> str:
+    known = details.dropna()
+    text = "–" if known.empty else " ".join(str(known.iloc[0]).split())
+    return text if len(text) <= _MAX_EVIDENCE else text[: _MAX_EVIDENCE - 1] + "…"
