@@ -34,9 +34,8 @@ localrules:
     all,
 
 
-for (
-    file
-) in "common measure gather tabulate plot findings plan_capacity render bundle".split():
+FILES = "common measure gather tabulate plot findings plan_capacity render bundle"
+for file in FILES.split():
 
     include: f"workflow/rules/{file}.smk"
 

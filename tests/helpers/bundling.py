@@ -13,7 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from servegrid.bundle.derive import AnalysisInputs, gather_cells, write_figures, write_tables
+from servegrid.analysis.tables import gather_study
+from servegrid.bundle.derive import AnalysisInputs, write_figures, write_tables
 from servegrid.bundle.pack import Sources, pack
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
@@ -115,7 +116,7 @@ def write_results(folder: Path, study: Mapping[str, Any] = STUDY) -> None:
     for trial in expanded.all_trials:
         write_trial(cells, trial)
     tables = folder / "results" / "tables"
-    inputs = AnalysisInputs(study, cells, HARDWARE, *gather_cells(expanded, cells))
+    inputs = AnalysisInputs(study, cells, HARDWARE, *gather_study(expanded, cells))
     write_tables(inputs, tables)
     write_figures(inputs, tables, folder / "results")
     logs = folder / "results" / "logs"

@@ -93,7 +93,7 @@ def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
     output = run(elsewhere, *verify, *again, home=home)
     (replicated,) = elsewhere.iterdir()
     assert replicated.name == bundle.name.removesuffix(".tar.gz") + "-replicated"
-    assert f"# {replicated.name} against the bundle" in output
+    assert f"# {replicated.name} compared with the bundle" in output
     assert len(list(replicated.glob("results/cells/**/requests.parquet"))) == 2
     shutil.rmtree(replicated)
 

@@ -232,8 +232,14 @@ def test_an_endpoint_that_is_not_there_is_told(demo_model: DemoModel) -> None:
     ("script", "told"),
     [
         (FaultScript(usage="none"), "failed: usage_missing: the stream has no usage"),
-        (FaultScript(fault="fewer_tokens"), "failed: wrong_completion_tokens: 3 generated, 4 requested"),
-        (FaultScript(fault="not_a_stream"), "failed: malformed: the response is not an event stream"),
+        (
+            FaultScript(fault="fewer_tokens"),
+            "failed: wrong_completion_tokens: 3 generated, 4 requested",
+        ),
+        (
+            FaultScript(fault="not_a_stream"),
+            "failed: malformed: the response is not an event stream",
+        ),
     ],
 )
 def test_an_endpoint_that_does_not_do_what_measuring_needs_is_refused_before_it(

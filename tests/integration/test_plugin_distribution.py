@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from helpers.wheels import ROOT, build_wheel, new_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.crowded]

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from servegrid.run import calibration
-from servegrid.run.calibration import self_check, told
+from servegrid.run.calibration import calibrate, describe_calibration
 from servegrid.run.cores import assign_cpu_sets
 
 SHARES = assign_cpu_sets(os.sched_getaffinity(0), 8, on_gpu=False)
@@ -25,7 +25,7 @@ SHARES = assign_cpu_sets(os.sched_getaffinity(0), 8, on_gpu=False)
 @pytest.mark.parametrize("unix", [False, True])
 def test_a_check_gives_the_distortion_and_leaves_nothing_behind(unix: bool, tmp_path: Path) -> None:
     before = psutil.Process().children()
-    check = self_check(8, SHARES, tmp_path / "socket" if unix else None)
+    check = calibrate(8, SHARES, tmp_path / "socket" if unix else None)
     assert psutil.Process().children() == before
     assert list(tmp_path.iterdir()) == []
     json.dumps(check)
@@ -34,15 +34,17 @@ def test_a_check_gives_the_distortion_and_leaves_nothing_behind(unix: bool, tmp_
     assert 0 <= check["arrival_error_s_p50"] <= check["arrival_error_s_p99"]
     assert 0 < check["reading_s_p50"] < check["ttft_error_s_p50"] + 0.1
     assert check["cpu_s_per_1000_events"] > 0
-    assert "at 8 streams" in told(check)
+    assert "at concurrency 8," in describe_calibration(check)
 
 
 def test_a_client_that_is_stopped_for_a_while_shows_it(tmp_path: Path) -> None:
     """On a Unix socket, where the reader's clock must do."""
     program = (
         "import json, os, sys; from pathlib import Path;"
-        "from servegrid.run.cores import assign_cpu_sets; from servegrid.run.calibration import self_check;"
-        "check = self_check(4, assign_cpu_sets(os.sched_getaffinity(0), 4, False), Path(sys.argv[1]));"
+        "from servegrid.run.cores import assign_cpu_sets;"
+        "from servegrid.run.calibration import calibrate;"
+        "sets = assign_cpu_sets(os.sched_getaffinity(0), 4, False);"
+        "check = calibrate(4, sets, Path(sys.argv[1]));"
         "print(json.dumps(check))"
     )
     client = subprocess.Popen(
@@ -73,10 +75,12 @@ def test_a_client_that_is_stopped_for_a_while_shows_it(tmp_path: Path) -> None:
 
 def test_a_check_that_fails_is_told_and_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = replace(calibration.calibration_workload(4), input_len=7, requests=5)
-    monkeypatch.setattr(calibration, "calibration_workload", lambda streams: broken)
-    check = self_check(4, SHARES)
-    assert check["error"].startswith("requests 5: a burst workload of concurrency 4 needs a multiple")
-    assert "no cell will be valid" in told(check)
+    monkeypatch.setattr(calibration, "calibration_workload", lambda concurrency: broken)
+    check = calibrate(4, SHARES)
+    assert check["error"].startswith(
+        "requests 5: a burst workload of concurrency 4 needs a multiple"
+    )
+    assert "no cell will be valid" in describe_calibration(check)
 
 
 def test_the_server_ends_with_the_process_that_checks() -> None:

@@ -127,7 +127,7 @@ def test_power_and_energy_are_those_of_the_counter_and_doubted_where_the_samples
     assert power.sampled_w == pytest.approx(400)
     assert power.mean_w == power.counted_w == pytest.approx(2 * counted / 1000, rel=0.04)
     assert power.disagreement == pytest.approx(200_000 / counted - 1, abs=0.05)
-    assert power.doubtful is doubtful
+    assert power.is_suspect is doubtful
     assert memory_peak_bytes(table) == 40 * GIB
     assert state_of(table) == {
         "gpu_utilization_mean": pytest.approx(0.75),
@@ -320,7 +320,10 @@ def test_a_record_names_the_driver_and_the_gpus_that_the_allocation_has(
     script.gpu(A)
     script.gpu(B)
     script.use(library, tmp_path, monkeypatch, CUDA_VISIBLE_DEVICES="1")
-    code = "import json, os; from servegrid.node import nvml; print(json.dumps(nvml.describe_gpus(os.environ)))"
+    code = (
+        "import json, os; from servegrid.node import nvml;"
+        "print(json.dumps(nvml.describe_gpus(os.environ)))"
+    )
     told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert json.loads(told.stdout) == {
         "driver": "580.65.06",

@@ -200,7 +200,7 @@ def check_short_output(output: str, workspace: Workspace, valid: int) -> None:
     assert len(lines) < 30, output
     assert any("To do: 4 measurements on 1 deployment" in line for line in lines)
     assert any(line.endswith(f"{DEPLOYMENT}: done, 4 measurements") for line in lines)
-    assert f"{'All' if valid == 4 else f'{valid} of'} 4 cells are valid." in output
+    assert f"Valid cells: {valid} of 4." in output
     page = workspace.folder / "results" / "report" / "index.html"
     assert lines[-1] == f"Results on one page: {os.path.relpath(page, ROOT)}"
     assert not re.search("rule |jobid|Select jobs|Finished", output)
@@ -234,14 +234,14 @@ def test_verbose_shows_snakemakes_own_output(workspace: Workspace) -> None:
 
 @pytest.mark.slow
 def test_a_failed_cell_is_shown_with_its_log(workspace: Workspace) -> None:
-    """A request log that cannot be written is nobody's verdict: the job itself fails."""
     workspace.study["workload"] |= {"concurrency": [1], "input_len": [31]}
     (trial,) = parse_study(workspace.study).trials
-    blocked = workspace.folder / "results" / "logs" / "cells" / trial.id
-    blocked.with_suffix(".log").mkdir(parents=True)
+    blocked = workspace.folder / "results" / "cells" / trial.id / "telemetry.parquet"
+    (blocked / "in the way").mkdir(parents=True)
     output = workspace.run(status=1)
     assert f"Rule measure failed for {trial.id}: " in output
-    assert f"Log: results/logs/cells/{trial.id}.log" in output
+    assert f"Log, last lines: results/logs/cells/{trial.id}.log" in output
+    assert "telemetry.parquet" in output.partition("Log, last lines:")[2]
     assert "Not finished: 0 of 1 measurement done" in output
     assert output.splitlines()[-1] == "To resume, run the same command again."
 

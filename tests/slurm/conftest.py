@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from helpers.cluster import Cluster, Options, missing, private_cluster
 
 TOY = Path(__file__).parents[1] / "integration" / "executor"

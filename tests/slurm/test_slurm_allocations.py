@@ -9,8 +9,8 @@ import subprocess
 import time
 
 import pytest
-from helpers.cluster import Options
 
+from helpers.cluster import Options
 from slurm.conftest import GPU, KIND, Workspace, with_options
 
 PREEMPTIBLE = KIND | {"slurm_partition": "preempt", "slurm_constraint": "a100"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from helpers.cluster import Cluster, Options, missing, private_cluster
 
 ROOT = Path(__file__).parents[2]

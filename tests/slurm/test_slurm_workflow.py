@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from helpers.cluster import Cluster
 
+from helpers.cluster import Cluster
 from servegrid.study import models
 from slurm.conftest import KIND, Workspace
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from servegrid.analysis.capacity import Demand, Hardware, demand_of, plan, read_hardware
+from servegrid.analysis.capacity import Demand, Hardware, parse_demand, plan, read_hardware
 from servegrid.analysis.published import published_summary
 from servegrid.analysis.tables import typed
 from servegrid.cli.main import main
@@ -192,11 +192,11 @@ def test_a_mix_of_prompts_weighs_times_and_each_length_has_its_own_limit() -> No
 
 
 def test_the_demand_comes_from_the_study_with_defaults() -> None:
-    assert demand_of({}) == Demand(1000, 0.1, 60.0, 0.95, 5.0, None)
+    assert parse_demand({}) == Demand(1000, 0.1, 60.0, 0.95, 5.0, None)
     study = {"slo": {"tokens_per_s_per_user": 8}, "capacity": {"users": 50, "input_len": 31}}
-    assert demand_of(study) == Demand(users=50, tokens_per_s_per_user=8, input_len=31)
+    assert parse_demand(study) == Demand(users=50, tokens_per_s_per_user=8, input_len=31)
     mix = [{"input_len": 31, "share": 3}, {"input_len": 119, "share": 1}]
-    assert demand_of({"capacity": {"prompt_mix": mix}}).prompt_mix == {31: 3, 119: 1}
+    assert parse_demand({"capacity": {"prompt_mix": mix}}).prompt_mix == {31: 3, 119: 1}
 
 
 def test_the_prices_of_the_repository_are_the_articles() -> None:

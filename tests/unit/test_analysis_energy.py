@@ -79,7 +79,7 @@ def test_a_counter_that_ran_backwards_began_anew_and_tells_nothing() -> None:
 def test_power_is_doubtful_where_counter_and_samples_differ_by_more_than_a_tenth(
     counted: float | None, sampled: float | None, doubtful: bool | None
 ) -> None:
-    assert Power(counted, sampled).doubtful is doubtful
+    assert Power(counted, sampled).is_suspect is doubtful
 
 
 def test_the_state_of_the_gpus_is_that_of_all_their_samples() -> None:

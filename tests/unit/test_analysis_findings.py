@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from servegrid.analysis.findings import Slo, frontier, knee, slo_of, statements
+from servegrid.analysis.findings import Slo, frontier, knee, parse_slo, statements
 from servegrid.analysis.published import published_summary
 from servegrid.analysis.queueing import Curve
 from servegrid.reference.published import load_published
@@ -94,6 +94,6 @@ def test_statements_are_made_from_the_figures() -> None:
 
 
 def test_limits_come_from_the_study() -> None:
-    assert slo_of({}) == Slo(5.0, None, None)
-    told = str(slo_of({"slo": {"tokens_per_s_per_user": 8, "ttft_s": 2, "e2el_s": 30}}))
+    assert parse_slo({}) == Slo(5.0, None, None)
+    told = str(parse_slo({"slo": {"tokens_per_s_per_user": 8, "ttft_s": 2, "e2el_s": 30}}))
     assert told == "8 tokens/s, the first token within 2 s, the last within 30 s"

@@ -136,7 +136,7 @@ def test_where_sentinels_differ_all_of_their_allocation_is_marked(study: Study) 
     assert not cells.loc["a", "valid"].any()
     for rules, evidence in cells.loc["a", ["invalid_rules", "invalid_evidence"]].to_numpy():
         assert list(rules) == ["drifted"]
-        assert list(evidence) == ["the sentinels of its allocation differed by 20%"]
+        assert list(evidence) == ["the drift checks of its allocation differed by 20%"]
 
 
 def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) -> None:

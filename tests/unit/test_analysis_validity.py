@@ -203,7 +203,8 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "times between tokens that are wrong": (  # of 100 ms each: 5% are 5 ms
         lambda: evidence(check={"itl_error_s_p99": 0.0051}),
-        "client_timing_error: 1% of times between tokens were wrong by 5.1 ms and more in the self-check",
+        "client_timing_error: 1% of times between tokens were wrong by 5.1 ms and more in the "
+        "self-check",
     ),
     "a client at its limit": (
         lambda: evidence(client={"token_chunks": 101}),
@@ -223,7 +224,7 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "another node than before": (
         lambda: replace(evidence(), drift=0.101),
-        "drifted: the sentinels of its allocation differed by 10%",
+        "drifted: the drift checks of its allocation differed by 10%",
     ),
     "a hot GPU": (
         lambda: evidence(reasons=[0, 0x20, 0x40 | 0x04]),

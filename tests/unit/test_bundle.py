@@ -28,9 +28,10 @@ from helpers.bundling import (
     write_tar,
     write_trial,
 )
+from servegrid.analysis.tables import gather_study
 from servegrid.bundle import limits
 from servegrid.bundle.check import Check
-from servegrid.bundle.derive import AnalysisInputs, gather_cells, write_tables
+from servegrid.bundle.derive import AnalysisInputs, write_tables
 from servegrid.bundle.pack import Sources, pack
 from servegrid.bundle.unpack import unpack_bundle
 from servegrid.bundle.verify import verify
@@ -474,7 +475,7 @@ def test_records_that_were_forged_with_their_tables_are_not_detected(
 
     def forge(root: Path) -> None:
         change_request(root, TRIALS[0], first_token_ns=90_000_000)
-        derived = gather_cells(parse_study(STUDY), cells(root))
+        derived = gather_study(parse_study(STUDY), cells(root))
         inputs = AnalysisInputs(STUDY, cells(root), root / "config/hardware.yaml", *derived)
         write_tables(inputs, root / "results" / "tables")
 

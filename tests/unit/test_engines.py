@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from servegrid.engines import Site, start_engine, listening
+from servegrid.engines import Site, listening, start_engine
 from servegrid.engines.vllm import _environment
 from servegrid.engines.vllm_server import resolved
 from servegrid.errors import ConfigError, EngineError

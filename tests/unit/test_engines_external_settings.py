@@ -192,10 +192,10 @@ def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
 
 def test_an_endpoint_that_outlives_allocations_gets_other_prompts_each_time() -> None:
     (trial,) = study().trials
-    first, second = salting._salt_of(trial), salting._salt_of(trial)
+    first, second = salting.prompt_salt(trial), salting.prompt_salt(trial)
     assert first != second and {each[:16] for each in (first, second)} == {trial.digest}
     (ours,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
-    assert salting._salt_of(ours) == ours.digest
+    assert salting.prompt_salt(ours) == ours.digest
 
 
 def test_a_key_that_a_server_quotes_is_not_repeated() -> None:
@@ -213,7 +213,7 @@ def serving(statuses: dict[str, int]) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(statuses.get(self.path, 404))
+            self.send_response(statuses.http_get(self.path, 404))
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -245,9 +245,9 @@ def test_it_is_healthy_by_its_health_or_else_its_models(
     statuses: dict[str, int], expected: bool
 ) -> None:
     with serving(statuses) as url:
-        assert healthy(Endpoint(url, "m")) is expected
+        assert is_healthy(Endpoint(url, "m")) is expected
 
 
 def test_an_endpoint_may_lie_behind_a_path() -> None:
     with serving({"/openai/v1/models": 200}) as url:
-        assert get(Endpoint(f"{url}/openai", "m"), "/v1/models")[0] == 200
+        assert http_get(Endpoint(f"{url}/openai", "m"), "/v1/models")[0] == 200

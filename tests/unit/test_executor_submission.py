@@ -146,7 +146,7 @@ def test_a_kinds_file(tmp_path: Path) -> None:
 
 
 WRONG_KINDS = {
-    "a100: {slurm_partitoin: x}": r"a100.slurm_partitoin: unknown key.*Did you mean `slurm_partition`",
+    "a100: {slurm_partitoin: x}": r"a100.slurm_partitoin: unknown.*Did you mean `slurm_partition`",
     "a100: {gpus_of_node: 0}": r"a100\.gpus_of_node: 0 is less than 1",
     "a100: {nodes: two}": r"a100\.nodes: 'two' is not a number",
     "a100: {setup: module load}": r"a100\.setup: 'module load' is not a list",

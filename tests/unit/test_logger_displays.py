@@ -22,6 +22,14 @@ from snakemake_logger_plugin_servegrid.plain import PlainDisplay, describe_plan,
 from snakemake_logger_plugin_servegrid.progress import DeploymentProgress, RunProgress
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that the displays read, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(plain.time, "monotonic", lambda: now[0])
+    return now
+
+
 def half_done() -> RunProgress:
     progress = RunProgress()
     for record in (
@@ -30,7 +38,6 @@ def half_done() -> RunProgress:
         *(cell_info(number, "second_llamacpp_cpu", f"c{number}") for number in (3, 4)),
         allocation("first_vllm_cpu", "running", node="n1", eta_s=70.0),
         allocation("second_llamacpp_cpu", "pending", reason="Resources"),
-        job_finished(1),
     ):
         progress.update(record)
     return progress
@@ -51,13 +58,19 @@ def lines_of(progress: RunProgress, width: int = 100, height: int = 30) -> list[
     return [line.rstrip() for line in written(console).splitlines()]
 
 
-def test_the_view_has_a_bar_per_deployment_and_one_for_all_other_jobs() -> None:
-    first, second, other = lines_of(half_done())
-    assert re.fullmatch(
-        r"first_vllm_cpu +[━╸╺ ]+ +1/2 running on n1, about 1 min 10 s left", first
-    ), first
+def test_the_view_has_a_bar_per_deployment_and_one_for_all_other_jobs(
+    clock: list[float],
+) -> None:
+    progress = half_done()
+    clock[0] = 40.0
+    progress.update(job_finished(1))
+    clock[0] = 50.0
+    first, second, other = lines_of(progress)
+    assert re.fullmatch(r"first_vllm_cpu +[━╸╺ ]+ +1/2 running on n1, about 30 s left", first), (
+        first
+    )
     assert re.fullmatch(r"second_llamacpp_cpu +[━╸╺ ]* +0/2 pending: Resources", second), second
-    assert re.fullmatch(r"tables, figures, page +[━╸╺ ]* +0/5 0 s elapsed", other), other
+    assert re.fullmatch(r"tables, figures, page +[━╸╺ ]* +0/5 50 s elapsed", other), other
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
@@ -145,12 +158,8 @@ def test_the_echo_of_control_characters_is_left_alone_without_a_terminal_of_ours
     os.close(follower)
 
 
-def test_plain_lines_say_what_will_be_done_and_each_change_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_plain_lines_say_what_will_be_done_and_each_change_once(clock: list[float]) -> None:
     stream = io.StringIO()
-    clock = [0.0]
-    monkeypatch.setattr(plain.time, "monotonic", lambda: clock[0])
     display, progress = PlainDisplay(stream), RunProgress()
     for clock[0], record in (
         (0.0, run_info(measure=2, gather=1)),
@@ -158,9 +167,9 @@ def test_plain_lines_say_what_will_be_done_and_each_change_once(
         (0.0, cell_info(2, "first", "c2")),
         (1.0, allocation("first", "starting", node="n1")),
         (2.0, allocation("first", "running", node="n1")),
-        (30.0, job_finished(1)),
-        (61.0, allocation("first", "running", node="n1", eta_s=61.0)),
-        (65.0, allocation("first", "running", node="n1", eta_s=57.0)),
+        (50.0, job_finished(1)),
+        (55.0, allocation("first", "running", node="n1", eta_s=61.0)),
+        (61.0, allocation("first", "running", node="n1", eta_s=57.0)),
         (90.0, job_finished(2)),
         (91.0, job_info(3, "gather")),
         (95.0, job_finished(3)),
@@ -178,7 +187,7 @@ def test_plain_lines_say_what_will_be_done_and_each_change_once(
         "To do: 2 measurements on 1 deployment, then tables, figures and the page (1 job).",
         "first: starting on n1",
         "first: running on n1",
-        "1 of 2 measurements done; first 1/2, about 1 min 1 s left",
+        "1 of 2 measurements done; first 1/2, about 37 s left",
         "first: done, 2 measurements",
     ]
 

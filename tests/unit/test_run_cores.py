@@ -2,7 +2,7 @@
 
 import os
 
-from servegrid.run.cores import CpuSets, pinned_to, shares, hardware_threads
+from servegrid.run.cores import CpuSets, assign_cpu_sets, hardware_threads, pinned_to
 
 
 def paired(core: int) -> frozenset[int]:

@@ -10,8 +10,8 @@ from servegrid.telemetry.counters import (
     PREFIX_HITS,
     Counters,
     gauge_columns,
-    increase,
     has_settled,
+    increase,
 )
 
 TODAYS = {

@@ -15,7 +15,9 @@ rule measure:
         gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
         environment=lambda wildcards: trial_of(wildcards).deployment.environment,
         order=lambda wildcards: study.position(trial_of(wildcards)),
-        max_concurrency=lambda wildcards: study.max_concurrency(trial_of(wildcards).deployment),
+        max_concurrency=lambda wildcards: study.max_concurrency(
+            trial_of(wildcards).deployment
+        ),
         attempt=lambda wildcards, attempt: attempt,
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,

@@ -106,16 +106,15 @@ def describe_validity(cells: Iterable[Mapping[str, Any]], table: str) -> list[st
     cells = list(cells)
     if not cells:
         return []
-    counted = format_count(
-        len(cells), "trial" if any(each["trial"] > 1 for each in cells) else "cell"
-    )
+    noun = "trials" if any(each["trial"] > 1 for each in cells) else "cells"
     valid = sum(each["valid"] is True for each in cells)
+    counted = f"Valid {noun}: {valid} of {len(cells)}."
     if valid == len(cells):
-        return [f"All {counted} are valid."]
+        return [counted]
     causes: Counter[str] = Counter()
     for each in cells:
         causes.update([each["verdict"]] if each["valid"] is None else each["invalid_rules"] or [])
-    lines = [f"{valid} of {counted} are valid. The others:"]
+    lines = [f"{counted} The others:"]
     for cause, count in causes.most_common():
         remedy = REMEDIES.get(cause, f"see {table}")
         lines.append(f"  {count} {cause}: {remedy}.")

@@ -83,7 +83,8 @@ def describe_progress(progress: RunProgress) -> str:
     running = [each for each in progress.deployments() if each.state == RUNNING]
     parts = []
     for each in running[:LISTED]:
-        left = f", about {format_seconds(each.eta_s)} left" if each.eta_s else ""
+        seconds = each.seconds_left
+        left = f", about {format_seconds(seconds)} left" if seconds else ""
         parts.append(f"{each.name} {each.done}/{each.total}{left}")
     if len(running) > LISTED:
         parts.append(f"{len(running) - LISTED} more are running")

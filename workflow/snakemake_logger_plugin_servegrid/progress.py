@@ -72,7 +72,12 @@ class Job:
 
 @dataclass
 class DeploymentProgress:
-    """One deployment: its measurements, and the state of its allocation."""
+    """One deployment: its measurements, and the state of its allocation.
+
+    `first` and `last` are the times (time.monotonic) of the start of this allocation's first
+    measurement and of the end of its last one, `measured` how many it has done between them.
+    `eta_s` is the executor's estimate.
+    """
 
     name: str
     total: int = 0
@@ -82,6 +87,18 @@ class DeploymentProgress:
     node: str | None = None
     reason: str | None = None
     eta_s: float | None = None
+    first: float = 0.0
+    last: float = 0.0
+    measured: int = 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated from the mean time of a measurement; the executor's estimate until then."""
+        if not self.measured:
+            return self.eta_s
+        left = self.total - self.done - self.failed
+        expected = left * (self.last - self.first) / self.measured
+        return max(0.0, expected - (time.monotonic() - self.last))
 
     @property
     def status(self) -> str:
@@ -96,8 +113,8 @@ class DeploymentProgress:
             return self.state + failed
         where = f" on {self.node}" if self.node else ""
         left = ""
-        if self.state == RUNNING and self.eta_s:
-            left = f", about {format_seconds(self.eta_s)} left"
+        if self.state == RUNNING and (seconds := self.seconds_left):
+            left = f", about {format_seconds(seconds)} left"
         return f"{self.state}{where}{failed}{left}"
 
 
@@ -188,6 +205,8 @@ class RunProgress:
             return []
         deployment = self._deployment(job.deployment)
         deployment.done += 1
+        deployment.measured += deployment.state == RUNNING
+        deployment.last = time.monotonic()
         if deployment.done < deployment.total:
             return []
         return self._change(deployment, DONE)
@@ -255,6 +274,8 @@ class RunProgress:
         if before == state == DONE:
             return []
         deployment.state = state
+        if state == RUNNING:
+            deployment.first, deployment.measured = time.monotonic(), 0
         text = f"{deployment.name}: {deployment.status}"
         if state == DONE:
             text += f", {format_count(deployment.done, 'measurement')}"

@@ -16,10 +16,10 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.queueing import (
     Curve,
+    isotonic_fit,
     max_in_flight,
     mean_in_flight,
     requests_per_s,
-    rising,
     users_carried,
 )
 from servegrid.analysis.titles import EMULATED, nearest_length
@@ -42,8 +42,8 @@ class Demand:
     """For whom the plan is made. Of `users` the share `logged_in` is there at the busiest time;
     each thinks for `think_time_s` seconds on average between an answer and the next request. Of the
     requests the share `slo_attainment` must get `tokens_per_s_per_user`. Prompts have `input_len`
-    tokens; or, where it is None, lengths in the shares of `prompt_mix`; or else all measured lengths in
-    equal parts."""
+    tokens; if it is None, lengths in the shares of `prompt_mix`; otherwise all measured lengths
+    in equal parts."""
 
     users: int = 1000
     logged_in: float = 0.1
@@ -75,7 +75,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Served:
+class LatencyCurves:
     """What one deployment does under one load.
 
     `shares` of all prompts are of each length. Times are a row for each length, in it those at 1,
@@ -94,7 +94,7 @@ class Served:
     more_untried: bool
 
 
-def demand_of(study: Mapping[str, Any]) -> Demand:
+def parse_demand(study: Mapping[str, Any]) -> Demand:
     """The demand that a study's configuration describes; it fits the schema."""
     limit = study.get("slo", {}).get("tokens_per_s_per_user", Demand.tokens_per_s_per_user)
     capacity = dict(study.get("capacity", {}))
@@ -150,7 +150,7 @@ def plan(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> pd.DataFr
     return frame.sort_values(order, kind="stable", na_position="last", ignore_index=True)
 
 
-def served(cells: pd.DataFrame, prompts: Mapping[int, float] | None) -> Served | str:
+def served(cells: pd.DataFrame, prompts: Mapping[int, float] | None) -> LatencyCurves | str:
     """What the cells of one deployment under one load say, or why they say nothing.
 
     `prompts` are prompt lengths and their shares, None all that were measured in equal parts; how
@@ -180,7 +180,7 @@ def served(cells: pd.DataFrame, prompts: Mapping[int, float] | None) -> Served |
     short = {int(o["input_len"].iloc[0]) for o in parts if o["concurrency"].max() == most}
     lengths = sorted(int(length) for length in known["input_len"].unique())
     parts_of = [shares[length] / sum(shares.values()) for length in lengths]
-    return Served(
+    return LatencyCurves(
         prompt_tokens=" to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))),
         output_len=int(cells["output_len"].iloc[0]),
         shares=parts_of,
@@ -193,7 +193,7 @@ def served(cells: pd.DataFrame, prompts: Mapping[int, float] | None) -> Served |
 
 
 def needed(
-    found: Served, demand: Demand, hardware: Hardware, gpu: str, gpu_count: int
+    found: LatencyCurves, demand: Demand, hardware: Hardware, gpu: str, gpu_count: int
 ) -> dict[str, Any]:
     """What the demand needs of a deployment, by the names of `columns.CAPACITY_PLAN`."""
     limit_s = found.output_len / demand.tokens_per_s_per_user
@@ -259,7 +259,7 @@ def _times(parts: Sequence[pd.DataFrame], column: str, most: int) -> Times | Non
     for own in parts:
         scale = own["time_scale"].iloc[0]  # of an emulation, whose time goes faster
         factor = float(own["output_len"].iloc[0]) / 100 / (1.0 if pd.isna(scale) else float(scale))
-        fitted = rising([float(each) * factor for each in own[column]])
+        fitted = isotonic_fit([float(each) * factor for each in own[column]])
         rows.append(Curve(tuple(own["concurrency"].astype(int)), tuple(fitted)).each()[:most])
     return rows
 

@@ -17,11 +17,11 @@ def columns_of(record: Mapping[str, Any]) -> dict[str, float | None]:
         "client_arrival_error_s_p99": check.get("arrival_error_s_p99"),
         "client_ttft_error_s_p50": check.get("ttft_error_s_p50"),
         "client_itl_error_s_p99": check.get("itl_error_s_p99"),
-        "client_headroom": headroom_of(record),
+        "client_headroom": client_headroom(record),
     }
 
 
-def headroom_of(record: Mapping[str, Any]) -> float | None:
+def client_headroom(record: Mapping[str, Any]) -> float | None:
     """How many times as many token events per second the client could have taken in.
 
     With as many processes as it had, none of them pausing; None where no self-check tells.

@@ -1,4 +1,4 @@
-"""Two studies beside each other, with tests that account for trials. Pure.
+"""Two studies compared, with tests that account for trials. Pure.
 
 Logarithms of speed are compared: what makes a server slower makes it so by a share. A cell's ratio
 is tested by Welch's t over its trials, where it has at least two in both studies; a deployment's by
@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtr
+from scipy.stats import false_discovery_control
 
-from servegrid.analysis.intervals import quantile
+from servegrid.analysis.intervals import t_quantile
 from servegrid.analysis.metrics import OWN
 from servegrid.analysis.titles import EMULATED, emulation_notes
 from servegrid.errors import ComparisonError
@@ -57,9 +59,9 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two studies say of each other.
+    """The comparison of two studies.
 
-    `left_out` says of what cannot be compared, and why; `notes` what must stand beside it.
+    `left_out` names what cannot be compared, and why; `notes` must be shown with it.
     """
 
     deployments: Sequence[Ratio]
@@ -68,58 +70,54 @@ class Comparison:
     notes: Sequence[str] = ()
 
 
-def compare(first: pd.DataFrame, second: pd.DataFrame, mixed: bool = False) -> Comparison:
-    """Hold the trials of two studies against each other, tables of `columns.CELLS`.
+def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False) -> Comparison:
+    """Compare the trials of two studies, tables of `columns.CELLS`.
 
-    Cells are matched by load and by the name of their deployment, or, where the studies share no
-    such name, by model, quantization and GPUs. Trials that may not be believed are left out, those
-    of other clients, which nobody can certify, are not. Raises ComparisonError where no cell is in
-    both, or where one is emulated and the other not, or at another time scale, or measured by
-    another client, unless `mixed`.
+    Cells are matched by workload and deployment name or, if the studies share no such name, by
+    model, quantization and GPUs. Trials that are not valid are left out; those of
+    other clients are not, although nobody can certify them. Raises ComparisonError if no cell is
+    in both. Unless `allow_mixed`, also if one is emulated and the other is not, or has another
+    time scale, or was measured by another client.
     """
-    _refuse_mixed(first, second, mixed)
+    _check_same_kind(first, second, allow_mixed)
     shared = set(first["deployment"]) & set(second["deployment"])
     keys = ["deployment", *_CELL] if shared else [*_DEPLOYMENT, *_CELL]
     ours, theirs = (_by_cell(each, keys) for each in (first, second))
     left_out = [
-        *(f"{_told(key)}: only in the first" for key in ours if key not in theirs),
-        *(f"{_told(key)}: only in the second" for key in theirs if key not in ours),
+        *(f"{_format_cell(key)}: only in the first" for key in ours if key not in theirs),
+        *(f"{_format_cell(key)}: only in the second" for key in theirs if key not in ours),
     ]
     groups: dict[str, list[Ratio]] = {}
     for key in (key for key in ours if key in theirs):
         one, other = ours[key], theirs[key]
         lacking = [which for which, own in (("first", one), ("second", other)) if not own.values]
         if lacking:
-            left_out.append(f"{_told(key)}: no trial of the {lacking[0]} may be believed")
+            left_out.append(f"{_format_cell(key)}: no trial of the {lacking[0]} study is valid")
         elif differing := _differing(one, other):
-            left_out.append(f"{_told(key)}: {differing}")
+            left_out.append(f"{_format_cell(key)}: {differing}")
         else:
-            ratio = _of_trials(_told(key), one.values, other.values)
+            ratio = _of_trials(_format_cell(key), one.values, other.values)
             groups.setdefault(one.deployment, []).append(ratio)
     if not groups:
         why = "\n  ".join(left_out[:10]) or "neither has any"
         raise ComparisonError(
-            f"no cell of the first study has its like in the second:\n  {why}\nCompare studies of "
+            f"no cell of the first study is in the second:\n  {why}\nCompare studies of "
             "the same deployments and loads."
         )
-    cells = judged(ratio for own in groups.values() for ratio in own)
-    deployments = judged(_of_cells(name, own) for name, own in groups.items())
+    cells = apply_fdr(ratio for own in groups.values() for ratio in own)
+    deployments = apply_fdr(_of_cells(name, own) for name, own in groups.items())
     return Comparison(deployments, cells, left_out, _notes(first, second))
 
 
-def judged(ratios: Iterable[Ratio]) -> list[Ratio]:
-    """The ratios with verdicts: of all p, in order, those up to the last that is at most
-    FALSE_DISCOVERIES × its rank / their number (Benjamini and Hochberg)."""
+def apply_fdr(ratios: Iterable[Ratio]) -> list[Ratio]:
+    """The ratios with verdicts at the false discovery rate (Benjamini and Hochberg, 1995)."""
     found = list(ratios)
-    tested = sorted(each.p for each in found if each.p is not None)
-    most = max(
-        (p for rank, p in enumerate(tested, 1) if p <= FALSE_DISCOVERIES * rank / len(tested)),
-        default=-1.0,
-    )
+    tested = [each.p for each in found if each.p is not None]
+    adjusted = iter(false_discovery_control(tested) if tested else ())
     return [
-        each
-        if each.p is None or each.p > most
-        else Ratio(**vars(each) | {"verdict": FASTER if each.ratio > 1 else SLOWER})
+        replace(each, verdict=FASTER if each.ratio > 1 else SLOWER)
+        if each.p is not None and next(adjusted) <= FALSE_DISCOVERIES
+        else each
         for each in found
     ]
 
@@ -132,7 +130,7 @@ def detectable(scatter: float, count: int) -> float | None:
     """
     if count < 2:
         return None
-    reach = (quantile(count - 1) + 0.84) * scatter / math.sqrt(count)
+    reach = (t_quantile(count - 1) + 0.84) * scatter / math.sqrt(count)
     return 1 - math.exp(-reach) * (1 - INDIFFERENT)
 
 
@@ -143,28 +141,9 @@ def slowed(comparison: Comparison, share: float) -> list[Ratio]:
     ]
 
 
-def two_sided(t: float, degrees: float) -> float:
-    """The chance that Student's t with so many degrees of freedom is further from 0 than `t`.
-
-    By the integral of its density, tanh-sinh in steps fine enough for 1e-9 (Abramowitz and
-    Stegun, 26.7.1).
-    """
-    if math.isinf(t):
-        return 0.0
-    # From t to infinity, by x = t + exp(sinh(u) pi / 2): smooth, and small at both ends.
-    constant = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
-        degrees * math.pi
-    )
-    step, total = 1 / 64, 0.0
-    for place in range(-320, 321):
-        u = place * step
-        exponent = math.pi / 2 * math.sinh(u)
-        if exponent > 300:
-            break
-        beyond = math.exp(exponent)
-        density = constant * (1 + (abs(t) + beyond) ** 2 / degrees) ** (-(degrees + 1) / 2)
-        total += density * beyond * math.pi / 2 * math.cosh(u)
-    return min(1.0, 2 * step * total)
+def two_sided_p(t: float, degrees: float) -> float:
+    """The probability that Student's t with `degrees` of freedom is farther from 0 than `t`."""
+    return float(2 * stdtr(degrees, -abs(t)))
 
 
 @dataclass(frozen=True)
@@ -237,13 +216,14 @@ def _tested(
 ) -> Ratio:
     beyond = abs(change) - math.log1p(INDIFFERENT)
     t = beyond / error if error else math.inf
-    p = two_sided(t, degrees) if beyond > 0 else 1.0
-    reach = quantile(max(1, math.floor(degrees))) * error
+    p = two_sided_p(t, degrees) if beyond > 0 else 1.0
+    # The same statistic and degrees of freedom as for p, so that the two never contradict.
+    reach = t_quantile(degrees) * error if error else 0.0
     low, high = math.exp(change - reach), math.exp(change + reach)
     return Ratio(name, math.exp(change), low, high, p, count, scatter)
 
 
-def _refuse_mixed(first: pd.DataFrame, second: pd.DataFrame, mixed: bool) -> None:
+def _check_same_kind(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool) -> None:
     kinds = [
         {
             (engine == EMULATED, None if pd.isna(scale) else float(scale), origin)
@@ -253,25 +233,25 @@ def _refuse_mixed(first: pd.DataFrame, second: pd.DataFrame, mixed: bool) -> Non
         }
         for each in (first, second)
     ]
-    if kinds[0] != kinds[1] and not mixed:
-        told = " and ".join(" with ".join(sorted(map(_kind, kind))) for kind in kinds)
+    if kinds[0] != kinds[1] and not allow_mixed:
+        kinds_text = " and ".join(" with ".join(sorted(map(_kind, kind))) for kind in kinds)
         raise ComparisonError(
-            f"the studies are not of a kind: {told}. If they are to be compared all the same, say "
-            "--allow-mixed."
+            f"the studies are not of the same kind: {kinds_text}. To compare them "
+            "anyway, add --allow-mixed."
         )
 
 
 def _notes(*studies: pd.DataFrame) -> list[str]:
     """Whose figures are emulated, or of other clients."""
-    told: dict[str, list[str]] = {}
+    by_note: dict[str, list[str]] = {}
     for place, cells in zip(("The first study", "The second study"), studies, strict=True):
         others = sorted({*_origins(cells)} - {OWN})
-        imported = [f"Measured by {each}, certified by nobody." for each in others]
+        imported = [f"Measured by {each}, not certified." for each in others]
         for note in [*emulation_notes(cells), *imported]:
-            told.setdefault(note, []).append(place)
+            by_note.setdefault(note, []).append(place)
     return [
         f"{places[0] if len(places) == 1 else 'Both studies'}: {note[0].lower()}{note[1:]}"
-        for note, places in told.items()
+        for note, places in by_note.items()
     ]
 
 
@@ -287,7 +267,7 @@ def _kind(kind: tuple[bool, float | None, str]) -> str:
     return "emulated" if scale is None else f"emulated at {scale:g} × time"
 
 
-def _told(key: Sequence[Any]) -> str:
+def _format_cell(key: Sequence[Any]) -> str:
     """`mistral-7b_fp16, burst, 8 requests at once, 31 + 100 tokens`."""
     *deployment, protocol, concurrency, rate, input_len, output_len = key
     workload = f"{concurrency} at once" if concurrency is not None else f"{rate:g} per second"

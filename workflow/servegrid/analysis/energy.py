@@ -1,7 +1,7 @@
 """Power and energy of a cell from its GPUs' samples, and the state that they were in. Pure.
 
-NVML tells both an energy counter and a momentary power, and neither is beyond doubt: an A100
-samples its power a quarter of the time, and counters move in steps. The counter is believed where
+NVML tells both an energy counter and a momentary power, and neither is exact: an A100
+samples its power a quarter of the time, and counters move in steps. The counter is used if
 there is one, and how far the sampled power differs from it is said.
 """
 
@@ -19,7 +19,7 @@ ENGINE_DEVICE = "engine"
 """The `device` of the samples that tell of the engine's processes and not of a GPU."""
 
 DOUBTFUL = 0.10
-"""By which share counted and sampled power may differ before the energy is in doubt."""
+"""By which share counted and sampled power may differ before the energy is suspect."""
 
 GAP_S = 2.0
 """Without a reading for longer than that, a GPU's mean power is not known."""
@@ -62,7 +62,7 @@ class Power:
         return self.sampled_w / self.counted_w - 1
 
     @property
-    def doubtful(self) -> bool | None:
+    def is_suspect(self) -> bool | None:
         """Whether they differ by more than DOUBTFUL; None where one is unknown."""
         return None if self.disagreement is None else abs(self.disagreement) > DOUBTFUL
 

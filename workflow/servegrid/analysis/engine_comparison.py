@@ -26,12 +26,12 @@ def compared(summary: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """A row for each two deployments that differ in their engine, and in no more than quantization.
 
     Texts under HEAD; ratios are those of the second to the first, the median over all cells that
-    both served in a way that may be believed, with the least and the most of them.
+    both have valid cells for, with the lowest and the highest of them.
     """
-    believed = summary[(summary["trials_valid"] > 0) & summary["time_scale"].isna()]
+    usable = summary[(summary["trials_valid"] > 0) & summary["time_scale"].isna()]
     rows = []
     alike = ["model", "gpu", "gpu_count", "protocol", "output_len"]
-    for key, own in believed.groupby(alike, sort=False):
+    for key, own in usable.groupby(alike, sort=False):
         by_deployment = {str(name): each for name, each in own.groupby("deployment", sort=False)}
         for (first, one), (second, other) in itertools.combinations(by_deployment.items(), 2):
             if one["engine"].iloc[0] == other["engine"].iloc[0]:

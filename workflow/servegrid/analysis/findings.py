@@ -37,7 +37,7 @@ class Slo:
         return ", ".join(parts)
 
 
-def slo_of(study: Mapping[str, Any]) -> Slo:
+def parse_slo(study: Mapping[str, Any]) -> Slo:
     """The SLO of a study's configuration; it fits the schema."""
     return Slo(**study.get("slo", {}))
 
@@ -45,7 +45,7 @@ def slo_of(study: Mapping[str, Any]) -> Slo:
 def frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
     """How far each deployment goes: a row of `columns.FRONTIER` for each prompt length.
 
-    `summary` has the columns of `columns.SUMMARY`. Cells that may not be believed count as served,
+    `summary` has the columns of `columns.SUMMARY`. Cells that are not valid count as served,
     and not as within the SLO.
     """
     keys = ["deployment", "engine", "protocol", "output_len", "input_len"]
@@ -80,7 +80,7 @@ def statements(
 
     `reach` is the frontier of `summary`; `titles` are the deployments' names for people.
     """
-    told = []
+    sentences_of_all = []
     for (name, protocol, output_len), own in reach.groupby(
         ["deployment", "protocol", "output_len"], sort=False
     ):
@@ -96,8 +96,8 @@ def statements(
         if not times.empty:
             sentences += [_growth(times, own), _prompts(times)]
         title = f"{titles.get(str(name), name)}, {protocol}"
-        told.append(f"{title}: " + " ".join(filter(None, sentences)))
-    return told
+        sentences_of_all.append(f"{title}: " + " ".join(filter(None, sentences)))
+    return sentences_of_all
 
 
 def _reach(own: pd.DataFrame, slo: Slo) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def row_of(
         "memory_peak_bytes": memory_peak_bytes(telemetry),
         "power_w_mean": power.mean_w,
         "power_disagreement": power.disagreement,
-        "power_suspect": power.doubtful,
+        "power_suspect": power.is_suspect,
         "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),
         **state_of(samples),
         **server_metrics.columns_of(record, requests, samples),

@@ -1,6 +1,6 @@
-"""How many users one deployment carries, from the times that were measured. Pure.
+"""How many users one deployment can carry, from measured times. Pure.
 
-The page computes the same in planner.js; tests hold the two together.
+The page computes the same in planner.js; a test compares the two.
 
 N users each think for Z seconds on average, then send one request, and wait for its answer: the
 machine-repairman model with a server whose speed depends on its load. With n requests in flight it
@@ -8,8 +8,8 @@ completes X(n) = n / T(n) of them per second. The number in flight is a birth-de
 births (N - n) / Z and deaths X(n), so that p(n) is proportional to the product over k < n of
 [(N - k) / Z] / X(k + 1) (Kleinrock, Queueing Systems I, 1975, section 3.8). A request that comes
 sees the chain of N - 1 users (Lavenberg and Reiser, Stationary state probabilities at arrival
-instants for closed queueing networks, 1980), and is itself the one more in flight. All in flight
-share the server, and so the distribution of how much they ask for does not matter.
+instants for closed queueing networks, 1980), and is itself the one more in flight. All requests in
+flight share the server, so only the mean of their sizes matters, not the distribution.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from scipy.optimize import isotonic_regression
 
 MOST_USERS = 1_000_000
 
@@ -46,26 +48,16 @@ class Curve:
         return [self.at(requests) for requests in range(1, self.in_flight[-1] + 1)]
 
 
-def rising(seconds: Sequence[float]) -> list[float]:
-    """The times nearest to `seconds` by least squares of which none falls.
+def isotonic_fit(seconds: Sequence[float]) -> list[float]:
+    """The non-decreasing times that are nearest to `seconds` by least squares.
 
-    More requests at once cannot make one faster; where a measurement says so, it is noise. Pool
-    adjacent violators (Ayer et al., An empirical distribution function for sampling with incomplete
-    information, 1955).
+    More requests in flight cannot make a request faster. A measurement that says so is noise.
     """
-    pools: list[tuple[float, int]] = []
-    for value in seconds:
-        mean, count = value, 1
-        while pools and pools[-1][0] > mean:
-            before, many = pools.pop()
-            mean = (before * many + mean * count) / (many + count)
-            count += many
-        pools.append((mean, count))
-    return [mean for mean, count in pools for _ in range(count)]
+    return [float(each) for each in isotonic_regression(seconds).x]
 
 
 def max_in_flight(seconds: Sequence[float], limit_s: float) -> int:
-    """The most requests in flight of which each takes no longer than the limit, 0 if none.
+    """The highest number of requests in flight at which each meets the limit; 0 if none.
 
     `seconds` are the times at 1, 2, … in flight; all up to that number keep the limit.
     """
@@ -73,7 +65,7 @@ def max_in_flight(seconds: Sequence[float], limit_s: float) -> int:
 
 
 def in_flight(seconds: Sequence[float], users: int, think_time_s: float) -> list[float]:
-    """The chances of 0, 1, … `users` requests in flight.
+    """The probabilities of 0, 1, … `users` requests in flight.
 
     `seconds` are the times at 1, 2, … in flight. Above the last of them nothing was measured:
     requests wait there, first come first served, and the server goes on at the rate of the last.
@@ -94,8 +86,10 @@ Allowed = Sequence[tuple[int, float]]
 and the share of all requests that is of this kind; shares sum up to 1."""
 
 
-def chance(seconds: Sequence[float], allowed: Allowed, users: int, think_time_s: float) -> float:
-    """The chance that a request of one of `users` keeps its limit."""
+def slo_probability(
+    seconds: Sequence[float], allowed: Allowed, users: int, think_time_s: float
+) -> float:
+    """The probability that a request of one of `users` meets the SLO."""
     seen = in_flight(seconds, users - 1, think_time_s)
     return math.fsum(share * math.fsum(seen[:most]) for most, share in allowed)
 
@@ -103,13 +97,13 @@ def chance(seconds: Sequence[float], allowed: Allowed, users: int, think_time_s:
 def users_carried(
     seconds: Sequence[float], allowed: Allowed, think_time_s: float, slo_attainment: float
 ) -> int:
-    """The most users whose requests keep their limit with at least that probability; 0 if none.
+    """The highest number of users whose requests meet the SLO with that probability; 0 if none.
 
-    Arguments as of `chance`.
+    Arguments as for `slo_probability`.
     """
 
     def kept(users: int) -> bool:
-        return chance(seconds, allowed, users, think_time_s) >= slo_attainment
+        return slo_probability(seconds, allowed, users, think_time_s) >= slo_attainment
 
     if not kept(1):
         return 0

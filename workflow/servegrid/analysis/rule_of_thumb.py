@@ -70,17 +70,17 @@ def conclusion() -> dict[int, tuple[bool, str]]:
 
     About: up to a tenth more.
     """
-    told = {}
+    answers = {}
     wanted = in_flight().mean * TOKENS_PER_S
     for params, own in systems().groupby("params_b"):
         best = own.iloc[0]
         holds = bool(best["usd"] <= 1.1 * CONCLUSION_USD)
         count = "" if best["needed"] == 1 else f"{best['needed']} × "
         price = f"{best['usd']:,.0f} USD"
-        told[int(str(params))] = (
+        answers[int(str(params))] = (
             holds,
             f"{params} billion parameters: {wanted:g} tokens/s cost at least {price} "
             f"({count}{best['hardware']}, {best['output_tokens_per_s']:g} tokens/s each), so that "
             f"about {CONCLUSION_USD:,.0f} USD {'suffice' if holds else 'do not suffice'}.",
         )
-    return told
+    return answers

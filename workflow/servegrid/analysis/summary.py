@@ -20,10 +20,12 @@ from servegrid.records.verdict import OK
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     """One row of `columns.SUMMARY` per cell, in the order of `cells`, a table of `columns.CELLS`.
 
-    Figures are of the trials that may be believed; where none may, of all that were served.
+    Figures are of the valid trials, or of all served trials if none is valid.
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
-    figures = cells[list(columns.SUMMARY_METRICS)].astype("Float64").to_numpy(float, na_value=math.nan)
+    figures = (
+        cells[list(columns.SUMMARY_METRICS)].astype("Float64").to_numpy(float, na_value=math.nan)
+    )
     is_served = (cells["verdict"] == OK).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     firsts, rows = [], []
@@ -48,18 +50,18 @@ def served(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def valid(trials: pd.DataFrame) -> pd.DataFrame:
-    """Those of them that may be believed."""
+    """Those of them that are valid."""
     return trials[trials["valid"].eq(True).fillna(False).astype(bool)]
 
 
-def believed(trials: pd.DataFrame) -> pd.DataFrame:
+def usable(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials of one cell that its figures are of: the valid ones, or all served without any."""
     return served(trials) if valid(trials).empty else valid(trials)
 
 
 def median(trials: pd.DataFrame, figure: str) -> tuple[float | None, Interval | None]:
     """The median of a column over one cell's trials, and its 95% interval."""
-    values = believed(trials)[figure].dropna().astype(float).tolist()
+    values = usable(trials)[figure].dropna().astype(float).tolist()
     if not values:
         return None, None
     return float(pd.Series(values).median()), interval(values)

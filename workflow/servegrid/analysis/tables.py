@@ -22,7 +22,7 @@ from servegrid.analysis.validity import Evidence, check_validity
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.records.columns import Column
-from servegrid.study.grid import Trial, canonical_json
+from servegrid.study.grid import Study, Trial, canonical_json
 
 _LISTED = 10
 _MANY = 1000
@@ -46,7 +46,7 @@ def gather(
     """One row of `columns.CELLS` per trial, in the order of `trials`.
 
     `folder` has each trial's `requests.parquet` and `telemetry.parquet` under its id. `drifts`
-    tells by how much the sentinels of each allocation differed (see `drift_by_allocation`).
+    gives the drift of each allocation's drift checks (see `drift_by_allocation`).
     Raises RecordError where any is missing, damaged or was measured with another
     specification: one error that lists them and says how to measure just these anew.
     """
@@ -64,11 +64,21 @@ def gather(
     return _frame(parquet.arrow_table(columns.CELLS, rows))
 
 
+def gather_study(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The study's cells and its drift checks from `folder`, both as `columns.CELLS`.
+
+    Raises RecordError if a record is missing, damaged or of another specification.
+    """
+    drift_checks = gather(study.drift_checks, folder)
+    drifts = drift_by_allocation(drift_checks)
+    return gather(study.trials, folder, drifts), drift_checks
+
+
 def drift_by_allocation(drift_checks: pd.DataFrame) -> dict[str, float]:
-    """By which share the output tokens per second of an allocation's sentinels differ.
+    """The relative difference of output tokens/s between the drift checks of each allocation.
 
     (highest - lowest) / median, of the allocations that have at least two that were served.
-    `sentinels` has the columns of `columns.CELLS`.
+    `drift_checks` has the columns of `columns.CELLS`.
     """
     speeds = drift_checks.dropna(subset="output_tokens_per_s").groupby("allocation")
     known = speeds["output_tokens_per_s"].agg(["min", "median", "max", "count"])
@@ -213,8 +223,8 @@ def _staleness(record: Mapping[str, Any], trial: Trial) -> str:
         for key in sorted(asked.keys() | measured.keys())
         if asked.get(key) != measured.get(key)
     ]
-    told = [each for each in changes if not each.startswith("digest ")] or changes
-    return "measured with another specification: " + ", ".join(told)
+    shown = [each for each in changes if not each.startswith("digest ")] or changes
+    return "measured with another specification: " + ", ".join(shown)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether a measured cell may be believed, told from its raw rows and its record. Pure.
+"""Whether a measured cell is valid, from its raw rows and its record. Pure.
 
 A cell that was not served has a verdict instead. The rules follow from what makes a figure say
 something else than it seems to: other tokens than asked, a cache, a queue, a late client, a
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from servegrid.analysis import stationarity
-from servegrid.analysis.client_error import headroom_of
+from servegrid.analysis.client_error import client_headroom
 from servegrid.analysis.metrics import during, in_flight_mean, stationary
 from servegrid.analysis.stationarity import window_of
 from servegrid.records.verdict import OK
@@ -53,7 +53,7 @@ class Evidence:
     requests: pa.Table
     telemetry: pa.Table
     drift: float | None = None
-    """By which share the sentinels of its allocation differed; None where they don't tell."""
+    """The drift of its allocation's drift checks; None if it is unknown."""
 
     @property
     def trial(self) -> Trial:
@@ -205,7 +205,7 @@ def _distorted(evidence: Evidence) -> str | None:
     ):
         if error is not None and error > max(DISTORTION_SHARE * of, least):
             return f"1% of {what} were wrong by {1e3 * error:.1f} ms and more in the self-check"
-    headroom = headroom_of(evidence.record)
+    headroom = client_headroom(evidence.record)
     if headroom is not None and headroom < HEADROOM:
         return f"the client can take in only {headroom:.1f} times the chunks of this cell"
     return None
@@ -228,7 +228,7 @@ def _slowed(evidence: Evidence) -> str | None:
 def _drifted(evidence: Evidence) -> str | None:
     if evidence.drift is None or evidence.drift <= DRIFT:
         return None
-    return f"the sentinels of its allocation differed by {evidence.drift:.0%}"
+    return f"the drift checks of its allocation differed by {evidence.drift:.0%}"
 
 
 Rule = Callable[[Evidence], str | None]
@@ -279,7 +279,7 @@ RULES: Mapping[str, tuple[str, Rule]] = {
     "clock_step": (f"The clock did not move by more than {1e3 * CLOCK_DRIFT_S:.0f} ms", _clock),
     "gpu_throttled": ("No GPU was slowed down by heat or power brake", _slowed),
     "drifted": (
-        f"The sentinels of its allocation differed by at most {DRIFT:.0%} in tokens per second",
+        f"The drift checks of its allocation differed by at most {DRIFT:.0%} in output tokens/s",
         _drifted,
     ),
 }

@@ -14,7 +14,6 @@ import pandas as pd
 from servegrid.analysis import summary, tables
 from servegrid.report import write
 from servegrid.report.latency_table import write_latency_tables
-from servegrid.study.grid import Study
 
 ANALYSIS_PACKAGES = ("matplotlib", "numpy", "pandas", "pyarrow", "vl-convert-python")
 """Packages whose version can change the bytes of a figure or of the page."""
@@ -44,16 +43,6 @@ class AnalysisInputs:
     """The file of prices."""
     cells: pd.DataFrame
     drift_checks: pd.DataFrame
-
-
-def gather_cells(study: Study, records: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The study's cells and its drift checks from the folder `records`, as `columns.CELLS`.
-
-    Raises RecordError if a record is missing, damaged or of another specification.
-    """
-    drift_checks = tables.gather(study.drift_checks, records)
-    drifts = tables.drift_by_allocation(drift_checks)
-    return tables.gather(study.trials, records, drifts), drift_checks
 
 
 def write_tables(inputs: AnalysisInputs, folder: Path) -> None:

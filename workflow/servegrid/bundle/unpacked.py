@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from servegrid.analysis import tables
-from servegrid.bundle.derive import AnalysisInputs, gather_cells, write_tables
+from servegrid.analysis.tables import gather_study
+from servegrid.bundle.derive import AnalysisInputs, write_tables
 from servegrid.bundle.layout import (
     BUNDLE_FORMAT,
     CELLS,
@@ -92,7 +93,7 @@ class UnpackedBundle:
             for group in (self.study.trials, self.study.drift_checks)
         )
         try:
-            return gather_cells(Study(self.study.name, trials, drift_checks), self.tree / CELLS)
+            return gather_study(Study(self.study.name, trials, drift_checks), self.tree / CELLS)
         except RecordError as error:
             # The other lines say how to measure again, which does not apply to a bundle.
             lines = [line.strip() for line in str(error).splitlines() if line[:2] == "  "]

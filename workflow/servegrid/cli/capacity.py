@@ -90,7 +90,7 @@ def _capacity(options: argparse.Namespace) -> int:
     if options.prompt_mix:  # instead of the study's one length
         study = {**study, "capacity": {**study.get("capacity", {}), "input_len": None}}
     demand = replace(
-        capacity.demand_of(study),
+        capacity.parse_demand(study),
         **{name: value for name, value in given.items() if value is not None},
     )
     hardware = capacity.read_hardware(options.hardware or find_hardware_file())

@@ -1,4 +1,4 @@
-"""Engines: what brings a deployment up and serves it behind an OpenAI-compatible endpoint."""
+"""Engines: each starts a deployment and serves it through an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ ENGINES = {
     "llamacpp": "servegrid.engines.llamacpp",
     "vllm": "servegrid.engines.vllm",
 }
-"""Each engine's module, which has a `start_engine` of its own; imported only where it is used."""
+"""Each engine's module; it defines `start_engine` and is imported only if the engine is used."""
 
 
 def start_engine(deployment: Deployment, site: Site) -> AbstractContextManager[Engine]:
-    """The engine of `deployment`, up for the length of a `with` block.
+    """A context manager: the engine of `deployment` runs inside the `with` block.
 
-    To be entered in the main thread. When the block ends, however it ends, no process, socket
-    or shared memory of the engine is left; one that was up before is left as it was. Raises
-    ConfigError where the deployment cannot be served as it stands, ModelError where its model is
-    missing, and EngineError, with the cause, where the engine does not come up within
-    `site.startup_s`.
+    Enter it in the main thread. After the block, even after an exception, no process, socket or
+    shared memory of the engine remains. An external engine keeps running.
+
+    Raises ConfigError if the deployment cannot be served as it is written, ModelError if its model
+    is missing, and EngineError with the cause if the engine does not start within `site.startup_s`
+    seconds.
     """
     if deployment.engine not in ENGINES:
         raise ConfigError(
-            f"deployment `{deployment.name}`: there is no engine `{deployment.engine}`. "
+            f"deployment `{deployment.name}`: engine: `{deployment.engine}` is not an engine. "
             f"Use one of: {', '.join(ENGINES)}."
         )
     module = importlib.import_module(ENGINES[deployment.engine])

@@ -1,7 +1,7 @@
-"""A deployment as command-line arguments of the vLLM that is installed. Pure.
+"""Translates a deployment to command-line arguments of the installed vLLM. Pure.
 
-Which arguments exist, and what they default to, changes with every few versions of vLLM. So
-every value that decides the result is given, and nothing that the installed parser lacks.
+vLLM's arguments and their defaults change every few versions. So every setting that can change a
+result is passed explicitly, and an argument that the installed vLLM does not have is left out.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from servegrid.study.grid import Deployment
 GPU_MEMORY_UTILIZATION = 0.90
 SHUTDOWN_TIMEOUT_S = 15
 KV_CACHE_LIMIT_BYTES = 1 << 30
-"""Enough for a demo, and soon made ready: vLLM writes to all of its KV cache when it starts."""
+"""Enough for a demo, and quick to start: vLLM writes to the whole KV cache when it starts."""
 BLOCK_TOKENS = 128
-"""vLLM on a CPU gives the KV cache out in blocks of so many tokens."""
+"""Tokens per block of the KV cache in vLLM on a CPU."""
 
-KEYS_OF_THE_DEPLOYMENT = {
+_DEPLOYMENT_KEYS = {
     "model": "checkpoint",
     "served_model_name": "model",
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",
     "tensor_parallel_size": "gpu_count",
 }
-"""Arguments that a deployment gives by a key of its own, with that key."""
+"""Arguments of vLLM that a deployment sets with another key, and that key."""
 
-KEYS_OF_THE_SITE = ("host", "port", "uds", "api_key")
+_SITE_KEYS = ("host", "port", "uds", "api_key")
 
 
 def format_arguments(
@@ -39,34 +39,36 @@ def format_arguments(
     options: Collection[str],
     version: str,
 ) -> list[str]:
-    """The arguments for a parser that knows the option strings `options`.
+    """The words of the command line, for a parser that knows the option strings `options`.
 
-    `defaults` are the values of `defaults_for`; the deployment's own `engine_args` come over them,
-    and a null among those leaves the choice to vLLM. True and false become flags, lists several
-    values, mappings JSON. Raises ConfigError, naming the key, where an argument is one that the
-    deployment or the site decides, or unknown to `version`.
+    `defaults` comes from `default_arguments`. The deployment's `engine_args` override it; the value
+    null leaves the choice to vLLM. True and false become flags, a list becomes several words, and a
+    mapping becomes JSON.
+
+    Raises ConfigError with the key if servegrid sets this argument itself, or if vLLM `version`
+    does not know it.
     """
     for key in deployment.engine_args:
-        _check_not_decided_elsewhere(deployment, key)
+        _check_allowed(deployment, key)
         if not _is_known(key, options):
-            raise ConfigError(_unknown(deployment, key, options, version))
+            raise ConfigError(_unknown_argument(deployment, key, options, version))
     settings = {key: value for key, value in defaults.items() if _is_known(key, options)}
     settings |= deployment.engine_args
     return [
         word
         for key, value in settings.items()
         if value is not None
-        for word in _words(key, value, options)
+        for word in _format_argument(key, value, options)
     ]
 
 
 def default_arguments(
     deployment: Deployment, checkpoint: str, kv_cache_bytes: int | None
 ) -> dict[str, Any]:
-    """What a deployment means in vLLM's arguments, its own `engine_args` left out.
+    """vLLM's arguments for a deployment, without its `engine_args`.
 
-    `kv_cache_bytes` is the size of the KV cache on a CPU; on GPUs vLLM takes what the share
-    `gpu_memory_utilization` of their memory leaves beside the weights.
+    `kv_cache_bytes` is the size of the KV cache on a CPU. On GPUs, vLLM uses the fraction
+    `gpu_memory_utilization` of their memory: the weights first, the KV cache with the rest.
     """
     settings = {
         "model": checkpoint,
@@ -93,10 +95,11 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of KV cache for `max_num_seqs` requests of `max_model_len` tokens on a CPU.
 
-    Per token and layer: a key and a value for each KV head in 16 bits, as `model_config` (the
-    model's config.json) says. At most `KV_CACHE_LIMIT_BYTES` and a quarter of the machine's
-    `memory_bytes`, which is also the answer for a model whose config says it otherwise; but
-    always enough for one request, without which vLLM would not start.
+    Each token needs, per layer and KV head, a key and a value of `head_dim` 16-bit numbers; these
+    sizes come from `model_config`, the model's config.json. The result is at most
+    `KV_CACHE_LIMIT_BYTES` and a quarter of `memory_bytes`, the machine's memory. This limit is also
+    the result if config.json lacks these sizes. It is always enough for one request, because vLLM
+    does not start with less.
     """
     limit = min(KV_CACHE_LIMIT_BYTES, memory_bytes // 4)
     try:
@@ -111,16 +114,16 @@ def kv_cache_bytes(
     return max(per_request, min(limit, per_request * deployment.max_num_seqs))
 
 
-def _check_not_decided_elsewhere(deployment: Deployment, key: str) -> None:
-    if key in KEYS_OF_THE_DEPLOYMENT:
+def _check_allowed(deployment: Deployment, key: str) -> None:
+    if key in _DEPLOYMENT_KEYS:
         raise ConfigError(
-            f"deployment `{deployment.name}`: engine_args.{key} is decided by the deployment's own "
-            f"key `{KEYS_OF_THE_DEPLOYMENT[key]}`. Set that one and remove the argument."
+            f"deployment `{deployment.name}`: engine_args.{key} is set by the deployment's "
+            f"own key `{_DEPLOYMENT_KEYS[key]}`. Set that key and remove the argument."
         )
-    if key in KEYS_OF_THE_SITE:
+    if key in _SITE_KEYS:
         raise ConfigError(
-            f"deployment `{deployment.name}`: engine_args.{key} is decided by where it runs. "
-            "Remove it; the profile's `socket` chooses between tcp and unix."
+            f"deployment `{deployment.name}`: engine_args.{key} is set by servegrid. "
+            "Remove it. `socket` in the profile chooses between tcp and unix."
         )
 
 
@@ -128,7 +131,7 @@ def _is_known(key: str, options: Collection[str]) -> bool:
     return _flag(key) in options or _flag(key, negated=True) in options
 
 
-def _words(key: str, value: Any, options: Collection[str]) -> list[str]:
+def _format_argument(key: str, value: Any, options: Collection[str]) -> list[str]:
     flag = _flag(key)
     if value is True:
         return [flag]
@@ -146,11 +149,15 @@ def _flag(key: str, negated: bool = False) -> str:
     return ("--no-" if negated else "--") + key.replace("_", "-")
 
 
-def _unknown(deployment: Deployment, key: str, options: Collection[str], version: str) -> str:
-    names = [each.removeprefix("--").replace("-", "_") for each in options if each[:2] == "--"]
+def _unknown_argument(
+    deployment: Deployment, key: str, options: Collection[str], version: str
+) -> str:
+    names = [name.removeprefix("--").replace("-", "_") for name in options if name[:2] == "--"]
     close = difflib.get_close_matches(key, names)
-    meant = f"Did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else "Remove it."
+    remedy = (
+        f"Did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else "Remove it."
+    )
     return (
         f"deployment `{deployment.name}`: engine_args.{key}: "
-        f"vLLM {version} has no option {_flag(key)}. {meant}"
+        f"vLLM {version} has no option {_flag(key)}. {remedy}"
     )

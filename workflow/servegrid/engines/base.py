@@ -1,4 +1,4 @@
-"""What an engine is, and where it runs."""
+"""The interface of an engine, and the settings of the site that it runs on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from servegrid.study.endpoint import Endpoint
 
 @dataclass(frozen=True)
 class Site:
-    """Where an engine runs, as opposed to what it serves.
+    """Where an engine runs. It does not change any result.
 
-    `socket` is `tcp` (loopback, with an API key) or `unix` (in a folder that only this user may
-    enter), `startup_s` the limit of a bring-up in seconds, `models` the cache folder of the
-    demo's models.
+    `models` is the cache folder of the demo's models. `socket` is `tcp` (loopback, with an API key)
+    or `unix` (in a folder that only this user may enter). `startup_s` is the time in seconds within
+    which the engine must start.
     """
 
     models: Path
@@ -24,18 +24,18 @@ class Site:
 
 
 class Engine(Protocol):
-    """An engine that is up and serves one deployment."""
+    """A running engine that serves one deployment."""
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it answers."""
+        """Where the engine answers requests."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What it really uses, as plain JSON data for the records."""
+        """The resolved configuration (version, arguments, KV cache size), as JSON data."""
 
     def pids(self) -> list[int]:
-        """The processes that serve, for telemetry; none where they are somebody else's."""
+        """The engine's processes, for telemetry; none for an external engine."""
 
     def healthy(self) -> bool:
-        """Whether it still serves."""
+        """Whether the engine still answers."""

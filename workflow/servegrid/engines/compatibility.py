@@ -1,6 +1,6 @@
-"""Whether GPUs, driver, CUDA and vLLM fit a deployment, before any weights are loaded.
+"""Checks whether GPUs, driver, CUDA and vLLM can run a deployment, before weights are loaded.
 
-Only what is sure to fail is refused. What cannot be found out is None and refuses nothing.
+It reports only what is sure to fail. A fact that cannot be read is None and fails no check.
 """
 
 from __future__ import annotations
@@ -22,33 +22,34 @@ from servegrid.study.grid import Deployment
 TURING: Capability = (7, 5)
 AMPERE: Capability = (8, 0)
 
-OLDEST: Sequence[tuple[tuple[int, int], Capability]] = (((0, 20), TURING), ((0, 0), (7, 0)))
-"""The oldest capability that vLLM has code for, from which version on; the newest first."""
+MIN_CAPABILITY: Sequence[tuple[tuple[int, int], Capability]] = (((0, 20), TURING), ((0, 0), (7, 0)))
+"""The first vLLM version and the lowest compute capability from there on; newest version first."""
 
-SCHEMES: Mapping[str, Capability] = {"compressed-tensors": TURING}
-"""Methods of several schemes. vLLM looks at the scheme only once it loads the weights, and none
-of the schemes for GPUs that exist in a vLLM with code for Volta needs less than this."""
+SCHEME_CAPABILITY: Mapping[str, Capability] = {"compressed-tensors": TURING}
+"""Quantization methods with several schemes. vLLM checks the scheme only when it loads the weights;
+in versions that support Volta, every scheme for GPUs needs at least this capability."""
 
-ONLY_TRITON_ON_VOLTA = (0, 13)
-"""From this vLLM on, Triton's attention is all that is left for Volta; it knows fp8 from 8.9."""
+TRITON_ONLY_ON_VOLTA = (0, 13)
+"""From this vLLM on, Volta has only Triton's attention, which supports fp8 from 8.9 on."""
 
-OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""The oldest driver of each major version of CUDA; minor versions may be newer than the driver."""
+MIN_DRIVER = {11: 450, 12: 525, 13: 580}
+"""The oldest driver for each major version of CUDA; it also runs newer minor versions."""
 
-CLEARLY = 1.1
-"""Weights are refused where they are so many times the memory: a file holds other things too."""
+SIZE_MARGIN = 1.1
+"""Weights are too large from this multiple of the memory on: files also contain other data."""
 
-CHANGE_THE_SIZE = frozenset({"hf_overrides", "load_format", "quantization"})
-"""Arguments, beside all that offload, by which less than the files' bytes may come to the GPUs."""
+SIZE_CHANGING_ARGUMENTS = frozenset({"hf_overrides", "load_format", "quantization"})
+"""With these arguments, and all that offload, the GPUs may hold less than the size of the files."""
 
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a deployment asks of its GPUs.
+class Requirements:
+    """What a deployment needs from its GPUs.
 
-    `quantization_capability` is what the installed vLLM asks for the method `quantization`.
+    `quantization_capability` is the compute capability that the installed vLLM needs for the method
+    `quantization`.
     """
 
     deployment: str
@@ -61,10 +62,12 @@ class Needs:
     gpu_memory_utilization: float
 
 
-def incompatibility(needs: Needs, gpus: Sequence[Gpu] | None, software: Software) -> str | None:
-    """Why the deployment cannot run here, with the remedy, in one line; None where it may.
+def incompatibility(
+    needs: Requirements, gpus: Sequence[Gpu] | None, software: Software
+) -> str | None:
+    """Why the deployment cannot run here, and the remedy, in one line; None if nothing is wrong.
 
-    `gpus` are the visible ones in vLLM's order, None where they cannot be listed.
+    `gpus` are the visible GPUs in vLLM's order; None if they cannot be listed.
     """
     reasons = (
         _too_few(needs, gpus),
@@ -91,10 +94,12 @@ def requirements_for(
     model_config: Mapping[str, Any],
     weight_bytes: int | None,
     capability_for: Callable[[str], Capability | None],
-) -> Needs:
-    """`defaults` are what `arguments.default_arguments` gives; `model_config` is config.json.
+) -> Requirements:
+    """The requirements of a deployment whose weights have `weight_bytes`.
 
-    `capability_for` says what vLLM asks for a quantization method.
+    `defaults` comes from `arguments.default_arguments`, and `model_config` is the model's
+    config.json. `capability_for` returns the compute capability that vLLM needs for a quantization
+    method.
     """
     settings = {**defaults, **deployment.engine_args}
     stored = model_config.get("quantization_config") or model_config.get("compression_config") or {}
@@ -102,17 +107,18 @@ def requirements_for(
     method = str(named).lower() if named else None
     dtype = settings.get("dtype") or "auto"
     if weight_bytes is not None and any(
-        value and (key in CHANGE_THE_SIZE or "offload" in key) for key, value in settings.items()
+        value and (key in SIZE_CHANGING_ARGUMENTS or "offload" in key)
+        for key, value in settings.items()
     ):
         weight_bytes = None
     elif weight_bytes is not None and _stored_dtype(model_config) == "float32":
-        weight_bytes //= 2  # vLLM makes 16 bits of it unless a flag says otherwise
-    return Needs(
+        weight_bytes //= 2  # vLLM loads float32 weights as 16 bits unless a flag says otherwise
+    return Requirements(
         deployment=deployment.name,
         gpu_count=deployment.gpu_count * int(settings.get("pipeline_parallel_size") or 1),
         dtype=str(dtype).lower(),
         quantization=method,
-        quantization_capability=_most(capability_for(method), SCHEMES.get(method))
+        quantization_capability=_highest(capability_for(method), SCHEME_CAPABILITY.get(method))
         if method
         else None,
         kv_cache_dtype=str(settings.get("kv_cache_dtype") or "auto").lower(),
@@ -124,7 +130,7 @@ def requirements_for(
 def check_compatibility(
     deployment: Deployment, defaults: Mapping[str, Any], checkpoint: Path, vllm: str
 ) -> None:
-    """Raises EngineError where the deployment is sure to fail on this machine's GPUs."""
+    """Raise EngineError if the deployment is sure to fail on this node's GPUs."""
     config = checkpoint / "config.json"
     needs = requirements_for(
         deployment,
@@ -140,12 +146,12 @@ def check_compatibility(
         raise EngineError(reason)
 
 
-def _too_few(needs: Needs, gpus: Sequence[Gpu] | None) -> str | None:
+def _too_few(needs: Requirements, gpus: Sequence[Gpu] | None) -> str | None:
     if gpus is None or len(gpus) >= needs.gpu_count:
         return None
     return (
-        f"GPUs needed: {needs.gpu_count}, visible here: {len(gpus)}. Have the scheduler give as "
-        "many as `gpu_count` says, and look at CUDA_VISIBLE_DEVICES."
+        f"GPUs needed: {needs.gpu_count}, visible here: {len(gpus)}. Make the profile request "
+        "`gpu_count` GPUs, and check CUDA_VISIBLE_DEVICES."
     )
 
 
@@ -156,105 +162,110 @@ def _old_driver(software: Software) -> str | None:
     known = software.driver_cuda
     if runtime <= known[0]:
         return None
-    needed = OLDEST_DRIVER.get(runtime)
+    needed = MIN_DRIVER.get(runtime)
     return (
-        f"vLLM {software.vllm} came with CUDA {software.cuda}, and the driver "
-        f"{software.driver or '(version unknown)'} knows CUDA up to {known[0]}.{known[1]}. Use an "
-        f"environment built for CUDA {known[0]} (see workflow/envs/a100.in), or a node with a "
-        f"driver {f'from {needed} on' if needed else f'for CUDA {runtime}'}."
+        f"vLLM {software.vllm} is built for CUDA {software.cuda}, but the driver "
+        f"{software.driver or '(version unknown)'} supports CUDA only up to {known[0]}.{known[1]}. "
+        f"Use an environment built for CUDA {known[0]} (see workflow/envs/a100.in), or a node with "
+        f"driver {f'{needed} or newer' if needed else f'for CUDA {runtime}'}."
     )
 
 
 def _no_code(gpu: Gpu, capability: Capability, software: Software) -> str | None:
-    oldest = next(oldest for vllm, oldest in OLDEST if _version(software.vllm) >= vllm)
+    oldest = next(oldest for vllm, oldest in MIN_CAPABILITY if _version(software.vllm) >= vllm)
     if capability < oldest:
-        whose = f"vLLM {software.vllm} has code from {_format_capability(oldest)} on"
-    elif not _runs(capability, software.architectures):
-        whose = f"the installed torch has code for {', '.join(software.architectures)} only"
+        problem = f"vLLM {software.vllm} supports only {_format_capability(oldest)} and newer"
+    elif not _is_supported(capability, software.architectures):
+        problem = f"the installed torch supports only {', '.join(software.architectures)}"
     else:
         return None
-    # Newer GPUs than the software knows are as possible as older ones.
+    # The GPU can be older or newer than the software supports.
     remedy = (
-        "Use the environment made for Volta (`make env-v100`)"
+        "Use the environment for Volta (`make env-v100`)"
         if (7, 0) <= capability < TURING
-        else "Use an environment made for that kind of GPU (workflow/envs)"
+        else "Use an environment for this kind of GPU (workflow/envs)"
     )
-    return f"{_named(gpu, capability)}, and {whose}. {remedy}, or another kind of GPU."
+    return f"{_describe_gpu(gpu, capability)}, but {problem}. {remedy}, or another kind of GPU."
 
 
 def _no_quantization(
-    gpu: Gpu, capability: Capability, needs: Needs, software: Software
+    gpu: Gpu, capability: Capability, needs: Requirements, software: Software
 ) -> str | None:
     wanted = needs.quantization_capability
     if wanted is None or capability >= wanted:
         return None
     return (
-        f"quantization `{needs.quantization}` needs compute capability {_format_capability(wanted)} in vLLM "
-        f"{software.vllm}, and {_named(gpu, capability)}. Take a checkpoint of another "
-        f"quantization (GPTQ runs from 6.0 on) or a GPU of {_format_capability(wanted)} or newer."
+        f"quantization `{needs.quantization}` needs compute capability "
+        f"{_format_capability(wanted)} in vLLM {software.vllm}, but "
+        f"{_describe_gpu(gpu, capability)}. Use a checkpoint with another quantization (GPTQ runs "
+        f"from 6.0 on), or a GPU of {_format_capability(wanted)} or newer."
     )
 
 
-def _no_dtype(gpu: Gpu, capability: Capability, needs: Needs, software: Software) -> str | None:
+def _no_dtype(
+    gpu: Gpu, capability: Capability, needs: Requirements, software: Software
+) -> str | None:
     if needs.dtype == "bfloat16" and capability < AMPERE:
         return (
-            f"dtype bfloat16 needs compute capability {_format_capability(AMPERE)}, and "
-            f"{_named(gpu, capability)}. Set `engine_args: {{dtype: half}}`."
+            f"dtype bfloat16 needs compute capability {_format_capability(AMPERE)}, but "
+            f"{_describe_gpu(gpu, capability)}. Set `engine_args: {{dtype: half}}`."
         )
     if (
         needs.kv_cache_dtype.startswith("fp8")
         and capability < TURING
-        and _version(software.vllm) >= ONLY_TRITON_ON_VOLTA
+        and _version(software.vllm) >= TRITON_ONLY_ON_VOLTA
     ):
         return (
-            f"kv_cache_dtype {needs.kv_cache_dtype} needs compute capability {_format_capability(TURING)} in "
-            f"vLLM {software.vllm}, and {_named(gpu, capability)}. Remove the argument."
+            f"kv_cache_dtype {needs.kv_cache_dtype} needs compute capability "
+            f"{_format_capability(TURING)} in vLLM {software.vllm}, but "
+            f"{_describe_gpu(gpu, capability)}. Remove this argument."
         )
     return None
 
 
-def _too_large(needs: Needs, gpus: Sequence[Gpu] | None) -> str | None:
+def _too_large(needs: Requirements, gpus: Sequence[Gpu] | None) -> str | None:
     sizes = [gpu.memory_bytes for gpu in (gpus or [])[: needs.gpu_count]]
     known = [size for size in sizes if size is not None]
     if needs.weight_bytes is None or not known or len(known) < len(sizes):
         return None
     usable = min(known) * len(known) * needs.gpu_memory_utilization
-    if needs.weight_bytes <= CLEARLY * usable:
+    if needs.weight_bytes <= SIZE_MARGIN * usable:
         return None
     return (
-        f"the weights have {needs.weight_bytes / _GIB:.1f} GiB, and vLLM may use "
-        f"{usable / _GIB:.1f} GiB: {len(known)} GPUs of {min(known) / _GIB:.1f} GiB × "
-        f"gpu_memory_utilization {needs.gpu_memory_utilization:g}. Raise `gpu_count`, or take "
-        "larger GPUs or a checkpoint that is quantized (more)."
+        f"the weights have {needs.weight_bytes / _GIB:.1f} GiB, but vLLM may use only "
+        f"{usable / _GIB:.1f} GiB: {len(known)} GPUs × {min(known) / _GIB:.1f} GiB × "
+        f"gpu_memory_utilization {needs.gpu_memory_utilization:g}. Raise `gpu_count`, or use "
+        "larger GPUs or a checkpoint with a stronger quantization."
     )
 
 
-def _runs(capability: Capability, architectures: Sequence[str]) -> bool:
-    """Whether one of torch's `architectures` runs there; true where none is understood.
+def _is_supported(capability: Capability, architectures: Sequence[str]) -> bool:
+    """Whether code for one of torch's `architectures` runs on a GPU with this capability.
 
-    Machine code (`sm_80`) runs within its major version on the same or a newer minor one,
-    intermediate code (`compute_80`) on everything newer, and what has a letter on its own kind.
+    Machine code (`sm_80`) runs on the same major version with the same or a newer minor version,
+    and intermediate code (`compute_80`) runs on all newer ones. Code with a letter (`sm_90a`) runs
+    only on exactly this capability. True if no architecture can be parsed.
     """
-    understood = [
+    parsed = [
         (kind, (int(number[:-1]), int(number[-1])), letter)
         for kind, number, letter in re.findall(
             r"^(sm|compute)_(\d{2,})([a-z]?)$", "\n".join(architectures), re.MULTILINE
         )
     ]
-    return not understood or any(
+    return not parsed or any(
         capability == built
         or (not letter and built <= capability and (kind == "compute" or built[0] == capability[0]))
-        for kind, built, letter in understood
+        for kind, built, letter in parsed
     )
 
 
 def _stored_dtype(model_config: Mapping[str, Any]) -> str | None:
-    """Of the checkpoint's weights; transformers has renamed the key."""
+    """The data type of the checkpoint's weights; newer versions of transformers renamed the key."""
     return model_config.get("dtype") or model_config.get("torch_dtype")
 
 
-def _most(*capabilities: Capability | None) -> Capability | None:
-    return max((each for each in capabilities if each is not None), default=None)
+def _highest(*capabilities: Capability | None) -> Capability | None:
+    return max((known for known in capabilities if known is not None), default=None)
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -262,7 +273,7 @@ def _version(text: str) -> tuple[int, int]:
     return major, minor
 
 
-def _named(gpu: Gpu, capability: Capability) -> str:
+def _describe_gpu(gpu: Gpu, capability: Capability) -> str:
     return f"{gpu.name} has compute capability {_format_capability(capability)}"
 
 

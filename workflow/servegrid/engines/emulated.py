@@ -1,7 +1,7 @@
-"""An engine without hardware: it answers with the timing of a table or of the roofline.
+"""An engine without hardware: it answers with the timing of a table or of the roofline model.
 
-It is for rehearsals of a study and for tests of what comes after measuring. What it says is
-marked as emulated wherever it appears; it is never a measurement of anything.
+Use it to rehearse a study and to test the analysis. All its results are marked as emulated; they
+are not measurements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from servegrid import __version__
 from servegrid.engines.base import Site
-from servegrid.engines.emulated_server import FAULTS, Fault, Server
+from servegrid.engines.emulated_server import FAULTS, EmulatedServer, Fault
 from servegrid.engines.emulated_timing import Timing, load_timing
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
 from servegrid.errors import ConfigError, EngineError
@@ -26,17 +26,18 @@ from servegrid.node.reaper import start_reaper
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
 
-AT_START = ("oom_at_start", "slow_start")
-"""Faults of the bring-up; those of a request are in `emulated_server.FAULTS`."""
+START_FAULTS = ("oom_at_start", "slow_start")
+"""Faults while the engine starts; the faults of requests are in `emulated_server.FAULTS`."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A deployment's `arguments` for this engine.
+class EmulatedSettings:
+    """A deployment's `engine_args` for this engine.
 
-    `timing` is the name of a published study, `roofline`, or the path of a CSV file like the
-    published ones. Every time is multiplied by `time_scale` (to rehearse quickly) and by
-    `slowdown` (to make a deployment slower than its table). A bring-up takes `startup_s` as it is.
+    `timing` is the name of a published study, `roofline`, or the path of a CSV file in the format
+    of the published studies. All times are multiplied by `time_scale` (for a quick rehearsal) and
+    by `slowdown` (to make a deployment slower than its table). A start takes `startup_s` seconds;
+    it is not scaled.
     """
 
     timing: str = "roofline"
@@ -47,12 +48,12 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Emulated:
-    """An emulated engine that is up."""
+class EmulatedEngine:
+    """A running emulated engine."""
 
     endpoint: Endpoint
     facts: dict[str, Any]
-    server: Server
+    server: EmulatedServer
 
     def pids(self) -> list[int]:
         return [os.getpid()]
@@ -61,37 +62,39 @@ class Emulated:
         return self.server.is_alive()
 
 
-def parse_settings(deployment: Deployment) -> tuple[Settings, Timing, tuple[Fault, ...]]:
-    """What a deployment asks of this engine; nothing is started.
+def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tuple[Fault, ...]]:
+    """The settings, timing and faults of a deployment; nothing is started.
 
-    Raises ConfigError, naming deployment and key, where an argument is unknown or does not fit,
-    or where the table or the roofline knows nothing of the deployment.
+    Raises ConfigError with the deployment and the key if an argument is unknown or has a wrong
+    value, or if the table or the roofline model has no data for the deployment.
     """
-    known = [field.name for field in fields(Settings)]
+    known = [field.name for field in fields(EmulatedSettings)]
     for key in deployment.engine_args:
         if key not in known:
-            raise ConfigError(_unknown(deployment, f"engine_args.{key}", key, known))
-    settings = Settings(**deployment.engine_args)
+            raise ConfigError(_unknown_argument(deployment, f"engine_args.{key}", key, known))
+    settings = EmulatedSettings(**deployment.engine_args)
     for key in ("time_scale", "slowdown"):
         if not _is_number(value := getattr(settings, key)) or value <= 0:
-            raise ConfigError(_where(deployment, f"engine_args.{key}", value, "a number above 0"))
+            raise ConfigError(_invalid(deployment, f"engine_args.{key}", value, "a number above 0"))
     if not _is_number(settings.startup_s) or settings.startup_s < 0:
         raise ConfigError(
-            _where(deployment, "engine_args.startup_s", settings.startup_s, "a number of seconds")
+            _invalid(deployment, "engine_args.startup_s", settings.startup_s, "a number of seconds")
         )
     if not isinstance(settings.faults, list | tuple):
-        raise ConfigError(_where(deployment, "engine_args.faults", settings.faults, "a list"))
-    faults = tuple(_fault(deployment, n, each) for n, each in enumerate(settings.faults))
+        raise ConfigError(_invalid(deployment, "engine_args.faults", settings.faults, "a list"))
+    faults = tuple(
+        _parse_fault(deployment, number, fault) for number, fault in enumerate(settings.faults)
+    )
     scale = settings.time_scale * settings.slowdown
     return settings, load_timing(deployment, settings.timing).scaled(scale), faults
 
 
 @contextlib.contextmanager
-def start_engine(deployment: Deployment, site: Site) -> Iterator[Emulated]:
+def start_engine(deployment: Deployment, site: Site) -> Iterator[EmulatedEngine]:
     """See `servegrid.engines.start_engine`."""
     started = time.monotonic()
     settings, timing, faults = parse_settings(deployment)
-    _start(deployment, settings, faults, site)
+    _simulate_start(deployment, settings, faults, site)
     key = secrets.token_urlsafe(24)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(start_reaper()).folder
@@ -105,7 +108,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[Emulated]:
             api_key=key,
             socket=str(path) if path else None,
         )
-        server = Server(listener, timing, faults, endpoint)
+        server = EmulatedServer(listener, timing, faults, endpoint)
         stack.callback(server.stop)
         server.start()
         facts = {
@@ -116,40 +119,41 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[Emulated]:
             "engine_args": dict(deployment.engine_args),
             "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
         }
-        yield Emulated(endpoint, facts, server)
+        yield EmulatedEngine(endpoint, facts, server)
 
 
-def _start(
-    deployment: Deployment, settings: Settings, faults: tuple[Fault, ...], site: Site
+def _simulate_start(
+    deployment: Deployment, settings: EmulatedSettings, faults: tuple[Fault, ...], site: Site
 ) -> None:
-    wait = settings.startup_s + sum(each.seconds for each in faults if each.kind == "slow_start")
+    slow_starts = (fault.seconds for fault in faults if fault.kind == "slow_start")
+    wait = settings.startup_s + sum(slow_starts)
     time.sleep(min(wait, site.startup_s))
     if wait > site.startup_s:
         raise EngineError(
-            f"deployment `{deployment.name}`: the emulated engine was not up within "
-            f"{site.startup_s:g} s, as its arguments want it. Raise `startup_s` of the profile."
+            f"deployment `{deployment.name}`: the emulated engine did not start within "
+            f"{site.startup_s:g} s, as its engine_args request. Raise `startup_s` in the profile."
         )
-    if any(each.kind == "oom_at_start" for each in faults):
+    if any(fault.kind == "oom_at_start" for fault in faults):
         raise EngineError(
             f"deployment `{deployment.name}`: the emulated engine did not start: out of memory, "
-            "as its arguments want it. Remove the fault `oom_at_start`."
+            "as its engine_args request. Remove the fault `oom_at_start`."
         )
 
 
-def _fault(deployment: Deployment, number: int, given: Any) -> Fault:
+def _parse_fault(deployment: Deployment, number: int, given: Any) -> Fault:
     where = f"engine_args.faults[{number}]"
     if not isinstance(given, Mapping):
-        raise ConfigError(_where(deployment, where, given, "a mapping with a `kind`"))
+        raise ConfigError(_invalid(deployment, where, given, "a mapping with a `kind`"))
     known = [field.name for field in fields(Fault)]
     for key, value in given.items():
         if key not in known:
-            raise ConfigError(_unknown(deployment, f"{where}.{key}", key, known))
+            raise ConfigError(_unknown_argument(deployment, f"{where}.{key}", key, known))
         if key != "kind" and (not _is_number(value) or value < 0):
-            raise ConfigError(_where(deployment, f"{where}.{key}", value, "a number"))
-    kinds = (*FAULTS, *AT_START)
+            raise ConfigError(_invalid(deployment, f"{where}.{key}", value, "a number"))
+    kinds = (*FAULTS, *START_FAULTS)
     if given.get("kind") not in kinds:
         wanted = "one of " + ", ".join(f"`{kind}`" for kind in kinds)
-        raise ConfigError(_where(deployment, f"{where}.kind", given.get("kind"), wanted))
+        raise ConfigError(_invalid(deployment, f"{where}.kind", given.get("kind"), wanted))
     return Fault(**given)
 
 
@@ -157,14 +161,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _where(deployment: Deployment, key: str, value: Any, wanted: str) -> str:
-    return f"deployment `{deployment.name}`: {key}: {value!r} is not {wanted}."
+def _invalid(deployment: Deployment, key: str, value: Any, wanted: str) -> str:
+    return f"deployment `{deployment.name}`: {key}: {value!r} is not {wanted}. Correct it."
 
 
-def _unknown(deployment: Deployment, where: str, key: str, known: list[str]) -> str:
+def _unknown_argument(deployment: Deployment, where: str, key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
-    meant = f" Did you mean `{close[0]}`?" if close else ""
+    hint = f" Did you mean `{close[0]}`?" if close else ""
     return (
         f"deployment `{deployment.name}`: {where}: the emulated engine has no such argument."
-        f"{meant} Valid are: {', '.join(known)}."
+        f"{hint} Valid arguments: {', '.join(known)}."
     )

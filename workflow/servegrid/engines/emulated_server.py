@@ -1,7 +1,7 @@
-"""The server of the emulated engine: OpenAI's streaming completions, timed by a model.
+"""The server of the emulated engine: OpenAI's streaming completions with simulated latencies.
 
-It runs in a thread of the allocation's process. Requests share the engine as they would a real
-one: each advances at the speed that so many requests in flight allow, from moment to moment.
+It runs in a thread of the allocation's process. Requests share the engine as in a real one: the
+current number of requests in flight decides how fast each request advances.
 """
 
 from __future__ import annotations
@@ -24,25 +24,27 @@ from servegrid.study.endpoint import Endpoint
 
 BACKLOG = 2048
 QUIET_S, PATIENCE_S = 0.01, 0.1
-"""Requests of one burst arrive one by one; they start together when no more have come for so
-long, or after waiting for so long. The time since their arrival is counted all the same."""
+"""The requests of a burst arrive one after another. They start together when no request has arrived
+for QUIET_S, or when the first has waited for PATIENCE_S. The wait counts as processing time."""
 TICK_S = 0.0005
 STOP_S = 10.0
 
 FAULTS = {
     "refuse": "the connection is closed without an answer",
     "http_500": "HTTP 500",
-    "stall": "nothing more after the first token, and the connection stays open",
-    "oom": "HTTP 500 saying that memory is out, and the engine is gone",
-    "die": "the engine is gone, all connections with it",
+    "stall": "no output after the first token; the connection stays open",
+    "oom": "HTTP 500 (out of memory), then the engine dies",
+    "die": "the engine dies and all connections close",
 }
-"""What can happen to a request."""
+"""Faults of requests, with their effects."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """It happens to requests when at least `concurrency` are in flight and the prompt has at
-    least `input_len` tokens; `seconds` is for a slow start.
+    """A fault that the engine shows on purpose.
+
+    It affects requests with at least `input_len` prompt tokens while at least `concurrency` are in
+    flight. `seconds` is the extra time of a slow start.
     """
 
     kind: str
@@ -53,7 +55,7 @@ class Fault:
 
 @dataclass(eq=False)
 class _Request:
-    """One completion under way. `position` is how many tokens are out; below 1, the prefill."""
+    """A completion in flight. `position` is its number of output tokens; below 1 is the prefill."""
 
     input_len: int
     output_len: int
@@ -74,13 +76,13 @@ class _Request:
         self.position = min(self.position + seconds / itl_s, self.output_len)
 
     def due_in(self, ttft_s: float, itl_s: float) -> float:
-        """Seconds until its next token."""
+        """Seconds until the next token."""
         if self.position < 1:
             return (1 - self.position) * ttft_s
         return (math.floor(self.position) + 1 - self.position) * itl_s
 
 
-class Server:
+class EmulatedServer:
     """Serves on `listener` from `start` until `stop`, or until a fault ends it."""
 
     def __init__(
@@ -106,7 +108,7 @@ class Server:
         self._ready.wait()
 
     def stop(self) -> None:
-        """End it; may be called again, and after it has ended by itself."""
+        """Stop the server; does nothing if it has already ended."""
         if self._thread.is_alive():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._over.set)
@@ -115,7 +117,7 @@ class Server:
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._over.is_set()
 
-    # in the thread
+    # The methods below run in the server's thread.
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -140,7 +142,7 @@ class Server:
         for transport in self._transports:
             transport.abort()
         await site.stop()
-        # What is still answered will not be answered to the end.
+        # Requests that are still in flight are cut off.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(runner.cleanup(), 1.0)
 
@@ -206,7 +208,7 @@ class Server:
         return f"data: {_json(**chunk)}\n\n"
 
     async def _schedule(self) -> None:
-        """Advance all requests, whenever a token of one is due or others have come or gone."""
+        """Advance all requests, each time a token is due or a request arrives or ends."""
         before = time.monotonic()
         while True:
             if not self._active and not self._waiting:
@@ -215,7 +217,7 @@ class Server:
                 before = time.monotonic()
             if self._waiting and self._may_start():
                 for request in self._waiting:
-                    # Its wait was for the others of its burst: it counts as time spent.
+                    # It waited for the rest of its burst; this wait counts as processing time.
                     self._advance(request, max(before - request.arrived, 0.0))
                 self._active += self._waiting
                 self._waiting = []
@@ -234,11 +236,11 @@ class Server:
         )
 
     def _advance(self, request: _Request, seconds: float) -> float:
-        """Let the request have `seconds` of the engine; returns when its next token is due."""
+        """Advance a request by `seconds`; returns the seconds until its next token."""
         in_flight = len(self._active) + len(self._waiting)
         times = self._timing(in_flight, request.input_len)
         if request.position < 1:
-            self._refuse(request, in_flight, times is None)
+            self._apply_faults(request, in_flight, times is None)
         if times is None or request.refusal is not None:
             return math.inf
         before = math.floor(request.position)
@@ -249,7 +251,7 @@ class Server:
             self._active.remove(request)
         return request.due_in(times.ttft_s, times.itl_s)
 
-    def _refuse(self, request: _Request, in_flight: int, unknown: bool) -> None:
+    def _apply_faults(self, request: _Request, in_flight: int, unknown: bool) -> None:
         for fault in self._faults:
             if in_flight < fault.concurrency or request.input_len < fault.input_len:
                 continue
@@ -259,7 +261,7 @@ class Server:
                 self._over.set()
             elif fault.kind == "oom":
                 request.refusal = "CUDA out of memory (emulated)"
-                # The answer is on its way before the engine goes.
+                # Send the answer before the engine dies.
                 self._loop.call_later(0.1, self._over.set)
             elif fault.kind == "http_500":
                 request.refusal = "Internal server error (emulated)"
@@ -267,7 +269,7 @@ class Server:
                 request.refusal = "refuse"
         if unknown and request.refusal is None:
             request.refusal = (
-                f"The table has no figure for {in_flight} requests with prompts of "
+                f"The table has no value for {in_flight} requests with prompts of "
                 f"{request.input_len} tokens."
             )
         if request.refusal is not None:
@@ -275,7 +277,7 @@ class Server:
 
 
 def _tokens(prompt: Any) -> int:
-    """Token ids as they are; of text, the words are counted."""
+    """The number of token ids, or of words if the prompt is text."""
     return len(prompt.split()) if isinstance(prompt, str) else len(prompt)
 
 

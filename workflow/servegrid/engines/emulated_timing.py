@@ -1,4 +1,4 @@
-"""How long an emulated engine takes, by requests in flight and length of the prompt. Pure."""
+"""The latencies of an emulated engine, by requests in flight and prompt length. Pure."""
 
 from __future__ import annotations
 
@@ -22,72 +22,84 @@ COLUMNS = (*KEYS, "concurrency", "input_len", "output_len", "seconds_per_100_tok
 
 @dataclass(frozen=True)
 class Timing:
-    """`of(concurrency, input_len)` is the time to the first token and between tokens, in seconds
-    before scaling; None where such a load is not served.
+    """Time to first token and inter-token latency of an emulated engine.
+
+    `latency(concurrency, input_len)` returns both in seconds, before scaling; None if the engine
+    does not serve this workload.
     """
 
-    of: Callable[[int, int], Bound | None]
+    latency: Callable[[int, int], Bound | None]
     scale: float = 1.0
 
     def scaled(self, factor: float) -> Timing:
         return replace(self, scale=self.scale * factor)
 
     def __call__(self, concurrency: int, input_len: int) -> Bound | None:
-        times = self.of(concurrency, input_len)
+        times = self.latency(concurrency, input_len)
         return times and Bound(times.ttft_s * self.scale, times.itl_s * self.scale)
 
 
 def load_timing(deployment: Deployment, timing: str) -> Timing:
-    """The timing called `timing`: a published study, `roofline`, or a CSV file like the published.
+    """The timing named `timing`: a published study, `roofline`, or a CSV file in the same format.
 
-    Raises ConfigError, naming the deployment, where it is none of these or does not know the
-    deployment.
+    Raises ConfigError with the deployment's name if `timing` is none of these, or has no data for
+    the deployment.
     """
     where = f"deployment `{deployment.name}`: engine_args.timing"
     if timing == ROOFLINE:
         shape, hardware = shape_of(deployment), hardware_of(deployment)
         return Timing(lambda concurrency, length: bound(shape, hardware, concurrency, length))
-    rows = _rows(timing, where)
-    own = rows[(rows[[*KEYS]] == [getattr(deployment, key) for key in KEYS]).all(axis="columns")]
-    if own.empty:
+    rows = _read_rows(timing, where)
+    matching = rows[
+        (rows[[*KEYS]] == [getattr(deployment, key) for key in KEYS]).all(axis="columns")
+    ]
+    if matching.empty:
         named = ", ".join(f"{key} {getattr(deployment, key)}" for key in KEYS)
-        raise ConfigError(f"{where}: `{timing}` has no rows for {named}.")
+        raise ConfigError(
+            f"{where}: `{timing}` has no rows for {named}. "
+            f"Use `{ROOFLINE}`, or a table with these rows."
+        )
     try:
         shape, hardware = shape_of(deployment), hardware_of(deployment)
     except ConfigError:
-        return Timing(_interpolated(own, lambda *_: 0.01))
+        return Timing(_interpolate(matching, lambda *_: 0.01))
 
     def prefill_share(concurrency: int, length: int) -> float:
         least = bound(shape, hardware, concurrency, length)
         return least.ttft_s / least.e2el_s(100)
 
-    return Timing(_interpolated(own, prefill_share))
+    return Timing(_interpolate(matching, prefill_share))
 
 
-def _rows(timing: str, where: str) -> pd.DataFrame:
+def _read_rows(timing: str, where: str) -> pd.DataFrame:
     if timing in data.STUDIES:
         return data.published(timing)
     if not timing.endswith(".csv"):
         raise ConfigError(
             f"{where}: `{timing}` is not one of {', '.join((ROOFLINE, *data.STUDIES))}, "
-            "nor the path of a .csv file."
+            "nor the path of a .csv file. Correct it."
         )
     try:
         rows = pd.read_csv(Path(timing))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {timing} cannot be read ({error}).") from error
+        raise ConfigError(
+            f"{where}: {timing} cannot be read ({error}). Correct the path or the file."
+        ) from error
     missing = [name for name in COLUMNS if name not in rows]
     if missing:
-        raise ConfigError(f"{where}: {timing} has no column {', '.join(missing)}.")
+        raise ConfigError(
+            f"{where}: {timing} has no column {', '.join(missing)}. Add it to the file."
+        )
     return rows
 
 
-def _interpolated(
+def _interpolate(
     rows: pd.DataFrame, prefill_share: Callable[[int, int], float]
 ) -> Callable[[int, int], Bound | None]:
-    """Between the table's cells linearly, outside them and beside its gaps nothing.
+    """Linear interpolation between the cells of a table; None outside of it and next to its gaps.
 
-    The table says how long 100 tokens take; which part of it is the prompt's, `prefill_share`.
+    The table contains the seconds per 100 tokens; `prefill_share` is the fraction of this time
+    before the first token.
     """
     known: list[dict[Any, Any]] = rows.dropna(subset="seconds_per_100_tokens").to_dict("records")
     seconds: dict[tuple[int, int], float] = {
@@ -95,7 +107,7 @@ def _interpolated(
     }
     levels, lengths = sorted(set(rows["concurrency"])), sorted(set(rows["input_len"]))
 
-    def of(concurrency: int, length: int) -> Bound | None:
+    def latency(concurrency: int, length: int) -> Bound | None:
         total = 0.0
         for level, part in _weights(levels, concurrency).items():
             for column, share in _weights(lengths, length).items():
@@ -107,11 +119,11 @@ def _interpolated(
         ttft = total * prefill_share(concurrency, length)
         return Bound(ttft, (total - ttft) / 99)
 
-    return of
+    return latency
 
 
 def _weights(grid: Sequence[int], value: int) -> Mapping[int, float]:
-    """The neighbours of `value` in `grid` with their weights; none where it is outside."""
+    """The neighbours of `value` in `grid` with their weights; empty if `value` is outside."""
     if value in grid:
         return {value: 1.0}
     for low, high in pairwise(grid):

@@ -1,6 +1,6 @@
-"""An endpoint that somebody else has brought up: looked at and asked, never started or ended.
+"""An endpoint that already runs elsewhere: servegrid checks it, and never starts or stops it.
 
-Its processes and GPUs are not known, so that nothing of this node is attributed to them.
+Its processes and GPUs are unknown, so no telemetry of this node is recorded for it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from servegrid.study import models
 from servegrid.study.deployment import Deployment
 from servegrid.study.endpoint import Endpoint, ExternalEndpoint, normalize_base_url, read_api_key
 from servegrid.study.grid import Workload
-from servegrid.telemetry.server import NOT_FOUND_STATUSES, MODELS_PATH, http_get, is_healthy
+from servegrid.telemetry.server import MODELS_PATH, NOT_FOUND_STATUSES, http_get, is_healthy
 
-KEY_REFUSED = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
-SHORT_LOAD = Workload("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, idle_timeout_s=60.0)
-"""One short request, by which an endpoint shows that it streams and counts."""
-LISTED = 10
+KEY_STATUSES = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
+TEST_WORKLOAD = Workload("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, idle_timeout_s=60.0)
+"""One short request; it shows whether the endpoint streams and reports its token counts."""
+MAX_LISTED = 10
 
 
 @dataclass(frozen=True)
-class AlreadyUp:
-    """An endpoint that was up before its allocation, and will be up after it."""
+class ExternalEngine:
+    """An endpoint that runs before the allocation starts and after it ends."""
 
     endpoint: Endpoint
     facts: dict[str, Any]
@@ -46,16 +46,16 @@ class AlreadyUp:
 
 
 @contextlib.contextmanager
-def start_engine(deployment: Deployment, site: Site) -> Iterator[AlreadyUp]:
-    """See `servegrid.engines.start_engine`; EngineError where the endpoint does not do what it must.
+def start_engine(deployment: Deployment, site: Site) -> Iterator[ExternalEngine]:
+    """See `servegrid.engines.start_engine`. Raises EngineError if the endpoint fails a check.
 
-    It must answer, list the model, take the key, and answer a short request as a stream that
-    says how many tokens it has.
+    The endpoint must answer, accept the API key, list the model, and stream the answer to a short
+    request with its token counts.
     """
     started = time.monotonic()
     external, endpoint = _external(deployment), resolve_endpoint(deployment)
-    _refuse_unready(deployment, external, endpoint)
-    client = _answered(deployment, external, endpoint, site)
+    _check_reachable(deployment, external, endpoint)
+    client = _send_test_request(deployment, external, endpoint, site)
     facts = {
         "engine": external.engine,
         "version": external.version,
@@ -66,13 +66,13 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[AlreadyUp]:
         "prompt_form": client["prompt_form"],
         "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
     }
-    yield AlreadyUp(endpoint, facts)
+    yield ExternalEngine(endpoint, facts)
 
 
 def resolve_endpoint(deployment: Deployment) -> Endpoint:
-    """Where an external deployment answers, with its API key from the environment.
+    """The endpoint of an external deployment, with its API key from the environment.
 
-    Raises EngineError where the variable of the key holds none.
+    Raises EngineError if the environment variable contains no API key.
     """
     external = _external(deployment)
     key = None
@@ -80,8 +80,8 @@ def resolve_endpoint(deployment: Deployment) -> Endpoint:
         key = read_api_key(external.api_key_env, os.environ)
         if key is None:
             raise EngineError(
-                f"deployment `{deployment.name}`: the variable {external.api_key_env} holds no API "
-                "key. Export it first: it is read from there and written nowhere."
+                f"deployment `{deployment.name}`: the variable {external.api_key_env} contains no "
+                "API key. Export it first. servegrid never writes the key to a file."
             )
     return Endpoint(normalize_base_url(external.url), external.model, key, api=external.api)
 
@@ -91,74 +91,78 @@ def _external(deployment: Deployment) -> ExternalEndpoint:
     return deployment.endpoint
 
 
-def _refuse_unready(deployment: Deployment, external: ExternalEndpoint, endpoint: Endpoint) -> None:
-    """Raise EngineError where it does not answer, refuses the key or does not list the model."""
+def _check_reachable(
+    deployment: Deployment, external: ExternalEndpoint, endpoint: Endpoint
+) -> None:
+    """Raise EngineError if it does not answer, refuses the key or does not list the model."""
     where = f"deployment `{deployment.name}`: {external.url}"
     try:
         status, body = http_get(endpoint, MODELS_PATH)
     except (OSError, http.client.HTTPException) as error:
         detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise EngineError(
-            f"{where} does not answer ({detail}). Start it, or correct `endpoint.url`."
+            f"{where} does not answer ({detail}). Start the server, or correct `endpoint.url`."
         ) from error
-    if status in KEY_REFUSED:
-        raise EngineError(_key_refused(deployment, external, status))
+    if status in KEY_STATUSES:
+        raise EngineError(_key_error(deployment, external, status))
     if status in NOT_FOUND_STATUSES and is_healthy(endpoint):
         return
     if status != http.HTTPStatus.OK:
         raise EngineError(
-            f"{where} is not ready: {MODELS_PATH} is answered with HTTP {status}. Wait until it "
-            "is up, or correct `endpoint.url`."
+            f"{where} is not ready: GET {MODELS_PATH} returns HTTP {status}. Wait until the server "
+            "has started, or correct `endpoint.url`."
         )
-    names = _names_in(body)
+    names = _model_names(body)
     if names and external.model not in names:
-        shown = ", ".join(f"`{name}`" for name in names[:LISTED])
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        shown = ", ".join(f"`{name}`" for name in names[:MAX_LISTED])
+        more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
         raise EngineError(
-            f"{where} serves no `{external.model}`, but {shown}{more}. Correct `endpoint.model`."
+            f"{where} does not serve `{external.model}`. It serves {shown}{more}. "
+            "Correct `endpoint.model`."
         )
 
 
-def _names_in(body: bytes) -> list[str]:
-    """The names of the models in a list of them; none where it is no such list."""
+def _model_names(body: bytes) -> list[str]:
+    """The model names in the answer of GET /v1/models; empty if it has another format."""
     try:
-        return [str(each["id"]) for each in json.loads(body)["data"]]
+        return [str(model["id"]) for model in json.loads(body)["data"]]
     except (ValueError, KeyError, TypeError):
         return []
 
 
-def _answered(
+def _send_test_request(
     deployment: Deployment, external: ExternalEndpoint, endpoint: Endpoint, site: Site
 ) -> dict[str, Any]:
-    """What the client says of a short request. Raises EngineError where that fails."""
+    """The client's facts about a short request. Raises EngineError if the request fails."""
     where = f"deployment `{deployment.name}`: {external.url}"
     tokenizer = models.locate(deployment.tokenizer, site.models)
     try:
-        measurement = measure(endpoint, SHORT_LOAD, tokenizer, f"bring-up-{time.time_ns()}")
+        measurement = measure(endpoint, TEST_WORKLOAD, tokenizer, f"bring-up-{time.time_ns()}")
     except RequestRefused as error:
-        if error.status in KEY_REFUSED:
-            raise EngineError(_key_refused(deployment, external, error.status)) from error
+        if error.status in KEY_STATUSES:
+            raise EngineError(_key_error(deployment, external, error.status)) from error
         raise EngineError(f"deployment `{deployment.name}`: {error}") from error
     except LoadError as error:
         raise EngineError(f"deployment `{deployment.name}`: {error}") from error
     (failure,) = measurement.errors
     if failure is not None:
         raise EngineError(
-            f"{where} answers, but a request of {SHORT_LOAD.input_len} prompt and "
-            f"{SHORT_LOAD.output_len} output tokens failed: {failure}. servegrid needs answers "
-            "that are streamed, have the length asked for, and end with their usage."
+            f"{where} answers, but a request with {TEST_WORKLOAD.input_len} prompt tokens and "
+            f"{TEST_WORKLOAD.output_len} output tokens failed: {failure}. The server must stream "
+            "its responses, generate exactly the requested number of tokens (`ignore_eos`), and "
+            "report the token usage at the end (`stream_options.include_usage`)."
         )
     return measurement.facts
 
 
-def _key_refused(deployment: Deployment, external: ExternalEndpoint, status: int) -> str:
+def _key_error(deployment: Deployment, external: ExternalEndpoint, status: int) -> str:
     where = f"deployment `{deployment.name}`: {external.url}"
     if external.api_key_env is None:
         return (
-            f"{where} wants an API key (HTTP {status}). Export a variable that holds it and name "
-            "that as `endpoint.api_key_env`."
+            f"{where} requires an API key (HTTP {status}). Export the key in an environment "
+            "variable and set `endpoint.api_key_env` to the variable's name."
         )
     return (
-        f"{where} refuses the API key in {external.api_key_env} (HTTP {status}). Export the "
-        "variable with the right one."
+        f"{where} refuses the API key in {external.api_key_env} (HTTP {status}). Export the right "
+        "key in this variable."
     )

@@ -1,6 +1,6 @@
-"""What this node has for an engine: its GPUs, the driver, CUDA, and the size of the weights.
+"""Facts about this node for an engine: GPUs, driver, CUDA, and the size of the weights.
 
-What cannot be found out is None, never guessed.
+A fact that cannot be read is None; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from servegrid.node.nvml import visible_gpus
 
 Capability = tuple[int, int]
-"""NVIDIA's "compute capability": 7.0 is Volta, 7.5 Turing, 8.0 Ampere, 9.0 Hopper."""
+"""NVIDIA's compute capability: 7.0 is Volta, 7.5 Turing, 8.0 Ampere, 9.0 Hopper."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Software:
-    """What is installed between the model and the GPUs.
+    """Versions of the software between the model and the GPUs.
 
-    `architectures` are those that torch has code for (`sm_80`), empty where it does not say.
+    `architectures` are those that torch has code for (`sm_80`); empty if torch does not list them.
+    `driver_cuda` is the newest CUDA version that the driver supports.
     """
 
     vllm: str
@@ -42,9 +43,9 @@ class Software:
 
 
 def weight_bytes(checkpoint: Path) -> int | None:
-    """The size of the weights that vLLM would load from a folder; None where it has none.
+    """The size of the weights that vLLM loads from a folder; None if there are none.
 
-    Mistral's `consolidated` files are the same weights once more.
+    Mistral's `consolidated` files are not counted: they contain the same weights again.
     """
     index = checkpoint / "model.safetensors.index.json"
     if index.exists():
@@ -58,9 +59,9 @@ def weight_bytes(checkpoint: Path) -> int | None:
 
 
 def list_gpus(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves; None where NVML cannot tell.
+    """The GPUs that CUDA_VISIBLE_DEVICES allows; None if NVML cannot list them.
 
-    A part of a GPU (MIG) is not listed by NVML under the name that the variable has.
+    NVML does not list MIG devices under the names used in CUDA_VISIBLE_DEVICES.
     """
     if "MIG" in environment.get("CUDA_VISIBLE_DEVICES", ""):
         return None
@@ -74,7 +75,7 @@ def list_gpus(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:
 
 
 def detect_software(vllm: str, nvml: Any) -> Software:
-    """The software of this process; `nvml` is None where there is no driver to ask."""
+    """The software that this process uses; `nvml` is None if there is no driver."""
     import torch
 
     def read(name: str) -> Any:
@@ -87,7 +88,7 @@ def detect_software(vllm: str, nvml: Any) -> Software:
     return Software(
         vllm=vllm,
         cuda=torch.version.cuda,
-        # vLLM has made torch ask NVML here, so CUDA is not initialised in this process.
+        # vLLM makes torch ask NVML here, so this does not initialise CUDA in this process.
         architectures=tuple(torch.cuda.get_arch_list()),
         driver=_text(driver),
         driver_cuda=None if cuda is None else (cuda // 1000, cuda % 1000 // 10),
@@ -95,9 +96,10 @@ def detect_software(vllm: str, nvml: Any) -> Software:
 
 
 def required_capability(method: str) -> Capability | None:
-    """What the installed vLLM asks for a quantization method; None where it does not say.
+    """The compute capability that the installed vLLM needs for a quantization method.
 
-    `modelopt` stands for several, of which vLLM chooses by the checkpoint.
+    None if vLLM does not say. `modelopt` names several methods; vLLM chooses one when it reads the
+    checkpoint.
     """
     from vllm.model_executor.layers.quantization import get_quantization_config
 

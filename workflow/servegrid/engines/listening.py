@@ -1,4 +1,4 @@
-"""Where an engine listens, and how one waits for it."""
+"""The address that an engine listens on, and waiting until the engine answers there."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from servegrid.errors import EngineError
 LOOPBACK = "127.0.0.1"
 UNIX_BASE_URL = "http://localhost"
 SOCKET_PATH_BYTES = 107
-"""What fits into sockaddr_un.sun_path beside its final zero; see unix(7)."""
+"""The size of sockaddr_un.sun_path without its final zero; see unix(7)."""
 
 POLL_S = 0.05
 
 
 def socket_path(site: Site, folder: Path) -> Path | None:
-    """The path of a Unix socket in `folder`; None where the site wants TCP.
+    """The path of a Unix socket in `folder`; None if the site uses TCP.
 
-    Raises EngineError where the path is too long for a socket.
+    Raises EngineError if the path is too long for a socket.
     """
     if site.socket == "tcp":
         return None
@@ -31,25 +31,26 @@ def socket_path(site: Site, folder: Path) -> Path | None:
 
 
 def check_socket_path(path: Path) -> None:
-    """Raise EngineError where no Unix socket can have this path."""
+    """Raise EngineError if `path` is too long for a Unix socket."""
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_BYTES:
         raise EngineError(
-            f"{path}: a Unix socket's path has at most {SOCKET_PATH_BYTES} bytes and this one "
-            f"{length}. Set TMPDIR to a shorter folder."
+            f"{path}: this path has {length} bytes; the path of a Unix socket has at most "
+            f"{SOCKET_PATH_BYTES} bytes. Set TMPDIR to a folder with a shorter path."
         )
 
 
 def wait_until(ready: Callable[[], bool], deadline: float, name: str) -> None:
-    """Poll `ready` until it is true; what it raises ends the waiting.
+    """Poll `ready` until it returns True; an exception of `ready` ends the wait.
 
-    `deadline` is a time of time.monotonic(). Raises EngineError, naming the deployment, when it
-    has passed.
+    `deadline` is a value of time.monotonic(). Raises EngineError with the deployment's `name` after
+    the deadline.
     """
     while not ready():
         if time.monotonic() > deadline:
             raise EngineError(
-                f"deployment `{name}`: the engine was not up within its limit and was stopped. "
-                "The log says how far it came; raise `startup_s` if it was only slow."
+                f"deployment `{name}`: the engine did not start in time and was stopped. "
+                "The log shows how far it came. If it needs more time, raise `startup_s` in the "
+                "profile."
             )
         time.sleep(POLL_S)

@@ -1,8 +1,8 @@
-"""llama.cpp on a GGUF file, through xllamacpp, in a process of its own.
+"""llama.cpp serves a GGUF file, through the package xllamacpp, in a separate process.
 
-The library could serve inside the calling process. But there a model that takes too long to
-load cannot be given up, an assertion that fails ends the allocation, and the engine's memory
-and CPU time cannot be separated from ours.
+The library could also serve inside the calling process. But then a model that loads too slowly
+cannot be stopped, a failed assertion ends the allocation, and the engine's memory and CPU time
+cannot be separated from servegrid's.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from servegrid.telemetry.server import http_get, is_healthy
 PACKAGE = "xllamacpp"
 GGUF_MAGIC = b"GGUF"
 HTTP_THREADS = 512
-"""Each open request keeps one busy: as long as there are more, /health is answered at once."""
+"""Each open request occupies one thread: as long as one is free, /health is answered at once."""
 
-KEYS_OF_THE_DEPLOYMENT = {
+_DEPLOYMENT_KEYS = {
     "model.path": "checkpoint",
     "model_alias": "model",
     "n_ctx": "max_model_len",
     "n_parallel": "max_num_seqs",
 }
-KEYS_OF_THE_SITE = ("hostnames", "port", "api_keys")
+_SITE_KEYS = ("hostnames", "port", "api_keys")
 
-COMPLAINTS_TOLD = 2
+MAX_ERRORS = 2
 GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
-class LlamaCpp:
-    """A llama.cpp server that is up."""
+class LlamaCppEngine:
+    """A running llama.cpp server."""
 
     endpoint: Endpoint
     facts: dict[str, Any]
@@ -67,16 +67,16 @@ class LlamaCpp:
 
 
 @contextlib.contextmanager
-def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
+def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]:
     """See `servegrid.engines.start_engine`."""
     started = time.monotonic()
-    _refuse_missing_package(deployment)
-    settings = llamacpp_settings(deployment, find_gguf(deployment, site.models), threads())
+    _check_package(deployment)
+    settings = llamacpp_settings(deployment, find_gguf(deployment, site.models), compute_threads())
     key = secrets.token_urlsafe(24)
     with start_reaper() as reaper:
         socket = socket_path(site, reaper.folder)
-        place = {"hostnames": [str(socket or LOOPBACK)], "port": 0, "api_keys": [key]}
-        server = _Server(deployment.name, settings | place)
+        address = {"hostnames": [str(socket or LOOPBACK)], "port": 0, "api_keys": [key]}
+        server = _Server(deployment.name, settings | address)
         try:
             reaper.watch([psutil.Process(server.process.pid)])
             wait_until(server.is_listening, started + site.startup_s, deployment.name)
@@ -98,59 +98,59 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCpp]:
                 "model_files": models.file_digests(Path(settings["model.path"])),
                 "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
             }
-            yield LlamaCpp(endpoint, facts, server.process)
+            yield LlamaCppEngine(endpoint, facts, server.process)
         finally:
             server.stop()
 
 
 def find_gguf(deployment: Deployment, cache: Path) -> Path:
-    """The GGUF file of the deployment's checkpoint, which may be a folder with just one.
+    """The GGUF file of the deployment's checkpoint: a file, or a folder with exactly one.
 
-    Raises ModelError where there is none.
+    Raises ModelError if there is no such file.
     """
     path = models.locate(deployment.checkpoint, cache)
     if path.is_dir():
         found = sorted(path.glob("*.gguf"))
         if len(found) != 1:
             raise ModelError(
-                f"checkpoint `{deployment.checkpoint}`: {path} has {len(found)} GGUF files. "
-                "llama.cpp serves one: name the file itself."
+                f"checkpoint `{deployment.checkpoint}`: {path} contains {len(found)} GGUF files. "
+                "llama.cpp serves one file: set `checkpoint` to the path of a GGUF file."
             )
         path = found[0]
     with path.open("rb") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise ModelError(
                 f"checkpoint `{deployment.checkpoint}`: {path} is not a GGUF file. "
-                "llama.cpp serves nothing else; use the engine `vllm` for safetensors."
+                "llama.cpp serves only GGUF files. For safetensors, use `engine: vllm`."
             )
     return path
 
 
-def threads() -> int:
-    """Threads that compute: a core is left to the server and the load, as vLLM leaves one.
+def compute_threads() -> int:
+    """The number of compute threads: all cores but one, as in vLLM.
 
-    They wait for each other by spinning: one more than there are free cores stops them all.
+    The server and the load client use that core. Compute threads wait for each other by spinning:
+    one thread without a free core delays all of them.
     """
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def llamacpp_settings(deployment: Deployment, checkpoint: Path, threads: int) -> dict[str, Any]:
-    """What a deployment means as attributes of llama.cpp's `common_params`, by dotted name.
+    """A deployment as attributes of llama.cpp's `common_params`, by dotted name.
 
-    llama.cpp divides `n_ctx` among its slots, so that each gets `max_model_len`. Every prompt is
-    processed in full: none is kept in a slot, in memory, or shared by similar ones. The
-    deployment's `engine_args` come over all that. Raises ConfigError where they contradict its
-    own keys or the site's.
+    llama.cpp divides `n_ctx` among its slots, so each slot gets `max_model_len` tokens. All prompt
+    caches are off: every prompt is processed in full. The deployment's `engine_args` override these
+    settings. Raises ConfigError if `engine_args` sets something that servegrid sets itself.
     """
     for key in deployment.engine_args:
-        where = f"deployment `{deployment.name}`: engine_args.{key} is decided by"
-        if key in KEYS_OF_THE_DEPLOYMENT:
+        where = f"deployment `{deployment.name}`: engine_args.{key} is set by"
+        if key in _DEPLOYMENT_KEYS:
             raise ConfigError(
-                f"{where} the deployment's own key `{KEYS_OF_THE_DEPLOYMENT[key]}`. "
-                "Set that one and remove the argument."
+                f"{where} the deployment's own key `{_DEPLOYMENT_KEYS[key]}`. "
+                "Set that key and remove the argument."
             )
-        if key in KEYS_OF_THE_SITE:
-            raise ConfigError(f"{where} where it runs. Remove it.")
+        if key in _SITE_KEYS:
+            raise ConfigError(f"{where} servegrid. Remove the argument.")
     return {
         "model.path": str(checkpoint),
         "model_alias": [deployment.model],
@@ -174,12 +174,12 @@ def llamacpp_settings(deployment: Deployment, checkpoint: Path, threads: int) ->
 
 
 class _Server:
-    """The process that serves, and what it says: JSON to us, the rest to the log."""
+    """The server process: its standard output is JSON for servegrid, its standard error the log."""
 
     def __init__(self, name: str, settings: Mapping[str, Any]) -> None:
         self.name = name
         self.reported: dict[str, Any] = {}
-        self._complaints: list[str] = []
+        self._errors: list[str] = []
         with processes.block_signals():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "servegrid.engines.llamacpp_server"],
@@ -188,11 +188,12 @@ class _Server:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                # GPUs are counted as NVML does, which samples them.
+                # The GPU order of NVML, which samples them.
                 env=os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},
             )
         self._readers = [
-            threading.Thread(target=read, daemon=True) for read in (self._hear, self._log)
+            threading.Thread(target=read, daemon=True)
+            for read in (self._read_messages, self._read_log)
         ]
         for reader in self._readers:
             reader.start()
@@ -201,16 +202,16 @@ class _Server:
             json.dump(settings, stream)
 
     def is_listening(self) -> bool:
-        """Raises ConfigError or EngineError, with the cause, where it never will be."""
+        """Whether it listens. Raises ConfigError or EngineError if its process has ended."""
         if self.process.poll() is not None:
             self._finish_reading()
             if refused := self.reported.get("refused"):
                 raise ConfigError(f"deployment `{self.name}`: {refused}")
-            cause = "; ".join(self._complaints[:COMPLAINTS_TOLD])
+            cause = "; ".join(self._errors[:MAX_ERRORS])
             raise EngineError(
                 f"deployment `{self.name}`: llama.cpp did not start: "
                 f"{cause or f'its process ended with status {self.process.returncode}'}. "
-                "All that it said is in the log."
+                "Its complete output is in the log."
             )
         return "address" in self.reported
 
@@ -230,46 +231,46 @@ class _Server:
         for reader in self._readers:
             reader.join()
 
-    def _hear(self) -> None:
+    def _read_messages(self) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
             self.reported.update(json.loads(line))
 
-    def _log(self) -> None:
+    def _read_log(self) -> None:
         assert self.process.stderr
         for line in self.process.stderr:
             sys.stderr.write(line)
             _, is_error, text = line.partition(" E ")
             if is_error:
-                self._complaints.append(" ".join(text.split()))
+                self._errors.append(" ".join(text.split()))
 
 
-def _refuse_missing_package(deployment: Deployment) -> None:
+def _check_package(deployment: Deployment) -> None:
     if importlib.util.find_spec(PACKAGE) is None:
         raise EngineError(
-            f"deployment `{deployment.name}`: {PACKAGE}, which brings llama.cpp, is not installed "
-            "here. Install it, from the list of workflow/envs that has it."
+            f"deployment `{deployment.name}`: the package {PACKAGE}, which contains llama.cpp, "
+            "is not installed here. Install it from the list in workflow/envs that contains it."
         )
 
 
 def _check_gpus(deployment: Deployment, gpus: list[str]) -> None:
     if len(gpus) < deployment.gpu_count:
         raise EngineError(
-            f"deployment `{deployment.name}` is for {deployment.gpu_count} GPUs of kind "
+            f"deployment `{deployment.name}` needs {deployment.gpu_count} GPUs of kind "
             f"`{deployment.gpu}`, but the installed llama.cpp sees {len(gpus)} here. Use a build "
-            "for that kind, on a node that has it."
+            "of llama.cpp for this kind of GPU, on a node that has these GPUs."
         )
 
 
 def _resolved(deployment: Deployment, endpoint: Endpoint) -> dict[str, Any]:
-    """What the server says that it uses. Raises ConfigError where the model cannot do it."""
+    """The server's resolved settings. Raises ConfigError if the model's context is too short."""
     properties = json.loads(http_get(endpoint, "/props")[1])
     (model,) = json.loads(http_get(endpoint, "/v1/models")[1])["data"]
     longest = model["meta"]["n_ctx_train"]
     if deployment.max_model_len > longest:
         raise ConfigError(
-            f"deployment `{deployment.name}`: max_model_len {deployment.max_model_len} is more "
-            f"than the {longest} tokens that the model was made for. Lower it."
+            f"deployment `{deployment.name}`: max_model_len {deployment.max_model_len} is longer "
+            f"than the model's context of {longest} tokens. Lower it."
         )
     context = properties["default_generation_settings"]["n_ctx"]
     return {

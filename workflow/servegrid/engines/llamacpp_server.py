@@ -1,7 +1,7 @@
-"""The process in which llama.cpp serves: `python -m servegrid.engines.llamacpp_server`.
+"""The process that runs llama.cpp's server: `python -m servegrid.engines.llamacpp_server`.
 
-Settings come as one JSON object on standard input; what became of them goes as one to standard
-output. llama.cpp logs to standard error. It serves until it is ended.
+It reads its settings as one JSON object from standard input, and writes its address or an error as
+one JSON object to standard output. llama.cpp logs to standard error. It serves until it is killed.
 """
 
 from __future__ import annotations
@@ -15,28 +15,35 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def apply(settings: Mapping[str, Any], params: Any) -> None:
-    """Set each attribute of `params` that `settings` names; `a.b` is attribute b of a.
+def apply_settings(settings: Mapping[str, Any], params: Any) -> None:
+    """Set each attribute of `params` that `settings` names; the key `a.b` is attribute b of a.
 
-    An enumeration is set by its member's name, a set by a list. Raises ValueError, naming the
-    key, where there is no such attribute or the value does not compatibility.
+    The value of an enumeration is the member's name, the value of a set is a list. Raises
+    ValueError with the key if there is no such attribute or if it does not accept the value.
     """
     for key, value in settings.items():
         *path, name = key.split(".")
         owner = params
-        for each in path:
-            owner = getattr(owner, each, None)
+        for parent in path:
+            owner = getattr(owner, parent, None)
         if not hasattr(owner, name):
             close = difflib.get_close_matches(key, dir(params))
-            meant = f"Did you mean {' or '.join(f'`{each}`' for each in close)}?" if close else ""
-            raise ValueError(f"engine_args.{key}: llama.cpp has no such setting. {meant}".rstrip())
+            hint = (
+                f"Did you mean {' or '.join(f'`{match}`' for match in close)}?"
+                if close
+                else "Remove it."
+            )
+            raise ValueError(f"engine_args.{key}: llama.cpp has no such setting. {hint}")
         try:
-            setattr(owner, name, _fitting(value, getattr(owner, name)))
+            setattr(owner, name, _convert(value, getattr(owner, name)))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"engine_args.{key}: {value!r} does not fit ({error})") from error
+            raise ValueError(
+                f"engine_args.{key}: llama.cpp does not accept {value!r} ({error}). "
+                "Correct the value."
+            ) from error
 
 
-def _fitting(value: Any, current: Any) -> Any:
+def _convert(value: Any, current: Any) -> Any:
     if isinstance(current, enum.Enum):
         return type(current)[value]
     return set(value) if isinstance(current, set) else value
@@ -47,24 +54,26 @@ def main() -> None:
 
     params = xllamacpp.CommonParams()
     try:
-        apply(json.load(sys.stdin), params)
+        apply_settings(json.load(sys.stdin), params)
     except ValueError as error:
-        sys.exit(tell(refused=str(error)))
+        sys.exit(report(refused=str(error)))
     try:
         server = xllamacpp.Server(params)
     except RuntimeError:
         sys.exit("llama.cpp did not start.")
     gpu = xllamacpp.ggml_backend_dev_type.GGML_BACKEND_DEVICE_TYPE_GPU
-    tell(
+    report(
         address=server.listening_address,
         system=" ".join(xllamacpp.get_system_info().split()),
-        gpus=[each["description"] for each in xllamacpp.get_device_info() if each["type"] == gpu],
+        gpus=[
+            device["description"] for device in xllamacpp.get_device_info() if device["type"] == gpu
+        ],
     )
     while True:
         signal.pause()
 
 
-def tell(**facts: Any) -> int:
+def report(**facts: Any) -> int:
     print(json.dumps(facts), flush=True)
     return 1
 

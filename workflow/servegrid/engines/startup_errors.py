@@ -1,7 +1,7 @@
-"""Why vLLM's own processes failed: what they log as an error, kept for the one who started them.
+"""Finds the cause if vLLM does not start: its processes also write their errors to a file.
 
-vLLM's processes tell their parent only that they have failed; the cause is in their log. So its
-logging is configured (VLLM_LOGGING_CONFIG_PATH, which its processes read when they start) to
+vLLM's processes report to their parent only that they failed; the cause is in their log. So
+servegrid configures vLLM's logging (VLLM_LOGGING_CONFIG_PATH, which each of its processes reads) to
 write each error to a file as well.
 """
 
@@ -21,7 +21,7 @@ MAX_CHARACTERS = 600
 
 
 class ErrorFileHandler(logging.Handler):
-    """Appends each error to the file that `FILE_VARIABLE` names, as one line of JSON."""
+    """Appends each error as one line of JSON to the file named by the variable `FILE_VARIABLE`."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
@@ -34,22 +34,22 @@ class ErrorFileHandler(logging.Handler):
 
 
 def logging_variables(folder: Path) -> dict[str, str]:
-    """The environment that makes vLLM's processes keep their errors in `folder`."""
+    """Environment variables that make vLLM's processes write their errors to `folder`."""
     config = folder / "logging.json"
-    here = f"{ErrorFileHandler.__module__}.{ErrorFileHandler.__qualname__}"
-    form = "%(levelname)s %(asctime)s %(process)d [%(filename)s:%(lineno)d] %(message)s"
+    handler = f"{ErrorFileHandler.__module__}.{ErrorFileHandler.__qualname__}"
+    line_format = "%(levelname)s %(asctime)s %(process)d [%(filename)s:%(lineno)d] %(message)s"
     config.write_text(
         json.dumps(
             {
                 "version": 1,
                 "disable_existing_loggers": False,
-                "formatters": {"plain": {"format": form}},
+                "formatters": {"plain": {"format": line_format}},
                 "handlers": {
                     "log": {"class": "logging.StreamHandler", "formatter": "plain"},
-                    "kept": {"class": here, "level": "ERROR"},
+                    "errors": {"class": handler, "level": "ERROR"},
                 },
                 "loggers": {
-                    "vllm": {"handlers": ["log", "kept"], "level": "INFO", "propagate": False}
+                    "vllm": {"handlers": ["log", "errors"], "level": "INFO", "propagate": False}
                 },
             }
         )
@@ -61,20 +61,24 @@ def logging_variables(folder: Path) -> dict[str, str]:
 
 
 def first_error(folder: Path) -> str | None:
-    """The first error kept in `folder` that came with an exception: the others follow from it."""
+    """The first error in `folder` with an exception; later errors are consequences of it."""
     try:
         lines = (folder / "errors.jsonl").read_text().splitlines()
     except FileNotFoundError:
         return None
     errors = [json.loads(line) for line in lines]
-    return next((each["exception"] for each in errors if each["exception"]), None)
+    return next((error["exception"] for error in errors if error["exception"]), None)
 
 
 def describe_failure(error: BaseException | None) -> str:
-    """The exception's own words, without its traceback."""
-    return "".join(traceback.format_exception_only(error)).strip() if error else "it ended."
+    """The exception's type and message, without its traceback."""
+    return (
+        "".join(traceback.format_exception_only(error)).strip()
+        if error
+        else "it ended without an error."
+    )
 
 
 def shorten(cause: str) -> str:
-    """The first lines of `cause` on one, as much of them as a person reads."""
+    """The first `MAX_LINES` lines of `cause` as one line of at most `MAX_CHARACTERS`."""
     return textwrap.shorten(" ".join(cause.splitlines()[:MAX_LINES]), MAX_CHARACTERS)

@@ -1,6 +1,6 @@
-"""vLLM: its OpenAI server in a thread of this process, its engine in children.
+"""vLLM: its OpenAI-compatible server runs in a thread of this process, its engine in children.
 
-The load must come from another process: it would share this one's interpreter lock.
+The load client must run in another process: in this one it would compete for Python's global lock.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from servegrid.engines.listening import (
     socket_path,
     wait_until,
 )
-from servegrid.engines.vllm_server import Failed, Server
-from servegrid.engines.vllm_worker import Facts
+from servegrid.engines.vllm_server import EngineExitedError, VllmServer
+from servegrid.engines.vllm_worker import WorkerExtension
 from servegrid.errors import EngineError
 from servegrid.node.reaper import start_reaper
 from servegrid.study import models
@@ -47,7 +47,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
-"""GPUs are counted as NVML does; nothing is sent or fetched; no process with threads is forked."""
+"""The GPU order of NVML; no usage reports and no downloads; no fork of a process with threads."""
 
 PACKAGES = ("torch", "transformers", "tokenizers", "triton", "flashinfer-python", "xformers")
 BACKLOG = 2048
@@ -56,12 +56,12 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Vllm:
-    """A vLLM that is up."""
+class VllmEngine:
+    """A running vLLM."""
 
     endpoint: Endpoint
     facts: dict[str, Any]
-    server: Server
+    server: VllmServer
 
     def pids(self) -> list[int]:
         return [os.getpid(), *(child.pid for child in self.server.children if child.is_running())]
@@ -71,7 +71,7 @@ class Vllm:
 
 
 @contextlib.contextmanager
-def start_engine(deployment: Deployment, site: Site) -> Iterator[Vllm]:
+def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
     """See `servegrid.engines.start_engine`."""
     clock = _Clock()
     deadline = clock.started + site.startup_s
@@ -79,10 +79,10 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[Vllm]:
     with contextlib.ExitStack() as stack:
         reaper = stack.enter_context(start_reaper())
         path = socket_path(site, reaper.folder)
-        check_socket_path(reaper.folder / str(uuid.uuid4()))  # as vLLM names its own sockets
-        with _environment(variables(reaper.folder)):
-            api = _load(deployment)
-            rendered = _rendered(deployment, checkpoint, api)
+        check_socket_path(reaper.folder / str(uuid.uuid4()))  # vLLM names its sockets like this
+        with _environment(engine_environment(reaper.folder)):
+            api = _load_api(deployment)
+            words = _command_line(deployment, checkpoint, api)
             listener = stack.enter_context(_listener(path))
             endpoint = Endpoint(
                 base_url=_base_url(listener),
@@ -91,12 +91,12 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[Vllm]:
                 socket=str(path) if path else None,
             )
             hidden = ["--api-key", str(endpoint.api_key), *_worker_extension(api)]
-            parsed = api.parse([*rendered, *hidden], deployment.name)
+            parsed = api.parse([*words, *hidden], deployment.name)
             clock.lap("import")
             if deployment.gpu_count:
                 defaults = arguments.default_arguments(deployment, str(checkpoint), None)
                 compatibility.check_compatibility(deployment, defaults, checkpoint, api.version)
-            server = Server(api, parsed, listener, reaper)
+            server = VllmServer(api, parsed, listener, reaper)
             stack.callback(server.stop)
             try:
                 server.start()
@@ -107,32 +107,32 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[Vllm]:
                 )
                 server.watch()
                 clock.lap("server")
-            except Failed as failed:
-                raise _explained(deployment, api, failed, reaper.folder) from None
+            except EngineExitedError as error:
+                raise _startup_error(deployment, api, error, reaper.folder) from None
             except BaseException:
-                # As long as it goes on starting, it must find its variables.
+                # Stop it before the environment is reset: processes that still start need it.
                 server.stop()
                 raise
         facts = {
             "engine": "vllm",
             "version": api.version,
             **server.resolved,
-            "engine_args": rendered,
+            "engine_args": words,
             "packages": _versions(PACKAGES),
             "model_files": models.file_digests(checkpoint),
             "bring_up_s": clock.laps,
         }
-        yield Vllm(endpoint, facts, server)
+        yield VllmEngine(endpoint, facts, server)
 
 
-def variables(folder: Path) -> dict[str, str]:
-    """The environment that vLLM and its processes start in; `folder` takes their files."""
-    places = {"TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
-    return ENVIRONMENT | places | startup_errors.logging_variables(folder)
+def engine_environment(folder: Path) -> dict[str, str]:
+    """Environment variables for vLLM and its processes; they put their files into `folder`."""
+    folders = {"TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
+    return ENVIRONMENT | folders | startup_errors.logging_variables(folder)
 
 
 class _Clock:
-    """Seconds of each phase."""
+    """Measures the seconds of each phase of a start."""
 
     def __init__(self) -> None:
         self.started = self._last = time.monotonic()
@@ -146,9 +146,9 @@ class _Clock:
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """`variables` in the environment, which is left as it was found.
+    """Set `variables` for the block, and restore the environment after it.
 
-    vLLM adds its own while it starts, LD_PRELOAD among them, that no other process should get.
+    vLLM sets variables while it starts, such as LD_PRELOAD, that no other process should inherit.
     """
     before = dict(os.environ)
     os.environ.update(variables)
@@ -160,24 +160,24 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _load(deployment: Deployment) -> vllm_api.Api:
+def _load_api(deployment: Deployment) -> vllm_api.Api:
     try:
         api = vllm_api.load_api()
     except ImportError as error:
         raise EngineError(
             f"deployment `{deployment.name}`: vLLM cannot be imported here ({error}). "
-            "Install one that fits the GPU, from the list of workflow/envs made for it."
+            "Install it from the list in workflow/envs for this kind of GPU."
         ) from error
     if api.device != ("cuda" if deployment.gpu_count else "cpu"):
         raise EngineError(
-            f"deployment `{deployment.name}` is for gpu `{deployment.gpu}`, but the installed vLLM "
-            f"{api.version} runs on `{api.device or 'no device'}` here. Use the environment made "
-            "for that kind, on a node that has it."
+            f"deployment `{deployment.name}` needs gpu `{deployment.gpu}`, but the installed vLLM "
+            f"{api.version} runs on `{api.device or 'no device'}` here. Use the environment for "
+            "this kind of GPU, on a node that has it."
         )
     return api
 
 
-def _rendered(deployment: Deployment, checkpoint: Path, api: vllm_api.Api) -> list[str]:
+def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.Api) -> list[str]:
     kv_cache = None
     if not deployment.gpu_count:
         config = checkpoint / "config.json"
@@ -194,12 +194,12 @@ def _worker_extension(api: vllm_api.Api) -> list[str]:
     option = "--worker-extension-cls"
     if option not in api.options:
         return []
-    return [option, f"{Facts.__module__}.{Facts.__qualname__}"]
+    return [option, f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"]
 
 
 @contextlib.contextmanager
 def _listener(path: Path | None) -> Iterator[socket.socket]:
-    """The socket to serve on: at `path`, or at a free port of the loopback."""
+    """The socket to serve on: the Unix socket `path`, or a free TCP port of the loopback."""
     with socket.socket(socket.AF_UNIX if path else socket.AF_INET) as listener:
         listener.bind(str(path) if path else (LOOPBACK, 0))
         listener.listen(BACKLOG)
@@ -212,14 +212,14 @@ def _base_url(listener: socket.socket) -> str:
     return f"http://{LOOPBACK}:{listener.getsockname()[1]}"
 
 
-def _explained(
-    deployment: Deployment, api: vllm_api.Api, failed: Failed, folder: Path
+def _startup_error(
+    deployment: Deployment, api: vllm_api.Api, error: EngineExitedError, folder: Path
 ) -> EngineError:
-    logger.error("vLLM did not start", exc_info=failed.cause)
-    cause = startup_errors.first_error(folder) or startup_errors.describe_failure(failed.cause)
+    logger.error("vLLM did not start", exc_info=error.cause)
+    cause = startup_errors.first_error(folder) or startup_errors.describe_failure(error.cause)
     return EngineError(
         f"deployment `{deployment.name}`: vLLM {api.version} did not start: "
-        f"{startup_errors.shorten(cause)} (The whole story is in the log.)"
+        f"{startup_errors.shorten(cause)} (The complete error is in the log.)"
     )
 
 

@@ -1,8 +1,8 @@
-"""vLLM's server, put together inside this process, whichever supported version is installed.
+"""Builds vLLM's server inside this process, for every supported version of vLLM.
 
-vLLM offers no stable way to serve from within a process. What its own `vllm serve` is made of
-has kept its names from 0.6 on, but not its modules and signatures: modules are looked for in
-both places, and arguments are handed over by name where a signature has them.
+vLLM has no stable API to serve from inside a process. The parts of `vllm serve` have kept their
+names since 0.6, but not their modules and signatures. So each part is imported from its new or its
+old module, and gets those arguments by name that its signature has.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Api:
 
     @cached_property
     def parser(self) -> ArgumentParser:
-        """Made when it is asked for: 0.10 raises RuntimeError where it finds no device."""
+        """vLLM's argument parser. (vLLM 0.10 raises RuntimeError if there is no device.)"""
         return self.make_parser()
 
     @property
@@ -40,33 +40,36 @@ class Api:
         return frozenset(self.parser._option_string_actions)
 
     def parse(self, arguments: list[str], name: str) -> Namespace:
-        """Raises ConfigError, naming the deployment, where a value is not accepted."""
+        """The parsed arguments. Raises ConfigError with the deployment's `name` for a bad value."""
 
-        def refuse(message: str) -> NoReturn:
-            raise ConfigError(f"deployment `{name}`: vLLM {self.version}: {message}")
+        def fail(message: str) -> NoReturn:
+            raise ConfigError(
+                f"deployment `{name}`: engine_args: vLLM {self.version} refuses them: {message}. "
+                "Correct the argument."
+            )
 
-        self.parser.error = refuse  # type: ignore[method-assign]
+        self.parser.error = fail  # type: ignore[method-assign]
         return self.parser.parse_args(arguments)
 
     async def make_app(self, engine: Any, arguments: Namespace) -> Any:
         """The ASGI application that serves `engine`."""
-        offered = {
+        available = {
             "args": arguments,
             "engine_client": engine,
-            "model_config": await _asked(engine, "model_config"),
-            "vllm_config": await _asked(engine, "vllm_config"),
+            "model_config": await _get(engine, "model_config"),
+            "vllm_config": await _get(engine, "vllm_config"),
         }
         if hasattr(engine, "get_supported_tasks"):
-            offered["supported_tasks"] = await engine.get_supported_tasks()
-        app = self.build_app(**_accepted(self.build_app, offered))
-        done = self.init_state(**_accepted(self.init_state, offered | {"state": app.state}))
+            available["supported_tasks"] = await engine.get_supported_tasks()
+        app = self.build_app(**_matching(self.build_app, available))
+        done = self.init_state(**_matching(self.init_state, available | {"state": app.state}))
         if inspect.isawaitable(done):
             await done
         return app
 
 
 def load_api() -> Api:
-    """The installed vLLM. Raises ImportError where there is none, or one that is not supported."""
+    """The installed vLLM. Raises ImportError if there is none, or an unsupported version."""
     import vllm
     from vllm.platforms import current_platform
 
@@ -98,15 +101,15 @@ def load_api() -> Api:
 
 async def get_config(engine: Any) -> Any:
     """The engine's resolved `VllmConfig`."""
-    return await _asked(engine, "vllm_config")
+    return await _get(engine, "vllm_config")
 
 
-async def _asked(engine: Any, what: str) -> Any:
-    """An attribute since 0.11, a coroutine to be called before."""
-    getter = getattr(engine, f"get_{what}", None)
-    return await getter() if getter else getattr(engine, what, None)
+async def _get(engine: Any, name: str) -> Any:
+    """An attribute of the engine since 0.11, the result of a coroutine before that."""
+    getter = getattr(engine, f"get_{name}", None)
+    return await getter() if getter else getattr(engine, name, None)
 
 
-def _accepted(function: Callable[..., Any], offered: dict[str, Any]) -> dict[str, Any]:
+def _matching(function: Callable[..., Any], available: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters
-    return {name: value for name, value in offered.items() if name in parameters}
+    return {name: value for name, value in available.items() if name in parameters}

@@ -1,4 +1,4 @@
-"""The thread in which vLLM serves, from its first process to the last that is left."""
+"""The thread that runs vLLM's server, and the start and end of vLLM's processes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ STOP_S = 30.0
 WATCH_EVERY_S = 0.5
 
 
-class Failed(Exception):
-    """The thread has ended by itself; `cause` is what ended it."""
+class EngineExitedError(Exception):
+    """vLLM's thread has ended without a call of `stop`; `cause` is its exception, if any."""
 
     def __init__(self, cause: BaseException | None) -> None:
         super().__init__(cause)
         self.cause = cause
 
 
-class Server:
-    """vLLM's engine and its server on `listener`.
+class VllmServer:
+    """vLLM's engine and its HTTP server on `listener`.
 
-    `resolved` is known once `has_engine` is true. All methods are for the thread that made it.
+    `resolved` is set when `has_engine` returns True. Call all methods in the thread that created
+    the object.
     """
 
     def __init__(self, api: Api, arguments: Namespace, listener: socket, reaper: Reaper) -> None:
@@ -47,7 +48,7 @@ class Server:
         self._uvicorn: Any = None
         self._error: BaseException | None = None
         self._stopping = threading.Event()
-        self._strangers = processes.descendants()
+        self._other_children = processes.descendants()
         self._reaper = reaper
         self._watched_at = 0.0
         self._thread = threading.Thread(target=self._run, name="vllm-server", daemon=True)
@@ -59,44 +60,45 @@ class Server:
         return self._thread.is_alive()
 
     def has_engine(self) -> bool:
-        """Raises Failed where the engine never will be up, or is no longer."""
+        """Whether the engine has started. Raises EngineExitedError if it failed or has ended."""
         if time.monotonic() - self._watched_at > WATCH_EVERY_S:
             self.watch()
         if not self._thread.is_alive():
-            raise Failed(self._error)
+            raise EngineExitedError(self._error)
         return self._uvicorn is not None
 
     def watch(self) -> None:
-        """Find the engine's processes and tell the reaper of them.
+        """Find the engine's processes and make the reaper watch them.
 
-        To be done while it starts, for a start that fails takes the names of its shared memory
-        along, and not after: other children of this process would be taken for the engine's.
+        Call this repeatedly while the engine starts, because the names of its shared memory are
+        lost if the start fails. Do not call it later: all new children of this process are taken
+        for the engine's.
         """
-        self.children = processes.descendants(exclude=self._strangers)
+        self.children = processes.descendants(exclude=self._other_children)
         self._reaper.watch(self.children)
         self._watched_at = time.monotonic()
 
     def stop(self) -> None:
-        """End the server, the engine and all of its processes, in whatever state they are."""
+        """End the server, the engine and all its processes, in any state."""
         self._stopping.set()
         deadline = time.monotonic() + STOP_S
         while self._thread.is_alive() and time.monotonic() < deadline:
             if self._uvicorn is not None:
                 self._uvicorn.should_exit = True
             else:
-                # An engine that is still starting listens to nothing but its end.
+                # An engine that still starts reacts to nothing else.
                 self.watch()
                 processes.terminate(self.children, grace_s=0)
             self._thread.join(0.1)
         self._uvicorn = self._error = None
-        # Its cycles hold the engine's client, whose sockets and queues go only with it.
+        # Reference cycles keep the engine's client alive, and with it its sockets and queues.
         gc.collect()
 
     def _run(self) -> None:
         import uvloop
 
         with processes.block_signals():
-            # Starting the tracker unblocks signals, so it must not be left to the engine.
+            # Start the tracker here: its start unblocks signals, also if the engine starts it.
             resource_tracker.ensure_running()
             with (
                 processes.block_signals(),
@@ -113,7 +115,7 @@ class Server:
         async with self._api.build_engine(self._arguments) as engine:
             config = await get_config(engine)
             self.resolved = {
-                **resolved(config),
+                **resolved_config(config),
                 "attention_backends": await _attention_backends(engine),
             }
             app = await self._api.make_app(engine, self._arguments)
@@ -126,7 +128,7 @@ class Server:
                     timeout_graceful_shutdown=DRAIN_S,
                 )
             )
-            # vLLM ends the server through this attribute when its engine has died.
+            # vLLM stops the server through this attribute if its engine dies.
             app.state.server = server
             if self._stopping.is_set():
                 return
@@ -134,8 +136,8 @@ class Server:
             await server.serve(sockets=[self._listener])
 
 
-def resolved(config: Any) -> dict[str, Any]:
-    """What a `VllmConfig` says that vLLM uses, as plain data; null where a version lacks it."""
+def resolved_config(config: Any) -> dict[str, Any]:
+    """The settings of a `VllmConfig` as plain data; null if this version of vLLM lacks one."""
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
     blocks = getattr(cache, "num_gpu_blocks", None)
     return {
@@ -156,8 +158,8 @@ def resolved(config: Any) -> dict[str, Any]:
 
 
 async def _attention_backends(engine: Any) -> list[str] | None:
-    """As the workers tell it; None where this vLLM cannot ask them."""
+    """The backends that the workers report; None if this version of vLLM cannot ask them."""
     with contextlib.suppress(Exception):
         answers = await engine.collective_rpc("servegrid_attention_backends")
-        return sorted({name for each in answers for name in each})
+        return sorted({name for backends in answers for name in backends})
     return None

@@ -1,13 +1,13 @@
-"""What is asked of vLLM's own worker processes: which attention code they really use."""
+"""Asks vLLM's worker processes which attention backends they really use."""
 
 from __future__ import annotations
 
 
-class Facts:
-    """Mixed into vLLM's worker class by its option `--worker-extension-cls`."""
+class WorkerExtension:
+    """vLLM mixes this into its worker class (`--worker-extension-cls`)."""
 
     def servegrid_attention_backends(self) -> list[str]:
-        """Names of the attention backends of the model's layers, sorted."""
+        """The sorted names of the attention backends of the model's layers."""
         runner = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "attn_groups"):
             backends = {group.backend for groups in runner.attn_groups for group in groups}

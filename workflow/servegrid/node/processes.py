@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 BLOCKED_SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""A terminal or a scheduler sends these to all processes of a job; only the main one handles them."""
+"""A terminal or a scheduler sends these to all processes of a job; the main one handles them."""
 
 SHARED_MEMORY = Path("/dev/shm")
 POLL_S = 0.02

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import findings, tables, titles
-from servegrid.analysis.capacity import demand_of, plan, read_hardware
+from servegrid.analysis.capacity import parse_demand, plan, read_hardware
 from servegrid.analysis.published import (
     compare_with_published,
     comparison_statements,
@@ -36,7 +36,7 @@ def write_findings(
     study names no published data. Raises RecordError if a file cannot be written, and ConfigError
     if the published data cannot be read.
     """
-    slo, names = findings.slo_of(config), titles.deployment_titles(cells)
+    slo, names = findings.parse_slo(config), titles.deployment_titles(cells)
     notes = titles.emulation_notes(cells)
     frontier = findings.frontier(summary, slo)
     tables.write(frontier, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
@@ -89,7 +89,7 @@ def write_capacity_plan(
     Raises ConfigError if the file `hardware` cannot be used, and RecordError if a file cannot be
     written.
     """
-    demand, prices = demand_of(config), read_hardware(hardware)
+    demand, prices = parse_demand(config), read_hardware(hardware)
     planned = plan(summary, demand, prices)
     tables.write(planned, columns.CAPACITY_PLAN, paths["parquet"], paths["csv"])
     markup.write_texts(
@@ -124,13 +124,13 @@ def write_study_page(
         summary,
         frontier,
         pairs,
-        findings.slo_of(config),
+        findings.parse_slo(config),
         published_in(config),
         [trial.workload.prompts for trial in study.trials],
         provenance.describe_allocations(study.trials, cells, records),
     )
     text = compose.render_study_page(
-        study.name, results, demand_of(config), read_hardware(hardware)
+        study.name, results, parse_demand(config), read_hardware(hardware)
     )
     markup.write_texts({page: text})
 
@@ -144,6 +144,9 @@ def write_published_page(config: Mapping[str, Any], name: str, hardware: Path, p
     from servegrid.report.page import compose
 
     text = compose.render_published_page(
-        load_published(name), findings.slo_of(config), demand_of(config), read_hardware(hardware)
+        load_published(name),
+        findings.parse_slo(config),
+        parse_demand(config),
+        read_hardware(hardware),
     )
     markup.write_texts({page: text})

@@ -22,8 +22,8 @@ PROMPT_TOKENS = 8
 LIMIT_S = 60.0
 
 
-def self_check(concurrency: int, shares: CpuSets, socket: Path | None = None) -> dict[str, Any]:
-    """The client's timing error at so many concurrency as a mapping, or `error` and why it is unknown.
+def calibrate(concurrency: int, shares: CpuSets, socket: Path | None = None) -> dict[str, Any]:
+    """The client's timing error at that concurrency, or `error` and why it is unknown.
 
     A mock server on this node, on TCP or on the Unix socket of that path, is given one burst.
     Server and client have the cores that engine and client will have.
@@ -36,13 +36,13 @@ def self_check(concurrency: int, shares: CpuSets, socket: Path | None = None) ->
             pinned_to(frozenset().union(*shares.client)),
         ):
             return {"concurrency": concurrency} | asdict(
-                checked(server, burst(concurrency), shares.client)
+                measure_mock_server(server, calibration_workload(concurrency), shares.client)
             )
     except (ServegridError, OSError, http.client.HTTPException) as error:
         return {"concurrency": concurrency, "error": " ".join(str(error).split()) or repr(error)}
 
 
-def burst(concurrency: int) -> Workload:
+def calibration_workload(concurrency: int) -> Workload:
     """One wave of `concurrency` requests, after another that opens the connections."""
     return Workload(
         "burst",
@@ -55,7 +55,7 @@ def burst(concurrency: int) -> Workload:
     )
 
 
-def checked(
+def measure_mock_server(
     server: MockServer, workload: Workload, cpu_sets: Sequence[Collection[int]] = ()
 ) -> TimingError:
     """The client's timing error under `load` on a mock server with TTFT_S and ITL_S."""
@@ -65,12 +65,12 @@ def checked(
     return measure_timing_error(measurement.requests, log.sent, log.read, TTFT_S, cpu_s)
 
 
-def told(check: Mapping[str, Any]) -> str:
+def describe_calibration(check: Mapping[str, Any]) -> str:
     """What `self_check` gave, in a line."""
     if "error" in check:
         return f"not known, so no cell will be valid: {check['error']}"
     arrival, itl = (1e3 * check[f"{each}_error_s_p99"] for each in ("arrival", "itl"))
     return (
-        f"at {check['concurrency']} concurrency 99% of arrivals are right to {arrival:.2f} ms and of times "
-        f"between tokens to {itl:.2f} ms"
+        f"at concurrency {check['concurrency']}, 99% of arrivals are right to "
+        f"{arrival:.2f} ms and of times between tokens to {itl:.2f} ms"
     )

@@ -32,10 +32,10 @@ def check_ready(study: Study, cells: str | Path) -> None:
                 from servegrid.engines.external import resolve_endpoint
 
                 resolve_endpoint(deployment)
-            _refuse_missing_models(deployment)
+            _check_models(deployment)
 
 
-def _refuse_missing_models(deployment: Deployment) -> None:
+def _check_models(deployment: Deployment) -> None:
     for key in ("checkpoint", "tokenizer") if deployment.endpoint is None else ("tokenizer",):
         try:
             models.locate(getattr(deployment, key), models.default_folder())

@@ -22,13 +22,13 @@ from servegrid.errors import ConfigError, EngineError
 from servegrid.node import environment, nvml
 from servegrid.node.reaper import start_reaper
 from servegrid.run import cores
-from servegrid.run.calibration import self_check, told
+from servegrid.run.calibration import calibrate, describe_calibration
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint, read_api_key
 from servegrid.study.grid import Deployment, Trial
 from servegrid.telemetry.sampler import Sampler
 
-VARIABLE = "SERVEGRID_ALLOCATION"
+INFO_VARIABLE = "SERVEGRID_ALLOCATION"
 STARTUP_S = 1800.0
 
 
@@ -76,7 +76,7 @@ class AllocationInfo:
         Raises EngineError where it runs in none, or lacks the endpoint's API key.
         """
         try:
-            data = json.loads(Path(os.environ[VARIABLE]).read_text())
+            data = json.loads(Path(os.environ[INFO_VARIABLE]).read_text())
         except KeyError:
             raise EngineError(
                 "No engine is up: a cell is measured inside an allocation. "
@@ -84,7 +84,7 @@ class AllocationInfo:
             ) from None
         except OSError as error:
             raise EngineError(
-                f"{os.environ[VARIABLE]}: the engine's allocation has ended ({error.strerror}). "
+                f"{os.environ[INFO_VARIABLE]}: the allocation has ended ({error.strerror}). "
                 "Run the same command again: only what is missing is measured."
             ) from error
         data["endpoint"] = Endpoint(**data["endpoint"])
@@ -155,8 +155,8 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         check = None
         if deployment.engine != EMULATED:
             socket = None if site.socket == "tcp" else folder / "self-check"
-            check = self_check(max_concurrency, shared, socket)
-            print(f"The load client on this node: {told(check)}", flush=True)
+            check = calibrate(max_concurrency, shared, socket)
+            print(f"The load client on this node: {describe_calibration(check)}", flush=True)
         with cores.pinned_to(shared.engine):
             engine = stack.enter_context(start_engine(deployment, site))
         samples = folder / "telemetry.jsonl"
@@ -164,7 +164,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             samples.touch()  # Nothing on this node is the engine's, neither processes nor GPUs.
         else:
             stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
-        handover = AllocationInfo(
+        info = AllocationInfo(
             endpoint=engine.endpoint,
             deployment_digest=deployment.digest,
             tokenizer=_tokenizer(deployment, site),
@@ -178,8 +178,8 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             self_check=check,
             api_key_env=None if deployment.endpoint is None else deployment.endpoint.api_key_env,
         )
-        handover.write(folder / "handover.json")
-        yield Service({VARIABLE: str(folder / "handover.json")}, engine.healthy)
+        info.write(folder / "handover.json")
+        yield Service({INFO_VARIABLE: str(folder / "handover.json")}, engine.healthy)
 
 
 def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:

@@ -32,31 +32,31 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     and this is not yet the last attempt: then the trial is worth another engine. Raises
     LoadError where no load could be put on it, and RecordError where nothing can be written.
     """
-    handover = AllocationInfo.read()
-    if handover.deployment_digest != trial.deployment.digest:
+    info = AllocationInfo.read()
+    if info.deployment_digest != trial.deployment.digest:
         raise EngineError(
             f"{trial.id}: the engine that is up serves another specification of this deployment. "
             "Run the same command again when that allocation has ended."
         )
     parquet.check_writable(requests.parent)
-    offset = sampler.end_offset(handover.telemetry)
+    offset = sampler.end_offset(info.telemetry)
     # Of an open loop nobody knows how many will be in flight.
     concurrency = trial.workload.concurrency
-    cpu_sets = handover.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
+    cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
     if len(cpu_sets) == 1:
         os.sched_setaffinity(0, cpu_sets[0])
     with report_work_span():
         measurement = measure(
-            handover.endpoint,
+            info.endpoint,
             trial.workload,
-            handover.tokenizer,
-            salt=_salt_of(trial),
-            counters=server.counter_reader(handover.endpoint),
+            info.tokenizer,
+            salt=prompt_salt(trial),
+            counters=server.counter_reader(info.endpoint),
             cpu_sets=cpu_sets,
         )
-    alive = _alive(handover, measurement)
+    alive = _is_alive(info, measurement)
     if not alive:
-        handover.refuse_ended()
+        info.refuse_ended()
     verdict, detail = decide_verdict(measurement.errors, alive)
     if verdict == SERVER_DIED and not last_attempt:
         raise EngineError(f"{trial.id}: the engine died under this load; trying once more.")
@@ -68,14 +68,14 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "verdict": verdict,
         "verdict_detail": detail,
         "client": measurement.facts,
-        "engine": handover.engine,
-        "environment": handover.environment,
-        "self_check": handover.self_check,
+        "engine": info.engine,
+        "environment": info.environment,
+        "self_check": info.self_check,
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
     window = measurement.facts["window_ns"]
-    rows = sampler.read_samples(handover.telemetry, offset, *window)
+    rows = sampler.read_samples(info.telemetry, offset, *window)
     parquet.write_table(parquet.arrow_table(columns.TELEMETRY, rows, record), samples)
     table = measurement.requests
     schema = parquet.arrow_schema(columns.REQUESTS, record)
@@ -83,7 +83,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     return verdict
 
 
-def _salt_of(trial: Trial) -> str:
+def prompt_salt(trial: Trial) -> str:
     """What the trial's prompts are drawn with: the same for every engine that is brought up for it.
 
     An external one may have kept those of an earlier measurement: it gets others each time.
@@ -93,12 +93,12 @@ def _salt_of(trial: Trial) -> str:
     return f"{trial.digest}-{secrets.token_hex(4)}"
 
 
-def _alive(handover: AllocationInfo, measurement: Measurement) -> bool:
+def _is_alive(info: AllocationInfo, measurement: Measurement) -> bool:
     """Whether the server still answers; after a failure it gets a moment to collapse."""
     if not any(measurement.errors):
         return True
     deadline = time.monotonic() + DEATH_CONFIRMED_S
-    while server.is_healthy(handover.endpoint):
+    while server.is_healthy(info.endpoint):
         if time.monotonic() > deadline:
             return True
         time.sleep(0.5)

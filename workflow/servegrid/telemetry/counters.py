@@ -31,7 +31,7 @@ E2EL: Names = ("vllm:e2e_request_latency_seconds",)
 
 
 def gauge_columns(counters: Counters) -> dict[str, float]:
-    """The columns of `columns.TELEMETRY` that come from the server; missing metrics are left out."""
+    """The columns of `columns.TELEMETRY` that come from the server, without missing metrics."""
     values = {
         "running": _value(counters, RUNNING),
         "waiting": _value(counters, WAITING),

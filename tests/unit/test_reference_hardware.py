@@ -1,0 +1,32 @@
+"""The file of prices is the user's own if there is one, else that of the package."""
+
+from pathlib import Path
+
+import pytest
+
+from servegrid.reference.hardware import DEFAULT, find_hardware_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_prices(folder: Path) -> Path:
+    file = folder / "config" / "hardware.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("currency: EUR\ngpus: {}\n")
+    return file
+
+
+def test_the_working_directory_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkout, study = tmp_path / "checkout", tmp_path / "study"
+    study.mkdir()
+    monkeypatch.chdir(study)
+    assert find_hardware_file(checkout) == DEFAULT
+    in_checkout = write_prices(checkout)
+    assert find_hardware_file(checkout) == in_checkout
+    write_prices(study)
+    assert find_hardware_file(checkout) == Path("config/hardware.yaml")
+
+
+def test_the_package_has_no_copy_of_its_own_in_a_checkout() -> None:
+    assert DEFAULT.is_symlink()
+    assert DEFAULT.resolve() == ROOT / "config" / "hardware.yaml"
