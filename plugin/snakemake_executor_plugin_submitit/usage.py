@@ -82,12 +82,12 @@ class UsageStats:
 
     def describe(self) -> str:
         """The account in one line."""
-        parts = [f"{len(self.done)} of {counted(len(self.given), 'job')} done"]
+        parts = [f"{len(self.done)} of {pluralize(len(self.given), 'job')} done"]
         if failed := self.failed - self.done:
             parts.append(f"{len(failed)} failed")
         if self.repeated:
-            parts.append(f"{counted(self.repeated, 'start')} repeated")
-        parts.append(f"up {counted(self.bring_ups, 'time')} in {self._describe_jobs()}")
+            parts.append(f"{pluralize(self.repeated, 'start')} repeated")
+        parts.append(f"up {pluralize(self.bring_ups, 'time')} in {self._describe_jobs()}")
         if self.allocated:
             parts.append(_describe_shares([self]))
         return f"{self.name}: {', '.join(parts)}"
@@ -95,7 +95,7 @@ class UsageStats:
     def _describe_jobs(self) -> str:
         if not self.jobs:
             return "no allocation"
-        return f"{counted(len(self.jobs), 'allocation')} ({', '.join(self.jobs)})"
+        return f"{pluralize(len(self.jobs), 'allocation')} ({', '.join(self.jobs)})"
 
 
 def summary(accounts: Collection[UsageStats], seconds: float, command: str) -> list[str]:
@@ -108,9 +108,9 @@ def summary(accounts: Collection[UsageStats], seconds: float, command: str) -> l
     given = sum(len(each.given) for each in shown)
     done = sum(len(each.done) for each in shown)
     together = [
-        f"{done} of {counted(given, 'job')} done in {duration(seconds)}",
-        counted(sum(each.bring_ups for each in shown), "bring-up"),
-        f"{counted(sum(each.repeated for each in shown), 'start')} repeated",
+        f"{done} of {pluralize(given, 'job')} done in {duration(seconds)}",
+        pluralize(sum(each.bring_ups for each in shown), "bring-up"),
+        f"{pluralize(sum(each.repeated for each in shown), 'start')} repeated",
     ]
     if sum(each.allocated for each in shown):
         together.append(_describe_shares(shown))
@@ -161,7 +161,7 @@ class Progress:
         """
         left = f", about {duration(self.eta_s)} left" if self.eta_s else ""
         return (
-            f"Allocation {self.name}: {self.done} of {counted(self.total, 'job')} done, "
+            f"Allocation {self.name}: {self.done} of {pluralize(self.total, 'job')} done, "
             f"{self.text}{left}"
         )
 
@@ -179,6 +179,6 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """`1 job`, `2 jobs`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

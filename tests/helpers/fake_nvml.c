@@ -1,20 +1,20 @@
-/* A libnvidia-ml.so.1 whose GPUs behave as a script says, for tests on machines without one.
+/* A libnvidia-ml.so.1 with fake GPUs that follow a script, for tests on machines without GPUs.
  *
  * FAKE_NVML names the script, whose lines are:
  *
- *   origin NS                    when each reading has its VALUE, ns of CLOCK_MONOTONIC; comes first
+ *   origin NS                    time at which readings have their VALUE, ns of CLOCK_MONOTONIC; first
  *   init CODE                    what nvmlInit returns
  *   count CODE                   what nvmlDeviceGetCount returns
- *   gpu UUID                     a GPU; the lines below are of it
- *   mig UUID                     a part of a GPU: found by name, and not counted
- *   set KEY VALUE PER_SECOND     a reading: VALUE, and so much more each second
+ *   gpu UUID                     a GPU; the lines below belong to it
+ *   mig UUID                     a MIG device: found by its name, and not counted
+ *   set KEY VALUE PER_SECOND     a reading: VALUE, plus PER_SECOND for each second
  *   fail KEY CODE MOMENT         the call returns CODE; `all` stands for every key
  *   hang KEY MOMENT              the call does not return
  *
- * MOMENT is `always`, or `later`: as soon as a file exists that is named as the script, .later.
+ * MOMENT is `always`, or `later`: from when a file exists with the script's name plus `.later`.
  * Keys: open power instant energy used reserved utilization sm_clock memory_clock temperature
- * reasons. What is not set is not supported. With OLD_DRIVER, the functions that drivers of 2019
- * (R418) did not have are missing. Types and numbers are those of nvml.h.
+ * reasons. A key that is not set is not supported. With OLD_DRIVER, functions that drivers of
+ * 2019 (R418) did not have are missing. Types and numbers are those of nvml.h.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -54,7 +54,7 @@ static double now(void) {
 }
 
 static void refuse(const char *line) {
-    fprintf(stderr, "fake_nvml: what is this line? %s\n", line);
+    fprintf(stderr, "fake_nvml: unknown line in the script: %s\n", line);
     abort();
 }
 
@@ -212,7 +212,7 @@ typedef struct {
 } memory;
 
 int nvmlDeviceGetMemoryInfo(gpu *of, memory *out) {
-    /* Before version 2, what the driver keeps for itself is in use. */
+    /* Before version 2, used memory includes the memory that the driver reserves. */
     unsigned long long reserved = 0;
     wide(of, "reserved", &reserved);
     int code = wide(of, "used", &out->used);

@@ -1,7 +1,7 @@
-"""parse_study.py STUDY OUT: what the vLLM that is imported makes of a study's deployments.
+"""parse_study.py STUDY OUT: parses a study's deployments with the vLLM that is imported.
 
-Writes JSON: its version, the arguments as they were parsed by deployment, and the parameters
-that its parts insist on.
+Writes JSON: vLLM's version, the parsed arguments of each deployment, and the required parameters
+of vLLM's parts.
 """
 
 import inspect
@@ -30,11 +30,11 @@ PARSED = (
 )
 
 
-def parsed(api: vllm_api.Api, deployment: Deployment) -> dict[str, Any]:
+def parse_arguments(api: vllm_api.Api, deployment: Deployment) -> dict[str, Any]:
     defaults = arguments.default_arguments(deployment, "/models/any", None)
     words = arguments.format_arguments(deployment, defaults, api.options, api.version)
     namespace = api.parse([*words, "--api-key", "secret"], deployment.name)
-    return {name: getattr(namespace, name, "not there") for name in PARSED}
+    return {name: getattr(namespace, name, "missing") for name in PARSED}
 
 
 def required(function: Callable[..., Any]) -> list[str]:
@@ -44,14 +44,17 @@ def required(function: Callable[..., Any]) -> list[str]:
 
 
 api = vllm_api.load_api()
-told = {
+result = {
     "version": api.version,
     "device": api.device,
-    "parsed": {each.name: parsed(api, each) for each in load_study(Path(sys.argv[1])).deployments},
+    "parsed": {
+        deployment.name: parse_arguments(api, deployment)
+        for deployment in load_study(Path(sys.argv[1])).deployments
+    },
     "required": {
         "build_engine": required(api.build_engine),
         "build_app": required(api.build_app),
         "init_state": required(api.init_state),
     },
 }
-Path(sys.argv[2]).write_text(json.dumps(told))
+Path(sys.argv[2]).write_text(json.dumps(result))

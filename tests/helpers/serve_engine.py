@@ -1,8 +1,8 @@
-"""Brings one engine up, as an allocation does, for a test that watches from outside.
+"""Starts one engine, as an allocation does, for a test that watches it from outside.
 
-Usage: serve_engine.py DEPLOYMENT SITE, both JSON. When the engine is up, a line of JSON tells
-what a test cannot see; a failure is told as one, too. Each line on standard input asks whether
-the engine is healthy; the end of standard input ends it.
+Usage: serve_engine.py DEPLOYMENT SITE, both JSON. When the engine has started or failed, the script
+prints a line of JSON. For each line on standard input it prints whether the engine is healthy; the
+end of standard input stops the engine.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from servegrid.node import processes
 from servegrid.study.grid import Deployment
 
 
-def tell(**facts: Any) -> None:
+def report(**facts: Any) -> None:
     print(json.dumps(facts), flush=True)
 
 
 class Watch(threading.Thread):
-    """Sees all processes and shared memory that there are while an engine starts."""
+    """Records all processes and shared memory that exist while an engine starts."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -48,11 +48,11 @@ def main() -> None:
     site = json.loads(sys.argv[2])
     watch = Watch()
     watch.start()
-    tell(pid=os.getpid())
+    report(pid=os.getpid())
     environment = dict(os.environ)
     try:
         with start_engine(deployment, Site(**site | {"models": Path(site["models"])})) as engine:
-            tell(
+            report(
                 endpoint=json.loads(engine.endpoint.to_json()),
                 facts=engine.facts,
                 pids=engine.pids(),
@@ -62,13 +62,13 @@ def main() -> None:
                 environment_kept=environment == dict(os.environ),
             )
             for _ in sys.stdin:
-                tell(healthy=engine.healthy())
+                report(healthy=engine.healthy())
     except ServegridError as error:
-        tell(error=f"{type(error).__name__}: {error}", all_pids=sorted(watch.pids))
-    tell(
+        report(error=f"{type(error).__name__}: {error}", all_pids=sorted(watch.pids))
+    report(
         pids_left=[pid for pid in watch.pids if _is_running(pid)],
         segments=sorted(watch.segments),
-        segments_left=[each for each in watch.segments if Path(each).exists()],
+        segments_left=[path for path in watch.segments if Path(path).exists()],
     )
 
 

@@ -1,4 +1,4 @@
-"""An engine in a process of its own, and what it leaves behind."""
+"""An engine in a separate process, and a check that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
 
 SCRIPT = Path(__file__).with_name("serve_engine.py")
-GONE_LIMIT_S = 60
+CLEANUP_LIMIT_S = 60
 KEPT_BY_TORCH = "torchinductor_"
 
 
-def client_of(endpoint: Endpoint) -> httpx.Client:
+def http_client(endpoint: Endpoint) -> httpx.Client:
     return httpx.Client(
         base_url=endpoint.base_url,
         headers={"Authorization": f"Bearer {endpoint.api_key}"},
@@ -35,17 +35,17 @@ def client_of(endpoint: Endpoint) -> httpx.Client:
     )
 
 
-class Serving:
+class EngineProcess:
     """`serve_engine.py` for one deployment, with its log in `folder`.
 
-    When the block ends, no process, shared memory or temporary file may be left.
+    After the block, no process, shared memory or temporary file may remain.
     """
 
     def __init__(self, deployment: Deployment, models: Path, folder: Path, **site: Any) -> None:
         self.log = folder / "log"
-        # Not in `folder`, whose path is too long for the engine's sockets.
+        # Not in `folder`: its path is too long for a Unix socket.
         self.temporary = Path(tempfile.mkdtemp(prefix="sg-"))
-        self.told: dict[str, Any] = {}
+        self.messages: dict[str, Any] = {}
         self._command = [
             sys.executable,
             str(SCRIPT),
@@ -64,7 +64,7 @@ class Serving:
                 env=os.environ | {"TMPDIR": str(self.temporary)},
                 start_new_session=True,
             )
-        self.hear()
+        self.read_message()
         return self
 
     def __exit__(
@@ -85,59 +85,61 @@ class Serving:
             assert stream
             stream.close()
         if check:
-            self.check_nothing_is_left()
+            self.check_nothing_remains()
 
-    def hear(self) -> dict[str, Any]:
-        """The next line it tells; all that it has told so far is in `told`."""
+    def read_message(self) -> dict[str, Any]:
+        """The next message of the process; `messages` contains all of them together."""
         assert self.process.stdout
         line = self.process.stdout.readline()
         assert line, self.log.read_text()
-        told: dict[str, Any] = json.loads(line)
-        self.told |= told
-        return told
+        message: dict[str, Any] = json.loads(line)
+        self.messages |= message
+        return message
 
-    def up(self) -> dict[str, Any]:
-        told = self.hear()
-        assert "endpoint" in told, told
-        return told
+    def wait_until_up(self) -> dict[str, Any]:
+        message = self.read_message()
+        assert "endpoint" in message, message
+        return message
 
     def healthy(self) -> bool:
         assert self.process.stdin
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return bool(self.hear()["healthy"])
+        return bool(self.read_message()["healthy"])
 
     def finish(self) -> dict[str, Any]:
-        """End it in good order and hear what was left while its process still ran."""
+        """End it normally; returns what the engine left behind before its process ended."""
         assert self.process.stdin
         self.process.stdin.close()
-        told = self.hear()
+        message = self.read_message()
         assert self.process.wait(60) == 0
-        return told
+        return message
 
-    def end(self, signal_number: signal.Signals) -> int:
+    def send_signal(self, signal_number: signal.Signals) -> int:
         self.process.send_signal(signal_number)
         return self.process.wait(60)
 
     def client(self) -> httpx.Client:
-        return client_of(Endpoint(**self.told["endpoint"]))
+        return http_client(Endpoint(**self.messages["endpoint"]))
 
-    def check_nothing_is_left(self) -> None:
-        deadline = time.monotonic() + GONE_LIMIT_S
-        while left := self._left():
-            assert time.monotonic() < deadline, left
+    def check_nothing_remains(self) -> None:
+        deadline = time.monotonic() + CLEANUP_LIMIT_S
+        while remaining := self._remaining():
+            assert time.monotonic() < deadline, remaining
             time.sleep(0.05)
 
-    def _left(self) -> list[str]:
+    def _remaining(self) -> list[str]:
         with_folder = [
             pid for pid in os.listdir("/proc") if pid.isdecimal() and self._names_folder(pid)
         ]
-        segments = [each for each in self.told.get("segments", []) if Path(each).exists()]
-        known = [str(pid) for pid in self.told.get("all_pids", []) if Path(f"/proc/{pid}").exists()]
+        segments = [path for path in self.messages.get("segments", []) if Path(path).exists()]
+        known = [
+            str(pid) for pid in self.messages.get("all_pids", []) if Path(f"/proc/{pid}").exists()
+        ]
         files = [
-            each.name
-            for each in self.temporary.iterdir()
-            if not each.name.startswith(KEPT_BY_TORCH)
+            file.name
+            for file in self.temporary.iterdir()
+            if not file.name.startswith(KEPT_BY_TORCH)
         ]
         return with_folder + known + segments + files
 

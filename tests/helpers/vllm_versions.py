@@ -1,8 +1,8 @@
-"""Other versions of vLLM, as far as their argument parser goes.
+"""The argument parsers of other versions of vLLM.
 
-Of a version, the Python files of its CPU build are put into a folder that comes before the
-installed packages. What it imports beyond them is what is installed, except where that has grown
-too new for it. Nothing compiled is kept, so such a version parses arguments and serves nothing.
+The Python files of a version's CPU build go into a folder that comes before the installed packages
+on the path. Other packages are the installed ones, unless these are too new for that version.
+Compiled files are left out, so a version can parse arguments but cannot serve.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pathlib import Path
 
 from servegrid.study import models
 
-OF_ITS_TIME: dict[str, tuple[str, ...]] = {
+EXTRA_PACKAGES: dict[str, tuple[str, ...]] = {
     "0.10.1.1": ("transformers==4.55.4", "tokenizers==0.21.4", "huggingface-hub==0.36.2"),
     "0.19.1": ("diskcache==5.6.3",),
 }
-"""The versions of workflow/envs beside the installed one, each with the packages it cannot do
-without: transformers 5 has taken names of models that 0.10 registers itself."""
+"""The versions in workflow/envs that are not installed, with the older packages that they need.
+(transformers 5 registers names of models that vLLM 0.10 registers too.)"""
 
 KEPT = (".py", ".json", ".txt", "METADATA")
 
 
 class CannotFetchError(Exception):
-    """pip did not get a package."""
+    """pip could not download a package."""
 
 
-def folder_of(version: str) -> Path:
-    """The folder to put first on PYTHONPATH, made once per user. Raises CannotFetchError."""
+def fetch_parser(version: str) -> Path:
+    """The folder to put first on PYTHONPATH; created once per user. Raises CannotFetchError."""
     cache = models.default_folder().parent / "vllm-parsers"
     folder = cache / version
     if folder.exists():
@@ -44,9 +44,9 @@ def folder_of(version: str) -> Path:
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as packed:
             packed.extractall(made, [name for name in packed.namelist() if name.endswith(KEPT)])
-        if OF_ITS_TIME[version]:
-            _pip("install", ["--target", str(made)], OF_ITS_TIME[version])
-        _name_it_vllm(made, version)
+        if EXTRA_PACKAGES[version]:
+            _pip("install", ["--target", str(made)], EXTRA_PACKAGES[version])
+        _write_metadata(made, version)
         if not folder.exists():
             shutil.move(made, folder)
     return folder
@@ -60,8 +60,8 @@ def _pip(what: str, options: Sequence[str], requirements: Sequence[str]) -> None
         raise CannotFetchError(f"pip {what} {' '.join(requirements)}: {' '.join(errors[-1:])}")
 
 
-def _name_it_vllm(folder: Path, version: str) -> None:
-    """Metadata by the name that vLLM looks itself up by, to know that it is a CPU build."""
+def _write_metadata(folder: Path, version: str) -> None:
+    """Write metadata under the name `vllm`, where vLLM reads that it is a CPU build."""
     metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")

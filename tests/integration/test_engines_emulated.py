@@ -1,4 +1,4 @@
-"""The emulated engine under the real client: its timing, and each of its faults."""
+"""The emulated engine with the real client: its timing and each of its faults."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def measured(engine: Engine, wanted: Workload) -> Measurement:
 @pytest.mark.parametrize(
     ("concurrency", "input_len", "published"), [(1, 31, 1.8), (8, 480, 3.0), (32, 31, 4.2)]
 )
-def test_a_burst_takes_as_long_as_published(
+def test_a_burst_takes_the_published_time(
     engine: Engine, concurrency: int, input_len: int, published: float
 ) -> None:
     result = measured(engine, workload(concurrency, input_len))
@@ -67,13 +67,13 @@ def test_a_burst_takes_as_long_as_published(
     assert {row["prompt_tokens"] for row in rows} == {input_len}
     assert {row["completion_tokens"] for row in rows} == {100}
     took = (max(row["done_ns"] for row in rows) - min(row["sent_ns"] for row in rows)) / 1e9
-    # It can only be late: by its own waking up, and by a busy machine.
+    # It can only be late: by its timers, and on a busy machine.
     assert published * 0.05 - 0.002 < took < published * 0.05 + 0.5
     assert engine.facts["engine"] == "emulated"
     assert engine.facts["time_scale"] == 0.05
 
 
-def test_a_steady_load_gets_the_same_speed(engine: Engine) -> None:
+def test_a_closed_loop_is_not_faster_than_a_single_request(engine: Engine) -> None:
     result = measured(engine, workload(4, protocol="closed_loop", requests=16))
     e2el = [(row["token_ns"][-1] - row["sent_ns"]) / 1e9 for row in result.requests.to_pylist()]
     assert len(e2el) == 16
@@ -95,7 +95,7 @@ def test_refused_connections(engine: Engine) -> None:
 
 
 @with_fault("stall", concurrency=2)
-def test_stalled_answers(engine: Engine) -> None:
+def test_stalled_responses(engine: Engine) -> None:
     result = measured(engine, workload(2))
     assert verdict(engine, result) == "timeout"
     assert len(result.requests["token_ns"].to_pylist()[0]) == 1
@@ -118,13 +118,13 @@ def test_an_engine_that_runs_out_of_memory(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("engine", [{"timing": "inria-2024", "time_scale": 0.001}], indirect=True)
-def test_the_tables_gaps_are_not_served(engine: Engine) -> None:
+def test_workloads_outside_the_table_are_not_served(engine: Engine) -> None:
     result = measured(engine, workload(1, 3000))
     assert verdict(engine, result) == "http_error"
-    assert "The table has no figure for 1 requests with prompts of 3000" in str(result.errors[0])
+    assert "The table has no value for 1 requests with prompts of 3000" in str(result.errors[0])
 
 
-def test_out_of_memory_at_the_start() -> None:
+def test_a_start_that_runs_out_of_memory() -> None:
     deployment = replace(MISTRAL, engine_args=QUICK | {"faults": [{"kind": "oom_at_start"}]})
     with (
         pytest.raises(EngineError, match="did not start: out of memory"),
@@ -140,19 +140,19 @@ def test_a_slow_start() -> None:
     with start_engine(deployment, SITE):
         assert time.monotonic() - began > 0.3
     with (
-        pytest.raises(EngineError, match=r"not up within 0\.1 s"),
+        pytest.raises(EngineError, match=r"did not start within 0\.1 s"),
         start_engine(deployment, replace(SITE, startup_s=0.1)),
     ):
         pass
 
 
-def test_only_those_with_the_key_are_served(engine: Engine) -> None:
+def test_requests_without_the_api_key_are_refused(engine: Engine) -> None:
     other = replace(engine.endpoint, api_key="other")
     with pytest.raises(LoadError, match="key"):
         measure(other, workload(), None, "salt")
 
 
-def test_on_a_unix_socket_and_nothing_is_left() -> None:
+def test_it_serves_on_a_unix_socket_and_leaves_nothing_behind() -> None:
     deployment = replace(MISTRAL, engine_args=QUICK)
     with start_engine(deployment, replace(SITE, socket="unix")) as engine:
         assert engine.pids() == [os.getpid()]

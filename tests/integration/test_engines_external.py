@@ -1,4 +1,4 @@
-"""An endpoint that is already up, measured as it is: llama.cpp's server, which the test started."""
+"""An external endpoint: llama.cpp's server, started by the test and not by servegrid."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from servegrid.engines import Site, start_engine
 from servegrid.errors import EngineError
 from servegrid.records import parquet
 from servegrid.run import service
+from servegrid.run.trial import measure_trial
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Deployment, Study
 
@@ -37,7 +38,7 @@ SERVED = "smollm2"
 
 @contextmanager
 def llama_server(gguf: Path, keys: list[str]) -> Iterator[str]:
-    """The URL of llama.cpp's server in a process that is the test's, not an engine of ours."""
+    """The URL of a llama.cpp server that the test starts; it is not an engine of servegrid."""
     settings = {
         "model.path": str(gguf),
         "model_alias": [SERVED],
@@ -45,7 +46,7 @@ def llama_server(gguf: Path, keys: list[str]) -> Iterator[str]:
         "n_ctx": 4 * 512,
         "fit_params": False,
         "n_gpu_layers": 0,
-        # Two servers on few cores: threads that wait for each other spin.
+        # Two servers share few cores, and llama.cpp's threads wait by spinning.
         "cpuparams.n_threads": 1,
         "cpuparams_batch.n_threads": 1,
         "cache_ram_mib": 0,
@@ -79,7 +80,7 @@ def llama_server(gguf: Path, keys: list[str]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def urls(demo_model: DemoModel) -> Iterator[dict[bool, str]]:
-    """The URLs of a server that wants a key (True) and of one that wants none."""
+    """The URLs of a server that requires an API key (True) and of one that does not (False)."""
     with llama_server(demo_model.gguf, [KEY]) as locked, llama_server(demo_model.gguf, []) as free:
         yield {True: locked, False: free}
 
@@ -113,7 +114,7 @@ def deployment(url: str, **endpoint: Any) -> Deployment:
 
 @pytest.fixture
 def affinity() -> Iterator[None]:
-    """A cell keeps its process to the client's cores, and here that is the test's."""
+    """Restores the test's cores: a cell pins its process, which is here the test's."""
     before = os.sched_getaffinity(0)
     yield
     os.sched_setaffinity(0, before)
@@ -122,7 +123,7 @@ def affinity() -> Iterator[None]:
 @pytest.mark.usefixtures("affinity")
 @pytest.mark.parametrize("locked", [True, False])
 @pytest.mark.parametrize("api", ["completions", "chat"])
-def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
+def test_cells_of_an_external_endpoint_are_measured_without_telemetry(
     urls: dict[bool, str],
     api: str,
     locked: bool,
@@ -133,59 +134,60 @@ def test_its_cells_are_measured_and_only_what_is_known_of_it_is_told(
     key = {"api_key_env": VARIABLE} if locked else {}
     if locked:
         monkeypatch.setenv(VARIABLE, KEY)
-    of = study(f"{urls[locked]}/v1/", api=api, version="b1", **key)
+    external_study = study(f"{urls[locked]}/v1/", api=api, version="b1", **key)
     resources = {"max_concurrency": 2, "startup_s": 60}
-    with service.serve("a", {"spec": of.trials[0].spec_json}, resources) as served:
+    with service.serve("a", {"spec": external_study.trials[0].spec_json}, resources) as served:
         assert served.healthy()
-        handover = Path(served.env[service.INFO_VARIABLE])
-        monkeypatch.setenv(service.INFO_VARIABLE, str(handover))
-        for trial in of.trials:
+        info = Path(served.env[service.INFO_VARIABLE])
+        monkeypatch.setenv(service.INFO_VARIABLE, str(info))
+        for trial in external_study.trials:
             folder = tmp_path / trial.id
             requests, samples = folder / "requests.parquet", folder / "telemetry.parquet"
-            assert trial.measure_trial(trial, requests, samples, last_attempt=True) == "ok"
-        assert KEY not in handover.read_text()
-    assert httpx.get(f"{urls[locked]}/health").status_code == 200, "it was left as it was"
+            assert measure_trial(trial, requests, samples, last_attempt=True) == "ok"
+        assert KEY not in info.read_text()
+    assert httpx.get(f"{urls[locked]}/health").status_code == 200, "the server still runs"
 
-    rows = tables.gather(of.trials, tmp_path)
+    rows = tables.gather(external_study.trials, tmp_path)
     assert rows["verdict"].tolist() == ["ok", "ok"]
     assert set(rows["engine"]) == {"llama-server"} and set(rows["engine_version"]) == {"b1"}
     assert set(rows["gpu"]) == {"a100-40gb"} and set(rows["gpu_count"]) == {2}
     unknown = ["memory_peak_bytes", "power_w_mean", "gpu_utilization_mean", "waiting_mean"]
     assert rows[unknown].isna().all().all()
-    # What else a busy machine does to a cell is not looked at here. Of completions the server may
-    # well have kept a first token; of a chat it keeps what the template puts before each.
-    reasons = "".join(rows["invalid_reason"].dropna())
-    assert "tokens:" not in reasons
+    # A busy machine can break other rules. With completions, the server may have cached a first
+    # token; with chat, it caches the beginning of the template.
+    broken = {rule for rules in rows["invalid_rules"].dropna() for rule in rules}
+    assert "tokens" not in broken
     if api == "chat":
-        assert rows["prefix_hit_tokens"].min() > 0 and "prefix_cache:" not in reasons
-    for trial in of.trials:
+        assert rows["prefix_hit_tokens"].min() > 0 and "prefix_cache" not in broken
+    for trial in external_study.trials:
         written = (tmp_path / trial.id / "requests.parquet").read_bytes()
         record = parquet.read_record(tmp_path / trial.id / "requests.parquet")
         assert KEY not in json.dumps(record) and KEY.encode() not in written
         assert pq.read_table(tmp_path / trial.id / "telemetry.parquet").num_rows == 0
         assert record["engine"]["external"] is True
         assert record["client"]["salt"].startswith(f"{trial.digest}-")
-        told = pq.read_table(tmp_path / trial.id / "requests.parquet").to_pylist()
-        assert [sum(each["chunk_tokens"]) for each in told] == [6, 6]
-        assert {each["completion_tokens"] for each in told} == {6}
-        # The model's template says more to it than the user did, in 30 tokens.
+        responses = pq.read_table(tmp_path / trial.id / "requests.parquet").to_pylist()
+        assert [sum(response["chunk_tokens"]) for response in responses] == [6, 6]
+        assert {response["completion_tokens"] for response in responses} == {6}
+        # The chat template adds 30 tokens to the user's message.
         added = {"completions": 0, "chat": TEMPLATE_TOKENS}[api]
-        assert {each["prompt_tokens"] for each in told} == {trial.workload.input_len + added}
+        prompt_tokens = {response["prompt_tokens"] for response in responses}
+        assert prompt_tokens == {trial.workload.input_len + added}
         assert record["client"]["prompt_tokens_added"] == added
         assert record["client"]["prompt_form"] == {"completions": "ids", "chat": "messages"}[api]
     assert KEY not in "".join(capfd.readouterr())
 
 
 TEMPLATE_TOKENS = 30
-"""What the template of SmolLM2 puts around a first message of the user: see the next test."""
+"""The tokens that SmolLM2's chat template adds to the first message: see the next test."""
 
 
-def test_the_template_has_the_tokens_that_the_server_adds(demo_model: DemoModel) -> None:
+def test_the_chat_template_adds_30_tokens(demo_model: DemoModel) -> None:
     tokenizer = Tokenizer.from_file(str(demo_model.folder / "tokenizer.json"))
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     text = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
-    whole = tokenizer.encode(f"{text}<|im_start|>assistant\n", add_special_tokens=False).ids
-    assert len(whole) - 1 == TEMPLATE_TOKENS
+    token_ids = tokenizer.encode(f"{text}<|im_start|>assistant\n", add_special_tokens=False).ids
+    assert len(token_ids) - 1 == TEMPLATE_TOKENS
 
 
 def refusal(deployment: Deployment, demo_model: DemoModel) -> str:
@@ -194,42 +196,42 @@ def refusal(deployment: Deployment, demo_model: DemoModel) -> str:
         start_engine(deployment, Site(models=demo_model.models)),
     ):
         pass
-    told = str(caught.value)
-    assert told.startswith(f"deployment `{deployment.name}`: ") and "\n" not in told
-    return told
+    message = str(caught.value)
+    assert message.startswith(f"deployment `{deployment.name}`: ") and "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("api", ["completions", "chat"])
-def test_a_key_that_is_missing_or_wrong_is_told_with_its_variable(
+def test_a_missing_or_wrong_api_key_is_reported_with_its_variable(
     urls: dict[bool, str], demo_model: DemoModel, monkeypatch: pytest.MonkeyPatch, api: str
 ) -> None:
     keyed = deployment(urls[True], api=api, api_key_env=VARIABLE)
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert f"the variable {VARIABLE} holds no API key. Export it" in refusal(keyed, demo_model)
+    assert f"the variable {VARIABLE} contains no API key. Export it" in refusal(keyed, demo_model)
     monkeypatch.setenv(VARIABLE, "another-key")
-    told = refusal(keyed, demo_model)
-    assert f"refuses the API key in {VARIABLE} (HTTP 401). Export the variable" in told
-    assert "another-key" not in told
-    told = refusal(deployment(urls[True], api=api), demo_model)
-    assert "wants an API key (HTTP 401)" in told and "`endpoint.api_key_env`" in told
+    message = refusal(keyed, demo_model)
+    assert f"refuses the API key in {VARIABLE} (HTTP 401). Export the right key" in message
+    assert "another-key" not in message
+    message = refusal(deployment(urls[True], api=api), demo_model)
+    assert "requires an API key (HTTP 401)" in message and "`endpoint.api_key_env`" in message
 
 
-def test_a_model_that_it_does_not_serve_is_told_with_those_that_it_does(
+def test_an_unknown_model_is_reported_with_the_models_that_are_served(
     urls: dict[bool, str], demo_model: DemoModel
 ) -> None:
-    told = refusal(deployment(urls[False], model="mixtral"), demo_model)
-    assert f"serves no `mixtral`, but `{SERVED}`. Correct `endpoint.model`" in told
+    message = refusal(deployment(urls[False], model="mixtral"), demo_model)
+    assert f"does not serve `mixtral`. It serves `{SERVED}`. Correct `endpoint.model`" in message
 
 
-def test_an_endpoint_that_is_not_there_is_told(demo_model: DemoModel) -> None:
+def test_an_unreachable_endpoint_is_reported(demo_model: DemoModel) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    told = refusal(deployment(f"http://127.0.0.1:{port}"), demo_model)
-    assert f"http://127.0.0.1:{port} does not answer (Connection refused)" in told
+    message = refusal(deployment(f"http://127.0.0.1:{port}"), demo_model)
+    assert f"http://127.0.0.1:{port} does not answer (Connection refused)" in message
 
 
 @pytest.mark.parametrize(
-    ("script", "told"),
+    ("script", "message"),
     [
         (FaultScript(usage="none"), "failed: usage_missing: the stream has no usage"),
         (
@@ -242,15 +244,17 @@ def test_an_endpoint_that_is_not_there_is_told(demo_model: DemoModel) -> None:
         ),
     ],
 )
-def test_an_endpoint_that_does_not_do_what_measuring_needs_is_refused_before_it(
-    script: FaultScript, told: str, demo_model: DemoModel
+def test_an_endpoint_that_cannot_be_benchmarked_is_refused_at_the_start(
+    script: FaultScript, message: str, demo_model: DemoModel
 ) -> None:
     with start_faulty_server(script) as server:
-        of = deployment(server.endpoint.base_url, model=MODEL)
-        assert told in refusal(of, demo_model)
+        faulty = deployment(server.endpoint.base_url, model=MODEL)
+        assert message in refusal(faulty, demo_model)
 
 
-def test_nothing_of_it_is_ours(urls: dict[bool, str], demo_model: DemoModel) -> None:
+def test_an_external_engine_has_no_processes_here(
+    urls: dict[bool, str], demo_model: DemoModel
+) -> None:
     before = psutil.Process().children()
     with start_engine(deployment(urls[False]), Site(models=demo_model.models)) as engine:
         assert engine.pids() == []
@@ -258,7 +262,7 @@ def test_nothing_of_it_is_ours(urls: dict[bool, str], demo_model: DemoModel) -> 
         assert engine.healthy()
 
 
-def test_an_endpoint_that_has_gone_is_not_healthy(demo_model: DemoModel) -> None:
+def test_a_killed_endpoint_is_not_healthy(demo_model: DemoModel) -> None:
     with (
         start_faulty_server(FaultScript()) as server,
         start_engine(
@@ -271,7 +275,7 @@ def test_an_endpoint_that_has_gone_is_not_healthy(demo_model: DemoModel) -> None
         assert not engine.healthy()
 
 
-def test_the_command_measures_a_chat(
+def test_servegrid_load_measures_the_chat_api(
     urls: dict[bool, str],
     demo_model: DemoModel,
     tmp_path: Path,
@@ -297,8 +301,8 @@ def test_the_command_measures_a_chat(
     ]
     assert main([*words, "--tokenizer", str(demo_model.folder)]) == 0
     rows = pq.read_table(out).to_pylist()
-    assert {each["prompt_tokens"] for each in rows} == {12 + TEMPLATE_TOKENS}
-    assert {each["completion_tokens"] for each in rows} == {5}
+    assert {row["prompt_tokens"] for row in rows} == {12 + TEMPLATE_TOKENS}
+    assert {row["completion_tokens"] for row in rows} == {5}
     assert parquet.read_record(out)["endpoint"]["api"] == "chat"
     capsys.readouterr()
     assert main(words) == 2

@@ -1,4 +1,4 @@
-"""llama.cpp as an engine: what it serves, how it fails, and that nothing of it is left."""
+"""The engine llama.cpp: serving, failed starts, and that nothing remains after the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from conftest import DemoModel
-from helpers.serving import Serving, client_of
+from helpers.serving import EngineProcess, http_client
 from servegrid.engines import Site, start_engine
 from servegrid.errors import ConfigError, EngineError
 from servegrid.study.grid import Deployment
@@ -49,12 +49,12 @@ def metric(client: httpx.Client, name: str) -> float:
     raise AssertionError(f"no metric {name}")
 
 
-def test_it_serves_the_model_and_every_prompt_in_full(
+def test_it_serves_the_model_and_processes_every_prompt_in_full(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with (
         start_engine(llamacpp_deployment, site(demo_model)) as engine,
-        client_of(engine.endpoint) as client,
+        http_client(engine.endpoint) as client,
     ):
         assert complete(client, "The capital of France is", 3)["choices"][0]["text"].startswith(
             " Paris"
@@ -76,12 +76,12 @@ def test_it_serves_the_model_and_every_prompt_in_full(
         assert engine.endpoint.api_key not in repr(engine.facts)
 
 
-def test_a_request_may_fill_the_context_and_no_more(
+def test_a_request_can_fill_the_context_but_not_exceed_it(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with (
         start_engine(llamacpp_deployment, site(demo_model)) as engine,
-        client_of(engine.endpoint) as client,
+        http_client(engine.endpoint) as client,
     ):
         usage = complete(client, [1000] * 500, 12)["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (500, 12)
@@ -89,12 +89,12 @@ def test_a_request_may_fill_the_context_and_no_more(
             complete(client, [1000] * 513, 1)
 
 
-def test_as_many_requests_as_it_has_slots_run_at_once_while_it_stays_healthy(
+def test_all_slots_are_used_and_the_server_stays_healthy(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with (
         start_engine(llamacpp_deployment, site(demo_model)) as engine,
-        client_of(engine.endpoint) as client,
+        http_client(engine.endpoint) as client,
         ThreadPoolExecutor(12) as pool,
     ):
         requests = [pool.submit(complete, client, [1000 + n] * 8, 40) for n in range(12)]
@@ -108,18 +108,18 @@ def test_as_many_requests_as_it_has_slots_run_at_once_while_it_stays_healthy(
         assert [r.result()["usage"]["completion_tokens"] for r in requests] == [40] * 12
 
 
-def test_only_who_has_the_key_is_served(
+def test_requests_without_the_api_key_are_refused(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with start_engine(llamacpp_deployment, site(demo_model)) as engine:
-        with client_of(replace(engine.endpoint, api_key="another")) as client:
+        with http_client(replace(engine.endpoint, api_key="another")) as client:
             assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401
         (pid,) = engine.pids()
         assert engine.endpoint.api_key
         assert engine.endpoint.api_key not in " ".join(psutil.Process(pid).cmdline())
 
 
-def test_it_listens_on_a_unix_socket_that_only_its_user_reaches(
+def test_it_listens_on_a_unix_socket_that_only_its_user_can_reach(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with start_engine(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
@@ -127,14 +127,14 @@ def test_it_listens_on_a_unix_socket_that_only_its_user_reaches(
         socket = Path(engine.endpoint.socket)
         assert socket.is_socket()
         assert socket.parent.stat().st_mode & 0o777 == 0o700
-        with client_of(engine.endpoint) as client:
+        with http_client(engine.endpoint) as client:
             assert complete(client, "a b c", 2)["usage"]["completion_tokens"] == 2
         (pid,) = engine.pids()
         assert psutil.Process(pid).net_connections("inet") == []
     assert not socket.parent.exists()
 
 
-def test_a_second_one_comes_up_after_the_first(
+def test_a_second_engine_starts_after_the_first(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     pids = set()
@@ -147,7 +147,7 @@ def test_a_second_one_comes_up_after_the_first(
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_a_killed_engine_is_not_healthy_and_leaves_nothing(
+def test_a_killed_engine_is_not_healthy_and_leaves_nothing_behind(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with start_engine(llamacpp_deployment, site(demo_model, socket="unix")) as engine:
@@ -161,7 +161,7 @@ def test_a_killed_engine_is_not_healthy_and_leaves_nothing(
     assert not psutil.pid_exists(pid)
 
 
-def test_a_damaged_model_is_told_in_one_line(
+def test_a_damaged_model_is_reported_in_one_line(
     demo_model: DemoModel, llamacpp_deployment: Deployment, tmp_path: Path
 ) -> None:
     damaged = tmp_path / "damaged.gguf"
@@ -175,7 +175,7 @@ def test_a_damaged_model_is_told_in_one_line(
     assert llamacpp_deployment.name in str(caught.value)
 
 
-def test_a_misspelt_argument_is_refused_with_what_was_meant(
+def test_a_misspelt_argument_is_refused_with_a_suggestion(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     misspelt = replace(llamacpp_deployment, engine_args={"cache_promt": True})
@@ -186,33 +186,34 @@ def test_a_misspelt_argument_is_refused_with_what_was_meant(
         pass
 
 
-def test_a_context_longer_than_the_models_is_refused(
+def test_a_context_longer_than_the_models_context_is_refused(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     long = replace(llamacpp_deployment, max_model_len=8448, max_num_seqs=1)
     with (
-        pytest.raises(ConfigError, match="max_model_len 8448 is more than the 8192 tokens"),
+        pytest.raises(
+            ConfigError,
+            match="max_model_len 8448 is longer than the model's context of 8192 tokens",
+        ),
         start_engine(long, site(demo_model)),
     ):
         pass
 
 
-def test_gpus_that_are_not_there_are_missed(
-    demo_model: DemoModel, llamacpp_deployment: Deployment
-) -> None:
+def test_missing_gpus_are_reported(demo_model: DemoModel, llamacpp_deployment: Deployment) -> None:
     on_gpus = replace(llamacpp_deployment, gpu="a100", gpu_count=64)
     with (
-        pytest.raises(EngineError, match="is for 64 GPUs of kind `a100`, but"),
+        pytest.raises(EngineError, match="needs 64 GPUs of kind `a100`, but"),
         start_engine(on_gpus, site(demo_model)),
     ):
         pass
 
 
-def test_a_start_that_takes_too_long_is_given_up(
+def test_a_start_that_takes_too_long_is_stopped(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with (
-        pytest.raises(EngineError, match="not up within its limit"),
+        pytest.raises(EngineError, match="did not start in time"),
         start_engine(llamacpp_deployment, site(demo_model, startup_s=0.0)),
     ):
         pass
@@ -225,7 +226,7 @@ def test_a_start_that_takes_too_long_is_given_up(
     [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)],
 )
 @pytest.mark.parametrize("moment", ["starting", "up"])
-def test_a_signal_ends_it_and_leaves_nothing(
+def test_a_signal_ends_it_and_leaves_nothing_behind(
     demo_model: DemoModel,
     llamacpp_deployment: Deployment,
     tmp_path: Path,
@@ -233,15 +234,15 @@ def test_a_signal_ends_it_and_leaves_nothing(
     status: int,
     moment: str,
 ) -> None:
-    with Serving(llamacpp_deployment, demo_model.models, tmp_path, socket="unix") as serving:
+    with EngineProcess(llamacpp_deployment, demo_model.models, tmp_path, socket="unix") as serving:
         if moment == "up":
-            serving.up()
+            serving.wait_until_up()
         else:
             time.sleep(0.2)
-        assert serving.end(signal_number) == status
+        assert serving.send_signal(signal_number) == status
 
 
-def test_the_schedulers_warning_does_not_reach_the_engine(
+def test_signals_of_the_scheduler_do_not_stop_the_engine(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
     with start_engine(llamacpp_deployment, site(demo_model)) as engine:

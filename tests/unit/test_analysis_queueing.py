@@ -8,12 +8,12 @@ import pytest
 
 from servegrid.analysis.queueing import (
     Curve,
-    chance,
     in_flight,
+    isotonic_fit,
     max_in_flight,
     mean_in_flight,
     requests_per_s,
-    rising,
+    slo_probability,
     users_carried,
 )
 
@@ -31,10 +31,10 @@ def test_the_curve_is_linear_between_what_was_measured_and_ends_there() -> None:
 
 
 def test_what_falls_is_pooled_with_what_it_falls_below() -> None:
-    assert rising([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
-    assert rising([3.6, 3.5, 3.5, 4.0]) == pytest.approx([10.6 / 3] * 3 + [4.0])
+    assert isotonic_fit([1.0, 2.0, 3.0]) == [1.0, 2.0, 3.0]
+    assert isotonic_fit([3.6, 3.5, 3.5, 4.0]) == pytest.approx([10.6 / 3] * 3 + [4.0])
     # 4 and 1 pool to 2.5, which is under 3: all three are 8/3.
-    assert rising([3.0, 4.0, 1.0]) == pytest.approx([8 / 3] * 3)
+    assert isotonic_fit([3.0, 4.0, 1.0]) == pytest.approx([8 / 3] * 3)
 
 
 def test_the_most_in_flight_within_a_limit() -> None:
@@ -55,20 +55,20 @@ def test_above_what_was_measured_the_rate_stays() -> None:
     # Known up to one in flight, 1 s: the second waits; deaths are 1 and 1, births 2 and 1.
     assert in_flight([1.0], 2, 1.0) == pytest.approx([1 / 5, 2 / 5, 2 / 5])
     # Its request keeps a limit of 1 s only if it comes alone: the other user thinks, 1 of 2.
-    assert chance([1.0], [(1, 1.0)], 2, 1.0) == pytest.approx(0.5)
+    assert slo_probability([1.0], [(1, 1.0)], 2, 1.0) == pytest.approx(0.5)
 
 
 def test_each_kind_of_request_has_a_limit_of_its_own() -> None:
     # With two users one comes alone in half of the cases: half of the fifth that must be alone, and
     # all of those that need not.
-    assert chance([1.0, 1.0], [(1, 0.2), (2, 0.8)], 2, 1.0) == pytest.approx(0.9)
+    assert slo_probability([1.0, 1.0], [(1, 0.2), (2, 0.8)], 2, 1.0) == pytest.approx(0.9)
 
 
 def test_the_published_deployment_carries_437_users_who_think_for_a_minute() -> None:
     # Worked out before by other code, from the same formula.
     seconds = MIXTRAL.each()
     assert users_carried(seconds, [(118, 1.0)], 60.0, 0.95) == 437
-    assert chance(seconds, [(118, 1.0)], 437, 60.0) == pytest.approx(0.954, abs=0.0005)
+    assert slo_probability(seconds, [(118, 1.0)], 437, 60.0) == pytest.approx(0.954, abs=0.0005)
     assert mean_in_flight(seconds, 437, 60.0) == pytest.approx(91.8, abs=0.05)
     # What is sent per second, by those who think, is what is completed: the mean of n / T(n), with
     # the rate of the last above 128.
@@ -90,7 +90,9 @@ def test_few_users_are_carried_whatever_they_do() -> None:
 def test_a_simulation_agrees() -> None:
     seconds, users, think_time_s = MIXTRAL.each(), 437, 60.0
     share = simulated(seconds, users, think_time_s, allowed=118, requests=1_000_000, seed=0)
-    assert share == pytest.approx(chance(seconds, [(118, 1.0)], users, think_time_s), abs=0.01)
+    assert share == pytest.approx(
+        slo_probability(seconds, [(118, 1.0)], users, think_time_s), abs=0.01
+    )
 
 
 def simulated(

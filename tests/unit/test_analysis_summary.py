@@ -46,9 +46,9 @@ def test_the_median_of_the_valid_trials_and_its_interval() -> None:
     (row,) = table.to_dict("records")
     assert (row["trials"], row["trials_served"], row["trials_valid"]) == (4, 3, 2)
     assert row["output_tokens_per_s"] == pytest.approx(11.05)
-    # Geometric mean 11; s of the logarithms is ln(1.21) / sqrt(2), and t is 12.706.
-    assert row["output_tokens_per_s_low"] == pytest.approx(11 / 1.1**12.706, rel=1e-6)
-    assert row["output_tokens_per_s_high"] == pytest.approx(11 * 1.1**12.706, rel=1e-6)
+    # Geometric mean 11; s of the logarithms is ln(1.21) / sqrt(2), and t is 12.7062047.
+    assert row["output_tokens_per_s_low"] == pytest.approx(11 / 1.1**12.7062047, rel=1e-6)
+    assert row["output_tokens_per_s_high"] == pytest.approx(11 * 1.1**12.7062047, rel=1e-6)
     assert row["ttft_s_p50"] == 0.2
     assert pd.isna(row["ttft_s_p50_low"])
     assert pd.isna(row["e2el_s_p50"])

@@ -151,18 +151,18 @@ def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) ->
 def test_what_is_unknown_is_null_and_large_integers_stay_exact(study: Study) -> None:
     trials, folder = study
     reason = "2 of 2 requests failed, most often: timeout: none"
-    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", reason=reason))
+    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", verdict_detail=reason))
     write_cells(gather(trials, folder), folder / "cells.parquet", folder / "cells.csv")
     rows = pq.read_table(folder / "cells.parquet").to_pylist()
     assert [row["seconds_per_100_tokens"] for row in rows] == [10.0, None, 10.0, 20.0]
-    assert [row["reason"] for row in rows] == [None, reason, None, None]
+    assert [row["verdict_detail"] for row in rows] == [None, reason, None, None]
     assert [row["memory_peak_bytes"] for row in rows] == [2**60 + 1] * 4
 
 
 def test_the_csv_has_the_same_numbers(study: Study) -> None:
     trials, folder = study
     reason = "1, 2"
-    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", reason=reason))
+    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", verdict_detail=reason))
     write_cells(gather(trials[:2], folder), folder / "cells.parquet", folder / "cells.csv")
     with (folder / "cells.csv").open(newline="") as file:
         reader = csv.DictReader(file)
@@ -200,7 +200,7 @@ def test_a_digest_that_alone_is_different_is_refused_as_well(study: Study) -> No
 def test_records_of_another_format_are_refused(study: Study) -> None:
     trials, folder = study
     write_trial(folder, trials[0], record_of(trials[0], format=1))
-    assert "its record has the format 2, this version of servegrid reads 3" in refusal(*study)
+    assert "its record has the format 1, this version of servegrid reads 3" in refusal(*study)
 
 
 def test_the_remedy_removes_what_is_stale_and_nothing_else(study: Study) -> None:

@@ -5,13 +5,13 @@ import pytest
 
 from servegrid.analysis.titles import (
     axis_title,
-    counted,
     deployment_titles,
     emulation_notes,
     hardware_title,
     load_title,
     with_intensity,
 )
+from servegrid.study.text import pluralize
 
 ROW = {
     "deployment": "d",
@@ -63,7 +63,7 @@ def test_every_version_that_served_is_named_and_an_unknown_one_is_not() -> None:
 
 
 def test_counts() -> None:
-    assert (counted(1, "trial"), counted(3, "trial")) == ("1 trial", "3 trials")
+    assert (pluralize(1, "trial"), pluralize(3, "trial")) == ("1 trial", "3 trials")
     assert load_title("closed_loop", 1) == "closed loop, 1 output token per request"
 
 

@@ -20,12 +20,12 @@ import pytest
 
 from servegrid.engines import Site, listening, start_engine
 from servegrid.engines.vllm import _environment
-from servegrid.engines.vllm_server import resolved
+from servegrid.engines.vllm_server import resolved_config
 from servegrid.errors import ConfigError, EngineError
 from servegrid.node import processes, reaper
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
-from servegrid.telemetry.server import healthy
+from servegrid.telemetry.server import is_healthy
 
 DEPLOYMENT = Deployment(
     name="small_bf16_vllm_cpu",
@@ -41,19 +41,20 @@ DEPLOYMENT = Deployment(
 )
 
 
-def test_an_engine_that_does_not_exist_is_told_those_that_do() -> None:
+def test_an_unknown_engine_is_refused_with_the_list_of_engines() -> None:
     with pytest.raises(
-        ConfigError, match=r"no engine `vlm`. Use one of: emulated, external, llamacpp, vllm\."
+        ConfigError,
+        match=r"`vlm` is not an engine. Use one of: emulated, external, llamacpp, vllm\.",
     ):
         start_engine(replace(DEPLOYMENT, engine="vlm"), Site(models=Path("unused")))
 
 
-def test_a_socket_path_fits_the_kernels_structure_or_is_refused() -> None:
+def test_a_socket_path_that_is_too_long_for_the_kernel_is_refused() -> None:
     name = "/engine.sock"
     unix = Site(models=Path("unused"), socket="unix")
     longest = Path("/" + "x" * (107 - 1 - len(name)))
     assert listening.socket_path(unix, longest) == Path(f"{longest}{name}")
-    with pytest.raises(EngineError, match=r"at most 107 bytes and this one 108.*TMPDIR"):
+    with pytest.raises(EngineError, match=r"has 108 bytes; .* at most 107 bytes.*TMPDIR"):
         listening.socket_path(unix, Path(f"{longest}x"))
     assert listening.socket_path(replace(unix, socket="tcp"), longest) is None
 
@@ -71,26 +72,26 @@ class Health(BaseHTTPRequestHandler):
         pass
 
 
-def test_an_endpoint_answers_when_its_health_is_200(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_is_healthy_if_health_returns_200(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), Health) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}", "small", "secret")
-        assert healthy(endpoint)
+        assert is_healthy(endpoint)
         monkeypatch.setattr(Health, "status", 503)
-        assert not healthy(endpoint)
+        assert not is_healthy(endpoint)
         server.shutdown()
         thread.join()
-    assert not healthy(endpoint)
+    assert not is_healthy(endpoint)
 
 
-def test_waiting_ends_with_the_limit_and_names_the_deployment() -> None:
+def test_wait_until_fails_at_the_deadline_and_names_the_deployment() -> None:
     listening.wait_until(lambda: True, deadline=0, name="small")
-    with pytest.raises(EngineError, match="`small`: the engine was not up within its limit"):
+    with pytest.raises(EngineError, match="`small`: the engine did not start in time"):
         listening.wait_until(lambda: False, deadline=time.monotonic(), name="small")
 
 
-def test_the_environment_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_restored_after_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "before")
     monkeypatch.setenv("REMOVED", "before")
     before = dict(os.environ)
@@ -101,7 +102,7 @@ def test_the_environment_is_left_as_it_was_found(monkeypatch: pytest.MonkeyPatch
     assert dict(os.environ) == before
 
 
-def test_a_resolved_configuration_becomes_plain_data() -> None:
+def test_a_vllm_config_becomes_plain_data() -> None:
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             dtype="torch.bfloat16",
@@ -116,21 +117,21 @@ def test_a_resolved_configuration_becomes_plain_data() -> None:
         scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=2048),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
     )
-    facts = resolved(config)
+    facts = resolved_config(config)
     assert facts["dtype"] == "bfloat16"
     assert facts["kv_capacity_tokens"] == 46_592
     assert facts["prefix_caching"] is False
-    assert facts["chunked_prefill"] is None  # this version does not say
+    assert facts["chunked_prefill"] is None  # this version has no such setting
     config.cache_config.num_gpu_blocks = None
-    assert resolved(config)["kv_capacity_tokens"] is None
+    assert resolved_config(config)["kv_capacity_tokens"] is None
 
 
-def test_processes_begun_while_signals_are_held_never_see_them() -> None:
+def test_processes_started_while_signals_are_blocked_never_receive_them() -> None:
     code = "import signal; print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
     with processes.block_signals():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    held = sorted(int(each) for each in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
-    assert list(map(int, done.stdout.split())) == held
+    blocked = sorted(int(number) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
+    assert list(map(int, done.stdout.split())) == blocked
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(processes.BLOCKED_SIGNALS)
 
 
@@ -146,15 +147,15 @@ time.sleep(60)
 
 
 def start_leaking(on_sigterm: str) -> tuple[subprocess.Popen[str], Path]:
-    """A process, and its segment of shared memory that nobody else would remove."""
+    """A process, and its shared memory that nothing else removes."""
     process = subprocess.Popen(
         [sys.executable, "-c", LEAKING, on_sigterm], stdout=subprocess.PIPE, text=True
     )
-    with process.stdout as told:  # type: ignore[union-attr]
-        return process, processes.SHARED_MEMORY / told.readline().strip()
+    with process.stdout as stdout:  # type: ignore[union-attr]
+        return process, processes.SHARED_MEMORY / stdout.readline().strip()
 
 
-def test_shared_memory_is_found_by_who_has_it_mapped() -> None:
+def test_shared_memory_is_found_through_the_process_that_maps_it() -> None:
     memory = shared_memory.SharedMemory(create=True, size=64)
     try:
         found = processes.shared_memory_files([psutil.Process()])
@@ -164,7 +165,7 @@ def test_shared_memory_is_found_by_who_has_it_mapped() -> None:
     assert processes.SHARED_MEMORY / memory.name in found
 
 
-def test_a_process_that_does_not_listen_is_killed() -> None:
+def test_a_process_that_ignores_sigterm_is_killed() -> None:
     process, segment = start_leaking("SIG_IGN")
     try:
         processes.terminate([psutil.Process(process.pid)], grace_s=0.2)
@@ -173,25 +174,25 @@ def test_a_process_that_does_not_listen_is_killed() -> None:
         segment.unlink()
 
 
-def test_the_warden_ends_what_is_left_and_removes_its_memory_and_folder() -> None:
+def test_the_reaper_ends_processes_and_removes_their_memory_and_folder() -> None:
     process, segment = start_leaking("SIG_DFL")
-    with reaper.start_reaper() as guard:
-        assert stat.S_IMODE(guard.folder.stat().st_mode) == 0o700
-        (guard.folder / "file").touch()
-        guard.watch([psutil.Process(process.pid)])
+    with reaper.start_reaper() as running:
+        assert stat.S_IMODE(running.folder.stat().st_mode) == 0o700
+        (running.folder / "file").touch()
+        running.watch([psutil.Process(process.pid)])
         assert segment.exists()
     assert process.wait(1) == -signal.SIGTERM
     assert not segment.exists()
-    assert not guard.folder.exists()
+    assert not running.folder.exists()
 
 
-def test_the_warden_does_the_same_when_its_parent_is_killed() -> None:
+def test_the_reaper_also_cleans_up_after_its_parent_was_killed() -> None:
     process, segment = start_leaking("SIG_DFL")
     code = (
         "import sys, time, psutil; from servegrid.node import reaper\n"
-        "with reaper.start_reaper() as guard:\n"
-        f"    guard.watch([psutil.Process({process.pid})])\n"
-        "    print(guard.folder, flush=True); time.sleep(60)"
+        "with reaper.start_reaper() as running:\n"
+        f"    running.watch([psutil.Process({process.pid})])\n"
+        "    print(running.folder, flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout

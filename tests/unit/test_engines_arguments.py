@@ -1,4 +1,4 @@
-"""Deployments as vLLM's arguments, for parsers that know more options or fewer."""
+"""Deployments as vLLM's arguments, for versions of vLLM with more or fewer options."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LACKING = {"--shutdown-timeout", "--kv-cache-memory-bytes", "--generation-config
 def rendered(
     deployment: Deployment, options: set[str] = OPTIONS, **more: Any
 ) -> dict[str, list[str]]:
-    """The arguments as flags, each with its words."""
+    """The words of the command line, by flag."""
     deployment = replace(deployment, engine_args=more)
     defaults = arguments.default_arguments(deployment, "/models/small", 1 << 20)
     flags: dict[str, list[str]] = {}
@@ -79,7 +79,7 @@ COMMON = {
 }
 
 
-def test_a_cpu_deployment_is_eager_in_bfloat16_with_a_kv_cache_of_its_own() -> None:
+def test_a_cpu_deployment_uses_eager_mode_bfloat16_and_a_fixed_kv_cache() -> None:
     assert rendered(ON_CPU) == COMMON | {
         "--tensor-parallel-size": ["1"],
         "--dtype": ["bfloat16"],
@@ -88,19 +88,19 @@ def test_a_cpu_deployment_is_eager_in_bfloat16_with_a_kv_cache_of_its_own() -> N
     }
 
 
-def test_a_gpu_deployment_splits_over_its_gpus_and_takes_a_share_of_their_memory() -> None:
+def test_a_gpu_deployment_uses_tensor_parallelism_and_a_fraction_of_the_memory() -> None:
     assert rendered(ON_GPUS) == COMMON | {
         "--tensor-parallel-size": ["2"],
         "--gpu-memory-utilization": ["0.9"],
     }
 
 
-def test_what_an_older_vllm_lacks_is_left_out_of_the_defaults() -> None:
+def test_defaults_that_an_older_vllm_lacks_are_left_out() -> None:
     assert LACKING & rendered(ON_CPU).keys() == LACKING
     assert LACKING & rendered(ON_CPU, OPTIONS - LACKING).keys() == set()
 
 
-def test_the_deployments_arguments_come_over_the_defaults() -> None:
+def test_engine_args_override_the_defaults() -> None:
     flags = rendered(ON_GPUS, enable_prefix_caching=True, gpu_memory_utilization=0.8, dtype="half")
     assert flags["--enable-prefix-caching"] == []
     assert "--no-enable-prefix-caching" not in flags
@@ -108,11 +108,11 @@ def test_the_deployments_arguments_come_over_the_defaults() -> None:
     assert flags["--dtype"] == ["half"]
 
 
-def test_null_leaves_the_choice_to_vllm() -> None:
+def test_null_removes_a_default() -> None:
     assert "--gpu-memory-utilization" not in rendered(ON_GPUS, gpu_memory_utilization=None)
 
 
-def test_each_kind_of_value_has_its_form() -> None:
+def test_mappings_become_json_and_lists_become_words() -> None:
     flags = rendered(
         ON_GPUS,
         hf_overrides={"b": 1, "a": [2]},
@@ -126,18 +126,18 @@ def test_each_kind_of_value_has_its_form() -> None:
     assert flags["--disable-log-stats"] == []
 
 
-def test_false_is_silence_where_there_is_no_negative_flag() -> None:
+def test_false_becomes_the_negative_flag_or_nothing() -> None:
     assert "--disable-log-stats" not in rendered(ON_GPUS, disable_log_stats=False)
     assert "--no-enforce-eager" in rendered(ON_CPU, enforce_eager=False)
 
 
-def test_an_unknown_argument_is_refused_with_those_that_are_close() -> None:
+def test_an_unknown_argument_is_refused_with_similar_names() -> None:
     with pytest.raises(ConfigError) as caught:
         rendered(ON_GPUS, max_num_batched_tokns=1)
-    told = str(caught.value)
-    assert "`small_fp16_vllm_2xv100`: engine_args.max_num_batched_tokns" in told
-    assert "vLLM 0.32.0 has no option --max-num-batched-tokns" in told
-    assert "Did you mean `max_num_batched_tokens`" in told
+    message = str(caught.value)
+    assert "`small_fp16_vllm_2xv100`: engine_args.max_num_batched_tokns" in message
+    assert "vLLM 0.32.0 has no option --max-num-batched-tokns" in message
+    assert "Did you mean `max_num_batched_tokens`" in message
     with pytest.raises(ConfigError, match=r"no option --zzz\. Remove it\."):
         rendered(ON_GPUS, zzz=1)
 
@@ -148,12 +148,12 @@ def test_an_unknown_argument_is_refused_with_those_that_are_close() -> None:
         ("max_model_len", "own key `max_model_len`"),
         ("model", "own key `checkpoint`"),
         ("tensor_parallel_size", "own key `gpu_count`"),
-        ("api_key", "where it runs"),
-        ("port", "where it runs"),
+        ("api_key", "servegrid"),
+        ("port", "servegrid"),
     ],
 )
-def test_what_is_decided_elsewhere_is_refused(key: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"engine_args\.{key} is decided by .*{instead}"):
+def test_arguments_that_servegrid_sets_itself_are_refused(key: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=rf"engine_args\.{key} is set by .*{instead}"):
         rendered(ON_CPU, **{key: "x"})
 
 
@@ -167,13 +167,13 @@ SMOLLM2 = {
 }
 
 
-def test_the_kv_cache_holds_all_requests_where_that_is_little() -> None:
+def test_the_kv_cache_holds_all_requests_if_they_are_small() -> None:
     # 30 layers × 3 heads × 64 × (key + value) × 2 bytes = 23,040 bytes a token; 16 × 1024 tokens.
     wanted = 23_040 * 16 * 1024
     assert arguments.kv_cache_bytes(ON_CPU, SMOLLM2, 64 * GIB) == wanted
     derived = {key: value for key, value in SMOLLM2.items() if key != "head_dim"}
     assert arguments.kv_cache_bytes(ON_CPU, derived, 64 * GIB) == wanted
-    # Without KV heads of their own, all 9 heads have a key and a value.
+    # Without num_key_value_heads, all 9 heads have a key and a value.
     unshared = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
     four = replace(ON_CPU, max_num_seqs=4)
     assert arguments.kv_cache_bytes(four, unshared, 64 * GIB) == 3 * wanted // 4

@@ -1,4 +1,4 @@
-"""What the emulated engine makes of a table: its figures, what lies between, and its gaps."""
+"""The emulated engine's timing from a table: its cells, values between them, and gaps."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ def seconds_per_100_tokens(timing: Timing, concurrency: int, input_len: int) -> 
         (LLAMA, 1, 21, 3.6),
     ],
 )
-def test_the_articles_cells_take_as_long_as_published(
+def test_a_cell_of_the_article_takes_the_published_time(
     deployment: Deployment, concurrency: int, input_len: int, published: float
 ) -> None:
     timing = load_timing(deployment, "inria-2024")
@@ -49,7 +49,7 @@ def table(folder: Path, rows: list[tuple[int, int, str]]) -> str:
     return str(path)
 
 
-def test_between_cells_time_is_linear(tmp_path: Path) -> None:
+def test_times_between_cells_are_interpolated_linearly(tmp_path: Path) -> None:
     rows = [(1, 10, "2"), (3, 10, "4"), (1, 20, "6"), (3, 20, "8")]
     timing = load_timing(MISTRAL, table(tmp_path, rows))
     assert seconds_per_100_tokens(timing, 2, 10) == pytest.approx(3)
@@ -57,45 +57,45 @@ def test_between_cells_time_is_linear(tmp_path: Path) -> None:
     assert seconds_per_100_tokens(timing, 2, 15) == pytest.approx(5)
 
 
-def test_gaps_and_what_lies_outside_are_not_served(tmp_path: Path) -> None:
+def test_workloads_in_gaps_and_outside_the_table_are_not_served(tmp_path: Path) -> None:
     timing = load_timing(MISTRAL, table(tmp_path, [(1, 10, "2"), (2, 10, "3"), (4, 10, "")]))
     assert timing(2, 10) is not None
     assert timing(4, 10) is None
-    assert timing(3, 10) is None  # beside the gap
+    assert timing(3, 10) is None  # next to the gap
     assert timing(5, 10) is None
     assert timing(1, 11) is None
 
 
-def test_a_time_scale_and_a_slow_down_multiply_all_times() -> None:
+def test_time_scale_and_slowdown_multiply_all_times() -> None:
     arguments = {"timing": "inria-2024", "time_scale": 0.5, "slowdown": 1.1}
     _, timing, _ = parse_settings(replace(MISTRAL, engine_args=arguments))
     assert seconds_per_100_tokens(timing, 1, 31) == pytest.approx(1.8 * 0.5 * 1.1)
 
 
-def test_the_roofline_is_a_timing() -> None:
-    # 14.5 GB of weights from 2 × 900 GB/s, a hundred times; the KV cache adds 0.2%.
+def test_the_roofline_model_gives_a_timing() -> None:
+    # 14.5 GB of weights at 2 × 900 GB/s, 100 times; the KV cache adds 0.2%.
     timing = load_timing(MISTRAL, "roofline")
     assert seconds_per_100_tokens(timing, 1, 31) == pytest.approx(0.806, rel=0.005)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ({"time_scal": 1}, "arguments.time_scal: .* Did you mean `time_scale`"),
-        ({"time_scale": 0}, "arguments.time_scale: 0 is not a number above 0"),
-        ({"slowdown": "a lot"}, "arguments.slowdown: 'a lot' is not a number above 0"),
-        ({"startup_s": -1}, "arguments.startup_s: -1 is not"),
+        ({"time_scal": 1}, "engine_args.time_scal: .* Did you mean `time_scale`"),
+        ({"time_scale": 0}, "engine_args.time_scale: 0 is not a number above 0"),
+        ({"slowdown": "a lot"}, "engine_args.slowdown: 'a lot' is not a number above 0"),
+        ({"startup_s": -1}, "engine_args.startup_s: -1 is not"),
         ({"timing": "bionic"}, "`bionic` is not one of roofline, inria-2024"),
         ({"timing": "no/such.csv"}, "no/such.csv cannot be read"),
-        ({"faults": {"kind": "die"}}, "arguments.faults: .* is not a list"),
-        ({"faults": ["die"]}, r"arguments.faults\[0\]: 'die' is not a mapping"),
+        ({"faults": {"kind": "die"}}, "engine_args.faults: .* is not a list"),
+        ({"faults": ["die"]}, r"engine_args.faults\[0\]: 'die' is not a mapping"),
         ({"faults": [{"kind": "dye"}]}, r"faults\[0\].kind: 'dye' is not one of `refuse`"),
         ({"faults": [{"kind": "die", "concurency": 1}]}, "Did you mean `concurrency`"),
         ({"faults": [{"kind": "die", "concurrency": "8"}]}, "'8' is not a number"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told) as refused:
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refused:
         parse_settings(replace(MISTRAL, engine_args=arguments))
     assert str(refused.value).startswith(f"deployment `{MISTRAL.name}`: ")
 

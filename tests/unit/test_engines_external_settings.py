@@ -1,4 +1,4 @@
-"""An external deployment before anything answers: what a study says of it, and where it runs."""
+"""External deployments: their configuration, API keys and health, without a real server."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from servegrid.doctor.studies import judge_models
 from servegrid.engines.external import resolve_endpoint
 from servegrid.errors import ConfigError, EngineError
 from servegrid.run import service
-from servegrid.run import trial as salting
 from servegrid.run.preflight import check_ready
 from servegrid.run.service import AllocationInfo, check_allocated_gpus
+from servegrid.run.trial import prompt_salt
 from servegrid.study.config import load_study, parse_study
 from servegrid.study.endpoint import Endpoint, ExternalEndpoint, normalize_base_url
 from servegrid.study.grid import Study, Trial
@@ -44,7 +44,7 @@ ENTRY: dict[str, Any] = {
 
 
 def study(**changes: Any) -> Study:
-    """A study of ENTRY with `changes`; a key that is changed to None is left out."""
+    """A study of ENTRY with `changes`; the value None removes a key."""
     entry = {key: value for key, value in (ENTRY | changes).items() if value is not None}
     workload = {"concurrency": 4, "input_len": 31}
     return parse_study({"study": "s", "workload": workload, "deployments": [entry]})
@@ -54,7 +54,7 @@ def keyed(**endpoint: Any) -> Study:
     return study(endpoint=ENTRY["endpoint"] | endpoint)
 
 
-def test_it_is_named_after_what_serves_and_keeps_its_endpoint() -> None:
+def test_the_name_contains_the_server_software_and_the_endpoint_is_kept() -> None:
     (trial,) = study().trials
     deployment = trial.deployment
     assert deployment.name == "mistral-7b_fp16_external-sglang_2xa100-40gb"
@@ -65,14 +65,14 @@ def test_it_is_named_after_what_serves_and_keeps_its_endpoint() -> None:
     assert keyed(api="chat").trials[0].digest != trial.digest
 
 
-def test_its_load_takes_a_node_without_gpus_and_the_main_process_s_python() -> None:
+def test_the_load_client_runs_on_a_node_without_gpus_with_the_main_python() -> None:
     (deployment,) = study().deployments
     assert (deployment.node_kind, deployment.node_gpus) == ("cpu", 0)
     assert deployment.environment == "main"
     check_allocated_gpus(deployment, {"SLURM_JOB_ID": "7", "CUDA_VISIBLE_DEVICES": ""})
 
 
-def test_the_doctor_looks_for_its_tokenizer_and_asks_for_no_gpu(tmp_path: Path) -> None:
+def test_the_doctor_checks_the_tokenizer_and_requests_no_gpu(tmp_path: Path) -> None:
     (deployment,) = study().deployments
     found = list(judge_models(deployment, lambda name, _: Path(name), tmp_path, tmp_path))
     assert [each.found for each in found] == ["tokenizer models/mistral-7b"]
@@ -82,7 +82,7 @@ def test_the_doctor_looks_for_its_tokenizer_and_asks_for_no_gpu(tmp_path: Path) 
     assert demand_of(profile, "cpu", [deployment]).wants_gpus is False
 
 
-def test_other_deployments_have_the_specification_that_they_had_before() -> None:
+def test_the_specification_of_other_deployments_has_no_endpoint() -> None:
     (trial,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
     assert list(trial.spec["deployment"]) == [
         *("name", "model", "checkpoint", "tokenizer", "quantization", "engine", "gpu"),
@@ -92,7 +92,7 @@ def test_other_deployments_have_the_specification_that_they_had_before() -> None
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"endpoint": None}, "the engine `external` needs `endpoint`. Add the key"),
         ({"tokenizer": None}, "the engine `external` needs `tokenizer`"),
@@ -103,13 +103,13 @@ def test_other_deployments_have_the_specification_that_they_had_before() -> None
         ({"engine": "vllm", "endpoint": None}, "deployments[0]: `checkpoint` is missing"),
     ],
 )
-def test_what_does_not_go_together_is_refused(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_keys_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         study(**changes)
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "told"),
+    ("endpoint", "message"),
     [
         ({"url": "sirocco14:30000"}, "endpoint.url: 'sirocco14:30000' is not a URL"),
         ({"url": "http://user:secret@host"}, "without a key in it"),
@@ -120,12 +120,12 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], told: str
         ({"api_key_env": "sk-secret"}, "Name of the environment variable"),
     ],
 )
-def test_endpoints_that_do_not_fit_are_refused(endpoint: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)):
+def test_invalid_endpoints_are_refused(endpoint: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
         keyed(**endpoint)
 
 
-def test_the_example_asks_one_server_by_both_of_its_apis() -> None:
+def test_the_example_uses_both_apis_of_one_server() -> None:
     first, second = load_study(CONFIG / "external.yaml").deployments
     assert first.endpoint is not None and second.endpoint is not None
     assert second.endpoint == replace(first.endpoint, api="chat")
@@ -140,31 +140,36 @@ def test_the_example_asks_one_server_by_both_of_its_apis() -> None:
         ("https://host/openai/v1", "https://host/openai"),
     ],
 )
-def test_an_url_may_have_the_apis_v1_or_not(url: str, base: str) -> None:
+def test_a_url_may_end_with_v1(url: str, base: str) -> None:
     assert normalize_base_url(url) == base
 
 
-def test_the_key_comes_from_the_variable_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key_comes_from_the_named_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     (deployment,) = keyed(api_key_env="SGLANG_KEY", api="chat").deployments
     monkeypatch.setenv("SGLANG_KEY", " secret\n")
-    told = resolve_endpoint(deployment)
-    assert told == Endpoint("http://sirocco14:30000", "default", "secret", api="chat")
+    assert resolve_endpoint(deployment) == Endpoint(
+        "http://sirocco14:30000", "default", "secret", api="chat"
+    )
     assert resolve_endpoint(study().deployments[0]).api_key is None
 
 
-def test_a_missing_key_is_told_before_anything_starts(
+def test_a_missing_api_key_is_reported_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "tokenizer.json").touch()
-    of = study(tokenizer=str(tmp_path), endpoint=ENTRY["endpoint"] | {"api_key_env": "SGLANG_KEY"})
+    keyed_study = study(
+        tokenizer=str(tmp_path), endpoint=ENTRY["endpoint"] | {"api_key_env": "SGLANG_KEY"}
+    )
     monkeypatch.setenv("SGLANG_KEY", "secret")
-    check_ready(of, tmp_path)
+    check_ready(keyed_study, tmp_path)
     monkeypatch.setenv("SGLANG_KEY", " ")
-    with pytest.raises(EngineError, match=r"the variable SGLANG_KEY holds no API key\. Export it"):
-        check_ready(of, tmp_path)
+    with pytest.raises(
+        EngineError, match=r"the variable SGLANG_KEY contains no API key\. Export it"
+    ):
+        check_ready(keyed_study, tmp_path)
 
 
-def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
+def test_the_allocation_info_contains_the_name_of_the_key_variable_but_not_the_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     given = AllocationInfo(
@@ -176,29 +181,31 @@ def test_a_handover_has_the_name_of_the_keys_variable_and_not_the_key(
         engine={},
         environment={},
         cpu_sets=[[0]],
-        self_check=None,
+        calibration=None,
         api_key_env="SGLANG_KEY",
     )
-    file = tmp_path / "handover.json"
+    file = tmp_path / "allocation.json"
     given.write(file)
     assert "secret" not in file.read_text()
     monkeypatch.setenv(service.INFO_VARIABLE, str(file))
     monkeypatch.setenv("SGLANG_KEY", "secret")
     assert asdict(AllocationInfo.read()) == asdict(replace(given, process=[1, 0.0]))  # type: ignore[arg-type]
     monkeypatch.delenv("SGLANG_KEY")
-    with pytest.raises(EngineError, match="the variable SGLANG_KEY holds no API key in this job"):
+    with pytest.raises(
+        EngineError, match="The variable SGLANG_KEY contains no API key in this job"
+    ):
         AllocationInfo.read()
 
 
-def test_an_endpoint_that_outlives_allocations_gets_other_prompts_each_time() -> None:
+def test_an_external_endpoint_gets_new_prompts_each_time() -> None:
     (trial,) = study().trials
-    first, second = salting.prompt_salt(trial), salting.prompt_salt(trial)
+    first, second = prompt_salt(trial), prompt_salt(trial)
     assert first != second and {each[:16] for each in (first, second)} == {trial.digest}
     (ours,) = study(engine="vllm", checkpoint="org/m", endpoint=None).trials
-    assert salting.prompt_salt(ours) == ours.digest
+    assert prompt_salt(ours) == ours.digest
 
 
-def test_a_key_that_a_server_quotes_is_not_repeated() -> None:
+def test_an_api_key_that_a_server_quotes_is_redacted() -> None:
     import httpx
 
     with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
@@ -209,11 +216,11 @@ def test_a_key_that_a_server_quotes_is_not_repeated() -> None:
 
 @contextmanager
 def serving(statuses: dict[str, int]) -> Iterator[str]:
-    """A server that answers each path with its status, any other one with 404."""
+    """A server that answers the paths in `statuses` with their status, and all others with 404."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(statuses.http_get(self.path, 404))
+            self.send_response(statuses.get(self.path, 404))
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -241,13 +248,13 @@ def serving(statuses: dict[str, int]) -> Iterator[str]:
         ({}, False),
     ],
 )
-def test_it_is_healthy_by_its_health_or_else_its_models(
+def test_health_comes_from_the_health_path_or_else_from_the_models(
     statuses: dict[str, int], expected: bool
 ) -> None:
     with serving(statuses) as url:
         assert is_healthy(Endpoint(url, "m")) is expected
 
 
-def test_an_endpoint_may_lie_behind_a_path() -> None:
+def test_an_endpoint_may_have_a_path_prefix() -> None:
     with serving({"/openai/v1/models": 200}) as url:
         assert http_get(Endpoint(f"{url}/openai", "m"), "/v1/models")[0] == 200

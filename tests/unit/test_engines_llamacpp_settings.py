@@ -1,4 +1,4 @@
-"""Deployments as llama.cpp's settings."""
+"""Deployments as settings of llama.cpp."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from servegrid.engines.llamacpp import find_gguf, llamacpp_settings
-from servegrid.engines.llamacpp_server import apply
+from servegrid.engines.llamacpp_server import apply_settings
 from servegrid.errors import ConfigError, ModelError
 from servegrid.study.grid import Deployment
 
@@ -28,7 +28,7 @@ DEPLOYMENT = Deployment(
 )
 
 
-def test_the_context_is_shared_by_all_slots_and_no_prompt_is_reused() -> None:
+def test_each_slot_has_the_full_context_and_prompt_caches_are_off() -> None:
     settings = llamacpp_settings(DEPLOYMENT, Path("/models/small.gguf"), threads=6)
     assert settings["model.path"] == "/models/small.gguf"
     assert settings["n_parallel"] == 8
@@ -41,7 +41,7 @@ def test_the_context_is_shared_by_all_slots_and_no_prompt_is_reused() -> None:
     assert llamacpp_settings(on_gpu, Path("small.gguf"), 6)["n_gpu_layers"] == -1
 
 
-def test_the_deployments_arguments_come_over_them() -> None:
+def test_engine_args_override_the_settings() -> None:
     chosen = replace(DEPLOYMENT, engine_args={"cache_prompt": True, "n_ubatch": 256})
     settings = llamacpp_settings(chosen, Path("small.gguf"), 2)
     assert settings["cache_prompt"] is True
@@ -49,10 +49,10 @@ def test_the_deployments_arguments_come_over_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "instead"), [("n_ctx", "own key `max_model_len`"), ("port", "where it runs")]
+    ("key", "instead"), [("n_ctx", "own key `max_model_len`"), ("port", "servegrid")]
 )
-def test_what_is_decided_elsewhere_is_refused(key: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"engine_args\.{key} is decided by .*{instead}"):
+def test_arguments_that_servegrid_sets_itself_are_refused(key: str, instead: str) -> None:
+    with pytest.raises(ConfigError, match=rf"engine_args\.{key} is set by .*{instead}"):
         llamacpp_settings(replace(DEPLOYMENT, engine_args={key: 1}), Path("small.gguf"), 2)
 
 
@@ -62,7 +62,7 @@ class Kind(enum.IntEnum):
 
 
 class Parameters:
-    """As strict as llama.cpp's own."""
+    """As strict as llama.cpp's parameters."""
 
     __slots__ = ("cpuparams", "kind", "model_alias", "n_ctx")
 
@@ -73,9 +73,9 @@ class Parameters:
         self.cpuparams = SimpleNamespace(n_threads=-1)
 
 
-def test_settings_reach_nested_attributes_enumerations_and_sets() -> None:
+def test_settings_can_be_nested_attributes_enumerations_and_sets() -> None:
     parameters = Parameters()
-    apply(
+    apply_settings(
         {"n_ctx": 4, "cpuparams.n_threads": 2, "kind": "Q8_0", "model_alias": ["small"]},
         parameters,
     )
@@ -84,7 +84,7 @@ def test_settings_reach_nested_attributes_enumerations_and_sets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (
             {"n_ctxt": 1},
@@ -92,28 +92,30 @@ def test_settings_reach_nested_attributes_enumerations_and_sets() -> None:
         ),
         (
             {"nothing.like.it": 1},
-            r"engine_args\.nothing\.like\.it: llama\.cpp has no such setting\.",
+            r"engine_args\.nothing\.like\.it: llama\.cpp has no such setting\. Remove it\.",
         ),
-        ({"kind": "Q9"}, r"engine_args\.kind: 'Q9' does not fit"),
+        ({"kind": "Q9"}, r"engine_args\.kind: llama\.cpp does not accept 'Q9'"),
     ],
 )
-def test_what_llamacpp_does_not_know_is_named(settings: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        apply(settings, Parameters())
+def test_unknown_settings_and_values_are_refused_with_their_key(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply_settings(settings, Parameters())
 
 
-def test_a_folder_with_one_gguf_file_means_that_file(tmp_path: Path) -> None:
+def test_a_folder_with_one_gguf_file_is_accepted(tmp_path: Path) -> None:
     folder = replace(DEPLOYMENT, checkpoint=str(tmp_path))
-    with pytest.raises(ModelError, match="has 0 GGUF files"):
+    with pytest.raises(ModelError, match="contains 0 GGUF files"):
         find_gguf(folder, tmp_path)
     (tmp_path / "one.gguf").write_bytes(b"GGUF....")
     assert find_gguf(folder, tmp_path) == tmp_path / "one.gguf"
     (tmp_path / "two.gguf").write_bytes(b"GGUF....")
-    with pytest.raises(ModelError, match=r"has 2 GGUF files\. .*name the file"):
+    with pytest.raises(ModelError, match=r"contains 2 GGUF files\. .*path of a GGUF file"):
         find_gguf(folder, tmp_path)
 
 
-def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
     other = replace(DEPLOYMENT, checkpoint=str(tmp_path / "model.safetensors"))
     with pytest.raises(ModelError, match="is not a GGUF file"):

@@ -136,7 +136,7 @@ def test_several_trials_are_drawn_as_median_and_interval(tmp_path: Path) -> None
     assert drawn(axes) == [[(4, 20), (8, 30)]]
     (whiskers,) = axes.containers[0].lines[2]
     # Logarithms to base 2 of 10, 20 and 40 are 1 apart, so that s is 1.
-    reach = 2 ** (4.303 / 3**0.5)
+    reach = 2 ** (4.302653 / 3**0.5)
     (bar, none) = (segment.tolist() for segment in whiskers.get_segments())
     assert bar == [[4, pytest.approx(20 / reach)], [4, pytest.approx(20 * reach)]]
     assert none == []  # one trial alone

@@ -1,4 +1,4 @@
-"""How cores are shared between the engine and the client."""
+"""The division of cores between the engine and the client."""
 
 import os
 
@@ -10,31 +10,33 @@ def paired(core: int) -> frozenset[int]:
     return frozenset({core % 8, core % 8 + 8})
 
 
-def test_beside_gpus_each_process_has_a_whole_core_and_the_engine_the_rest() -> None:
-    told = assign_cpu_sets(range(16), concurrency=1024, on_gpu=True, siblings=paired)
-    assert told.client == (frozenset({6, 14}), frozenset({7, 15}))
-    assert told.engine == frozenset({0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13})
+def test_with_gpus_each_client_process_gets_a_physical_core_and_the_engine_the_rest() -> None:
+    cpu_sets = assign_cpu_sets(range(16), concurrency=1024, on_gpu=True, siblings=paired)
+    assert cpu_sets.client == (frozenset({6, 14}), frozenset({7, 15}))
+    assert cpu_sets.engine == frozenset({0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13})
 
 
-def test_cores_that_the_job_has_not_are_nobodys() -> None:
-    told = assign_cpu_sets([0, 1, 2, 3, 4, 5, 6, 7], concurrency=8, on_gpu=True, siblings=paired)
-    assert told == CpuSets(frozenset(range(7)), (frozenset({7}),))
+def test_cores_outside_the_job_are_not_assigned() -> None:
+    cpu_sets = assign_cpu_sets(
+        [0, 1, 2, 3, 4, 5, 6, 7], concurrency=8, on_gpu=True, siblings=paired
+    )
+    assert cpu_sets == CpuSets(frozenset(range(7)), (frozenset({7}),))
 
 
-def test_an_engine_on_the_cpu_and_a_small_node_keep_all_their_cores() -> None:
-    everything = frozenset(range(16))
-    assert assign_cpu_sets(everything, 2048, on_gpu=False) == CpuSets(everything, (everything,) * 4)
+def test_engine_and_client_share_all_cores_on_a_cpu_engine_or_a_small_node() -> None:
+    all_cores = frozenset(range(16))
+    assert assign_cpu_sets(all_cores, 2048, on_gpu=False) == CpuSets(all_cores, (all_cores,) * 4)
     few = frozenset(range(7))
     assert assign_cpu_sets(few, 2048, on_gpu=True) == CpuSets(few, (few,))
 
 
-def test_the_threads_of_a_core_are_told_by_the_system() -> None:
+def test_the_hardware_threads_of_a_core_come_from_the_system() -> None:
     core = min(os.sched_getaffinity(0))
     assert core in hardware_threads(core)
     assert hardware_threads(10**6) == {10**6}
 
 
-def test_keeping_to_cores_ends_with_the_block() -> None:
+def test_pinning_ends_with_the_block() -> None:
     before = os.sched_getaffinity(0)
     with pinned_to({min(before)}):
         assert os.sched_getaffinity(0) == {min(before)}

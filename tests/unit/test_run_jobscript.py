@@ -1,4 +1,4 @@
-"""Logs and errors of Snakemake's scripts, in processes of their own."""
+"""Logs and errors of Snakemake's scripts, each in a separate process."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
-def test_all_output_goes_to_the_log_even_that_of_other_programs(tmp_path: Path) -> None:
+def test_all_output_goes_to_the_log_including_that_of_child_processes(tmp_path: Path) -> None:
     log = tmp_path / "deep" / "cell.log"
     done = run(
         "import os\nfrom servegrid.run.jobscript import redirect_output\n"
@@ -21,7 +21,7 @@ def test_all_output_goes_to_the_log_even_that_of_other_programs(tmp_path: Path) 
     assert log.read_text() == "from Python\nfrom the shell\nand its errors\n"
 
 
-def test_an_error_of_ours_is_one_line_in_log_and_terminal(tmp_path: Path) -> None:
+def test_a_servegrid_error_is_one_line_in_log_and_terminal(tmp_path: Path) -> None:
     log = tmp_path / "cell.log"
     done = run(
         "from servegrid.errors import RecordError\n"
@@ -33,7 +33,7 @@ def test_an_error_of_ours_is_one_line_in_log_and_terminal(tmp_path: Path) -> Non
     assert log.read_text() == "disk full: free space\n"
 
 
-def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
+def test_any_other_exception_keeps_its_traceback(tmp_path: Path) -> None:
     log = tmp_path / "cell.log"
     done = run(
         "from servegrid.run.jobscript import redirect_output\n"

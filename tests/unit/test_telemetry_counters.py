@@ -1,4 +1,4 @@
-"""What becomes of a server's metrics by the names of vLLM, old and new, and of llama.cpp."""
+"""Metrics of old and new versions of vLLM, and of llama.cpp, under one name."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from servegrid.telemetry.counters import (
     increase,
 )
 
-TODAYS = {
+CURRENT = {
     "vllm:num_requests_running": 3.0,
     "vllm:num_requests_waiting": 2.0,
     "vllm:kv_cache_usage_perc": 0.25,
     "vllm:num_preemptions_total": 7.0,
     "vllm:e2e_request_latency_seconds_count": 40.0,
 }
-IDLE = TODAYS | {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 0.0}
+IDLE = CURRENT | {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 0.0}
 
 
 @pytest.mark.parametrize(
-    ("counters", "told"),
+    ("counters", "expected"),
     [
-        (TODAYS, {"running": 3, "waiting": 2, "kv_cache_usage": 0.25, "preemptions": 7}),
+        (CURRENT, {"running": 3, "waiting": 2, "kv_cache_usage": 0.25, "preemptions": 7}),
         ({"vllm:gpu_cache_usage_perc": 0.5}, {"kv_cache_usage": 0.5}),
         (
             {"llamacpp:requests_processing": 0.0, "llamacpp:requests_deferred": 4.0},
@@ -37,14 +37,16 @@ IDLE = TODAYS | {"vllm:num_requests_running": 0.0, "vllm:num_requests_waiting": 
         (None, {}),
     ],
 )
-def test_gauges_are_told_by_the_columns_names(counters: Counters, told: dict[str, float]) -> None:
-    assert gauge_columns(counters) == told
-    assert told.keys() <= {column.name for column in columns.TELEMETRY}
+def test_gauges_have_the_names_of_the_telemetry_columns(
+    counters: Counters, expected: dict[str, float]
+) -> None:
+    assert gauge_columns(counters) == expected
+    assert expected.keys() <= {column.name for column in columns.TELEMETRY}
 
 
-def test_a_counter_grows_by_the_difference() -> None:
-    assert increase(TODAYS, TODAYS | {"vllm:num_preemptions_total": 9.0}, PREEMPTIONS) == 2
-    assert increase(TODAYS, TODAYS, PREEMPTIONS) == 0
+def test_the_increase_of_a_counter_is_the_difference() -> None:
+    assert increase(CURRENT, CURRENT | {"vllm:num_preemptions_total": 9.0}, PREEMPTIONS) == 2
+    assert increase(CURRENT, CURRENT, PREEMPTIONS) == 0
     old = {"vllm:gpu_prefix_cache_hits_total": 16.0}
     assert increase({"vllm:gpu_prefix_cache_hits_total": 0.0}, old, PREFIX_HITS) == 16
 
@@ -52,14 +54,16 @@ def test_a_counter_grows_by_the_difference() -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        (None, TODAYS),
-        (TODAYS, None),
-        ({}, TODAYS),
-        (TODAYS, {}),
-        (TODAYS, TODAYS | {"vllm:num_preemptions_total": 6.0}),  # it began anew
+        (None, CURRENT),
+        (CURRENT, None),
+        ({}, CURRENT),
+        (CURRENT, {}),
+        (CURRENT, CURRENT | {"vllm:num_preemptions_total": 6.0}),  # it was reset
     ],
 )
-def test_what_a_counter_has_grown_by_may_not_be_known(before: Counters, after: Counters) -> None:
+def test_the_increase_is_unknown_if_the_counter_is_missing_or_was_reset(
+    before: Counters, after: Counters
+) -> None:
     assert increase(before, after, PREEMPTIONS) is None
 
 
@@ -67,7 +71,7 @@ def test_what_a_counter_has_grown_by_may_not_be_known(before: Counters, after: C
     ("counters", "finished", "since", "settled"),
     [
         (IDLE, 0, None, True),
-        (TODAYS, 0, None, False),
+        (CURRENT, 0, None, False),
         (IDLE | {"vllm:num_requests_waiting": 1.0}, 0, None, False),
         (IDLE, 4, {"vllm:e2e_request_latency_seconds_count": 36.0}, True),
         (IDLE, 5, {"vllm:e2e_request_latency_seconds_count": 36.0}, False),
@@ -77,7 +81,7 @@ def test_what_a_counter_has_grown_by_may_not_be_known(before: Counters, after: C
         (None, 5, None, True),
     ],
 )
-def test_a_server_has_settled_when_nothing_is_left_and_all_is_counted(
+def test_a_server_has_settled_if_it_is_idle_and_has_counted_all_requests(
     counters: Counters, finished: int, since: Counters, settled: bool
 ) -> None:
     assert has_settled(counters, finished, since) is settled

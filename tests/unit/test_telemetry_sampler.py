@@ -1,4 +1,4 @@
-"""The sampler's rows of an engine from a scripted /proc, and the process that writes them."""
+"""The sampler's rows of an engine from a fake /proc, and the sampler process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_process(
     (folder / "stat").write_text(f"{before} {ticks[0]} {ticks[1]} 7 7 20 0 4 0 100 0 0\n")
 
 
-def test_memory_counts_files_once_and_cpu_time_adds_up(tmp_path: Path) -> None:
+def test_mapped_files_are_counted_once_and_cpu_times_are_added(tmp_path: Path) -> None:
     write_process(tmp_path, 10, anonymous=1000, files=300, shared=20, ticks=(150, 50))
     write_process(tmp_path, 11, anonymous=4000, files=500, shared=30, ticks=(900, 100))
     assert sampler.sample_processes([10, 11], tmp_path) == {
@@ -44,13 +44,13 @@ def test_memory_counts_files_once_and_cpu_time_adds_up(tmp_path: Path) -> None:
     }
 
 
-def test_processes_that_ended_count_no_more_and_none_left_is_unknown(tmp_path: Path) -> None:
+def test_ended_processes_are_ignored_and_no_process_means_unknown(tmp_path: Path) -> None:
     write_process(tmp_path, 10, anonymous=1000, files=300, shared=20, ticks=(150, 50))
     assert sampler.sample_processes([9, 10], tmp_path)["memory_bytes"] == 1320 * 1024
     assert sampler.sample_processes([9], tmp_path) == {"device": "engine"}
 
 
-def test_a_slice_is_what_was_sampled_behind_the_offset_and_within_the_times(
+def test_samples_are_read_after_the_offset_and_within_the_times(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "telemetry.jsonl"
@@ -76,12 +76,14 @@ def samples(file: Path, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def test_the_sampler_sees_a_process_until_it_is_left(tmp_path: Path) -> None:
+def test_the_sampler_samples_a_process_until_its_block_ends(tmp_path: Path) -> None:
     file = tmp_path / "telemetry.jsonl"
     with sampler.Sampler([os.getpid()], file, hz=50):
         assert sampler.end_offset(file) >= 0
         rows = samples(file, 3)
-        (process,) = (each for each in psutil.Process().children() if str(file) in each.cmdline())
+        (process,) = (
+            child for child in psutil.Process().children() if str(file) in child.cmdline()
+        )
     assert not process.is_running()
     times = [row["time_ns"] for row in rows]
     assert times == sorted(set(times))

@@ -1,4 +1,4 @@
-"""What a server's /metrics page becomes, and when it is believed."""
+"""Parsing a server's /metrics page, and waiting until the server has counted all requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from servegrid.study.endpoint import Endpoint
 from servegrid.telemetry import server
-from servegrid.telemetry.server import parsed
+from servegrid.telemetry.server import parse_metrics
 
 PAGE = """\
 # HELP vllm:num_requests_running Number of requests in model execution batches.
@@ -44,8 +44,8 @@ process_open_fds 41.0
 """
 
 
-def test_engine_samples_are_added_over_labels_without_buckets() -> None:
-    assert parsed(PAGE) == {
+def test_samples_are_added_over_labels_and_buckets_are_left_out() -> None:
+    assert parse_metrics(PAGE) == {
         "vllm:num_requests_running": 7.0,
         "vllm:time_to_first_token_seconds_count": 2.0,
         "vllm:time_to_first_token_seconds_sum": 0.25,
@@ -67,13 +67,13 @@ def page(finished: int, running: int = 0) -> dict[str, float]:
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, *pages: Any) -> Iterator[Any]:
-    """The server's answers, one after another, the last one for ever; what is left of them."""
+    """The server's answers, one after another; the last one repeats. Returns the remaining ones."""
     left = itertools.chain(pages, itertools.repeat(pages[-1]))
     monkeypatch.setattr(server, "read_metrics", lambda endpoint: next(left))
     return left
 
 
-def test_counters_are_read_when_the_server_has_counted_what_it_has_finished(
+def test_counters_are_read_after_the_server_has_counted_all_finished_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pages = [page(3, running=1), page(4), page(5), page(6, running=1), page(6)]
@@ -83,7 +83,7 @@ def test_counters_are_read_when_the_server_has_counted_what_it_has_finished(
     assert read(2) == page(6)
 
 
-def test_a_server_that_goes_on_with_what_its_client_gave_up_is_not_waited_for(
+def test_a_server_that_continues_an_abandoned_request_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server, "SETTLED_S", 0.05)
@@ -93,7 +93,7 @@ def test_a_server_that_goes_on_with_what_its_client_gave_up_is_not_waited_for(
     assert read(2) == page(1, running=1)
 
 
-def test_a_server_without_metrics_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_metrics_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     left = answers(monkeypatch, None, None, page(0))
     read = server.counter_reader(ENDPOINT)
     assert (read(0), read(2)) == (None, None)

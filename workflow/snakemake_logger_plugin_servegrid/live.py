@@ -14,8 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from servegrid.study.text import pluralize
 from snakemake_logger_plugin_servegrid.capture import TerminalCapture, no_control_echo
-from snakemake_logger_plugin_servegrid.messages import Level, Message, format_count, format_seconds
+from snakemake_logger_plugin_servegrid.messages import Level, Message, format_seconds
 from snakemake_logger_plugin_servegrid.progress import (
     DONE,
     FAILED,
@@ -146,7 +147,7 @@ def describe_hidden(deployments: Iterable[DeploymentProgress]) -> str:
     """One line for deployments without a row of their own."""
     states = [each.state for each in deployments]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    return f"and {format_count(len(states), 'deployment')}: {counts}"
+    return f"and {pluralize(len(states), 'deployment')}: {counts}"
 
 
 def _bar(done: int, total: int, style: str) -> ProgressBar:

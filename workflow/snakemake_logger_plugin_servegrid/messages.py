@@ -35,11 +35,3 @@ def format_seconds(seconds: float) -> str:
     if minutes:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     return f"{rest} s"
-
-
-def format_count(number: int, noun: str) -> str:
-    """
-    >>> format_count(1, "cell"), format_count(2, "cell")
-    ('1 cell', '2 cells')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from snakemake_logger_plugin_servegrid.messages import format_count, format_seconds
+from servegrid.study.text import pluralize
+from snakemake_logger_plugin_servegrid.messages import format_seconds
 from snakemake_logger_plugin_servegrid.progress import DONE, RunProgress, count_reasons
 
 CELLS = Path("results/tables/cells.parquet")
@@ -69,17 +70,17 @@ def _describe_run(progress: RunProgress) -> str:
     done, total = progress.cells()
     took = f"in {format_seconds(time.monotonic() - progress.started)}"
     if _is_complete(progress):
-        return f"{format_count(total, 'measurement')} done {took}." if total else f"Done {took}."
+        return f"{pluralize(total, 'measurement')} done {took}." if total else f"Done {took}."
     how = "Interrupted" if progress.interrupted else "Not finished"
     missing = [
         f"{each.name} ({each.total - each.done})"
         for each in progress.deployments()
         if each.state != DONE
     ]
-    text = f"{how}: {done} of {format_count(total, 'measurement')} done {took}."
+    text = f"{how}: {done} of {pluralize(total, 'measurement')} done {took}."
     if missing:
         return f"{text} Missing: {', '.join(missing)}."
-    other = format_count(progress.other_total - progress.other_done, "other job")
+    other = pluralize(progress.other_total - progress.other_done, "other job")
     return f"{text} {other} not done."
 
 
@@ -134,7 +135,7 @@ def dry_run_lines(progress: RunProgress) -> list[str]:
     lines = []
     if deployments:
         total = sum(each.total for each in deployments)
-        lines.append(f"{format_count(total, 'measurement')} to do:")
+        lines.append(f"{pluralize(total, 'measurement')} to do:")
         width = len(str(max(each.total for each in deployments)))
         for each in sorted(deployments, key=lambda deployment: deployment.name):
             jobs = [job for job in progress.jobs.values() if job.deployment == each.name]
@@ -144,7 +145,7 @@ def dry_run_lines(progress: RunProgress) -> list[str]:
     )
     if others:
         listed = ", ".join(rule if n == 1 else f"{n} × {rule}" for rule, n in others.items())
-        lines.append(f"{format_count(sum(others.values()), 'other job')} to run: {listed}")
+        lines.append(f"{pluralize(sum(others.values()), 'other job')} to run: {listed}")
     lines.append("This was a dry run: nothing was started. --verbose lists every job.")
     return lines
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
-from snakemake_logger_plugin_servegrid.messages import Level, Message, format_count, format_seconds
+from servegrid.study.text import pluralize
+from snakemake_logger_plugin_servegrid.messages import Level, Message, format_seconds
 from snakemake_logger_plugin_servegrid.progress import RUNNING, RunProgress
 
 PROGRESS_S = 60.0
@@ -68,10 +69,10 @@ def describe_plan(progress: RunProgress) -> str:
     deployments, (_, cells) = progress.deployments(), progress.cells()
     parts = []
     if cells:
-        where = f" on {format_count(len(deployments), 'deployment')}" if deployments else ""
-        parts.append(f"{format_count(cells, 'measurement')}{where}")
+        where = f" on {pluralize(len(deployments), 'deployment')}" if deployments else ""
+        parts.append(f"{pluralize(cells, 'measurement')}{where}")
     if progress.other_total:
-        parts.append(f"tables, figures and the page ({format_count(progress.other_total, 'job')})")
+        parts.append(f"tables, figures and the page ({pluralize(progress.other_total, 'job')})")
     return f"To do: {', then '.join(parts)}."
 
 
@@ -88,4 +89,4 @@ def describe_progress(progress: RunProgress) -> str:
         parts.append(f"{each.name} {each.done}/{each.total}{left}")
     if len(running) > LISTED:
         parts.append(f"{len(running) - LISTED} more are running")
-    return "; ".join([f"{done} of {format_count(total, 'measurement')} done", *parts])
+    return "; ".join([f"{done} of {pluralize(total, 'measurement')} done", *parts])

@@ -20,8 +20,9 @@ from typing import Any
 
 from snakemake_interface_logger_plugins.common import LogEvent
 
+from servegrid.study.text import pluralize
 from snakemake_logger_plugin_servegrid.failures import format_failure
-from snakemake_logger_plugin_servegrid.messages import Level, Message, format_count, format_seconds
+from snakemake_logger_plugin_servegrid.messages import Level, Message, format_seconds
 
 MEASURE = "measure"
 PENDING, STARTING, RUNNING = "pending", "starting", "running"
@@ -278,7 +279,7 @@ class RunProgress:
             deployment.first, deployment.measured = time.monotonic(), 0
         text = f"{deployment.name}: {deployment.status}"
         if state == DONE:
-            text += f", {format_count(deployment.done, 'measurement')}"
+            text += f", {pluralize(deployment.done, 'measurement')}"
         return [Message(Level.CHANGE, text)] if deployment.total else []
 
     def _message(self, record: logging.LogRecord) -> list[Message]:

@@ -22,9 +22,10 @@ from servegrid.analysis.queueing import (
     requests_per_s,
     users_carried,
 )
-from servegrid.analysis.titles import EMULATED, nearest_length
+from servegrid.analysis.titles import nearest_length
 from servegrid.records import columns
 from servegrid.study import config
+from servegrid.study.deployment import EMULATED
 
 RULES = config.SCHEMA.with_name("hardware.yaml")
 

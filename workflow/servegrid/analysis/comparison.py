@@ -21,9 +21,10 @@ from scipy.stats import false_discovery_control
 
 from servegrid.analysis.intervals import t_quantile
 from servegrid.analysis.metrics import OWN
-from servegrid.analysis.titles import EMULATED, emulation_notes
+from servegrid.analysis.titles import emulation_notes
 from servegrid.errors import ComparisonError
 from servegrid.records.verdict import OK
+from servegrid.study.deployment import EMULATED
 
 FALSE_DISCOVERIES = 0.05
 """The share of verdicts `faster` and `slower` that is wrong on average, at most."""

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from servegrid.analysis import tables
-from servegrid.analysis.titles import EMULATED, counted
 from servegrid.records import columns
 from servegrid.reference.published import PublishedData
+from servegrid.study.deployment import EMULATED
+from servegrid.study.text import pluralize
 
 
 def published_summary(published: PublishedData) -> pd.DataFrame:
@@ -92,8 +93,8 @@ def comparison_statements(pairs: pd.DataFrame, titles: Mapping[str, str]) -> lis
         mark = " (emulated)" if rows["emulated"].any() else ""
         title = titles.get(str(name), str(name))
         sentences.append(
-            f"{title}{mark}: {counted(len(rows), 'cell')} in both. The median ratio of measured to "
-            f"published time is {median:.3g}. {counted(differing, 'cell')} differ by more than "
+            f"{title}{mark}: {pluralize(len(rows), 'cell')} in both. The median ratio of "
+            f"measured to published time is {median:.3g}. {pluralize(differing, 'cell')} differ by more than "
             "rounding and intervals can explain."
         )
     return sentences
@@ -113,7 +114,7 @@ def method_differences(
             if not pd.isna(version)
         }
     )
-    trials = "–" if cells.empty else counted(int(cells["trial"].max()), "trial")
+    trials = "–" if cells.empty else pluralize(int(cells["trial"].max()), "trial")
     measured = {
         "prompts": " and ".join(sorted(set(prompts))),
         "software": ", ".join(engines) or "not known",

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-EMULATED = "emulated"
-"""The `engine` of rows that no hardware has produced."""
+from servegrid.study.deployment import EMULATED
+from servegrid.study.text import pluralize
 
 PROTOCOLS = {
     "burst": "all requests sent at once, time until the last has finished",
@@ -93,11 +93,6 @@ def nearest_length(lengths: Sequence[int], wanted: int) -> int | None:
     return nearest if max(nearest, wanted) / min(nearest, wanted) <= SAME_PROMPT_FACTOR else None
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 trial`, `3 trials`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def protocol_title(protocol: str) -> str:
     """`closed loop`."""
     return protocol.replace("_", " ")
@@ -105,7 +100,7 @@ def protocol_title(protocol: str) -> str:
 
 def load_title(protocol: str, output_len: int) -> str:
     """`burst, 100 output tokens per request`."""
-    return f"{protocol_title(protocol)}, {counted(output_len, 'output token')} per request"
+    return f"{protocol_title(protocol)}, {pluralize(output_len, 'output token')} per request"
 
 
 def _engine_title(cells: pd.DataFrame) -> str:

@@ -15,7 +15,7 @@ from servegrid.analysis import summary, tables
 from servegrid.report import write
 from servegrid.report.latency_table import write_latency_tables
 
-ANALYSIS_PACKAGES = ("matplotlib", "numpy", "pandas", "pyarrow", "vl-convert-python")
+ANALYSIS_PACKAGES = ("matplotlib", "numpy", "pandas", "pyarrow", "scipy", "vl-convert-python")
 """Packages whose version can change the bytes of a figure or of the page."""
 
 _SUFFIXES = {"markdown": "md", "csv": "csv", "latex": "tex", "parquet": "parquet"}

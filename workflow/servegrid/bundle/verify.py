@@ -140,7 +140,7 @@ def _check_validity(bundle: UnpackedBundle) -> Check:
     if problems:
         return Check("validity", FAIL, f"of {len(cells)} trials", problems)
     valid = int(cells["valid"].eq(True).sum())
-    return Check("validity", PASS, f"{len(cells)} trials, {valid} valid, the same by their records")
+    return Check("validity", PASS, f"{len(cells)} trials, {valid} valid; table and records agree")
 
 
 def _check_tables(bundle: UnpackedBundle) -> Check:
@@ -160,8 +160,8 @@ def _check_tables(bundle: UnpackedBundle) -> Check:
     if bundle.metadata["servegrid"] != __version__:
         note += f"; made by servegrid {bundle.metadata['servegrid']}, checked by {__version__}"
     if problems:
-        return Check("tables", FAIL, f"of {len(names)} derived from the records{note}", problems)
-    return Check("tables", PASS, f"{len(names)} derived from the records are equal{note}")
+        return Check("tables", FAIL, f"of {len(names)} tables{note}", problems)
+    return Check("tables", PASS, f"{len(names)} tables follow from the records{note}")
 
 
 def _check_figures(bundle: UnpackedBundle) -> Check:
@@ -197,8 +197,8 @@ def _check_figures(bundle: UnpackedBundle) -> Check:
     unchecked = sorted(present - {*names})
     note = f"; not drawn: {', '.join(unchecked)}" if unchecked else ""
     if problems:
-        return Check("figures", FAIL, f"of {len(names)} drawn from the records{note}", problems)
-    summary = f"{len(names)} drawn from the records, with the page, have equal bytes{note}"
+        return Check("figures", FAIL, f"of {len(names)} files{note}", problems)
+    summary = f"{len(names)} files, the page included, drawn again with the same bytes{note}"
     return Check("figures", PASS, summary)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from servegrid.study.text import pluralize
+
 WIDEST_SUBJECT = 48
 
 
@@ -71,8 +73,8 @@ def summary(findings: Iterable[Finding]) -> str:
     return ", ".join(
         (
             f"{counts[Status.OK]} ok",
-            _counted(counts[Status.WARN], "warning"),
-            _counted(counts[Status.FAIL], "failure"),
+            pluralize(counts[Status.WARN], "warning"),
+            pluralize(counts[Status.FAIL], "failure"),
         )
     )
 
@@ -80,10 +82,6 @@ def summary(findings: Iterable[Finding]) -> str:
 def exit_status(findings: Iterable[Finding]) -> int:
     """1 where something failed, else 0."""
     return int(any(each.status is Status.FAIL for each in findings))
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _wrapped(head: str, text: str, indent: str, width: int | None) -> str:

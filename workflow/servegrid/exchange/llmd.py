@@ -11,9 +11,8 @@ from typing import Any
 
 from servegrid import __version__
 from servegrid.analysis.metrics import allocation_of
-from servegrid.analysis.titles import EMULATED
 from servegrid.records.columns import PERCENTILES
-from servegrid.study.deployment import Deployment, digest_json
+from servegrid.study.deployment import EMULATED, Deployment, digest_json
 from servegrid.study.grid import Trial, Workload
 
 VERSION = "0.2.1"

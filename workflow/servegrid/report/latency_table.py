@@ -23,7 +23,6 @@ from servegrid.analysis.titles import (
     INTERVAL_TITLE,
     PROTOCOLS,
     axis_title,
-    counted,
     deployment_title,
     emulation_notes,
     protocol_title,
@@ -38,6 +37,7 @@ from servegrid.report.failure_notes import (
     serving_failures,
     validity_failures,
 )
+from servegrid.study.text import pluralize
 
 NOT_SERVED = "-"
 NOT_IN_STUDY = ""
@@ -108,7 +108,7 @@ def latency_markdown(title: str, tables: Sequence[LatencyTable], notes: Sequence
     blocks = [f"# {title}", *notes]
     for table in tables:
         if len(tables) > 1:
-            tokens = counted(table.output_len, "output token")
+            tokens = pluralize(table.output_len, "output token")
             blocks.append(f"## {protocol_title(table.protocol).capitalize()}, {tokens}")
         blocks += [
             f"Seconds per 100 tokens. Rows: {axis_title(table.protocol)}. Columns: prompt tokens.",
@@ -227,7 +227,7 @@ def _workload_note(table: LatencyTable) -> str:
     if table.trials > 1:
         trials = f", median of {table.trials} trials [{INTERVAL_TITLE}]"
     protocol = f"{protocol_title(table.protocol).capitalize()} ({PROTOCOLS[table.protocol]})"
-    return f"{protocol}, {counted(table.output_len, 'output token')} per request{trials}."
+    return f"{protocol}, {pluralize(table.output_len, 'output token')} per request{trials}."
 
 
 def _gap_notes(table: LatencyTable) -> list[str]:

@@ -1,1 +1,1 @@
-"""What runs inside an allocation: one engine, then its trials one after another."""
+"""The work inside an allocation: start one engine, then measure its trials one after another."""

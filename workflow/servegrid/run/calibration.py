@@ -1,4 +1,4 @@
-"""The load client measured on the very node, before an engine is up there."""
+"""Measures the timing error of the load client on this node, before the engine starts."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from servegrid.run.cores import CpuSets, pinned_to
 from servegrid.study.grid import Workload
 
 TTFT_S, ITL_S, TOKENS = 0.1, 0.02, 100
-"""A server as quick as one stream of a small model on a good GPU."""
+"""Latencies and output tokens of the mock server: a small model on a fast GPU."""
 PROMPT_TOKENS = 8
 LIMIT_S = 60.0
 
 
-def calibrate(concurrency: int, shares: CpuSets, socket: Path | None = None) -> dict[str, Any]:
-    """The client's timing error at that concurrency, or `error` and why it is unknown.
+def calibrate(concurrency: int, cpu_sets: CpuSets, socket: Path | None = None) -> dict[str, Any]:
+    """The client's timing error at this concurrency; if it is unknown, the reason under `error`.
 
-    A mock server on this node, on TCP or on the Unix socket of that path, is given one burst.
-    Server and client have the cores that engine and client will have.
+    The client sends one burst to a mock server on this node, over TCP or over the Unix socket
+    `socket`. The server runs on the engine's cores, the client on its own.
     """
     script = ResponseScript(TTFT_S, ITL_S, unix_socket=None if socket is None else str(socket))
     try:
         with (
-            pinned_to(shares.engine),
+            pinned_to(cpu_sets.engine),
             start_mock_server(script) as server,
-            pinned_to(frozenset().union(*shares.client)),
+            pinned_to(frozenset().union(*cpu_sets.client)),
         ):
             return {"concurrency": concurrency} | asdict(
-                measure_mock_server(server, calibration_workload(concurrency), shares.client)
+                measure_mock_server(server, calibration_workload(concurrency), cpu_sets.client)
             )
     except (ServegridError, OSError, http.client.HTTPException) as error:
         return {"concurrency": concurrency, "error": " ".join(str(error).split()) or repr(error)}
 
 
 def calibration_workload(concurrency: int) -> Workload:
-    """One wave of `concurrency` requests, after another that opens the connections."""
+    """One wave of `concurrency` requests, after a warm-up wave that opens the connections."""
     return Workload(
         "burst",
         concurrency,
@@ -58,19 +58,19 @@ def calibration_workload(concurrency: int) -> Workload:
 def measure_mock_server(
     server: MockServer, workload: Workload, cpu_sets: Sequence[Collection[int]] = ()
 ) -> TimingError:
-    """The client's timing error under `load` on a mock server with TTFT_S and ITL_S."""
+    """The client's timing error under `workload`, on a mock server with TTFT_S and ITL_S."""
     measurement = measure(server.endpoint, workload, None, "self-check", cpu_sets=cpu_sets)
     log = server.log()
     cpu_s = measurement.facts["cpu_s"]
     return measure_timing_error(measurement.requests, log.sent, log.read, TTFT_S, cpu_s)
 
 
-def describe_calibration(check: Mapping[str, Any]) -> str:
-    """What `self_check` gave, in a line."""
-    if "error" in check:
-        return f"not known, so no cell will be valid: {check['error']}"
-    arrival, itl = (1e3 * check[f"{each}_error_s_p99"] for each in ("arrival", "itl"))
+def describe_calibration(result: Mapping[str, Any]) -> str:
+    """The result of `calibrate` in one line."""
+    if "error" in result:
+        return f"timing error unknown, so no cell will be valid: {result['error']}"
+    arrival, itl = (1e3 * result[f"{metric}_error_s_p99"] for metric in ("arrival", "itl"))
     return (
-        f"at concurrency {check['concurrency']}, 99% of arrivals are right to "
-        f"{arrival:.2f} ms and of times between tokens to {itl:.2f} ms"
+        f"timing error at concurrency {result['concurrency']} (99th percentile): "
+        f"arrivals {arrival:.2f} ms, inter-token latency {itl:.2f} ms"
     )

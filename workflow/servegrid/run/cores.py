@@ -1,4 +1,4 @@
-"""Which cores of a node the engine gets, and which the processes of the load client."""
+"""Divides the cores of a node between the engine and the processes of the load client."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from servegrid.client import workers
 
-APART_FROM = 8
-"""With fewer cores, taking some away would change what the engine does."""
+MIN_CORES_TO_SPLIT = 8
+"""On a node with fewer cores, the engine would be slower without those of the client."""
 
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 @dataclass(frozen=True)
 class CpuSets:
-    """`engine`: the cores of the engine; `client`: those of each process of the load client."""
+    """The cores of the engine, and those of each process of the load client."""
 
     engine: frozenset[int]
     client: tuple[frozenset[int], ...]
@@ -30,23 +30,24 @@ def assign_cpu_sets(
     on_gpu: bool,
     siblings: Callable[[int], frozenset[int]] | None = None,
 ) -> CpuSets:
-    """How `cores` are shared on a node where up to `concurrency` requests are in flight.
+    """Divide `cores` for a client with up to `concurrency` requests in flight.
 
-    Beside an engine on GPUs each process of the client gets a whole physical core for itself,
-    both its threads, from the end of the list; where the engine computes on the CPU, or there are
-    fewer than APART_FROM cores, all have all of them. `siblings` tells the threads of a core.
+    If the engine runs on GPUs, each process of the client gets one physical core (all its hardware
+    threads), from the end of the list. If the engine computes on the CPU, or there are fewer than
+    MIN_CORES_TO_SPLIT cores, engine and client share all cores. `siblings` returns the hardware
+    threads of a core.
     """
-    everything = frozenset(cores)
-    processes = workers.processes_allowed(concurrency, len(everything))
-    if not on_gpu or len(everything) < APART_FROM:
-        return CpuSets(everything, (everything,) * processes)
-    whole = {(siblings or hardware_threads)(core) & everything for core in everything}
-    client = tuple(sorted(whole, key=min)[-processes:])
-    return CpuSets(everything.difference(*client), client)
+    all_cores = frozenset(cores)
+    processes = workers.processes_allowed(concurrency, len(all_cores))
+    if not on_gpu or len(all_cores) < MIN_CORES_TO_SPLIT:
+        return CpuSets(all_cores, (all_cores,) * processes)
+    physical = {(siblings or hardware_threads)(core) & all_cores for core in all_cores}
+    client = tuple(sorted(physical, key=min)[-processes:])
+    return CpuSets(all_cores.difference(*client), client)
 
 
 def hardware_threads(core: int) -> frozenset[int]:
-    """The hardware threads that share a physical core with `core`; itself where unknown."""
+    """The hardware threads on the same physical core as `core`; only `core` if unknown."""
     found = {core}
     with contextlib.suppress(OSError, ValueError):
         for part in Path(_TOPOLOGY.format(core)).read_text().strip().split(","):
@@ -57,7 +58,7 @@ def hardware_threads(core: int) -> frozenset[int]:
 
 @contextlib.contextmanager
 def pinned_to(cores: Collection[int]) -> Iterator[None]:
-    """Keep this thread, and all that it starts in the block, to `cores`."""
+    """Pin this thread, and all processes and threads started in the block, to `cores`."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:

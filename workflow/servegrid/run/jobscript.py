@@ -1,4 +1,4 @@
-"""What Snakemake's scripts have in common: a log, and errors that a person can read."""
+"""Helpers for Snakemake's scripts: a log file, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from servegrid.errors import ServegridError
 
 @contextlib.contextmanager
 def reraise_as(kind: type[Exception]) -> Iterator[None]:
-    """Raise errors of ours as `kind`, which the caller knows how to show without a traceback."""
+    """Raise servegrid's errors as `kind`, which the caller shows without a traceback."""
     try:
         yield
     except ServegridError as error:
@@ -23,7 +23,7 @@ def reraise_as(kind: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_work_span() -> Iterator[None]:
-    """Tell the executor, where it asks for it, that the block is what its job exists for."""
+    """Report to the executor, if it asks for it, when the real work of the job ran: this block."""
     began = time.time()
     yield
     if report := os.environ.get("SUBMITIT_TASK_REPORT"):
@@ -32,10 +32,10 @@ def report_work_span() -> Iterator[None]:
 
 @contextlib.contextmanager
 def redirect_output(log: str | Path) -> Iterator[None]:
-    """Send all output of the block, that of C libraries included, to `log`.
+    """Redirect all output of the block to the file `log`, including that of C libraries.
 
-    A ServegridError ends the process with status 1 and its message alone, in the log and on
-    the terminal; any other exception keeps its traceback.
+    A ServegridError ends the process with status 1, and only its message is printed, to the log and
+    to the terminal. Any other exception keeps its traceback.
     """
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     terminal = os.dup(2)

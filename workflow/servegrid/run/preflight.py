@@ -1,4 +1,4 @@
-"""What can be known to fail before anything is started."""
+"""Checks before a run: it reports what is sure to fail, and starts nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from servegrid.study.grid import Deployment, Study
 
 
 def check_ready(study: Study, cells: str | Path) -> None:
-    """Raise where a deployment of the study cannot come up, as far as this machine can tell.
+    """Raise an error if this machine can already see that a deployment of the study will fail.
 
-    ModelError, naming the deployment, where a model that is needed is not there; ConfigError
-    where an emulated deployment's arguments do not fit; EngineError where the API key of an
-    external one is missing. Deployments that have all their records in `cells` are not looked at.
+    ModelError: a model is missing. ConfigError: the arguments of an emulated deployment are wrong.
+    EngineError: the API key of an external deployment is missing. Deployments whose records in the
+    folder `cells` are complete are not checked.
     """
     to_measure = {
         trial.deployment.name: trial.deployment

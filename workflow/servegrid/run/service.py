@@ -1,7 +1,7 @@
-"""What an allocation does for its cells: one engine up, watched, and known to them.
+"""The service of an allocation: it starts one engine and tells the cells where it is.
 
-`serve` is what a profile names as the executor's service; a cell's own process, forked
-elsewhere, finds the engine through the hand-over file that SERVEGRID_ALLOCATION names.
+A profile names `serve` as the executor's service. Each cell is measured in another process; it
+finds the engine through the file that the environment variable SERVEGRID_ALLOCATION names.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STARTUP_S = 1800.0
 
 @dataclass(frozen=True)
 class Service:
-    """What the executor needs: variables for its jobs, and whether more of them make sense."""
+    """For the executor: environment variables for its jobs, and whether the engine still works."""
 
     env: Mapping[str, str]
     healthy: Callable[[], bool]
@@ -42,12 +42,12 @@ class Service:
 
 @dataclass(frozen=True)
 class AllocationInfo:
-    """What a cell must know of the engine that its allocation has up."""
+    """What a cell needs to know about its allocation and its engine."""
 
     endpoint: Endpoint
     deployment_digest: str
     tokenizer: Path | None
-    """None where the engine takes any token ids."""
+    """None if the engine accepts any token ids."""
     telemetry: Path
     process: tuple[int, float]
     """Pid and start time of the allocation's process."""
@@ -55,10 +55,10 @@ class AllocationInfo:
     environment: Mapping[str, Any]
     cpu_sets: Sequence[Sequence[int]]
     """The cores of each process of the load client."""
-    self_check: Mapping[str, Any] | None
-    """What the load client distorts on this node; None where nothing real is served."""
+    calibration: Mapping[str, Any] | None
+    """The timing error of the load client on this node; None for an emulated engine."""
     api_key_env: str | None = None
-    """The variable with the API key of an external endpoint, whose key is not written down."""
+    """The variable with the API key of an external endpoint; the key itself is not written."""
 
     def write(self, path: Path) -> None:
         paths = {"telemetry": str(self.telemetry)}
@@ -71,72 +71,72 @@ class AllocationInfo:
 
     @classmethod
     def read(cls) -> AllocationInfo:
-        """The hand-over of the allocation that this process runs in.
+        """The information of the allocation that this process runs in.
 
-        Raises EngineError where it runs in none, or lacks the endpoint's API key.
+        Raises EngineError if it runs in no allocation, or if the endpoint's API key is missing.
         """
         try:
             data = json.loads(Path(os.environ[INFO_VARIABLE]).read_text())
         except KeyError:
             raise EngineError(
-                "No engine is up: a cell is measured inside an allocation. "
-                "Run snakemake with a profile, such as --profile profiles/local."
+                "There is no engine, because this process does not run in an allocation. "
+                "Run snakemake with a profile, for example --profile profiles/local."
             ) from None
         except OSError as error:
             raise EngineError(
                 f"{os.environ[INFO_VARIABLE]}: the allocation has ended ({error.strerror}). "
-                "Run the same command again: only what is missing is measured."
+                "Run the same command again: servegrid measures only what is missing."
             ) from error
         data["endpoint"] = Endpoint(**data["endpoint"])
         if variable := data["api_key_env"]:
             key = read_api_key(variable, os.environ)
             if key is None:
                 raise EngineError(
-                    f"the variable {variable} holds no API key in this job, though it did in its "
-                    "allocation. Have the jobs inherit it."
+                    f"The variable {variable} contains no API key in this job, but it did in its "
+                    "allocation. Make the jobs inherit the environment."
                 )
             data["endpoint"] = replace(data["endpoint"], api_key=key)
         data["telemetry"] = Path(data["telemetry"])
         data["tokenizer"] = data["tokenizer"] and Path(data["tokenizer"])
         return cls(**data)
 
-    def refuse_ended(self) -> None:
-        """Raise EngineError where the allocation is gone: what failed then says nothing."""
+    def check_active(self) -> None:
+        """Raise EngineError if the allocation has ended: the engine is then not to blame."""
         pid, started = self.process
         with contextlib.suppress(psutil.Error):
             if psutil.Process(pid).create_time() == started:
                 return
         raise EngineError(
-            "The allocation was ended while this cell was measured. "
-            "Run the same command again: only what is missing is measured."
+            "The allocation ended while this cell was measured. "
+            "Run the same command again: servegrid measures only what is missing."
         )
 
 
 def check_servable(
     name: str, params: Mapping[str, Any], resources: Mapping[str, Any], site: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError where the deployment cannot be served on what is asked of the cluster.
+    """Raise ConfigError if the requested nodes cannot serve the deployment.
 
-    The executor asks this before it submits; `site` are the submission parameters.
+    The executor calls this before it submits; `site` contains the submission parameters.
     """
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
     nodes = site.get("nodes", 1)
     if nodes > 1 and deployment.engine != EMULATED:
         raise ConfigError(
             f"deployment `{deployment.name}` needs {deployment.gpu_count} GPUs on {nodes} nodes, "
-            f"and servegrid brings {deployment.engine} up on one: over several it would take a "
-            "process on each of them and a network between their GPUs, which is not supported. "
-            "Choose a kind of node with enough GPUs, or leave it out by `exclude` in the study."
+            f"but servegrid starts {deployment.engine} on one node only. Choose a kind of node "
+            "with enough GPUs, or remove the deployment with `exclude` in the study."
         )
 
 
 @contextlib.contextmanager
 def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) -> Iterator[Service]:
-    """Bring up the deployment that the cells of one allocation share.
+    """Start the deployment that the cells of one allocation share.
 
-    `params["spec"]` is the specification of any of its trials, as JSON. The site speaks through
-    `resources`: `socket` (tcp or unix) and `startup_s`, the limit of the bring-up in seconds; the
-    study as well: `max_concurrency`, the most requests that will be in flight.
+    `params["spec"]` is the specification of any of its trials, as JSON. `resources` contains the
+    settings of the site: `socket` (tcp or unix) and `startup_s` (seconds within which the engine
+    must start). It also contains `max_concurrency`, the highest number of requests in flight in
+    the study.
     """
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
     site = Site(
@@ -146,22 +146,22 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     )
     check_allocated_gpus(deployment, os.environ)
     max_concurrency = int(resources.get("max_concurrency", 1))
-    # Beside an engine that is elsewhere the client has cores of its own, as beside one on GPUs.
-    apart = deployment.engine == EXTERNAL or deployment.gpu_count > 0
-    shared = cores.assign_cpu_sets(os.sched_getaffinity(0), max_concurrency, apart)
+    # The client gets its own cores if the engine does not compute on this CPU.
+    split = deployment.engine == EXTERNAL or deployment.gpu_count > 0
+    cpu_sets = cores.assign_cpu_sets(os.sched_getaffinity(0), max_concurrency, split)
     with contextlib.ExitStack() as stack:
-        # A reaper, so that the folder with the engine's key goes even if this process is killed.
+        # The reaper removes the folder with the engine's API key even if this process is killed.
         folder = stack.enter_context(start_reaper()).folder
-        check = None
+        calibration = None
         if deployment.engine != EMULATED:
-            socket = None if site.socket == "tcp" else folder / "self-check"
-            check = calibrate(max_concurrency, shared, socket)
-            print(f"The load client on this node: {describe_calibration(check)}", flush=True)
-        with cores.pinned_to(shared.engine):
+            socket = None if site.socket == "tcp" else folder / "mock"
+            calibration = calibrate(max_concurrency, cpu_sets, socket)
+            print(f"Load client on this node: {describe_calibration(calibration)}", flush=True)
+        with cores.pinned_to(cpu_sets.engine):
             engine = stack.enter_context(start_engine(deployment, site))
         samples = folder / "telemetry.jsonl"
         if deployment.engine == EXTERNAL:
-            samples.touch()  # Nothing on this node is the engine's, neither processes nor GPUs.
+            samples.touch()  # No process and no GPU of this node belongs to the engine.
         else:
             stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
         info = AllocationInfo(
@@ -174,18 +174,18 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             environment=environment.describe_node()
             | (nvml.describe_gpus(os.environ) if deployment.node_gpus else {})
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
-            cpu_sets=[sorted(each) for each in shared.client],
-            self_check=check,
+            cpu_sets=[sorted(cpu_set) for cpu_set in cpu_sets.client],
+            calibration=calibration,
             api_key_env=None if deployment.endpoint is None else deployment.endpoint.api_key_env,
         )
-        info.write(folder / "handover.json")
-        yield Service({INFO_VARIABLE: str(folder / "handover.json")}, engine.healthy)
+        info.write(folder / "allocation.json")
+        yield Service({INFO_VARIABLE: str(folder / "allocation.json")}, engine.healthy)
 
 
 def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:
-    """Raise EngineError where Slurm has handed over fewer GPUs than the deployment needs.
+    """Raise EngineError if Slurm has granted fewer GPUs than the deployment needs.
 
-    Where it hands none over by name (whole nodes, on sites without GRES), nothing is known here.
+    On a site without GRES, jobs get whole nodes and Slurm lists no GPUs: then this check passes.
     """
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if "SLURM_JOB_ID" not in env or visible is None or not deployment.node_gpus:
@@ -195,8 +195,8 @@ def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None
     if found < wanted:
         raise EngineError(
             f"deployment `{deployment.name}`: this allocation has {found} of {wanted} GPUs on "
-            f"node {env.get('SLURMD_NODENAME', '')} (CUDA_VISIBLE_DEVICES={visible}). Make the "
-            f"kind `{deployment.gpu}` of the profile ask for them, by slurm_gres or gpus_per_node."
+            f"node {env.get('SLURMD_NODENAME', '')} (CUDA_VISIBLE_DEVICES={visible}). Set "
+            f"slurm_gres or gpus_per_node for the kind `{deployment.gpu}` in the profile."
         )
 
 

@@ -1,6 +1,6 @@
-"""One trial, from the engine that its allocation has up to two Parquet files.
+"""Measures one trial on the allocation's engine and writes two Parquet files.
 
-The requests are written last: where they lie, the trial is complete.
+The requests are written last: if that file exists, the trial is complete.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from servegrid.study.grid import Trial
 from servegrid.telemetry import sampler, server
 
 DEATH_CONFIRMED_S = 5.0
-"""How long a server may be silent after a failed load before it counts as dead."""
+"""Seconds that a server must keep answering after a failure to count as alive."""
 
 
 def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: bool) -> str:
     """Measure `trial`, write its records and return its verdict.
 
-    Raises EngineError where the allocation serves another deployment, or where the engine died
-    and this is not yet the last attempt: then the trial is worth another engine. Raises
-    LoadError where no load could be put on it, and RecordError where nothing can be written.
+    Raises EngineError if the allocation serves another deployment, or if the engine died and this
+    is not the last attempt: then the executor starts another engine for the trial. Raises LoadError
+    if no request could be sent, and RecordError if the files cannot be written.
     """
     info = AllocationInfo.read()
     if info.deployment_digest != trial.deployment.digest:
         raise EngineError(
-            f"{trial.id}: the engine that is up serves another specification of this deployment. "
-            "Run the same command again when that allocation has ended."
+            f"{trial.id}: the running engine serves another specification of this deployment. "
+            "Run the same command again after that allocation has ended."
         )
     parquet.check_writable(requests.parent)
     offset = sampler.end_offset(info.telemetry)
-    # Of an open loop nobody knows how many will be in flight.
+    # An open loop has no fixed concurrency: it gets all processes of the client.
     concurrency = trial.workload.concurrency
     cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
     if len(cpu_sets) == 1:
@@ -56,10 +56,12 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         )
     alive = _is_alive(info, measurement)
     if not alive:
-        info.refuse_ended()
+        info.check_active()
     verdict, detail = decide_verdict(measurement.errors, alive)
     if verdict == SERVER_DIED and not last_attempt:
-        raise EngineError(f"{trial.id}: the engine died under this load; trying once more.")
+        raise EngineError(
+            f"{trial.id}: the engine died under this workload. Retrying with a new engine."
+        )
     record = {
         "format": parquet.RECORD_FORMAT,
         "servegrid": __version__,
@@ -70,7 +72,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "client": measurement.facts,
         "engine": info.engine,
         "environment": info.environment,
-        "self_check": info.self_check,
+        "self_check": info.calibration,
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
@@ -84,9 +86,10 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
 
 
 def prompt_salt(trial: Trial) -> str:
-    """What the trial's prompts are drawn with: the same for every engine that is brought up for it.
+    """The seed of the trial's prompts: the same for every engine that servegrid starts.
 
-    An external one may have kept those of an earlier measurement: it gets others each time.
+    An external engine may still have the prompts of an earlier run in its cache: it gets new ones
+    each time.
     """
     if trial.deployment.engine != EXTERNAL:
         return trial.digest
@@ -94,7 +97,7 @@ def prompt_salt(trial: Trial) -> str:
 
 
 def _is_alive(info: AllocationInfo, measurement: Measurement) -> bool:
-    """Whether the server still answers; after a failure it gets a moment to collapse."""
+    """Whether the server still answers. After a failed request, it is watched for a few seconds."""
     if not any(measurement.errors):
         return True
     deadline = time.monotonic() + DEATH_CONFIRMED_S

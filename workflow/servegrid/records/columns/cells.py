@@ -32,6 +32,9 @@ def _latencies(name: str, meaning: str) -> list[Column]:
     ]
 
 
+TEXTS = pa.list_(pa.field("element", pa.string()))
+"""A list of texts; Parquet calls its items so."""
+
 CELLS = (
     Column("deployment", pa.string(), "", "Name of the deployment"),
     Column("model", pa.string(), "", "Name of the model"),
@@ -87,13 +90,13 @@ CELLS = (
     ),
     Column(
         "invalid_rules",
-        pa.list_(pa.string()),
+        TEXTS,
         "",
         "Rules of validity that are broken; empty if valid, null if the workload was not served",
     ),
     Column(
         "invalid_evidence",
-        pa.list_(pa.string()),
+        TEXTS,
         "",
         "Evidence for each of invalid_rules, in the same order",
     ),

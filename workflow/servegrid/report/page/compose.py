@@ -17,11 +17,12 @@ from servegrid.analysis.published import (
     method_differences,
     published_summary,
 )
-from servegrid.analysis.titles import counted, deployment_titles, hardware_title, load_title
+from servegrid.analysis.titles import deployment_titles, hardware_title, load_title
 from servegrid.reference.published import PublishedData
 from servegrid.report.findings_report import frontier_table
 from servegrid.report.page import FormField, PageTexts, Section, render_html, sections
 from servegrid.report.page.payload import build_payload, count_results, list_workloads
+from servegrid.study.text import pluralize
 
 FILES = (
     ("../tables/cells.parquet", "one row per cell and trial, with units and meanings"),
@@ -101,7 +102,7 @@ def render_published_page(
             published.name, summary, cells, compare_with_published(summary, None), demand, hardware
         ),
         PageTexts(
-            summary=f"{counted(len(titles), 'deployment')}, {counted(len(summary), 'cell')}: "
+            summary=f"{pluralize(len(titles), 'deployment')}, {pluralize(len(summary), 'cell')}: "
             f"{served} served. Published figures, not measured by servegrid.",
             reset="Reset to the default assumptions",
             footer=f"The figures come from: {published.source.citation}.",

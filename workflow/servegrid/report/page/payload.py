@@ -11,7 +11,6 @@ import pandas as pd
 
 from servegrid.analysis.capacity import Demand, Hardware
 from servegrid.analysis.titles import (
-    EMULATED,
     axis_title,
     deployment_titles,
     emulation_notes,
@@ -19,6 +18,7 @@ from servegrid.analysis.titles import (
     with_intensity,
 )
 from servegrid.records.columns import SUMMARY_METRICS
+from servegrid.study.deployment import EMULATED
 
 Json = Any
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis.findings import Slo
-from servegrid.analysis.titles import counted, deployment_titles
+from servegrid.analysis.titles import deployment_titles
 from servegrid.records.verdict import OK
 from servegrid.report.findings_report import (
     NO_FINDINGS,
@@ -19,6 +19,7 @@ from servegrid.report.findings_report import (
     published_caption,
 )
 from servegrid.report.page import Section, SectionTable
+from servegrid.study.text import pluralize
 
 MAX_ROWS = 200
 """Maximum rows of a table on the page. The files next to the page contain all rows."""
@@ -31,11 +32,11 @@ def summary_sentence(counts: Mapping[str, int], cells: pd.DataFrame) -> str:
     """One sentence with the numbers of `payload.count_results`."""
     if not counts["trials"]:
         return "Nothing has been measured yet."
-    kinds = counted(cells["gpu"].nunique(), "kind")
+    kinds = pluralize(cells["gpu"].nunique(), "kind")
     return (
-        f"{counted(counts['deployments'], 'deployment')} on {kinds} of hardware; "
-        f"{counted(counts['cells'], 'cell')} in {counted(counts['trials'], 'trial')} with "
-        f"{counts['requests']:,} requests. {counted(counts['served'], 'cell')} served, "
+        f"{pluralize(counts['deployments'], 'deployment')} on {kinds} of hardware; "
+        f"{pluralize(counts['cells'], 'cell')} in {pluralize(counts['trials'], 'trial')} with "
+        f"{counts['requests']:,} requests. {pluralize(counts['served'], 'cell')} served, "
         f"{counts['valid']} valid."
     )
 
@@ -80,7 +81,7 @@ def validity_section(cells: pd.DataFrame) -> Section:
     titles = deployment_titles(cells)
     served = Counter(cells["verdict"])[OK]
     paragraphs = [
-        f"{served} of {counted(len(cells), 'trial')} served, "
+        f"{served} of {pluralize(len(cells), 'trial')} served, "
         f"{int(cells['valid'].eq(True).sum())} valid."
     ]
     failed = cells[cells["verdict"] != OK]

@@ -1,4 +1,4 @@
-"""What vLLM's processes log as an error comes back as the cause of a failed start."""
+"""The errors in the logs of vLLM's processes explain a failed start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from servegrid.engines import startup_errors
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
-    """vLLM's logger, configured as its processes are."""
+    """vLLM's logger, configured as in its processes."""
     for name, value in startup_errors.logging_variables(tmp_path).items():
         monkeypatch.setenv(name, value)
     config = json.loads((tmp_path / "logging.json").read_text())
@@ -37,13 +37,13 @@ def test_the_first_exception_is_the_cause(log: logging.Logger, tmp_path: Path) -
     assert startup_errors.first_error(tmp_path) == "ValueError: no room for the KV cache"
 
 
-def test_no_error_is_no_cause(log: logging.Logger, tmp_path: Path) -> None:
+def test_errors_without_an_exception_are_no_cause(log: logging.Logger, tmp_path: Path) -> None:
     assert startup_errors.first_error(tmp_path) is None
     log.error("without an exception")
     assert startup_errors.first_error(tmp_path) is None
 
 
-def test_an_engine_that_is_gone_is_no_reason_to_fail(
+def test_logging_works_after_the_folder_of_the_engine_was_removed(
     log: logging.Logger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(startup_errors.FILE_VARIABLE, "/no/where/errors.jsonl")
@@ -52,7 +52,7 @@ def test_an_engine_that_is_gone_is_no_reason_to_fail(
     log.error("later")
 
 
-def test_a_cause_is_told_on_one_line_and_not_at_length() -> None:
+def test_a_cause_is_shortened_to_one_line() -> None:
     assert startup_errors.describe_failure(ValueError("two\nlines")) == "ValueError: two\nlines"
     assert startup_errors.shorten("ValueError: two\n  lines") == "ValueError: two lines"
     assert startup_errors.shorten("1\n2\n3\n4\n5\n6") == "1 2 3 4"

@@ -1,4 +1,4 @@
-"""What is refused before a start on GPUs, and what must not be. No GPU is needed."""
+"""Which deployments are refused before a start on GPUs, and which are not. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ DEPLOYMENT = Deployment(
     max_model_len=4096,
 )
 DEFAULTS = {"gpu_memory_utilization": 0.9}
-# Of 0.10.1.1; the methods of Marlin alone ask for 7.5 from 0.16 on.
-ASKED: Mapping[str, Capability] = {
+# vLLM 0.10.1.1; from 0.16 on, the methods that only Marlin implements need 7.5.
+CAPABILITIES: Mapping[str, Capability] = {
     "awq": (7, 5),
     "gptq": (6, 0),
     "gptq_marlin": (8, 0),
@@ -67,13 +67,15 @@ def needs(
     config: Mapping[str, Any] | None = None,
     weights: float | None = 13.5,
     gpu_count: int = 1,
-    asked: Mapping[str, Capability] = ASKED,
+    capabilities: Mapping[str, Capability] = CAPABILITIES,
     **arguments: Any,
 ) -> compatibility.Requirements:
-    """Of a deployment with these `arguments`, whose weights have so many GiB."""
+    """The requirements of a deployment with these `engine_args` and `weights` GiB of weights."""
     deployment = replace(DEPLOYMENT, gpu_count=gpu_count, engine_args=arguments)
     size = None if weights is None else int(weights * GIB)
-    return compatibility.requirements_for(deployment, DEFAULTS, config or {}, size, asked.get)
+    return compatibility.requirements_for(
+        deployment, DEFAULTS, config or {}, size, capabilities.get
+    )
 
 
 def quantized(method: str) -> dict[str, Any]:
@@ -91,12 +93,12 @@ def quantized(method: str) -> dict[str, Any]:
         (needs(quantized("gptq"), 11), [V100], LAST_FOR_V100),
         (needs(quantized("awq"), 4), [T4], FOR_V100),
         (needs(quantized("awq"), 11), [A100], FOR_A100),
-        (needs(quantized("fp8"), 7), [A100], FOR_V100),  # weights alone in fp8, by Marlin
+        (needs(quantized("fp8"), 7), [A100], FOR_V100),  # Marlin computes with fp8 weights only
         (needs(quantized("fp8"), 7), [H100], FOR_A100),
         (needs(quantized("of tomorrow"), 7), [V100], FOR_V100),
         (needs(kv_cache_dtype="fp8"), [A100], FOR_A100),
-        (needs(kv_cache_dtype="fp8"), [V100], FOR_V100),  # V0 converts it itself
-        (needs(), [L40S], FOR_A100),  # by the code for 8.6
+        (needs(kv_cache_dtype="fp8"), [V100], FOR_V100),  # vLLM's V0 engine converts it
+        (needs(), [L40S], FOR_A100),  # code for 8.6 runs on it
         (needs(weights=41.5, gpu_count=2), [A100, A100], FOR_A100),
         (needs(weights=13.5), [A100, V100], FOR_A100),  # the second is not used
         (needs({"dtype": "float32"}, weights=27), [V100], FOR_V100),  # halved while loading
@@ -105,22 +107,22 @@ def quantized(method: str) -> dict[str, Any]:
         (needs(weights=None), [A100], FOR_A100),
         (needs(), [replace(V100, capability=None)], FOR_A100),
         (needs(weights=100), [replace(A100, memory_bytes=None)], FOR_A100),
-        (needs(gpu_count=4), None, FOR_A100),  # not even listed
-        # Within a major version, an older driver does.
+        (needs(gpu_count=4), None, FOR_A100),  # cannot be listed
+        # An older driver runs newer minor versions of CUDA.
         (needs(), [A100], replace(FOR_A100, cuda="13.2")),
         (needs(), [A100], replace(FOR_A100, driver=None, driver_cuda=None)),
         (needs(), [A100], replace(FOR_A100, architectures=())),
         (needs(), [A100], replace(FOR_A100, architectures=("gfx90a",))),
     ],
 )
-def test_what_may_run_is_let_through(
+def test_a_deployment_that_may_run_is_accepted(
     needed: compatibility.Requirements, gpus: list[Gpu] | None, software: Software
 ) -> None:
     assert compatibility.incompatibility(needed, gpus, software) is None
 
 
 @pytest.mark.parametrize(
-    ("needed", "gpus", "software", "told"),
+    ("needed", "gpus", "software", "parts"),
     [
         (
             needs(gpu_count=2),
@@ -133,32 +135,42 @@ def test_what_may_run_is_let_through(
             needs(),
             [A100],
             replace(FOR_A100, driver="550.54.15", driver_cuda=(12, 4)),
-            ["CUDA 13.0", "driver 550.54.15 knows CUDA up to 12.4", "from 580 on", "a100.in"],
+            [
+                "CUDA 13.0",
+                "driver 550.54.15 supports CUDA only up to 12.4",
+                "580 or newer",
+                "a100.in",
+            ],
         ),
         (
             needs(),
             [V100],
             FOR_A100,
-            ["V100-PCIE-16GB has compute capability 7.0", "code from 7.5 on", "`make env-v100`"],
+            ["V100-PCIE-16GB has compute capability 7.0", "only 7.5 and newer", "`make env-v100`"],
         ),
-        (needs(), [V100], replace(FOR_A100, vllm="0.20.0"), ["vLLM 0.20.0 has code from 7.5 on"]),
+        (
+            needs(),
+            [V100],
+            replace(FOR_A100, vllm="0.20.0"),
+            ["vLLM 0.20.0 supports only 7.5 and newer"],
+        ),
         (
             needs(),
             [V100],
             replace(LAST_FOR_V100, architectures=("sm_75", "sm_80")),
-            ["torch has code for sm_75, sm_80 only", "`make env-v100`"],
+            ["torch supports only sm_75, sm_80. ", "`make env-v100`"],
         ),
         (
             needs(),
             [replace(H100, name="NVIDIA B200", capability=(10, 0))],
             FOR_V100,
-            ["NVIDIA B200 has compute capability 10.0", "sm_90 only", "made for that kind of GPU"],
+            ["NVIDIA B200 has compute capability 10.0", "sm_90. ", "for this kind of GPU"],
         ),
         (
             needs(),
             [A100],
             replace(FOR_V100, architectures=("sm_86", "sm_90a")),
-            ["8.0, and the installed torch"],
+            ["8.0, but the installed torch"],
         ),
         (
             needs(quantized("awq"), 4),
@@ -188,14 +200,14 @@ def test_what_may_run_is_let_through(
             needs(dtype="bfloat16"),
             [V100],
             FOR_V100,
-            ["dtype bfloat16 needs compute capability 8.0", "`arguments: {dtype: half}`"],
+            ["dtype bfloat16 needs compute capability 8.0", "`engine_args: {dtype: half}`"],
         ),
         (needs(dtype="bfloat16", gpu_count=2), [A100, T4], FOR_A100, ["Tesla T4"]),
         (
             needs(kv_cache_dtype="fp8_e5m2"),
             [V100],
             LAST_FOR_V100,
-            ["kv_cache_dtype fp8_e5m2 needs compute capability 7.5", "Remove the argument"],
+            ["kv_cache_dtype fp8_e5m2 needs compute capability 7.5", "Remove this argument"],
         ),
         (
             needs(weights=41.5),
@@ -206,18 +218,18 @@ def test_what_may_run_is_let_through(
         (needs({"dtype": "float32"}, weights=40), [V100], FOR_V100, ["weights have 20.0 GiB"]),
     ],
 )
-def test_what_cannot_run_is_told_in_one_line(
-    needed: compatibility.Requirements, gpus: list[Gpu], software: Software, told: list[str]
+def test_an_incompatibility_is_described_in_one_line(
+    needed: compatibility.Requirements, gpus: list[Gpu], software: Software, parts: list[str]
 ) -> None:
     reason = compatibility.incompatibility(needed, gpus, software)
     assert reason
     assert reason.startswith("deployment `mistral-7b_fp16_vllm_1xgpu`: ")
     assert "\n" not in reason
-    for part in told:
+    for part in parts:
         assert part in reason
 
 
-def test_the_weights_are_those_that_vllm_loads(tmp_path: Path) -> None:
+def test_only_weights_that_vllm_loads_are_counted(tmp_path: Path) -> None:
     assert hardware.weight_bytes(tmp_path) is None
     (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"x" * 7)
     (tmp_path / "training_args.bin").write_bytes(b"x" * 100)
@@ -237,7 +249,7 @@ class NotSupportedError(Exception):
 
 
 class Nvml:
-    """Two GPUs, as NVML shows them; of the second, little can be read."""
+    """NVML with two GPUs; the second supports few queries."""
 
     NVMLError = NotSupportedError
     NVML_ERROR_NO_PERMISSION = 4
@@ -274,12 +286,12 @@ SECOND = Gpu("Tesla T4", None, None)
         ("MIG-2a1c", None),
     ],
 )
-def test_gpus_are_those_that_cuda_sees(named: str | None, seen: list[Gpu] | None) -> None:
+def test_only_gpus_that_cuda_sees_are_listed(named: str | None, seen: list[Gpu] | None) -> None:
     environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
     assert hardware.list_gpus(Nvml, environment) == seen
 
 
-def test_gpus_that_nvml_will_not_show_are_not_counted_as_none() -> None:
+def test_gpus_that_nvml_cannot_open_make_the_list_unknown() -> None:
     class Forbidden(Nvml):
         @staticmethod
         def nvmlDeviceGetHandleByIndex(index: int) -> int:
@@ -288,14 +300,14 @@ def test_gpus_that_nvml_will_not_show_are_not_counted_as_none() -> None:
     assert hardware.list_gpus(Forbidden, {}) is None
 
 
-def test_the_driver_is_read_where_there_is_one() -> None:
+def test_the_driver_version_is_read_if_there_is_a_driver() -> None:
     software = hardware.detect_software("0.32.0", Nvml)
     assert (software.driver, software.driver_cuda) == ("550.54.15", (12, 4))
     software = hardware.detect_software("0.32.0", None)
     assert (software.vllm, software.driver, software.driver_cuda) == ("0.32.0", None, None)
 
 
-class ADriver:
+class FakeDriver:
     def __enter__(self) -> type[Nvml]:
         return Nvml
 
@@ -303,14 +315,14 @@ class ADriver:
         pass
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(
+def test_an_incompatible_checkpoint_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(quantized("awq")))
     monkeypatch.setattr(hardware, "list_gpus", lambda nvml, environment: [V100])
     monkeypatch.setattr(hardware, "detect_software", lambda vllm, nvml: FOR_V100)
-    monkeypatch.setattr(hardware, "required_capability", ASKED.get)
-    monkeypatch.setattr(nvml, "open_driver", ADriver)
+    monkeypatch.setattr(hardware, "required_capability", CAPABILITIES.get)
+    monkeypatch.setattr(nvml, "open_driver", FakeDriver)
     with pytest.raises(EngineError, match="quantization `awq` needs"):
         compatibility.check_compatibility(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
     (tmp_path / "config.json").write_text(json.dumps(quantized("gptq")))
