@@ -4,7 +4,7 @@ import re
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from servegrid.reference.published import published_in
+from servegrid.reference.published import published_from_config
 from servegrid.study.config import from_snakemake
 from servegrid.run.preflight import check_ready
 from servegrid.run.jobscript import reraise_as
@@ -19,7 +19,7 @@ if not config:
 
 with reraise_as(WorkflowError):
     study = from_snakemake(config, workflow.configfiles)
-    published_in(config, workflow.configfiles)  # refused now, not after the benchmark
+    published_from_config(config, workflow.configfiles)  # refused now, not after the benchmark
 
 
 report: "workflow/report/study.rst"

@@ -153,7 +153,7 @@ def plain_read(study: Study, folder: Path) -> None:
 
 
 def gather(study: Study, folder: Path) -> None:
-    cells = tables.gather(study.trials, folder)
+    cells, _ = tables.gather_study(study, folder)
     assert cells["valid"].notna().all()
     started = time.monotonic()
     summary.summarise(cells)

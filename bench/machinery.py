@@ -55,8 +55,8 @@ def rehearse(
     usages = []
     for journal in sorted(folder.glob(".snakemake/submitit/*/*/journal.jsonl")):
         usage = UsageStats(journal.parent.parent.name)
-        for event in JournalReader(journal).new():
-            usage.note(event)
+        for event in JournalReader(journal).read_new():
+            usage.add(event)
         usages.append(usage)
     return took, usages
 
@@ -88,19 +88,19 @@ def workflow(folder: Path, target: str) -> list[str]:
 
 
 def report(took: float, usages: list[UsageStats], start: float) -> None:
-    gaps = [gap for usage in usages for gap in usage.gaps]
-    cells = sum(len(usage.keys) for usage in usages)
-    allocated = sum(usage.allocated for usage in usages)
-    at_work = sum(usage.at_work for usage in usages)
+    gaps = [gap for usage in usages for gap in usage.gaps_s]
+    cells = sum(len(usage.started) for usage in usages)
+    allocated = sum(usage.allocated_s for usage in usages)
+    work_s = sum(usage.work_s for usage in usages)
     real = published_seconds(usages)
-    lost = allocated - at_work
+    lost = allocated - work_s
     scale = REHEARSAL["deployments"][0]["engine_args"]["time_scale"]
     for label, value in {
         "full run": f"{took:.0f} s for {cells} measurements",
         "gap between the workloads of two cells": f"{median(gaps):.2f} s median, "
         f"{quantiles(gaps, n=10)[-1]:.2f} s p90; {median(gaps) / start:.2f} × the time of "
         f"`snakemake --version` ({start:.2f} s)",
-        "share of allocated time in measurements": f"{at_work / allocated:.0%} at {scale:g} × time",
+        "share of allocated time in measurements": f"{work_s / allocated:.0%} at {scale:g} × time",
         "the same share at the published times": f"{real / (real + lost):.1%} "
         f"({real / 3600:.1f} h of workloads, {lost:.0f} s of other work, no weights loaded)",
     }.items():
@@ -109,7 +109,7 @@ def report(took: float, usages: list[UsageStats], start: float) -> None:
 
 def published_seconds(usages: list[UsageStats]) -> float:
     """Seconds that these deployments' workloads took in the article, including the warm-up."""
-    published = data.published("inria-2024")
+    published = data.published_cells("inria-2024")
     total = 0.0
     for row in published.to_dict("records"):
         name = f"{row['model']}_{row['quantization']}_emulated_{row['gpu_count']}x{row['gpu']}"

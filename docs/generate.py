@@ -53,7 +53,7 @@ def render_columns() -> str:
     text += "\n## Verdicts\n\n" + render_table(("verdict", "meaning"), verdicts)
     text += "\n## Rules of validity\n\nA cell that was served is `valid` if all rules hold. "
     text += "`invalid_rules` lists the broken rules, `invalid_evidence` the evidence.\n\n"
-    rules = [(f"`{name}`", meaning) for name, (meaning, _) in RULES.items()]
+    rules = [(f"`{name}`", rule.requirement) for name, rule in RULES.items()]
     text += render_table(("rule", "what must hold"), rules)
     kinds = [(f"`{kind}`", meaning) for kind, meaning in FAILURE_KINDS.items()]
     return text + "\n## Kinds of request failures\n\n" + render_table(("kind", "meaning"), kinds)

@@ -1,4 +1,4 @@
-"""A service that jobs of one allocation share: a tiny key-value server that counts."""
+"""A service for the jobs of one allocation: an HTTP server that counts requests."""
 
 import contextlib
 import http.server
@@ -15,16 +15,14 @@ class Counter(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(str(Counter.count).encode())
 
-    def log_message(self, *_):
-        pass
-
 
 @contextlib.contextmanager
 def serve(name, params, resources):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield SimpleNamespace(
-            env={"COUNTER_PORT": str(server.server_port)}, healthy=thread.is_alive
-        )
-        server.shutdown()
+        env = {"COUNTER_URL": f"http://127.0.0.1:{server.server_port}"}
+        try:
+            yield SimpleNamespace(env=env, healthy=thread.is_alive)
+        finally:
+            server.shutdown()

@@ -1,8 +1,8 @@
 """Snakemake executor: jobs with the same resource `allocation` share one submitit job.
 
-In that job a service, any context manager, is up once for all of them, and they run against it
-one after another, in the order of their resource `order`, each in its own process. Every other
-job gets a submitit job of its own. What a service is, `allocation.ServiceFactory` says.
+In this job, a service (any context manager, see `allocation.ServiceFactory`) starts once. The jobs
+then run one after another, in the order of their resource `order`, each in its own process. Every
+other job is submitted alone.
 """
 
 # No `from __future__ import annotations`, and Optional instead of `| None`: Snakemake reads the
@@ -22,80 +22,87 @@ from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
 
 from snakemake_executor_plugin_submitit.jobs import (
-    allocation_of,
-    argv_of,
+    allocation_name,
+    job_key,
+    job_log,
     job_order,
-    key_of,
-    log_of,
-    params_of,
-    plain,
+    job_params,
+    parse_arguments,
+    to_json_data,
 )
 from snakemake_executor_plugin_submitit.manager import AllocationManager
+from snakemake_executor_plugin_submitit.progress import Progress
 from snakemake_executor_plugin_submitit.spool import Task
 from snakemake_executor_plugin_submitit.submission import (
     Parameters,
-    checked_name,
+    check_function_name,
     choose_cluster,
-    loaded,
-    python_of,
-    read_kinds,
+    import_function,
+    load_kinds,
+    resolve_python,
 )
-from snakemake_executor_plugin_submitit.tracking import AllocationSpec, Failure, Queued
-from snakemake_executor_plugin_submitit.unlock import hold
+from snakemake_executor_plugin_submitit.tracking import AllocationSpec, Failure, QueuedJob
+from snakemake_executor_plugin_submitit.unlock import record_lock_holder
 
 
 @dataclass
 class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
     cluster: Optional[str] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "slurm or local (default: slurm where it is installed, else local)"},
+        metadata={"help": "slurm or local (default: slurm if it is installed, else local)"},
     )
     service: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "module:function that returns the context manager to be entered in each "
-            "allocation; it is called with the allocation's name and the params and resources "
-            "of its first job"
+            "help": "module:function that returns the context manager of an allocation's service. "
+            "It is called with the name of the allocation and the params and resources of its "
+            "first job (default: no service)"
         },
     )
     check: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
             "help": "module:function that is called before an allocation is submitted, with its "
-            "name, params, resources and submission parameters; what it raises refuses it"
+            "name, params, resources and submission parameters. If it raises an exception, the "
+            "allocation is not submitted (default: no check)"
         },
     )
     kinds: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "YAML file that maps values of the resource `kind` to the submission "
-            "parameters of that kind of node"
+            "help": "YAML file with the submission parameters of each kind of node, a value of "
+            "the resource `kind` (default: none)"
         },
     )
     max_allocations: Optional[int] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "most allocations at once (default: unlimited on slurm, 1 on local)",
+            "help": "maximum number of allocations at the same time (default: unlimited on slurm, "
+            "1 on local)",
             "type": int,
         },
     )
     preload: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
-            "help": "modules, separated by commas, that the jobs of an allocation import anyway: "
-            "they are imported once"
+            "help": "comma-separated modules that an allocation imports once for all its jobs "
+            "(default: none)"
         },
     )
     records: Optional[str] = field(  # noqa: UP045
         default=None,
-        metadata={"help": "folder that keeps a JSON file of each allocation that has ended"},
+        metadata={
+            "help": "folder for one JSON file per ended allocation that had a service "
+            "(default: none)"
+        },
     )
     idle_timeout: int = field(
-        default=15, metadata={"help": "seconds that an idle allocation waits for further jobs"}
+        default=15,
+        metadata={"help": "seconds that an allocation without jobs waits for more jobs"},
     )
     folder: str = field(
         default=".snakemake/submitit",
-        metadata={"help": "where queues and logs of allocations are kept"},
+        metadata={"help": "folder for the queues and logs of allocations"},
     )
 
 
@@ -111,38 +118,43 @@ common_settings = CommonSettings(
 
 
 class Executor(RemoteExecutor):  # type: ignore[misc]
-    _poll_s = 0.5  # asked for before __post_init__ as well
+    _poll_s = 0.5  # needed before __post_init__
 
     def __post_init__(self) -> None:
         settings = self.workflow.executor_settings
         if self.workflow.remote_execution_settings.precommand:
             raise WorkflowError(
-                "--precommand is not for this executor: give the kind of node a `setup` instead."
+                "--precommand does not work with the submitit executor. "
+                "Write the command under `setup` of a kind in the file of submitit-kinds."
             )
         if settings.max_allocations is not None and settings.max_allocations < 1:
-            raise WorkflowError("submitit-max-allocations: at least 1 allocation must be allowed.")
+            raise WorkflowError(
+                f"submitit-max-allocations: {settings.max_allocations} is less than 1. "
+                "Use 1 or more."
+            )
         self._cluster = choose_cluster(settings.cluster)
         if self._cluster == "slurm":
-            self._poll_s = 2.0  # hundreds of journals, perhaps, on a shared file system
-        self._service = checked_name(settings.service, "submitit-service")
-        self._check = loaded(checked_name(settings.check, "submitit-check"), "submitit-check")
-        hold()
+            self._poll_s = 2.0  # there may be hundreds of journals on a shared file system
+        self._service = check_function_name(settings.service, "submitit-service")
+        check = check_function_name(settings.check, "submitit-check")
+        self._check = import_function(check, "submitit-check")
+        record_lock_holder()
         self._start = Path(self.workflow.rundir)  # before --directory
         self._kinds_path = self._start / settings.kinds if settings.kinds else None
-        self._kinds = read_kinds(self._kinds_path) if self._kinds_path else {}
+        self._kinds = load_kinds(self._kinds_path) if self._kinds_path else {}
         self._manager: AllocationManager[JobExecutorInterface] = AllocationManager(
             Path(settings.folder).absolute(),
             self._cluster,
             max_allocations=settings.max_allocations or (1 if self._cluster == "local" else None),
             idle_timeout=settings.idle_timeout,
-            report=self._report_line,
+            report=self._report,
             records=Path(settings.records).absolute() if settings.records else None,
             preload=tuple(filter(None, (settings.preload or "").replace(" ", "").split(","))),
         )
         self._outcomes: dict[JobExecutorInterface, Failure | None] = {}
 
     def additional_general_args(self) -> str:
-        # One job needs no solver to be scheduled.
+        # A single job does not need the solver.
         return "--quiet progress rules host --scheduler greedy"
 
     async def sleep(self) -> None:
@@ -152,14 +164,14 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self.run_jobs([job])
 
     def run_jobs(self, jobs: list[JobExecutorInterface]) -> None:
-        for job in jobs:  # before any of them is submitted
-            self._kind_of(job)
+        for job in jobs:  # before one of them is submitted
+            self._kind_parameters(job)
         batch = []
         for job in sorted(jobs, key=lambda job: str(job.jobid).zfill(12)):
             self.run_job_pre(job)
             task = self._task(job)
-            name = allocation_of(job) or f"{job.name}-{task.key}"
-            batch.append((name, Queued(job, task, partial(self._spec, job, name))))
+            name = allocation_name(job) or f"{job.name}-{task.key}"
+            batch.append((name, QueuedJob(job, task, partial(self._spec, job, name))))
             self.report_job_submission(SubmittedJobInfo(job))
         self._manager.put(batch)
 
@@ -169,18 +181,18 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         if not active_jobs:  # the first calls come before __post_init__
             return
         for outcome in self._manager.poll():
-            if outcome.failure and outcome.failure.of_allocation:
-                self._report_once(outcome.jobs, outcome.failure)
+            if outcome.failure and outcome.failure.allocation:
+                self._report_allocation_failure(outcome.jobs, outcome.failure)
             self._outcomes.update((job, outcome.failure) for job in outcome.jobs)
         for info in active_jobs:
             if info.job not in self._outcomes:
                 yield info
             elif (failure := self._outcomes.pop(info.job)) is None:
                 self.report_job_success(info)
-            elif failure.of_allocation:
+            elif failure.allocation:
                 self.workflow.scheduler.error_callback(info.job)
             else:
-                logs = [] if log_of(info.job) else [failure.log]
+                logs = [] if job_log(info.job) else [failure.log]
                 self.report_job_error(info, msg=f"{failure.message} ", aux_logs=logs)
 
     def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
@@ -192,58 +204,67 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
 
     def _task(self, job: JobExecutorInterface) -> Task:
         return Task(
-            key=key_of(job),
-            argv=argv_of(self.format_job_exec(job)),
+            key=job_key(job),
+            argv=parse_arguments(self.format_job_exec(job)),
             cwd=self.workflow.workdir_init,
-            log=log_of(job),
+            log=job_log(job),
             order=job_order(job),
         )
 
     def _spec(self, job: JobExecutorInterface, name: str) -> AllocationSpec:
-        """What the allocation is to be of which this job is the first."""
+        """The allocation whose first job this is. Raises WorkflowError if the check refuses it."""
         rule = f"{job.name}: resources"
-        resources = {key: plain(value, f"{rule}.{key}") for key, value in job.resources.items()}
-        of_its_own = allocation_of(job) is None
-        params = {} if of_its_own else params_of(job)
-        need = AllocationSpec(
+        resources = {
+            key: to_json_data(value, f"{rule}.{key}") for key, value in job.resources.items()
+        }
+        is_shared = allocation_name(job) is not None
+        params = job_params(job) if is_shared else {}
+        spec = AllocationSpec(
             name=name,
-            service=None if of_its_own else self._service,
+            service=self._service if is_shared else None,
             params={
-                key: plain(value, f"{job.name}: params.{key}") for key, value in params.items()
+                key: to_json_data(value, f"{job.name}: params.{key}")
+                for key, value in params.items()
             },
-            resources={key: each for key, each in resources.items() if key[0] != "_"},
-            parameters=Parameters.of(self._cluster, resources, self._kind_of(job)),
-            is_reusable=not of_its_own,
+            resources={key: value for key, value in resources.items() if key[0] != "_"},
+            parameters=Parameters.build(self._cluster, resources, self._kind_parameters(job)),
+            is_reusable=is_shared,
         )
-        if self._check and not of_its_own:
+        if self._check and is_shared:
             try:
-                self._check(name, need.params, need.resources, need.parameters.values)
+                self._check(name, spec.params, spec.resources, spec.parameters.values)
             except Exception as error:
                 raise WorkflowError(f"Allocation {name}: not submitted. {error}") from error
-        return need
+        return spec
 
-    def _kind_of(self, job: JobExecutorInterface) -> dict[str, Any]:
-        """What the site says of the job's kind of node, with its Python as an absolute path."""
+    def _kind_parameters(self, job: JobExecutorInterface) -> dict[str, Any]:
+        """The parameters of the job's kind of node, with the absolute path of its Python."""
         kind = str(job.resources.get("kind", ""))
         if not self._kinds or not kind:
             return {}
         if kind not in self._kinds:
             raise WorkflowError(
                 f"{job.name}: resources: kind `{kind}` is not in {self._kinds_path}. "
-                f"Valid are: {', '.join(self._kinds)}."
+                f"Use one of: {', '.join(self._kinds)}."
             )
-        where = f"{self._kinds_path}: {kind}"
-        given = {key: value for key, value in self._kinds[kind].items() if key != "python"}
-        return given | python_of(self._kinds[kind], job.resources, self._start, where)
+        parameters = {key: value for key, value in self._kinds[kind].items() if key != "python"}
+        location = f"{self._kinds_path}: {kind}"
+        return parameters | resolve_python(self._kinds[kind], job.resources, self._start, location)
 
-    def _report_line(self, text: str, allocation: Optional[dict[str, Any]] = None) -> None:  # noqa: UP045
-        """Log a line; logger plugins find the allocation's progress in the record."""
-        self.logger.info(text, extra=None if allocation is None else {"allocation": allocation})
+    def _report(self, text: str, progress: Optional[Progress] = None) -> None:  # noqa: UP045
+        """Log a line. Logger plugins find the allocation's progress in the record."""
+        self.logger.info(text, extra={"allocation": progress.to_dict()} if progress else None)
 
-    def _report_once(self, jobs: Sequence[JobExecutorInterface], failure: Failure) -> None:
-        """One error, however many jobs it concerns."""
+    def _report_allocation_failure(
+        self, jobs: Sequence[JobExecutorInterface], failure: Failure
+    ) -> None:
+        """Log one error for all jobs of a failed allocation."""
+        assert failure.allocation is not None
         rules = Counter(job.name for job in jobs)
-        concerned = ", ".join(f"{number} of {rule}" for rule, number in rules.items())
-        lines = [failure.message, f"Jobs not done: {concerned}."]
+        counts = ", ".join(f"{number} of {rule}" for rule, number in rules.items())
+        lines = [failure.message, f"Jobs not done: {counts}."]
         lines += [f"Log: {failure.log}"] if failure.log else []
-        self.logger.error("\n    ".join(line for text in lines for line in text.splitlines()))
+        self.logger.error(
+            "\n    ".join(line for text in lines for line in text.splitlines()),
+            extra={"allocation": failure.allocation.to_dict()},
+        )

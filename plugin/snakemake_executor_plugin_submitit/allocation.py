@@ -1,4 +1,4 @@
-"""What runs inside one submitit job: a service, and the jobs queued for it, one after another."""
+"""Runs inside one submitit job: starts a service, then runs the queued jobs one after another."""
 
 from __future__ import annotations
 
@@ -23,47 +23,49 @@ from snakemake_executor_plugin_submitit.liveness import start_ticks
 from snakemake_executor_plugin_submitit.runner import Runner
 from snakemake_executor_plugin_submitit.spool import Spool, Task
 
-IDLE, CLOSED, WALLTIME, PREEMPTED = "idle", "closed", "walltime", "preempted"
-UNHEALTHY, BRING_UP, FAILURE = "unhealthy", "bring-up", "failure"
-"""Why an allocation has ended, as its journal says it."""
+IDLE, CLOSED, TIME_LIMIT, PREEMPTED = "idle", "closed", "time_limit", "preempted"
+UNHEALTHY, START_FAILED, FAILED = "unhealthy", "start_failed", "failed"
+"""Why an allocation has ended, as its journal records it."""
 
 REPORT_VARIABLE = "SUBMITIT_TASK_REPORT"
-"""Names a file into which a job may write two times (seconds since the epoch): between them it
-did what it exists for. The rest of the allocation's time was spent on getting there."""
+"""The name of a file into which a job can write two times (seconds since the epoch, separated by a
+space): the start and the end of its actual work. The summary of a run then shows how much of the
+allocated time was work."""
 
 POLL_S = 0.2
-AFTERSHOCK_S = 1.0
-"""How long after a failed job the signal that ended it may still be on its way here as well."""
-WALLTIME_MARGIN_S = 90.0
-"""Slurm warns up to a minute earlier than asked; a warning before that is a preemption."""
+SIGNAL_SETTLE_S = 1.0
+"""How long a signal that killed a job can take to reach the allocation, too."""
+TIME_LIMIT_MARGIN_S = 90.0
+"""Slurm warns up to a minute too early. An even earlier warning is a preemption."""
 
 
 class Service(Protocol):
-    """What a service yields once it is up."""
+    """What a service's context manager yields after the start."""
 
     @property
     def env(self) -> Mapping[str, str]:
-        """Environment variables for the jobs, on top of the allocation's own."""
+        """Environment variables for the jobs, in addition to the allocation's own."""
 
     def healthy(self) -> bool:
-        """Whether the next job makes sense. Asked before each job and after a failed one.
+        """Whether the service can serve another job.
 
-        After False the allocation ends and leaves its remaining jobs to another one.
+        Called before each job and after a failed one. If it returns False, the allocation ends,
+        and another allocation gets the remaining jobs.
         """
 
 
 ServiceFactory = Callable[
     [str, Mapping[str, Any], Mapping[str, Any]], AbstractContextManager[Service]
 ]
-"""`service(name, params, resources)`: the allocation's name, and the params and resources of its
-first job as plain JSON data. It is entered once in each allocation, in the main thread of the
-allocation's process, and left whenever that ends: after the last job, on a time limit, on SIGTERM.
-An exception on entering is a bring-up that failed."""
+"""`service(name, params, resources)`: the name of the allocation, and the params and resources of
+its first job as JSON data. The context is entered once per allocation, in the main thread of the
+allocation's process. It is left whenever the allocation ends: after the last job, at the time
+limit, on SIGTERM. An exception on entering means that the service did not start."""
 
 
 @dataclass(frozen=True)
 class _NoService:
-    """For jobs that need none."""
+    """The service of jobs that need none."""
 
     env: Mapping[str, str]
 
@@ -72,7 +74,7 @@ class _NoService:
 
 
 class _Stop(BaseException):
-    """Raised in the main thread by the signal that ends the allocation."""
+    """Raised in the main thread by a signal that ends the allocation."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
@@ -82,10 +84,10 @@ class _Stop(BaseException):
 class Allocation:
     """The function that submitit calls on the node.
 
-    All its state is in the spool, so that it goes on when Slurm starts it again. `service` is
-    `module:function`, a ServiceFactory, or None. Times are seconds; after `idle_timeout` without a
-    job it ends. `warned` is how long before the time limit `limit` SIGUSR2 comes. `preload` names
-    modules that all jobs need.
+    All its state is in the spool, so it continues if Slurm starts it again. `service` is None or
+    the `module:function` of a ServiceFactory. The allocation ends after `idle_timeout` seconds
+    without a job. SIGUSR2 arrives `signal_delay` seconds before `time_limit` (seconds). The
+    modules in `preload` are imported once for all jobs.
     """
 
     name: str
@@ -94,17 +96,17 @@ class Allocation:
     params: Mapping[str, Any]
     resources: Mapping[str, Any]
     idle_timeout: float
-    limit: float
-    warned: float
+    time_limit: float
+    signal_delay: float
     preload: tuple[str, ...] = ()
 
     def __call__(self) -> None:
-        began = time.monotonic()
+        started = time.monotonic()
         spool = Spool(Path(self.folder))
         if not spool.restore():
             return
         if "SLURM_JOB_ID" not in os.environ:
-            os.setsid()  # the terminal's Ctrl-C is for the main process
+            os.setsid()  # only the main process handles the terminal's Ctrl-C
         pid, host = os.getpid(), os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         spool.record(events.STARTED, pid=pid, start_ticks=start_ticks(pid), host=host)
         _raise_on_signals()
@@ -112,44 +114,44 @@ class Allocation:
             reason, detail = self._serve(spool)
             spool.record(events.ENDED, reason=reason, detail=detail)
         except _Stop as stop:
-            self._stopped(spool, stop.number, time.monotonic() - began)
+            self._handle_stop(spool, stop.number, time.monotonic() - started)
             raise SystemExit(f"Stopped by {stop.number.name}.") from None
-        if reason in (BRING_UP, FAILURE):
+        if reason in (START_FAILED, FAILED):
             raise SystemExit(1)
 
     def _serve(self, spool: Spool) -> tuple[str, str]:
-        """Why the allocation has ended, and the details for people."""
-        with contextlib.closing(Runner(self.preload)) as runner, contextlib.ExitStack() as up:
-            began = time.monotonic()
+        """Why the allocation has ended, with details for people."""
+        with contextlib.closing(Runner(self.preload)) as runner, contextlib.ExitStack() as stack:
+            started = time.monotonic()
             try:
-                service = up.enter_context(self._service())
+                service = stack.enter_context(self._create_service())
             except _Stop:
                 raise
             except BaseException as error:
                 traceback.print_exc()
-                return BRING_UP, _last_lines(error)
-            spool.record(events.UP, seconds=time.monotonic() - began)
+                return START_FAILED, _format_exception(error)
+            spool.record(events.SERVICE_STARTED, seconds=time.monotonic() - started)
             try:
-                # The runner closes first: a service may not go down under a job that still runs.
-                with up, contextlib.closing(runner):
-                    return self._work(spool, runner, service)
+                # The runner closes first: a service must not stop while a job still runs.
+                with stack, contextlib.closing(runner):
+                    return self._run_tasks(spool, runner, service)
             except Exception as error:
                 traceback.print_exc()
-                return FAILURE, _last_lines(error)
+                return FAILED, _format_exception(error)
 
-    def _service(self) -> AbstractContextManager[Service]:
+    def _create_service(self) -> AbstractContextManager[Service]:
         if self.service is None:
             return contextlib.nullcontext(_NoService({}))
         module, _, function = self.service.partition(":")
         factory: ServiceFactory = getattr(importlib.import_module(module), function)
         return factory(self.name, self.params, self.resources)
 
-    def _work(self, spool: Spool, runner: Runner, service: Service) -> tuple[str, str]:
+    def _run_tasks(self, spool: Spool, runner: Runner, service: Service) -> tuple[str, str]:
         idle_since = time.monotonic()
         while True:
-            # Closed is looked at before the queue: what was put before closing is still taken.
+            # Read before the queue: tasks that were queued before the spool closed still run.
             closed = spool.closed
-            if spool.waiting():
+            if spool.has_tasks():
                 if not service.healthy():
                     return UNHEALTHY, ""
                 taken = spool.take()
@@ -165,25 +167,25 @@ class Allocation:
                 time.sleep(POLL_S)
 
     def _run(self, spool: Spool, runner: Runner, service: Service, ticket: str, task: Task) -> int:
-        spool.record(events.BEGAN, ticket=ticket)
-        caught = spool.log_of(ticket)
-        report = caught.with_suffix(".report")
-        status = runner.run(task, {**service.env, REPORT_VARIABLE: str(report)}, caught)
+        spool.record(events.JOB_STARTED, ticket=ticket)
+        output = spool.task_log(ticket)
+        report = output.with_suffix(".report")
+        status = runner.run(task, {**service.env, REPORT_VARIABLE: str(report)}, output)
         if status:
-            time.sleep(AFTERSHOCK_S)
+            time.sleep(SIGNAL_SETTLE_S)
         if task.log:
-            _move_behind(caught, Path(task.log))
-        spool.finish(ticket, status, _at_work(report))
+            _append_to_log(output, Path(task.log))
+        spool.finish(ticket, status, _read_work_span(report))
         return status
 
-    def _stopped(self, spool: Spool, number: signal.Signals, elapsed: float) -> None:
-        """Say so; after the warning of a preemption, ask Slurm for another start."""
+    def _handle_stop(self, spool: Spool, number: signal.Signals, elapsed_s: float) -> None:
+        """Record the stop. After the warning of a preemption, ask Slurm for a restart."""
         if number != signal.SIGUSR2:
             spool.record(events.STOPPED, reason=number.name)
             return
         job = os.environ.get("SLURM_JOB_ID")
-        if job is None or self.limit - elapsed <= self.warned + WALLTIME_MARGIN_S:
-            spool.record(events.ENDED, reason=WALLTIME, detail="")
+        if job is None or self.time_limit - elapsed_s <= self.signal_delay + TIME_LIMIT_MARGIN_S:
+            spool.record(events.ENDED, reason=TIME_LIMIT, detail="")
             return
         spool.record(events.STOPPED, reason="preemption")
         try:
@@ -193,11 +195,11 @@ class Allocation:
 
 
 def _raise_on_signals() -> None:
-    """Make SIGTERM, SIGINT and SIGUSR2 raise _Stop in this, the main thread; only the first one.
+    """Make the first SIGTERM, SIGINT or SIGUSR2 raise _Stop in the main thread (this one).
 
-    Slurm sends SIGUSR2 to every process of an allocation, and those that don't expect it die of
-    it. So it is blocked here, which children inherit, and a thread waits for it. (Threads that
-    numerical libraries have started before may get it as well: hence the handler.)
+    Slurm sends SIGUSR2 to every process of an allocation, and a process without a handler dies.
+    So SIGUSR2 is blocked here (children inherit that), and a thread waits for it. The handler is
+    for threads that numerical libraries have started before: they can receive it, too.
     """
     warned = threading.Event()
     stopped = threading.Event()
@@ -217,29 +219,29 @@ def _raise_on_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, stop)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    # submission.submit has blocked them for the time before this has its own session.
+    # submission.submit has blocked these until this process has its own session.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
     threading.Thread(target=wait_for_warning, daemon=True).start()
 
 
-def _at_work(report: Path) -> list[float] | None:
+def _read_work_span(report: Path) -> list[float] | None:
     try:
-        began, ended = map(float, report.read_text().split())
+        start, end = map(float, report.read_text().split())
         report.unlink()
     except (OSError, ValueError):
         return None
-    return [began, ended]
+    return [start, end]
 
 
-def _move_behind(caught: Path, log: Path) -> None:
-    """Add what was caught to the rule's log, which Snakemake empties when the job begins."""
+def _append_to_log(output: Path, log: Path) -> None:
+    """Move the output to the end of the rule's log. Snakemake empties that log at the start."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        file.write(caught.read_bytes())
-    caught.unlink()
+        file.write(output.read_bytes())
+    output.unlink()
 
 
-def _last_lines(error: BaseException) -> str:
-    """The exception as people want to read it first, without the way that led there."""
+def _format_exception(error: BaseException) -> str:
+    """The last lines of the exception, without its traceback."""
     lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
     return "\n".join(lines[-8:])

@@ -1,7 +1,7 @@
-"""Runs a job's Python script in the job's own process, where Snakemake would start another one.
+"""Runs a job's Python script in the job's own process instead of a new one.
 
-A job of an allocation is a process by itself already, forked from one that has the script's
-modules imported. A further interpreter would isolate nothing more, and cost half a second.
+A job of an allocation already is a process of its own, forked from a process that has imported
+the script's modules. Another interpreter would isolate nothing more and would cost 0.5 s.
 """
 
 from __future__ import annotations
@@ -13,36 +13,37 @@ import shlex
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from snakemake import script
 
 
 def install() -> None:
-    """Have this process run scripts itself, where their rule asks for nothing that forbids it."""
+    """Make this process run scripts itself, unless their rule needs another environment."""
     original = script.PythonScript._execute_cmd
 
     def execute(self: Any, command: str, **kwargs: Any) -> Any:
-        same = kwargs.get("py_exec") == sys.executable
+        same_python = kwargs.get("py_exec") == sys.executable
         elsewhere = self.container_img, self.conda_env, self.env_modules, self.bench_record
-        if not same or any(elsewhere):
+        if not same_python or any(elsewhere):
             return original(self, command, **kwargs)
-        return run(kwargs["fname"])
+        return run_script(kwargs["fname"])
 
     script.PythonScript._execute_cmd = execute
 
 
-def run(path: str) -> None:
-    """Run the script as `python PATH` does, standard streams and their files put back afterwards.
+def run_script(path: str) -> None:
+    """Run the script as `python PATH` does, then restore the standard streams.
 
-    Raises CalledProcessError, as Snakemake expects it, where it ends with another status than 0.
+    Raises CalledProcessError, as Snakemake expects, if the exit status is not 0.
     """
-    with _streams_kept():
+    with _streams_restored():
         try:
             runpy.run_path(path, run_name="__main__")
             status = 0
         except SystemExit as exit:
-            status = _status(exit)
+            status = _exit_status(exit)
         except BaseException:
             traceback.print_exc()
             status = 1
@@ -51,7 +52,7 @@ def run(path: str) -> None:
         raise subprocess.CalledProcessError(status, command)
 
 
-def _status(exit: SystemExit) -> int:
+def _exit_status(exit: SystemExit) -> int:
     if exit.code is None or isinstance(exit.code, int):
         return exit.code or 0
     print(exit.code, file=sys.stderr)
@@ -59,14 +60,14 @@ def _status(exit: SystemExit) -> int:
 
 
 @contextlib.contextmanager
-def _streams_kept() -> Any:
-    """What the script has made of its output is not for Snakemake's to follow."""
-    kept = [(number, os.dup(number)) for number in (1, 2)]
+def _streams_restored() -> Iterator[None]:
+    """A script may redirect its output. Snakemake's own output must not follow."""
+    copies = [(number, os.dup(number)) for number in (1, 2)]
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        for number, copy in kept:
+        for number, copy in copies:
             os.dup2(copy, number)
             os.close(copy)

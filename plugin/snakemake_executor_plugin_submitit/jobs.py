@@ -1,4 +1,4 @@
-"""What the executor reads from a Snakemake job: pure functions of its properties."""
+"""Pure functions of a Snakemake job: what the executor reads from it."""
 
 from __future__ import annotations
 
@@ -14,45 +14,51 @@ from snakemake_interface_common.exceptions import WorkflowError
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 
 
-def allocation_of(job: JobExecutorInterface) -> str | None:
-    """The allocation that the job is to share, or None where it gets one of its own."""
-    wanted = job.resources.get("allocation")
-    return str(wanted) if wanted else None
+def allocation_name(job: JobExecutorInterface) -> str | None:
+    """The allocation that the job shares; None if it is submitted alone."""
+    name = job.resources.get("allocation")
+    return str(name) if name else None
 
 
 def job_order(job: JobExecutorInterface) -> int:
-    """The job's place among those of its allocation: its resource `order`, 0 without."""
+    """The job's position in its allocation: its resource `order`, 0 without one.
+
+    Raises WorkflowError if it is not an integer from 0 to 999999.
+    """
     order = job.resources.get("order", 0)
     if isinstance(order, Integral) and 0 <= int(order) < 10**6:
         return int(order)
-    raise WorkflowError(f"{job.name}: resources.order: {order!r} is not a number from 0 to 999999.")
+    raise WorkflowError(
+        f"{job.name}: resources.order: {order!r} is not an integer from 0 to 999999. "
+        "Correct it in the rule."
+    )
 
 
-def key_of(job: JobExecutorInterface) -> str:
-    """The same for the same job in every run, another one as soon as its params differ."""
-    identity = [str(job.get_target_spec()), repr(params_of(job))]
+def job_key(job: JobExecutorInterface) -> str:
+    """Identifies the job: the same in every run, a different one if its params change."""
+    identity = [str(job.get_target_spec()), repr(job_params(job))]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
-def params_of(job: JobExecutorInterface) -> dict[str, Any]:
-    """The named params of a job; a group has none."""
+def job_params(job: JobExecutorInterface) -> dict[str, Any]:
+    """The named params of a job. A group has none."""
     return {} if job.is_group() else dict(job.params.items())
 
 
-def log_of(job: JobExecutorInterface) -> str | None:
-    """The first log file of the rule, absolute; None for a group or where there is none."""
+def job_log(job: JobExecutorInterface) -> str | None:
+    """The absolute path of the rule's first log file; None for a group or without a log."""
     logs = [] if job.is_group() else list(job.log)
     return str(Path(logs[0]).absolute()) if logs else None
 
 
-def argv_of(command: str) -> tuple[str, ...]:
-    """The arguments of a `… python -m snakemake …` command line."""
+def parse_arguments(command: str) -> tuple[str, ...]:
+    """Snakemake's arguments in a command line `… python -m snakemake …`."""
     words = shlex.split(command)
     return tuple(words[words.index("snakemake") + 1 :])
 
 
-def plain(value: Any, where: str) -> Any:
-    """The value as JSON data. Raises WorkflowError, naming `where`, where it is none."""
+def to_json_data(value: Any, location: str) -> Any:
+    """The value as JSON data. Raises WorkflowError, with `location`, if that is impossible."""
     if value is None or isinstance(value, str | bool):
         return str(value) if isinstance(value, str) else value
     if isinstance(value, Integral):
@@ -62,10 +68,10 @@ def plain(value: Any, where: str) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(each, f"{where}.{key}") for key, each in value.items()}
+        return {str(key): to_json_data(each, f"{location}.{key}") for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(each, where) for each in value]
+        return [to_json_data(each, location) for each in value]
     raise WorkflowError(
-        f"{where}: `{type(value).__name__}` cannot be handed to the service of an allocation. "
-        "Use numbers, text, lists and mappings."
+        f"{location}: a `{type(value).__name__}` cannot be passed to the service of an "
+        "allocation. Use numbers, text, lists and mappings."
     )

@@ -1,8 +1,8 @@
-"""Whether a submitted allocation still exists, without Slurm's accounting.
+"""Finds out whether a submitted allocation still exists, without Slurm's accounting.
 
-`sacct` is missing, restricted or slow on many sites, so `squeue` alone is asked. What it says
-about an end is believed only when it says so twice: of a job that is being requeued after its
-preemption or the loss of its node, Slurm tells for a moment that it has failed.
+`sacct` is missing, restricted or slow on many sites, so only `squeue` is asked. An end must be
+reported twice: Slurm shows a job as failed for a moment while it requeues the job after a
+preemption or the loss of a node.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ ALIVE_STATES = frozenset(
         *("RESIZING", "SIGNALING", "STAGE_OUT"),
     )
 )
-CERTAIN_ENDS = frozenset(("CANCELLED", "COMPLETED"))
+DEFINITE_END_STATES = frozenset(("CANCELLED", "COMPLETED"))
 GONE = "GONE"
 """The state of a job that Slurm no longer knows."""
 HELD = "LAUNCH_FAILED"
-"""The state of a job that Slurm has put back and will not start again, as squeue does not say."""
-_HELD_FOR = frozenset(("launch failed requeued held", "jobholdmaxrequeue"))
-"""Reasons to wait that end only when somebody releases the job; nobody has held it on purpose."""
+"""The state of a job that Slurm has requeued and holds. squeue shows such a job as pending."""
+_HELD_REASONS = frozenset(("launch failed requeued held", "jobholdmaxrequeue"))
+"""Reasons with which Slurm itself holds a job until somebody releases it."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is known of a submitted job: enough to find it again, and nothing else by mistake.
+    """A submitted job, with all that is needed to find exactly this job again.
 
-    Job ids and process ids are reused, so `job_name` has a random part, and `start_ticks` is
-    when the local process began (None on Slurm). `submitted` is seconds since the epoch, `host`
-    where it was submitted.
+    Job ids and process ids are reused. So `job_name` contains a random part, and `start_ticks`
+    is the start time of the local process in clock ticks since boot (None on Slurm). `submitted`
+    is in seconds since the epoch. `host` submitted the job.
     """
 
     name: str
@@ -51,32 +51,32 @@ class Submission:
 
 
 class Liveness(Protocol):
-    def end_of(self, submission: Submission, urgent: bool = False) -> str | None:
-        """The state in which the job has ended, or None as long as it may still run.
+    def end_state(self, submission: Submission, urgent: bool = False) -> str | None:
+        """The state in which the job has ended; None while it may still run.
 
-        `urgent` where there is reason to believe that it has.
+        Set `urgent` if the job has probably ended.
         """
 
     def describe(self, submission: Submission) -> str:
-        """What the cluster says of the job, for people."""
+        """The job's state as the scheduler reports it; empty if unknown."""
 
 
 class LocalLiveness:
-    """Of processes of this machine."""
+    """Liveness of processes on this machine."""
 
-    def end_of(self, submission: Submission, urgent: bool = False) -> str | None:
-        pid, begun = int(submission.job_id), submission.start_ticks
-        return None if begun is not None and runs(pid, begun) else GONE
+    def end_state(self, submission: Submission, urgent: bool = False) -> str | None:
+        pid, ticks = int(submission.job_id), submission.start_ticks
+        return None if ticks is not None and is_running(pid, ticks) else GONE
 
     def describe(self, submission: Submission) -> str:
         return ""
 
 
 class SlurmLiveness:
-    """One call of squeue for all jobs, at most every `period` seconds.
+    """Asks squeue once for all jobs, at most every `period` seconds.
 
-    A job that seems to have ended is asked for again after `confirmation` seconds, which is also
-    how often it is asked about urgent ones.
+    If a job seems to have ended, squeue is asked again after `confirmation` seconds. Urgent jobs
+    are also asked about every `confirmation` seconds.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class SlurmLiveness:
         self._asked = float("-inf")
         self._suspected: dict[tuple[str, str], float] = {}
 
-    def end_of(self, submission: Submission, urgent: bool = False) -> str | None:
+    def end_state(self, submission: Submission, urgent: bool = False) -> str | None:
         key = (submission.job_id, submission.job_name)
         since = self._clock() - self._asked
         if since >= (self._confirmation if self._suspected or urgent else self._period):
@@ -102,19 +102,18 @@ class SlurmLiveness:
         if self._states is None:
             return None
         state, reason = self._states.get(key, (GONE, ""))
-        if reason.lower().replace("_", " ") in _HELD_FOR:
+        if reason.lower().replace("_", " ") in _HELD_REASONS:
             state = HELD
         if state in ALIVE_STATES:
             self._suspected.pop(key, None)
             return None
         first = self._suspected.setdefault(key, self._asked)
-        if state in CERTAIN_ENDS or self._asked - first >= self._confirmation:
+        if state in DEFINITE_END_STATES or self._asked - first >= self._confirmation:
             del self._suspected[key]
             return state
         return None
 
     def describe(self, submission: Submission) -> str:
-        """State and reason as Slurm last gave them, for people; empty where it said nothing."""
         found = (self._states or {}).get((submission.job_id, submission.job_name))
         if found is None:
             return ""
@@ -124,7 +123,7 @@ class SlurmLiveness:
 
 
 def ask_squeue() -> str | None:
-    """The user's jobs, one `id|state|reason|name` a line; None where squeue does not answer."""
+    """The user's jobs, one `id|state|reason|name` per line; None if squeue does not answer."""
     command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
     try:
         return subprocess.run(
@@ -141,7 +140,7 @@ def ask_squeue() -> str | None:
 def parse_squeue(text: str) -> dict[tuple[str, str], tuple[str, str]]:
     """State and reason by job id and job name.
 
-    States such as `CANCELLED by 1000` lose their detail; what is not such a line is left out.
+    `CANCELLED by 1000` becomes `CANCELLED`. Lines of another form are ignored.
     """
     states = {}
     for line in text.splitlines():
@@ -153,9 +152,9 @@ def parse_squeue(text: str) -> dict[tuple[str, str], tuple[str, str]]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; None where there is no such process.
+    """When a process started, in clock ticks since boot; None if there is no such process.
 
-    A process that has ended and waits for its parent counts as none.
+    A zombie counts as no process.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -164,6 +163,6 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def runs(pid: int, begun: int) -> bool:
-    """Whether that very process, and not a later one with its number, still runs."""
-    return start_ticks(pid) == begun
+def is_running(pid: int, ticks: int) -> bool:
+    """Whether the process with this id and start time runs, not a later one with its id."""
+    return start_ticks(pid) == ticks

@@ -1,12 +1,12 @@
-"""Runs jobs one at a time, each forked from a process that has Snakemake imported and no more.
+"""Runs jobs one at a time, each forked from a process that has imported Snakemake.
 
-An allocation starts it before its service, so nothing of the service is in the jobs' memory. It
-reads one request per line from its standard input and answers with the exit status:
+An allocation starts this process before its service, so the jobs' memory contains nothing of the
+service. It reads one request per line from its standard input and answers with the exit status:
 
     {"argv": […], "cwd": "…", "env": {…}, "log": "…"}  →  {"status": 0}
 
-When its input ends, the job under way is killed with its whole process group: no job outlives
-its allocation, not even one that was killed itself.
+When its input ends, it kills the running job with its process group. So no job outlives its
+allocation, even if the allocation was killed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from snakemake_executor_plugin_submitit.spool import Task
 
-# What a job imports at the latest when it runs: 0.3 s of every job otherwise.
+# Every job imports these modules. Otherwise this takes 0.3 s per job.
 PRELOADED = (
     *("snakemake.cli", "snakemake.workflow", "snakemake.notebook", "snakemake.storage"),
     *("jsonschema", "nbformat", "numpy.random", "pandas", "requests", "smart_open"),
@@ -37,9 +37,9 @@ SIGNAL_LATENCY_S = 0.5
 
 
 class Runner:
-    """The allocation's end: starts the runner's process and speaks to it.
+    """The allocation's side: starts the runner's process and communicates with it.
 
-    `preload` names modules that its jobs will need.
+    `preload` names modules that the jobs need.
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
@@ -47,24 +47,24 @@ class Runner:
             [sys.executable, "-c", f"import {__name__} as runner; runner.main()", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # it must survive its allocation to clean up behind it
+            start_new_session=True,  # it must outlive a killed allocation to clean up
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def close(self) -> None:
-        """Kill the job under way, if any. May be called again."""
+        """Kill the running job, if there is one. Can be called again."""
         with contextlib.suppress(BrokenPipeError):
             self._requests.close()
         self._process.wait()
         self._answers.close()
 
     def run(self, task: Task, env: Mapping[str, str], log: Path) -> int:
-        """The exit status of the task; negative where a signal ended it.
+        """Run the task. Returns its exit status; negative if a signal ended it.
 
-        All that it writes to its standard output and error goes to `log`.
-        Raises RuntimeError where the runner itself is gone.
+        Its standard output and error go to `log`. Raises RuntimeError if the runner's process has
+        ended.
         """
         request = {
             "argv": task.argv,
@@ -75,12 +75,12 @@ class Runner:
         with contextlib.suppress(BrokenPipeError):
             self._requests.write(json.dumps(request).encode() + b"\n")
             self._requests.flush()
-        # Python's signal handlers run between these waits, whichever thread got the signal.
+        # Python runs signal handlers between these waits, whichever thread received the signal.
         while not select.select([self._answers], [], [], SIGNAL_LATENCY_S)[0]:
             pass
         answer = self._answers.readline()
         if not answer:
-            raise RuntimeError(f"the process that starts jobs has ended ({self._process.wait()})")
+            raise RuntimeError(f"the process that runs jobs ended with {self._process.wait()}")
         return int(json.loads(answer)["status"])
 
 
@@ -91,7 +91,7 @@ def main() -> None:
         os.set_blocking(descriptor, False)
     signal.set_wakeup_fd(on_child, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # A signal to all processes of an allocation is for the allocation to act on.
+    # The allocation handles signals that are sent to all its processes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _preload(sys.argv[1:])
@@ -100,16 +100,16 @@ def main() -> None:
         if pid == 0:
             requests.close()
             answers.close()
-            os._exit(_job(json.loads(line)))
+            os._exit(_run_job(json.loads(line)))
         ended = _wait(pid, requests, wakeup)
-        status = _end(pid)
+        status = _clean_up(pid)
         if not ended:
             return
         answers.write(json.dumps({"status": status}).encode() + b"\n")
 
 
 def _take_over_standard_streams() -> tuple[IO[bytes], IO[bytes]]:
-    """The allocation's pipes; what is printed goes to the allocation's log instead."""
+    """The pipes to the allocation. From now on, printed text goes to the allocation's log."""
     requests = os.fdopen(os.dup(0), "rb", buffering=0)
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -119,8 +119,8 @@ def _take_over_standard_streams() -> tuple[IO[bytes], IO[bytes]]:
     return requests, answers
 
 
-def _preload(more: Sequence[str]) -> None:
-    for name in (*PRELOADED, *more):
+def _preload(modules: Sequence[str]) -> None:
+    for name in (*PRELOADED, *modules):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     from snakemake.cli import get_argument_parser
@@ -134,7 +134,7 @@ def _preload(more: Sequence[str]) -> None:
 
 
 def _wait(pid: int, requests: IO[bytes], wakeup: int) -> bool:
-    """Whether the job has ended by itself; False where the allocation wants it to stop."""
+    """Wait until the job has ended (True) or the allocation wants it to stop (False)."""
     while True:
         ready, _, _ = select.select([requests.fileno(), wakeup], [], [])
         if wakeup in ready:
@@ -142,20 +142,20 @@ def _wait(pid: int, requests: IO[bytes], wakeup: int) -> bool:
                 os.read(wakeup, 4096)
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 return True
-        elif ready:  # no request comes before the answer, so this is the end
+        elif ready:  # no request comes before the answer, so the input has ended
             return False
 
 
-def _end(pid: int) -> int:
-    """Kill the job and what it has left behind, while its process id cannot be reused."""
+def _clean_up(pid: int) -> int:
+    """Kill the job and its leftover processes before its process id can be reused."""
     for kill in (os.killpg, os.kill):  # it may not have its own group yet
         with contextlib.suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _job(request: Mapping[str, Any]) -> int:
-    """In the forked process: run Snakemake with the arguments of one job."""
+def _run_job(request: Mapping[str, Any]) -> int:
+    """Run Snakemake with the arguments of one job, in the forked process."""
     try:
         os.setsid()
         signal.set_wakeup_fd(-1)

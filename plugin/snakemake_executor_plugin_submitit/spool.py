@@ -1,14 +1,15 @@
-"""The folder through which the main process and an allocation speak to each other.
+"""The folder through which the main process and an allocation communicate.
 
-    allocation.json      what was submitted, by whom; written once by the main process
-    todo/TICKET          a queued task; the main process puts it, the allocation takes it
-    doing/TICKET         the task under way
-    journal.jsonl        what happened, one event a line; only the allocation writes
+    allocation.json      what was submitted; the main process writes it once
+    todo/TICKET          a queued task; the main process writes it, the allocation takes it
+    doing/TICKET         the task that runs
+    journal.jsonl        events, one per line; only the allocation writes
     closed               no more tasks will come
 
-Moving a file from todo/ to doing/ is the claim: whoever removes it from todo/ owns the task, so
-the main process can take back what has not been started. The journal alone tells what has been
-finished. It survives either side, and an allocation that Slurm starts again goes on from it.
+An allocation claims a task by moving its file from todo/ to doing/. Whoever removes a file from
+todo/ owns the task, so the main process can take back tasks that have not started. Only the
+journal says which tasks have finished. It survives both sides, and an allocation that Slurm
+restarts continues from it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from typing import Any
 class Task:
     """One Snakemake job as an allocation runs it.
 
-    `key` is the same for the same job in every run of the workflow. `log` is where the output
-    of the job goes in the end (absolute; None: it stays in the spool). Of several that wait, the
-    one with the lowest `order` is begun first.
+    `key` is the same for the same job in every run of the workflow. The job's output ends up in
+    `log` (an absolute path; None: it stays in the spool). The waiting task with the lowest
+    `order` starts first.
     """
 
     key: str
@@ -42,32 +43,38 @@ class Task:
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a journal: `kind` is one of the constants below, `data` depends on it."""
+    """One line of a journal. `kind` is one of the constants below; `data` depends on it."""
 
     kind: str
     data: Mapping[str, Any]
 
 
-STARTED = "started"  # pid, start_ticks (see liveness), host
-UP = "up"  # seconds
-BEGAN = "began"  # ticket
-DONE = "done"  # ticket, status (negative: killed by that signal), at_work (two times or null)
-STOPPED = "stopped"  # reason; Slurm may start this allocation again
-ENDED = "ended"  # reason, detail; it will not go on
+STARTED = "started"
+"""The allocation's process started; data: pid, start_ticks (see liveness), host."""
+SERVICE_STARTED = "service_started"
+"""data: seconds that the service took to start."""
+JOB_STARTED = "job_started"
+"""data: ticket."""
+JOB_FINISHED = "job_finished"
+"""data: ticket, status (negative: killed by this signal), work_span (start and end, or null)."""
+STOPPED = "stopped"
+"""The allocation was stopped; Slurm may start it again; data: reason."""
+ENDED = "ended"
+"""The allocation ended for good; data: reason, detail."""
 
 
 class Spool:
-    """One allocation's folder; each side uses its own half of the methods."""
+    """The folder of one allocation. Each side uses its own half of the methods."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._todo, self._doing = root / "todo", root / "doing"
-        self._known: deque[str] = deque()
+        self._listed: deque[str] = deque()
         self._sequence = 0
 
     @classmethod
     def create(cls, root: Path) -> Spool:
-        """A new, empty one. Raises FileExistsError where the folder already exists."""
+        """A new, empty spool. Raises FileExistsError if the folder exists."""
         root.mkdir(parents=True)
         for name in ("todo", "doing", "logs"):
             (root / name).mkdir()
@@ -78,38 +85,40 @@ class Spool:
         return (self.root / "closed").exists()
 
     def close(self) -> None:
-        """Promise that no more tasks will come."""
+        """Announce that no more tasks will come."""
         (self.root / "closed").touch()
 
-    def log_of(self, ticket: str) -> Path:
-        """Where the output of a task is caught."""
+    def task_log(self, ticket: str) -> Path:
+        """The file that receives the output of a task."""
         return self.root / "logs" / f"{ticket}.log"
 
     # the main process
 
     def put(self, task: Task) -> str:
-        """Queue a task behind all others of its order and return its ticket."""
+        """Queue a task behind all others with the same order. Returns its ticket."""
         self._sequence = max(time.time_ns(), self._sequence + 1)
         ticket = f"{task.order:06d}.{self._sequence:020d}-{task.key}"
         write_atomically(self._todo / ticket, json.dumps(asdict(task)))
         return ticket
 
     def clear(self) -> None:
-        """Take back everything that has not been started."""
+        """Take back all tasks that have not started."""
         for path in self._todo.iterdir():
             path.unlink(missing_ok=True)
 
-    def under_way(self) -> dict[str, str]:
-        """The tickets of what has been started and not yet finished, by key."""
+    def running(self) -> dict[str, str]:
+        """The tickets of tasks that have started and not finished, by key."""
         tickets = (path.name for path in self._doing.iterdir())
-        return {key_of(ticket): ticket for ticket in tickets}
+        return {ticket_key(ticket): ticket for ticket in tickets}
 
-    def done_since(self, when: float) -> set[str]:
-        """The keys of the tasks that ended well after `when` (seconds since the epoch)."""
+    def finished_since(self, when: float) -> set[str]:
+        """The keys of the tasks that succeeded after `when` (seconds since the epoch)."""
         return {
-            key_of(event.data["ticket"])
-            for event in self.journal().new()
-            if event.kind == DONE and event.data["status"] == 0 and event.data["time"] > when
+            ticket_key(event.data["ticket"])
+            for event in self.journal().read_new()
+            if event.kind == JOB_FINISHED
+            and event.data["status"] == 0
+            and event.data["time"] > when
         }
 
     def journal(self) -> JournalReader:
@@ -117,20 +126,20 @@ class Spool:
 
     # the allocation
 
-    def waiting(self) -> bool:
-        """Whether there is something to take."""
-        if not self._known:
-            # What others have put appears at once on network file systems only after a change.
+    def has_tasks(self) -> bool:
+        """Whether a task waits."""
+        if not self._listed:
+            # Network file systems show new files of other nodes at once only after a change here.
             os.utime(self._todo)
-            # A listing is sorted once for all it contains, not once for each task.
+            # One listing is sorted once, not once per task.
             names = (path.name for path in self._todo.iterdir())
-            self._known.extend(sorted(name for name in names if not name.startswith(".")))
-        return bool(self._known)
+            self._listed.extend(sorted(name for name in names if not name.startswith(".")))
+        return bool(self._listed)
 
     def take(self) -> tuple[str, Task] | None:
-        """Claim the next task in order, or None where the queue is empty."""
-        while self.waiting():
-            ticket = self._known.popleft()
+        """Claim the next task; None if no task waits."""
+        while self.has_tasks():
+            ticket = self._listed.popleft()
             with contextlib.suppress(FileNotFoundError):
                 claimed = (self._todo / ticket).rename(self._doing / ticket)
                 data = json.loads(claimed.read_text())
@@ -147,36 +156,37 @@ class Spool:
         finally:
             os.close(descriptor)
 
-    def finish(self, ticket: str, status: int, at_work: list[float] | None = None) -> None:
-        self.record(DONE, ticket=ticket, status=status, at_work=at_work)
+    def finish(self, ticket: str, status: int, work_span: list[float] | None = None) -> None:
+        """Record that a claimed task has finished, and release it."""
+        self.record(JOB_FINISHED, ticket=ticket, status=status, work_span=work_span)
         (self._doing / ticket).unlink(missing_ok=True)
 
     def restore(self) -> bool:
-        """Queue again what was under way when this allocation was stopped.
+        """Queue the tasks again that ran when this allocation was stopped.
 
-        Returns False where it has ended for good and must not go on.
+        Returns False if the allocation has ended for good and must not continue.
         """
-        events = self.journal().new()
-        done = {event.data["ticket"] for event in events if event.kind == DONE}
+        events = self.journal().read_new()
+        finished = {event.data["ticket"] for event in events if event.kind == JOB_FINISHED}
         for path in self._doing.iterdir():
-            if path.name in done:
+            if path.name in finished:
                 path.unlink()
             else:
                 path.rename(self._todo / path.name)
         with (self.root / "journal.jsonl").open("a") as file:
             if file.tell():
-                file.write("\n")  # a line that was cut off must not swallow the next one
+                file.write("\n")  # an incomplete last line must not spoil the next one
         return not any(event.kind == ENDED for event in events)
 
 
 class JournalReader:
-    """Reads a journal from where it was left the last time."""
+    """Reads a journal step by step."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
-    def new(self) -> list[Event]:
-        """The events since the last call; a line that is still being written waits."""
+    def read_new(self) -> list[Event]:
+        """The events since the last call. An incomplete last line is left for the next call."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
@@ -185,23 +195,24 @@ class JournalReader:
             return []
         complete = text[: text.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return list(_events(complete))
+        return list(_parse_events(complete))
 
 
-def _events(text: bytes) -> Iterator[Event]:
+def _parse_events(text: bytes) -> Iterator[Event]:
     for line in text.splitlines():
-        # Only the line at which the writer was killed can be incomplete.
+        # A line is incomplete only if the writer was killed.
         with contextlib.suppress(ValueError):
             data = json.loads(line)
             yield Event(data.pop("event"), data)
 
 
-def key_of(ticket: str) -> str:
+def ticket_key(ticket: str) -> str:
+    """The key of the ticket's task."""
     return ticket.partition("-")[2]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Readers see the whole text or no file."""
+    """Readers see the complete text or no file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)

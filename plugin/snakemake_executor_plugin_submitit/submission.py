@@ -1,4 +1,4 @@
-"""From the resources of a job and the site's knowledge of nodes to a submitted submitit job."""
+"""Turns the resources of a job and the parameters of a kind of node into a submitit job."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ import yaml
 from snakemake_interface_common.exceptions import WorkflowError
 from submitit.helpers import clean_env
 
-from snakemake_executor_plugin_submitit.kinds import check_kind
-from snakemake_executor_plugin_submitit.liveness import Submission, runs, start_ticks
+from snakemake_executor_plugin_submitit.kinds import validate_kind
+from snakemake_executor_plugin_submitit.liveness import Submission, is_running, start_ticks
 
 CLUSTERS = ("slurm", "local")
 SLURM_PROGRAMS = ("sbatch", "squeue", "scancel")
@@ -34,79 +34,90 @@ _COPIED_RESOURCES = (
     *("nodes", "cpus_per_task"),
     *("slurm_partition", "slurm_account", "slurm_constraint", "slurm_qos"),
 )
-_LOCAL_LIMIT_MIN = 7 * 24 * 60
+_LOCAL_TIME_LIMIT_MIN = 7 * 24 * 60
 
 
-def choose_cluster(wanted: str | None) -> str:
-    """The cluster to submit to: the wanted one, else Slurm where its programs are installed.
+def choose_cluster(requested: str | None) -> str:
+    """The requested cluster; without a request Slurm if its programs are installed, else local.
 
-    Raises WorkflowError where it is unknown or its programs are missing.
+    Raises WorkflowError if the cluster is unknown or its programs are missing.
     """
     missing = [name for name in SLURM_PROGRAMS if shutil.which(name) is None]
-    cluster = wanted or ("local" if missing else "slurm")
+    cluster = requested or ("local" if missing else "slurm")
     if cluster not in CLUSTERS:
         raise WorkflowError(
-            f"submitit-cluster: `{cluster}` is unknown. Valid are: {', '.join(CLUSTERS)}."
+            f"submitit-cluster: `{cluster}` is unknown. Use one of: {', '.join(CLUSTERS)}."
         )
     if cluster == "slurm" and missing:
         raise WorkflowError(
             f"submitit-cluster: slurm needs {', '.join(missing)} on the PATH. "
-            "Run snakemake on a node of the cluster, or choose `local`."
+            "Run snakemake on a node of the cluster, or use `local`."
         )
     return cluster
 
 
-def checked_name(name: str | None, setting: str) -> str | None:
-    """The name of a function. Raises WorkflowError where it is not of the form module:function."""
+def check_function_name(name: str | None, setting: str) -> str | None:
+    """The name. Raises WorkflowError if it does not have the form module:function."""
     if name is not None and not re.fullmatch(r"[\w.]+:\w+", name):
         raise WorkflowError(
-            f"{setting}: `{name}` is not of the form module:function, "
-            "as in my_package.services:serve."
+            f"{setting}: `{name}` does not have the form module:function. "
+            "Write it as in my_package.services:serve."
         )
     return name
 
 
-def loaded(name: str | None, setting: str) -> Callable[..., Any] | None:
-    """The function of that name. Raises WorkflowError where there is none."""
+def import_function(name: str | None, setting: str) -> Callable[..., Any] | None:
+    """The function `module:function`. Raises WorkflowError if it cannot be imported."""
     if name is None:
         return None
     module, _, function = name.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise WorkflowError(f"{setting}: `{name}` cannot be imported ({error}).") from error
+        raise WorkflowError(
+            f"{setting}: `{name}` cannot be imported ({error}). "
+            "Correct the name, or add the module's folder to PYTHONPATH."
+        ) from error
     return found
 
 
-def read_kinds(path: Path) -> dict[str, dict[str, Any]]:
-    """What the site knows of its kinds of nodes: submission parameters by kind.
+def load_kinds(path: Path) -> dict[str, dict[str, Any]]:
+    """The submission parameters of each kind of node.
 
-    Raises WorkflowError, naming file, kind and key, where it cannot be read or has a key or a
-    type that is not of KIND_KEYS.
+    Raises WorkflowError, with file, kind and key, if the file cannot be read or a kind is not
+    valid.
     """
     try:
         kinds = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise WorkflowError(f"submitit-kinds: {path} cannot be read: {error}") from error
+        raise WorkflowError(
+            f"submitit-kinds: {path} cannot be read: {error}. Correct the path or the file."
+        ) from error
     if not isinstance(kinds, dict):
-        raise WorkflowError(f"submitit-kinds: {path} must map kinds to their parameters.")
+        raise WorkflowError(
+            f"submitit-kinds: {path} must map kinds to their parameters. "
+            "Write `kind:` lines with indented `key: value` lines below them."
+        )
     for kind, parameters in kinds.items():
-        where = f"submitit-kinds: {path}: {kind}"
+        location = f"submitit-kinds: {path}: {kind}"
         if not isinstance(parameters, dict):
-            raise WorkflowError(f"{where} must map parameters to values.")
-        for problem in check_kind(parameters):
-            raise WorkflowError(f"{where}.{problem.key}: {problem.problem}. {problem.remedy}")
+            raise WorkflowError(
+                f"{location} must map parameters to values. "
+                "Write indented `key: value` lines below it."
+            )
+        for problem in validate_kind(parameters):
+            raise WorkflowError(f"{location}.{problem.key}: {problem.problem}. {problem.remedy}")
     return kinds
 
 
-def python_of(
-    kind: Mapping[str, Any], resources: Mapping[str, Any], start: Path, where: str
+def resolve_python(
+    kind: Mapping[str, Any], resources: Mapping[str, Any], start: Path, location: str
 ) -> dict[str, str]:
-    """The kind's `python` as an absolute path, empty where it has none.
+    """The kind's `python` with an absolute path; empty if the main process's Python is used.
 
-    Paths are as seen from `start`; a bare name is looked for on the node. A job whose resource
-    `environment` is `main` wants the main process's Python, whatever its kind says. Raises
-    WorkflowError, naming `where`, where the path leads nowhere.
+    A path is relative to `start`; the node looks up a bare name. A job with the resource
+    `environment: main` always uses the main process's Python. Raises WorkflowError, with
+    `location`, if the path does not exist.
     """
     python = kind.get("python")
     if python is None or resources.get("environment") == "main":
@@ -116,31 +127,34 @@ def python_of(
     path = start / Path(python).expanduser()
     if not path.exists():
         raise WorkflowError(
-            f"{where}.python: {path} does not exist. Make that environment, or correct the path."
+            f"{location}.python: {path} does not exist. "
+            "Create this environment, or correct the path."
         )
     return {"python": str(path)}
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is asked of the cluster, in the words of a kinds file."""
+    """Submission parameters, with the keys of a kinds file."""
 
     values: Mapping[str, Any]
 
     @property
-    def limit_s(self) -> float:
+    def time_limit_s(self) -> float:
         return float(self.values["timeout_min"]) * 60
 
     @property
-    def warned_s(self) -> int:
-        """How long before the limit the allocation is warned: at most a quarter of it."""
-        return int(self.values.get("signal_delay_s", min(60, self.limit_s / 4)))
+    def signal_delay_s(self) -> int:
+        """Seconds before the time limit at which the allocation is warned."""
+        return int(self.values.get("signal_delay_s", min(60, self.time_limit_s / 4)))
 
     @classmethod
-    def of(cls, cluster: str, resources: Mapping[str, Any], kind: Mapping[str, Any]) -> Parameters:
-        """Of a job's resources; what its kind of node says wins over them.
+    def build(
+        cls, cluster: str, resources: Mapping[str, Any], kind: Mapping[str, Any]
+    ) -> Parameters:
+        """Parameters from a job's resources and its kind of node. The kind's values win.
 
-        Raises WorkflowError where a time limit is missing on Slurm.
+        Raises WorkflowError if Slurm needs a time limit and there is none.
         """
         values: dict[str, Any] = {
             key: resources[key] for key in _COPIED_RESOURCES if key in resources
@@ -150,8 +164,9 @@ class Parameters:
             values["timeout_min"] = resources["runtime"]
         if "mem_mb" in resources and not _MEMORY_KEYS & kind.keys():
             values["slurm_mem"] = f"{resources['mem_mb']}M"
-        gpus, has = int(resources.get("gpus") or 0), kind.get("gpus_of_node")
-        nodes = kind.get("nodes", values.get("nodes", math.ceil(gpus / has) if gpus and has else 1))
+        gpus, per_node = int(resources.get("gpus") or 0), kind.get("gpus_of_node")
+        needed = math.ceil(gpus / per_node) if gpus and per_node else 1
+        nodes = kind.get("nodes", values.get("nodes", needed))
         values["nodes"] = nodes
         if gpus and not _GPU_KEYS & kind.keys():
             values["gpus_per_node"] = math.ceil(gpus / nodes)
@@ -165,20 +180,20 @@ class Parameters:
                     "`runtime` (minutes), its kind of node `timeout_min`, or set "
                     "default-resources: runtime=… in the profile."
                 )
-            values["timeout_min"] = _LOCAL_LIMIT_MIN
+            values["timeout_min"] = _LOCAL_TIME_LIMIT_MIN
         return cls(values)
 
     def for_slurm(self) -> dict[str, Any]:
-        """As the parameters of submitit's SlurmExecutor."""
+        """The parameters of submitit's SlurmExecutor."""
         values = dict(self.values)
         cpus, nodes = values["cpus_per_task"], values.get("nodes", 1)
-        # srun would start one process per CPU of an exclusive node, and one per node of several;
-        # since Slurm 22.05 it does not take the batch job's --cpus-per-task over.
+        # srun would start one process per CPU of an exclusive node, and one per node of several.
+        # Since Slurm 22.05 it ignores the batch job's --cpus-per-task.
         arguments = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={cpus}"]
         memory = {"mem": f"{round(values['mem_gb'] * 1024)}M"} if "mem_gb" in values else {}
         return {
             "time": math.ceil(values["timeout_min"]),
-            "signal_delay_s": self.warned_s,
+            "signal_delay_s": self.signal_delay_s,
             "nodes": nodes,
             "cpus_per_task": cpus,
             "srun_args": arguments + values.get("srun_args", []),
@@ -193,13 +208,13 @@ class Parameters:
         }
 
     def for_local(self) -> dict[str, Any]:
-        """As the parameters of submitit's LocalExecutor."""
+        """The parameters of submitit's LocalExecutor."""
         gpus = self.values.get("gpus_per_node", 0)
         return {
             "timeout_min": self.values["timeout_min"],
-            "signal_delay_s": self.warned_s,
+            "signal_delay_s": self.signal_delay_s,
             "nodes": self.values.get("nodes", 1),
-            # A type, as in a100:2, is for Slurm to choose by.
+            # Only Slurm uses a GPU type, as in a100:2.
             "gpus_per_node": int(str(gpus).rpartition(":")[2]),
             "setup": self.values.get("setup", []),
             "stderr_to_stdout": True,
@@ -207,10 +222,10 @@ class Parameters:
 
 
 class SchedulerUnavailable(Exception):
-    """The cluster could not be asked: this says nothing of what was asked."""
+    """The scheduler did not answer. It has neither accepted nor refused the job."""
 
 
-_OUT_OF_REACH = re.compile(
+_UNAVAILABLE = re.compile(
     "Unable to contact slurm controller|Socket timed out|Connection refused|Resource temporarily "
     "unavailable|slurm_persist_conn_open|Zero Bytes were transmitted|Transport endpoint",
     re.IGNORECASE,
@@ -227,8 +242,8 @@ def submit(
 ) -> tuple[Submission, Any]:
     """Submit `function`, which must be importable on the node, as one submitit job.
 
-    `folder` is where submitit keeps its files. Returns what to remember of the job, and
-    submitit's handle. Raises WorkflowError if the cluster refuses, SchedulerUnavailable if it does
+    submitit keeps its files in `folder`. Returns the description of the job and submitit's
+    handle. Raises WorkflowError if the scheduler refuses the job, SchedulerUnavailable if it does
     not answer.
     """
     python = parameters.values.get("python")
@@ -239,11 +254,11 @@ def submit(
         else:
             executor = submitit.LocalExecutor(folder, python=python)
             executor.update_parameters(**parameters.for_local())
-        with clean_env(), _deaf_to_the_terminal():
+        with clean_env(), _terminal_signals_blocked():
             handle = executor.submit(function)
     except (OSError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
         message = " ".join(str(error).split())
-        if _OUT_OF_REACH.search(message):
+        if _UNAVAILABLE.search(message):
             raise SchedulerUnavailable(message) from error
         raise WorkflowError(f"{cluster} refused the allocation {name}: {message}") from error
     submission = Submission(
@@ -260,20 +275,20 @@ def submit(
 
 
 def cancel(submission: Submission) -> None:
-    """Ask a submitted job to end; it does so when its service is down."""
+    """Ask a submitted job to end. It first stops its service."""
     if submission.cluster == "slurm":
-        # By its name as well: job ids are used again.
+        # With its name, because Slurm reuses job ids.
         command = ["scancel", f"--name={submission.job_name}", submission.job_id]
         subprocess.run(command, capture_output=True, timeout=60)
         return
     pid = int(submission.job_id)
-    if submission.start_ticks is not None and runs(pid, submission.start_ticks):
+    if submission.start_ticks is not None and is_running(pid, submission.start_ticks):
         os.kill(pid, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _deaf_to_the_terminal() -> Iterator[None]:
-    """Processes begun meanwhile ignore Ctrl-C and hang-ups: what they mean, Snakemake decides."""
+def _terminal_signals_blocked() -> Iterator[None]:
+    """Processes started in the block ignore Ctrl-C and hang-ups: the main process handles them."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield

@@ -1,4 +1,4 @@
-"""One allocation as the main process sees it: what it was given, what it says, how it ended."""
+"""One allocation as the main process sees it: its jobs, its events, and how it ended."""
 
 from __future__ import annotations
 
@@ -10,24 +10,47 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from snakemake_executor_plugin_submitit import allocation as inside
+from snakemake_executor_plugin_submitit import allocation as reasons
 from snakemake_executor_plugin_submitit import spool as events
-from snakemake_executor_plugin_submitit.liveness import GONE, HELD, Submission, runs, start_ticks
+from snakemake_executor_plugin_submitit.liveness import (
+    GONE,
+    HELD,
+    Submission,
+    is_running,
+    start_ticks,
+)
+from snakemake_executor_plugin_submitit.progress import (
+    ENDED,
+    PENDING,
+    RUNNING,
+    STARTING,
+    Progress,
+)
 from snakemake_executor_plugin_submitit.spool import Event, Spool, Task
 from snakemake_executor_plugin_submitit.submission import Parameters
-from snakemake_executor_plugin_submitit.usage import Progress, UsageStats, duration
+from snakemake_executor_plugin_submitit.usage import UsageStats, format_duration
 
 Job = TypeVar("Job")
 
-TAKEN_AWAY = frozenset(("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", HELD))
-"""Ends that the cluster brought about, and that say nothing of the allocation itself."""
-PATIENCE = 5
-"""So many allocations in a row may be taken away before they have done a job."""
+CLUSTER_ENDS = frozenset(("PREEMPTED", "NODE_FAIL", "BOOT_FAIL", HELD))
+"""End states that the cluster has caused. They say nothing about the allocation itself."""
+MAX_LOSSES = 5
+"""After this number of lost allocations in a row without a finished job, the jobs fail."""
+
+_END_TEXTS = {
+    reasons.IDLE: "ended",
+    reasons.CLOSED: "ended",
+    reasons.TIME_LIMIT: "reached its time limit",
+    reasons.PREEMPTED: "was preempted",
+    reasons.UNHEALTHY: "ended because its service is no longer healthy",
+    reasons.START_FAILED: "its service did not start",
+    reasons.FAILED: "failed",
+}
 
 
 @dataclass(frozen=True)
 class AllocationSpec:
-    """What is submitted as one allocation. One that is not reusable takes no further jobs."""
+    """What is submitted as one allocation. Only a reusable one takes more jobs later."""
 
     name: str
     service: str | None
@@ -38,29 +61,29 @@ class AllocationSpec:
 
 
 @dataclass(frozen=True)
-class Queued(Generic[Job]):
-    """A job with the task that carries it out; `need` is asked where it is the first one."""
+class QueuedJob(Generic[Job]):
+    """A job and its task. `spec` is called if the job is the first of a new allocation."""
 
     job: Job
     task: Task
-    need: Callable[[], AllocationSpec]
+    spec: Callable[[], AllocationSpec]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why jobs are not done, and where to read on.
+    """Why jobs are not done, and the log with the details.
 
-    `of_allocation` where the jobs themselves are not to blame.
+    `allocation` is set if the allocation failed, not the jobs themselves.
     """
 
     message: str
     log: str | None
-    of_allocation: bool = True
+    allocation: Progress | None = None
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[Job]):
-    """Jobs that have ended in the same way: well where there is no failure."""
+    """Jobs that have ended in the same way; without a failure they are done."""
 
     jobs: tuple[Job, ...]
     failure: Failure | None = None
@@ -68,29 +91,29 @@ class Outcome(Generic[Job]):
 
 @dataclass
 class AllocationState(Generic[Job]):
-    """An allocation that has not been seen to end.
+    """An allocation that has not ended, as far as the main process knows.
 
-    `handle` is submitit's, None where an earlier run has submitted it. `tickets` are the jobs
-    that it was given and has not finished; `under_way` are tickets by the key of their task,
-    begun for an earlier run. `busy` is when it last finished a job, `heard` when it last wrote
-    anything (time.monotonic).
+    `handle` is submitit's handle; None if an earlier run submitted the allocation. `tickets` are
+    its unfinished jobs. `inherited` are the tickets that run for an earlier run, by key. The
+    allocation was given `assigned` jobs, of which `finished` have ended. `last_job_end` and
+    `last_event` are times of time.monotonic.
     """
 
     submission: Submission
     spool: Spool
     handle: Any = None
-    closing: bool = False
-    announced: bool = False
-    account: UsageStats = field(default_factory=lambda: UsageStats(""))
-    tickets: dict[str, Queued[Job]] = field(default_factory=dict)
-    under_way: dict[str, str] = field(default_factory=dict)
-    given: int = 0
+    is_closing: bool = False
+    has_service: bool = False
+    usage: UsageStats = field(default_factory=lambda: UsageStats(""))
+    tickets: dict[str, QueuedJob[Job]] = field(default_factory=dict)
+    inherited: dict[str, str] = field(default_factory=dict)
+    assigned: int = 0
     finished: int = 0
-    busy: float = field(default_factory=time.monotonic)
-    heard: float = field(default_factory=time.monotonic)
-    up: Event | None = None
+    last_job_end: float = field(default_factory=time.monotonic)
+    last_event: float = field(default_factory=time.monotonic)
     process: Event | None = None
-    interrupted: str | None = None
+    service: Event | None = None
+    running_ticket: str | None = None
     stopped: Event | None = None
     ended: Event | None = None
 
@@ -102,31 +125,29 @@ class AllocationState(Generic[Job]):
         return self.submission.name
 
     @property
-    def reason(self) -> str | None:
-        """Why it has ended by its own words."""
+    def end_reason(self) -> str | None:
+        """The reason that the allocation itself has recorded; None if it has recorded none."""
         return self.ended.data["reason"] if self.ended else None
 
-    def read(self, report: Callable[[str], None]) -> list[Outcome[Job]]:
-        """What it has finished since the last call."""
+    def read_events(self) -> list[Outcome[Job]]:
+        """Read the new events. Returns the jobs that have ended since the last call."""
         outcomes = []
-        for event in self._journal.new():
-            self.heard = time.monotonic()
-            self.account.note(event)
+        for event in self._journal.read_new():
+            self.last_event = time.monotonic()
+            self.usage.add(event)
             if event.kind == events.STARTED:
-                self.process, self.stopped, self.up = event, None, None
-            elif event.kind == events.UP:
-                self.up = event
-                if self.announced:
-                    report(f"Allocation {self.name}: up after {event.data['seconds']:.0f} s.")
-            elif event.kind == events.BEGAN:
-                self.interrupted = event.data["ticket"]
-            elif event.kind == events.DONE:
-                self.interrupted, self.busy = None, time.monotonic()
+                self.process, self.stopped, self.service = event, None, None
+            elif event.kind == events.SERVICE_STARTED:
+                self.service = event
+            elif event.kind == events.JOB_STARTED:
+                self.running_ticket = event.data["ticket"]
+            elif event.kind == events.JOB_FINISHED:
+                self.running_ticket, self.last_job_end = None, time.monotonic()
                 if queued := self.tickets.pop(event.data["ticket"], None):
                     self.finished += 1
-                    failure = self._failure(event, queued.task)
-                    ended = self.account.failed if failure else self.account.done
-                    ended.add(queued.task.key)
+                    failure = self._job_failure(event, queued.task)
+                    keys = self.usage.failed if failure else self.usage.done
+                    keys.add(queued.task.key)
                     outcomes.append(Outcome((queued.job,), failure))
             elif event.kind == events.STOPPED:
                 self.stopped = event
@@ -134,94 +155,94 @@ class AllocationState(Generic[Job]):
                 self.ended = event
         return outcomes
 
-    def _failure(self, done: Event, task: Task) -> Failure | None:
-        status = done.data["status"]
+    def _job_failure(self, finished: Event, task: Task) -> Failure | None:
+        status = finished.data["status"]
         if status == 0:
             return None
         how = f"Exit status {status}" if status > 0 else f"Killed by {signal.Signals(-status).name}"
-        log = task.log or str(self.spool.log_of(done.data["ticket"]))
-        return Failure(f"{how} in allocation {self.name}.", log, of_allocation=False)
+        log = task.log or str(self.spool.task_log(finished.data["ticket"]))
+        return Failure(f"{how} in allocation {self.name}.", log)
 
     def describe_end(self, state: str | None) -> str:
-        """How it has ended, for people; `state` is what the cluster says."""
-        words = {
-            inside.IDLE: "ended",
-            inside.CLOSED: "ended",
-            inside.WALLTIME: "ended by its time limit",
-            inside.PREEMPTED: "was preempted",
-            inside.UNHEALTHY: "ended, its service is no longer healthy",
-            inside.BRING_UP: "its service did not come up",
-            inside.FAILURE: "failed",
-        }
-        if self.reason:
-            how = words[self.reason]
-        elif state == HELD:
-            how = "could not be started again by Slurm, which holds it"
-        elif self.stopped:
-            how = f"was stopped by {self.stopped.data['reason']}"
-        elif state == GONE:
-            how = "was killed" if self.submission.cluster == "local" else "is unknown to Slurm"
-        else:
-            how = f"ended as {state}"
-        return f"Allocation {self.name}: {how}; {self.finished} of {self.given} jobs done"
+        """How the allocation has ended; `state` is the scheduler's end state."""
+        if self.end_reason:
+            return _END_TEXTS[self.end_reason]
+        if state == HELD:
+            return "is held by Slurm after a failed launch"
+        if self.stopped:
+            return f"was stopped by {self.stopped.data['reason']}"
+        if state == GONE:
+            return "was killed" if self.submission.cluster == "local" else "is unknown to Slurm"
+        return f"ended with state {state}"
 
-    def left(self) -> list[Queued[Job]]:
+    def unfinished_jobs(self) -> list[QueuedJob[Job]]:
         """The unfinished jobs.
 
-        The one under way comes last: if it takes allocations down, the others are done first.
+        The running one comes last: if it kills allocations, the others are done first.
         """
-        suspect = self.tickets.get(self.interrupted or "")
+        suspect = self.tickets.get(self.running_ticket or "")
         return sorted(self.tickets.values(), key=lambda queued: queued is suspect)
 
-    def may_be_continued(self, state: str | None) -> bool:
-        """Whether a further allocation is to take what is left.
+    def should_continue(self, state: str | None) -> bool:
+        """Whether another allocation gets the unfinished jobs after the end `state`.
 
-        Not without a finished job: what has prevented the first will prevent the second as well.
+        Without a finished job, the next allocation would fail for the same reason.
         """
-        if self.reason in (inside.IDLE, inside.CLOSED):
-            return True  # jobs came just as it ended
+        if self.end_reason in (reasons.IDLE, reasons.CLOSED):
+            return True  # jobs arrived at the moment of the end
         if state == "CANCELLED":
-            return False  # somebody wants it so
-        if state in TAKEN_AWAY or self.reason == inside.PREEMPTED:
-            self.account.lost += 1
-            return self.account.lost < PATIENCE
-        adopted_too_late = self.handle is None and self.ended is None
-        return self.finished > 0 or adopted_too_late
+            return False  # a person wants this
+        if state in CLUSTER_ENDS or self.end_reason == reasons.PREEMPTED:
+            self.usage.losses += 1
+            return self.usage.losses < MAX_LOSSES
+        was_already_gone = self.handle is None and self.ended is None
+        return self.finished > 0 or was_already_gone
 
     def progress(self, cluster_state: str, left: int) -> Progress:
-        """Its progress now. `cluster_state` is what the cluster reports, `left` counts jobs."""
+        """The current progress.
+
+        `cluster_state` describes the job as the scheduler reports it, empty if unknown. `left`
+        counts the jobs that are not done.
+        """
         job = f"job {self.submission.job_id}"
-        done, total = len(self.account.done), len(self.account.given)
         if self.process is None or self.stopped:
-            waited = duration(time.time() - self.submission.submitted)
-            text = f"{job} {cluster_state or 'submitted'} since {waited}"
+            waited = format_duration(time.time() - self.submission.submitted)
+            state = f"{cluster_state} for {waited}" if cluster_state else f"submitted {waited} ago"
             reason = cluster_state.partition("(")[2].rstrip(")") or None
-            return Progress(self.name, "pending", text, done, total, reason=reason)
+            return self._progress(PENDING, f"{job} {state}", reason=reason)
         node = str(self.process.data["host"])
-        if self.up is None and self.announced:
-            text = f"starting, {job} on {node}"
-            return Progress(self.name, "starting", text, done, total, node)
-        job_s = self.account.job_s()
-        eta_s = left * job_s if job_s else None
-        text = f"{'running' if self.tickets else 'idle'}, {job} on {node}"
-        return Progress(self.name, "running", text, done, total, node, eta_s=eta_s)
+        if self.service is None and self.has_service:
+            return self._progress(STARTING, f"starting on {node} ({job})", node)
+        text = f"{'running' if self.tickets else 'idle'} on {node} ({job})"
+        if self.service and self.has_service and not self.finished:
+            text += f", service started in {format_duration(self.service.data['seconds'])}"
+        job_s = self.usage.mean_job_s()
+        return self._progress(RUNNING, text, node, eta_s=left * job_s if job_s else None)
 
-    def runs_here(self) -> bool:
-        """Whether its process is one of this machine and still there."""
+    def final_progress(self, state: str = ENDED, reason: str | None = None) -> Progress:
+        """The progress after the end."""
+        return self._progress(state, reason or state, reason=reason)
+
+    def _progress(self, state: str, text: str, node: str | None = None, **more: Any) -> Progress:
+        done, total = len(self.usage.done), len(self.usage.jobs)
+        return Progress(self.name, state, text, done, total, node, **more)
+
+    def runs_locally(self) -> bool:
+        """Whether its process runs on this machine."""
         if self.handle is not None:
-            self.handle.done()  # reaps submitit's
+            self.handle.done()  # reaps submitit's process
         process = self.process
-        return process is not None and runs(process.data["pid"], process.data["start_ticks"])
+        return process is not None and is_running(process.data["pid"], process.data["start_ticks"])
 
-    def kill_here(self) -> None:
-        """Kill what a local allocation has left behind, and itself."""
-        pid, begun = int(self.submission.job_id), self.submission.start_ticks
-        if begun is not None and runs(pid, begun):
+    def kill_locally(self) -> None:
+        """Kill a local allocation and the processes that it has left behind."""
+        pid, ticks = int(self.submission.job_id), self.submission.start_ticks
+        if ticks is not None and is_running(pid, ticks):
             os.kill(pid, signal.SIGKILL)
         if self.process is None:
             return
-        leader, begun = self.process.data["pid"], self.process.data["start_ticks"]
-        # Its number is not given to others as long as its process group has members.
-        if start_ticks(leader) in (None, begun):
+        leader, ticks = self.process.data["pid"], self.process.data["start_ticks"]
+        # Its id is not reused as long as its process group has members.
+        if start_ticks(leader) in (None, ticks):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(leader, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""How the time was used: usage of all allocations of one name."""
+"""What the allocations of a run did with their time, and the summary at the end of the run."""
 
 from __future__ import annotations
 
@@ -7,178 +7,155 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from snakemake_executor_plugin_submitit import spool as events
-from snakemake_executor_plugin_submitit.spool import Event, key_of
+from snakemake_executor_plugin_submitit.spool import Event, ticket_key
 
 
 @dataclass
 class UsageStats:
-    """Filled from the journals of all allocations that had the name, one event at a time.
+    """Usage of all allocations with the same name, added up from their journals.
 
-    Times are seconds: `allocated` from the start of the allocations' processes to their ends,
-    `under_jobs` with a job under way, `at_work` while one did what it exists for, by its own word,
-    `gaps` from the end of one's work to the beginning of the next one's.
-    `given`, `done`, `failed` and `keys` (of those begun) are the jobs' keys, `begun` counts every
-    start of one, `lost` the allocations that the cluster took away since the last job was done.
+    `jobs`, `done`, `failed` and `started` contain keys of jobs. `starts` counts every start of a
+    job, `finished` every end. `losses` counts the allocations that the cluster has taken away
+    since the last finished job. Times are seconds: `allocated_s` is the lifetime of the
+    allocations' processes, `jobs_s` the part in which a job ran, `work_s` the work that the jobs
+    have reported (see allocation.REPORT_VARIABLE), `gaps_s` the times between the work of one job
+    and the next.
     """
 
     name: str
-    shown: bool = False
-    given: set[str] = field(default_factory=set)
+    in_summary: bool = False
+    jobs: set[str] = field(default_factory=set)
     done: set[str] = field(default_factory=set)
     failed: set[str] = field(default_factory=set)
-    begun: int = 0
-    ended: int = 0
-    bring_ups: int = 0
-    lost: int = 0
-    allocated: float = 0.0
-    under_jobs: float = 0.0
-    at_work: float = 0.0
-    gaps: list[float] = field(default_factory=list)
-    jobs: list[str] = field(default_factory=list)
+    started: set[str] = field(default_factory=set)
+    starts: int = 0
+    finished: int = 0
+    service_starts: int = 0
+    losses: int = 0
+    allocated_s: float = 0.0
+    jobs_s: float = 0.0
+    work_s: float = 0.0
+    gaps_s: list[float] = field(default_factory=list)
+    submissions: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    keys: set[str] = field(default_factory=set)
-    _last: float | None = None
-    _began: float | None = None
-    _worked_until: float | None = None
+    _last_event: float | None = None
+    _job_start: float | None = None
+    _work_end: float | None = None
 
-    def note(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
+        """Add the next event of a journal."""
         now = float(event.data.get("time", 0.0))
         if event.kind == events.STARTED:
-            self._last = self._began = self._worked_until = None
-        if self._last is not None:
-            self.allocated += now - self._last
-        self._last = now
-        if event.kind == events.UP:
-            self.bring_ups += 1
-        elif event.kind == events.BEGAN:
-            self.begun += 1
-            self.keys.add(key_of(event.data["ticket"]))
-            self._began = now
-        elif event.kind == events.DONE:
-            self.lost = 0
-            self.ended += 1
-            if self._began is not None:
-                self.under_jobs += now - self._began
-            self._note_work(event.data.get("at_work"))
+            self._last_event = self._job_start = self._work_end = None
+        if self._last_event is not None:
+            self.allocated_s += now - self._last_event
+        self._last_event = now
+        if event.kind == events.SERVICE_STARTED:
+            self.service_starts += 1
+        elif event.kind == events.JOB_STARTED:
+            self.starts += 1
+            self.started.add(ticket_key(event.data["ticket"]))
+            self._job_start = now
+        elif event.kind == events.JOB_FINISHED:
+            self.losses = 0
+            self.finished += 1
+            if self._job_start is not None:
+                self.jobs_s += now - self._job_start
+            self._add_work(event.data.get("work_span"))
 
-    def _note_work(self, times: tuple[float, float] | None) -> None:
-        if times is None:
-            self._worked_until = None
+    def _add_work(self, span: tuple[float, float] | None) -> None:
+        if span is None:
+            self._work_end = None
             return
-        began, ended = times
-        self.at_work += ended - began
-        if self._worked_until is not None:
-            self.gaps.append(began - self._worked_until)
-        self._worked_until = ended
+        start, end = span
+        self.work_s += end - start
+        if self._work_end is not None:
+            self.gaps_s.append(start - self._work_end)
+        self._work_end = end
 
     @property
-    def repeated(self) -> int:
-        """Starts of jobs beyond the first of each."""
-        return self.begun - len(self.keys)
+    def repeated_starts(self) -> int:
+        """Starts of jobs beyond the first start of each job."""
+        return self.starts - len(self.started)
 
-    def job_s(self) -> float | None:
-        """Mean time that a job takes."""
-        return self.under_jobs / self.ended if self.ended else None
+    def mean_job_s(self) -> float | None:
+        """Mean duration of the finished jobs in seconds; None without one."""
+        return self.jobs_s / self.finished if self.finished else None
 
     def describe(self) -> str:
-        """The account in one line."""
-        parts = [f"{len(self.done)} of {pluralize(len(self.given), 'job')} done"]
+        """One line for the summary of a run."""
+        parts = [f"{len(self.done)} of {pluralize(len(self.jobs), 'job')} done"]
         if failed := self.failed - self.done:
             parts.append(f"{len(failed)} failed")
-        if self.repeated:
-            parts.append(f"{pluralize(self.repeated, 'start')} repeated")
-        parts.append(f"up {pluralize(self.bring_ups, 'time')} in {self._describe_jobs()}")
-        if self.allocated:
-            parts.append(_describe_shares([self]))
+        if self.repeated_starts:
+            parts.append(pluralize(self.repeated_starts, "repeated start"))
+        service_starts = pluralize(self.service_starts, "service start")
+        parts.append(f"{service_starts} in {self._describe_allocations()}")
+        if self.allocated_s:
+            parts.append(_describe_time([self]))
         return f"{self.name}: {', '.join(parts)}"
 
-    def _describe_jobs(self) -> str:
-        if not self.jobs:
-            return "no allocation"
-        return f"{pluralize(len(self.jobs), 'allocation')} ({', '.join(self.jobs)})"
+    def _describe_allocations(self) -> str:
+        if not self.submissions:
+            return "0 allocations"
+        count = pluralize(len(self.submissions), "allocation")
+        return f"{count} ({', '.join(self.submissions)})"
 
 
-def summary(accounts: Collection[UsageStats], seconds: float, command: str) -> list[str]:
-    """Lines for the end of a run: the usage of each allocation, the sum, and what is left to do."""
-    shown = [each for each in accounts if each.shown]
+def summarise(usages: Collection[UsageStats], seconds: float, command: str) -> list[str]:
+    """Lines for the end of a run: each allocation, the total, and how to resume.
+
+    `seconds` is the duration of the run. Empty if no allocation is in the summary.
+    """
+    shown = [usage for usage in usages if usage.in_summary]
     if not shown:
         return []
-    lines = [each.describe() for each in shown]
-    gaps = [gap for each in shown for gap in each.gaps]
-    given = sum(len(each.given) for each in shown)
-    done = sum(len(each.done) for each in shown)
-    together = [
-        f"{done} of {pluralize(given, 'job')} done in {duration(seconds)}",
-        pluralize(sum(each.bring_ups for each in shown), "bring-up"),
-        f"{pluralize(sum(each.repeated for each in shown), 'start')} repeated",
+    jobs = sum(len(usage.jobs) for usage in shown)
+    done = sum(len(usage.done) for usage in shown)
+    total = [
+        f"{done} of {pluralize(jobs, 'job')} done in {format_duration(seconds)}",
+        pluralize(sum(usage.service_starts for usage in shown), "service start"),
+        pluralize(sum(usage.repeated_starts for usage in shown), "repeated start"),
     ]
-    if sum(each.allocated for each in shown):
-        together.append(_describe_shares(shown))
-    if gaps:
-        together.append(f"{median(gaps):.2f} s from one's work to the next one's (median)")
-    lines.append(f"Together: {', '.join(together)}")
-    if done < given:
+    if any(usage.allocated_s for usage in shown):
+        total.append(_describe_time(shown))
+    if gaps := [gap for usage in shown for gap in usage.gaps_s]:
+        total.append(f"median gap between the work of two jobs {median(gaps):.2f} s")
+    lines = [*(usage.describe() for usage in shown), f"Total: {', '.join(total)}"]
+    if done < jobs:
         lines += [
-            f"Not done in {each.name}: {why}"
-            for each in shown
-            for why in dict.fromkeys(each.failures)
+            f"Not done in {usage.name}: {why}"
+            for usage in shown
+            for why in dict.fromkeys(usage.failures)
         ]
         lines.append(f"To resume, run the same command again: {command}")
     return lines
 
 
-def _describe_shares(accounts: Collection[UsageStats]) -> str:
-    allocated = sum(each.allocated for each in accounts)
-    under_jobs = sum(each.under_jobs for each in accounts) / allocated
-    at_work = sum(each.at_work for each in accounts) / allocated
-    text = f"{duration(allocated)} allocated, {under_jobs:.0%} of it under jobs"
-    return f"{text}, {at_work:.0%} at work" if at_work else text
+def _describe_time(usages: Collection[UsageStats]) -> str:
+    allocated_s = sum(usage.allocated_s for usage in usages)
+    shares = [f"{sum(usage.jobs_s for usage in usages) / allocated_s:.0%} running jobs"]
+    if work_s := sum(usage.work_s for usage in usages):
+        shares.append(f"{work_s / allocated_s:.0%} work")
+    return f"{format_duration(allocated_s)} allocated ({', '.join(shares)})"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """The progress of one allocation, as text and as data.
-
-    `state` is `pending`, `starting`, `running`, `ended` or `failed`. `node` is the host that it
-    runs on, `reason` the cluster's reason why it is pending, `eta_s` the estimated seconds until
-    its jobs are done; each is None if it is unknown. `text` describes all of that.
+def format_duration(seconds: float) -> str:
     """
-
-    name: str
-    state: str
-    text: str
-    done: int = 0
-    total: int = 0
-    node: str | None = None
-    reason: str | None = None
-    eta_s: float | None = None
-
-    def describe(self) -> str:
-        """One line for a log.
-
-        >>> Progress("a", "running", "running on n1", 1, 2, eta_s=61.0).describe()
-        'Allocation a: 1 of 2 jobs done, running on n1, about 1 min 1 s left'
-        """
-        left = f", about {duration(self.eta_s)} left" if self.eta_s else ""
-        return (
-            f"Allocation {self.name}: {self.done} of {pluralize(self.total, 'job')} done, "
-            f"{self.text}{left}"
-        )
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> [duration(each) for each in (0.4, 59, 61, 3599, 7260)]
+    >>> [format_duration(each) for each in (0.4, 59, 61, 3599, 7260)]
     ['0 s', '59 s', '1 min 1 s', '59 min 59 s', '2 h 1 min']
     """
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    full = int(seconds)
+    if full < 60:
+        return f"{full} s"
+    if full < 3600:
+        return f"{full // 60} min {full % 60} s" if full % 60 else f"{full // 60} min"
+    return f"{full // 3600} h {full % 3600 // 60} min"
 
 
 def pluralize(number: int, noun: str) -> str:
-    """`1 job`, `2 jobs`."""
+    """
+    >>> pluralize(1, "job"), pluralize(2, "job")
+    ('1 job', '2 jobs')
+    """
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

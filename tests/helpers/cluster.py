@@ -1,8 +1,8 @@
-"""A private Slurm on this machine: real daemons, invented nodes, gone without a trace.
+"""A private Slurm on this machine: real daemons and fake nodes that leave nothing behind.
 
-No root, no systemd and nothing outside its folder is needed. A supervisor process owns every
-daemon and, as a child subreaper, every job, so that killing its descendants ends everything.
-As a program it is that supervisor.
+It needs no root, no systemd and nothing outside its folder. A supervisor process owns every
+daemon and, as a child subreaper, every job. So killing its descendants ends everything. This
+module, run as a program, is the supervisor.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PLAFRIM = (
     Node("sirocco23", "sirocco,amd,a100", "a100", 2),
     Node("sirocco24", "sirocco,amd,a100", "a100", 2),
 )
-"""Partitions and features as on PlaFRIM: whole nodes of two GPUs, asked for by feature."""
+"""Features as on PlaFRIM: whole nodes with two GPUs, requested by feature."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Options:
 
 
 def missing(options: Options) -> list[str]:
-    """The programs that the cluster needs and the machine lacks."""
+    """The programs that the cluster needs and this machine lacks."""
     wanted = DAEMONS + (ACCOUNTING_DAEMONS if options.accounting else ())
     return [name for name in wanted if not program(name)]
 
@@ -79,12 +79,12 @@ def program(name: str) -> str | None:
 
 
 class Cluster:
-    """One private cluster; `env` is what its users need."""
+    """One private cluster. `env` is the environment of its users."""
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.folder = folder
         self.options = options
-        # A Unix socket's path has at most 107 characters, and slurmstepd makes one per step.
+        # The path of a Unix socket has at most 107 characters, and slurmstepd creates one per step.
         self.short = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.conf = folder / "slurm.conf"
         self.munge_socket = self.short / "munge.socket"
@@ -133,15 +133,15 @@ class Cluster:
         return psutil.Process(pids[name])
 
     def lose_node(self, name: str) -> None:
-        """The node is gone from one moment to the next, and Slurm knows it."""
+        """The node is lost at once, and Slurm knows it."""
         self.call("scontrol", "update", f"nodename={name}", "state=down", "reason=test")
 
     def spoil_node(self, name: str) -> None:
-        """The node takes jobs, and fails to launch them, for its prolog fails."""
+        """The node accepts jobs and fails to launch them because its prolog fails."""
         (self.folder / f"spoilt-{name}").touch()
 
     def lose_controller(self) -> None:
-        """The controller is gone at once; `return_controller` has it come back."""
+        """Kill the controller. `return_controller` starts it again."""
         (self.folder / "no-controller").touch()
         self.daemon("slurmctld").kill()
 
@@ -166,7 +166,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def private_cluster(folder: Path, options: Options = Options()) -> Iterator[Cluster]:
-    """A cluster that is up for the time of the block."""
+    """A cluster that runs during the block."""
     cluster = Cluster(folder, options)
     try:
         cluster.up()
@@ -206,7 +206,7 @@ def write_configuration(cluster: Cluster) -> None:
         "ClusterName": "private",
         "SlurmctldHost": f"{host}(127.0.0.1)",
         "SlurmctldPort": controller,
-        # Job ids of two clusters must not meet in one results folder.
+        # Two clusters must not use the same job ids in one results folder.
         "FirstJobId": 1000 * secrets.randbelow(60_000) + 1,
         "SlurmUser": user,
         "SlurmdUser": user,
@@ -290,7 +290,7 @@ def write_configuration(cluster: Cluster) -> None:
     (folder / "gres.conf").write_text("\n".join(gres) + "\n")
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     write_database_configuration(cluster, host, user, database)
-    for name in CLIENTS:  # Snakemake and submitit drop SLURM_* variables in places
+    for name in CLIENTS:  # Snakemake and submitit sometimes remove SLURM_* variables
         if found := program(name):
             wrapper = folder / "bin" / name
             wrapper.write_text(f'#!/bin/sh\nSLURM_CONF={cluster.conf} exec {found} "$@"\n')
@@ -319,7 +319,7 @@ def write_database_configuration(cluster: Cluster, host: str, user: str, port: i
 
 
 def daemons(cluster: Cluster) -> dict[str, object]:
-    """What the supervisor starts, in order: name, command, the socket to wait for."""
+    """What the supervisor starts, in this order: name, command, and the socket to wait for."""
     folder, short, user = cluster.folder, cluster.short, getpass.getuser()
     munge = folder / "munge"
     steps: list[tuple[str, Sequence[object], object]] = [
@@ -381,7 +381,7 @@ def daemons(cluster: Cluster) -> dict[str, object]:
 
 
 def supervise(plan_file: Path) -> None:
-    """Start the daemons, reap what they leave, and kill every descendant on SIGTERM."""
+    """Start the daemons, reap their children, and kill every descendant on SIGTERM."""
     plan = json.loads(plan_file.read_text())
     folder = Path(plan["folder"])
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
@@ -436,7 +436,7 @@ def retry(command: Sequence[str], env: dict[str, str], limit_s: float = 60) -> N
 
 
 def kill_descendants() -> None:
-    """Nothing here is worth a clean stop: kill until no descendant is left."""
+    """Kill until no descendant is left. Nothing here needs a clean stop."""
     while left := psutil.Process().children(recursive=True):
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):

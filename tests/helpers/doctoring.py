@@ -1,4 +1,4 @@
-"""A small Slurm in its own words, and what `servegrid doctor` makes of it, for its tests."""
+"""The output of a small Slurm, for tests of `servegrid doctor`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.doctor import kinds, slurm
-from servegrid.doctor.commands import Answer
-from servegrid.doctor.demands import Demand, demand_of
+from servegrid.doctor.profile import Profile
 from servegrid.doctor.report import Finding, Group
-from servegrid.doctor.site import Profile
-from servegrid.doctor.slurm_facts import nodes_of_text, partitions_of, settings_of
+from servegrid.doctor.resources import ResourceRequest, build_request
+from servegrid.doctor.shell import CommandResult
+from servegrid.doctor.slurm_output import parse_nodes, parse_partitions, parse_settings
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Study
 
@@ -40,10 +40,10 @@ SlurmctldParameters     = preempt_send_user_signal
 AccountingStorageType   = accounting_storage/slurmdbd
 AccountingStorageEnforce = associations,limits,qos
 """
-FACTS = slurm.Facts(
-    settings_of(CONFIG),
-    partitions_of(PARTITIONS),
-    nodes_of_text(NODES),
+FACTS = slurm.SlurmFacts(
+    parse_settings(CONFIG),
+    parse_partitions(PARTITIONS),
+    parse_nodes(NODES),
     {"users": {"normal"}, "team": {"normal", "long"}},
 )
 V100 = {
@@ -57,13 +57,13 @@ V100 = {
 GROUP = Group("kind v100")
 
 
-def demand(**values: Any) -> Demand:
+def request(**values: Any) -> ResourceRequest:
     profile = Profile(Path("p/config.yaml"), {}, Path("p/kinds.yaml"), {"v100": V100 | values})
-    return demand_of(profile, "v100", ())
+    return build_request(profile, "v100", ())
 
 
-def judged(subject: str, facts: slurm.Facts = FACTS, **values: Any) -> Finding:
-    found = list(kinds.judge_kind(demand(**values), facts, "kinds.yaml"))
+def check(subject: str, facts: slurm.SlurmFacts = FACTS, **values: Any) -> Finding:
+    found = list(kinds.check_kind(request(**values), facts, "kinds.yaml"))
     return next(each for each in found if each.subject.startswith(subject))
 
 
@@ -80,5 +80,7 @@ def study(gpu_count: int = 2, engine: str = "vllm") -> Study:
     )
 
 
-def answers(status: int = 0, stdout: str = "", stderr: str = "", seconds: float = 0.1) -> Answer:
-    return Answer(status, stdout, stderr, seconds)
+def result(
+    status: int = 0, stdout: str = "", stderr: str = "", seconds: float = 0.1
+) -> CommandResult:
+    return CommandResult(status, stdout, stderr, seconds)

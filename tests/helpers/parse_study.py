@@ -30,7 +30,7 @@ PARSED = (
 )
 
 
-def parse_arguments(api: vllm_api.Api, deployment: Deployment) -> dict[str, Any]:
+def parse_arguments(api: vllm_api.VllmApi, deployment: Deployment) -> dict[str, Any]:
     defaults = arguments.default_arguments(deployment, "/models/any", None)
     words = arguments.format_arguments(deployment, defaults, api.options, api.version)
     namespace = api.parse([*words, "--api-key", "secret"], deployment.name)

@@ -147,7 +147,7 @@ def test_cells_of_an_external_endpoint_are_measured_without_telemetry(
         assert KEY not in info.read_text()
     assert httpx.get(f"{urls[locked]}/health").status_code == 200, "the server still runs"
 
-    rows = tables.gather(external_study.trials, tmp_path)
+    rows = tables.gather_trials(external_study.trials, tmp_path)
     assert rows["verdict"].tolist() == ["ok", "ok"]
     assert set(rows["engine"]) == {"llama-server"} and set(rows["engine_version"]) == {"b1"}
     assert set(rows["gpu"]) == {"a100-40gb"} and set(rows["gpu_count"]) == {2}

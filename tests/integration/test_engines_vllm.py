@@ -18,7 +18,7 @@ import pytest
 
 from conftest import DemoModel
 from helpers.serving import EngineProcess
-from servegrid.analysis.server_metrics import columns_of
+from servegrid.analysis.server_metrics import server_columns
 from servegrid.client import measure
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
@@ -100,7 +100,7 @@ def check_server_metrics(
         columns.TELEMETRY, sampler.read_samples(file, 0, *measured.facts["window_ns"])
     )
     record = {"metrics_before": before, "metrics_after": after}
-    row = columns_of(record, measured.requests, samples)
+    row = server_columns(record, measured.requests, samples)
     assert None not in row.values()
     assert 0 < row["ttft_client_overhead_s"] < row["server_ttft_s_mean"] < row["server_e2el_s_mean"]
     assert 0 < row["server_itl_s_mean"] < row["server_e2el_s_mean"] / 39
@@ -152,7 +152,20 @@ def test_it_serves_with_the_requested_settings_and_sigterm_ends_it(
             assert metric(client, "prompt_tokens_total") - before == 2 * 200
             assert metric(client, "prefix_cache_hits_total") == 0
             client.headers["Authorization"] = "Bearer another"
-            assert client.get("/v1/models").status_code == 401
+            prompt_of_another_user = {"prompt": "a", "max_tokens": 1}
+            for path in (
+                "/v1/models",
+                "/metrics",
+                "/metrics/",
+                "/docs",
+                "/openapi.json",
+                "/version",
+            ):
+                assert client.get(path).status_code == 401, path
+            for path in ("/v1/completions", "/invocations", "/tokenize", "/scale_elastic_ep"):
+                answer = client.post(path, json=prompt_of_another_user)
+                assert answer.status_code == 401, path
+            assert client.get("/health").status_code == 200
         check_server_metrics(Endpoint(**up["endpoint"]), up["pids"], demo_model, tmp_path)
         assert serving.healthy()
         assert serving.send_signal(signal.SIGTERM) == 143

@@ -1,4 +1,4 @@
-"""The executor with real `snakemake` and allocations that are processes of this machine."""
+"""The executor with real `snakemake` and allocations that are processes on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Workspace:
     def plan(self, **plan: Any) -> None:
         (self.folder / "plan.json").write_text(json.dumps(plan))
 
-    def act(self, **acts: str) -> None:
+    def set_acts(self, **acts: str) -> None:
         for cell, act in acts.items():
             (self.folder / "acts" / cell).write_text(act)
 
@@ -41,12 +41,8 @@ class Workspace:
         command = [
             *(sys.executable, "-m", "snakemake", "--snakefile", str(TOY / "Snakefile")),
             *("--executor", "submitit", "--submitit-cluster", "local"),
-            *(
-                "--submitit-service",
-                "toy_service:serve",
-                "--submitit-idle-timeout",
-                str(idle_timeout),
-            ),
+            *("--submitit-service", "toy_service:serve"),
+            *("--submitit-idle-timeout", str(idle_timeout)),
             *("--jobs", "100", "--keep-going", "--nocolor", *arguments),
         ]
         with self.output.open("w") as output:
@@ -83,10 +79,10 @@ class Workspace:
         lines = path.read_text().splitlines() if path.exists() else []
         return [note for note in map(json.loads, lines) if note["event"] == event]
 
-    def bring_ups(self) -> list[str]:
+    def service_starts(self) -> list[str]:
         return [note["name"] for note in self.notes("service", "enter")]
 
-    def begun(self) -> list[str]:
+    def started(self) -> list[str]:
         return [note["cell"] for note in self.notes("cells", "begin")]
 
     def wait(self, condition: Callable[[], object]) -> None:
@@ -119,13 +115,13 @@ def work(tmp_path: Path) -> Iterator[Workspace]:
 
 
 @pytest.mark.slow
-def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace) -> None:
+def test_only_missing_jobs_run(work: Workspace) -> None:
     odd = "../ü $x/"
     work.plan(out={"a": 3, "b": 2}, alone={"x": 1}, prefix=odd)
     output = work.run(idle_timeout=0)
     first = work.outputs()
     assert sorted(first) == ["a0", "a1", "a2", "b0", "b1", "x0"]
-    assert sorted(work.bring_ups()) == [f"{odd}a", f"{odd}b"]
+    assert sorted(work.service_starts()) == [f"{odd}a", f"{odd}b"]
     assert output.count(f"Allocation {odd}a: submitted") == 1
     assert f"Allocation {odd}a: ended; 3 of 3 jobs done." in output
 
@@ -133,7 +129,7 @@ def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace)
     (work.folder / "out" / "a1").unlink()
     work.run()
     assert {cell for cell, at in work.outputs().items() if first[cell] != at} == {"a1"}
-    assert len(work.bring_ups()) == 3
+    assert len(work.service_starts()) == 3
 
     begins, ends = work.notes("cells", "begin"), work.notes("cells", "end")
     assert len({note["pid"] for note in begins}) == 7
@@ -148,74 +144,76 @@ def test_what_is_done_stays_done_and_what_is_lost_is_done_again(work: Workspace)
         assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
     service = work.notes("service", "enter")[0]
     group = service["name"][-1]
-    assert service["params"] == {"version": 1, "group": group, "bring_up_s": 0}
+    assert service["params"] == {"version": 1, "group": group, "start_s": 0}
     assert service["resources"]["allocation"] == service["name"]
     assert "measuring a0" in (work.folder / "logs" / "a0.log").read_text()
 
 
 @pytest.mark.slow
-def test_one_failing_job_is_alone_in_failing(work: Workspace) -> None:
+def test_a_failing_job_does_not_affect_others(work: Workspace) -> None:
     work.plan(out={"a": 4}, alone={"x": 1})
-    work.act(a1="fail", x0="fail")
+    work.set_acts(a1="fail", x0="fail")
     output = work.run("--retries", "1", "--submitit-max-allocations", "2", "--jobs", "3", status=1)
     assert sorted(work.outputs()) == ["a0", "a2", "a3"]
-    assert work.bring_ups() == ["a"]
-    assert work.begun().count("a1") == 2
+    assert work.service_starts() == ["a"]
+    assert work.started().count("a1") == 2
     assert (work.folder / "logs" / "a1.log").read_text().count("measuring a1") == 1
     log = next(word for word in output.split() if word.endswith(".log") and "/logs/0" in word)
     assert "measuring x0" in Path(log).read_text()
 
     kept = work.outputs()
-    work.act(a1="0", x0="0")
+    work.set_acts(a1="0", x0="0")
     work.run()
     assert kept.items() <= work.outputs().items()
-    assert sorted(work.begun()[-2:]) == ["a1", "x0"]
+    assert sorted(work.started()[-2:]) == ["a1", "x0"]
 
 
 def test_a_lost_allocation_is_continued(work: Workspace) -> None:
     work.plan(out={"a": 5})
-    work.act(a2="30")
+    work.set_acts(a2="30")
     process = work.start()
-    work.wait(lambda: "a2" in work.begun())
-    work.act(a2="0")
+    work.wait(lambda: "a2" in work.started())
+    work.set_acts(a2="0")
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGKILL)
     output = work.end(process, 0)
-    assert "Allocation a: was killed; 2 of 5 jobs done; 3 jobs left" in output
+    assert (
+        "Allocation a: was killed; 2 of 5 jobs done. Another one gets 3 remaining jobs." in output
+    )
     assert len(work.outputs()) == 5
-    # What was under way comes last: it may have been the cause.
-    assert work.begun() == ["a0", "a1", "a2", "a3", "a4", "a2"]
-    assert work.bring_ups() == ["a", "a"]
+    # The job that ran comes last: it may have been the cause.
+    assert work.started() == ["a0", "a1", "a2", "a3", "a4", "a2"]
+    assert work.service_starts() == ["a", "a"]
 
 
 @pytest.mark.slow
-def test_a_job_that_takes_its_allocation_down_fails_alone(work: Workspace) -> None:
+def test_a_job_that_kills_its_allocation_fails_alone(work: Workspace) -> None:
     work.plan(out={"a": 3})
-    work.act(a1="crash")
+    work.set_acts(a1="crash")
     output = work.run(status=1)
     assert sorted(work.outputs()) == ["a0", "a2"]
-    assert work.begun() == ["a0", "a1", "a2", "a1", "a1"]
-    assert "Allocation a: was killed; 0 of 1 jobs done" in output
+    assert work.started() == ["a0", "a1", "a2", "a1", "a1"]
+    assert "Allocation a: was killed; 0 of 1 job done" in output
     assert output.count("Jobs not done: 1 of measure.") == 1
 
 
 @pytest.mark.slow
-def test_an_unhealthy_service_gets_no_further_job(work: Workspace) -> None:
+def test_an_unhealthy_service_gets_no_more_jobs(work: Workspace) -> None:
     work.plan(out={"a": 4})
-    work.act(a1="sicken")
+    work.set_acts(a1="sicken")
     output = work.run(status=1)
     assert sorted(work.outputs()) == ["a0", "a2", "a3"]
-    assert "no longer healthy; 2 of 4 jobs done; 2 jobs left" in output
+    assert "no longer healthy; 2 of 4 jobs done. Another one gets 2 remaining jobs." in output
     assert [note["name"] for note in work.notes("service", "down")] == ["a", "a"]
 
 
 @pytest.mark.slow
-def test_a_bring_up_that_fails_is_one_error(work: Workspace) -> None:
+def test_a_service_that_does_not_start_is_one_error(work: Workspace) -> None:
     work.plan(out={"a": 3, "b": 2})
     (work.folder / "refuse-a").write_text("tiny")
     output = work.run(status=1)
     assert sorted(work.outputs()) == ["b0", "b1"]
-    assert sorted(work.bring_ups()) == ["a", "b"]
-    assert "Allocation a: its service did not come up; 0 of 3 jobs done." in output
+    assert sorted(work.service_starts()) == ["a", "b"]
+    assert "Allocation a: its service did not start; 0 of 3 jobs done." in output
     head, _, summary = output.partition("Allocations:")
     assert head.count("RuntimeError: no such model: tiny") == 1
     assert summary.count("Not done in a: RuntimeError: no such model: tiny") == 1
@@ -227,53 +225,53 @@ def test_a_bring_up_that_fails_is_one_error(work: Workspace) -> None:
 
 
 @pytest.mark.slow
-def test_a_bring_up_is_tried_again_as_often_as_its_jobs(work: Workspace) -> None:
+def test_retries_of_jobs_restart_their_service(work: Workspace) -> None:
     work.plan(out={"a": 2})
     (work.folder / "refuse-a").write_text("tiny")
     output = work.run("--retries", "1", status=1)
-    assert work.bring_ups() == ["a", "a"]
+    assert work.service_starts() == ["a", "a"]
     head, _, summary = output.partition("Allocations:")
     assert head.count("RuntimeError: no such model: tiny") == 2
     assert summary.count("RuntimeError: no such model: tiny") == 1
 
 
 @pytest.mark.slow
-def test_the_warning_of_a_time_limit_ends_one_allocation_but_not_the_run(work: Workspace) -> None:
+def test_after_the_time_limit_another_allocation_continues(work: Workspace) -> None:
     work.plan(out={"a": 3})
-    work.act(a1="wait")
+    work.set_acts(a1="wait")
     process = work.start()
-    work.wait(lambda: "a1" in work.begun())
+    work.wait(lambda: "a1" in work.started())
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGUSR2)
     (work.folder / "go").touch()
     output = work.end(process, 0)
-    assert "ended by its time limit; 1 of 3 jobs done; 2 jobs left" in output
-    assert work.begun() == ["a0", "a1", "a2", "a1"]
+    assert "reached its time limit; 1 of 3 jobs done. Another one gets 2 remaining jobs." in output
+    assert work.started() == ["a0", "a1", "a2", "a1"]
     assert len(work.notes("service", "down")) == 2
 
 
 @pytest.mark.slow
-def test_an_interrupt_takes_everything_down(work: Workspace) -> None:
+def test_an_interrupt_stops_everything(work: Workspace) -> None:
     work.plan(out={"a": 3}, alone={"x": 1})
-    work.act(a1="spawn")
+    work.set_acts(a1="spawn")
     process = work.start()
-    work.wait(lambda: "a1" in work.begun())
+    work.wait(lambda: "a1" in work.started())
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = work.end(process, 1)
     assert "Allocation a: cancelled." in output
     assert work.survivors() == []
     assert len(work.notes("service", "down")) == 1
     assert sorted(work.outputs()) == ["a0"]
-    work.act(a1="0")
+    work.set_acts(a1="0")
     work.run()
     assert sorted(work.outputs()) == ["a0", "a1", "a2", "x0"]
 
 
 @pytest.mark.slow
-def test_a_terminated_allocation_takes_its_service_and_job_down(work: Workspace) -> None:
+def test_a_terminated_allocation_stops_its_service_and_job(work: Workspace) -> None:
     work.plan(out={"a": 2})
-    work.act(a0="spawn")
+    work.set_acts(a0="spawn")
     process = work.start()
-    work.wait(lambda: "a0" in work.begun())
+    work.wait(lambda: "a0" in work.started())
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGTERM)
     output = work.end(process, 1)
     assert "Allocation a: was stopped by SIGTERM; 0 of 2 jobs done" in output
@@ -290,35 +288,35 @@ def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None
         unlock, cwd=work.folder, check=True, timeout=HANG_S, capture_output=True
     )
     assert (output.stdout, output.stderr) == (
-        b"Removed the lock of a Snakemake that was killed.\n",
+        b"Removed the lock of a killed Snakemake process.\n",
         b"",
     )
 
 
 @pytest.mark.slow
-def test_a_new_run_takes_up_what_a_killed_one_has_left(work: Workspace) -> None:
+def test_a_new_run_continues_the_allocations_of_a_killed_one(work: Workspace) -> None:
     work.plan(out={"a": 4}, alone={"x": 1})
-    work.act(a1="wait", x0="wait")
+    work.set_acts(a1="wait", x0="wait")
     process = work.start("--submitit-max-allocations", "2")
-    work.wait(lambda: {"a1", "x0"} <= set(work.begun()))
+    work.wait(lambda: {"a1", "x0"} <= set(work.started()))
     kill_main_process(work, process)
     process = work.start("--submitit-max-allocations", "2")
-    work.wait(lambda: work.output.read_text().count("of an earlier run is still there") == 2)
+    work.wait(lambda: work.output.read_text().count("of an earlier run is still active") == 2)
     (work.folder / "go").touch()
     output = work.end(process, 0)
-    assert "is still there and takes 3 jobs." in output
+    assert "is still active and takes 3 jobs." in output
     assert len(work.outputs()) == 5
-    assert sorted(work.begun()) == ["a0", "a1", "a2", "a3", "x0"]
-    assert work.bring_ups() == ["a"]
+    assert sorted(work.started()) == ["a0", "a1", "a2", "a3", "x0"]
+    assert work.service_starts() == ["a"]
     assert "Nothing to be done" in work.run()
 
 
 @pytest.mark.slow
-def test_an_orphan_finishes_alone_and_nothing_is_left_to_do(work: Workspace) -> None:
+def test_allocations_of_a_killed_run_finish_their_jobs(work: Workspace) -> None:
     work.plan(out={"a": 3})
-    work.act(a0="wait")
+    work.set_acts(a0="wait")
     process = work.start(idle_timeout=1)
-    work.wait(lambda: "a0" in work.begun())
+    work.wait(lambda: "a0" in work.started())
     kill_main_process(work, process)
     (work.folder / "go").touch()
     work.wait(lambda: not work.survivors())
@@ -329,11 +327,11 @@ def test_an_orphan_finishes_alone_and_nothing_is_left_to_do(work: Workspace) -> 
 
 
 @pytest.mark.slow
-def test_an_orphan_that_is_not_wanted_begins_nothing_more(work: Workspace) -> None:
+def test_an_unneeded_allocation_of_a_killed_run_starts_no_more_jobs(work: Workspace) -> None:
     work.plan(out={"a": 5})
-    work.act(a1="wait")
+    work.set_acts(a1="wait")
     process = work.start(idle_timeout=1)
-    work.wait(lambda: "a1" in work.begun())
+    work.wait(lambda: "a1" in work.started())
     kill_main_process(work, process)
     work.plan(out={"b": 1})
     process = work.start()
@@ -341,28 +339,28 @@ def test_an_orphan_that_is_not_wanted_begins_nothing_more(work: Workspace) -> No
     (work.folder / "go").touch()
     work.end(process, 0)
     assert sorted(work.outputs()) == ["a0", "a1", "b0"]
-    assert work.begun() == ["a0", "a1", "b0"]
+    assert work.started() == ["a0", "a1", "b0"]
 
 
 @pytest.mark.slow
-def test_what_is_under_way_with_other_params_does_not_count(work: Workspace) -> None:
+def test_a_job_that_runs_with_other_params_is_repeated(work: Workspace) -> None:
     work.plan(out={"a": 1})
-    work.act(a0="wait")
+    work.set_acts(a0="wait")
     process = work.start()
-    work.wait(lambda: "a0" in work.begun())
+    work.wait(lambda: "a0" in work.started())
     kill_main_process(work, process)
     work.plan(out={"a": 1}, version=2)
     process = work.start()
-    work.wait(lambda: "of an earlier run is still there" in work.output.read_text())
+    work.wait(lambda: "of an earlier run is still active" in work.output.read_text())
     (work.folder / "go").touch()
     work.end(process, 0)
     assert (work.folder / "out" / "a0").read_text() == "2\n"
-    assert work.begun() == ["a0", "a0"]
-    assert work.bring_ups() == ["a"]
+    assert work.started() == ["a0", "a0"]
+    assert work.service_starts() == ["a"]
 
 
 @pytest.mark.slow
-def test_another_directory_and_a_profile_s_paths(work: Workspace) -> None:
+def test_the_kinds_file_is_relative_to_the_launch_folder(work: Workspace) -> None:
     inside = work.folder / "inside"
     (inside / "acts").mkdir(parents=True)
     (inside / "plan.json").write_text(json.dumps({"out": {"a": 1}}))
@@ -372,9 +370,9 @@ def test_another_directory_and_a_profile_s_paths(work: Workspace) -> None:
 
 
 REFUSED = {
-    "cluster": (["--submitit-cluster", "slrum"], "`slrum` is unknown. Valid are: slurm, local"),
-    "allocations": (["--submitit-max-allocations", "0"], "at least 1"),
-    "precommand": (["--precommand", "true"], "give the kind of node a `setup` instead"),
+    "cluster": (["--submitit-cluster", "slrum"], "`slrum` is unknown. Use one of: slurm, local"),
+    "allocations": (["--submitit-max-allocations", "0"], "0 is less than 1"),
+    "precommand": (["--precommand", "true"], "Write the command under `setup`"),
 }
 
 
@@ -385,7 +383,7 @@ def test_a_wrong_setting_is_refused_before_anything_starts(work: Workspace, case
     output = work.run(*arguments, status=1)
     assert message in output
     assert "Traceback" not in output
-    assert work.begun() == []
+    assert work.started() == []
 
 
 def test_an_unknown_kind_is_refused_by_name(work: Workspace) -> None:
@@ -393,5 +391,5 @@ def test_an_unknown_kind_is_refused_by_name(work: Workspace) -> None:
     (work.folder / "kinds.yaml").write_text("a100: {gpus_per_node: 2}\n")
     output = work.run("--submitit-kinds", "kinds.yaml", status=1)
     assert "kind `a101` is not in" in output
-    assert "Valid are: a100." in output
-    assert work.begun() == work.bring_ups() == []
+    assert "Use one of: a100." in output
+    assert work.started() == work.service_starts() == []

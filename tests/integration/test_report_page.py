@@ -12,18 +12,18 @@ import pandas as pd
 import pytest
 
 from helpers.browsing import browser, open_page
-from servegrid.analysis.capacity import Demand, Hardware, plan
-from servegrid.analysis.findings import Slo, frontier
+from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
+from servegrid.analysis.findings import Slo, compute_frontier
 from servegrid.analysis.published import compare_with_published
 from servegrid.analysis.summary import summarise
-from servegrid.analysis.tables import typed
+from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns
 from servegrid.reference.published import load_published
 from servegrid.report.page import compose
 
 pytestmark = pytest.mark.crowded
 
-HARDWARE = Hardware("USD", {"a100-40gb": 8500.0}, electricity_per_kwh=0.2, years_in_use=4.0)
+HARDWARE = HardwarePrices("USD", {"a100-40gb": 8500.0}, electricity_per_kwh=0.2, years_in_use=4.0)
 CONCURRENCIES, LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128), (31, 63, 119, 296, 480, 822, 2193)
 
 
@@ -69,7 +69,7 @@ FAILED = {
 
 def study(*rows: dict[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows), columns=[column.name for column in columns.CELLS])
-    return typed(frame, columns.CELLS)
+    return cast_columns(frame, columns.CELLS)
 
 
 def write_page(
@@ -81,7 +81,7 @@ def write_page(
     results = compose.StudyResults(
         cells,
         summary,
-        frontier(summary, slo),
+        compute_frontier(summary, slo),
         compare_with_published(summary, published),
         slo,
         published,
@@ -235,7 +235,7 @@ def test_the_plan_in_the_page_equals_the_plan_in_python(
     chromium: Any, tmp_path: Path, typed_in: dict[str, str], demand: Demand
 ) -> None:
     cells = study(*REPEATED)
-    expected = plan(summarise(cells), demand, HARDWARE)
+    expected = plan_capacity(summarise(cells), demand, HARDWARE)
     file = write_page(
         cells, tmp_path / "index.html", Demand(prompt_mix=MIX) if demand.prompt_mix else None
     )

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from helpers.fake_nvml import GpuScript, build
-from servegrid.analysis.energy import GAP_S, power_of, state_of
+from servegrid.analysis.energy import MAX_GAP_S, gpu_columns, mean_power
 from servegrid.analysis.metrics import memory_peak_bytes
 from servegrid.records import columns, parquet
 from servegrid.telemetry import sampler
@@ -114,7 +114,7 @@ def test_every_reading_has_the_scripted_value(sampled: Sampled) -> None:
 @pytest.mark.parametrize(
     ("counted", "doubtful"), [(204_000, False), (250_000, True), (160_000, True)]
 )
-def test_power_and_energy_are_those_of_the_counter_and_doubted_where_the_samples_differ(
+def test_power_and_energy_come_from_the_counter_and_a_disagreement_is_flagged(
     sampled: Sampled, counted: float, doubtful: bool
 ) -> None:
     script = GpuScript()
@@ -122,14 +122,14 @@ def test_power_and_energy_are_those_of_the_counter_and_doubted_where_the_samples
         script.gpu(uuid, **READINGS | {"energy": (0, counted)})
     rows = sampled(script, lasting(2.0, B))
     table = parquet.arrow_table(columns.TELEMETRY, rows)
-    power = power_of(table)
+    power = mean_power(table)
     # Two GPUs. What a sample is late by, of 2 s, is all that may be wrong with the counter.
     assert power.sampled_w == pytest.approx(400)
-    assert power.mean_w == power.counted_w == pytest.approx(2 * counted / 1000, rel=0.04)
+    assert power.mean_w == power.counter_w == pytest.approx(2 * counted / 1000, rel=0.04)
     assert power.disagreement == pytest.approx(200_000 / counted - 1, abs=0.05)
     assert power.is_suspect is doubtful
     assert memory_peak_bytes(table) == 40 * GIB
-    assert state_of(table) == {
+    assert gpu_columns(table) == {
         "gpu_utilization_mean": pytest.approx(0.75),
         "gpu_temperature_c_max": 54,
         "sm_clock_mhz_min": 1410,
@@ -214,7 +214,7 @@ def test_gpus_of_other_jobs_are_ignored_and_a_failing_gpu_is_named(
     rows = sampled(script, several("index 2"))
     assert {row["device"] for row in rows} == {"engine", A, "index 2"}
     assert select(rows, "index 2")[-1].keys() == {"time_ns", "device"}
-    assert power_of(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
+    assert mean_power(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
     assert sampled(script, several(A), CUDA_VISIBLE_DEVICES="0")
 
 
@@ -230,7 +230,7 @@ def test_a_lost_gpu_is_null_from_then_on_and_the_others_continue(sampled: Sample
     def until(rows: list[Row]) -> bool:
         if several(A)(rows):
             script.begin_faults()
-        return lasting(GAP_S + 0.2, A)([row for row in rows if lost(row)])
+        return lasting(MAX_GAP_S + 0.2, A)([row for row in rows if lost(row)])
 
     rows = sampled(script, until)
     states = [lost(row) for row in select(rows, A)]
@@ -238,7 +238,7 @@ def test_a_lost_gpu_is_null_from_then_on_and_the_others_continue(sampled: Sample
     assert states == sorted(states)  # never known again
     assert not any(map(lost, select(rows, B)))
     # The beginning does not give the mean power of the whole time.
-    assert power_of(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
+    assert mean_power(parquet.arrow_table(columns.TELEMETRY, rows)).mean_w is None
 
 
 def test_a_failing_call_does_not_affect_other_readings(sampled: Sampled) -> None:

@@ -1,4 +1,4 @@
-"""A private Slurm for each test, and folders in which workflows run on it."""
+"""A private Slurm per test, and folders in which workflows run on it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Workspace:
     def plan(self, **plan: Any) -> None:
         (self.folder / "plan.json").write_text(json.dumps(plan))
 
-    def act(self, **acts: str) -> None:
+    def set_acts(self, **acts: str) -> None:
         for cell, act in acts.items():
             (self.folder / "acts" / cell).write_text(act)
 
@@ -68,13 +68,13 @@ class Workspace:
 
     @property
     def log(self) -> Path:
-        return self.folder / "told.log"
+        return self.folder / "output.log"
 
     def end(self, process: subprocess.Popen[bytes], status: int = 0) -> str:
         process.wait(timeout=HANG_S)
-        told = self.log.read_text()
-        assert process.returncode == status, told[-6000:]
-        return told
+        output = self.log.read_text()
+        assert process.returncode == status, output[-6000:]
+        return output
 
     def run(self, *arguments: str, status: int = 0, runtime: int = 60) -> str:
         return self.end(self.start(*arguments, runtime=runtime), status)
@@ -84,11 +84,11 @@ class Workspace:
         lines = path.read_text().splitlines() if path.exists() else []
         return [note for note in map(json.loads, lines) if note["event"] == event]
 
-    def begun(self) -> list[str]:
-        """The cells in the order in which they were begun, repeats included."""
+    def started(self) -> list[str]:
+        """The cells in the order of their starts, with repeats."""
         return [note["cell"] for note in self.notes("cells", "begin")]
 
-    def bring_ups(self) -> int:
+    def service_starts(self) -> int:
         return len(self.notes("service", "up"))
 
     def outputs(self) -> set[str]:
@@ -98,7 +98,7 @@ class Workspace:
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("records/*"))]
 
     def queue(self) -> list[tuple[str, str, str]]:
-        """Job id, state and node of each job that Slurm still has to do with."""
+        """Job id, state and node of each job in Slurm's queue."""
         text = self.cluster.call("squeue", "-h", "-o", "%i|%T|%N", check=False)
         return [tuple(line.split("|")) for line in text.splitlines()]  # type: ignore[misc]
 
@@ -109,8 +109,8 @@ class Workspace:
             time.sleep(0.1)
         return found
 
-    def wait_begun(self, cell: str) -> None:
-        self.wait(lambda: cell in self.begun())
+    def wait_started(self, cell: str) -> None:
+        self.wait(lambda: cell in self.started())
 
     def interrupt(self, process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGINT)
@@ -124,7 +124,7 @@ class Workspace:
 
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
-    """A cluster; `@with_options(...)` gives it other options than the plain ones."""
+    """A cluster; `@with_options(...)` changes its options."""
     options = getattr(request, "param", Options())
     if lacking := missing(options):
         pytest.skip(f"no private Slurm without {', '.join(lacking)}: tests/install.sh")

@@ -1,4 +1,4 @@
-"""Allocations on a real Slurm, with toy cells: what is lost, taken away, refused and delayed."""
+"""Allocations on a real Slurm with toy cells: lost, preempted, refused and delayed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def names(prefix: str, count: int) -> set[str]:
 
 
 @with_options(Options(), Options(accounting=True))
-def test_every_deployment_has_a_node_and_slurm_s_record_is_kept(work: Workspace) -> None:
+def test_every_allocation_has_a_node_and_slurm_s_record_is_kept(work: Workspace) -> None:
     work.plan(out={"a": 3, "b": 3})
-    told = work.run()
+    output = work.run()
     assert work.outputs() == names("a", 3) | names("b", 3)
-    assert work.bring_ups() == 2
-    assert "Together: 6 of 6 jobs done" in told
-    assert "2 bring-ups, 0 starts repeated" in told
+    assert work.service_starts() == 2
+    assert "Total: 6 of 6 jobs done" in output
+    assert "2 service starts, 0 repeated starts" in output
     records = work.records()
     assert {each["allocation"]["name"] for each in records} == {"a", "b"}
     for each in records:
@@ -36,26 +36,26 @@ def test_every_deployment_has_a_node_and_slurm_s_record_is_kept(work: Workspace)
         assert each["slurm"]["NodeList"].startswith("sirocco")
         assert each["slurm"]["Restarts"] == "0"
         assert each["slurm"]["ExitCode"] == "0:0"
-        assert (each["jobs_given"], each["jobs_finished"]) == (3, 3)
+        assert (each["jobs_assigned"], each["jobs_finished"]) == (3, 3)
     assert work.queue() == []
 
 
-def test_a_lost_node_costs_the_cell_under_way_and_no_other(work: Workspace) -> None:
+def test_after_the_loss_of_a_node_only_the_running_cell_is_repeated(work: Workspace) -> None:
     work.plan(out={"a": 4})
-    work.act(a2="wait")
+    work.set_acts(a2="wait")
     run = work.start()
-    work.wait_begun("a2")
+    work.wait_started("a2")
     [(job, _, node)] = work.queue()
     work.cluster.lose_node(node)
-    # Slurm has it run again by itself, somewhere else.
-    work.wait(lambda: work.begun().count("a2") == 2)
+    # Slurm requeues it on another node.
+    work.wait(lambda: work.started().count("a2") == 2)
     [(again, _, other)] = work.queue()
     assert (again, other != node) == (job, True)
     (work.folder / "go").touch()
-    told = work.end(run)
+    output = work.end(run)
     assert work.outputs() == names("a", 4)
-    assert sorted(work.begun()) == ["a0", "a1", "a2", "a2", "a3"]
-    assert "1 start repeated" in told
+    assert sorted(work.started()) == ["a0", "a1", "a2", "a2", "a3"]
+    assert "1 repeated start" in output
     assert work.records()[0]["slurm"]["Restarts"] == "1"
 
 
@@ -63,21 +63,21 @@ def test_a_job_that_slurm_holds_after_a_failed_launch_is_submitted_again(work: W
     work.kinds(toy=V100)
     work.plan(out={"a": 2})
     work.cluster.spoil_node("sirocco14")
-    told = work.run()
+    output = work.run()
     assert work.outputs() == names("a", 2)
-    assert "could not be started again by Slurm, which holds it; 0 of 2 jobs done" in told
+    assert "is held by Slurm after a failed launch; 0 of 2 jobs done" in output
     assert work.queue() == []
     held, done = sorted(work.records(), key=lambda each: each["jobs_finished"])
     assert (held["state"], done["jobs_finished"]) == ("LAUNCH_FAILED", 2)
 
 
 def preempted(work: Workspace) -> subprocess.Popen[bytes]:
-    """A run in the preemptible partition whose node is taken away in the middle of a cell."""
+    """A run in the preemptible partition that loses its node during a cell."""
     work.kinds(toy=PREEMPTIBLE)
     work.plan(out={"a": 4})
-    work.act(a1="wait")
+    work.set_acts(a1="wait")
     run = work.start()
-    work.wait_begun("a1")
+    work.wait_started("a1")
     [(_, _, node)] = work.queue()
     work.cluster.call(
         *("sbatch", "--partition=routage", f"--nodelist={node}", "--exclusive", "--mem=0"),
@@ -92,45 +92,45 @@ def preempted(work: Workspace) -> subprocess.Popen[bytes]:
     Options(preempt_mode="CANCEL"),
     Options(preempt_mode="CANCEL", grace_s=30, preempt_sends_user_signal=True),
 )
-def test_preemption_costs_the_cell_under_way_at_most(work: Workspace) -> None:
+def test_after_a_preemption_at_most_the_running_cell_is_repeated(work: Workspace) -> None:
     run = preempted(work)
-    work.wait(lambda: work.begun().count("a1") == 2, limit_s=150)
+    work.wait(lambda: work.started().count("a1") == 2, limit_s=150)
     (work.folder / "go").touch()
     work.end(run)
     assert work.outputs() == names("a", 4)
-    assert sorted(work.begun()) == ["a0", "a1", "a1", "a2", "a3"]
-    assert work.bring_ups() == 2
+    assert sorted(work.started()) == ["a0", "a1", "a1", "a2", "a3"]
+    assert work.service_starts() == 2
 
 
 @pytest.mark.slow
-def test_a_time_limit_is_carried_over_to_further_allocations(work: Workspace) -> None:
+def test_after_the_time_limit_more_allocations_continue(work: Workspace) -> None:
     # Six cells of 15 s do not fit into a minute, and Slurm warns up to a minute before its end.
     work.plan(out={"a": 6})
-    work.act(**dict.fromkeys(names("a", 6), "15"))
-    told = work.run(runtime=1)
+    work.set_acts(**dict.fromkeys(names("a", 6), "15"))
+    output = work.run(runtime=1)
     assert work.outputs() == names("a", 6)
-    assert work.bring_ups() >= 2
-    assert "ended by its time limit" in told
-    # One cell under way per allocation that has ended early.
-    assert len(work.begun()) <= 6 + work.bring_ups() - 1
+    assert work.service_starts() >= 2
+    assert "reached its time limit" in output
+    # Each allocation that ended early has repeated one cell.
+    assert len(work.started()) <= 6 + work.service_starts() - 1
 
 
 @pytest.mark.slow
-def test_a_time_limit_during_the_bring_up_is_an_error_that_says_so(work: Workspace) -> None:
-    work.plan(out={"a": 2}, bring_up_s=300)
-    told = work.run(runtime=1, status=1)
-    assert "0 of 2 jobs done" in told
-    assert "time limit" in told or "TIMEOUT" in told
-    assert work.begun() == []
+def test_a_time_limit_during_the_start_of_the_service_is_reported(work: Workspace) -> None:
+    work.plan(out={"a": 2}, start_s=300)
+    output = work.run(runtime=1, status=1)
+    assert "0 of 2 jobs done" in output
+    assert "time limit" in output or "TIMEOUT" in output
+    assert work.started() == []
     assert work.queue() == []
 
 
-def test_what_somebody_cancels_stays_cancelled_until_the_next_run(work: Workspace) -> None:
+def test_a_cancelled_allocation_is_not_continued_in_the_same_run(work: Workspace) -> None:
     work.plan(out={"a": 3, "b": 2})
-    work.act(a1="wait", b1="wait")
+    work.set_acts(a1="wait", b1="wait")
     run = work.start()
-    work.wait_begun("a1")
-    work.wait_begun("b1")
+    work.wait_started("a1")
+    work.wait_started("b1")
     job = next(each["allocation"] for each in work.notes("cells", "begin") if each["cell"] == "a1")
     assert job == "a"
     jobs = {
@@ -140,21 +140,21 @@ def test_what_somebody_cancels_stays_cancelled_until_the_next_run(work: Workspac
     work.cluster.call("scancel", next(each for each, name in jobs.items() if name[0] == "a"))
     work.wait(lambda: "was stopped by" in work.log.read_text())
     (work.folder / "go").touch()
-    told = work.end(run, status=1)
+    output = work.end(run, status=1)
     assert work.outputs() == {"a0", "b0", "b1"}
-    assert "Not done in a: Allocation a: was stopped by SIGTERM; 1 of 3 jobs done" in told
-    assert "To resume, run the same command again: " in told
+    assert "Not done in a: Allocation a: was stopped by SIGTERM; 1 of 3 jobs done" in output
+    assert "To resume, run the same command again: " in output
     work.run()
     assert work.outputs() == names("a", 3) | names("b", 2)
-    assert work.begun().count("a0") == work.begun().count("b1") == 1
+    assert work.started().count("a0") == work.started().count("b1") == 1
 
 
 def test_ctrl_c_leaves_nothing_in_the_queue(work: Workspace) -> None:
     work.plan(out={"a": 2, "b": 2})
-    work.act(a0="wait", b0="wait")
+    work.set_acts(a0="wait", b0="wait")
     run = work.start()
-    work.wait_begun("a0")
-    work.wait_begun("b0")
+    work.wait_started("a0")
+    work.wait_started("b0")
     work.interrupt(run)
     began = time.monotonic()
     run.wait(timeout=60)
@@ -169,32 +169,32 @@ def test_ctrl_c_leaves_nothing_in_the_queue(work: Workspace) -> None:
 
 def test_a_killed_main_process_finds_its_allocation_again(work: Workspace) -> None:
     work.plan(out={"a": 4})
-    work.act(a1="wait")
+    work.set_acts(a1="wait")
     run = work.start()
-    work.wait_begun("a1")
+    work.wait_started("a1")
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     again = work.start("--nolock")
-    work.wait(lambda: "of an earlier run is still there" in work.log.read_text())
+    work.wait(lambda: "of an earlier run is still active" in work.log.read_text())
     (work.folder / "go").touch()
-    told = work.end(again)
+    output = work.end(again)
     assert work.outputs() == names("a", 4)
-    assert sorted(work.begun()) == ["a0", "a1", "a2", "a3"]
-    assert work.bring_ups() == 1
-    assert "adopted" in told
+    assert sorted(work.started()) == ["a0", "a1", "a2", "a3"]
+    assert work.service_starts() == 1
+    assert "adopted" in output
 
 
 def test_a_killed_allocation_is_continued(work: Workspace) -> None:
     work.plan(out={"a": 4})
-    work.act(a1="wait")
+    work.set_acts(a1="wait")
     run = work.start()
-    work.wait_begun("a1")
+    work.wait_started("a1")
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGKILL)
-    work.wait(lambda: work.begun().count("a2") == 1, limit_s=120)
+    work.wait(lambda: work.started().count("a2") == 1, limit_s=120)
     (work.folder / "go").touch()
     work.end(run)
     assert work.outputs() == names("a", 4)
-    assert work.bring_ups() == 2
+    assert work.service_starts() == 2
 
 
 def fake(work: Workspace, name: str, text: str) -> None:
@@ -212,36 +212,36 @@ def fake(work: Workspace, name: str, text: str) -> None:
     ["exit 1", "exit 0", "sleep 300", "echo '1|FAILED|None|other'; echo nonsense"],
     ids=["fails", "forgets", "hangs", "lies"],
 )
-def test_a_squeue_that_cannot_be_believed_ends_nothing(work: Workspace, squeue: str) -> None:
+def test_a_wrong_answer_of_squeue_ends_no_allocation(work: Workspace, squeue: str) -> None:
     fake(work, "squeue", f'[ -e {work.folder}/sane ] && exec squeue.real "$@"\n{squeue}')
     fake(work, "squeue.real", f'exec {work.cluster.folder}/bin/squeue "$@"')
-    fake(work, "sacct", "sleep 300")  # nobody should ask it
+    fake(work, "sacct", "sleep 300")  # it must not be asked
     work.plan(out={"a": 8})
-    work.act(**dict.fromkeys(names("a", 8), "6"))
+    work.set_acts(**dict.fromkeys(names("a", 8), "6"))
     run = work.start()
-    work.wait(lambda: len(work.begun()) >= 7, limit_s=120)
+    work.wait(lambda: len(work.started()) >= 7, limit_s=120)
     (work.folder / "sane").touch()
     work.end(run)
     assert work.outputs() == names("a", 8)
-    assert sorted(work.begun()) == sorted(names("a", 8))
-    assert work.bring_ups() == 1
+    assert sorted(work.started()) == sorted(names("a", 8))
+    assert work.service_starts() == 1
 
 
-def test_a_controller_that_goes_and_comes_back_costs_nothing(work: Workspace) -> None:
+def test_a_restart_of_the_controller_repeats_nothing(work: Workspace) -> None:
     work.plan(out={"a": 3})
-    work.act(a1="wait")
+    work.set_acts(a1="wait")
     run = work.start()
-    work.wait_begun("a1")
+    work.wait_started("a1")
     work.cluster.lose_controller()
     time.sleep(5)
     work.cluster.return_controller()
     (work.folder / "go").touch()
     work.end(run)
-    assert sorted(work.begun()) == ["a0", "a1", "a2"]
-    assert work.bring_ups() == 1
+    assert sorted(work.started()) == ["a0", "a1", "a2"]
+    assert work.service_starts() == 1
 
 
-def test_a_controller_that_is_away_is_asked_again(work: Workspace) -> None:
+def test_a_submission_without_an_answer_is_repeated(work: Workspace) -> None:
     work.plan(out={"a": 2})
     work.cluster.lose_controller()
     run = work.start()
@@ -251,28 +251,28 @@ def test_a_controller_that_is_away_is_asked_again(work: Workspace) -> None:
     assert work.outputs() == names("a", 2)
 
 
-def test_a_refused_submission_concerns_its_own_kind(work: Workspace) -> None:
+def test_a_refused_submission_does_not_affect_other_jobs(work: Workspace) -> None:
     work.kinds(toy=GPU | {"slurm_partition": "nowhere"})
     work.plan(out={"a": 2}, alone={"b": 1})
-    told = work.run(status=1)
-    assert "slurm refused the allocation a" in told
-    assert "invalid partition specified: nowhere" in told
-    assert told.count("slurm refused the allocation a") == 2  # as the error, and in the summary
+    output = work.run(status=1)
+    assert "slurm refused the allocation a" in output
+    assert "invalid partition specified: nowhere" in output
+    assert output.count("slurm refused the allocation a") == 2  # as the error, and in the summary
     assert (work.folder / "alone" / "b0").exists()
 
 
-def test_waiting_for_a_node_is_told_with_slurm_s_reason(work: Workspace) -> None:
+def test_a_pending_allocation_is_reported_with_slurm_s_reason(work: Workspace) -> None:
     work.kinds(toy=V100)
     for node in ("sirocco14", "sirocco15"):
         work.cluster.lose_node(node)
     work.plan(out={"a": 2})
     run = work.start()
     work.wait(lambda: "pending (" in work.log.read_text(), limit_s=90)
-    assert work.begun() == []
+    assert work.started() == []
     work.cluster.resume_node("sirocco15")
-    told = work.end(run)
+    output = work.end(run)
     assert work.outputs() == names("a", 2)
-    assert "  0/2  job " in told
+    assert " for " in output and "0 of 2 jobs done" in output
 
 
 def test_more_gpus_than_a_node_has_take_several_nodes(work: Workspace) -> None:
@@ -281,4 +281,4 @@ def test_more_gpus_than_a_node_has_take_several_nodes(work: Workspace) -> None:
     work.run()
     [record] = work.records()
     assert record["slurm"]["NumNodes"] == "2"
-    assert len(work.notes("service", "up")) == 1  # on the first of them
+    assert len(work.notes("service", "up")) == 1  # on the first node

@@ -1,4 +1,4 @@
-"""`servegrid doctor` against a real Slurm: what it finds on a cluster like PlaFRIM."""
+"""`servegrid doctor` on a real Slurm that resembles PlaFRIM."""
 
 from __future__ import annotations
 
@@ -83,17 +83,17 @@ def test_the_profile_of_plafrim_fits_a_cluster_like_it(slurm: Cluster, site: Pat
     status, lines = doctor(slurm.env, site, "--configfile", "config/rehearsal.yaml")
     assert (status, after(lines, "FAIL")) == (0, [])
     a100 = after(lines, "OK", "kind a100-40gb")
-    assert a100[0].startswith("OK partition routage up, time limit 72 h, 12 h asked for")
+    assert a100[0].startswith("OK partition routage up, time limit 72 h, 12 h requested")
     assert a100[1].startswith("OK nodes sirocco&a100 4 nodes (4 idle)")
     assert "would start at" in a100[-1]
-    # The one deployment of four GPUs takes two nodes.
+    # The only deployment with four GPUs needs two nodes.
     assert "64 processors on nodes sirocco[21-22]" in a100[-1]
     (gpus,) = after(lines, "WARN", "kind a100-40gb")
-    assert "Slurm manages gpu:a100:2 in a node, but none are asked for" in gpus
+    assert "Slurm manages gpu:a100:2 per node, but none are requested" in gpus
     assert "slurm_gres: gpu:a100:2" in gpus
 
 
-def test_without_a_study_all_kinds_are_looked_at(slurm: Cluster, site: Path) -> None:
+def test_without_a_study_all_kinds_are_checked(slurm: Cluster, site: Path) -> None:
     status, lines = doctor(slurm.env, site)
     assert status == 0
     assert [line for line in lines if line.startswith("kind ")] == [
@@ -103,12 +103,12 @@ def test_without_a_study_all_kinds_are_looked_at(slurm: Cluster, site: Path) -> 
     ]
 
 
-def test_only_environments_are_missing_for_the_profile_as_it_stands(slurm: Cluster) -> None:
+def test_the_plafrim_profile_lacks_only_environments_here(slurm: Cluster) -> None:
     _, lines = doctor(slurm.env, PLAFRIM)
     assert all("bin/python" in line and "`make env-" in line for line in after(lines, "FAIL"))
 
 
-def test_settings_of_the_cluster_are_read(slurm: Cluster, site: Path) -> None:
+def test_settings_of_the_cluster_are_checked(slurm: Cluster, site: Path) -> None:
     change(site, "cpu", slurm_partition="preempt")
     _, lines = doctor(slurm.env, site)
     warned = " ".join(after(lines, "WARN", "settings of slurm"))
@@ -126,13 +126,13 @@ def test_settings_of_the_cluster_are_read(slurm: Cluster, site: Path) -> None:
     [
         ({"slurm_partition": "rootage"}, "Did you mean `routage`?"),
         ({"slurm_constraint": "sirocco&V100"}, "Correct slurm_constraint of `v100-16gb`"),
-        ({"timeout_min": 6000}, "Ask for at most 4320 minutes"),
+        ({"timeout_min": 6000}, "Request at most 4320 minutes"),
         ({"cpus_per_task": 33}, "Lower cpus_per_task"),
-        ({"gpus_per_node": "V100:2"}, "gpu:v100:2 (upper and lower case count)"),
-        ({"slurm_constraint": "bora", "gpus_per_node": 2}, "Write `gpus_per_node: 0`"),
+        ({"gpus_per_node": "V100:2"}, "gpu:v100:2 (it is case-sensitive)"),
+        ({"slurm_constraint": "bora", "gpus_per_node": 2}, "Set `gpus_per_node: 0`"),
     ],
 )
-def test_what_the_cluster_cannot_give_fails_with_the_remedy(
+def test_an_impossible_request_fails_with_a_remedy(
     slurm: Cluster, site: Path, values: dict[str, Any], words: str
 ) -> None:
     change(site, "v100-16gb", **values)
@@ -140,12 +140,12 @@ def test_what_the_cluster_cannot_give_fails_with_the_remedy(
     assert status == 1
     failures = after(lines, "FAIL", "kind v100-16gb")
     assert words in failures[0]
-    # Slurm takes a job that is too long for its partition, and never starts it.
+    # Slurm accepts a job that is too long for its partition, and never starts it.
     assert ("Slurm refuses" in failures[-1]) is ("timeout_min" not in values)
     assert after(lines, "FAIL", "kind a100-40gb") == []
 
 
-def test_gpus_asked_for_by_name_are_found(slurm: Cluster, site: Path) -> None:
+def test_gpus_requested_by_name_are_found(slurm: Cluster, site: Path) -> None:
     change(site, "v100-16gb", slurm_gres="gpu:v100:2", gpus_per_node=None)
     status, lines = doctor(slurm.env, site)
     assert status == 0
@@ -161,7 +161,10 @@ def test_lost_nodes_are_counted(slurm: Cluster, site: Path) -> None:
         for node in ("sirocco14", "sirocco15"):
             slurm.resume_node(node)
     assert status == 0
-    assert "2 nodes (2 out): allocations would wait" in after(lines, "WARN", "kind v100-16gb")[0]
+    assert (
+        "2 nodes (2 out): allocations would have to wait"
+        in after(lines, "WARN", "kind v100-16gb")[0]
+    )
 
 
 def test_without_slurm_on_the_path_there_is_one_failure(
@@ -195,5 +198,5 @@ def test_accounts_and_qos_are_compared(site: Path, tmp_path: Path) -> None:
         _, lines = doctor(cluster.env, site)
     assert after(lines, "WARN", "slurm") == []
     assert any("account and QoS users normal" in line for line in after(lines, "OK", "kind cpu"))
-    assert "`nobody` is not among yours" in after(lines, "FAIL", "kind v100-16gb")[0]
-    assert "`forever` is not among yours" in after(lines, "FAIL", "kind a100-40gb")[0]
+    assert "`nobody` is not one of yours" in after(lines, "FAIL", "kind v100-16gb")[0]
+    assert "`forever` is not one of yours" in after(lines, "FAIL", "kind a100-40gb")[0]

@@ -1,8 +1,7 @@
-"""The article's study rehearsed through a real Slurm with the profile of PlaFRIM, undisturbed and
-with everything that a cluster does to it: nothing finished is measured twice, nothing is missing.
+"""Rehearses the article's study on a real Slurm with PlaFRIM's profile, with and without faults.
 
-By default with a few cells of each deployment; `--full` takes all 392 and their sentinels. Each
-scenario prints a report (`-s` shows it).
+No finished cell is measured again and no cell is missing. By default each deployment has a few
+cells; `--full` takes all 392 and their drift checks. Each scenario prints a report (`-s` shows it).
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from slurm.conftest import Workspace
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 900.0
 ALL = 392 + 7 * 3
-"""The article's cells, and three sentinels for each of its deployments."""
+"""The article's cells, and three drift checks for each of its deployments."""
 
 
 class Rehearsal:
-    """One run of the study, and what its journals say of it."""
+    """One run of the study, with its journals."""
 
     def __init__(self, work: Workspace, full: bool) -> None:
         self.work = work
@@ -61,40 +60,40 @@ class Rehearsal:
             events += [json.loads(line) | {"spool": path.parent.name} for line in lines if line]
         return sorted(events, key=lambda event: event["time"])
 
-    def done(self) -> int:
-        return sum(event["event"] == "done" for event in self.journal())
+    def count_finished(self) -> int:
+        return sum(event["event"] == "job_finished" for event in self.journal())
 
-    def wait_done(self, cells: int) -> None:
-        self.work.wait(lambda: self.done() >= cells, limit_s=LIMIT_S)
+    def wait_finished(self, cells: int) -> None:
+        self.work.wait(lambda: self.count_finished() >= cells, limit_s=LIMIT_S)
 
     def report(self, scenario: str, seconds: float) -> Counter[str]:
-        """Checks that all cells are there and none was finished twice, and tells the figures."""
+        """Check that all cells exist and none was finished twice. Prints the figures."""
         events = self.journal()
         counts = Counter(event["event"] for event in events)
         finished = Counter(
             event["ticket"].partition("-")[2]
             for event in events
-            if event["event"] == "done" and event["status"] == 0
+            if event["event"] == "job_finished" and event["status"] == 0
         )
         assert len(finished) == self.cells
         assert set(finished.values()) == {1}, "a finished cell was measured again"
         assert len(list(self.work.folder.glob("results/cells/**/requests.parquet"))) == self.cells
         assert len(list(self.work.folder.glob("results/tables/*_emulated_*.md"))) == 7
-        repeated = counts["began"] - self.cells
+        repeated = counts["job_started"] - self.cells
         restarts = [int(each["slurm"]["Restarts"]) for each in self.records() if each["slurm"]]
         print(
-            f"\n{scenario}: {self.cells} cells, {counts['up']} bring-ups, {repeated} cells begun "
-            f"again, {len({event['spool'] for event in events})} allocations, "
-            f"{sum(restarts)} requeued, {seconds:.0f} s"
+            f"\n{scenario}: {self.cells} cells, {counts['service_started']} service starts, "
+            f"{repeated} repeated cells, {len({event['spool'] for event in events})} allocations, "
+            f"{sum(restarts)} requeues, {seconds:.0f} s"
         )
         return counts
 
     def records(self) -> list[dict[str, Any]]:
-        """What is kept of the allocations."""
+        """The records of ended allocations."""
         paths = self.work.folder.glob("results/logs/allocations/*.json")
         return [json.loads(path.read_text()) for path in paths]
 
-    def nothing_is_left_to_do(self, profile: str = "plafrim") -> None:
+    def assert_nothing_to_do(self, profile: str = "plafrim") -> None:
         run = self.start("--dry-run", profile=profile)
         self.end(run)
         assert "Nothing to be done" in self.work.log.read_text()
@@ -113,13 +112,13 @@ def timed(action: Callable[[], None]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_undisturbed(rehearsal: Rehearsal) -> None:
+def test_without_faults(rehearsal: Rehearsal) -> None:
     seconds = timed(lambda: rehearsal.end(rehearsal.start()))
-    counts = rehearsal.report("undisturbed", seconds)
-    assert (counts["up"], counts["began"]) == (7, rehearsal.cells)
-    told = rehearsal.work.log.read_text()
-    assert f"Together: {rehearsal.cells} of {rehearsal.cells} jobs done" in told
-    assert "7 bring-ups, 0 starts repeated" in told
+    counts = rehearsal.report("without faults", seconds)
+    assert (counts["service_started"], counts["job_started"]) == (7, rehearsal.cells)
+    output = rehearsal.work.log.read_text()
+    assert f"Total: {rehearsal.cells} of {rehearsal.cells} jobs done" in output
+    assert "7 service starts, 0 repeated starts" in output
     assert len(rehearsal.records()) == 7
     for record in rehearsal.records():
         name = record["allocation"]["name"]
@@ -133,18 +132,18 @@ def test_undisturbed(rehearsal: Rehearsal) -> None:
     assert set(cells["engine"]) == {"emulated"}
     assert set(cells["time_scale"]) == {0.005}
     page = rehearsal.work.folder / "results/tables/mistral-7b_fp16_emulated_2xv100-16gb.md"
-    assert "Emulated at 0.005 × time: no hardware was measured for it." in page.read_text()
-    rehearsal.nothing_is_left_to_do()
-    # The site is not the science: another profile has nothing to do either.
-    rehearsal.nothing_is_left_to_do(profile="local")
+    assert "Emulated at 0.005 × time: these figures do not come from hardware." in page.read_text()
+    rehearsal.assert_nothing_to_do()
+    # A profile changes no result: another one has nothing to do, either.
+    rehearsal.assert_nothing_to_do(profile="local")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_a_node_goes_down_in_the_middle(rehearsal: Rehearsal) -> None:
+def test_a_node_is_lost(rehearsal: Rehearsal) -> None:
     def run() -> None:
         process = rehearsal.start()
-        rehearsal.wait_done(rehearsal.cells // 4)
+        rehearsal.wait_finished(rehearsal.cells // 4)
         busy = next(node for _, state, node in rehearsal.work.queue() if state == "RUNNING")
         node = busy.partition("[")[0] if "[" not in busy else "sirocco21"
         rehearsal.work.cluster.lose_node(node)
@@ -153,22 +152,22 @@ def test_a_node_goes_down_in_the_middle(rehearsal: Rehearsal) -> None:
         rehearsal.end(process)
 
     seconds = timed(run)
-    counts = rehearsal.report("a node down", seconds)
-    assert counts["up"] == 8
-    assert counts["began"] <= rehearsal.cells + 1
-    rehearsal.nothing_is_left_to_do()
+    counts = rehearsal.report("a lost node", seconds)
+    assert counts["service_started"] == 8
+    assert counts["job_started"] <= rehearsal.cells + 1
+    rehearsal.assert_nothing_to_do()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_preemption_in_the_middle(rehearsal: Rehearsal) -> None:
+def test_two_nodes_are_preempted(rehearsal: Rehearsal) -> None:
     work = rehearsal.work
     kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
     work.kinds(**{name: kind | {"slurm_partition": "preempt"} for name, kind in kinds.items()})
 
     def run() -> None:
         process = rehearsal.start()
-        rehearsal.wait_done(rehearsal.cells // 4)
+        rehearsal.wait_finished(rehearsal.cells // 4)
         for node in ("sirocco14", "sirocco22"):
             work.cluster.call(
                 *("sbatch", "--partition=routage", f"--nodelist={node}", "--exclusive", "--mem=0"),
@@ -178,30 +177,30 @@ def test_preemption_in_the_middle(rehearsal: Rehearsal) -> None:
 
     seconds = timed(run)
     counts = rehearsal.report("preemption of two nodes", seconds)
-    assert 8 <= counts["up"] <= 10
-    assert counts["began"] <= rehearsal.cells + 3
-    rehearsal.nothing_is_left_to_do()
+    assert 8 <= counts["service_started"] <= 10
+    assert counts["job_started"] <= rehearsal.cells + 3
+    rehearsal.assert_nothing_to_do()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_a_time_limit_that_is_too_short(rehearsal: Rehearsal) -> None:
+def test_the_time_limit_is_too_short(rehearsal: Rehearsal) -> None:
     full = rehearsal.cells == ALL
     limit = ("--set-resources", f"measure:runtime={2 if full else 1}")
     seconds = timed(lambda: rehearsal.end(rehearsal.start(*limit)))
-    counts = rehearsal.report("2 minutes of walltime" if full else "1 minute of walltime", seconds)
-    assert counts["up"] >= 7
-    # At most the cell under way in each allocation that has ended early.
-    assert counts["began"] <= rehearsal.cells + counts["up"] - 7
-    rehearsal.nothing_is_left_to_do()
+    counts = rehearsal.report("2 minutes time limit" if full else "1 minute time limit", seconds)
+    assert counts["service_started"] >= 7
+    # At most one repeated cell for each allocation that ended early.
+    assert counts["job_started"] <= rehearsal.cells + counts["service_started"] - 7
+    rehearsal.assert_nothing_to_do()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
-def test_the_main_process_is_killed_and_started_again(rehearsal: Rehearsal) -> None:
+def test_the_main_process_is_killed_and_restarted(rehearsal: Rehearsal) -> None:
     def run() -> None:
         process = rehearsal.start()
-        rehearsal.wait_done(rehearsal.cells // 4)
+        rehearsal.wait_finished(rehearsal.cells // 4)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         unlock = [sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock"]
@@ -210,7 +209,7 @@ def test_the_main_process_is_killed_and_started_again(rehearsal: Rehearsal) -> N
 
     seconds = timed(run)
     counts = rehearsal.report("main process killed", seconds)
-    # The deployments that waited for a node begin anew; the others go on where they were.
-    assert counts["up"] == 7
-    assert counts["began"] == rehearsal.cells
-    rehearsal.nothing_is_left_to_do()
+    # Deployments that waited for a node start again; the others continue.
+    assert counts["service_started"] == 7
+    assert counts["job_started"] == rehearsal.cells
+    rehearsal.assert_nothing_to_do()

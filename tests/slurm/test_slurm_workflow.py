@@ -1,4 +1,4 @@
-"""The whole workflow with the profile of PlaFRIM, on a private Slurm with its features."""
+"""The workflow with PlaFRIM's profile, on a private Slurm with PlaFRIM's features."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Study(Workspace):
         ]
         process = self.launch(*options, *arguments)
         process.wait(timeout=280)
-        told = self.log.read_text()
-        return f"{told}\nstatus {process.returncode}"
+        output = self.log.read_text()
+        return f"{output}\nstatus {process.returncode}"
 
     def cells(self) -> pd.DataFrame:
         return pd.read_parquet(self.folder / "results/tables/cells.parquet")
 
-    def kept(self) -> dict[str, dict[str, Any]]:
+    def records_by_deployment(self) -> dict[str, dict[str, Any]]:
         """The records of allocations, by the name of the deployment."""
         paths = (self.folder / "results/logs/allocations").iterdir()
         records = [json.loads(path.read_text()) for path in paths]
@@ -56,29 +56,29 @@ def study(cluster: Cluster, tmp_path: Path) -> Iterator[Study]:
 
 
 @pytest.mark.slow
-def test_a_real_engine_over_several_nodes_is_refused_before_it_is_submitted(study: Study) -> None:
+def test_a_real_engine_on_several_nodes_is_refused_before_submission(study: Study) -> None:
     four = [each for each in REHEARSAL["deployments"] if each.get("gpu_count") == 4]
     real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in four]
     real[0].pop("engine_args")
     study.kinds(**{"a100-40gb": KIND | {"gpus_of_node": 2}})
-    told = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
-    assert told.endswith("status 1")
-    assert "not submitted. deployment `mixtral-8x22b_awq-4bit_vllm_4xa100-40gb` needs 4" in told
-    assert "GPUs on 2 nodes" in told
+    output = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
+    assert output.endswith("status 1")
+    assert "not submitted. deployment `mixtral-8x22b_awq-4bit_vllm_4xa100-40gb` needs 4" in output
+    assert "GPUs on 2 nodes" in output
     assert study.queue() == []
 
 
 @pytest.mark.slow
-def test_a_missing_environment_is_refused_before_anything_is_submitted(study: Study) -> None:
+def test_a_missing_environment_is_refused_before_submission(study: Study) -> None:
     some = [each for each in REHEARSAL["deployments"] if each["gpu"] == "v100-16gb"][:1]
     real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in some]
     real[0].pop("engine_args")
     study.kinds(**{"v100-16gb": KIND | {"python": ".venv-none/bin/python"}})
-    told = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
-    assert told.endswith("status 1")
-    assert "v100-16gb.python: " in told
-    assert "/.venv-none/bin/python does not exist. Make that environment" in told
-    assert "submitted as" not in told
+    output = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
+    assert output.endswith("status 1")
+    assert "v100-16gb.python: " in output
+    assert "/.venv-none/bin/python does not exist. Create this environment" in output
+    assert "submitted as" not in output
 
 
 @pytest.mark.slow
@@ -87,20 +87,20 @@ def test_an_allocation_with_fewer_gpus_than_needed_is_refused_on_the_node(study:
     gres = {"slurm_constraint": "v100", "slurm_gres": "gpu:v100:1"}
     study.kinds(**{"v100-16gb": KIND | gres})
     config = REHEARSAL | FEW | {"deployments": some}
-    told = study.study(config, "--submitit-kinds", "kinds.yaml")
-    assert told.endswith("status 1")
-    assert "this allocation has 1 of 2 GPUs on node sirocco1" in told
-    assert "slurm_gres or gpus_per_node" in told
+    output = study.study(config, "--submitit-kinds", "kinds.yaml")
+    assert output.endswith("status 1")
+    assert "this allocation has 1 of 2 GPUs on node sirocco1" in output
+    assert "slurm_gres or gpus_per_node" in output
     study.kinds(**{"v100-16gb": KIND | gres | {"slurm_gres": "gpu:v100:2"}})
-    told = study.study(config, "--submitit-kinds", "kinds.yaml")
-    assert told.endswith("status 0"), told[-6000:]
+    output = study.study(config, "--submitit-kinds", "kinds.yaml")
+    assert output.endswith("status 0"), output[-6000:]
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_the_real_vllm_on_a_node_without_gpus(study: Study) -> None:
+def test_the_real_vllm_runs_on_a_node_without_gpus(study: Study) -> None:
     if not (models.default_folder() / models.DEMO_FOLDER).exists():
-        pytest.skip("the demo's model is missing: type `make model`")
+        pytest.skip("the demo's model is missing: run `make model`")
     fixed = {
         "model": "smollm2-135m-instruct",
         "checkpoint": "demo:smollm2-135m-instruct",
@@ -116,9 +116,11 @@ def test_the_real_vllm_on_a_node_without_gpus(study: Study) -> None:
             fixed | {"name": "long", "max_model_len": 512},
         ],
     }
-    told = study.study(config)
-    assert told.endswith("status 0"), told[-6000:]
+    output = study.study(config)
+    assert output.endswith("status 0"), output[-6000:]
     cells = study.cells()
     assert list(cells["verdict"]) == ["ok"] * 4
     assert set(cells["engine"]) == {"vllm"}
-    assert {record["slurm"]["NodeList"] for record in study.kept().values()} == {"bora001"}
+    assert {record["slurm"]["NodeList"] for record in study.records_by_deployment().values()} == {
+        "bora001"
+    }

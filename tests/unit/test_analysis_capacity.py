@@ -1,4 +1,4 @@
-"""The capacity plan, against hand calculation and the article's tables."""
+"""The capacity plan agrees with calculations by hand and with the article's tables."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,22 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from servegrid.analysis.capacity import Demand, Hardware, parse_demand, plan, read_hardware
+from servegrid.analysis.capacity import (
+    Demand,
+    HardwarePrices,
+    load_prices,
+    parse_demand,
+    plan_capacity,
+)
 from servegrid.analysis.published import published_summary
-from servegrid.analysis.tables import typed
+from servegrid.analysis.tables import fill_nulls
 from servegrid.cli.main import main
 from servegrid.errors import ConfigError
 from servegrid.records import columns
 from servegrid.reference.published import load_published
 
 ROOT = Path(__file__).parents[2]
-HARDWARE = Hardware("USD", {"a100-40gb": 8500.0, "v100-16gb": 5000.0})
+HARDWARE = HardwarePrices("USD", {"a100-40gb": 8500.0, "v100-16gb": 5000.0})
 
 
 def summary(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -33,7 +39,7 @@ def summary(*rows: dict[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame(
         [base | row for row in rows], columns=[column.name for column in columns.SUMMARY]
     )
-    return typed(frame.astype(object).where(frame.notna(), None), columns.SUMMARY)
+    return fill_nulls(frame, columns.SUMMARY)
 
 
 def cell(concurrency: int, seconds: float | None, **other: Any) -> dict[str, Any]:
@@ -45,16 +51,16 @@ def only(frame: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
-def test_two_users_on_a_deployment_that_serves_one_in_time() -> None:
-    # 1 s alone, 2 s for two at once; 100 tokens/s leave 1 s. Users think 1 s: one carried user
-    # always has it; of two, the other thinks when one comes in half of the cases.
+def test_a_deployment_that_meets_the_slo_for_one_user_needs_two_replicas_for_two_users() -> None:
+    # 1 s alone, 2 s with two in flight; 100 tokens/s mean a limit of 1 s. Users think for 1 s. A
+    # single user always meets the SLO. With two users, the other one thinks in half of the cases.
     rows = summary(cell(1, 1.0), cell(2, 2.0))
     demand = Demand(users=2, logged_in=1.0, think_time_s=1.0, tokens_per_s_per_user=100.0)
-    row = only(plan(rows, demand, HARDWARE))
+    row = only(plan_capacity(rows, demand, HARDWARE))
     assert (row["max_in_flight"], row["users_carried"]) == (1, 1)
     assert (row["users_per_replica"], row["replicas"], row["gpus"]) == (1, 2, 4)
     assert row["purchase"] == 4 * 8500
-    # Each user sends 100 tokens every 2 s, and two replicas give at most 100 tokens/s each.
+    # Each user gets 100 tokens every 2 s. A replica has at most 100 tokens/s.
     assert row["output_tokens_per_s"] == pytest.approx(100.0)
     assert row["in_flight_mean"] == pytest.approx(1.0)
     assert row["purchase_per_token_per_s"] == pytest.approx(34_000 / 200)
@@ -62,28 +68,30 @@ def test_two_users_on_a_deployment_that_serves_one_in_time() -> None:
     easier = Demand(
         users=2, logged_in=1.0, think_time_s=1.0, slo_attainment=0.5, tokens_per_s_per_user=100
     )
-    assert only(plan(rows, easier, HARDWARE))["users_carried"] == 2
+    assert only(plan_capacity(rows, easier, HARDWARE))["users_carried"] == 2
 
 
-def test_energy_and_the_years_of_use_make_costs_per_million_tokens() -> None:
+def test_costs_per_million_tokens_follow_from_energy_and_years_in_use() -> None:
     rows = summary(*(cell(n, 10.0, energy_j_per_output_token=7.2 / n) for n in (1, 2)))
-    hardware = Hardware("EUR", {"a100-40gb": 8766.0}, electricity_per_kwh=0.5, years_in_use=10.0)
+    hardware = HardwarePrices(
+        "EUR", {"a100-40gb": 8766.0}, electricity_per_kwh=0.5, years_in_use=10.0
+    )
     demand = Demand(users=10, logged_in=0.1, think_time_s=10.0)
-    row = only(plan(rows, demand, hardware))
-    # One user, in flight half of the time: below one, the joules of one.
+    row = only(plan_capacity(rows, demand, hardware))
+    # One user, in flight half of the time. Below 1 in flight, the energy is that of 1.
     assert row["energy_j_per_output_token"] == pytest.approx(7.2)
     assert row["energy_cost_per_million_tokens"] == pytest.approx(2.0 * 0.5)
-    # 100 tokens every 20 s; 17532 over 10 years of 8766 hours, 18000 tokens an hour.
+    # 100 tokens every 20 s are 18000 per hour; the price is 2 × 8766, for 10 years of 8766 hours.
     assert row["purchase_per_million_tokens"] == pytest.approx(0.2 / 18_000 * 1e6)
 
 
-def test_the_interval_has_all_times_at_their_ends_and_the_replica_takes_the_slow_one() -> None:
+def test_users_per_replica_follow_from_the_slow_end_of_the_intervals() -> None:
     ends = {"seconds_per_100_tokens_low": 5.0, "seconds_per_100_tokens_high": 30.0}
     rows = summary(
         cell(1, 5.0, **ends | {"seconds_per_100_tokens_high": 6.0}), cell(8, 10.0, **ends)
     )
-    row = only(plan(rows, Demand(), HARDWARE))
-    # All eight within 20 s; at the slow end 6 + 24 / 7 (n - 1) is 20 at 5.08.
+    row = only(plan_capacity(rows, Demand(), HARDWARE))
+    # The limit is 20 s. All eight meet it; at the slow end, 6 + 24 / 7 (n - 1) is 20 at n = 5.08.
     assert row["users_carried_low"] < row["users_carried"] <= row["users_carried_high"]
     assert row["users_per_replica"] == int(0.9 * row["users_carried_low"])
     assert row["max_in_flight"] == 8
@@ -106,92 +114,95 @@ def test_the_interval_has_all_times_at_their_ends_and_the_replica_takes_the_slow
         ),
     ],
 )
-def test_where_nothing_can_be_said_there_is_a_reason(
-    rows: list[dict[str, Any]], reason: str
-) -> None:
-    row = only(plan(summary(*rows), Demand(), HARDWARE))
+def test_a_deployment_without_a_plan_has_a_reason(rows: list[dict[str, Any]], reason: str) -> None:
+    row = only(plan_capacity(summary(*rows), Demand(), HARDWARE))
     assert row["reason"].startswith(reason)
     assert pd.isna(row["replicas"])
 
 
-def test_a_load_above_that_was_tried_and_not_served_ends_it() -> None:
-    tried = plan(summary(cell(1, 1.0), cell(2, None, trials_valid=0)), Demand(), HARDWARE)
+def test_the_maximum_is_no_lower_bound_if_a_higher_concurrency_was_not_valid() -> None:
+    tried = plan_capacity(summary(cell(1, 1.0), cell(2, None, trials_valid=0)), Demand(), HARDWARE)
     assert (only(tried)["max_in_flight"], only(tried)["max_in_flight_is_lower_bound"]) == (1, False)
 
 
-def test_a_load_that_was_not_served_ends_what_is_known_whatever_was_served_above() -> None:
+def test_the_curve_ends_below_the_lowest_concurrency_that_was_not_served() -> None:
     rows = summary(
         *(cell(1, 1.0), cell(4, 2.0), cell(16, 4.0)),
         cell(8, None, trials_served=0, trials_valid=0),
     )
-    row = only(plan(rows, Demand(), HARDWARE))
+    row = only(plan_capacity(rows, Demand(), HARDWARE))
     assert (row["max_in_flight"], row["max_in_flight_is_lower_bound"]) == (4, False)
 
 
-def test_a_load_that_may_not_be_believed_is_passed_over() -> None:
-    # 1 s alone and 19 s for seven at once: 13 s for five, 22 s as measured in vain.
+def test_a_cell_that_is_not_valid_is_interpolated() -> None:
+    # Between 1 s for one and 19 s for seven, five take 13 s. The 22 s of the cell do not count.
     rows = summary(cell(1, 1.0), cell(5, 22.0, trials_valid=0), cell(7, 19.0))
-    row = only(plan(rows, Demand(), HARDWARE))
+    row = only(plan_capacity(rows, Demand(), HARDWARE))
     assert (row["max_in_flight"], row["max_in_flight_is_lower_bound"]) == (7, True)
 
 
-def test_an_unknown_price_leaves_costs_unknown_and_comes_last() -> None:
+def test_a_deployment_without_a_price_has_no_costs_and_comes_last() -> None:
     rows = summary(cell(1, 1.0, gpu="h100"), cell(1, 1.0, deployment="e"))
-    table = plan(rows, Demand(), HARDWARE)
+    table = plan_capacity(rows, Demand(), HARDWARE)
     assert table["deployment"].tolist() == ["e", "d"]
     assert pd.isna(table["purchase"].iloc[1])
 
 
-def test_emulated_time_is_taken_for_what_it_stands_for() -> None:
+def test_emulated_times_are_divided_by_the_time_scale() -> None:
     rows = summary(cell(1, 0.05, engine="emulated", time_scale=0.005))
-    row = only(plan(rows, Demand(tokens_per_s_per_user=11.0), HARDWARE))
+    row = only(plan_capacity(rows, Demand(tokens_per_s_per_user=11.0), HARDWARE))
     assert row["emulated"]
     assert row["reason"] == "even the lowest measured concurrency may not meet the SLO"
-    assert only(plan(rows, Demand(tokens_per_s_per_user=9.0), HARDWARE))["max_in_flight"] == 1
+    assert (
+        only(plan_capacity(rows, Demand(tokens_per_s_per_user=9.0), HARDWARE))["max_in_flight"] == 1
+    )
 
 
-def test_the_articles_deployments_for_1000_users() -> None:
-    table = plan(
+def test_the_plan_for_1000_users_from_the_articles_figures() -> None:
+    table = plan_capacity(
         published_summary(load_published("inria-2024")), Demand(input_len=119), HARDWARE
     ).set_index("deployment")
     mixtral = table.loc["mixtral-8x7b_awq-4bit_2xa100-40gb"]
     assert mixtral["users_carried"] == 437
     assert mixtral["max_in_flight"] == 118
-    # Mean value analysis of the same system in decimals of 600 digits: of the requests of 472 users
-    # 0.506 get the speed, of 473 users 0.487.
+    # By mean value analysis of the same system with 600 digits, the share of requests that meet the
+    # SLO is 0.506 with 472 users and 0.487 with 473.
     assert mixtral["users_at_50pct_slo"] == 472
-    # 0.9 × 437 = 393 carry the 100 who are logged in on one replica of two GPUs.
+    # One replica gets up to 0.9 × 437 = 393 users, so one with two GPUs is enough for 100.
     assert (mixtral["replicas"], mixtral["purchase"]) == (1, 17_000)
     # 118 × 100 tokens in 11.6 + 9.9 × 54 / 64 = 19.953 s.
     assert mixtral["purchase_per_token_per_s"] == pytest.approx(17_000 * 19.953125 / 11_800)
-    # LLaMa-3 was measured with other prompts: 97 tokens of its own tokenizer.
+    # Llama 3 has another tokenizer, so the same prompt has 97 tokens.
     llama = table.loc["llama-3-70b_awq-4bit_2xa100-40gb"]
     assert llama["prompt_tokens"] == "97"
-    # At 64 requests 15.2 s; 128 were not served.
+    # 64 requests take 15.2 s; 128 were not served.
     assert (llama["max_in_flight"], llama["max_in_flight_is_lower_bound"]) == (64, False)
     assert table["purchase"].is_monotonic_increasing
     assert table["purchase"].iloc[0] == 8500
 
 
-def test_a_mix_of_prompts_weighs_times_and_each_length_has_its_own_limit() -> None:
-    # 1 s with short prompts and 3 s with long ones; 100 tokens/s leave 1 s, so that the long ones
-    # are too slow. A quarter of them is too much for 80%, and a tenth is not.
+def test_a_prompt_mix_gives_the_mean_time_and_one_limit_per_length() -> None:
+    # 1 s with short prompts and 3 s with long ones. 100 tokens/s mean a limit of 1 s, so requests
+    # with long prompts are too slow. 80% of all requests must meet the limit: that is possible with
+    # a tenth of long prompts, but not with a quarter.
     rows = summary(cell(1, 1.0), cell(1, 3.0, input_len=119))
     fast = {"think_time_s": 1000.0, "tokens_per_s_per_user": 100.0, "slo_attainment": 0.8}
-    mixed = only(plan(rows, Demand(**fast, prompt_mix={31: 3, 119: 1}), HARDWARE))
+    mixed = only(plan_capacity(rows, Demand(**fast, prompt_mix={31: 3, 119: 1}), HARDWARE))
     assert mixed["users_carried"] == 0
-    mostly = only(plan(rows, Demand(**fast, prompt_mix={30: 9, 120: 1}), HARDWARE))
+    mostly = only(plan_capacity(rows, Demand(**fast, prompt_mix={30: 9, 120: 1}), HARDWARE))
     assert mostly["users_carried"] > 0
-    # With one user who thinks for 10 s: 100 tokens per 10 s and 1.5 s, the mean of 1, 1, 1 and 3.
+    # One user thinks for 10 s and waits for 1.5 s, the mean of 1, 1, 1 and 3.
     one = Demand(users=1, think_time_s=10.0, prompt_mix={31: 3, 119: 1})
-    assert only(plan(rows, one, HARDWARE))["output_tokens_per_s"] == pytest.approx(100 / 11.5)
+    assert only(plan_capacity(rows, one, HARDWARE))["output_tokens_per_s"] == pytest.approx(
+        100 / 11.5
+    )
     missing = Demand(prompt_mix={31: 1, 2193: 1})
-    assert only(plan(rows, missing, HARDWARE))["reason"] == (
+    assert only(plan_capacity(rows, missing, HARDWARE))["reason"] == (
         "prompts of about 2193 tokens were not measured"
     )
 
 
-def test_the_demand_comes_from_the_study_with_defaults() -> None:
+def test_the_demand_comes_from_the_study_or_from_defaults() -> None:
     assert parse_demand({}) == Demand(1000, 0.1, 60.0, 0.95, 5.0, None)
     study = {"slo": {"tokens_per_s_per_user": 8}, "capacity": {"users": 50, "input_len": 31}}
     assert parse_demand(study) == Demand(users=50, tokens_per_s_per_user=8, input_len=31)
@@ -199,14 +210,14 @@ def test_the_demand_comes_from_the_study_with_defaults() -> None:
     assert parse_demand({"capacity": {"prompt_mix": mix}}).prompt_mix == {31: 3, 119: 1}
 
 
-def test_the_prices_of_the_repository_are_the_articles() -> None:
-    hardware = read_hardware(ROOT / "config/hardware.yaml")
+def test_the_repository_has_the_prices_of_the_article() -> None:
+    hardware = load_prices(ROOT / "config/hardware.yaml")
     assert hardware.currency == "USD"
     assert hardware.prices == {"v100-16gb": 5000.0, "a100-40gb": 8500.0}
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("currency: USD\n", "`gpus` is missing"),
         ("currency: USD\ngpus: {a: {price: -1}}\n", "gpus.a.price: -1 is less than 0"),
@@ -220,20 +231,22 @@ def test_the_prices_of_the_repository_are_the_articles() -> None:
         ("[]", "is not a mapping of keys"),
     ],
 )
-def test_prices_that_cannot_be_used_are_refused(tmp_path: Path, text: str, told: str) -> None:
+def test_a_wrong_file_of_prices_is_refused_with_file_and_key(
+    tmp_path: Path, text: str, message: str
+) -> None:
     file = tmp_path / "hardware.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as refused:
-        read_hardware(file)
+        load_prices(file)
     assert str(refused.value).startswith(str(file))
-    assert told in str(refused.value)
+    assert message in str(refused.value)
 
 
 def run(*arguments: str) -> int:
     return main(["capacity", "--hardware", str(ROOT / "config/hardware.yaml"), *arguments])
 
 
-def test_the_command_plans_from_the_articles_figures(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_plans_from_published_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--published", "inria-2024", "--input-len", "119", "--users", "2000") == 0
     printed = capsys.readouterr().out
     assert (
@@ -244,24 +257,24 @@ def test_the_command_plans_from_the_articles_figures(capsys: pytest.CaptureFixtu
     assert [part.strip() for part in line.split("|")][1:9] == [
         *("mixtral-8x7b_awq-4bit_2xa100-40gb", "119", "118", "437", "472", "1", "2", "17,000"),
     ]
-    assert "about 5,000 USD do not suffice" in printed
+    assert "About 5,000 USD do not suffice" in printed
     assert "20 requests in flight on average, at most 28 for 95%" in printed
 
 
 def test_the_command_plans_for_many_users(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--published", "inria-2024", "--users", "50000") == 0
-    # Binomial(50000, 1%), summed in decimals of 60 digits.
-    told = "500 requests in flight on average, at most 537 for 95% and at most 552 for 99%"
-    assert told in capsys.readouterr().out
+    # Binomial(50000, 1%), summed with 60 digits.
+    expected = "500 requests in flight on average, at most 537 for 95% and at most 552 for 99%"
+    assert expected in capsys.readouterr().out
 
 
-def test_no_share_of_the_requests_is_certain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_refuses_an_slo_attainment_of_1(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("--published", "inria-2024", "--slo-attainment", "1")
     assert "give a number below 1" in capsys.readouterr().err
 
 
-def test_the_command_takes_a_mix_of_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_accepts_a_prompt_mix(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--published", "inria-2024", "--prompt-mix", "31:3,119:1") == 0
     assert (
         "Prompts have several lengths: 0.75 of 31, 0.25 of 119 tokens." in capsys.readouterr().out
@@ -270,7 +283,7 @@ def test_the_command_takes_a_mix_of_prompts(capsys: pytest.CaptureFixture[str]) 
         run("--published", "inria-2024", "--prompt-mix", "31")
 
 
-def test_the_command_says_what_is_missing(
+def test_the_command_names_a_missing_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--tables", str(tmp_path)) == 2

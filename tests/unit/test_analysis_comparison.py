@@ -12,15 +12,15 @@ import pytest
 from servegrid.analysis.comparison import (
     Comparison,
     Ratio,
-    _of_trials,
     apply_fdr,
     compare,
-    detectable,
-    power,
-    slowed,
+    compare_trials,
+    detectable_slowdown,
+    find_regressions,
+    power_analysis,
     two_sided_p,
 )
-from servegrid.analysis.tables import typed, write_cells
+from servegrid.analysis.tables import cast_columns, write_cells
 from servegrid.cli.main import main
 from servegrid.errors import ComparisonError
 from servegrid.records import columns
@@ -53,7 +53,7 @@ def trial(speed: float, **other: Any) -> dict[str, Any]:
 
 def study(*rows: dict[str, Any]) -> pd.DataFrame:
     frame = pd.DataFrame(list(rows), columns=[column.name for column in columns.CELLS])
-    return typed(frame, columns.CELLS)
+    return cast_columns(frame, columns.CELLS)
 
 
 def noisy(
@@ -146,13 +146,13 @@ def test_a_deployment_that_is_a_tenth_slower_is_found_there_and_only_there(trial
             True,
             False,
         ]
-        assert [each.name for each in slowed(found, 0.05)] == ["d2"]
-        assert slowed(found, 0.2) == []
+        assert [each.name for each in find_regressions(found, 0.05)] == ["d2"]
+        assert find_regressions(found, 0.2) == []
 
 
 def test_the_power_is_what_simulation_says() -> None:
     # Twelve ratios that scatter by 0.03 × sqrt(2): so small a slow-down is found in 4 of 5 cases.
-    least = detectable(0.03 * math.sqrt(2), 12)
+    least = detectable_slowdown(0.03 * math.sqrt(2), 12)
     assert least is not None
     chances = random.Random(3)
     hits = 0
@@ -168,7 +168,7 @@ def test_the_power_is_what_simulation_says() -> None:
         )
         hits += compare(first, second).deployments[0].verdict == "slower"
     assert hits / 200 == pytest.approx(0.8, abs=0.09)  # three standard deviations
-    shrunk = power(compare(noisy(chances, trials=1), noisy(chances, trials=1)))["d0"]
+    shrunk = power_analysis(compare(noisy(chances, trials=1), noisy(chances, trials=1)))["d0"]
     assert shrunk[1] is not None and shrunk[3] is not None and shrunk[5] is not None
     assert shrunk[1] > shrunk[3] > shrunk[5] > 0.02
 
@@ -255,7 +255,7 @@ def test_the_command_fails_on_what_it_is_told_to(
 
 def test_emulated_figures_are_marked_wherever_they_are_compared() -> None:
     emulated = study(trial(1.0, engine="emulated", time_scale=0.05))
-    mark = "emulated at 0.05 × time: no hardware was measured for it."
+    mark = "emulated at 0.05 × time: these figures do not come from hardware."
     assert compare(emulated, emulated).notes == [f"Both studies: {mark}"]
     mixed = compare(study(trial(1.0)), emulated, allow_mixed=True)
     assert mixed.notes == [f"The second study: {mark}"]
@@ -286,7 +286,7 @@ def test_a_p_value_and_its_interval_never_contradict_each_other() -> None:
     for _ in range(3000):
         first = np.exp(generator.normal(0, 0.02, generator.integers(2, 4)))
         second = np.exp(generator.normal(-0.06, generator.choice([0.002, 0.05]), 2))
-        ratio = _of_trials("cell", first.tolist(), second.tolist())
+        ratio = compare_trials("cell", first.tolist(), second.tolist())
         assert ratio.p is not None and ratio.low is not None and ratio.high is not None
         assert ratio.low <= ratio.ratio <= ratio.high
         if ratio.p < 0.05:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from servegrid.analysis.metrics import row_of
+from servegrid.analysis.metrics import cell_row
 from servegrid.records import columns, parquet
 from servegrid.study.grid import Deployment, Trial, Workload
 
@@ -82,7 +82,7 @@ def cell(
         "metrics_before": None,
         "metrics_after": None,
     }
-    return row_of(
+    return cell_row(
         record,
         parquet.arrow_table(columns.REQUESTS, rows),
         parquet.arrow_table(columns.TELEMETRY, samples or []),

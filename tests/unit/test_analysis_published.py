@@ -1,4 +1,4 @@
-"""Published figures in the shape of measured ones, and ratios of the two by hand."""
+"""Published figures as a summary, and ratios of measured to published calculated by hand."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 
 from servegrid.analysis.published import (
     compare_with_published,
-    comparison_statements,
+    describe_comparison,
     method_differences,
     published_summary,
 )
@@ -43,7 +43,7 @@ def test_ratios_have_the_range_that_rounding_allows() -> None:
     # 2.0 / 1.85 and 2.0 / 1.75.
     assert pairs["ratio_low"].iloc[0] == pytest.approx(1.0811, abs=1e-4)
     assert pairs["ratio_high"].iloc[0] == pytest.approx(1.1429, abs=1e-4)
-    (sentence,) = comparison_statements(pairs, {})
+    (sentence,) = describe_comparison(pairs, {})
     assert sentence == (
         "mistral-7b_fp16_2xv100-16gb: 3 cells in both. The median ratio of measured to published "
         "time is 1.11. 3 cells differ by more than rounding and intervals can explain."
@@ -55,7 +55,7 @@ def test_an_interval_widens_the_range() -> None:
     pairs = compare_with_published(measured(1, **ends), INRIA)
     assert pairs["ratio_low"].iloc[0] == pytest.approx(1.7 / 1.85)
     assert pairs["ratio_high"].iloc[0] == pytest.approx(2.4 / 1.75)
-    assert "0 cells differ" in comparison_statements(pairs, {})[0]
+    assert "0 cells differ" in describe_comparison(pairs, {})[0]
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,14 @@ def test_emulated_figures_are_compared_on_request_and_at_unscaled_time() -> None
     assert compare_with_published(emulated, INRIA).empty
     pairs = compare_with_published(emulated, INRIA, emulated=True)
     assert pairs["ratio"].tolist() == pytest.approx([4.0 / 1.8])
-    assert "(emulated)" in comparison_statements(pairs, {})[0]
+    assert "(emulated)" in describe_comparison(pairs, {})[0]
 
 
 def test_the_report_lists_differences_in_method_or_says_that_nothing_is_comparable() -> None:
     cells = pd.DataFrame({"engine": ["vllm"], "engine_version": ["0.32.0"], "trial": [3]})
     differences = method_differences(cells, ["distinct", "distinct"], INRIA)
     pairs = compare_with_published(measured(1), INRIA)
-    sentences, table = comparison_statements(pairs, {}), published_table(pairs, {})
+    sentences, table = describe_comparison(pairs, {}), published_table(pairs, {})
     text = render_published_comparison("A citation", sentences, table, differences, [])
     assert "| prompts | distinct | the article does not say" in text
     assert "| software | vllm 0.32.0 | vLLM; the article" in text

@@ -1,4 +1,4 @@
-"""The server's view of a load from its metrics around it and its gauges meanwhile, by hand."""
+"""The server's figures from its counters and gauges, calculated by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from servegrid.analysis.server_metrics import columns_of
+from servegrid.analysis.server_metrics import server_columns
 from servegrid.records import columns, parquet
 
 MS = 1_000_000
@@ -39,7 +39,7 @@ REQUESTS = [
     {"sent_ns": 100 * MS, "first_token_ns": 250 * MS},
     {"sent_ns": 100 * MS, "first_token_ns": 290 * MS},
 ]
-"""Of 0.15 and 0.19 s until the first token: 0.02 s more than the server's mean."""
+"""Times to first token of 0.15 and 0.19 s: their mean is 0.02 s above the server's."""
 SAMPLES = [
     {"running": 2, "waiting": 1, "kv_cache_usage": 0.25, "preemptions": 1},
     {"running": None},
@@ -53,14 +53,14 @@ def columns_with(
     requests: list[dict[str, Any]] = REQUESTS,
     samples: list[dict[str, Any]] = SAMPLES,
 ) -> dict[str, float | None]:
-    return columns_of(
+    return server_columns(
         {"metrics_before": before, "metrics_after": after},
         parquet.arrow_table(columns.REQUESTS, requests),
         parquet.arrow_table(columns.TELEMETRY, samples),
     )
 
 
-def test_histograms_and_counters_are_of_the_load_alone() -> None:
+def test_histograms_and_counters_cover_only_the_workload() -> None:
     assert columns_with() == {
         "server_ttft_s_mean": pytest.approx(0.15),
         "server_itl_s_mean": pytest.approx(0.02),
@@ -77,7 +77,7 @@ def test_histograms_and_counters_are_of_the_load_alone() -> None:
     assert columns_with().keys() <= {column.name for column in columns.CELLS}
 
 
-def test_older_versions_call_the_time_between_tokens_otherwise() -> None:
+def test_the_older_name_of_the_inter_token_latency_is_read() -> None:
     def renamed(counters: dict[str, float]) -> dict[str, float]:
         names = ("inter_token_latency", "time_per_output_token")
         return {name.replace(*names): value for name, value in counters.items()}
@@ -86,13 +86,13 @@ def test_older_versions_call_the_time_between_tokens_otherwise() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, AFTER), (BEFORE, None), ({}, {})])
-def test_what_the_server_does_not_tell_is_null(
+def test_metrics_that_the_server_does_not_have_are_null(
     before: dict[str, float] | None, after: dict[str, float] | None
 ) -> None:
     assert set(columns_with(before, after, samples=[]).values()) == {None}
 
 
-def test_a_mean_over_nothing_is_null() -> None:
+def test_a_mean_over_no_request_is_null() -> None:
     row = columns_with(AFTER, AFTER)
     assert (row["server_ttft_s_mean"], row["ttft_client_overhead_s"]) == (None, None)
     assert row["preemptions"] == 0
@@ -106,13 +106,15 @@ def test_a_mean_over_nothing_is_null() -> None:
         [*REQUESTS, REQUESTS[0]],
     ],
 )
-def test_views_of_different_requests_are_not_compared(requests: list[dict[str, Any]]) -> None:
+def test_there_is_no_overhead_if_the_server_counted_other_requests(
+    requests: list[dict[str, Any]],
+) -> None:
     row = columns_with(requests=requests)
     assert row["ttft_client_overhead_s"] is None
     assert row["server_ttft_s_mean"] == pytest.approx(0.15)
 
 
-def test_requests_that_never_had_a_token_are_left_out_of_the_comparison() -> None:
+def test_requests_without_a_token_do_not_count_for_the_overhead() -> None:
     failed = {"sent_ns": 100 * MS, "first_token_ns": None}
     unsent = {"sent_ns": None, "first_token_ns": None}
     row = columns_with(requests=[*REQUESTS, failed, unsent])

@@ -1,24 +1,24 @@
-"""The stationary part of a load, on loads whose course is given."""
+"""The stationary part of workloads with given latencies."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from servegrid.analysis.stationarity import Window, window_of
+from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records import columns, parquet
 from servegrid.study.grid import Workload
 
 MS = 1_000_000
-STEADY = Workload("closed_loop", 2, 31, 4, 80)
+CLOSED_LOOP = Workload("closed_loop", 2, 31, 4, 80)
 POISSON = Workload("poisson", None, 31, 4, 60, request_rate=10.0)
 
 Latency = Callable[[int], float]
-"""Of a user's request with that number, in ms."""
+"""The latency in ms of a user's request, by its number."""
 
 
 def closed_loop(requests_per_user: int, latency: Latency, users: int = 2) -> Any:
-    """Users who send again at once; user 1 is slower by half a ms."""
+    """Users without think time; the requests of user 1 take half a ms longer."""
     rows = []
     for user in range(users):
         now = 0.0
@@ -37,7 +37,7 @@ def closed_loop(requests_per_user: int, latency: Latency, users: int = 2) -> Any
 
 
 def open_loop(latency: Latency, requests: int = 60) -> Any:
-    """Due every 100 ms, sent 1 ms later."""
+    """Requests that are due every 100 ms and sent 1 ms later."""
     rows = [
         {
             "user": 0,
@@ -50,66 +50,72 @@ def open_loop(latency: Latency, requests: int = 60) -> Any:
     return parquet.arrow_table(columns.REQUESTS, rows)
 
 
-def test_nothing_but_the_first_answers_and_the_end_is_cut_of_a_load_that_never_changes() -> None:
-    window = window_of(closed_loop(40, lambda number: 100.0), STEADY)
-    # User 1 had its first answer after 100.5 ms; the last request was sent by it after 39 of them.
+def test_a_constant_latency_is_cut_only_after_the_first_responses_and_at_the_end() -> None:
+    window = find_window(closed_loop(40, lambda number: 100.0), CLOSED_LOOP)
+    # The first response to user 1 took 100.5 ms. It sent the last request after 39 responses.
     assert window == Window(int(100.5 * MS), int(39 * 100.5 * MS))
 
 
-def test_latencies_that_are_all_but_alike_are_not_cut_where_chance_has_them_least_apart() -> None:
-    # As measured on a scripted server: all alike from one place on, 2% apart at most before it.
-    window = window_of(closed_loop(40, lambda number: 100.0 + number % 3 * (number < 24)), STEADY)
+def test_almost_equal_latencies_are_not_cut() -> None:
+    # As measured with a mock server: differences of up to 2%, then none.
+    window = find_window(
+        closed_loop(40, lambda number: 100.0 + number % 3 * (number < 24)), CLOSED_LOOP
+    )
     assert isinstance(window, Window)
     assert window.start_ns < 110 * MS
 
 
 def test_a_start_transient_is_cut() -> None:
-    window = window_of(closed_loop(40, lambda number: 400.0 if number < 6 else 100.0), STEADY)
+    window = find_window(
+        closed_loop(40, lambda number: 400.0 if number < 6 else 100.0), CLOSED_LOOP
+    )
     assert isinstance(window, Window)
-    # Five slow answers of each user are left after its first: all ten must go, and no batch more.
+    # After the first response, each user has five slow ones: ten to cut, plus one batch at most.
     assert 2400 * MS <= window.start_ns <= 2750 * MS
 
 
 @pytest.mark.parametrize("grows", [1.0, -1.0])
-def test_a_load_that_goes_on_to_change_has_no_steady_state(grows: float) -> None:
-    told = window_of(closed_loop(40, lambda number: 200.0 + 3 * grows * number), STEADY)
-    assert isinstance(told, str)
-    assert "latency" in told
+def test_a_latency_that_keeps_changing_has_no_steady_state(grows: float) -> None:
+    reason = find_window(closed_loop(40, lambda number: 200.0 + 3 * grows * number), CLOSED_LOOP)
+    assert isinstance(reason, str)
+    assert "latency" in reason
 
 
-def test_an_open_loop_that_cannot_keep_up_has_no_steady_state() -> None:
-    kept_up = window_of(open_loop(lambda number: 50.0 + number % 3), POISSON)
-    assert kept_up == Window(0, 5900 * MS)
-    told = window_of(open_loop(lambda number: 50.0 + 20 * number), POISSON)
-    assert isinstance(told, str)
+def test_a_poisson_workload_above_the_capacity_has_no_steady_state() -> None:
+    window = find_window(open_loop(lambda number: 50.0 + number % 3), POISSON)
+    assert window == Window(0, 5900 * MS)
+    reason = find_window(open_loop(lambda number: 50.0 + 20 * number), POISSON)
+    assert isinstance(reason, str)
 
 
-def test_latencies_of_an_open_loop_count_from_when_requests_were_due() -> None:
-    # Sent ever later, answered 50 ms after that: the server looks steady, its queue is not.
+def test_latencies_of_poisson_start_at_the_due_time() -> None:
+    # Requests are sent later and later, and answered within 50 ms: the server looks stationary.
     rows = open_loop(lambda number: 50.0 + 20 * number).to_pylist()
     late = [row | {"sent_ns": row["done_ns"] - 50 * MS} for row in rows]
-    assert isinstance(window_of(parquet.arrow_table(columns.REQUESTS, late), POISSON), str)
+    assert isinstance(find_window(parquet.arrow_table(columns.REQUESTS, late), POISSON), str)
 
 
-def test_a_difference_that_chance_makes_is_no_drift() -> None:
-    # 0.4 s once in five, but not in the same places: halves of 35 differ by more than a tenth.
+def test_a_difference_by_chance_is_not_drift() -> None:
+    # One in four takes 0.4 s, unevenly spread: the means of the halves differ by more than 10%.
     slow = {1, 7, 12, 18, 23, 25, 26, 34, 36, 38}
-    window = window_of(closed_loop(40, lambda number: 400.0 if number in slow else 100.0), STEADY)
+    window = find_window(
+        closed_loop(40, lambda number: 400.0 if number in slow else 100.0), CLOSED_LOOP
+    )
     assert isinstance(window, Window)
 
 
-def test_too_few_requests_tell_nothing() -> None:
-    # Of 12 per user the first is cut, and the last, which ends when fewer are in flight.
-    assert isinstance(window_of(closed_loop(12, lambda number: 100.0), STEADY), Window)
-    told = window_of(closed_loop(11, lambda number: 100.0), STEADY)
-    assert told == (
-        "18 requests ended between the start transient and the end, and it takes 20 to tell"
+def test_too_few_requests_have_no_steady_state() -> None:
+    # Of 12 per user, the first and the last are cut. The last ends when fewer are in flight.
+    assert isinstance(find_window(closed_loop(12, lambda number: 100.0), CLOSED_LOOP), Window)
+    reason = find_window(closed_loop(11, lambda number: 100.0), CLOSED_LOOP)
+    assert reason == (
+        "18 requests ended between the start transient and the end; at least 20 are needed"
     )
 
 
-def test_failures_are_left_out() -> None:
+def test_failed_requests_do_not_count() -> None:
     rows = closed_loop(40, lambda number: 100.0).to_pylist()
     failed = [row | {"error": "reset: gone"} for row in rows]
-    assert window_of(parquet.arrow_table(columns.REQUESTS, failed), STEADY) == (
+    assert find_window(parquet.arrow_table(columns.REQUESTS, failed), CLOSED_LOOP) == (
         "no request was served"
     )

@@ -1,4 +1,4 @@
-"""One row per cell over its trials."""
+"""The summary has one row per cell, with medians over its trials."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 
 from servegrid.analysis import summary
 from servegrid.analysis.summary import summarise
-from servegrid.analysis.tables import typed
+from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns, parquet
 
 KEYS = {
@@ -31,10 +31,10 @@ def cells(*rows: dict[str, Any]) -> pd.DataFrame:
         [KEYS | {"trial": n, "verdict": "ok", "valid": True} | row for n, row in enumerate(rows)],
         columns=[column.name for column in columns.CELLS],
     )
-    return typed(given, columns.CELLS)
+    return cast_columns(given, columns.CELLS)
 
 
-def test_the_median_of_the_valid_trials_and_its_interval() -> None:
+def test_figures_are_medians_of_the_valid_trials_with_intervals() -> None:
     table = summarise(
         cells(
             {"output_tokens_per_s": 10.0, "ttft_s_p50": 0.2},
@@ -54,13 +54,13 @@ def test_the_median_of_the_valid_trials_and_its_interval() -> None:
     assert pd.isna(row["e2el_s_p50"])
 
 
-def test_where_no_trial_is_valid_the_served_ones_are_shown_and_counted_as_such() -> None:
+def test_without_a_valid_trial_the_figures_come_from_the_served_ones() -> None:
     (row,) = summarise(cells({"output_tokens_per_s": 5.0, "valid": False})).to_dict("records")
     assert (row["trials_served"], row["trials_valid"]) == (1, 0)
     assert row["output_tokens_per_s"] == 5.0
 
 
-def test_a_row_per_cell_in_study_order_also_at_a_rate() -> None:
+def test_rows_are_in_study_order_also_for_request_rates() -> None:
     table = summarise(
         cells(
             {"concurrency": 8},
@@ -75,9 +75,9 @@ def test_a_row_per_cell_in_study_order_also_at_a_rate() -> None:
     assert table["trials"].tolist() == [2, 1, 1]
 
 
-def test_it_is_written_with_its_units(tmp_path: Path) -> None:
+def test_the_summary_is_written_with_units(tmp_path: Path) -> None:
     table = summarise(cells({"output_tokens_per_s": 5.0}))
-    summary.write(table, tmp_path / "s.parquet", tmp_path / "s.csv")
+    summary.write_summary(table, tmp_path / "s.parquet", tmp_path / "s.csv")
     schema = pq.read_schema(tmp_path / "s.parquet")
     assert schema.equals(parquet.arrow_schema(columns.SUMMARY), check_metadata=True)
     header = (tmp_path / "s.csv").read_text().split("\n")[0]

@@ -1,4 +1,4 @@
-"""Gathering a study's records: order, types, and refusals that name places and remedy."""
+"""Gathering records: the order and types of the table, and errors with a remedy."""
 
 import csv
 import json
@@ -12,15 +12,20 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid.analysis.tables import drift_by_allocation, gather, read_cells, write_cells
+from servegrid.analysis.tables import (
+    drift_by_allocation,
+    gather_trials,
+    load_table,
+    write_cells,
+)
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Trial
 
 
-def trials_of(concurrency: int = 2, **workload: Any) -> tuple[Trial, ...]:
-    """Two deployments, `b` before `a`, with concurrency 1 to `concurrency`."""
+def make_trials(concurrency: int = 2, **workload: Any) -> tuple[Trial, ...]:
+    """Trials of two deployments, `b` before `a`, with concurrency 1 to `concurrency`."""
     deployment = {
         "model": "m",
         "checkpoint": "models/m",
@@ -35,7 +40,7 @@ def trials_of(concurrency: int = 2, **workload: Any) -> tuple[Trial, ...]:
     return parse_study(study).trials
 
 
-def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
+def make_record(trial: Trial, **changes: Any) -> dict[str, Any]:
     return {
         "format": parquet.RECORD_FORMAT,
         "spec": trial.spec,
@@ -52,7 +57,7 @@ def record_of(trial: Trial, **changes: Any) -> dict[str, Any]:
 
 
 def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
-    """Every request takes 1 s per concurrent one, for 10 tokens."""
+    """Write requests with 10 tokens. Each takes as many seconds as the concurrency."""
     n = trial.workload.concurrency
     assert n is not None
     request = {
@@ -67,21 +72,21 @@ def write_requests(folder: Path, trial: Trial, record: Mapping[str, Any] | None 
         "completion_tokens": 10,
         "requested_tokens": 10,
     }
-    record = record or record_of(trial)
+    record = record or make_record(trial)
     table = parquet.arrow_table(columns.REQUESTS, [request] * n, record)
     parquet.write_table(table, folder / trial.id / "requests.parquet")
 
 
 def write_trial(folder: Path, trial: Trial, record: Mapping[str, Any] | None = None) -> None:
     sample = {"time_ns": 5, "device": "engine", "memory_bytes": 2**60 + 1}
-    table = parquet.arrow_table(columns.TELEMETRY, [sample], record or record_of(trial))
+    table = parquet.arrow_table(columns.TELEMETRY, [sample], record or make_record(trial))
     parquet.write_table(table, folder / trial.id / "telemetry.parquet")
     write_requests(folder, trial, record)
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> tuple[tuple[Trial, ...], Path]:
-    trials = trials_of()
+    trials = make_trials()
     for trial in trials:
         write_trial(tmp_path, trial)
     return trials, tmp_path
@@ -90,38 +95,38 @@ def study(tmp_path: Path) -> tuple[tuple[Trial, ...], Path]:
 Study = tuple[tuple[Trial, ...], Path]
 
 
-def refusal(trials: tuple[Trial, ...], folder: Path) -> str:
+def gather_error(trials: tuple[Trial, ...], folder: Path) -> str:
     with pytest.raises(RecordError) as caught:
-        gather(trials, folder)
+        gather_trials(trials, folder)
     return str(caught.value)
 
 
-def test_rows_are_in_the_order_of_the_study(study: Study) -> None:
+def test_rows_are_in_study_order(study: Study) -> None:
     trials, folder = study
-    cells = gather(trials, folder)
+    cells = gather_trials(trials, folder)
     assert list(cells["deployment"]) == ["b", "b", "a", "a"]
     assert list(cells["concurrency"]) == [1, 2, 1, 2]
     assert list(cells["seconds_per_100_tokens"]) == [10.0, 20.0, 10.0, 20.0]
     assert list(cells["spec_digest"]) == [trial.digest for trial in trials]
 
 
-def test_several_processes_read_the_same(
+def test_several_processes_gather_the_same_table(
     study: tuple[tuple[Trial, ...], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials, folder = study
-    alone = gather(trials, folder)
+    expected = gather_trials(trials, folder)
     (folder / trials[0].id / "telemetry.parquet").unlink()
-    monkeypatch.setattr("servegrid.analysis.tables._MANY", 1)
+    monkeypatch.setattr("servegrid.analysis.tables._MIN_FOR_PROCESSES", 1)
     with pytest.raises(RecordError, match=r"telemetry\.parquet is missing"):
-        gather(trials, folder)
+        gather_trials(trials, folder)
     pd.testing.assert_frame_equal(
-        gather(trials[1:], folder), alone.iloc[1:].reset_index(drop=True), check_dtype=True
+        gather_trials(trials[1:], folder), expected.iloc[1:].reset_index(drop=True), check_dtype=True
     )
 
 
-def test_where_sentinels_differ_all_of_their_allocation_is_marked(study: Study) -> None:
+def test_cells_of_an_allocation_with_drift_are_not_valid(study: Study) -> None:
     trials, folder = study
-    # The sentinels of a: 1, 1.2 and 1 tokens/s, those of b: one alone, which tells nothing.
+    # Drift checks of a: 1, 1.2 and 1 tokens/s. Only one of b was served, so its drift is unknown.
     drift_checks = pd.DataFrame(
         {
             "allocation": ["a.1 now", "a.1 now", "a.1 now", "b.1 now", "b.1 now"],
@@ -130,29 +135,29 @@ def test_where_sentinels_differ_all_of_their_allocation_is_marked(study: Study) 
     )
     drifts = drift_by_allocation(drift_checks)
     assert drifts == {"a.1 now": pytest.approx(0.2)}
-    cells = gather(trials, folder, drifts).set_index("deployment")
+    cells = gather_trials(trials, folder, drifts).set_index("deployment")
     assert cells.loc["b", "allocation_drift"].isna().all()
     assert cells.loc["b", "valid"].all()
     assert not cells.loc["a", "valid"].any()
     for rules, evidence in cells.loc["a", ["invalid_rules", "invalid_evidence"]].to_numpy():
         assert list(rules) == ["drifted"]
-        assert list(evidence) == ["the drift checks of its allocation differed by 20%"]
+        assert list(evidence) == ["the drift checks of the allocation differ by 20%"]
 
 
-def test_cells_are_written_with_their_units_and_read_back_alike(study: Study) -> None:
+def test_cells_are_written_with_units_and_loaded_without_changes(study: Study) -> None:
     trials, folder = study
-    cells = gather(trials, folder)
+    cells = gather_trials(trials, folder)
     write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
-    assert read_cells(folder / "cells.parquet").equals(cells)
+    assert load_table(folder / "cells.parquet").equals(cells)
     schema = pq.read_schema(folder / "cells.parquet")
     assert schema.equals(parquet.arrow_schema(columns.CELLS), check_metadata=True)
 
 
-def test_what_is_unknown_is_null_and_large_integers_stay_exact(study: Study) -> None:
+def test_unknown_values_are_null_and_large_integers_are_exact(study: Study) -> None:
     trials, folder = study
     reason = "2 of 2 requests failed, most often: timeout: none"
-    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", verdict_detail=reason))
-    write_cells(gather(trials, folder), folder / "cells.parquet", folder / "cells.csv")
+    write_trial(folder, trials[1], make_record(trials[1], verdict="timeout", verdict_detail=reason))
+    write_cells(gather_trials(trials, folder), folder / "cells.parquet", folder / "cells.csv")
     rows = pq.read_table(folder / "cells.parquet").to_pylist()
     assert [row["seconds_per_100_tokens"] for row in rows] == [10.0, None, 10.0, 20.0]
     assert [row["verdict_detail"] for row in rows] == [None, reason, None, None]
@@ -162,73 +167,74 @@ def test_what_is_unknown_is_null_and_large_integers_stay_exact(study: Study) -> 
 def test_the_csv_has_the_same_numbers(study: Study) -> None:
     trials, folder = study
     reason = "1, 2"
-    write_trial(folder, trials[1], record_of(trials[1], verdict="timeout", verdict_detail=reason))
-    write_cells(gather(trials[:2], folder), folder / "cells.parquet", folder / "cells.csv")
+    write_trial(folder, trials[1], make_record(trials[1], verdict="timeout", verdict_detail=reason))
+    write_cells(gather_trials(trials[:2], folder), folder / "cells.parquet", folder / "cells.csv")
     with (folder / "cells.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         first, second = reader
     assert reader.fieldnames == [column.name for column in columns.CELLS]
-    # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, as Python writes these floats in full
-    for row, told in (
+    # tpot: (1 - 0.1) / 9 and (2 - 0.1) / 9, with all digits of these floats
+    for row, expected in (
         (first, {"verdict": "ok", "verdict_detail": "", "valid": "True", "tpot_s_mean": "0.1"}),
         (second, {"verdict": "timeout", "verdict_detail": "1, 2", "valid": ""}),
         (second, {"tpot_s_mean": "0.2111111111111111", "seconds_per_100_tokens": ""}),
         (first, {"concurrency": "1", "request_rate": "", "memory_peak_bytes": str(2**60 + 1)}),
     ):
-        assert row | told == row
+        assert row | expected == row
 
 
-def test_stale_cells_are_refused_and_what_has_changed_is_named(study: Study) -> None:
+def test_stale_records_are_refused_with_the_changed_key(study: Study) -> None:
     _, folder = study
-    changed = trials_of(prompts="identical")
+    changed = make_trials(prompts="identical")
     write_trial(folder, changed[2])
-    told = refusal(changed, folder)
-    assert f"{folder}: 3 of 4 trials" in told
+    message = gather_error(changed, folder)
+    assert f"{folder}: 3 of 4 trials" in message
     assert (
         f"  {changed[0].id}: measured with another specification: "
         'workload.prompts is "identical" and was "distinct"\n'
-    ) in told
-    assert changed[2].id + ":" not in told
+    ) in message
+    assert changed[2].id + ":" not in message
 
 
-def test_a_digest_that_alone_is_different_is_refused_as_well(study: Study) -> None:
+def test_a_record_with_only_another_digest_is_refused(study: Study) -> None:
     trials, folder = study
-    write_requests(folder, trials[0], record_of(trials[0], spec_digest="0" * 16))
-    assert f'digest is "{trials[0].digest}" and was "{"0" * 16}"' in refusal(trials, folder)
+    write_requests(folder, trials[0], make_record(trials[0], spec_digest="0" * 16))
+    assert f'digest is "{trials[0].digest}" and was "{"0" * 16}"' in gather_error(trials, folder)
 
 
-def test_records_of_another_format_are_refused(study: Study) -> None:
+def test_records_with_another_format_are_refused(study: Study) -> None:
     trials, folder = study
-    write_trial(folder, trials[0], record_of(trials[0], format=1))
-    assert "its record has the format 1, this version of servegrid reads 3" in refusal(*study)
+    write_trial(folder, trials[0], make_record(trials[0], format=1))
+    expected = "its record has the format 1, but this version of servegrid reads the format 3"
+    assert expected in gather_error(*study)
 
 
-def test_the_remedy_removes_what_is_stale_and_nothing_else(study: Study) -> None:
+def test_the_remedy_removes_only_stale_trials(study: Study) -> None:
     trials, folder = study
-    only_b = (trials_of(prompts="identical")[1], *trials[2:])
-    command = next(line for line in refusal(only_b, folder).split("\n") if "rm -r" in line)
+    only_b = (make_trials(prompts="identical")[1], *trials[2:])
+    command = next(line for line in gather_error(only_b, folder).split("\n") if "rm -r" in line)
     assert shlex.split(command) == ["rm", "-r", str(folder / trials[1].id)]
 
 
-def test_the_remedy_names_a_deployment_that_is_stale_as_a_whole_once(study: Study) -> None:
+def test_the_remedy_removes_the_folder_of_a_deployment_if_all_its_trials_are_stale(study: Study) -> None:
     trials, folder = study
-    stale_b = (*trials_of(prompts="identical")[:2], *trials[2:])
-    assert f"rm -r {folder / 'b'}\n" in refusal(stale_b, folder)
-    kept = trials_of(concurrency=3)[2]
+    stale_b = (*make_trials(prompts="identical")[:2], *trials[2:])
+    assert f"rm -r {folder / 'b'}\n" in gather_error(stale_b, folder)
+    kept = make_trials(concurrency=3)[2]
     write_trial(folder, kept)
-    assert f"rm -r {folder / trials[0].id} {folder / trials[1].id}\n" in refusal(stale_b, folder)
+    assert f"rm -r {folder / trials[0].id} {folder / trials[1].id}\n" in gather_error(stale_b, folder)
 
 
-def test_missing_cells_are_listed_up_to_ten_of_them(study: Study) -> None:
+def test_the_error_lists_up_to_ten_missing_trials(study: Study) -> None:
     _, folder = study
-    trials = trials_of(concurrency=10)
-    told = refusal(trials, folder)
-    assert f"{folder}: 16 of 20 trials cannot be gathered:" in told
-    assert told.count(": requests.parquet is missing") == 10
-    assert "  … and 6 more\n" in told
-    assert "rm -r" not in told
-    assert told.endswith(
-        "Run the same snakemake command again: it measures these anew and no other."
+    trials = make_trials(concurrency=10)
+    message = gather_error(trials, folder)
+    assert f"{folder}: 16 of 20 trials cannot be gathered:" in message
+    assert message.count(": requests.parquet is missing") == 10
+    assert "  … and 6 more\n" in message
+    assert "rm -r" not in message
+    assert message.endswith(
+        "Run the same snakemake command again. It measures only these trials."
     )
 
 
@@ -239,52 +245,52 @@ def damage_middle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["requests.parquet", "telemetry.parquet"])
-def test_a_damaged_file_is_named(study: Study, name: str) -> None:
+def test_the_error_names_a_damaged_file(study: Study, name: str) -> None:
     trials, folder = study
     damage_middle(folder / trials[1].id / name)
-    told = refusal(trials, folder)
-    assert f"{folder}: 1 of 4 trials" in told
-    assert f"  {trials[1].id}: {name} is damaged (" in told
+    message = gather_error(trials, folder)
+    assert f"{folder}: 1 of 4 trials" in message
+    assert f"  {trials[1].id}: {name} is damaged (" in message
 
 
-def test_a_file_without_a_record_is_damaged(study: Study) -> None:
+def test_a_file_without_a_record_counts_as_damaged(study: Study) -> None:
     trials, folder = study
     table = parquet.arrow_table(columns.REQUESTS, [])
     parquet.write_table(table, folder / trials[0].id / "requests.parquet")
-    assert f"{trials[0].id}: requests.parquet is damaged" in refusal(trials, folder)
+    assert f"{trials[0].id}: requests.parquet is damaged" in gather_error(trials, folder)
 
 
-def test_a_record_that_lacks_something_is_named(study: Study) -> None:
+def test_the_error_names_the_missing_key_of_a_record(study: Study) -> None:
     trials, folder = study
-    record = record_of(trials[0])
+    record = make_record(trials[0])
     del record["verdict"]
     write_trial(folder, trials[0], record)
-    assert f"{trials[0].id}: its record is not complete ('verdict')" in refusal(trials, folder)
+    assert f"{trials[0].id}: its record is not complete ('verdict')" in gather_error(trials, folder)
 
 
-def test_files_of_two_measurements_are_not_mixed(study: Study) -> None:
+def test_files_from_different_measurements_are_refused(study: Study) -> None:
     trials, folder = study
-    write_requests(folder, trials[0], record_of(trials[0], environment={"node": "other"}))
-    assert "telemetry.parquet is of another measurement" in refusal(trials, folder)
+    write_requests(folder, trials[0], make_record(trials[0], environment={"node": "other"}))
+    assert "telemetry.parquet and requests.parquet are from different" in gather_error(trials, folder)
 
 
-def test_what_belongs_to_no_trial_of_the_study_is_left_alone(study: Study) -> None:
+def test_folders_of_other_trials_are_ignored(study: Study) -> None:
     trials, folder = study
     shutil.copytree(folder / trials[0].id, folder / "old" / "cell" / "trial-1")
-    assert len(gather(trials, folder)) == 4
+    assert len(gather_trials(trials, folder)) == 4
 
 
-def test_a_record_survives_the_metadata_of_a_file(study: Study) -> None:
+def test_a_record_is_read_from_the_metadata_of_a_file(study: Study) -> None:
     trials, folder = study
     path = folder / trials[0].id / "requests.parquet"
-    assert parquet.read_record(path) == json.loads(json.dumps(record_of(trials[0])))
+    assert parquet.read_record(path) == json.loads(json.dumps(make_record(trials[0])))
 
 
-def test_a_flipped_byte_in_the_rows_is_noticed(study: tuple[tuple[Trial, ...], Path]) -> None:
+def test_a_changed_byte_in_the_rows_is_detected(study: tuple[tuple[Trial, ...], Path]) -> None:
     trials, folder = study
     path = folder / trials[0].id / "requests.parquet"
     chunk = pq.read_metadata(path).row_group(0).column(4)
     data = bytearray(path.read_bytes())
     data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 0x55
     path.write_bytes(data)
-    assert f"{trials[0].id}: requests.parquet is damaged" in refusal(trials, folder)
+    assert f"{trials[0].id}: requests.parquet is damaged" in gather_error(trials, folder)

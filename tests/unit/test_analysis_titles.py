@@ -1,15 +1,15 @@
-"""What deployments are called in titles and legends."""
+"""The names of deployments, protocols and workloads in titles and legends."""
 
 import pandas as pd
 import pytest
 
 from servegrid.analysis.titles import (
-    axis_title,
     deployment_titles,
     emulation_notes,
     hardware_title,
-    load_title,
+    intensity_title,
     with_intensity,
+    workload_title,
 )
 from servegrid.study.text import pluralize
 
@@ -33,11 +33,11 @@ ROW = {
         ("h100", 8, "8 × H100"),
     ],
 )
-def test_hardware(gpu: str, count: int, title: str) -> None:
+def test_hardware_titles(gpu: str, count: int, title: str) -> None:
     assert hardware_title(gpu, count) == title
 
 
-def test_titles_in_study_order() -> None:
+def test_titles_are_in_study_order() -> None:
     cells = pd.DataFrame([ROW, ROW | {"deployment": "a", "engine": "vllm"}, ROW])
     assert deployment_titles(cells) == {
         "d": "m · q4_1 · CPU · llama.cpp 0.9",
@@ -46,7 +46,7 @@ def test_titles_in_study_order() -> None:
     assert list(deployment_titles(cells)) == ["d", "a"]
 
 
-def test_titles_that_are_alike_are_told_apart_by_name() -> None:
+def test_equal_titles_are_distinguished_by_name() -> None:
     cells = pd.DataFrame([ROW, ROW | {"deployment": "long-context"}])
     assert list(deployment_titles(cells).values()) == [
         "m · q4_1 · CPU · llama.cpp 0.9 (d)",
@@ -54,7 +54,7 @@ def test_titles_that_are_alike_are_told_apart_by_name() -> None:
     ]
 
 
-def test_every_version_that_served_is_named_and_an_unknown_one_is_not() -> None:
+def test_titles_list_all_known_versions() -> None:
     versions = ["0.9", "0.10", None]
     cells = pd.DataFrame([ROW | {"engine_version": version} for version in versions])
     assert deployment_titles(cells) == {"d": "m · q4_1 · CPU · llama.cpp 0.10, 0.9"}
@@ -62,29 +62,29 @@ def test_every_version_that_served_is_named_and_an_unknown_one_is_not() -> None:
     assert deployment_titles(unknown) == {"d": "m · q4_1 · CPU · tgi"}
 
 
-def test_counts() -> None:
+def test_nouns_are_in_the_plural_except_for_one() -> None:
     assert (pluralize(1, "trial"), pluralize(3, "trial")) == ("1 trial", "3 trials")
-    assert load_title("closed_loop", 1) == "closed loop, 1 output token per request"
+    assert workload_title("closed_loop", 1) == "closed loop, 1 output token per request"
 
 
 EMULATED = {"engine": "emulated", "time_scale": 1.0}
 
 
-def test_emulated_numbers_are_called_so_and_measured_ones_are_not() -> None:
+def test_emulated_figures_have_a_note_and_measured_ones_do_not() -> None:
     measured, emulated = pd.DataFrame([ROW]), pd.DataFrame([ROW | EMULATED])
     assert emulation_notes(measured) == []
-    assert emulation_notes(emulated) == ["Emulated: no hardware was measured for it."]
+    assert emulation_notes(emulated) == ["Emulated: these figures do not come from hardware."]
     scaled = emulated.assign(time_scale=0.01)
-    told = ["Emulated at 0.01 × time: no hardware was measured for it."]
-    assert emulation_notes(scaled) == told
+    notes = ["Emulated at 0.01 × time: these figures do not come from hardware."]
+    assert emulation_notes(scaled) == notes
     both = pd.concat([measured, emulated])
-    assert emulation_notes(both) == ["Partly emulated: no hardware was measured for it."]
+    assert emulation_notes(both) == ["Partly emulated: these figures do not come from hardware."]
 
 
-def test_the_intensity_of_a_load_is_its_concurrency_or_its_rate() -> None:
+def test_the_intensity_is_the_concurrency_or_the_request_rate() -> None:
     workloads = pd.DataFrame(
         {"concurrency": [8, None], "request_rate": [None, 0.5]}, dtype="Float64"
     )
     assert with_intensity(workloads)["intensity"].tolist() == [8.0, 0.5]
-    assert axis_title("closed_loop") == "concurrent requests"
-    assert axis_title("poisson") == "requests per second"
+    assert intensity_title("closed_loop") == "concurrent requests"
+    assert intensity_title("poisson") == "requests per second"

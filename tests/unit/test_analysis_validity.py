@@ -1,4 +1,4 @@
-"""Each rule of the certificate broken by itself, and a cell in which nothing is broken."""
+"""Each rule of validity, broken separately, and cells that break none."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def evidence(
     reasons: list[int | None] | None = None,
     **record: Any,
 ) -> Evidence:
-    """Two requests of 100 ms to the first token, the second one as `row` says."""
+    """Two requests with a ttft of 100 ms. `row` changes the second one."""
     facts = {
         "spec": TRIAL.spec,
         "verdict": "ok",
@@ -91,7 +91,7 @@ def telemetry(samples: list[dict[str, Any]]) -> pa.Table:
 
 
 @pytest.mark.parametrize("make", [evidence, lambda: steady(), lambda: steady(waiting=(0, 0))])
-def test_a_cell_in_which_nothing_is_broken_is_valid(make: Callable[[], Evidence]) -> None:
+def test_a_cell_that_breaks_no_rule_is_valid(make: Callable[[], Evidence]) -> None:
     assert check_validity(make()) == Validity(True, [], [])
 
 
@@ -234,29 +234,29 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_is_broken_is_named(what: str) -> None:
+def test_the_broken_rule_is_named_with_evidence(what: str) -> None:
     make, reason = BROKEN[what]
     rule, _, detail = reason.partition(": ")
     assert check_validity(make()) == Validity(False, [rule], [detail])
 
 
-def test_every_rule_is_broken_above() -> None:
+def test_every_rule_has_a_case() -> None:
     assert {reason.partition(":")[0] for _, reason in BROKEN.values()} == set(RULES)
 
 
-def test_all_that_is_broken_is_named() -> None:
+def test_all_broken_rules_are_named() -> None:
     found = check_validity(evidence(client={"cpu_s_busiest": 1.0}, engine={"max_num_seqs": 1}))
     assert found.valid is False
     assert found.invalid_rules == ["server_queueing", "client_busy"]
 
 
-def test_what_is_just_within_its_limit_is_valid() -> None:
+def test_a_cell_at_the_limits_is_valid() -> None:
     late = {"sent_ns": 10 * MS, "first_token_ns": 110 * MS}
     within = replace(evidence(row=late, client={"cpu_s_busiest": 0.7}), drift=0.10)
     assert check_validity(within) == Validity(True, [], [])
 
 
-def test_a_long_first_token_allows_more_lag() -> None:
+def test_a_long_ttft_allows_more_lateness() -> None:
     late = {"sent_ns": 14 * MS, "first_token_ns": 1014 * MS}
     first = {"first_token_ns": 601 * MS}  # the median of 600 and 1000 ms: 5% are 40 ms
     both = evidence(row=late)
@@ -264,24 +264,24 @@ def test_a_long_first_token_allows_more_lag() -> None:
     assert check_validity(replace(both, requests=rows)) == Validity(True, [], [])
 
 
-def test_a_cache_that_the_study_asks_for_is_no_fault() -> None:
+def test_a_prefix_cache_that_the_study_enables_is_allowed() -> None:
     cached = evidence(engine={"prefix_caching": True}, after={"vllm:prefix_cache_hits_total": 9.0})
     assert check_validity(cached) == Validity(True, [], [])
 
 
-def test_what_a_template_adds_to_every_prompt_is_no_fault_and_may_be_kept() -> None:
+def test_a_template_may_add_tokens_to_every_prompt_and_they_may_be_cached() -> None:
     assert check_validity(as_text((37, 37), 30, cached=60.0)) == Validity(True, [], [])
 
 
-def test_without_a_real_engine_there_is_no_self_check() -> None:
+def test_a_cell_without_a_calibration_can_be_valid() -> None:
     assert check_validity(evidence(self_check=None)) == Validity(True, [], [])
 
 
-def test_a_server_without_counters_is_not_accused() -> None:
+def test_a_cell_of_a_server_without_counters_can_be_valid() -> None:
     assert check_validity(evidence(metrics_before=None, metrics_after=None)) == Validity(
         True, [], []
     )
 
 
-def test_a_cell_that_was_not_served_has_a_verdict_instead() -> None:
+def test_a_cell_that_was_not_served_has_no_validity() -> None:
     assert check_validity(evidence(verdict="timeout")) == Validity(None, None, None)

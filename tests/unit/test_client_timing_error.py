@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from servegrid.analysis.client_error import columns_of
+from servegrid.analysis.client_error import client_columns
 from servegrid.client.timing_error import TimingError, measure_timing_error
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
@@ -78,4 +78,4 @@ def test_no_complete_request_is_an_error() -> None:
 @pytest.mark.parametrize("check", [None, {"concurrency": 8, "error": "no connection"}])
 def test_without_a_calibration_the_columns_are_null(check: dict[str, Any] | None) -> None:
     record = {"self_check": check, "client": {"window_ns": [0, 1], "token_chunks": 1}}
-    assert set(columns_of(record).values()) == {None}
+    assert set(client_columns(record).values()) == {None}

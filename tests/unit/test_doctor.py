@@ -1,4 +1,4 @@
-"""`servegrid doctor`: its report, the profile and the study, and the command as a whole."""
+"""`servegrid doctor`: its report, the profile, the study, and the command itself."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import pytest
 
 from helpers.doctoring import GROUP, study
 from servegrid.cli.main import main
-from servegrid.doctor import site
-from servegrid.doctor.commands import ask
-from servegrid.doctor.demands import demand_of
-from servegrid.doctor.report import Status, exit_status, format_findings, summary
-from servegrid.doctor.site import Profile
+from servegrid.doctor.profile import Profile, check_profile, check_study, parse_minutes
+from servegrid.doctor.report import Status, exit_status, format_counts, format_findings
+from servegrid.doctor.resources import build_request
+from servegrid.doctor.shell import run_command
 from servegrid.errors import ConfigError
 
 
@@ -42,12 +41,12 @@ def test_findings_are_aligned_and_counted() -> None:
         "                remedy: do this\n"
         "  SKIP  b       no"
     )
-    assert summary(findings) == "1 ok, 1 warning, 0 failures"
+    assert format_counts(findings) == "1 ok, 1 warning, 0 failures"
     assert exit_status(findings) == 0
     assert exit_status([*findings, GROUP.fail("c", "bad", "mend it")]) == 1
 
 
-def test_lines_are_wrapped_to_a_terminal_and_never_inside_words() -> None:
+def test_lines_are_wrapped_between_words() -> None:
     path = "/a/very/long/path/that/must/stay/in/one/piece/to/be/copied"
     lines = format_findings(
         [GROUP.warn("x", "word " * 20, f"look at {path} at once")], 60
@@ -59,10 +58,10 @@ def test_lines_are_wrapped_to_a_terminal_and_never_inside_words() -> None:
 # Profile and study
 
 
-def test_a_profile_is_read_with_its_kinds(tmp_path: Path) -> None:
-    profile = Profile.read(profile_in(tmp_path))
+def test_a_profile_is_loaded_with_its_kinds(tmp_path: Path) -> None:
+    profile = Profile.load(profile_in(tmp_path))
     assert profile.cluster == "slurm"
-    assert [each.status for each in site.judge_profile(profile)] == [Status.OK, Status.OK]
+    assert [each.status for each in check_profile(profile)] == [Status.OK, Status.OK]
 
 
 @pytest.mark.parametrize(
@@ -78,15 +77,15 @@ def test_an_unreadable_profile_is_one_error_with_file_key_and_remedy(
     tmp_path: Path, options: str, kinds_text: str | None, named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        Profile.read(profile_in(tmp_path, options, kinds_text))
+        Profile.load(profile_in(tmp_path, options, kinds_text))
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--profile: .*config\.yaml cannot be read.*Correct"):
-        Profile.read(tmp_path)
+        Profile.load(tmp_path)
     (tmp_path / "config.yaml").write_text("submitit-kinds: no/where.yaml\n")
     with pytest.raises(ConfigError, match=r"config\.yaml: submitit-kinds: no/where\.yaml cannot"):
-        Profile.read(tmp_path)
+        Profile.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ("jobs: 3\n", None, Status.FAIL, "executor is not set"),
         ("executor: submitit\nsubmitit-cluster: sge\n", None, Status.FAIL, "`sge`"),
         ("executor: submitit\nsubmitit-cluster: slurm\n", None, Status.WARN, "no submitit-kinds"),
-        ("executor: submitit\n", "{}", Status.FAIL, "no kinds in it"),
+        ("executor: submitit\n", "{}", Status.FAIL, "contains no kind"),
         ("executor: submitit\n", "a: {slurm_partitoin: x}", Status.FAIL, "`slurm_partitoin`"),
         ("executor: submitit\n", "a: {nodes: '2'}", Status.FAIL, "a.nodes: '2' is not a number"),
         ("executor: submitit\n", "a: {slurm_qos: 7}", Status.FAIL, "a.slurm_qos: 7 is not text"),
@@ -105,11 +104,11 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         ("executor: submitit\n", "a: {gpus_of_node: 0}", Status.FAIL, "0 is less than 1"),
     ],
 )
-def test_a_profile_that_cannot_serve_is_judged(
+def test_a_wrong_profile_is_reported_with_a_remedy(
     tmp_path: Path, options: str, kinds_text: str | None, status: Status, words: str
 ) -> None:
-    profile = Profile.read(profile_in(tmp_path, options, kinds_text))
-    bad = [each for each in site.judge_profile(profile) if each.status is not Status.OK]
+    profile = Profile.load(profile_in(tmp_path, options, kinds_text))
+    bad = [each for each in check_profile(profile) if each.status is not Status.OK]
     assert [each.status for each in bad] == [status]
     assert words in bad[0].found
     assert bad[0].remedy
@@ -119,15 +118,26 @@ def test_without_the_plugin_the_keys_are_not_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "snakemake_executor_plugin_submitit.kinds", None)
-    profile = Profile.read(profile_in(tmp_path, kinds_text="a: {slurm_partitoin: x}"))
-    findings = [each for each in site.judge_profile(profile) if each.status is not Status.OK]
+    profile = Profile.load(profile_in(tmp_path, kinds_text="a: {slurm_partitoin: x}"))
+    findings = [each for each in check_profile(profile) if each.status is not Status.OK]
     assert [each.status for each in findings] == [Status.WARN]
     assert "not installed" in findings[0].found
 
 
-def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
-    profile = Profile.read(profile_in(tmp_path, kinds_text="a: {slurm_partitoin: x}"))
-    remedies = [each.remedy for each in site.judge_profile(profile)]
+def test_values_of_a_wrong_type_do_not_stop_the_other_checks(tmp_path: Path) -> None:
+    kinds = "v100: {gpus_of_node: two, nodes: [1], mem_gb: x, slurm_additional_parameters: y}"
+    profile = Profile.load(profile_in(tmp_path, kinds_text=kinds))
+    assert sum(each.status is Status.FAIL for each in check_profile(profile)) == 4
+    found = list(check_study(profile, study(4), Path("s.yaml")))
+    assert [each.status for each in found] == [Status.OK, Status.OK]
+    request = build_request(profile, "v100", study(4).deployments)
+    assert (request.memory_mb, request.max_nodes) == (0, 1)
+    assert "--nodes=[1]" in request.sbatch_options()
+
+
+def test_a_misspelt_key_is_corrected(tmp_path: Path) -> None:
+    profile = Profile.load(profile_in(tmp_path, kinds_text="a: {slurm_partitoin: x}"))
+    remedies = [each.remedy for each in check_profile(profile)]
     assert "Did you mean `slurm_partition`?" in remedies[-1]
 
 
@@ -135,8 +145,10 @@ def test_a_misspelt_key_is_answered_with_the_right_one(tmp_path: Path) -> None:
     ("written", "minutes"),
     [(720, 720), ("720", 720), ("12h", 720), ("1h30m", 90), ("2 days", 2880), ("soon", None)],
 )
-def test_runtimes_are_read_as_snakemake_reads_them(written: object, minutes: float | None) -> None:
-    assert site.minutes_of(written) == minutes
+def test_runtimes_are_parsed_as_snakemake_parses_them(
+    written: object, minutes: float | None
+) -> None:
+    assert parse_minutes(written) == minutes
 
 
 @pytest.mark.parametrize(
@@ -148,14 +160,14 @@ def test_runtimes_are_read_as_snakemake_reads_them(written: object, minutes: flo
         {"default-resources": {"runtime": 5}, "set-resources": {"measure": {"runtime": 60}}},
     ],
 )
-def test_the_runtime_is_found_in_each_place_of_a_profile(resources: dict[str, object]) -> None:
+def test_the_runtime_is_found_wherever_the_profile_sets_it(resources: dict[str, object]) -> None:
     profile = Profile(Path("config.yaml"), resources, None, {})
-    assert demand_of(profile, "v100", ()).minutes == 60
+    assert build_request(profile, "v100", ()).minutes == 60
 
 
 def test_a_kind_of_the_study_must_be_in_the_profile(tmp_path: Path) -> None:
-    profile = Profile.read(profile_in(tmp_path, kinds_text="a100: {slurm_partition: x}"))
-    bad = list(site.judge_study(profile, study(), Path("s.yaml")))[-1]
+    profile = Profile.load(profile_in(tmp_path, kinds_text="a100: {slurm_partition: x}"))
+    bad = list(check_study(profile, study(), Path("s.yaml")))[-1]
     assert (bad.status, bad.subject) == (Status.FAIL, "kind v100")
     assert "a100" in bad.remedy
 
@@ -168,30 +180,30 @@ def test_a_kind_of_the_study_must_be_in_the_profile(tmp_path: Path) -> None:
         (4, "emulated", Status.OK, "up to 2 nodes"),
     ],
 )
-def test_more_gpus_than_a_node_has_are_told(
+def test_more_gpus_than_a_node_has_are_reported(
     tmp_path: Path, gpu_count: int, engine: str, status: Status, words: str
 ) -> None:
-    profile = Profile.read(profile_in(tmp_path))
-    last = list(site.judge_study(profile, study(gpu_count, engine), Path("s.yaml")))[-1]
+    profile = Profile.load(profile_in(tmp_path))
+    last = list(check_study(profile, study(gpu_count, engine), Path("s.yaml")))[-1]
     assert last.status is status
     assert words in last.found
 
 
-# Programs, and the command as a whole
+# Programs, and the command itself
 
 
-def test_programs_have_a_time_limit_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    late = ask(["sleep", "5"], 0.1)
-    assert (late.good, late.complaint) == (False, "no answer within 0.1 s")
-    assert "cannot be run" in ask(["/no/such/program"]).complaint
+def test_a_program_that_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = run_command(["sleep", "5"], 0.1)
+    assert (late.ok, late.message) == (False, "no answer within 0.1 s")
+    assert "cannot be run" in run_command(["/no/such/program"]).message
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    seen = ask(["env"]).stdout.splitlines()
+    seen = run_command(["env"]).stdout.splitlines()
     assert "SLURM_CONF=/etc/slurm.conf" in seen
     assert not any(line.startswith("SLURM_JOB_ID") for line in seen)
 
 
-def test_a_slurm_profile_without_slurm(
+def test_a_slurm_profile_without_slurm_is_one_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = profile_in(tmp_path, kinds_text="cpu: {slurm_partition: x, timeout_min: 60}\n")
@@ -216,6 +228,8 @@ def test_an_unreadable_profile_ends_with_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--profile", str(tmp_path)]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(f"servegrid: --profile: {tmp_path / 'config.yaml'} cannot be read")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(
+        f"servegrid: --profile: {tmp_path / 'config.yaml'} cannot be read"
+    )

@@ -1,4 +1,4 @@
-"""`servegrid doctor`: kinds of nodes against what Slurm has, each judgement both ways."""
+"""`servegrid doctor`: kinds of nodes compared with Slurm; each check passes and fails."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 from submitit.slurm.slurm import _make_sbatch_string
 
-from helpers.doctoring import FACTS, V100, answers, demand, judged, study
+from helpers.doctoring import FACTS, V100, check, request, result, study
 from servegrid.doctor import kinds, slurm
-from servegrid.doctor.demands import Gpus, demand_of
+from servegrid.doctor.profile import Profile
 from servegrid.doctor.report import Status
-from servegrid.doctor.site import Profile
+from servegrid.doctor.resources import Gpus, build_request
 from snakemake_executor_plugin_submitit.submission import Parameters
 
 
-def test_a_kind_that_fits() -> None:
-    found = list(kinds.judge_kind(demand(gpus_per_node=2), FACTS, "kinds.yaml"))
+def test_a_kind_that_fits_has_only_ok_findings() -> None:
+    found = list(kinds.check_kind(request(gpus_per_node=2), FACTS, "kinds.yaml"))
     assert {each.status for each in found} == {Status.OK}
-    assert judged("nodes", gpus_per_node=2).found == "2 nodes (1 busy, 1 out)"
-    assert judged("partition", gpus_per_node=2).found == "up, time limit 72 h, 12 h asked for"
-    assert judged("CPUs").found == "32 to 64 CPUs, 371 GiB of memory; 16 CPUs asked for"
+    assert check("nodes", gpus_per_node=2).found == "2 nodes (1 busy, 1 out)"
+    assert check("partition", gpus_per_node=2).found == "up, time limit 72 h, 12 h requested"
+    assert check("CPUs").found == "32 to 64 CPUs, 371 GiB of memory per node; 16 CPUs requested"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_kind_that_fits() -> None:
         ("GPUs", {"gpus_per_node": 0}, Status.WARN, "slurm_gres: gpu:v100:2"),
         ("GPUs", {"slurm_gres": "gpu:v100:2"}, Status.OK, ""),
         ("GPUs", {"gpus_per_node": "v100:2"}, Status.OK, ""),
-        ("GPUs", {"slurm_gres": "gpu:V100:2"}, Status.FAIL, "upper and lower case"),
+        ("GPUs", {"slurm_gres": "gpu:V100:2"}, Status.FAIL, "case-sensitive"),
         ("GPUs", {"gpus_per_node": 4}, Status.FAIL, "gpu:v100:2"),
         ("GPUs", {"gpus_of_node": 4}, Status.WARN, "Correct gpus_of_node"),
         ("GPUs", {"slurm_constraint": "bora", "gpus_per_node": 2}, Status.FAIL, "gpus_per_node: 0"),
@@ -55,49 +55,51 @@ def test_a_kind_that_fits() -> None:
         ("QoS", {"slurm_qos": "huge"}, Status.FAIL, "slurm_qos"),
     ],
 )
-def test_kinds(subject: str, values: dict[str, Any], status: Status, words: str) -> None:
-    found = judged(subject, **values)
+def test_a_kind_is_compared_with_slurm(
+    subject: str, values: dict[str, Any], status: Status, words: str
+) -> None:
+    found = check(subject, **values)
     assert found.status is status
     assert words in found.remedy
 
 
-def test_a_runtime_must_be_asked_for() -> None:
-    found = judged("partition", timeout_min="soon")
+def test_a_runtime_must_be_requested() -> None:
+    found = check("partition", timeout_min="soon")
     assert found.status is Status.FAIL
     assert "runtime" in found.remedy
 
 
-def test_the_default_partition_is_taken_where_none_is_named() -> None:
-    assert judged("partition", slurm_partition="").subject == "partition routage"
+def test_without_a_partition_the_default_is_used() -> None:
+    assert check("partition", slurm_partition="").subject == "partition routage"
     facts = replace(FACTS, partitions={"old": FACTS.partitions["old"]})
-    assert judged("partition", facts, slurm_partition="").status is Status.FAIL
+    assert check("partition", facts, slurm_partition="").status is Status.FAIL
 
 
-def test_nodes_that_are_all_out_are_a_warning() -> None:
+def test_nodes_out_of_service_are_a_warning() -> None:
     facts = replace(FACTS, nodes=[replace(each, state="DOWN") for each in FACTS.nodes])
-    assert judged("nodes", facts).status is Status.WARN
-    assert kinds.all_out(demand(), facts)
-    assert not kinds.all_out(demand(), FACTS)
-    assert not kinds.all_out(demand(slurm_constraint="nowhere"), facts)
-    refused = answers(1, stderr="Requested node configuration is not available")
-    assert kinds.judge_test(demand(), refused, nodes_out=True).status is Status.SKIP
+    assert check("nodes", facts).status is Status.WARN
+    assert kinds.are_nodes_out(request(), facts)
+    assert not kinds.are_nodes_out(request(), FACTS)
+    assert not kinds.are_nodes_out(request(slurm_constraint="nowhere"), facts)
+    refused = result(1, stderr="Requested node configuration is not available")
+    assert kinds.check_test_submission(request(), refused, nodes_out=True).status is Status.SKIP
 
 
 def test_too_few_nodes_for_one_deployment_are_a_warning() -> None:
-    wide = replace(demand(), most_nodes=3)
-    found = {each.subject: each for each in kinds.judge_kind(wide, FACTS, "kinds.yaml")}
+    wide = replace(request(), max_nodes=3)
+    found = {each.subject: each for each in kinds.check_kind(wide, FACTS, "kinds.yaml")}
     assert found["nodes sirocco&v100"].status is Status.WARN
 
 
-def test_what_slurm_does_not_tell_is_skipped() -> None:
-    facts = slurm.Facts(silence={"nodes": "Access denied", "accounts": "off"})
-    found = list(kinds.judge_kind(demand(slurm_account="team"), facts, "kinds.yaml"))
+def test_what_slurm_does_not_report_is_skipped() -> None:
+    facts = slurm.SlurmFacts(errors={"nodes": "Access denied", "accounts": "off"})
+    found = list(kinds.check_kind(request(slurm_account="team"), facts, "kinds.yaml"))
     assert {each.status for each in found} == {Status.SKIP}
     assert "Access denied" in [each.found for each in found]
 
 
-def test_without_any_account_a_strict_slurm_takes_no_job() -> None:
-    assert judged("account", replace(FACTS, accounts={})).status is Status.FAIL
+def test_a_required_account_must_exist() -> None:
+    assert check("account", replace(FACTS, accounts={})).status is Status.FAIL
 
 
 @pytest.mark.parametrize(
@@ -112,12 +114,12 @@ def test_without_any_account_a_strict_slurm_takes_no_job() -> None:
     ],
 )
 @pytest.mark.parametrize("engine", ["vllm", "emulated"])
-def test_the_options_of_sbatch_are_those_that_submitit_writes(
+def test_the_options_of_sbatch_are_those_of_submitit(
     values: dict[str, Any], engine: str, tmp_path: Path
 ) -> None:
     kind = V100 | values
     profile = Profile(Path("p/config.yaml"), {}, None, {"v100": kind})
-    parameters = Parameters.of("slurm", {"gpus": 2}, kind).for_slurm()
+    parameters = Parameters.build("slurm", {"gpus": 2}, kind).for_slurm()
     script = _make_sbatch_string("true", tmp_path, **parameters)
     written = [
         word
@@ -125,22 +127,24 @@ def test_the_options_of_sbatch_are_those_that_submitit_writes(
         if line.startswith("#SBATCH ")
         for word in shlex.split(line.removeprefix("#SBATCH "))
     ]
-    of_every_job = ("--job-name=", "--output=", "--open-mode=", "--signal=", "--wckey=")
-    asked = demand_of(profile, "v100", study(2, engine).deployments).sbatch()
-    assert set(asked) == {line for line in written if not line.startswith(of_every_job)}
+    common = ("--job-name=", "--output=", "--open-mode=", "--signal=", "--wckey=")
+    options = build_request(profile, "v100", study(2, engine).deployments).sbatch_options()
+    assert set(options) == {line for line in written if not line.startswith(common)}
 
 
-def test_gpus_of_the_study_are_asked_for_where_the_kind_says_nothing() -> None:
+def test_the_study_s_gpus_are_requested_by_default() -> None:
     profile = Profile(Path("config.yaml"), {}, None, {"v100": {"gpus_of_node": 2}})
-    emulated = demand_of(profile, "v100", study(4, "emulated").deployments)
+    emulated = build_request(profile, "v100", study(4, "emulated").deployments)
     assert emulated.gpus == Gpus(None, 2)
-    assert emulated.sbatch() == ["--nodes=2", "--cpus-per-task=1", "--gpus-per-node=2"]
+    assert emulated.sbatch_options() == ["--nodes=2", "--cpus-per-task=1", "--gpus-per-node=2"]
 
 
-def test_slurms_own_words_are_told() -> None:
-    good = answers(stderr="sbatch: Job 7 to start at 2026-11-23T00:36:01 using 32 processors")
-    assert kinds.judge_test(demand(), good).found.startswith("would start at 2026")
-    bad = kinds.judge_test(demand(), answers(1, stderr="allocation failure: Invalid qos"))
+def test_slurm_s_own_message_is_shown() -> None:
+    good = result(stderr="sbatch: Job 7 to start at 2026-11-23T00:36:01 using 32 processors")
+    assert kinds.check_test_submission(request(), good).found.startswith("would start at 2026")
+    bad = kinds.check_test_submission(
+        request(), result(1, stderr="allocation failure: Invalid qos")
+    )
     assert bad.status is Status.FAIL
     assert "Invalid qos" in bad.found
     assert "sbatch --test-only --nodes=1" in bad.remedy

@@ -1,4 +1,4 @@
-"""`servegrid doctor`: files, environments and models, each judgement both ways."""
+"""`servegrid doctor`: files, environments and models; each check passes and fails."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from helpers.doctoring import GROUP, answers, study
-from servegrid.doctor import environments, files, studies
+from helpers.doctoring import GROUP, result, study
+from servegrid.doctor import environments, files, models
 from servegrid.doctor.report import Finding, Status
 from servegrid.errors import ModelError
 
 # Files
 
-MOUNTS = files.mounts_of(
+MOUNTS = files.parse_mounts(
     "/dev/sda / ext4 rw 0 0\n"
     "tmpfs /dev/shm tmpfs rw 0 0\n"
     "beegfs_nodev /beegfs beegfs rw 0 0\n"
@@ -31,20 +31,22 @@ MOUNTS = files.mounts_of(
         ("/beegfs/me/study", Status.OK, "beegfs on /beegfs"),
         ("/my home/study", Status.OK, "nfs4 on /my home"),
         ("/net/a", Status.OK, "nfs on /net"),
-        ("/dev/shm/a", Status.WARN, "in this machine's memory"),
-        ("/tmp/a", Status.WARN, "each node has for itself"),
-        ("/beegfs2/a", Status.WARN, "cannot tell"),
+        ("/dev/shm/a", Status.WARN, "in the memory of this machine"),
+        ("/tmp/a", Status.WARN, "every node has for itself"),
+        ("/beegfs2/a", Status.WARN, "may not see it"),
     ],
 )
-def test_file_systems(path: str, status: Status, words: str) -> None:
-    found = files.judge_sharing(GROUP, "file system", Path(path), MOUNTS, "the study")
+def test_shared_and_local_file_systems_are_told_apart(
+    path: str, status: Status, words: str
+) -> None:
+    found = files.check_shared(GROUP, "file system", Path(path), MOUNTS, "the study")
     assert found.status is status
     assert words in found.found
     assert bool(found.remedy) is (status is Status.WARN)
 
 
 def test_an_unknown_file_system_is_a_warning() -> None:
-    assert files.judge_sharing(GROUP, "x", Path("/a"), [], "it").status is Status.WARN
+    assert files.check_shared(GROUP, "x", Path("/a"), [], "it").status is Status.WARN
 
 
 @pytest.mark.parametrize(
@@ -52,40 +54,40 @@ def test_an_unknown_file_system_is_a_warning() -> None:
     [(0.9e9, Status.FAIL), (1e9, Status.WARN), (9.9e9, Status.WARN), (10e9, Status.OK)],
 )
 def test_free_space(free: float, status: Status) -> None:
-    assert files.judge_space(Path("/x"), free).status is status
+    assert files.check_space(Path("/x"), free).status is status
 
 
-def test_a_folder_is_tried_without_leaving_a_trace(tmp_path: Path) -> None:
-    found = list(files.examine_files(tmp_path, shared=False))
+def test_the_check_leaves_no_files(tmp_path: Path) -> None:
+    found = list(files.check_files(tmp_path, shared=False))
     assert [each.status for each in found[:3]] == [Status.OK, Status.OK, Status.SKIP]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_none_fails(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_fails(tmp_path: Path) -> None:
     (tmp_path / "results").touch()
-    found = {each.subject: each.status for each in files.examine_files(tmp_path, shared=True)}
+    found = {each.subject: each.status for each in files.check_files(tmp_path, shared=True)}
     assert found["results/"] is Status.FAIL
     assert found[".snakemake/"] is Status.OK
-    assert [each.status for each in files.examine_files(tmp_path / "no", True)] == [Status.FAIL]
+    assert [each.status for each in files.check_files(tmp_path / "no", True)] == [Status.FAIL]
 
 
 # Environments
 
 
-def judged_environment(told: str, engines: Sequence[str] = ("vllm",)) -> Finding:
-    environment = environments.environment_of(answers(stdout=f"a module's greeting\n{told}\n"))
+def check_one(output: str, engines: Sequence[str] = ("vllm",)) -> Finding:
+    environment = environments.parse_environment(result(stdout=f"a module's greeting\n{output}\n"))
     assert environment is not None
-    return environments.judge_environment("v100", ".venv-v100/bin/python", environment, engines)
+    return environments.check_environment("v100", ".venv-v100/bin/python", environment, engines)
 
 
-WHOLE = (
+COMPLETE = (
     '{"python": [3, 11, 2], "packages": {"servegrid": "0.1", "submitit": "1.5.4", '
     '"snakemake": "9.27", "vllm": "0.9"}}'
 )
 
 
-def test_a_whole_environment_tells_its_versions() -> None:
-    found = judged_environment(WHOLE)
+def test_a_complete_environment_is_reported_with_its_versions() -> None:
+    found = check_one(COMPLETE)
     assert found.status is Status.OK
     assert "Python 3.11.2" in found.found
     assert "vllm 0.9" in found.found
@@ -95,24 +97,24 @@ def test_a_whole_environment_tells_its_versions() -> None:
     ("old", "new", "words"),
     [('"0.9"', "null", "missing: vllm"), ("3, 11, 2", "3, 9, 1", "Python 3.9.1")],
 )
-def test_an_environment_with_less_fails(old: str, new: str, words: str) -> None:
-    found = judged_environment(WHOLE.replace(old, new))
+def test_an_incomplete_environment_fails(old: str, new: str, words: str) -> None:
+    found = check_one(COMPLETE.replace(old, new))
     assert found.status is Status.FAIL
     assert words in found.found
     assert "`make env-v100`" in found.remedy
 
 
-def test_an_engine_that_is_not_measured_need_not_be_there() -> None:
-    assert judged_environment(WHOLE.replace('"0.9"', "null"), ()).status is Status.OK
+def test_an_unused_engine_can_be_missing() -> None:
+    assert check_one(COMPLETE.replace('"0.9"', "null"), ()).status is Status.OK
 
 
-def test_interpreters_are_asked_themselves(tmp_path: Path) -> None:
+def test_interpreters_are_run(tmp_path: Path) -> None:
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho no such library >&2\nexit 127\n")
     broken.chmod(0o755)
     missing = tmp_path / ".venv-a100" / "bin" / "python"
     pythons = {"cpu": None, "b": str(broken), "a100": str(missing), "bare": "no-such-python"}
-    cpu, bad, none, bare = environments.examine_environments(pythons, {})
+    cpu, bad, none, bare = environments.check_environments(pythons, {})
     assert cpu.status is Status.OK
     assert sys.executable in cpu.found
     assert bad.status is Status.FAIL
@@ -127,13 +129,15 @@ def test_interpreters_are_asked_themselves(tmp_path: Path) -> None:
 
 def test_models_are_looked_up(tmp_path: Path) -> None:
     (deployment,) = study().deployments
-    (found,) = studies.judge_models(deployment, lambda *_: tmp_path, tmp_path, Path("s.yaml"))
+    (found,) = models.check_deployment_models(
+        deployment, lambda *_: tmp_path, tmp_path, Path("s.yaml")
+    )
     assert (found.status, found.found) == (Status.OK, f"checkpoint {tmp_path}")
 
     def refuse(name: str, _: Path) -> Path:
         raise ModelError(name)
 
-    (lost,) = studies.judge_models(deployment, refuse, tmp_path, Path("s.yaml"))
+    (lost,) = models.check_deployment_models(deployment, refuse, tmp_path, Path("s.yaml"))
     assert lost.status is Status.FAIL
     assert "`hf download org/m`" in lost.remedy
 
@@ -142,19 +146,19 @@ def test_models_are_looked_up(tmp_path: Path) -> None:
     ("name", "words"),
     [("demo:x", "`make model`"), ("./a/b", "Correct `checkpoint`"), ("/a/b", "Correct")],
 )
-def test_remedies_for_models(name: str, words: str) -> None:
-    assert words in studies.remedy(name, "checkpoint", Path("s.yaml"))
+def test_a_remedy_depends_on_the_kind_of_model_name(name: str, words: str) -> None:
+    assert words in models.model_remedy(name, "checkpoint", Path("s.yaml"))
 
 
 def test_emulated_deployments_need_no_model() -> None:
-    found = list(studies.examine_models(study(2, "emulated").deployments, Path("s.yaml"), []))
+    found = list(models.check_models(study(2, "emulated").deployments, Path("s.yaml"), []))
     assert [each.status for each in found] == [Status.OK]
 
 
-def test_settings_and_cache_of_models_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_and_cache_of_models_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", "/dev/shm/hf")
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    found = list(studies.examine_models(study().deployments, Path("s.yaml"), MOUNTS))
+    found = list(models.check_models(study().deployments, Path("s.yaml"), MOUNTS))
     assert "HF_HOME=/dev/shm/hf" in found[0].found
     assert (found[1].subject, found[1].status) == ("cache", Status.WARN)
     assert "/dev/shm/hf/hub" in found[1].found
@@ -168,5 +172,5 @@ def test_settings_and_cache_of_models_are_told(monkeypatch: pytest.MonkeyPatch) 
         ({"XDG_CACHE_HOME": "/c"}, "/c/huggingface/hub"),
     ],
 )
-def test_where_the_cache_lies(environ: dict[str, str], folder: str) -> None:
-    assert studies.hub_cache(environ) == Path(folder)
+def test_the_cache_is_found_from_the_environment(environ: dict[str, str], folder: str) -> None:
+    assert models.hub_cache(environ) == Path(folder)

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from servegrid.client.requests import redact_key
-from servegrid.doctor.demands import demand_of
-from servegrid.doctor.site import Profile, nodes_of
-from servegrid.doctor.studies import judge_models
+from servegrid.doctor.models import check_deployment_models
+from servegrid.doctor.profile import Profile, count_nodes
+from servegrid.doctor.resources import build_request
 from servegrid.engines.external import resolve_endpoint
 from servegrid.errors import ConfigError, EngineError
 from servegrid.run import service
@@ -74,12 +74,14 @@ def test_the_load_client_runs_on_a_node_without_gpus_with_the_main_python() -> N
 
 def test_the_doctor_checks_the_tokenizer_and_requests_no_gpu(tmp_path: Path) -> None:
     (deployment,) = study().deployments
-    found = list(judge_models(deployment, lambda name, _: Path(name), tmp_path, tmp_path))
+    found = list(
+        check_deployment_models(deployment, lambda name, _: Path(name), tmp_path, tmp_path)
+    )
     assert [each.found for each in found] == ["tokenizer models/mistral-7b"]
     kinds = {"cpu": {"gpus_of_node": 1}}
-    assert nodes_of(deployment, kinds["cpu"]) == 1
+    assert count_nodes(deployment, kinds["cpu"]) == 1
     profile = Profile(Path("p/config.yaml"), {}, None, kinds)
-    assert demand_of(profile, "cpu", [deployment]).wants_gpus is False
+    assert build_request(profile, "cpu", [deployment]).needs_gpus is False
 
 
 def test_the_specification_of_other_deployments_has_no_endpoint() -> None:

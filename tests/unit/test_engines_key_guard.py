@@ -1,4 +1,4 @@
-"""Only requests with the API key reach an engine, whatever their path; the health check is open."""
+"""Only requests with the API key reach an engine, on every path except the health check."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def ask(
      "/health/../v1/models", "/Health", "/health/", "/scale_elastic_ep", "/ping"],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_every_path_wants_the_key(path: str, method: str) -> None:
+def test_every_path_requires_the_key(path: str, method: str) -> None:
     for wrong in (
         [],
         [(b"authorization", b"Bearer another")],
@@ -55,7 +55,7 @@ def test_every_path_wants_the_key(path: str, method: str) -> None:
     assert ask(path, GOOD, method) == (True, [])
 
 
-def test_the_health_check_is_open_to_reading_alone() -> None:
+def test_the_health_check_needs_no_key_for_get_and_head() -> None:
     assert ask("/health", [], "GET") == (True, [])
     assert ask("/health", [], "HEAD") == (True, [])
     assert not ask("/health", [], "POST")[0]

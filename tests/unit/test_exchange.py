@@ -37,7 +37,7 @@ def import_results(folder: Path, *results: Any, status: int = 0) -> pd.DataFrame
     output = folder / "imported"
     command = ["import", *map(str, files), "--output-dir", str(output), "--gpu", "a100-40gb"]
     assert main([*command, "--gpu-count", "2", "--quantization", "awq"]) == status
-    return tables.read_cells(output / "tables/cells.parquet") if status == 0 else pd.DataFrame()
+    return tables.load_table(output / "tables/cells.parquet") if status == 0 else pd.DataFrame()
 
 
 def test_an_imported_vllm_bench_result_has_vllm_s_own_metrics(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_trial_is_exported_in_the_format_of_vllm_bench(results: Path) -> None:
 def test_an_exported_result_can_be_imported(results: Path) -> None:
     exported = export_results(results, "vllm-bench")["d.burst-c2-i31-o10.trial-1.json"]
     (row,) = import_results(results.parent, exported).to_dict("records")
-    cells = tables.read_cells(results / "tables/cells.parquet")
+    cells = tables.load_table(results / "tables/cells.parquet")
     (own,) = cells[(cells["concurrency"] == 2) & (cells["trial"] == 1)].to_dict("records")
     # The file does not say how many tokens a chunk had, so the inter-token latency is lost.
     for name in ("ttft_s_mean", "tpot_s_p50", "e2el_s_mean", "output_tokens_per_s"):

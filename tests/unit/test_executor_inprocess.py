@@ -1,4 +1,4 @@
-"""Scripts that run in their job's process end as they would in one of their own."""
+"""Scripts that run_script in their job's process end as they would in a new process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from snakemake_executor_plugin_submitit.inprocess import run
+from snakemake_executor_plugin_submitit.inprocess import run_script
 
 
 def script(folder: Path, text: str) -> str:
@@ -17,10 +17,10 @@ def script(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_script_is_main_and_its_output_is_seen(
+def test_a_script_runs_as_main_and_prints(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run(script(tmp_path, "if __name__ == '__main__':\n    print('done')\n"))
+    run_script(script(tmp_path, "if __name__ == '__main__':\n    print('done')\n"))
     assert capfd.readouterr().out == "done\n"
 
 
@@ -34,25 +34,23 @@ def test_a_script_is_main_and_its_output_is_seen(
         ("def f(:", 1, "SyntaxError"),
     ],
 )
-def test_a_script_that_fails_has_a_status_and_says_why(
+def test_a_failing_script_has_a_status_and_a_message(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, status: int, message: str
 ) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
-        run(script(tmp_path, text))
+        run_script(script(tmp_path, text))
     assert failed.value.returncode == status
     assert message in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["import sys; sys.exit()", "import sys; sys.exit(0)"])
-def test_a_script_may_end_itself_well(tmp_path: Path, text: str) -> None:
-    run(script(tmp_path, text))
+def test_a_script_can_exit_with_success(tmp_path: Path, text: str) -> None:
+    run_script(script(tmp_path, text))
 
 
-def test_streams_that_a_script_sends_elsewhere_come_back(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_redirected_streams_are_restored(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = f"import os\nos.dup2(os.open({str(tmp_path / 'log')!r}, os.O_WRONLY | os.O_CREAT), 1)\n"
-    run(script(tmp_path, text + "os.write(1, b'elsewhere')\n"))
+    run_script(script(tmp_path, text + "os.write(1, b'elsewhere')\n"))
     os.write(1, b"here again\n")
     assert capfd.readouterr().out == "here again\n"
     assert (tmp_path / "log").read_text() == "elsewhere"

@@ -1,4 +1,4 @@
-"""Whether a job still exists, as squeue and /proc tell it."""
+"""Whether a job still exists according to squeue and /proc."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from snakemake_executor_plugin_submitit.liveness import (
     LocalLiveness,
     SlurmLiveness,
     Submission,
+    is_running,
     parse_squeue,
-    runs,
     start_ticks,
 )
 
@@ -32,7 +32,7 @@ def submission(job_id: str, job_name: str = "alpha-1f", ticks: int | None = None
     return Submission("alpha", cluster, "here", job_id, job_name, 0.0, "log", ticks)
 
 
-def test_lines_of_squeue() -> None:
+def test_squeue_s_lines_are_parsed() -> None:
     assert parse_squeue(SQUEUE) == {
         ("101", "alpha-1f"): ("RUNNING", "None"),
         ("102", "beta-2e"): ("CANCELLED", "None"),
@@ -43,7 +43,7 @@ def test_lines_of_squeue() -> None:
 
 
 class Cluster:
-    """A clock and a squeue that says what it is asked to."""
+    """A clock, and a squeue with a given answer."""
 
     def __init__(self, answer: str | None) -> None:
         self.answer, self.now, self.asked = answer, 0.0, 0
@@ -55,10 +55,10 @@ class Cluster:
 
     def end(self, after: float = 0.0, job: str = "101") -> str | None:
         self.now += after
-        return self.liveness.end_of(submission(job))
+        return self.liveness.end_state(submission(job))
 
 
-def test_all_jobs_share_one_call_in_a_period() -> None:
+def test_one_squeue_call_per_period_serves_all_jobs() -> None:
     cluster = Cluster("101|RUNNING|None|alpha-1f\n102|PENDING|None|alpha-1f\n")
     assert [cluster.end(), cluster.end(job="102"), cluster.end(29)] == [None, None, None]
     assert cluster.asked == 1
@@ -67,7 +67,7 @@ def test_all_jobs_share_one_call_in_a_period() -> None:
 
 
 @pytest.mark.parametrize("state", ["FAILED", "NODE_FAIL", "PREEMPTED", "TIMEOUT"])
-def test_an_end_is_believed_when_it_is_said_twice(state: str) -> None:
+def test_an_end_must_be_reported_twice(state: str) -> None:
     cluster = Cluster(f"101|{state}|None|alpha-1f\n")
     assert cluster.end() is None
     assert cluster.end(7) is None
@@ -79,36 +79,36 @@ def test_a_requeued_job_is_alive() -> None:
     assert cluster.end() is None
     cluster.answer = "101|PENDING|None|alpha-1f\n"
     assert cluster.end(8) is None
-    # The earlier suspicion is forgotten: a new one has to be confirmed as well.
+    # The first report no longer counts: a new one must be confirmed, too.
     cluster.answer = "101|FAILED|None|alpha-1f\n"
     assert cluster.end(30) is None
     assert cluster.end(8) == "FAILED"
 
 
 @pytest.mark.parametrize("reason", ["launch failed requeued held", "JobHoldMaxRequeue"])
-def test_a_job_that_slurm_holds_after_a_failed_launch_has_ended(reason: str) -> None:
+def test_a_job_held_by_slurm_after_a_failed_launch_has_ended(reason: str) -> None:
     cluster = Cluster(f"101|PENDING|{reason}|alpha-1f\n")
     assert cluster.end() is None
     assert cluster.end(8) == HELD
 
 
-def test_a_job_that_somebody_holds_is_waited_for() -> None:
+def test_a_job_held_by_its_user_is_alive() -> None:
     cluster = Cluster("101|PENDING|JobHeldUser|alpha-1f\n")
     assert [cluster.end(), cluster.end(30), cluster.end(30)] == [None] * 3
 
 
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETED"])
-def test_a_certain_end_is_believed_at_once(state: str) -> None:
+def test_a_definite_end_needs_no_confirmation(state: str) -> None:
     assert Cluster(f"101|{state}|None|alpha-1f\n").end() == state
 
 
-def test_a_job_with_a_reused_number_is_another_one() -> None:
+def test_a_reused_job_id_with_another_name_is_another_job() -> None:
     cluster = Cluster("101|RUNNING|None|alpha-99\n")
     assert cluster.end() is None
     assert cluster.end(8) == GONE
 
 
-def test_a_silent_squeue_ends_nothing() -> None:
+def test_without_an_answer_of_squeue_no_job_ends() -> None:
     cluster = Cluster(None)
     assert [cluster.end(100) for _ in range(5)] == [None] * 5
     cluster.answer = ""
@@ -119,20 +119,20 @@ def test_a_silent_squeue_ends_nothing() -> None:
     assert cluster.end(30) == GONE
 
 
-def test_a_process_is_known_by_its_number_and_its_beginning() -> None:
+def test_a_process_is_identified_by_its_id_and_start_time() -> None:
     process = subprocess.Popen(["sleep", "60"])
     try:
-        begun = start_ticks(process.pid)
-        assert begun is not None
-        assert runs(process.pid, begun)
-        assert not runs(process.pid, begun - 1)
-        job = submission(str(process.pid), ticks=begun)
-        assert LocalLiveness().end_of(job) is None
+        ticks = start_ticks(process.pid)
+        assert ticks is not None
+        assert is_running(process.pid, ticks)
+        assert not is_running(process.pid, ticks - 1)
+        job = submission(str(process.pid), ticks=ticks)
+        assert LocalLiveness().end_state(job) is None
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        # It has ended, though its parent has not asked for its status yet.
+        # It is a zombie.
         assert start_ticks(process.pid) is None
-        assert LocalLiveness().end_of(job) == GONE
+        assert LocalLiveness().end_state(job) == GONE
     finally:
         process.kill()
         process.wait()
@@ -141,7 +141,7 @@ def test_a_process_is_known_by_its_number_and_its_beginning() -> None:
 
 def test_state_and_reason_are_described() -> None:
     cluster = Cluster("101|PENDING|Resources|alpha-1f\n102|RUNNING|None|alpha-1f\n")
-    assert cluster.liveness.describe(submission("101")) == ""  # nobody has asked yet
+    assert cluster.liveness.describe(submission("101")) == ""  # squeue was not asked yet
     cluster.end()
     assert cluster.liveness.describe(submission("101")) == "pending (Resources)"
     assert cluster.liveness.describe(submission("102")) == "running"

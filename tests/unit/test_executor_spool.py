@@ -1,4 +1,4 @@
-"""The folder between the main process and an allocation."""
+"""The folder through which the main process and an allocation communicate."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from snakemake_executor_plugin_submitit.spool import (
-    BEGAN,
-    DONE,
     ENDED,
+    JOB_FINISHED,
+    JOB_STARTED,
     STOPPED,
     Spool,
     Task,
-    key_of,
+    ticket_key,
 )
 
 
@@ -31,7 +31,7 @@ def other_side(spool: Spool) -> Spool:
     return Spool(spool.root)
 
 
-def test_tasks_come_out_as_they_went_in(spool: Spool) -> None:
+def test_tasks_keep_their_order_and_content(spool: Spool) -> None:
     tickets = [spool.put(task(key)) for key in ("b", "a", "c")]
     assert tickets == sorted(tickets)
     there = other_side(spool)
@@ -39,91 +39,91 @@ def test_tasks_come_out_as_they_went_in(spool: Spool) -> None:
     assert taken == [*zip(tickets, [task("b"), task("a"), task("c")], strict=True), None]
 
 
-def test_what_is_put_later_is_seen(spool: Spool) -> None:
+def test_a_task_that_is_queued_later_is_found(spool: Spool) -> None:
     there = other_side(spool)
-    assert not there.waiting()
+    assert not there.has_tasks()
     ticket = spool.put(task("a"))
-    assert there.waiting()
+    assert there.has_tasks()
     assert there.take() == (ticket, task("a"))
 
 
-def test_what_is_taken_back_is_not_done_and_what_is_claimed_is_not_taken_back(
+def test_only_unclaimed_tasks_can_be_taken_back(
     spool: Spool,
 ) -> None:
     tickets = {key: spool.put(task(key)) for key in "abc"}
     there = other_side(spool)
     assert there.take() == (tickets["a"], task("a"))
     spool.clear()
-    assert spool.under_way() == {"a": tickets["a"]}
+    assert spool.running() == {"a": tickets["a"]}
     assert there.take() is None
     there.finish(tickets["a"], 0)
-    assert spool.under_way() == {}
+    assert spool.running() == {}
 
 
-def test_a_lower_turn_goes_first_and_equal_ones_as_they_came(spool: Spool) -> None:
+def test_a_lower_order_goes_first_and_equal_ones_keep_their_sequence(spool: Spool) -> None:
     for key, order in (("late", 11), ("a", 2), ("b", 2)):
         spool.put(replace(task(key), order=order))
     there = Spool(spool.root)
     taken = [there.take() for _ in range(3)]
     assert [each[1].key for each in taken if each] == ["a", "b", "late"]
-    assert [key_of(each[0]) for each in taken if each] == ["a", "b", "late"]
+    assert [ticket_key(each[0]) for each in taken if each] == ["a", "b", "late"]
 
 
-def test_the_same_task_gets_a_new_ticket_each_time(spool: Spool) -> None:
+def test_a_task_gets_a_new_ticket_each_time(spool: Spool) -> None:
     assert spool.put(task("a")) != spool.put(task("a"))
 
 
-def test_a_spool_is_never_used_twice(spool: Spool) -> None:
+def test_a_spool_is_not_created_twice(spool: Spool) -> None:
     with pytest.raises(FileExistsError):
         Spool.create(spool.root)
 
 
-def test_closing_is_seen_by_the_other_side(spool: Spool) -> None:
+def test_the_other_side_sees_that_the_spool_is_closed(spool: Spool) -> None:
     there = other_side(spool)
     assert not there.closed
     spool.close()
     assert there.closed
 
 
-def test_the_journal_is_read_once_and_without_half_lines(spool: Spool) -> None:
+def test_each_complete_line_of_the_journal_is_read_once(spool: Spool) -> None:
     reader, there = spool.journal(), other_side(spool)
-    assert reader.new() == []
-    there.record(BEGAN, ticket="1-a")
+    assert reader.read_new() == []
+    there.record(JOB_STARTED, ticket="1-a")
     with (spool.root / "journal.jsonl").open("a") as file:
-        file.write('{"event": "done", "ticket": "1-a", ')
+        file.write('{"event": "job_finished", "ticket": "1-a", ')
         file.flush()
-        assert [event.kind for event in reader.new()] == [BEGAN]
+        assert [event.kind for event in reader.read_new()] == [JOB_STARTED]
         file.write('"status": 3}\n')
-    (event,) = reader.new()
-    assert (event.kind, event.data) == (DONE, {"ticket": "1-a", "status": 3})
-    assert reader.new() == []
-    assert [event.kind for event in spool.journal().new()] == [BEGAN, DONE]
+    (event,) = reader.read_new()
+    assert (event.kind, event.data) == (JOB_FINISHED, {"ticket": "1-a", "status": 3})
+    assert reader.read_new() == []
+    assert [event.kind for event in spool.journal().read_new()] == [JOB_STARTED, JOB_FINISHED]
 
 
-def test_an_allocation_that_is_started_again_goes_on(spool: Spool) -> None:
-    done, lost, queued = (spool.put(task(key)) for key in ("done", "lost", "server_queueing"))
+def test_a_restarted_allocation_continues(spool: Spool) -> None:
+    done, lost, queued = (spool.put(task(key)) for key in ("done", "lost", "queued"))
     there = other_side(spool)
     there.take()
     # Killed between the journal and the removal of the claim, then in the middle of a line.
-    there.record(DONE, ticket=done, status=0)
+    there.record(JOB_FINISHED, ticket=done, status=0)
     there.take()
     there.record(STOPPED, reason="SIGTERM")
     with (spool.root / "journal.jsonl").open("a") as file:
-        file.write('{"event": "do')
+        file.write('{"event": "job_fi')
     again = other_side(spool)
     assert again.restore()
     assert [again.take(), again.take(), again.take()] == [
         (lost, task("lost")),
-        (queued, task("server_queueing")),
+        (queued, task("queued")),
         None,
     ]
     again.finish(lost, 0)
-    kinds = [(event.kind, event.data.get("ticket")) for event in spool.journal().new()]
-    assert kinds == [(DONE, done), (STOPPED, None), (DONE, lost)]
+    kinds = [(event.kind, event.data.get("ticket")) for event in spool.journal().read_new()]
+    assert kinds == [(JOB_FINISHED, done), (STOPPED, None), (JOB_FINISHED, lost)]
 
 
-def test_an_allocation_that_has_ended_does_not_go_on(spool: Spool) -> None:
+def test_an_ended_allocation_does_not_continue(spool: Spool) -> None:
     there = other_side(spool)
     assert there.restore()
-    there.record(ENDED, reason="walltime", detail="")
+    there.record(ENDED, reason="time_limit", detail="")
     assert not other_side(spool).restore()

@@ -1,4 +1,4 @@
-"""What is asked of the cluster, down to the text that sbatch gets."""
+"""The parameters of a submission, down to the text of the batch script."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from snakemake_executor_plugin_submitit.manager import slug
 from snakemake_executor_plugin_submitit.submission import (
     Parameters,
     cancel,
-    checked_name,
+    check_function_name,
     choose_cluster,
-    loaded,
-    python_of,
-    read_kinds,
+    import_function,
+    load_kinds,
+    resolve_python,
     submit,
 )
 
 
-def of(resources: dict[str, Any], kind: dict[str, Any] | None = None) -> Parameters:
-    return Parameters.of("slurm", {"runtime": 90, "_cores": 1, **resources}, kind or {})
+def build(resources: dict[str, Any], kind: dict[str, Any] | None = None) -> Parameters:
+    return Parameters.build("slurm", {"runtime": 90, "_cores": 1, **resources}, kind or {})
 
 
 def test_resources_become_parameters() -> None:
@@ -42,7 +42,7 @@ def test_resources_become_parameters() -> None:
         "slurm_constraint": "sirocco&a100",
         "slurm_qos": "long",
     }
-    assert of(resources).for_slurm() == {
+    assert build(resources).for_slurm() == {
         "time": 90,
         "signal_delay_s": 60,
         "nodes": 1,
@@ -58,7 +58,7 @@ def test_resources_become_parameters() -> None:
     }
 
 
-def test_a_kind_of_node_wins_over_resources() -> None:
+def test_a_kind_s_values_win_over_resources() -> None:
     kind = {
         "timeout_min": 30,
         "slurm_mem": 0,
@@ -66,37 +66,37 @@ def test_a_kind_of_node_wins_over_resources() -> None:
         "slurm_exclusive": True,
         "cpus_per_task": 32,
     }
-    asked = of({"mem_mb": 1000, "gpus": 1}, kind).for_slurm()
-    assert (asked["time"], asked["mem"], asked["cpus_per_task"]) == (30, 0, 32)
-    assert asked["gres"] == "gpu:a100:2"
-    assert asked["exclusive"] is True
-    assert "gpus_per_node" not in asked
+    values = build({"mem_mb": 1000, "gpus": 1}, kind).for_slurm()
+    assert (values["time"], values["mem"], values["cpus_per_task"]) == (30, 0, 32)
+    assert values["gres"] == "gpu:a100:2"
+    assert values["exclusive"] is True
+    assert "gpus_per_node" not in values
 
 
-def test_no_gpu_is_not_a_request_for_none() -> None:
-    assert "gpus_per_node" not in of({"gpus": 0}).for_slurm()
+def test_zero_gpus_request_nothing() -> None:
+    assert "gpus_per_node" not in build({"gpus": 0}).for_slurm()
 
 
-def test_gpus_are_those_of_all_nodes() -> None:
-    asked = of({"nodes": 2, "gpus": 4}).for_slurm()
-    assert (asked["nodes"], asked["gpus_per_node"]) == (2, 2)
+def test_gpus_are_divided_among_the_nodes() -> None:
+    values = build({"nodes": 2, "gpus": 4}).for_slurm()
+    assert (values["nodes"], values["gpus_per_node"]) == (2, 2)
 
 
 @pytest.mark.parametrize(("gpus", "nodes", "each"), [(1, 1, 1), (2, 1, 2), (4, 2, 2), (3, 2, 2)])
-def test_more_gpus_than_a_node_has_take_several_nodes(gpus: int, nodes: int, each: int) -> None:
-    asked = of({"gpus": gpus}, {"gpus_of_node": 2}).for_slurm()
-    assert (asked["nodes"], asked["gpus_per_node"]) == (nodes, each)
+def test_more_gpus_than_a_node_has_need_several_nodes(gpus: int, nodes: int, each: int) -> None:
+    values = build({"gpus": gpus}, {"gpus_of_node": 2}).for_slurm()
+    assert (values["nodes"], values["gpus_per_node"]) == (nodes, each)
 
 
-def test_whole_nodes_bring_their_gpus_along() -> None:
-    asked = of({"gpus": 4}, {"gpus_of_node": 2, "gpus_per_node": 0}).for_slurm()
-    assert asked["nodes"] == 2
-    assert "gpus_per_node" not in asked
+def test_nodes_can_be_requested_without_naming_gpus() -> None:
+    values = build({"gpus": 4}, {"gpus_of_node": 2, "gpus_per_node": 0}).for_slurm()
+    assert values["nodes"] == 2
+    assert "gpus_per_node" not in values
 
 
-def test_a_kind_s_python_is_a_path_from_where_snakemake_was_started(tmp_path: Path) -> None:
+def test_a_kind_s_python_is_relative_to_the_launch_folder(tmp_path: Path) -> None:
     def python(kind: dict[str, Any], **resources: Any) -> dict[str, str]:
-        return python_of(kind, resources, tmp_path, "kinds.yaml: v100")
+        return resolve_python(kind, resources, tmp_path, "kinds.yaml: v100")
 
     (tmp_path / "python").touch()
     assert python({"python": "./python"}) == {"python": str(tmp_path / "python")}
@@ -107,46 +107,48 @@ def test_a_kind_s_python_is_a_path_from_where_snakemake_was_started(tmp_path: Pa
     assert python({"python": "gone/python"}, environment="main") == {}
 
 
-def test_a_kind_s_arguments_of_srun_come_last() -> None:
-    asked = of({}, {"srun_args": ["--mpi=none"]}).for_slurm()
-    assert asked["srun_args"] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--mpi=none"]
+def test_a_kind_s_srun_arguments_come_last() -> None:
+    values = build({}, {"srun_args": ["--mpi=none"]}).for_slurm()
+    assert values["srun_args"] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=1", "--mpi=none"]
 
 
 @pytest.mark.parametrize(("minutes", "seconds"), [(1, 15), (2, 30), (4, 60), (720, 60)])
-def test_the_warning_comes_before_the_last_quarter_or_minute(minutes: int, seconds: int) -> None:
-    assert of({"runtime": minutes}).warned_s == seconds
+def test_the_warning_comes_a_minute_or_a_quarter_before_the_limit(
+    minutes: int, seconds: int
+) -> None:
+    assert build({"runtime": minutes}).signal_delay_s == seconds
 
 
 def test_memory_in_gigabytes_is_not_rounded() -> None:
-    assert of({}, {"mem_gb": 1.5}).for_slurm()["mem"] == "1536M"
+    assert build({}, {"mem_gb": 1.5}).for_slurm()["mem"] == "1536M"
 
 
-def test_slurm_needs_a_time_limit_and_this_machine_does_not() -> None:
+def test_only_slurm_needs_a_time_limit() -> None:
     with pytest.raises(WorkflowError, match="needs a time limit"):
-        Parameters.of("slurm", {}, {})
-    assert Parameters.of("local", {}, {}).limit_s == 7 * 24 * 3600
+        Parameters.build("slurm", {}, {})
+    assert Parameters.build("local", {}, {}).time_limit_s == 7 * 24 * 3600
 
 
-def test_this_machine_counts_gpus_of_any_type() -> None:
+def test_a_local_allocation_ignores_the_gpu_type() -> None:
     kind = {"gpus_per_node": "a100:2"}
-    assert Parameters.of("local", {}, kind).for_local()["gpus_per_node"] == 2
+    assert Parameters.build("local", {}, kind).for_local()["gpus_per_node"] == 2
 
 
-def test_every_slurm_key_of_a_kind_is_one_of_submitit() -> None:
+def test_submitit_knows_every_slurm_key_of_a_kind() -> None:
     known = set(inspect.signature(_make_sbatch_string).parameters)
     assert {key.removeprefix("slurm_") for key in KIND_KEYS if key.startswith("slurm_")} <= known
 
 
-def test_a_kinds_file(tmp_path: Path) -> None:
+def test_a_kinds_file_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "kinds.yaml"
     path.write_text('a100: {slurm_constraint: "sirocco&a100", setup: [module load cuda]}\n')
-    assert read_kinds(path) == {
+    assert load_kinds(path) == {
         "a100": {"slurm_constraint": "sirocco&a100", "setup": ["module load cuda"]}
     }
 
 
 WRONG_KINDS = {
-    "a100: {slurm_partitoin: x}": r"a100.slurm_partitoin: unknown.*Did you mean `slurm_partition`",
+    "a100: {slurm_partitoin: x}": r"a100.slurm_partitoin: unknown key.*mean `slurm_partition`",
     "a100: {gpus_of_node: 0}": r"a100\.gpus_of_node: 0 is less than 1",
     "a100: {nodes: two}": r"a100\.nodes: 'two' is not a number",
     "a100: {setup: module load}": r"a100\.setup: 'module load' is not a list",
@@ -157,15 +159,15 @@ WRONG_KINDS = {
 
 
 @pytest.mark.parametrize("text", WRONG_KINDS)
-def test_a_wrong_kinds_file_is_refused_by_place(tmp_path: Path, text: str) -> None:
+def test_a_wrong_kinds_file_is_refused_with_the_location(tmp_path: Path, text: str) -> None:
     path = tmp_path / "kinds.yaml"
     path.write_text(text)
     with pytest.raises(WorkflowError, match=WRONG_KINDS[text]) as refused:
-        read_kinds(path)
+        load_kinds(path)
     assert str(path) in str(refused.value)
 
 
-def test_names_fit_for_files_stay_and_others_stay_different() -> None:
+def test_a_slug_is_a_safe_and_unique_file_name() -> None:
     assert slug("smollm2_bf16_1xcpu_vllm.3f2a9c1d") == "smollm2_bf16_1xcpu_vllm.3f2a9c1d"
     odd = [slug(name) for name in ("a/b", "a b", "../a", ".", "x" * 300, "x" * 301)]
     assert len(set(odd)) == len(odd)
@@ -173,23 +175,23 @@ def test_names_fit_for_files_stay_and_others_stay_different() -> None:
 
 
 @pytest.mark.parametrize("service", ["module", "module:", ":function", "a b:c", "m:f()"])
-def test_a_service_is_module_and_function(service: str) -> None:
+def test_a_service_has_the_form_module_function(service: str) -> None:
     with pytest.raises(WorkflowError, match="module:function"):
-        checked_name(service, "submitit-service")
-    assert checked_name("a_package.of.mine:serve", "x") == "a_package.of.mine:serve"
+        check_function_name(service, "submitit-service")
+    assert check_function_name("a_package.of.mine:serve", "x") == "a_package.of.mine:serve"
 
 
-def test_a_check_must_exist() -> None:
-    assert loaded("os.path:join", "submitit-check") is os.path.join
-    assert loaded(None, "submitit-check") is None
+def test_a_check_must_be_importable() -> None:
+    assert import_function("os.path:join", "submitit-check") is os.path.join
+    assert import_function(None, "submitit-check") is None
     for name in ("os.path:joint", "no_such_module:f"):
         with pytest.raises(WorkflowError, match=f"submitit-check: `{name}` cannot be imported"):
-            loaded(name, "submitit-check")
+            import_function(name, "submitit-check")
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Programs of Slurm that note their arguments, their environment and the file they get."""
+    """Fake Slurm programs that record their arguments, environment and input file."""
     programs = tmp_path / "bin"
     programs.mkdir()
     answers = {"sbatch": "Submitted batch job 4711", "scancel": "", "squeue": "", "srun": ""}
@@ -204,9 +206,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return programs
 
 
-def test_slurm_is_chosen_where_it_is_installed(
-    slurm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slurm_is_chosen_if_it_is_installed(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(slurm))
     assert choose_cluster(None) == "slurm"
     assert choose_cluster("local") == "local"
@@ -244,10 +244,8 @@ PYTHON -u -m submitit.core._submit FOLDER
 """
 
 
-def test_the_text_that_sbatch_gets(
-    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "1")  # as on a node of another job
+def test_the_batch_script(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")  # as inside another job
     monkeypatch.setenv("SBATCH_PARTITION", "unwanted")
     kind = {
         "slurm_partition": "routage",
@@ -259,7 +257,7 @@ def test_the_text_that_sbatch_gets(
     }
     folder = tmp_path / "submitit"
     submission, _ = submit(
-        "tiny", "slurm", "tiny-5e1f0c2a", folder, of({"cpus_per_task": 8}, kind), print
+        "tiny", "slurm", "tiny-5e1f0c2a", folder, build({"cpus_per_task": 8}, kind), print
     )
     text = (slurm / "sbatch.file").read_text()
     assert text == GOLDEN.replace("FOLDER", str(folder)).replace("PYTHON", sys.executable)
@@ -273,13 +271,13 @@ def test_the_text_that_sbatch_gets(
     assert (slurm / "scancel.args").read_text() == "--name=tiny-5e1f0c2a 4711\n"
 
 
-def test_a_refusal_of_sbatch_says_why(slurm: Path, tmp_path: Path) -> None:
+def test_a_refusal_of_sbatch_is_reported_with_its_reason(slurm: Path, tmp_path: Path) -> None:
     (slurm / "sbatch").write_text("#!/bin/sh\necho 'invalid partition specified' >&2\nexit 1\n")
     with pytest.raises(WorkflowError, match=r"slurm refused the allocation tiny[\s\S]*partition"):
-        submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", of({}), print)
+        submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", build({}), print)
 
 
-def test_submitting_leaves_the_signals_of_this_process_alone(slurm: Path, tmp_path: Path) -> None:
+def test_submitting_does_not_change_the_signal_mask(slurm: Path, tmp_path: Path) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", of({}), print)
+    submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", build({}), print)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

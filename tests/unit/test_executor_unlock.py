@@ -1,4 +1,4 @@
-"""Whose lock may be removed."""
+"""Which locks are removed, and which stay."""
 
 from __future__ import annotations
 
@@ -12,39 +12,44 @@ from typing import Any
 
 import pytest
 
-from snakemake_executor_plugin_submitit.unlock import HOLDER, LOCKS, hold, remove_stale_locks
+from snakemake_executor_plugin_submitit.unlock import (
+    HOLDER,
+    LOCKS,
+    record_lock_holder,
+    remove_stale_locks,
+)
 
 
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Two lock files whose holder has been killed."""
+    """Two lock files of a killed process."""
     monkeypatch.chdir(tmp_path)
     LOCKS.mkdir(parents=True)
     locks = [LOCKS / name for name in ("0.input.lock", "0.output.lock")]
     for lock in locks:
         lock.write_text("out/a\n")
     program = (
-        "import os, signal; from snakemake_executor_plugin_submitit.unlock import hold; hold(); "
-        "os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from snakemake_executor_plugin_submitit import unlock; "
+        "unlock.record_lock_holder(); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == -9
     return locks
 
 
-def left(locks: list[Path]) -> int:
+def count_left(locks: list[Path]) -> int:
     return sum(lock.exists() for lock in locks)
 
 
-def test_the_lock_of_a_dead_process_goes(held: list[Path]) -> None:
+def test_the_lock_of_a_dead_process_is_removed(held: list[Path]) -> None:
     assert remove_stale_locks() == 2
-    assert left(held) == 0
+    assert count_left(held) == 0
     assert remove_stale_locks() == 0
 
 
-def test_the_lock_of_a_living_process_stays(held: list[Path]) -> None:
-    hold()
+def test_the_lock_of_a_live_process_stays(held: list[Path]) -> None:
+    record_lock_holder()
     assert remove_stale_locks() == 0
-    assert left(held) == 2
+    assert count_left(held) == 2
 
 
 def elsewhere(holder: dict[str, Any]) -> None:
@@ -56,7 +61,7 @@ def reused(holder: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("change", "removed"), [(elsewhere, 0), (reused, 2)])
-def test_a_holder_is_known_by_machine_and_beginning(
+def test_a_holder_is_identified_by_machine_and_start_time(
     held: list[Path], change: Callable[[dict[str, Any]], None], removed: int
 ) -> None:
     holder = json.loads(HOLDER.read_text())
@@ -65,14 +70,14 @@ def test_a_holder_is_known_by_machine_and_beginning(
     assert remove_stale_locks() == removed
 
 
-def test_a_younger_lock_is_somebody_else_s(held: list[Path]) -> None:
+def test_a_lock_younger_than_its_record_stays(held: list[Path]) -> None:
     young = HOLDER.stat().st_mtime_ns + 10**9
     os.utime(held[0], ns=(young, young))
     assert remove_stale_locks() == 1
     assert [lock.exists() for lock in held] == [True, False]
 
 
-def test_without_a_holder_nothing_is_touched(held: list[Path]) -> None:
+def test_without_a_recorded_holder_nothing_is_removed(held: list[Path]) -> None:
     HOLDER.unlink()
     assert remove_stale_locks() == 0
-    assert left(held) == 2
+    assert count_left(held) == 2

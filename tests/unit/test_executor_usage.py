@@ -1,4 +1,4 @@
-"""The account of a run: what jobs, allocations and time have come to, and how it is described."""
+"""Usage statistics, the summary of a run, and Slurm's records."""
 
 from __future__ import annotations
 
@@ -6,85 +6,77 @@ from typing import Any
 
 import pytest
 
-from snakemake_executor_plugin_submitit.history import parse_sacct, parse_scontrol
+from snakemake_executor_plugin_submitit import records
+from snakemake_executor_plugin_submitit.records import parse_sacct, parse_scontrol
 from snakemake_executor_plugin_submitit.spool import Event
-from snakemake_executor_plugin_submitit.usage import Progress, UsageStats, duration, summary
+from snakemake_executor_plugin_submitit.usage import UsageStats, format_duration, summarise
 
 
-def account_of(*events: tuple[str, float, dict[str, Any]]) -> UsageStats:
-    account = UsageStats("a", shown=True, given={"x", "y"}, done={"x"}, jobs=["job 7"])
+def usage_of(*events: tuple[str, float, dict[str, Any]]) -> UsageStats:
+    usage = UsageStats("a", in_summary=True, jobs={"x", "y"}, done={"x"}, submissions=["job 7"])
     for kind, time, data in events:
-        account.note(Event(kind, {"time": time, **data}))
-    return account
+        usage.add(Event(kind, {"time": time, **data}))
+    return usage
 
 
 RUN = (
     ("started", 100.0, {}),
-    ("up", 110.0, {}),
-    ("began", 110.0, {"ticket": "1-x"}),
-    ("done", 115.0, {"ticket": "1-x", "at_work": [111.0, 114.0]}),
-    ("began", 115.0, {"ticket": "2-y"}),
+    ("service_started", 110.0, {}),
+    ("job_started", 110.0, {"ticket": "1-x"}),
+    ("job_finished", 115.0, {"ticket": "1-x", "work_span": [111.0, 114.0]}),
+    ("job_started", 115.0, {"ticket": "2-y"}),
     ("stopped", 118.0, {}),
-    # Slurm starts it again, a minute later: that minute was nobody's.
+    # Slurm restarts it a minute later. This minute is not allocated.
     ("started", 178.0, {}),
-    ("up", 180.0, {}),
-    ("began", 180.0, {"ticket": "3-y"}),
-    ("done", 183.0, {"ticket": "3-y", "at_work": [180.5, 182.5]}),
-    ("began", 183.0, {"ticket": "4-z"}),
-    ("done", 188.0, {"ticket": "4-z", "at_work": [183.2, 187.5]}),
+    ("service_started", 180.0, {}),
+    ("job_started", 180.0, {"ticket": "3-y"}),
+    ("job_finished", 183.0, {"ticket": "3-y", "work_span": [180.5, 182.5]}),
+    ("job_started", 183.0, {"ticket": "4-z"}),
+    ("job_finished", 188.0, {"ticket": "4-z", "work_span": [183.2, 187.5]}),
 )
 
 
-def test_times_are_added_up_by_what_they_were_spent_on() -> None:
-    account = account_of(*RUN)
-    assert account.bring_ups == 2
-    assert account.allocated == pytest.approx(18 + 10)
-    assert account.under_jobs == pytest.approx(5 + 3 + 5)
-    assert account.at_work == pytest.approx(3 + 2 + 4.3)
-    # From the end of work in y to its beginning in z; not over the restart, not after y's failure.
-    assert account.gaps == pytest.approx([0.7])
-    assert (account.begun, account.repeated) == (4, 1)
+def test_times_are_added_up_per_use() -> None:
+    usage = usage_of(*RUN)
+    assert usage.service_starts == 2
+    assert usage.allocated_s == pytest.approx(18 + 10)
+    assert usage.jobs_s == pytest.approx(5 + 3 + 5)
+    assert usage.mean_job_s() == pytest.approx(13 / 3)
+    assert usage.work_s == pytest.approx(3 + 2 + 4.3)
+    # From the end of work in y to the start of work in z; none across the restart.
+    assert usage.gaps_s == pytest.approx([0.7])
+    assert (usage.starts, usage.repeated_starts) == (4, 1)
 
 
-def test_the_end_of_a_run_is_described_with_what_is_left_and_how_to_do_it() -> None:
-    account = account_of(*RUN)
-    account.failed = {"y"}
-    account.failures.append("was killed")
-    lines = summary([account, UsageStats("unseen", given={"q"})], 95.0, "snakemake --profile p")
+def test_the_summary_says_what_is_left_and_how_to_resume() -> None:
+    usage = usage_of(*RUN)
+    usage.failed = {"y"}
+    usage.failures.append("was killed")
+    lines = summarise([usage, UsageStats("alone", jobs={"q"})], 95.0, "snakemake --profile p")
     assert lines == [
-        "a: 1 of 2 jobs done, 1 failed, 1 start repeated, up 2 times in 1 allocation (job 7), "
-        "28 s allocated, 46% of it under jobs, 33% at work",
-        "Together: 1 of 2 jobs done in 1 min 35 s, 2 bring-ups, 1 start repeated, "
-        "28 s allocated, 46% of it under jobs, 33% at work, "
-        "0.70 s from one's work to the next one's (median)",
+        "a: 1 of 2 jobs done, 1 failed, 1 repeated start, 2 service starts in 1 allocation "
+        "(job 7), 28 s allocated (46% running jobs, 33% work)",
+        "Total: 1 of 2 jobs done in 1 min 35 s, 2 service starts, 1 repeated start, "
+        "28 s allocated (46% running jobs, 33% work), "
+        "median gap between the work of two jobs 0.70 s",
         "Not done in a: was killed",
         "To resume, run the same command again: snakemake --profile p",
     ]
 
 
-def test_a_run_without_allocations_says_nothing() -> None:
-    assert summary([UsageStats("a")], 1.0, "snakemake") == []
-
-
-def test_progress_is_described_in_a_line() -> None:
-    running = Progress("a", "running", "running, job 7 on n1", 1, 2, "n1", eta_s=61.0)
-    text = "Allocation a: 1 of 2 jobs done, running, job 7 on n1, about 1 min 1 s left"
-    assert running.describe() == text
-    pending = Progress("b", "pending", "job 8 pending (Resources) since 2 min", 0, 1)
-    assert pending.describe() == (
-        "Allocation b: 0 of 1 job done, job 8 pending (Resources) since 2 min"
-    )
+def test_a_run_without_shared_allocations_has_no_summary() -> None:
+    assert summarise([UsageStats("a")], 1.0, "snakemake") == []
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59, "59 s"), (60, "1 min"), (61, "1 min 1 s"), (7260, "2 h 1 min")],
 )
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_durations_are_formatted(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
 
 
-def test_scontrol_s_record() -> None:
+def test_scontrol_s_record_is_parsed() -> None:
     text = (
         "JobId=7 JobName=a-1 UserId=me(1000) Restarts=2 ExitCode=0:0 Comment=two words NumNodes=1"
     )
@@ -100,3 +92,14 @@ def test_sacct_s_record_is_that_of_the_last_start() -> None:
     text = "JobID|State|Restarts\n7|NODE_FAIL|0\n7|COMPLETED|1\n"
     assert parse_sacct(text) == {"JobID": "7", "State": "COMPLETED", "Restarts": "1"}
     assert parse_sacct("JobID|State|Restarts\n") is None
+
+
+# Slurm's documentation of sacct --format: https://slurm.schedmd.com/sacct.html
+SACCT_FIELDS = (
+    "Account AllocTRES Elapsed End ExitCode JobID JobName NodeList Partition Restarts Start State "
+    "Submit Timelimit"
+)
+
+
+def test_sacct_knows_all_fields() -> None:
+    assert sorted(records.SACCT_FIELDS) == SACCT_FIELDS.split()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from servegrid.reference.hardware import DEFAULT, find_hardware_file
+from servegrid.reference.hardware import DEFAULT_HARDWARE_FILE, find_hardware_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,7 +20,7 @@ def test_the_working_directory_comes_first(tmp_path: Path, monkeypatch: pytest.M
     checkout, study = tmp_path / "checkout", tmp_path / "study"
     study.mkdir()
     monkeypatch.chdir(study)
-    assert find_hardware_file(checkout) == DEFAULT
+    assert find_hardware_file(checkout) == DEFAULT_HARDWARE_FILE
     in_checkout = write_prices(checkout)
     assert find_hardware_file(checkout) == in_checkout
     write_prices(study)
@@ -28,5 +28,5 @@ def test_the_working_directory_comes_first(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_package_has_no_copy_of_its_own_in_a_checkout() -> None:
-    assert DEFAULT.is_symlink()
-    assert DEFAULT.resolve() == ROOT / "config" / "hardware.yaml"
+    assert DEFAULT_HARDWARE_FILE.is_symlink()
+    assert DEFAULT_HARDWARE_FILE.resolve() == ROOT / "config" / "hardware.yaml"

@@ -6,7 +6,13 @@ import pytest
 
 from servegrid.errors import ConfigError
 from servegrid.reference import data
-from servegrid.reference.roofline import Hardware, Shape, bound, hardware_of, shape_of
+from servegrid.reference.roofline import (
+    Hardware,
+    ModelShape,
+    deployment_hardware,
+    latency_bound,
+    model_shape,
+)
 from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment
 
@@ -14,28 +20,28 @@ ROOT = Path(__file__).parents[2]
 MISTRAL = load_study(ROOT / "config/rehearsal.yaml").deployments[0]
 
 # 10 GB of weights in 1 TB/s: 10 ms a step. 5e9 parameters: 1e10 FLOP a token, 1 ms at 1e13.
-DENSE = Shape(5e9, 5e9, 1, 1, kv_bytes_per_token=1e6, weight_bytes=10e9)
+DENSE = ModelShape(5e9, 5e9, 1, 1, kv_bytes_per_token=1e6, weight_bytes=10e9)
 GPU = Hardware(bandwidth=1e12, flops=1e13)
 # Shared 2e9, eight experts of 1e9, each token uses two: 10e9 in all, 4e9 active. 1 byte each.
-SPARSE = Shape(10e9, 4e9, 8, 2, kv_bytes_per_token=0, weight_bytes=10e9)
+SPARSE = ModelShape(10e9, 4e9, 8, 2, kv_bytes_per_token=0, weight_bytes=10e9)
 
 
 def test_one_short_request_is_bound_by_reading_the_weights() -> None:
-    times = bound(DENSE, GPU, concurrency=1, input_len=5)
+    times = latency_bound(DENSE, GPU, concurrency=1, input_len=5)
     assert times.ttft_s == pytest.approx(0.010)  # 5 tokens × 1 ms of arithmetic are less
     assert times.itl_s == pytest.approx(0.010 + 5 * 1e6 / 1e12)
     assert times.e2el_s(100) == pytest.approx(0.010 + 99 * 0.010005)
 
 
 def test_many_requests_are_bound_by_arithmetic() -> None:
-    times = bound(DENSE, GPU, concurrency=100, input_len=10)
+    times = latency_bound(DENSE, GPU, concurrency=100, input_len=10)
     assert times.ttft_s == pytest.approx(1000 * 1e-3)
     assert times.itl_s == pytest.approx(100 * 1e-3)  # reading: 10 ms + 1 ms of KV cache
 
 
 def test_a_long_context_is_bound_by_reading_the_kv_cache() -> None:
     # 8 requests × 2000 tokens × 1 MB = 16 GB beside 10 GB of weights
-    assert bound(DENSE, GPU, 8, 2000).itl_s == pytest.approx(0.026)
+    assert latency_bound(DENSE, GPU, 8, 2000).itl_s == pytest.approx(0.026)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_a_mixture_of_experts_reads_those_that_the_tokens_use(
 
 
 def test_no_published_cell_beats_its_bound() -> None:
-    published = data.published("inria-2024")
+    published = data.published_cells("inria-2024")
     for deployment in load_study(ROOT / "config/inria-2024.yaml").deployments:
         own = published[
             (published["model"] == deployment.model)
@@ -61,9 +67,9 @@ def test_no_published_cell_beats_its_bound() -> None:
         ].dropna()
         assert len(own) > 40
         for row in own.to_dict("records"):
-            least = bound(
-                shape_of(deployment),
-                hardware_of(deployment),
+            least = latency_bound(
+                model_shape(deployment),
+                deployment_hardware(deployment),
                 row["concurrency"],
                 row["input_len"],
             ).e2el_s(100)
@@ -77,9 +83,9 @@ def test_no_published_cell_beats_its_bound() -> None:
 )
 def test_unknown_models_are_refused(change: dict[str, str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        shape_of(Deployment(**(vars(MISTRAL) | change)))
+        model_shape(Deployment(**(vars(MISTRAL) | change)))
 
 
 def test_unknown_gpus_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"gpu `tpu` can do is not known\. Known are v100-16gb"):
-        hardware_of(Deployment(**(vars(MISTRAL) | {"gpu": "tpu"})))
+        deployment_hardware(Deployment(**(vars(MISTRAL) | {"gpu": "tpu"})))

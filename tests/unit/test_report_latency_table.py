@@ -8,7 +8,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from servegrid.reference.data import published
+from servegrid.reference.data import published_cells
 from servegrid.report.latency_table import (
     format_seconds,
     latency_csv,
@@ -126,7 +126,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def test_the_published_figures_reproduce_the_published_tables() -> None:
-    source = published("inria-2024")
+    source = published_cells("inria-2024")
     names = source["model"] + "_" + source["quantization"] + "_" + source["gpu_count"].astype(str)
     served = source["seconds_per_100_tokens"].notna()
     frame = source.assign(
@@ -164,7 +164,7 @@ def test_emulated_tables_begin_with_a_note(tmp_path: Path) -> None:
     emulated = PLAIN.assign(engine="emulated", time_scale=1.0)
     write_latency_tables(emulated, "d", files(tmp_path))
     lines = (tmp_path / "d.md").read_text().split("\n")
-    assert lines[2] == "Emulated: no hardware was measured for it."
+    assert lines[2] == "Emulated: these figures do not come from hardware."
 
 
 def test_a_cell_shows_the_median_of_its_served_trials() -> None:

@@ -183,7 +183,7 @@ def test_emulated_figures_are_marked(tmp_path: Path) -> None:
     for figure in (deployment_figure(emulated, "d", (TOTAL,)), overview_figure(emulated)):
         texts = svg_texts(figure, tmp_path)
         assert "EMULATED" in texts
-        assert "Emulated: no hardware was measured for it." in " ".join(texts)
+        assert "Emulated: these figures do not come from hardware." in " ".join(texts)
     assert "EMULATED" not in svg_texts(overview_figure(cells(PLAIN)), tmp_path)
 
 

@@ -11,22 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from servegrid.analysis.summary import summarise
-from servegrid.analysis.tables import typed
+from servegrid.analysis.tables import cast_columns
 from servegrid.cli.main import main
 from servegrid.errors import ConfigError
 from servegrid.records import columns
-from servegrid.reference.data import STUDIES, published
+from servegrid.reference.data import STUDIES, published_cells
 from servegrid.reference.published import (
-    COLUMNS,
-    SECONDS,
+    PUBLISHED_COLUMNS,
+    SECONDS_COLUMN,
     SOURCES,
     load_published,
-    published_in,
+    published_from_config,
 )
 from servegrid.report.findings_report import NO_PUBLISHED_DATA, NOT_COMPARABLE
 from servegrid.report.write import write_findings
 
-HEAD = ",".join(COLUMNS)
+HEAD = ",".join(PUBLISHED_COLUMNS)
 ROW = "m,fp16,a100-40gb,1,burst,8,31,100,2.50"
 
 
@@ -40,9 +40,9 @@ def test_the_data_sets_of_the_package_can_be_read() -> None:
     assert tuple(SOURCES) == STUDIES
     for name in SOURCES:
         data = load_published(name)
-        expected = published(name)
+        expected = published_cells(name)
         frame = pd.DataFrame(data.rows)
-        pd.testing.assert_frame_equal(frame, expected[list(COLUMNS)])
+        pd.testing.assert_frame_equal(frame, expected[list(PUBLISHED_COLUMNS)])
         assert (data.name, data.source) == (name, SOURCES[name])
     # The article has one decimal.
     assert load_published("inria-2024").rounding_s == pytest.approx(0.05)
@@ -64,7 +64,7 @@ def test_a_csv_file_is_named_by_its_file_name(tmp_path: Path) -> None:
         "seconds_per_100_tokens": 2.5,
     }
     assert data.rows[1]["gpu_count"] == 0
-    assert pd.isna(data.rows[1][SECONDS])
+    assert pd.isna(data.rows[1][SECONDS_COLUMN])
     assert data.rounding_s == pytest.approx(0.005)
 
 
@@ -92,9 +92,9 @@ def test_rounding_is_half_of_the_last_digit(
         ([HEAD, ROW.replace(",8,", ",8.5,")], "line 2: `concurrency` is '8.5'", "an integer of"),
         ([HEAD, ROW.replace(",8,", ",0,")], "line 2: `concurrency` is '0'", "at least 1"),
         ([HEAD, ROW.replace("burst", "poisson")], "`protocol` is 'poisson'", "`closed_loop`"),
-        ([HEAD, ROW.replace("2.50", "fast")], f"`{SECONDS}` is 'fast'", "a positive number"),
-        ([HEAD, ROW.replace("2.50", "-1")], f"`{SECONDS}` is '-1'", "a positive number"),
-        ([HEAD, ROW.replace("2.50", "nan")], f"`{SECONDS}` is 'nan'", "a positive number"),
+        ([HEAD, ROW.replace("2.50", "fast")], f"`{SECONDS_COLUMN}` is 'fast'", "a positive number"),
+        ([HEAD, ROW.replace("2.50", "-1")], f"`{SECONDS_COLUMN}` is '-1'", "a positive number"),
+        ([HEAD, ROW.replace("2.50", "nan")], f"`{SECONDS_COLUMN}` is 'nan'", "a positive number"),
         ([HEAD, ROW.replace("m,", ",", 1)], "`model` is ''", "a name"),
         ([HEAD, "m,fp16"], "`gpu` is ''", "a name"),
     ],
@@ -104,7 +104,7 @@ def test_a_csv_file_that_does_not_fit_is_refused(
 ) -> None:
     path = csv(tmp_path, *lines)
     with pytest.raises(ConfigError) as refused:
-        published_in({"published": str(path)}, ["study.yaml"])
+        published_from_config({"published": str(path)}, ["study.yaml"])
     message = str(refused.value)
     assert message.startswith("study.yaml: published: ")
     assert str(path) in message
@@ -114,7 +114,7 @@ def test_a_csv_file_that_does_not_fit_is_refused(
 
 def test_an_unknown_name_is_refused_with_the_valid_ones() -> None:
     with pytest.raises(ConfigError) as refused:
-        published_in({"published": "inria-2025"}, ["study.yaml"])
+        published_from_config({"published": "inria-2025"}, ["study.yaml"])
     assert str(refused.value) == (
         "study.yaml: published: there is no published data set `inria-2025`. Did you mean "
         "`inria-2024`? Name one of `inria-2024`, or the path of a CSV file (`….csv`)."
@@ -129,11 +129,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         elif content is not None:
             path.write_bytes(content)  # type: ignore[arg-type]
         with pytest.raises(ConfigError, match=rf"published: the file .*{name} cannot be read \("):
-            published_in({"published": str(path)})
+            published_from_config({"published": str(path)})
 
 
 def test_a_study_may_name_no_published_data() -> None:
-    assert published_in({"study": "s"}) is None
+    assert published_from_config({"study": "s"}) is None
 
 
 # --- the files that depend on published data -----------------------------------------------------
@@ -181,11 +181,11 @@ def cells() -> pd.DataFrame:
         "verdict": "ok",
         "valid": True,
         "requests": 8,
-        SECONDS: 5.0,
+        SECONDS_COLUMN: 5.0,
         "output_tokens_per_s_per_user": 20.0,
     }
     frame = pd.DataFrame([row], columns=[column.name for column in columns.CELLS])
-    return typed(frame, columns.CELLS)
+    return cast_columns(frame, columns.CELLS)
 
 
 def findings(folder: Path, **config: Any) -> dict[str, str]:

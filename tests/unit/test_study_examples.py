@@ -17,7 +17,7 @@ REHEARSAL = load_study(CONFIG / "rehearsal.yaml")
 
 def test_the_articles_study_has_exactly_the_published_cells() -> None:
     keys = ["model", "quantization", "gpu", "gpu_count", "concurrency", "input_len", "output_len"]
-    published = set(data.published("inria-2024")[keys].itertuples(index=False, name=None))
+    published = set(data.published_cells("inria-2024")[keys].itertuples(index=False, name=None))
     expanded = {
         tuple({**vars(trial.deployment), **vars(trial.workload)}[key] for key in keys)
         for trial in ARTICLE.trials

@@ -4,8 +4,8 @@ rule measure:
         telemetry="results/cells/{deployment}/{cell}/trial-{trial}/telemetry.parquet",
     log:
         "results/logs/cells/{deployment}/{cell}/trial-{trial}.log",
-    # An engine that dies under a load is brought up again and given the same load once more,
-    # before the verdict `server_died` is believed.
+    # If an engine dies under a workload, a new engine gets the same workload once more. Only if it
+    # dies again is the verdict `server_died`.
     retries: 1
     conda:
         "../envs/cpu.yaml"

@@ -1,12 +1,12 @@
 from pathlib import Path
 
-from servegrid.analysis.tables import read_cells
+from servegrid.analysis.tables import load_table
 from servegrid.report.figure_style import save_figure
 from servegrid.report.plots import FIGURES, deployment_figure
 from servegrid.run.jobscript import redirect_output
 
 with redirect_output(snakemake.log[0]):
-    cells = read_cells(Path(snakemake.input.cells))
+    cells = load_table(Path(snakemake.input.cells))
     metrics = FIGURES[snakemake.wildcards.figure]
     figure = deployment_figure(cells, snakemake.wildcards.deployment, metrics)
     save_figure(figure, *map(Path, snakemake.output))

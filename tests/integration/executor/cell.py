@@ -1,10 +1,11 @@
-"""One toy cell: says what it sees and when, then does what acts/NAME says, and leaves its output.
+"""One toy cell: records what it sees, does what acts/NAME says, and writes its output.
 
 fail      exits with status 3
-crash     takes its allocation with it, as a job that eats all memory does
+crash     kills its allocation, as a job that uses all memory does
 sicken    makes the service unhealthy, then fails
 spawn     leaves a process behind
-a number  takes that many seconds
+wait      waits until the file `go` exists
+a number  takes this number of seconds
 """
 
 import json
@@ -16,8 +17,8 @@ import time
 from pathlib import Path
 
 output = Path(snakemake.output[0])  # noqa: F821
-act = Path("acts") / output.name
-doing = act.read_text() if act.exists() else "0"
+path = Path("acts") / output.name
+act = path.read_text() if path.exists() else "0"
 entry = {"cell": output.name, "begin": time.monotonic(), "pid": os.getpid()}
 entry |= {
     "allocation": os.environ.get("TOY_ALLOCATION"),
@@ -34,18 +35,18 @@ def note(**more: object) -> None:
 
 
 note(event="begin")
-if doing == "fail":
+if act == "fail":
     sys.exit(3)
-if doing == "crash":
+if act == "crash":
     os.kill(int(os.environ["TOY_PID"]), signal.SIGKILL)
     time.sleep(60)
-if doing == "sicken":
+if act == "sicken":
     Path(os.environ["TOY_HEALTH"]).unlink()
     sys.exit(4)
-if doing == "spawn":
+if act == "spawn":
     subprocess.run(["sleep", "600"])
-while doing == "wait" and not Path("go").exists():
+while act == "wait" and not Path("go").exists():
     time.sleep(0.02)
-time.sleep(float(doing) if doing[0].isdigit() else 0)
+time.sleep(float(act) if act[0].isdigit() else 0)
 note(event="end", end=time.monotonic())
 output.write_text(f"{snakemake.params.get('version', 1)}\n")  # noqa: F821

@@ -1,4 +1,4 @@
-"""A service that notes when it is up and down, with a helper process of its own."""
+"""A service that records its start and end, with a helper process."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         refusal = Path(f"refuse-{params['group']}")
         if refusal.exists():
             raise RuntimeError(f"no such model: {refusal.read_text()}")
-        time.sleep(params.get("bring_up_s", 0))
+        time.sleep(params.get("start_s", 0))
         health.touch()
         note("up", name)
         env = {"TOY_ALLOCATION": name, "TOY_PID": str(os.getpid()), "TOY_HEALTH": str(health)}

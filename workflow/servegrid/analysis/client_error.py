@@ -1,4 +1,4 @@
-"""How far the load client's times are off in a cell, by the self-check on its node. Pure."""
+"""The client timing error of a cell, from the calibration on its node. Pure."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def columns_of(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """The columns of `columns.CELLS` that say how far the client distorts on the cell's node.
+def client_columns(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """The columns of `columns.CELLS` about the client timing error on the cell's node.
 
-    They are of the self-check before the sweep, and the head-room compares it with this cell. All
-    are None where there was no self-check, as beside an emulated engine, or where it has failed.
+    The errors are those of the calibration before the engine started. All values are None if there
+    was no calibration, as with an emulated engine, or if it failed.
     """
-    check = record["self_check"] or {}
+    calibration = record["self_check"] or {}
     return {
-        "client_arrival_error_s_p99": check.get("arrival_error_s_p99"),
-        "client_ttft_error_s_p50": check.get("ttft_error_s_p50"),
-        "client_itl_error_s_p99": check.get("itl_error_s_p99"),
+        "client_arrival_error_s_p99": calibration.get("arrival_error_s_p99"),
+        "client_ttft_error_s_p50": calibration.get("ttft_error_s_p50"),
+        "client_itl_error_s_p99": calibration.get("itl_error_s_p99"),
         "client_headroom": client_headroom(record),
     }
 
 
 def client_headroom(record: Mapping[str, Any]) -> float | None:
-    """How many times as many token events per second the client could have taken in.
+    """Token events per second that the client could receive / those that it received in this cell.
 
-    With as many processes as it had, none of them pausing; None where no self-check tells.
+    The maximum assumes that all processes of the client work without a pause. None if there is no
+    successful calibration, or if the cell received no chunk.
     """
-    check, client = record["self_check"] or {}, record["client"]
-    if "cpu_s_per_1000_events" not in check or not client["token_chunks"]:
+    calibration, client = record["self_check"] or {}, record["client"]
+    if "cpu_s_per_1000_events" not in calibration or not client["token_chunks"]:
         return None
     start_ns, end_ns = client["window_ns"]
-    possible = client["processes"] * 1000 / check["cpu_s_per_1000_events"]
-    return float(possible * (end_ns - start_ns) / 1e9 / client["token_chunks"])
+    maximum = client["processes"] * 1000 / calibration["cpu_s_per_1000_events"]
+    return float(maximum * (end_ns - start_ns) / 1e9 / client["token_chunks"])

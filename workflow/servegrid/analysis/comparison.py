@@ -1,9 +1,10 @@
-"""Two studies compared, with tests that account for trials. Pure.
+"""Compares two studies, with tests that account for the trials. Pure.
 
-Logarithms of speed are compared: what makes a server slower makes it so by a share. A cell's ratio
-is tested by Welch's t over its trials, where it has at least two in both studies; a deployment's by
-Student's t over its cells, whose ratios differ by chance and by load. Verdicts keep the
-false-discovery rate of Benjamini and Hochberg (1995), of deployments and of cells apart.
+The tests use logarithms of speed, because a slower server changes all speeds by a factor. A cell's
+ratio is tested with Welch's t over its trials, if both studies have at least two. A deployment's
+ratio is tested with Student's t over the ratios of its cells, which differ by chance and by
+workload. Verdicts control the false discovery rate (Benjamini and Hochberg, 1995), separately for
+deployments and for cells.
 """
 
 from __future__ import annotations
@@ -20,32 +21,35 @@ from scipy.special import stdtr
 from scipy.stats import false_discovery_control
 
 from servegrid.analysis.intervals import t_quantile
-from servegrid.analysis.metrics import OWN
+from servegrid.analysis.metrics import SERVEGRID_ORIGIN
 from servegrid.analysis.titles import emulation_notes
 from servegrid.errors import ComparisonError
 from servegrid.records.verdict import OK
 from servegrid.study.deployment import EMULATED
 
-FALSE_DISCOVERIES = 0.05
-"""The share of verdicts `faster` and `slower` that is wrong on average, at most."""
-INDIFFERENT = 0.02
-"""A change of up to this share is none: another bring-up on another node makes as much."""
-FIGURE = "output_tokens_per_s"
+FALSE_DISCOVERY_RATE = 0.05
+"""On average, at most this fraction of the verdicts `faster` and `slower` is wrong."""
+MIN_EFFECT = 0.02
+"""A change of up to this fraction counts as no change: two bring-ups differ by as much."""
+METRIC = "output_tokens_per_s"
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 
-_CELL = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
-_SAME = ("requests", "prompts", "think_time_s", "output_spread")
-"""What must be the same in both, where it is known of both, for a cell to be compared."""
-_DEPLOYMENT = ("model", "quantization", "gpu", "gpu_count")
+_CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
+_SETTINGS = ("requests", "prompts", "think_time_s", "output_spread")
+"""Columns in which two cells must be equal to be compared, if both studies know them."""
+_DEPLOYMENT_KEYS = ("model", "quantization", "gpu", "gpu_count")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Speed in the second study / in the first, of a cell or over all cells of a deployment.
+    """Speed in the second study / speed in the first: of a cell, or over a deployment's cells.
 
-    `low` and `high` are its 95% interval and `p` the chance of such a ratio if there were no
-    difference beyond INDIFFERENT; None where nothing can be tested. `count` are the trials of
-    the study that has fewer, or the cells. `scatter` is the standard deviation of the logarithms.
+    `low` and `high` are the ends of its 95% interval. `p` is the probability of such a ratio if
+    the true change is at most MIN_EFFECT. All three come from the same standard error and degrees
+    of freedom, so p < 0.05 if and only if the interval lies outside 1 / (1 + MIN_EFFECT) to
+    1 + MIN_EFFECT. They are None if there is nothing to test. `count` is the number of trials in
+    the study that has fewer, or the number of cells. `log_stdev` is the standard deviation of the
+    logarithms.
     """
 
     name: str
@@ -54,7 +58,7 @@ class Ratio:
     high: float | None
     p: float | None
     count: int
-    scatter: float | None
+    log_stdev: float | None
     verdict: str = NO_EVIDENCE
 
 
@@ -62,7 +66,8 @@ class Ratio:
 class Comparison:
     """The comparison of two studies.
 
-    `left_out` names what cannot be compared, and why; `notes` must be shown with it.
+    `left_out` has one line per cell that cannot be compared, with the reason. `notes` must be
+    shown with the comparison.
     """
 
     deployments: Sequence[Ratio]
@@ -74,71 +79,94 @@ class Comparison:
 def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False) -> Comparison:
     """Compare the trials of two studies, tables of `columns.CELLS`.
 
-    Cells are matched by workload and deployment name or, if the studies share no such name, by
-    model, quantization and GPUs. Trials that are not valid are left out; those of
-    other clients are not, although nobody can certify them. Raises ComparisonError if no cell is
-    in both. Unless `allow_mixed`, also if one is emulated and the other is not, or has another
-    time scale, or was measured by another client.
+    Cells are matched by workload and by the name of their deployment or, if the studies share no
+    name, by model, quantization and GPUs. Trials that are not valid are left out. Imported trials
+    are kept, although servegrid cannot certify them. Raises ComparisonError if no cell is in both
+    studies. Unless `allow_mixed`, also raises it if only one study is emulated, or if the time
+    scale or the client differs.
     """
     _check_same_kind(first, second, allow_mixed)
     shared = set(first["deployment"]) & set(second["deployment"])
-    keys = ["deployment", *_CELL] if shared else [*_DEPLOYMENT, *_CELL]
-    ours, theirs = (_by_cell(each, keys) for each in (first, second))
+    keys = ["deployment", *_CELL_KEYS] if shared else [*_DEPLOYMENT_KEYS, *_CELL_KEYS]
+    ours, theirs = (_group_cells(cells, keys) for cells in (first, second))
     left_out = [
-        *(f"{_format_cell(key)}: only in the first" for key in ours if key not in theirs),
-        *(f"{_format_cell(key)}: only in the second" for key in theirs if key not in ours),
+        *(f"{_format_cell(key)}: only in the first study" for key in ours if key not in theirs),
+        *(f"{_format_cell(key)}: only in the second study" for key in theirs if key not in ours),
     ]
-    groups: dict[str, list[Ratio]] = {}
+    ratios: dict[str, list[Ratio]] = {}
     for key in (key for key in ours if key in theirs):
         one, other = ours[key], theirs[key]
-        lacking = [which for which, own in (("first", one), ("second", other)) if not own.values]
-        if lacking:
-            left_out.append(f"{_format_cell(key)}: no trial of the {lacking[0]} study is valid")
-        elif differing := _differing(one, other):
-            left_out.append(f"{_format_cell(key)}: {differing}")
+        empty = [which for which, cell in (("first", one), ("second", other)) if not cell.speeds]
+        if empty:
+            left_out.append(f"{_format_cell(key)}: no trial of the {empty[0]} study is valid")
+        elif difference := _describe_difference(one, other):
+            left_out.append(f"{_format_cell(key)}: {difference}")
         else:
-            ratio = _of_trials(_format_cell(key), one.values, other.values)
-            groups.setdefault(one.deployment, []).append(ratio)
-    if not groups:
-        why = "\n  ".join(left_out[:10]) or "neither has any"
+            ratio = compare_trials(_format_cell(key), one.speeds, other.speeds)
+            ratios.setdefault(one.deployment, []).append(ratio)
+    if not ratios:
+        reasons = "\n  ".join(left_out[:10]) or "neither study has a cell"
         raise ComparisonError(
-            f"no cell of the first study is in the second:\n  {why}\nCompare studies of "
-            "the same deployments and loads."
+            f"no cell of the first study can be compared with the second:\n  {reasons}\nCompare "
+            "studies of the same deployments and workloads."
         )
-    cells = apply_fdr(ratio for own in groups.values() for ratio in own)
-    deployments = apply_fdr(_of_cells(name, own) for name, own in groups.items())
+    cells = apply_fdr(ratio for group in ratios.values() for ratio in group)
+    deployments = apply_fdr(_compare_cells(name, group) for name, group in ratios.items())
     return Comparison(deployments, cells, left_out, _notes(first, second))
 
 
 def apply_fdr(ratios: Iterable[Ratio]) -> list[Ratio]:
-    """The ratios with verdicts at the false discovery rate (Benjamini and Hochberg, 1995)."""
+    """The ratios with verdicts at FALSE_DISCOVERY_RATE (Benjamini and Hochberg, 1995)."""
     found = list(ratios)
-    tested = [each.p for each in found if each.p is not None]
-    adjusted = iter(false_discovery_control(tested) if tested else ())
+    p_values = [ratio.p for ratio in found if ratio.p is not None]
+    adjusted = iter(false_discovery_control(p_values) if p_values else ())
     return [
-        replace(each, verdict=FASTER if each.ratio > 1 else SLOWER)
-        if each.p is not None and next(adjusted) <= FALSE_DISCOVERIES
-        else each
-        for each in found
+        replace(ratio, verdict=FASTER if ratio.ratio > 1 else SLOWER)
+        if ratio.p is not None and next(adjusted) <= FALSE_DISCOVERY_RATE
+        else ratio
+        for ratio in found
     ]
 
 
-def detectable(scatter: float, count: int) -> float | None:
-    """The least slow-down, as a share, that a test over so many ratios finds in four of five cases.
+def detectable_slowdown(log_stdev: float, count: int) -> float | None:
+    """The smallest slow-down, as a fraction, that a test over `count` ratios detects in 80% of
+    the cases; None if there are fewer than two.
 
-    One-sided power of 80% at two-sided 5%: (t_0.975 + t_0.8) standard errors beyond INDIFFERENT,
-    with 0.84 for t_0.8. `scatter` is that of the logarithms; None under two of them.
+    One-sided power of 80% at a two-sided level of 5%: (t_0.975 + t_0.8) standard errors beyond
+    MIN_EFFECT, with 0.84 for t_0.8. `log_stdev` is the standard deviation of the logarithms.
     """
     if count < 2:
         return None
-    reach = (t_quantile(count - 1) + 0.84) * scatter / math.sqrt(count)
-    return 1 - math.exp(-reach) * (1 - INDIFFERENT)
+    reach = (t_quantile(count - 1) + 0.84) * log_stdev / math.sqrt(count)
+    return 1 - math.exp(-reach) * (1 - MIN_EFFECT)
 
 
-def slowed(comparison: Comparison, share: float) -> list[Ratio]:
-    """The deployments that are slower by more than `share`: by verdict and by their ratio."""
+def power_analysis(comparison: Comparison) -> Mapping[str, Mapping[int, float | None]]:
+    """For each deployment, the slow-down that 1, 3 and 5 trials per cell can detect.
+
+    A ratio's standard deviation is taken as proportional to 1 / √trials. This is true for the part
+    that comes from the trials; another part may come from the workloads.
+    """
+    trials = max((ratio.count for ratio in comparison.cells), default=1)
+    return {
+        ratio.name: {
+            wanted: None
+            if ratio.log_stdev is None
+            else detectable_slowdown(
+                ratio.log_stdev * math.sqrt(max(trials, 1) / wanted), ratio.count
+            )
+            for wanted in (1, 3, 5)
+        }
+        for ratio in comparison.deployments
+    }
+
+
+def find_regressions(comparison: Comparison, fraction: float) -> list[Ratio]:
+    """The deployments with the verdict SLOWER whose ratio is below 1 - `fraction`."""
     return [
-        each for each in comparison.deployments if each.verdict == SLOWER and each.ratio < 1 - share
+        ratio
+        for ratio in comparison.deployments
+        if ratio.verdict == SLOWER and ratio.ratio < 1 - fraction
     ]
 
 
@@ -147,81 +175,87 @@ def two_sided_p(t: float, degrees: float) -> float:
     return float(2 * stdtr(degrees, -abs(t)))
 
 
-@dataclass(frozen=True)
-class _Cell:
-    deployment: str
-    same: Mapping[str, Any]
-    values: list[float]
-
-
-def _by_cell(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ...], _Cell]:
-    speeds = cells[FIGURE].astype("Float64").to_numpy(float, na_value=math.nan)
-    # What others have measured cannot be certified; it is only here because it was asked for.
-    imported = np.array([origin != OWN for origin in _origins(cells)], dtype=bool)
-    certified = cells["valid"].eq(True).fillna(False).to_numpy(bool)
-    usable = cells["verdict"].eq(OK).to_numpy(bool) & (certified | imported)
-    usable &= ~np.isnan(speeds)
-    cells = cells.assign(**{each: None for each in _SAME if each not in cells})  # of older versions
-    names = cells["deployment"].tolist()
-    plain, same = (
-        [cells[key].astype(object).where(cells[key].notna(), None).tolist() for key in wanted]
-        for wanted in (keys, _SAME)
-    )
-    protocols = cells["protocol"].tolist()
-    found: dict[tuple[Any, ...], _Cell] = {}
-    for place, key in enumerate(zip(*plain, strict=True)):
-        # A load that lasts for a time has as many requests as come.
-        asked = {name: own[place] for name, own in zip(_SAME, same, strict=True)}
-        if protocols[place] != "burst":
-            asked["requests"] = None
-        cell = found.setdefault(key, _Cell(str(names[place]), asked, []))
-        if usable[place]:
-            cell.values.append(float(speeds[place]))
-    return found
-
-
-def _differing(one: _Cell, other: _Cell) -> str | None:
-    for name, value in one.same.items():
-        if None not in (value, other.same[name]) and value != other.same[name]:
-            return f"{name} is {value} in the first, {other.same[name]} in the second"
-    return None
-
-
-def _of_trials(name: str, first: Sequence[float], second: Sequence[float]) -> Ratio:
-    one, other = ([math.log(each) for each in values] for values in (first, second))
+def compare_trials(name: str, first: Sequence[float], second: Sequence[float]) -> Ratio:
+    """The ratio of a cell from the speeds of its trials in both studies, by Welch's t."""
+    one, other = ([math.log(speed) for speed in speeds] for speeds in (first, second))
     change = statistics.fmean(other) - statistics.fmean(one)
     count = min(len(one), len(other))
     if count < 2:
         return Ratio(name, math.exp(change), None, None, None, count, None)
-    parts = [statistics.variance(each) / len(each) for each in (one, other)]
+    parts = [statistics.variance(logs) / len(logs) for logs in (one, other)]
     error = math.sqrt(sum(parts))
-    # Welch and Satterthwaite's degrees of freedom.
-    below = sum(part**2 / (len(each) - 1) for part, each in zip(parts, (one, other), strict=True))
-    degrees = sum(parts) ** 2 / below if below else 1.0
-    scatter = math.sqrt(sum(statistics.variance(each) for each in (one, other)) / 2)
-    return _tested(name, change, error, degrees, count, scatter)
+    # The degrees of freedom of Welch and Satterthwaite.
+    divisor = sum(part**2 / (len(logs) - 1) for part, logs in zip(parts, (one, other), strict=True))
+    degrees = sum(parts) ** 2 / divisor if divisor else 1.0
+    log_stdev = math.sqrt(sum(statistics.variance(logs) for logs in (one, other)) / 2)
+    return _test(name, change, error, degrees, count, log_stdev)
 
 
-def _of_cells(name: str, cells: Sequence[Ratio]) -> Ratio:
-    changes = [math.log(each.ratio) for each in cells]
+@dataclass(frozen=True)
+class _Cell:
+    deployment: str
+    settings: Mapping[str, Any]
+    speeds: list[float]
+
+
+def _group_cells(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ...], _Cell]:
+    """The cells by the values of `keys`, with the speeds of their usable trials."""
+    speeds = cells[METRIC].astype("Float64").to_numpy(float, na_value=math.nan)
+    # Imported trials cannot be valid. The user imported them in order to compare them.
+    imported = np.array([origin != SERVEGRID_ORIGIN for origin in _origins(cells)], dtype=bool)
+    certified = cells["valid"].eq(True).fillna(False).to_numpy(bool)
+    is_usable = cells["verdict"].eq(OK).to_numpy(bool) & (certified | imported)
+    is_usable &= ~np.isnan(speeds)
+    cells = cells.assign(**{name: None for name in _SETTINGS if name not in cells})  # older tables
+    names = cells["deployment"].tolist()
+    key_values, settings = (
+        [cells[name].astype(object).where(cells[name].notna(), None).tolist() for name in wanted]
+        for wanted in (keys, _SETTINGS)
+    )
+    protocols = cells["protocol"].tolist()
+    grouped: dict[tuple[Any, ...], _Cell] = {}
+    for row, key in enumerate(zip(*key_values, strict=True)):
+        cell_settings = {
+            name: values[row] for name, values in zip(_SETTINGS, settings, strict=True)
+        }
+        if protocols[row] != "burst":  # with duration_s, the number of requests is a result
+            cell_settings["requests"] = None
+        cell = grouped.setdefault(key, _Cell(str(names[row]), cell_settings, []))
+        if is_usable[row]:
+            cell.speeds.append(float(speeds[row]))
+    return grouped
+
+
+def _describe_difference(one: _Cell, other: _Cell) -> str | None:
+    """The first setting in which two cells differ; None if they can be compared."""
+    for name, value in one.settings.items():
+        if None not in (value, other.settings[name]) and value != other.settings[name]:
+            return f"{name} is {value} in the first study, {other.settings[name]} in the second"
+    return None
+
+
+def _compare_cells(name: str, cells: Sequence[Ratio]) -> Ratio:
+    """The ratio of a deployment from the ratios of its cells, by Student's t."""
+    changes = [math.log(cell.ratio) for cell in cells]
     change, count = statistics.fmean(changes), len(changes)
     if count < 2:
         only = cells[0]
         return Ratio(name, only.ratio, only.low, only.high, only.p, 1, None)
-    scatter = statistics.stdev(changes)
-    return _tested(name, change, scatter / math.sqrt(count), count - 1, count, scatter)
+    log_stdev = statistics.stdev(changes)
+    return _test(name, change, log_stdev / math.sqrt(count), count - 1, count, log_stdev)
 
 
-def _tested(
-    name: str, change: float, error: float, degrees: float, count: int, scatter: float
+def _test(
+    name: str, change: float, error: float, degrees: float, count: int, log_stdev: float
 ) -> Ratio:
-    beyond = abs(change) - math.log1p(INDIFFERENT)
+    """The ratio of a change of the logarithm with its standard error and degrees of freedom."""
+    beyond = abs(change) - math.log1p(MIN_EFFECT)
     t = beyond / error if error else math.inf
     p = two_sided_p(t, degrees) if beyond > 0 else 1.0
-    # The same statistic and degrees of freedom as for p, so that the two never contradict.
-    reach = t_quantile(degrees) * error if error else 0.0
+    # The interval uses the error and the degrees of p, so that the two never contradict.
+    reach = t_quantile(degrees) * error
     low, high = math.exp(change - reach), math.exp(change + reach)
-    return Ratio(name, math.exp(change), low, high, p, count, scatter)
+    return Ratio(name, math.exp(change), low, high, p, count, log_stdev)
 
 
 def _check_same_kind(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool) -> None:
@@ -229,39 +263,41 @@ def _check_same_kind(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: boo
         {
             (engine == EMULATED, None if pd.isna(scale) else float(scale), origin)
             for engine, scale, origin in zip(
-                each["engine"], each["time_scale"], _origins(each), strict=True
+                cells["engine"], cells["time_scale"], _origins(cells), strict=True
             )
         }
-        for each in (first, second)
+        for cells in (first, second)
     ]
     if kinds[0] != kinds[1] and not allow_mixed:
-        kinds_text = " and ".join(" with ".join(sorted(map(_kind, kind))) for kind in kinds)
+        first_kinds, second_kinds = (", ".join(sorted(map(_format_kind, kind))) for kind in kinds)
         raise ComparisonError(
-            f"the studies are not of the same kind: {kinds_text}. To compare them "
-            "anyway, add --allow-mixed."
+            f"the studies are not of the same kind: the first is {first_kinds}; the second is "
+            f"{second_kinds}. To compare them anyway, add --allow-mixed."
         )
 
 
-def _notes(*studies: pd.DataFrame) -> list[str]:
-    """Whose figures are emulated, or of other clients."""
+def _notes(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
+    """One note per study that is emulated or imported."""
     by_note: dict[str, list[str]] = {}
-    for place, cells in zip(("The first study", "The second study"), studies, strict=True):
-        others = sorted({*_origins(cells)} - {OWN})
-        imported = [f"Measured by {each}, not certified." for each in others]
+    for study, cells in (("The first study", first), ("The second study", second)):
+        others = sorted({*_origins(cells)} - {SERVEGRID_ORIGIN})
+        imported = [f"Measured by {origin}, not certified." for origin in others]
         for note in [*emulation_notes(cells), *imported]:
-            by_note.setdefault(note, []).append(place)
+            by_note.setdefault(note, []).append(study)
     return [
-        f"{places[0] if len(places) == 1 else 'Both studies'}: {note[0].lower()}{note[1:]}"
-        for note, places in by_note.items()
+        f"{studies[0] if len(studies) == 1 else 'Both studies'}: {note[0].lower()}{note[1:]}"
+        for note, studies in by_note.items()
     ]
 
 
 def _origins(cells: pd.DataFrame) -> list[str]:
-    """Who measured each; older tables do not say it, and hold nothing else than our own."""
-    return list(cells["origin"].fillna(OWN)) if "origin" in cells else [OWN] * len(cells)
+    """The client that measured each row. Older tables have no such column, and only own rows."""
+    if "origin" not in cells:
+        return [SERVEGRID_ORIGIN] * len(cells)
+    return list(cells["origin"].fillna(SERVEGRID_ORIGIN))
 
 
-def _kind(kind: tuple[bool, float | None, str]) -> str:
+def _format_kind(kind: tuple[bool, float | None, str]) -> str:
     emulated, scale, origin = kind
     if not emulated:
         return f"measured by {origin}"
@@ -269,26 +305,8 @@ def _kind(kind: tuple[bool, float | None, str]) -> str:
 
 
 def _format_cell(key: Sequence[Any]) -> str:
-    """`mistral-7b_fp16, burst, 8 requests at once, 31 + 100 tokens`."""
+    """`mistral-7b_fp16, burst, concurrency 8, 31 + 100 tokens`."""
     *deployment, protocol, concurrency, rate, input_len, output_len = key
-    workload = f"{concurrency} at once" if concurrency is not None else f"{rate:g} per second"
+    intensity = f"concurrency {concurrency}" if concurrency is not None else f"{rate:g} requests/s"
     name = " ".join(map(str, deployment))
-    return f"{name}, {protocol}, {workload}, {input_len} + {output_len} tokens"
-
-
-def power(comparison: Comparison) -> Mapping[str, Mapping[int, float | None]]:
-    """For each deployment the slow-down that would be found with 1, 3 and 5 trials per cell.
-
-    Its cells' ratios scatter with one over the root of the trials that they are means of: the part
-    of the scatter that trials have by themselves shrinks, and as much as is left may be of loads.
-    """
-    trials = max((each.count for each in comparison.cells), default=1)
-    return {
-        each.name: {
-            wanted: None
-            if each.scatter is None
-            else detectable(each.scatter * math.sqrt(max(trials, 1) / wanted), each.count)
-            for wanted in (1, 3, 5)
-        }
-        for each in comparison.deployments
-    }
+    return f"{name}, {protocol}, {intensity}, {input_len} + {output_len} tokens"

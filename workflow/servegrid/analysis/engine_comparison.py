@@ -1,4 +1,4 @@
-"""Engines beside each other where they served the same model on the same hardware. Pure."""
+"""Compares engines that served the same model on the same hardware. Pure."""
 
 from __future__ import annotations
 
@@ -6,49 +6,51 @@ import itertools
 
 import pandas as pd
 
-from servegrid.analysis.titles import deployment_title, load_title
+from servegrid.analysis.titles import deployment_title, workload_title
 
-FIGURES = {
+METRIC_TITLES = {
     "output_tokens_per_s": "output tokens/s",
-    "ttft_s_p50": "first token",
-    "e2el_s_p50": "last token",
+    "ttft_s_p50": "time to first token",
+    "e2el_s_p50": "end-to-end latency",
 }
-HEAD = [
+COLUMN_TITLES = [
     "model and hardware",
     "workload",
     "deployments",
     "cells",
-    *(f"ratio, {each}" for each in FIGURES.values()),
+    *(f"ratio of {title}" for title in METRIC_TITLES.values()),
 ]
 
 
-def compared(summary: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """A row for each two deployments that differ in their engine, and in no more than quantization.
+def compare_engines(summary: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair of deployments with the same model and hardware and different engines.
 
-    Texts under HEAD; ratios are those of the second to the first, the median over all cells that
-    both have valid cells for, with the lowest and the highest of them.
+    The values are texts, in the columns COLUMN_TITLES. The quantization may differ. A ratio is
+    second / first: the median over the cells that are valid in both, with the lowest and the
+    highest. `summary` and `cells` are tables of `columns.SUMMARY` and `CELLS`. Emulated cells are
+    left out.
     """
-    usable = summary[(summary["trials_valid"] > 0) & summary["time_scale"].isna()]
+    valid = summary[(summary["trials_valid"] > 0) & summary["time_scale"].isna()]
     rows = []
-    alike = ["model", "gpu", "gpu_count", "protocol", "output_len"]
-    for key, own in usable.groupby(alike, sort=False):
-        by_deployment = {str(name): each for name, each in own.groupby("deployment", sort=False)}
+    keys = ["model", "gpu", "gpu_count", "protocol", "output_len"]
+    for (model, gpu, gpu_count, protocol, output_len), group in valid.groupby(keys, sort=False):
+        by_deployment = dict(iter(group.groupby("deployment", sort=False)))
         for (first, one), (second, other) in itertools.combinations(by_deployment.items(), 2):
             if one["engine"].iloc[0] == other["engine"].iloc[0]:
                 continue
             both = one.merge(other, on=["concurrency", "request_rate", "input_len"])
             if not both.empty:
-                names = [_title(cells, deployment) for deployment in (first, second)]
+                names = [_title(cells, str(deployment)) for deployment in (first, second)]
                 rows.append(
                     [
-                        f"{key[0]} on {key[2]} × {key[1]}" if key[2] else f"{key[0]} on {key[1]}",
-                        load_title(str(key[3]), int(str(key[4]))),
+                        f"{model} on {gpu_count} × {gpu}" if gpu_count else f"{model} on {gpu}",
+                        workload_title(str(protocol), int(str(output_len))),
                         " → ".join(names),
                         str(len(both)),
-                        *(_ratio(both[f"{name}_y"] / both[f"{name}_x"]) for name in FIGURES),
+                        *(_ratio(both[f"{name}_y"] / both[f"{name}_x"]) for name in METRIC_TITLES),
                     ]
                 )
-    return pd.DataFrame(rows, columns=HEAD)
+    return pd.DataFrame(rows, columns=COLUMN_TITLES)
 
 
 def _title(cells: pd.DataFrame, deployment: str) -> str:

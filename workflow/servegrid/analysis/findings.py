@@ -1,4 +1,4 @@
-"""What a study found, computed: how time grows, and up to which load it serves. Pure."""
+"""The findings of a study: the concurrency that meets the SLO, and how latency grows. Pure."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import tables
-from servegrid.analysis.capacity import CLOSED
 from servegrid.records import columns
+from servegrid.study.grid import CONCURRENCY_PROTOCOLS
 
-LINEAR = math.log2(1.8)
-"""The exponent of growth from which time counts as linear in the number of requests: work that is
-strictly shared has 1; a tenth less per doubling is of the size of noise."""
+LINEAR_EXPONENT = math.log2(1.8)
+"""From this exponent on, time counts as linear in the concurrency. Work that is strictly shared has
+the exponent 1, a factor of 2 per doubling; a tenth less can be noise."""
 
 
 @dataclass(frozen=True)
 class Slo:
-    """What a user must get: at least so many tokens per second, the time for the prompt included,
-    and at most so many seconds until the first and the last token, medians; None is no limit."""
+    """The service level objective: what every user must get.
+
+    `tokens_per_s_per_user` is a minimum and includes the time to first token. `ttft_s` and `e2el_s`
+    are maxima of the median latencies; None means no limit.
+    """
 
     tokens_per_s_per_user: float = 5.0
     ttft_s: float | None = None
@@ -33,55 +36,55 @@ class Slo:
         if self.ttft_s is not None:
             parts.append(f"the first token within {self.ttft_s:g} s")
         if self.e2el_s is not None:
-            parts.append(f"the last within {self.e2el_s:g} s")
+            parts.append(f"the last token within {self.e2el_s:g} s")
         return ", ".join(parts)
 
 
 def parse_slo(study: Mapping[str, Any]) -> Slo:
-    """The SLO of a study's configuration; it fits the schema."""
+    """The SLO in a study's configuration, which matches the schema."""
     return Slo(**study.get("slo", {}))
 
 
-def frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
-    """How far each deployment goes: a row of `columns.FRONTIER` for each prompt length.
+def compute_frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
+    """A table of `columns.FRONTIER`, one row per deployment, workload and prompt length.
 
-    `summary` has the columns of `columns.SUMMARY`. Cells that are not valid count as served,
-    and not as within the SLO.
+    `summary` is a table of `columns.SUMMARY`. A cell that is not valid counts as served, but does
+    not meet the SLO.
     """
     keys = ["deployment", "engine", "protocol", "output_len", "input_len"]
-    closed = summary[summary["protocol"].isin(CLOSED)]
+    cells = summary[summary["protocol"].isin(CONCURRENCY_PROTOCOLS)]
     rows = [
-        dict(zip(keys, key, strict=True)) | _reach(own.sort_values("concurrency"), slo)
-        for key, own in closed.groupby(keys, sort=False)
+        dict(zip(keys, key, strict=True)) | _limits(rows.sort_values("concurrency"), slo)
+        for key, rows in cells.groupby(keys, sort=False)
     ]
-    frame = pd.DataFrame(rows, columns=[column.name for column in columns.FRONTIER])
-    return tables.typed(frame.astype(object).where(frame.notna(), None), columns.FRONTIER)
+    return tables.from_rows(rows, columns.FRONTIER)
 
 
 def knee(times: Mapping[int, float]) -> int | None:
-    """From which number of requests on time grows linearly, None where it does not.
+    """The concurrency from which on time grows linearly; None if there is none.
 
-    `times` are seconds by requests at once. It is the first from which every further step has
-    d log(time) / d log(requests) of at least LINEAR.
+    `times` are seconds by concurrency. The knee is the lowest concurrency from which every further
+    step has d log(time) / d log(concurrency) of at least LINEAR_EXPONENT.
     """
     levels = sorted(times)
     found = None
-    for fewer, more in reversed(list(itertools.pairwise(levels))):
-        if math.log(times[more] / times[fewer]) / math.log(more / fewer) < LINEAR:
+    for lower, higher in reversed(list(itertools.pairwise(levels))):
+        exponent = math.log(times[higher] / times[lower]) / math.log(higher / lower)
+        if exponent < LINEAR_EXPONENT:
             break
-        found = fewer
+        found = lower
     return found
 
 
-def statements(
-    summary: pd.DataFrame, reach: pd.DataFrame, slo: Slo, titles: Mapping[str, str]
+def describe_findings(
+    summary: pd.DataFrame, frontier: pd.DataFrame, slo: Slo, titles: Mapping[str, str]
 ) -> list[str]:
-    """What was found of each deployment and closed-loop load, in sentences made from its figures.
+    """The findings as sentences: one text per deployment, protocol and output length.
 
-    `reach` is the frontier of `summary`; `titles` are the deployments' names for people.
+    `frontier` is the frontier of `summary`. `titles` are the titles of the deployments by name.
     """
-    sentences_of_all = []
-    for (name, protocol, output_len), own in reach.groupby(
+    texts = []
+    for (name, protocol, output_len), limits in frontier.groupby(
         ["deployment", "protocol", "output_len"], sort=False
     ):
         cells = summary[
@@ -92,85 +95,90 @@ def statements(
         times = cells.dropna(subset="seconds_per_100_tokens").pivot(
             index="concurrency", columns="input_len", values="seconds_per_100_tokens"
         )
-        sentences = [_reached(own, slo)]
+        sentences = [_describe_limits(limits, slo)]
         if not times.empty:
-            sentences += [_growth(times, own), _prompts(times)]
+            sentences += [_describe_growth(times, limits), _describe_prompts(times)]
         title = f"{titles.get(str(name), name)}, {protocol}"
-        sentences_of_all.append(f"{title}: " + " ".join(filter(None, sentences)))
-    return sentences_of_all
+        texts.append(f"{title}: " + " ".join(filter(None, sentences)))
+    return texts
 
 
-def _reach(own: pd.DataFrame, slo: Slo) -> dict[str, Any]:
-    levels = own["concurrency"].astype(int).tolist()
-    served = own.loc[own["trials_served"] > 0, "concurrency"]
-    most_served = None if served.empty else int(served.max())
-    kept = _within(own, slo).tolist()
-    first_broken = kept.index(False) if False in kept else len(kept)
-    within = levels[first_broken - 1] if first_broken else None
-    figures = own.dropna(subset="seconds_per_100_tokens")
+def _limits(cells: pd.DataFrame, slo: Slo) -> dict[str, Any]:
+    """The values of one row of the frontier. `cells` are sorted by concurrency."""
+    levels = cells["concurrency"].astype(int).tolist()
+    served = cells.loc[cells["trials_served"] > 0, "concurrency"]
+    max_served = None if served.empty else int(served.max())
+    meets_slo = _meets_slo(cells, slo).tolist()
+    first_failure = meets_slo.index(False) if False in meets_slo else len(meets_slo)
+    max_within_slo = levels[first_failure - 1] if first_failure else None
+    known = cells.dropna(subset="seconds_per_100_tokens")
     times = dict(
         zip(
-            figures["concurrency"].astype(int),
-            figures["seconds_per_100_tokens"].astype(float),
+            known["concurrency"].astype(int),
+            known["seconds_per_100_tokens"].astype(float),
             strict=True,
         )
     )
     return {
-        "max_served": most_served,
-        "max_served_is_lower_bound": None if most_served is None else most_served == levels[-1],
-        "max_within_slo": within,
-        "max_within_slo_is_lower_bound": None if within is None else within == levels[-1],
+        "max_served": max_served,
+        "max_served_is_lower_bound": None if max_served is None else max_served == levels[-1],
+        "max_within_slo": max_within_slo,
+        "max_within_slo_is_lower_bound": None
+        if max_within_slo is None
+        else max_within_slo == levels[-1],
         "knee": knee(times),
     }
 
 
-def _within(own: pd.DataFrame, slo: Slo) -> pd.Series[bool]:
-    kept = own["trials_valid"] > 0
-    scale = own["time_scale"].fillna(1.0).astype(float)
-    speed = own["output_tokens_per_s_per_user"].astype(float) * scale
-    kept &= speed.ge(slo.tokens_per_s_per_user)
-    for column, most in (("ttft_s_p50", slo.ttft_s), ("e2el_s_p50", slo.e2el_s)):
-        if most is not None:
-            kept &= (own[column].astype(float) / scale).le(most)
-    return kept.astype(bool)
+def _meets_slo(cells: pd.DataFrame, slo: Slo) -> pd.Series[bool]:
+    meets = cells["trials_valid"] > 0
+    scale = cells["time_scale"].fillna(1.0).astype(float)
+    speed = cells["output_tokens_per_s_per_user"].astype(float) * scale
+    meets &= speed.ge(slo.tokens_per_s_per_user)
+    for column, maximum in (("ttft_s_p50", slo.ttft_s), ("e2el_s_p50", slo.e2el_s)):
+        if maximum is not None:
+            meets &= (cells[column].astype(float) / scale).le(maximum)
+    return meets.astype(bool)
 
 
-def _reached(own: pd.DataFrame, slo: Slo) -> str:
-    """`Each gets 5 tokens/s with up to 64 requests at once of 31 prompt tokens, 16 of 2193.`"""
+def _describe_limits(limits: pd.DataFrame, slo: Slo) -> str:
+    """The highest concurrency that meets the SLO, for the shortest and the longest prompts."""
     parts = []
-    for row in (own.iloc[0], own.iloc[-1]) if len(own) > 1 else (own.iloc[0],):
-        most = row["max_within_slo"]
-        least = "at least " if not pd.isna(most) and row["max_within_slo_is_lower_bound"] else ""
-        count = "none" if pd.isna(most) else f"{least}{most}"
-        parts.append(f"{count} of {row['input_len']} prompt tokens")
-    return f"Requests at once that get {slo}: {', '.join(parts)}."
+    for row in (limits.iloc[0], limits.iloc[-1]) if len(limits) > 1 else (limits.iloc[0],):
+        highest = row["max_within_slo"]
+        text = "none" if pd.isna(highest) else str(highest)
+        if not pd.isna(highest) and row["max_within_slo_is_lower_bound"]:
+            text = f"at least {text}"
+        parts.append(f"{text} with prompts of {row['input_len']} tokens")
+    return f"Highest concurrency that meets the SLO ({slo}): {', '.join(parts)}."
 
 
-def _growth(times: pd.DataFrame, own: pd.DataFrame) -> str:
+def _describe_growth(times: pd.DataFrame, limits: pd.DataFrame) -> str:
     length = times.columns[0]
-    column = times[length].dropna().astype(float)
-    if len(column) < 2:
+    seconds = times[length].dropna().astype(float)
+    if len(seconds) < 2:
         return ""
-    fewest, most = column.index[0], column.index[-1]
-    bend = own.set_index("input_len")["knee"].get(length)
+    bend = limits.set_index("input_len")["knee"].get(length)
     linear = (
-        "nowhere as fast as their number"
+        "It is not linear at the highest concurrency."
         if bend is None or pd.isna(bend)
-        else f"as fast as their number from {bend} on"
+        else f"It is linear from concurrency {bend} on."
     )
     return (
-        f"From {fewest} to {most} of {length} prompt tokens the time grows "
-        f"{column.iloc[-1] / column.iloc[0]:.2g}-fold, {linear}."
+        f"With prompts of {length} tokens, the time grows by a factor of "
+        f"{seconds.iloc[-1] / seconds.iloc[0]:.2g} from concurrency {seconds.index[0]} to "
+        f"{seconds.index[-1]}. {linear}"
     )
 
 
-def _prompts(times: pd.DataFrame) -> str:
-    whole = times.dropna(axis="columns", how="all").dropna()
-    if whole.empty or len(whole.columns) < 2:
+def _describe_prompts(times: pd.DataFrame) -> str:
+    complete = times.dropna(axis="columns", how="all").dropna()
+    if complete.empty or len(complete.columns) < 2:
         return ""
-    shortest, longest = whole.columns[0], whole.columns[-1]
-    ratios = (whole[longest] / whole[shortest]).astype(float)
+    shortest, longest = complete.columns[0], complete.columns[-1]
+    ratios = (complete[longest] / complete[shortest]).astype(float)
     return (
-        f"Prompts of {longest} tokens take {ratios.iloc[0]:.2g} × the time of {shortest} with "
-        f"{ratios.index[0]} at once and {ratios.iloc[-1]:.2g} × with {ratios.index[-1]}."
+        f"Prompts of {longest} tokens take {ratios.iloc[0]:.2g} × the time of prompts of "
+        f"{shortest} tokens at concurrency {ratios.index[0]}, and {ratios.iloc[-1]:.2g} × at "
+        f"concurrency {ratios.index[-1]}."
     )

@@ -2,11 +2,10 @@
 
 A cell's figure is the median over its trials. Its interval is Student's t on the trials'
 logarithms: exp(mean ± t s / √k), with t the 97.5% quantile at k - 1 degrees of freedom. This
-assumes normal logarithms. That suits times and rates: they are positive, and disturbances change
-them by a factor.
-The geometric mean is then the median of the distribution. Without this assumption, no interval for
-a median reaches 95% from fewer than six trials: the median lies between the lowest and the highest
-of k trials with probability 1 - 2^(1 - k), 75% for three.
+assumes normally distributed logarithms. That suits times and rates: they are positive, and
+disturbances change them by a factor. The geometric mean is then the median of the distribution.
+Without this assumption, no interval for a median reaches 95% from fewer than six trials: the median
+lies between the lowest and the highest of k trials with probability 1 - 2^(1 - k), 75% for three.
 
 Sources: J.-Y. Le Boudec, Performance Evaluation of Computer and Communication Systems (2010),
 chapter 2, for intervals of the median and of transformed data; A. Georges, D. Buytaert and
@@ -23,7 +22,7 @@ from collections.abc import Collection
 from scipy.special import stdtrit
 
 _ROUNDING = 1e-9
-"""Of trials that are alike, the logarithms' mean is their value but for the last digits."""
+"""If all trials are equal, the mean of the logarithms differs from them only in the last digits."""
 
 Interval = tuple[float, float]
 

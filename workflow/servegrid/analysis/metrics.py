@@ -1,7 +1,7 @@
-"""From one trial's raw rows to its row in the table of cells. Pure: no file is touched.
+"""Computes one trial's row of the table of cells from its raw rows. Pure.
 
-Times come in as nanoseconds and go out as seconds. What is not known is None: a mean over no
-request, the time per token of a single token, the figure of a cell that was not served.
+Times come in as nanoseconds and go out as seconds. Unknown values are None: a mean over no request,
+the time per output token of a single token, a figure of a cell that was not served.
 """
 
 from __future__ import annotations
@@ -16,60 +16,65 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from servegrid.analysis import client_error, energy, server_metrics, stationarity
-from servegrid.analysis.energy import ENGINE_DEVICE, power_of, state_of
-from servegrid.analysis.stationarity import Window, window_of
+from servegrid.analysis.energy import ENGINE_DEVICE, gpu_columns, mean_power
+from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import OK
 from servegrid.study.grid import Trial, Workload
 
 REQUEST_COLUMNS = (
-    *stationarity.COLUMNS,
+    *stationarity.REQUEST_COLUMNS,
     "wave",
     "first_token_ns",
     "token_ns",
     "chunk_tokens",
     "completion_tokens",
 )
-"""The columns of `columns.REQUESTS` that `row_of` needs."""
+"""The columns of `columns.REQUESTS` that `cell_row` needs."""
 
-TELEMETRY_COLUMNS = (*energy.COLUMNS, *server_metrics.TELEMETRY_COLUMNS, "memory_bytes")
-"""The columns of `columns.TELEMETRY` that `row_of` needs."""
+TELEMETRY_COLUMNS = (
+    *energy.TELEMETRY_COLUMNS,
+    *server_metrics.TELEMETRY_COLUMNS,
+    "memory_bytes",
+)
+"""The columns of `columns.TELEMETRY` that `cell_row` needs."""
 
-OWN = "servegrid"
-"""The origin of what servegrid has measured itself."""
+SERVEGRID_ORIGIN = "servegrid"
+"""The `origin` of cells that servegrid measured itself."""
 
 _Floats = npt.NDArray[np.float64]
 
 
-def row_of(
+def cell_row(
     record: Mapping[str, Any],
     requests: pa.Table,
     telemetry: pa.Table,
-    whole: bool | None = None,
+    use_all_requests: bool | None = None,
 ) -> dict[str, Any]:
-    """One row of `columns.CELLS`.
+    """One row of `columns.CELLS`, without the columns about validity and drift.
 
     `requests` and `telemetry` have one row per request and per sample, with at least
-    REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens are those of the requests
-    that succeeded, of a burst (or if `whole`) all of them, else those in its stationary part; the
-    makespan is that of all. Raises KeyError where a column or a key of the record is missing.
+    REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens come from the successful
+    requests: from all of them for a burst, or if `use_all_requests`; otherwise from those in the
+    stationary part. The makespan always covers all requests. Raises KeyError if a column or a key
+    of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
     deployment, workload = trial.deployment, trial.workload
     served = requests.filter(pc.is_null(requests["error"]))
     makespan, waves = makespan_s(requests)
-    whole = workload.protocol == "burst" if whole is None else whole
-    window = None if whole else stationary(requests, workload)
-    inside = served if whole else within(served, window)
-    window_s = makespan if whole else None if window is None else window.seconds
+    use_all = workload.protocol == "burst" if use_all_requests is None else use_all_requests
+    window = None if use_all else stationary_window(requests, workload)
+    inside = served if use_all else completed_in(served, window)
+    window_s = makespan if use_all else None if window is None else window.seconds
     due = inside["scheduled_ns" if workload.protocol == "poisson" else "sent_ns"]
     ttft = _seconds(due, inside["first_token_ns"])
     e2el = _seconds(due, last_token_ns(inside))
-    itl, shared = _itl_s(inside)
-    tokens = _total(served["completion_tokens"]) if whole else _tokens_in(served, window)
+    itl, coalesced = _itl_s(inside)
+    tokens = _total(served["completion_tokens"]) if use_all else _tokens_in(served, window)
     tokens_per_s = _ratio(tokens, window_s)
-    samples = during(telemetry, window)
-    power = power_of(samples)
+    samples = samples_in(telemetry, window)
+    power = mean_power(samples)
     ok = record["verdict"] == OK
     return {
         "deployment": deployment.name,
@@ -79,9 +84,9 @@ def row_of(
         "gpu_count": deployment.gpu_count,
         "engine": record["engine"]["engine"],
         "engine_version": record["engine"].get("version"),
-        "origin": record.get("origin", OWN),
+        "origin": record.get("origin", SERVEGRID_ORIGIN),
         "time_scale": record["engine"].get("time_scale"),
-        "allocation": allocation_of(record["environment"]),
+        "allocation": allocation_id(record["environment"]),
         "protocol": workload.protocol,
         "concurrency": workload.concurrency,
         "request_rate": workload.request_rate,
@@ -99,12 +104,12 @@ def row_of(
         "seconds_per_100_tokens": _per_100_tokens(workload, makespan, waves, e2el) if ok else None,
         "window_s": window_s,
         "requests_in_window": None if window_s is None else inside.num_rows,
-        "in_flight_mean": in_flight_mean(requests, window, makespan if whole else None),
+        "in_flight_mean": in_flight_mean(requests, window, makespan if use_all else None),
         **_latencies("ttft", ttft),
         **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
         **_latencies("itl", itl),
         **_latencies("e2el", e2el),
-        "coalesced_chunk_fraction": shared,
+        "coalesced_chunk_fraction": coalesced,
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": _ratio(tokens_per_s, workload.concurrency),
         "memory_peak_bytes": memory_peak_bytes(telemetry),
@@ -112,63 +117,63 @@ def row_of(
         "power_disagreement": power.disagreement,
         "power_suspect": power.is_suspect,
         "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),
-        **state_of(samples),
-        **server_metrics.columns_of(record, requests, samples),
-        **client_error.columns_of(record),
+        **gpu_columns(samples),
+        **server_metrics.server_columns(record, requests, samples),
+        **client_error.client_columns(record),
         "spec_digest": record["spec_digest"],
     }
 
 
-def stationary(requests: pa.Table, workload: Workload) -> Window | None:
-    """The stationary part of a steady or poisson load; None where there is none."""
-    window = window_of(requests, workload)
+def stationary_window(requests: pa.Table, workload: Workload) -> Window | None:
+    """The stationary part of a closed loop or a poisson workload; None if there is none."""
+    window = find_window(requests, workload)
     return None if isinstance(window, str) else window
 
 
-def within(served: pa.Table, window: Window | None) -> pa.Table:
-    """The requests that ended in the window; none without one.
+def completed_in(served: pa.Table, window: Window | None) -> pa.Table:
+    """The requests that ended in the window; none if there is no window.
 
-    Those that end in a stretch of a stationary load are a fair sample of all its requests.
+    The requests that end in a stationary part are a fair sample of all its requests.
     """
     if window is None:
         return served.slice(0, 0)
-    return served.filter(pa.array(window.has(served["done_ns"].to_numpy())))
+    return served.filter(pa.array(window.contains(served["done_ns"].to_numpy())))
 
 
-def during(telemetry: pa.Table, window: Window | None) -> pa.Table:
-    """The samples of the window; all of them without one."""
+def samples_in(telemetry: pa.Table, window: Window | None) -> pa.Table:
+    """The samples in the window; all of them if there is no window."""
     if window is None:
         return telemetry
-    return telemetry.filter(pa.array(window.has(telemetry["time_ns"].to_numpy())))
+    return telemetry.filter(pa.array(window.contains(telemetry["time_ns"].to_numpy())))
 
 
 def in_flight_mean(
     requests: pa.Table, window: Window | None, makespan: float | None
 ) -> float | None:
-    """Requests in flight, sent and not ended, as a mean over the window or else the makespan.
+    """The mean number of requests in flight, over the window or else over the makespan in s.
 
-    None where neither is known.
+    A request is in flight from being sent to its end. None if there is neither window nor makespan.
     """
     known = requests.filter(
         pc.and_(pc.is_valid(requests["sent_ns"]), pc.is_valid(requests["done_ns"]))
     )
     sent, done = known["sent_ns"].to_numpy(), known["done_ns"].to_numpy()
     if window is not None:
-        sent, done = (np.clip(each, window.start_ns, window.end_ns) for each in (sent, done))
+        sent, done = (np.clip(times, window.start_ns, window.end_ns) for times in (sent, done))
         return float((done - sent).sum() / 1e9 / window.seconds)
     return _ratio(float((done - sent).sum() / 1e9), makespan)
 
 
-def allocation_of(environment: Mapping[str, Any]) -> str:
-    """What tells one bring-up from another: the allocation's name and when it was up."""
+def allocation_id(environment: Mapping[str, Any]) -> str:
+    """Identifies one bring-up: the name of its allocation and the time of its start."""
     return f"{environment['allocation']} {environment['started']}"
 
 
 def makespan_s(requests: pa.Table) -> tuple[float | None, int]:
-    """Seconds from the first request being due to the last one's end, summed over the waves.
+    """The makespan in seconds and the number of waves.
 
-    Also the number of waves. The time is None without requests, or where the end of one is
-    not known.
+    The makespan is the time from the first due request to the last end, summed over the waves. It
+    is None if there are no requests, or if the end of one is unknown.
     """
     waves = requests.group_by("wave").aggregate([("scheduled_ns", "min"), ("done_ns", "max")])
     if requests.num_rows == 0 or requests["done_ns"].null_count:
@@ -178,7 +183,7 @@ def makespan_s(requests: pa.Table) -> tuple[float | None, int]:
 
 
 def last_token_ns(requests: pa.Table) -> pa.Array:
-    """When each request's last chunk with tokens arrived; null where none did."""
+    """The time of each request's last chunk with tokens, in ns; null if there was none."""
     stamps = requests["token_ns"].combine_chunks()
     offsets = stamps.offsets.to_numpy()
     empty = offsets[1:] == offsets[:-1]
@@ -189,11 +194,11 @@ def last_token_ns(requests: pa.Table) -> pa.Array:
 
 
 def memory_peak_bytes(telemetry: pa.Table) -> int | None:
-    """The largest sum over the GPUs at one time, or the engine's largest where no GPU is known.
+    """The largest sum over the GPUs at one time; without GPUs, the largest value of the engine.
 
-    The devices are sampled one after another: a sample stands for its device until that
-    device's next one, and the first also for the time before. None where a device has no
-    sample with its memory, as the sum would then be too small.
+    The devices are sampled one after another. A sample counts until the next sample of its device,
+    and the first one also counts for the time before it. None if a device has no sample with its
+    memory, because the sum would be too small.
     """
     devices = set(telemetry["device"].to_pylist())
     times = np.unique(telemetry["time_ns"].to_numpy())
@@ -218,18 +223,18 @@ def _per_100_tokens(
 
 
 def _tokens_in(served: pa.Table, window: Window | None) -> int | None:
-    """The tokens that arrived in the window."""
+    """The number of tokens that arrived in the window."""
     if window is None:
         return None
-    arrived = window.has(served["token_ns"].combine_chunks().flatten().to_numpy())
+    arrived = window.contains(served["token_ns"].combine_chunks().flatten().to_numpy())
     return int(served["chunk_tokens"].combine_chunks().flatten().to_numpy()[arrived].sum())
 
 
 def _itl_s(requests: pa.Table) -> tuple[_Floats, float | None]:
-    """Seconds between tokens, and the share of chunks that were read with the one before.
+    """Inter-token latencies in s, and the fraction of chunks that were read with the previous one.
 
-    A chunk of several tokens came once all of them were there: the time since the one before is
-    shared evenly among them.
+    A chunk with several tokens is sent when all of them are ready, so the time since the previous
+    chunk is divided evenly among them.
     """
     stamps = requests["token_ns"].combine_chunks()
     times = stamps.flatten().to_numpy()
@@ -245,13 +250,13 @@ def _itl_s(requests: pa.Table) -> tuple[_Floats, float | None]:
 
 
 def _latencies(name: str, values: _Floats) -> dict[str, float | None]:
-    """Mean and percentiles, None where there are fewer samples than one needs."""
+    """Mean and percentiles. A percentile is None if there are too few samples for it."""
     known = values[~np.isnan(values)]
-    # All at once: sorting the values is most of the work.
+    # All percentiles in one call, because sorting the values is most of the work.
     found = np.percentile(known, list(PERCENTILES)) if known.size else [math.nan] * len(PERCENTILES)
     return {f"{name}_s_mean": _mean(known)} | {
-        f"{name}_s_p{each}": float(value) if known.size >= least else None
-        for (each, least), value in zip(PERCENTILES.items(), found, strict=True)
+        f"{name}_s_p{percentile}": float(value) if known.size >= minimum else None
+        for (percentile, minimum), value in zip(PERCENTILES.items(), found, strict=True)
     }
 
 
@@ -262,7 +267,7 @@ def _tpot_s(ttft: _Floats, e2el: _Floats, tokens: pa.ChunkedArray) -> _Floats:
 
 
 def _seconds(start: Any, end: Any) -> _Floats:
-    """`end` - `start`, NaN where one is null. Subtracted as integers: floats hold no such ns."""
+    """`end` - `start`; NaN if one is null. The difference is of integers, which lose no ns."""
     return _floats(pc.subtract(end, start)) / 1e9
 
 

@@ -12,6 +12,12 @@ from servegrid.reference.published import PublishedData
 from servegrid.study.deployment import EMULATED
 from servegrid.study.text import pluralize
 
+MATCH_COLUMNS = (
+    *("model", "quantization", "gpu", "gpu_count"),
+    *("protocol", "concurrency", "input_len", "output_len"),
+)
+"""Columns in which a measured and a published cell must be equal to be compared."""
+
 
 def published_summary(published: PublishedData) -> pd.DataFrame:
     """Published latencies as a table of `columns.SUMMARY`, one row per cell.
@@ -23,7 +29,7 @@ def published_summary(published: PublishedData) -> pd.DataFrame:
     seconds = cells["seconds_per_100_tokens"]
     gpus = cells["gpu_count"].astype(str) + "x" + cells["gpu"]
     served = seconds.notna().astype(int)
-    frame = cells.assign(
+    table = cells.assign(
         deployment=cells["model"] + "_" + cells["quantization"] + "_" + gpus,
         engine="vllm",
         trials=1,
@@ -32,14 +38,7 @@ def published_summary(published: PublishedData) -> pd.DataFrame:
         output_tokens_per_s_per_user=100 / seconds,
         output_tokens_per_s=100 * cells["concurrency"] / seconds,
     ).reindex(columns=[column.name for column in columns.SUMMARY])
-    return tables.typed(frame.astype(object).where(frame.notna(), None), columns.SUMMARY)
-
-
-SAME = (
-    *("model", "quantization", "gpu", "gpu_count"),
-    *("protocol", "concurrency", "input_len", "output_len"),
-)
-"""Columns in which a measured and a published cell must be equal to be compared."""
+    return tables.fill_nulls(table, columns.SUMMARY)
 
 
 def compare_with_published(
@@ -53,17 +52,14 @@ def compare_with_published(
     published data, the table has no rows.
     """
     if published is None:
-        return tables.typed(
-            pd.DataFrame(columns=[column.name for column in columns.PUBLISHED_COMPARISON]),
-            columns.PUBLISHED_COMPARISON,
-        )
+        return tables.from_rows([], columns.PUBLISHED_COMPARISON)
     valid = measured[measured["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
     is_emulated = valid["engine"] == EMULATED
     valid = valid.assign(emulated=is_emulated)[is_emulated <= emulated]
     theirs = published_summary(published).dropna(subset="seconds_per_100_tokens")
-    theirs = theirs[[*SAME, "seconds_per_100_tokens"]]
+    theirs = theirs[[*MATCH_COLUMNS, "seconds_per_100_tokens"]]
     theirs = theirs.rename(columns={"seconds_per_100_tokens": "published_s"})
-    both = valid.merge(theirs, on=list(SAME))
+    both = valid.merge(theirs, on=list(MATCH_COLUMNS))
     scale = both["time_scale"].fillna(1.0)
     value, low, high = (
         both[f"seconds_per_100_tokens{end}"].astype(float) / scale for end in ("", "_low", "_high")
@@ -75,14 +71,11 @@ def compare_with_published(
         ratio_high=high.fillna(value) / (both["published_s"] - published.rounding_s),
     )
     names = [column.name for column in columns.PUBLISHED_COMPARISON]
-    table = both.reindex(columns=names)
-    return tables.typed(
-        table.astype(object).where(table.notna(), None), columns.PUBLISHED_COMPARISON
-    )
+    return tables.fill_nulls(both.reindex(columns=names), columns.PUBLISHED_COMPARISON)
 
 
-def comparison_statements(pairs: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
-    """What a table of `columns.PUBLISHED_COMPARISON` says: one sentence per deployment.
+def describe_comparison(pairs: pd.DataFrame, titles: Mapping[str, str]) -> list[str]:
+    """A table of `columns.PUBLISHED_COMPARISON` as sentences: one text per deployment.
 
     `titles` maps names of deployments to their titles.
     """
@@ -93,9 +86,9 @@ def comparison_statements(pairs: pd.DataFrame, titles: Mapping[str, str]) -> lis
         mark = " (emulated)" if rows["emulated"].any() else ""
         title = titles.get(str(name), str(name))
         sentences.append(
-            f"{title}{mark}: {pluralize(len(rows), 'cell')} in both. The median ratio of "
-            f"measured to published time is {median:.3g}. {pluralize(differing, 'cell')} differ by more than "
-            "rounding and intervals can explain."
+            f"{title}{mark}: {pluralize(len(rows), 'cell')} in both. The median ratio of measured "
+            f"to published time is {median:.3g}. {pluralize(differing, 'cell')} differ by more "
+            "than rounding and intervals can explain."
         )
     return sentences
 

@@ -1,4 +1,4 @@
-"""What the server says of a load, beside what its client saw. Pure."""
+"""The columns of a cell that come from the server's own metrics. Pure."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from servegrid.telemetry.counters import (
 )
 
 REQUEST_COLUMNS = ("sent_ns", "first_token_ns")
-"""The columns of `columns.REQUESTS` that `columns_of` needs."""
+"""The columns of `columns.REQUESTS` that `server_columns` needs."""
 
 TELEMETRY_COLUMNS = ("running", "waiting", "kv_cache_usage")
-"""The columns of `columns.TELEMETRY` that `columns_of` needs."""
+"""The columns of `columns.TELEMETRY` that `server_columns` needs."""
 
 
-def columns_of(
+def server_columns(
     record: Mapping[str, Any], requests: pa.Table, telemetry: pa.Table
 ) -> dict[str, float | None]:
-    """The columns of `columns.CELLS` that come from the server.
+    """The columns of `columns.CELLS` that come from the server. Times are in seconds.
 
-    `requests` are all requests of the load, for the server's histograms know no window, with at
-    least REQUEST_COLUMNS; `telemetry` the samples of the time that the cell's figures are of,
-    with at least TELEMETRY_COLUMNS. Times are in seconds.
+    `requests` are all requests of the workload, because the server's histograms cover all of them;
+    with at least REQUEST_COLUMNS. `telemetry` are the samples in the cell's window, with at least
+    TELEMETRY_COLUMNS.
     """
     before, after = record["metrics_before"], record["metrics_after"]
-    ttft, answered = _mean(before, after, TTFT)
+    ttft, ttft_count = _histogram_mean(before, after, TTFT)
     return {
         "server_ttft_s_mean": ttft,
-        "server_itl_s_mean": _mean(before, after, ITL)[0],
-        "server_queue_s_mean": _mean(before, after, QUEUE)[0],
-        "server_e2el_s_mean": _mean(before, after, E2EL)[0],
-        "ttft_client_overhead_s": _beyond(requests, ttft, answered),
+        "server_itl_s_mean": _histogram_mean(before, after, ITL)[0],
+        "server_queue_s_mean": _histogram_mean(before, after, QUEUE)[0],
+        "server_e2el_s_mean": _histogram_mean(before, after, E2EL)[0],
+        "ttft_client_overhead_s": _client_overhead_s(requests, ttft, ttft_count),
         "running_mean": pc.mean(telemetry["running"]).as_py(),
         "waiting_mean": pc.mean(telemetry["waiting"]).as_py(),
         "waiting_max": pc.max(telemetry["waiting"]).as_py(),
@@ -54,16 +54,23 @@ def columns_of(
     }
 
 
-def _mean(before: Counters, after: Counters, names: Names) -> tuple[float | None, float | None]:
-    """Mean and number of a histogram's values since `before`."""
+def _histogram_mean(
+    before: Counters, after: Counters, names: Names
+) -> tuple[float | None, float | None]:
+    """The mean and the number of the values that a histogram received since `before`."""
     total = increase(before, after, tuple(f"{name}_sum" for name in names))
     count = increase(before, after, tuple(f"{name}_count" for name in names))
     return (None if total is None or not count else total / count), count
 
 
-def _beyond(requests: pa.Table, ttft: float | None, answered: float | None) -> float | None:
-    """How much later the client had the first tokens; None where it saw others than the server."""
-    waits = pc.drop_null(pc.subtract(requests["first_token_ns"], requests["sent_ns"])).to_numpy()
-    if ttft is None or answered != len(waits):
+def _client_overhead_s(
+    requests: pa.Table, server_ttft: float | None, server_count: float | None
+) -> float | None:
+    """The client's mean time to first token minus the server's.
+
+    None if the server counted a different number of first tokens than the client.
+    """
+    ttft = pc.drop_null(pc.subtract(requests["first_token_ns"], requests["sent_ns"])).to_numpy()
+    if server_ttft is None or server_count != len(ttft):
         return None
-    return float(np.mean(waits) / 1e9 - ttft)
+    return float(np.mean(ttft) / 1e9 - server_ttft)

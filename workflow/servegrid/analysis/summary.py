@@ -1,4 +1,4 @@
-"""One row per cell: the median over its trials and how sure it is. Pure but for `write`."""
+"""Summarises the trials of each cell: medians with 95% intervals. Pure, except `write_summary`."""
 
 from __future__ import annotations
 
@@ -18,66 +18,68 @@ from servegrid.records.verdict import OK
 
 
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
-    """One row of `columns.SUMMARY` per cell, in the order of `cells`, a table of `columns.CELLS`.
+    """A table of `columns.SUMMARY`, one row per cell, in the order of `cells`.
 
-    Figures are of the valid trials, or of all served trials if none is valid.
+    `cells` is a table of `columns.CELLS`. The figures come from the valid trials, or from all
+    served trials if none is valid.
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
-    figures = (
+    metrics = (
         cells[list(columns.SUMMARY_METRICS)].astype("Float64").to_numpy(float, na_value=math.nan)
     )
     is_served = (cells["verdict"] == OK).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
-    firsts, rows = [], []
-    of_cell: Any = cells.groupby(keys, sort=False, dropna=False).indices.values()
-    for trials in sorted(of_cell, key=lambda places: int(places[0])):
-        own_served, own_valid = trials[is_served[trials]], trials[is_valid[trials]]
-        firsts.append(trials[0])
-        counts = {
-            "trials": len(trials),
-            "trials_served": len(own_served),
-            "trials_valid": len(own_valid),
-        }
-        rows.append(counts | _figures(figures[own_valid if own_valid.size else own_served]))
-    frame = pd.DataFrame(rows, columns=[column.name for column in columns.SUMMARY[len(keys) :]])
-    of_cells = cells[keys].iloc[firsts].reset_index(drop=True)
-    return tables.typed(pd.concat([of_cells, frame], axis=1), columns.SUMMARY)
+    first_rows, figures = [], []
+    row_groups: Any = cells.groupby(keys, sort=False, dropna=False).indices.values()
+    for trials in sorted(row_groups, key=lambda rows: int(rows[0])):
+        served, valid = trials[is_served[trials]], trials[is_valid[trials]]
+        first_rows.append(trials[0])
+        counts = {"trials": len(trials), "trials_served": len(served), "trials_valid": len(valid)}
+        figures.append(counts | _medians(metrics[valid if valid.size else served]))
+    names = [column.name for column in columns.SUMMARY[len(keys) :]]
+    key_values = cells[keys].iloc[first_rows].reset_index(drop=True)
+    table = pd.concat([key_values, pd.DataFrame(figures, columns=names)], axis=1)
+    return tables.cast_columns(table, columns.SUMMARY)
 
 
-def served(trials: pd.DataFrame) -> pd.DataFrame:
+def served_trials(trials: pd.DataFrame) -> pd.DataFrame:
     """The trials with the verdict ok."""
     return trials[trials["verdict"] == OK]
 
 
-def valid(trials: pd.DataFrame) -> pd.DataFrame:
-    """Those of them that are valid."""
+def valid_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that are valid."""
     return trials[trials["valid"].eq(True).fillna(False).astype(bool)]
 
 
-def usable(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials of one cell that its figures are of: the valid ones, or all served without any."""
-    return served(trials) if valid(trials).empty else valid(trials)
+def usable_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that a cell's figures come from: the valid ones, or all served ones if none is."""
+    valid = valid_trials(trials)
+    return served_trials(trials) if valid.empty else valid
 
 
-def median(trials: pd.DataFrame, figure: str) -> tuple[float | None, Interval | None]:
-    """The median of a column over one cell's trials, and its 95% interval."""
-    values = usable(trials)[figure].dropna().astype(float).tolist()
+def trial_median(trials: pd.DataFrame, column: str) -> tuple[float | None, Interval | None]:
+    """The median of a column over one cell's usable trials, and its 95% interval."""
+    values = usable_trials(trials)[column].dropna().astype(float).tolist()
     if not values:
         return None, None
     return float(pd.Series(values).median()), interval(values)
 
 
-def write(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
-    """Write it as Parquet, with its columns' units and meanings, and as CSV."""
-    tables.write(summary, columns.SUMMARY, parquet, csv)
+def write_summary(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
+    """Write a table of `columns.SUMMARY` as Parquet, with units and meanings, and as CSV."""
+    tables.save_table(summary, columns.SUMMARY, parquet, csv)
 
 
-def _figures(trials: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """The figures of one cell, a column each of SUMMARY_METRICS in its trials; unknown is NaN."""
+def _medians(trials: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """The medians and intervals of one cell.
+
+    `trials` has one row per trial and one column per metric of SUMMARY_METRICS; NaN is unknown.
+    """
     row: dict[str, Any] = {}
     for name, column in zip(columns.SUMMARY_METRICS, trials.T, strict=True):
         values = column[~np.isnan(column)].tolist()
         low, high = interval(values) or (None, None)
-        value = statistics.median(values) if values else None
-        row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        median = statistics.median(values) if values else None
+        row |= {name: median, f"{name}_low": low, f"{name}_high": high}
     return row

@@ -1,4 +1,4 @@
-"""The table of cells: gathered from all records of a study, written and read again."""
+"""The table of cells: gathered from all records of a study, written and loaded."""
 
 from __future__ import annotations
 
@@ -24,80 +24,80 @@ from servegrid.records import columns, parquet
 from servegrid.records.columns import Column
 from servegrid.study.grid import Study, Trial, canonical_json
 
-_LISTED = 10
-_MANY = 1000
-"""Trials from which on threads, that share one interpreter, take longer than it takes to fork."""
+_MAX_LISTED = 10
+_MIN_FOR_PROCESSES = 1000
+"""From this number of trials on, forking processes is faster than threads in one interpreter."""
 _CHUNK = 50
 _REQUEST_COLUMNS = sorted({*metrics.REQUEST_COLUMNS, *validity.REQUEST_COLUMNS})
 _TELEMETRY_COLUMNS = sorted({*metrics.TELEMETRY_COLUMNS, *validity.TELEMETRY_COLUMNS})
-LIST_COLUMNS = frozenset(each.name for each in columns.CELLS if pa.types.is_list(each.type))
+_LIST_COLUMNS = frozenset(column.name for column in columns.CELLS if pa.types.is_list(column.type))
 _LIST = pa.list_(pa.string())
 _PANDAS_TYPES = {
     pa.int32(): pd.Int32Dtype(),
     pa.int64(): pd.Int64Dtype(),
     pa.bool_(): pd.BooleanDtype(),
 }
-"""Of what may be unknown: pandas would turn integers into floats, and booleans into objects."""
+"""Types with null. Without them, pandas turns integers into floats and booleans into objects."""
 
 
-def gather(
+def gather_study(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The cells and the drift checks of a study from `folder`: two tables of `columns.CELLS`.
+
+    Raises RecordError like `gather_trials`.
+    """
+    drift_checks = gather_trials(study.drift_checks, folder)
+    drifts = drift_by_allocation(drift_checks)
+    return gather_trials(study.trials, folder, drifts), drift_checks
+
+
+def gather_trials(
     trials: Sequence[Trial], folder: Path, drifts: Mapping[str, float] | None = None
 ) -> pd.DataFrame:
-    """One row of `columns.CELLS` per trial, in the order of `trials`.
+    """A table of `columns.CELLS`, one row per trial, in the order of `trials`.
 
-    `folder` has each trial's `requests.parquet` and `telemetry.parquet` under its id. `drifts`
-    gives the drift of each allocation's drift checks (see `drift_by_allocation`).
-    Raises RecordError where any is missing, damaged or was measured with another
-    specification: one error that lists them and says how to measure just these anew.
+    `folder` has each trial's `requests.parquet` and `telemetry.parquet` in a folder named after its
+    id. `drifts` has the drift of each allocation (see `drift_by_allocation`). Raises RecordError if
+    a record is missing, damaged or from another specification. The error lists these trials and
+    says how to measure only them again.
     """
     read = partial(_row_or_error, folder=folder, drifts=drifts or {})
     with _readers(len(trials)) as pool:
         gathered = list(pool.map(read, trials, chunksize=_CHUNK))
-    rows = [each for each in gathered if not isinstance(each, RecordError)]
+    rows = [row for row in gathered if not isinstance(row, RecordError)]
     errors = {
-        trial.id: each
-        for trial, each in zip(trials, gathered, strict=True)
-        if isinstance(each, RecordError)
+        trial.id: error
+        for trial, error in zip(trials, gathered, strict=True)
+        if isinstance(error, RecordError)
     }
     if errors:
-        raise RecordError(_refusal(errors, len(trials), folder))
-    return _frame(parquet.arrow_table(columns.CELLS, rows))
-
-
-def gather_study(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The study's cells and its drift checks from `folder`, both as `columns.CELLS`.
-
-    Raises RecordError if a record is missing, damaged or of another specification.
-    """
-    drift_checks = gather(study.drift_checks, folder)
-    drifts = drift_by_allocation(drift_checks)
-    return gather(study.trials, folder, drifts), drift_checks
+        raise RecordError(_describe_errors(errors, len(trials), folder))
+    return _to_pandas(parquet.arrow_table(columns.CELLS, rows))
 
 
 def drift_by_allocation(drift_checks: pd.DataFrame) -> dict[str, float]:
     """The relative difference of output tokens/s between the drift checks of each allocation.
 
-    (highest - lowest) / median, of the allocations that have at least two that were served.
-    `drift_checks` has the columns of `columns.CELLS`.
+    (highest - lowest) / median, for allocations with at least two served drift checks.
+    `drift_checks` is a table of `columns.CELLS`.
     """
     speeds = drift_checks.dropna(subset="output_tokens_per_s").groupby("allocation")
     known = speeds["output_tokens_per_s"].agg(["min", "median", "max", "count"])
     known = known[known["count"] > 1]
-    shares = (known["max"] - known["min"]) / known["median"]
-    return {str(allocation): float(share) for allocation, share in shares.items()}
+    drifts = (known["max"] - known["min"]) / known["median"]
+    return {str(allocation): float(drift) for allocation, drift in drifts.items()}
 
 
 def write_cells(cells: pd.DataFrame, path: Path, csv: Path) -> None:
-    """Write `cells` twice: as Parquet with its columns' units and meanings, and as CSV.
+    """Write a table of `columns.CELLS` as Parquet and as CSV, like `save_table`."""
+    save_table(cells, columns.CELLS, path, csv)
 
-    In the CSV an unknown value is an empty field, and a float has as many digits as it takes
-    to read the same value back. Raises RecordError where a file cannot be written.
+
+def save_table(table: pd.DataFrame, columns: Iterable[Column], path: Path, csv: Path) -> None:
+    """Write a table of `columns` twice: as Parquet with units and meanings, and as CSV.
+
+    In the CSV, an unknown value is an empty field, and a float has enough digits to give the same
+    value when it is read. Raises RecordError if a file cannot be written.
     """
-    write(cells, columns.CELLS, path, csv)
-
-
-def write(table: pd.DataFrame, columns: Iterable[Column], path: Path, csv: Path) -> None:
-    """Write a table of `columns` twice, as `write_cells` does."""
     schema = parquet.arrow_schema(columns)
     written = _as_arrow(table, schema)
     parquet.write_table(written.replace_schema_metadata(None), path)
@@ -105,14 +105,44 @@ def write(table: pd.DataFrame, columns: Iterable[Column], path: Path, csv: Path)
 
 
 def write_csv(table: pd.DataFrame, csv: Path) -> None:
-    """Write `table` as CSV, its columns only. Raises RecordError where that is not possible."""
+    """Write `table` as CSV, without its index. Raises RecordError if the file cannot be written."""
     with parquet.atomic_write(csv) as temporary:
         _lists_as_json(table).to_csv(temporary, index=False, lineterminator="\n")
 
 
+def load_table(path: Path) -> pd.DataFrame:
+    """A table that `write_cells` or `save_table` wrote as Parquet.
+
+    Raises RecordError if it cannot be read.
+    """
+    try:
+        return _to_pandas(pq.read_table(path))
+    except (OSError, pa.ArrowException) as error:
+        raise RecordError(
+            f"{path}: the table cannot be read ({error}). Run the study first, or name the folder "
+            "of its tables."
+        ) from error
+
+
+def cast_columns(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
+    """`table` with the types of `columns`. Integers and booleans can be null."""
+    return _to_pandas(_as_arrow(table, parquet.arrow_schema(columns)))
+
+
+def from_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> pd.DataFrame:
+    """A table of `columns` from rows. A missing value is null."""
+    table = pd.DataFrame(rows, columns=[column.name for column in columns])
+    return fill_nulls(table, columns)
+
+
+def fill_nulls(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
+    """`table` with the types of `columns`, NaN as null."""
+    return cast_columns(table.astype(object).where(table.notna(), None), columns)
+
+
 def _lists_as_json(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` with its lists as JSON: a field of a CSV has no structure of its own."""
-    lists = LIST_COLUMNS & set(table.columns)
+    """`table` with lists as JSON, because a field of a CSV has no structure."""
+    lists = _LIST_COLUMNS & set(table.columns)
     return table.assign(**{name: table[name].map(_as_json, na_action="ignore") for name in lists})
 
 
@@ -120,42 +150,20 @@ def _as_json(values: Sequence[str]) -> str:
     return json.dumps(list(values))
 
 
-def read_cells(path: Path) -> pd.DataFrame:
-    """The table that `write_cells` wrote."""
-    return _frame(pq.read_table(path))
-
-
-def read_summary(path: Path) -> pd.DataFrame:
-    """The table of a study's summary. Raises RecordError where there is none to be read."""
-    try:
-        return _frame(pq.read_table(path))
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RecordError(
-            f"{path}: no summary of a study ({error}). Run the study first, or name the folder "
-            "of its tables."
-        ) from error
-
-
-def typed(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:
-    """`table` with the types of `columns`, in which integers can be unknown."""
-    schema = parquet.arrow_schema(columns)
-    return _frame(_as_arrow(table, schema))
-
-
 def _as_arrow(table: pd.DataFrame, schema: pa.Schema) -> pa.Table:
-    """`table` as Arrow; a list that is unknown everywhere may have been taken for a number."""
-    unknown = [name for name in LIST_COLUMNS & set(table.columns) if table[name].isna().all()]
+    """`table` as Arrow. pandas takes a list column that is null everywhere for numbers."""
+    unknown = [name for name in _LIST_COLUMNS & set(table.columns) if table[name].isna().all()]
     table = table.astype(dict.fromkeys(unknown, object))
     return pa.Table.from_pandas(table, schema=schema, preserve_index=False)
 
 
-def _frame(table: pa.Table) -> pd.DataFrame:
-    # Parquet calls the items of a list otherwise, which makes another type of the same thing.
+def _to_pandas(table: pa.Table) -> pd.DataFrame:
+    # Parquet gives the items of a list another name, and then the type is not equal to _LIST.
     fields = [
-        each.with_type(_LIST) if pa.types.is_list(each.type) else each for each in table.schema
+        field.with_type(_LIST) if pa.types.is_list(field.type) else field for field in table.schema
     ]
-    cells: pd.DataFrame = table.cast(pa.schema(fields)).to_pandas(types_mapper=_pandas_type)
-    return cells
+    frame: pd.DataFrame = table.cast(pa.schema(fields)).to_pandas(types_mapper=_pandas_type)
+    return frame
 
 
 def _pandas_type(arrow: pa.DataType) -> Any:
@@ -163,12 +171,12 @@ def _pandas_type(arrow: pa.DataType) -> Any:
 
 
 def _readers(trials: int) -> Executor:
-    """As many readers as there are cores: processes where there is enough to read.
+    """One reader per core: processes if there are many trials, otherwise threads.
 
-    They are forked, for this may run in a script that must not be started once more.
+    The processes are forked, because a new interpreter would run Snakemake's script again.
     """
     cores = len(os.sched_getaffinity(0))
-    if trials < _MANY or cores == 1:
+    if trials < _MIN_FOR_PROCESSES or cores == 1:
         return ThreadPoolExecutor(cores)
     return ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("fork"))
 
@@ -185,26 +193,26 @@ def _row_or_error(
 def _row(trial: Trial, folder: Path, drifts: Mapping[str, float]) -> dict[str, Any]:
     record, requests = _read(folder / "requests.parquet", _REQUEST_COLUMNS)
     if record.get("spec_digest") != trial.digest:
-        raise RecordError(_staleness(record, trial))
+        raise RecordError(_describe_staleness(record, trial))
     if record.get("format") != parquet.RECORD_FORMAT:
         raise RecordError(
-            f"its record has the format {record.get('format')}, this version of servegrid reads "
-            f"{parquet.RECORD_FORMAT}"
+            f"its record has the format {record.get('format')}, but this version of servegrid "
+            f"reads the format {parquet.RECORD_FORMAT}"
         )
-    same, telemetry = _read(folder / "telemetry.parquet", _TELEMETRY_COLUMNS)
-    if same != record:
-        raise RecordError("telemetry.parquet is of another measurement than requests.parquet")
+    other_record, telemetry = _read(folder / "telemetry.parquet", _TELEMETRY_COLUMNS)
+    if other_record != record:
+        raise RecordError("telemetry.parquet and requests.parquet are from different measurements")
     try:
-        row = metrics.row_of(record, requests, telemetry)
+        row = metrics.cell_row(record, requests, telemetry)
         drift = drifts.get(row["allocation"])
-        validity_of_cell = check_validity(Evidence(record, requests, telemetry, drift))
-        return row | {"allocation_drift": drift} | asdict(validity_of_cell)
+        cell_validity = check_validity(Evidence(record, requests, telemetry, drift))
+        return row | {"allocation_drift": drift} | asdict(cell_validity)
     except (KeyError, TypeError) as error:
         raise RecordError(f"its record is not complete ({error})") from error
 
 
 def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, Any], pa.Table]:
-    """The record and the asked columns of one file, which is opened once."""
+    """The record and some columns of one file, which is opened once."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             record = json.loads(file.schema_arrow.metadata[parquet.RECORD_KEY])
@@ -215,44 +223,48 @@ def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, Any], pa.Table]
         raise RecordError(f"{path.name} is damaged ({error})") from error
 
 
-def _staleness(record: Mapping[str, Any], trial: Trial) -> str:
-    measured = {**_flat(record.get("spec", {})), "digest": record.get("spec_digest")}
-    asked = {**_flat(trial.spec), "digest": trial.digest}
-    changes = [
-        f"{key} is {canonical_json(asked.get(key))} and was {canonical_json(measured.get(key))}"
-        for key in sorted(asked.keys() | measured.keys())
-        if asked.get(key) != measured.get(key)
-    ]
-    shown = [each for each in changes if not each.startswith("digest ")] or changes
-    return "measured with another specification: " + ", ".join(shown)
+def _describe_staleness(record: Mapping[str, Any], trial: Trial) -> str:
+    """The keys in which the specification of a record differs from that of the trial."""
+    measured = {**_flatten(record.get("spec", {})), "digest": record.get("spec_digest")}
+    wanted = {**_flatten(trial.spec), "digest": trial.digest}
+    changes = {
+        key: f"{key} is {canonical_json(wanted.get(key))} and was "
+        f"{canonical_json(measured.get(key))}"
+        for key in sorted(wanted.keys() | measured.keys())
+        if wanted.get(key) != measured.get(key)
+    }
+    if len(changes) > 1:
+        changes.pop("digest", None)
+    return "measured with another specification: " + ", ".join(changes.values())
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping, with keys such as `workload.prompts`."""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 
 
-def _refusal(errors: Mapping[str, RecordError], trials: int, folder: Path) -> str:
+def _describe_errors(errors: Mapping[str, RecordError], trials: int, folder: Path) -> str:
     lines = [f"{folder}: {len(errors)} of {trials} trials cannot be gathered:"]
-    lines += [f"  {trial}: {error}" for trial, error in list(errors.items())[:_LISTED]]
-    if len(errors) > _LISTED:
-        lines.append(f"  … and {len(errors) - _LISTED} more")
+    lines += [f"  {trial}: {error}" for trial, error in list(errors.items())[:_MAX_LISTED]]
+    if len(errors) > _MAX_LISTED:
+        lines.append(f"  … and {len(errors) - _MAX_LISTED} more")
     present = [trial for trial in errors if (folder / trial).exists()]
     if present:
-        paths = " ".join(shlex.quote(str(folder / each)) for each in _folded(present, folder))
-        lines.append(f"Remove what is there of them:\n  rm -r {paths}")
-    lines.append("Run the same snakemake command again: it measures these anew and no other.")
+        paths = " ".join(shlex.quote(str(folder / path)) for path in _folders(present, folder))
+        lines.append(f"Remove their files:\n  rm -r {paths}")
+    lines.append("Run the same snakemake command again. It measures only these trials.")
     return "\n".join(lines)
 
 
-def _folded(trials: Sequence[str], folder: Path) -> list[str]:
-    """`trials`, or their deployment's name where all that it has in `folder` is among them."""
-    folded: dict[str, None] = {}
+def _folders(trials: Sequence[str], folder: Path) -> list[str]:
+    """The folders of `trials`; of a whole deployment if all its trials are among them."""
+    folders: dict[str, None] = {}
     for trial in trials:
         deployment = trial.partition("/")[0]
-        kept = {str(each.relative_to(folder)) for each in folder.glob(f"{deployment}/*/*")}
-        folded[deployment if kept <= set(trials) else trial] = None
-    return list(folded)
+        present = {str(path.relative_to(folder)) for path in folder.glob(f"{deployment}/*/*")}
+        folders[deployment if present <= set(trials) else trial] = None
+    return list(folders)

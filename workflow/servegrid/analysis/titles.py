@@ -1,4 +1,4 @@
-"""How deployments and loads are called where people read: in titles, notes and legends."""
+"""The names of deployments, protocols and workloads in titles, notes and legends. Pure."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import pandas as pd
 from servegrid.study.deployment import EMULATED
 from servegrid.study.text import pluralize
 
-PROTOCOLS = {
-    "burst": "all requests sent at once, time until the last has finished",
-    "closed_loop": "every user sends again as soon as the answer is complete",
-    "poisson": "requests come at random times, at a given rate",
+PROTOCOL_DESCRIPTIONS = {
+    "burst": "all requests sent at once; time until the last one has finished",
+    "closed_loop": "every user sends the next request when the response is complete",
+    "poisson": "requests arrive at random times, at a given rate",
 }
-"""What each protocol does, in words."""
 
 SAME_PROMPT_FACTOR = 1.5
-"""Prompt lengths this close are compared with each other."""
+"""Prompt lengths that differ by up to this factor are compared with each other."""
 
-_ENGINES = {"vllm": "vLLM", "llamacpp": "llama.cpp", EMULATED: "emulated by servegrid"}
+INTERVAL_TITLE = "95% interval, Student's t on the logarithms"
+
+_ENGINE_TITLES = {"vllm": "vLLM", "llamacpp": "llama.cpp", EMULATED: "emulated by servegrid"}
 
 
 def deployment_title(cells: pd.DataFrame) -> str:
-    """The deployment that the rows `cells` belong to, in words.
+    """The title of the deployment of `cells`, rows of one deployment.
 
     >>> deployment_title(cells)
     'mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0'
@@ -36,13 +37,13 @@ def deployment_title(cells: pd.DataFrame) -> str:
 
 
 def deployment_titles(cells: pd.DataFrame) -> dict[str, str]:
-    """Each deployment's name and title, in study order; titles that are alike get the name too."""
+    """The titles of all deployments by name, in study order. Equal titles also get the name."""
     titles = {
         str(name): deployment_title(rows) for name, rows in cells.groupby("deployment", sort=False)
     }
-    alike = {title for title, count in Counter(titles.values()).items() if count > 1}
+    repeated = {title for title, count in Counter(titles.values()).items() if count > 1}
     return {
-        name: f"{title} ({name})" if title in alike else title for name, title in titles.items()
+        name: f"{title} ({name})" if title in repeated else title for name, title in titles.items()
     }
 
 
@@ -52,8 +53,8 @@ def hardware_title(gpu: str, gpu_count: int) -> str:
     return name if gpu == "cpu" else f"{gpu_count} × {name}"
 
 
-def emulation(cells: pd.DataFrame) -> str | None:
-    """`emulated` where all of the rows are, `partly emulated` where some are, else None."""
+def emulation_label(cells: pd.DataFrame) -> str | None:
+    """`emulated` if all rows are emulated, `partly emulated` if some are, otherwise None."""
     emulated = cells["engine"] == EMULATED
     if not emulated.any():
         return None
@@ -61,33 +62,30 @@ def emulation(cells: pd.DataFrame) -> str | None:
 
 
 def emulation_notes(cells: pd.DataFrame) -> list[str]:
-    """The sentence that must stand beside emulated numbers; nothing for measured ones."""
-    mark = emulation(cells)
-    if mark is None:
+    """The note that must be shown with emulated figures; empty if all figures are measured."""
+    label = emulation_label(cells)
+    if label is None:
         return []
     scales = sorted(cells["time_scale"].dropna().unique())
     scaled = "" if scales == [1.0] else f" at {' and '.join(f'{each:g}' for each in scales)} × time"
-    return [f"{mark.capitalize()}{scaled}: no hardware was measured for it."]
+    return [f"{label.capitalize()}{scaled}: these figures do not come from hardware."]
 
 
-INTERVAL_TITLE = "95% interval, Student's t on the logarithms"
-
-
-def axis_title(protocol: str) -> str:
-    """What the intensity of a load counts: `concurrent requests`, or `requests per second`."""
+def intensity_title(protocol: str) -> str:
+    """The title of an axis that shows `intensity`."""
     return "requests per second" if protocol == "poisson" else "concurrent requests"
 
 
 def with_intensity(cells: pd.DataFrame) -> pd.DataFrame:
-    """`cells` with the column `intensity`: the concurrency, or the rate of an open loop."""
+    """`cells` with the column `intensity`: the concurrency, or the request rate of poisson."""
     intensity = cells["concurrency"].astype("Float64").fillna(cells["request_rate"])
     return cells.assign(intensity=intensity.astype(float))
 
 
 def nearest_length(lengths: Sequence[int], wanted: int) -> int | None:
-    """Of the measured prompt lengths the one nearest to `wanted`, None where none is near.
+    """The prompt length nearest to `wanted`; None if none is within SAME_PROMPT_FACTOR.
 
-    Tokenizers count the same text differently, so that deployments have lengths of their own.
+    Tokenizers count the same text differently, so deployments can have different lengths.
     """
     nearest = min(lengths, key=lambda length: max(length, wanted) / min(length, wanted))
     return nearest if max(nearest, wanted) / min(nearest, wanted) <= SAME_PROMPT_FACTOR else None
@@ -98,14 +96,14 @@ def protocol_title(protocol: str) -> str:
     return protocol.replace("_", " ")
 
 
-def load_title(protocol: str, output_len: int) -> str:
+def workload_title(protocol: str, output_len: int) -> str:
     """`burst, 100 output tokens per request`."""
     return f"{protocol_title(protocol)}, {pluralize(output_len, 'output token')} per request"
 
 
 def _engine_title(cells: pd.DataFrame) -> str:
-    names = []
+    titles = []
     for engine, rows in cells.groupby("engine", sort=False):
         versions = ", ".join(sorted(rows["engine_version"].dropna().unique()))
-        names.append(f"{_ENGINES.get(str(engine), engine)} {versions}".strip())
-    return " + ".join(names)
+        titles.append(f"{_ENGINE_TITLES.get(str(engine), engine)} {versions}".strip())
+    return " + ".join(titles)

@@ -23,7 +23,7 @@ def load_cells(source: Path) -> pd.DataFrame:
     if source.is_dir():
         for file in (source / CELLS, source / "tables/cells.parquet", source / "cells.parquet"):
             if file.is_file():
-                return tables.read_summary(file)
+                return tables.load_table(file)
         raise ComparisonError(
             f"{source}: has no tables/cells.parquet. Name a folder of results, or a bundle."
         )
@@ -41,4 +41,4 @@ def load_cells(source: Path) -> pd.DataFrame:
                 f"{source}: is a bundle of a partial study and has no {CELLS}. Measure the rest of "
                 "the study and bundle it again."
             )
-        return tables.read_summary(tree / CELLS)
+        return tables.load_table(tree / CELLS)

@@ -51,7 +51,7 @@ def write_tables(inputs: AnalysisInputs, folder: Path) -> None:
     tables.write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
     tables.write_csv(inputs.drift_checks, folder / "drift_checks.csv")
     summarised = summary.summarise(cells)
-    summary.write(summarised, folder / "summary.parquet", folder / "summary.csv")
+    summary.write_summary(summarised, folder / "summary.parquet", folder / "summary.csv")
     for name in _deployments(cells):
         write_latency_tables(cells, name, _paths(folder, name))
     findings = {key: folder / name for key, name in _FINDINGS.items()}

@@ -121,7 +121,7 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
             f"{folder}: some cells could not be measured again; Snakemake's messages above give "
             "the reason. Finished measurements are kept. To resume, run the same command again."
         )
-    return compare(sample.cells, tables.read_cells(folder / TABLES / "cells.parquet"))
+    return compare(sample.cells, tables.load_table(folder / TABLES / "cells.parquet"))
 
 
 def list_valid_cells(study: Study, cells: pd.DataFrame) -> dict[str, list[list[Trial]]]:

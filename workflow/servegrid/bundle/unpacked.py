@@ -118,6 +118,6 @@ class UnpackedBundle:
                     f"{TABLES}/{path.name}: has {rows} rows, but the study has "
                     f"{len(self.study.trials)} trials."
                 )
-            return tables.read_cells(path)
-        except (OSError, pa.ArrowException) as error:
+            return tables.load_table(path)
+        except (OSError, pa.ArrowException, RecordError) as error:
             raise BundleError(f"{TABLES}/{path.name}: cannot be read ({error}).") from error

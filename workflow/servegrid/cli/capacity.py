@@ -93,12 +93,12 @@ def _capacity(options: argparse.Namespace) -> int:
         capacity.parse_demand(study),
         **{name: value for name, value in given.items() if value is not None},
     )
-    hardware = capacity.read_hardware(options.hardware or find_hardware_file())
+    hardware = capacity.load_prices(options.hardware or find_hardware_file())
     if options.published:
         summary = published.published_summary(load_published(options.published))
     else:
-        summary = tables.read_summary(options.tables / "summary.parquet")
-    plan = capacity.plan(summary, demand, hardware)
+        summary = tables.load_table(options.tables / "summary.parquet")
+    plan = capacity.plan_capacity(summary, demand, hardware)
     print(capacity_report.render_capacity_report(plan, demand, hardware))
     if options.published:
         print(capacity_report.render_rule_of_thumb())

@@ -39,7 +39,7 @@ def add_compare(subcommands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from servegrid.analysis.comparison import compare, slowed
+    from servegrid.analysis.comparison import compare, find_regressions
     from servegrid.bundle.cells import load_cells
     from servegrid.report import markup
     from servegrid.report.comparison_report import (
@@ -55,7 +55,7 @@ def _compare(options: argparse.Namespace) -> int:
         markup.write_texts({options.page: render_comparison_page(names, comparison)})
     if options.fail_on is None:
         return 0
-    failed = slowed(comparison, options.fail_on)
+    failed = find_regressions(comparison, options.fail_on)
     for ratio in failed:
         print(f"Slower by more than {options.fail_on:.3g}: {ratio.name}, {ratio.ratio:.3f} ×")
     return SLOWER if failed else 0

@@ -32,14 +32,14 @@ def add_doctor(subcommands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from servegrid.doctor import examine, report
+    from servegrid.doctor import report, run_checks
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     findings = []
-    checks = examine(options.profile, options.configfile, options.directory)
+    checks = run_checks(options.profile, options.configfile, options.directory)
     for _, of_group in itertools.groupby(checks, key=lambda finding: finding.group):
         group = list(of_group)
         findings += group
         print(report.format_findings(group, width), end="\n\n", flush=True)
-    print(report.summary(findings))
+    print(report.format_counts(findings))
     return report.exit_status(findings)

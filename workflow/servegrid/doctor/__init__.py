@@ -1,6 +1,6 @@
-"""`servegrid doctor`: looks at a site before the first study runs there. Nothing is submitted.
+"""`servegrid doctor`: checks a site before the first study. It submits nothing.
 
-Facts are gathered by `commands` and `files`; everything else judges them. `report` tells.
+`shell` and `files` gather facts, `report` formats the findings, all other modules check facts.
 """
 
 from __future__ import annotations
@@ -9,97 +9,100 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from servegrid.doctor import environments, files, kinds, site, slurm, studies
-from servegrid.doctor.commands import Ask, ask
-from servegrid.doctor.demands import Demand, demand_of
+from servegrid.doctor import environments, files, kinds, models, slurm
+from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study
 from servegrid.doctor.report import Finding, Group, Status
+from servegrid.doctor.resources import ResourceRequest, build_request
+from servegrid.doctor.shell import RunCommand, run_command
 from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment, Study
 
-__all__ = ["examine"]
+__all__ = ["run_checks"]
 
 ENGINE_PACKAGES = {"vllm": "vllm", "llamacpp": "xllamacpp"}
 
 
-def examine(profile_folder: Path, study_file: Path | None, directory: Path) -> Iterator[Finding]:
+def run_checks(profile_folder: Path, study_file: Path | None, directory: Path) -> Iterator[Finding]:
     """All findings, group by group, each as soon as it is known.
 
-    Raises ConfigError, before the first, where the profile or the study cannot be read.
+    Raises ConfigError before the first finding if the profile or the study cannot be read.
     """
-    profile = site.Profile.read(profile_folder)
+    profile = Profile.load(profile_folder)
     study = load_study(study_file) if study_file else None
-    return _examine(profile, study, study_file or Path(), directory)
+    return _run_checks(profile, study, study_file or Path(), directory)
 
 
-def _examine(
-    profile: site.Profile, study: Study | None, study_file: Path, directory: Path
+def _run_checks(
+    profile: Profile, study: Study | None, study_file: Path, directory: Path
 ) -> Iterator[Finding]:
-    yield from site.judge_profile(profile)
+    yield from check_profile(profile)
     if study is not None:
-        yield from site.judge_study(profile, study, study_file)
+        yield from check_study(profile, study, study_file)
     deployments = study.deployments if study else ()
-    on_slurm = _is_slurm(profile)
-    demands = _demands(profile, study)
-    if on_slurm:
-        yield from _examine_slurm(demands, str(profile.kinds_file or profile.file), ask)
+    uses_slurm = _uses_slurm(profile)
+    requests = _build_requests(profile, study)
+    if uses_slurm:
+        yield from _check_slurm(requests, str(profile.kinds_file or profile.file), run_command)
     else:
         yield Group("slurm").skip("Slurm", "not needed: the cluster is this machine")
-    yield from files.examine_files(directory, shared=on_slurm)
-    yield from environments.examine_environments(
-        {demand.kind: _python(demand, deployments) for demand in demands},
-        {demand.kind: _engine_packages(demand.kind, deployments) for demand in demands},
+    yield from files.check_files(directory, shared=uses_slurm)
+    yield from environments.check_environments(
+        {request.kind: _kind_python(request, deployments) for request in requests},
+        {request.kind: _engine_packages(request.kind, deployments) for request in requests},
     )
     if study is not None:
-        mounts = files.mounts() if on_slurm else None
-        yield from studies.examine_models(study.deployments, study_file, mounts)
+        mounts = files.read_mounts() if uses_slurm else None
+        yield from models.check_models(study.deployments, study_file, mounts)
 
 
-def _examine_slurm(demands: Sequence[Demand], where: str, ask: Ask) -> Iterator[Finding]:
-    tools = list(slurm.judge_tools(ask))
+def _check_slurm(
+    requests: Sequence[ResourceRequest], file: str, run: RunCommand
+) -> Iterator[Finding]:
+    tools = list(slurm.check_programs(run))
     yield from tools
-    if any(each.status is Status.FAIL for each in tools):
-        yield slurm.CONTROLLER.skip("controller, kinds, settings", "cannot be asked without tools")
+    if any(finding.status is Status.FAIL for finding in tools):
+        yield slurm.CONTROLLER.skip("controller, kinds, settings", "Slurm's programs are missing")
         return
-    ping, squeue, sacct = slurm.ask_answers(ask)
-    answers = list(slurm.judge_answers(ping, squeue, sacct))
-    yield from answers
-    if answers[0].status is Status.FAIL:
+    responses = list(slurm.check_responses(*slurm.query_responses(run)))
+    yield from responses
+    if responses[0].status is Status.FAIL:
         yield slurm.CONTROLLER.skip("kinds, settings", "the controller does not answer")
         return
-    facts = slurm.gather(ask)
-    for demand in demands:
-        yield from kinds.judge_kind(demand, facts, where)
-        yield kinds.judge_test(
-            demand,
-            ask(["sbatch", "--test-only", *demand.sbatch(), "--wrap=true"]),
-            kinds.all_out(demand, facts),
+    facts = slurm.query_facts(run)
+    for request in requests:
+        yield from kinds.check_kind(request, facts, file)
+        yield kinds.check_test_submission(
+            request,
+            run(["sbatch", "--test-only", *request.sbatch_options(), "--wrap=true"]),
+            kinds.are_nodes_out(request, facts),
         )
-    used = [each.name for demand in demands for each in kinds.partitions_in_use(demand, facts)]
-    yield from slurm.judge_settings(facts, list(dict.fromkeys(used)))
+    partitions = [kinds.used_partitions(request, facts) for request in requests]
+    names = dict.fromkeys(partition.name for used in partitions for partition in used)
+    yield from slurm.check_settings(facts, list(names))
 
 
-def _is_slurm(profile: site.Profile) -> bool:
-    if profile.cluster in site.CLUSTERS:
+def _uses_slurm(profile: Profile) -> bool:
+    if profile.cluster in CLUSTERS:
         return profile.cluster == "slurm"
     return shutil.which("sbatch") is not None
 
 
-def _demands(profile: site.Profile, study: Study | None) -> list[Demand]:
-    """Of the kinds that the study needs and the profile knows; without a study, of all."""
+def _build_requests(profile: Profile, study: Study | None) -> list[ResourceRequest]:
+    """One per kind that the study needs and the profile has; without a study, of all kinds."""
     deployments = study.deployments if study else ()
     names = dict.fromkeys(each.node_kind for each in deployments) if study else profile.kinds
-    of_kind = {
+    by_kind = {
         str(name): [each for each in deployments if each.node_kind == name]
         for name in names
         if name in profile.kinds or not profile.kinds
     }
-    return [demand_of(profile, name, each) for name, each in of_kind.items()]
+    return [build_request(profile, name, on_kind) for name, on_kind in by_kind.items()]
 
 
-def _python(demand: Demand, deployments: Sequence[Deployment]) -> str | None:
-    """The kind's own Python, unless all that the study runs there wants the main process's."""
-    wanted = {each.environment for each in deployments if each.node_kind == demand.kind}
-    return None if wanted == {"main"} else demand.values.get("python")
+def _kind_python(request: ResourceRequest, deployments: Sequence[Deployment]) -> str | None:
+    """The kind's own Python; None if all its deployments use the main process's Python."""
+    used = {each.environment for each in deployments if each.node_kind == request.kind}
+    return None if used == {"main"} else request.values.get("python")
 
 
 def _engine_packages(kind: str, deployments: Sequence[Deployment]) -> list[str]:

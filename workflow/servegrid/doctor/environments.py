@@ -1,4 +1,4 @@
-"""The Python environments in which a profile's allocations will run."""
+"""Checks the Python environments in which a profile's allocations will run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from servegrid.doctor.commands import Answer, ask
 from servegrid.doctor.report import Finding, Group
+from servegrid.doctor.shell import CommandResult, run_command
 
-LIMIT_S = 60.0  # a cold interpreter on a shared file system
-OLDEST = (3, 11)
+TIMEOUT_S = 60.0  # the first start on a shared file system is slow
+MIN_PYTHON = (3, 11)
 PACKAGES = ("servegrid", "submitit", "snakemake")
 PROBE = """
 import json, sys
@@ -35,74 +35,78 @@ GROUP = Group("environments")
 
 @dataclass(frozen=True)
 class Environment:
-    """What an interpreter says of itself."""
+    """An interpreter's version, and the version of each package; None if it is missing."""
 
     python: tuple[int, ...]
     packages: Mapping[str, str | None]
 
 
-def environment_of(answer: Answer) -> Environment | None:
-    """What the probe printed; None where it did not run."""
+def parse_environment(result: CommandResult) -> Environment | None:
+    """The output of the probe; None if the probe did not run."""
     try:
-        text = json.loads(answer.stdout.splitlines()[-1])
-        return Environment(tuple(text["python"]), text["packages"])
+        data = json.loads(result.stdout.splitlines()[-1])
+        return Environment(tuple(data["python"]), data["packages"])
     except (IndexError, KeyError, TypeError, ValueError):
         return None
 
 
-def judge_environment(
-    kind: str, python: str, found: Environment, engines: Sequence[str]
+def check_environment(
+    kind: str, python: str, environment: Environment, engines: Sequence[str]
 ) -> Finding:
-    """Whether an environment has what an allocation needs; `engines` are packages."""
-    version = ".".join(map(str, found.python))
-    missing = [name for name in PACKAGES + tuple(engines) if found.packages.get(name) is None]
-    text = [f"{name} {version}" for name, version in found.packages.items() if version]
-    said = f"{python}: Python {version}, {', '.join(text) or 'none of the packages'}"
-    if found.python < OLDEST:
-        oldest = ".".join(map(str, OLDEST))
-        return GROUP.fail(f"kind {kind}", said, f"It must be {oldest} or newer. {remedy(python)}")
+    """Check that an environment has what an allocation needs; `engines` are packages."""
+    version = ".".join(map(str, environment.python))
+    packages = environment.packages
+    missing = [name for name in PACKAGES + tuple(engines) if packages.get(name) is None]
+    present = [f"{name} {version}" for name, version in packages.items() if version]
+    found = f"{python}: Python {version}, {', '.join(present) or 'none of the packages'}"
+    remedy = environment_remedy(python)
+    if environment.python < MIN_PYTHON:
+        oldest = ".".join(map(str, MIN_PYTHON))
+        return GROUP.fail(f"kind {kind}", found, f"Python must be {oldest} or newer. {remedy}")
     if missing:
         return GROUP.fail(
             f"kind {kind}",
-            f"{said}; missing: {', '.join(missing)}",
-            f"Make it anew. {remedy(python)}",
+            f"{found}; missing: {', '.join(missing)}",
+            f"Create the environment again. {remedy}",
         )
-    return GROUP.ok(f"kind {kind}", said)
+    return GROUP.ok(f"kind {kind}", found)
 
 
-def remedy(python: str) -> str:
-    """How to come by the environment of an interpreter."""
+def environment_remedy(python: str) -> str:
+    """How to create the environment of an interpreter."""
     if found := re.search(r"\.venv-([\w-]+)/bin/", python):
-        return f"Type `make env-{found[1]}` in the folder of servegrid."
+        return f"Run `make env-{found[1]}` in the folder of servegrid."
     if python == sys.executable or ".venv/bin/" in python:
-        return "Type `make .venv/.ready` in the folder of servegrid."
-    return "Make an environment with servegrid in it, or correct `python` in the kinds file."
+        return "Run `make .venv/.ready` in the folder of servegrid."
+    return "Create an environment that contains servegrid, or correct `python` in the kinds file."
 
 
-def examine_environments(
+def check_environments(
     pythons: Mapping[str, str | None], engines: Mapping[str, Sequence[str]]
 ) -> Iterator[Finding]:
-    """The interpreter of each kind; without one of its own it is this one.
+    """Check the interpreter of each kind. A kind without its own uses this interpreter.
 
-    A relative path starts, as for the executor, in the folder in which the command is typed.
+    A relative path starts in the current folder, as it does for the executor.
     """
-    probed: dict[str, Answer] = {}
-    for kind, named in pythons.items():
-        python = str(Path(named).expanduser()) if named else sys.executable
+    results: dict[str, CommandResult] = {}
+    for kind, path in pythons.items():
+        python = str(Path(path).expanduser()) if path else sys.executable
         if "/" in python and not Path(python).exists():
-            yield GROUP.fail(f"kind {kind}", f"{python}: is not there", remedy(python))
+            yield GROUP.fail(
+                f"kind {kind}", f"{python}: does not exist", environment_remedy(python)
+            )
             continue
-        if python not in probed:
+        if python not in results:
             names = (*PACKAGES, "vllm", "xllamacpp")
-            probed[python] = ask([python, "-c", PROBE, *names], LIMIT_S)
-        environment = environment_of(probed[python])
+            results[python] = run_command([python, "-c", PROBE, *names], TIMEOUT_S)
+        environment = parse_environment(results[python])
         if environment is None and "/" not in python:
-            yield GROUP.skip(f"kind {kind}", f"{python}: is looked for on the node; not here")
+            yield GROUP.skip(f"kind {kind}", f"{python}: not on this machine; the node looks it up")
         elif environment is None:
             yield GROUP.fail(
                 f"kind {kind}",
-                f"{python}: does not run here: {probed[python].complaint}",
-                f"Make it anew on this machine. {remedy(python)}",
+                f"{python}: does not run here: {results[python].message}",
+                f"Create the environment again on this machine. {environment_remedy(python)}",
             )
         else:
-            yield judge_environment(kind, python, environment, engines.get(kind, ()))
+            yield check_environment(kind, python, environment, engines.get(kind, ()))

@@ -1,4 +1,4 @@
-"""Each kind of node of a profile against the partitions and nodes that Slurm has. Pure."""
+"""Compares each kind of node of a profile with Slurm's partitions and nodes. Pure."""
 
 from __future__ import annotations
 
@@ -6,228 +6,243 @@ import difflib
 import shlex
 from collections.abc import Iterator, Sequence
 
-from servegrid.doctor.commands import Answer
-from servegrid.doctor.demands import Demand, Gpus
 from servegrid.doctor.report import Finding, Group
-from servegrid.doctor.slurm import Facts
-from servegrid.doctor.slurm_facts import Node, Partition, fits, is_readable, spread
+from servegrid.doctor.resources import Gpus, ResourceRequest
+from servegrid.doctor.shell import CommandResult
+from servegrid.doctor.slurm import SlurmFacts
+from servegrid.doctor.slurm_output import Node, Partition, describe_nodes, is_simple, matches
 
-SHOWN = 12
+MAX_LISTED = 12
 
 
-def judge_kind(demand: Demand, facts: Facts, where: str) -> Iterator[Finding]:
-    """Everything that Slurm's own facts say about one kind; `where` names its file."""
-    group = Group(f"kind {demand.kind}")
-    partitions = partitions_in_use(demand, facts)
+def check_kind(request: ResourceRequest, facts: SlurmFacts, file: str) -> Iterator[Finding]:
+    """Compare one kind, described in `file`, with Slurm's partitions, nodes and accounts."""
+    group = Group(f"kind {request.kind}")
+    partitions = used_partitions(request, facts)
     if facts.partitions:
-        yield from _judge_partition(group, demand, facts, where)
+        yield from _check_partitions(group, request, facts, file)
     else:
-        yield group.skip("partition", facts.silence.get("partitions", "Slurm shows none"))
+        yield group.skip("partition", facts.errors.get("partitions", "Slurm shows none"))
     if not facts.nodes:
-        yield group.skip("nodes", facts.silence.get("nodes", "Slurm shows none"))
+        yield group.skip("nodes", facts.errors.get("nodes", "Slurm shows none"))
     elif partitions or not facts.partitions:
-        yield from _judge_nodes(group, demand, _within(facts.nodes, partitions), where)
-    yield from _judge_account(group, demand, facts, where)
+        yield from _check_nodes(group, request, _nodes_in(facts.nodes, partitions), file)
+    yield from _check_account(group, request, facts, file)
 
 
-def judge_test(demand: Demand, answer: Answer, nodes_out: bool = False) -> Finding:
-    """What `sbatch --test-only` says of the kind's options; it submits nothing.
+def check_test_submission(
+    request: ResourceRequest, result: CommandResult, nodes_out: bool = False
+) -> Finding:
+    """The result of `sbatch --test-only` with the kind's options. It submits nothing.
 
-    While all nodes are out it refuses what a real sbatch would let wait.
+    While all nodes are out of service, it refuses jobs that a real sbatch would queue.
     """
-    group = Group(f"kind {demand.kind}")
+    group = Group(f"kind {request.kind}")
+    subject = "sbatch --test-only"
     if nodes_out:
-        return group.skip("sbatch --test-only", "refuses everything while no node is up")
-    if answer.good:
-        return group.ok("sbatch --test-only", _without_job_number(answer.complaint))
+        return group.skip(subject, "refuses every job while all nodes are out of service")
+    if result.ok:
+        return group.ok(subject, _remove_job_number(result.message))
     return group.fail(
-        "sbatch --test-only",
-        f"Slurm refuses: {answer.complaint}",
-        f"Try it by hand: sbatch --test-only {shlex.join(demand.sbatch())} --wrap=true",
+        subject,
+        f"Slurm refuses the job: {result.message}",
+        f"Try it yourself: sbatch --test-only {shlex.join(request.sbatch_options())} --wrap=true",
     )
 
 
-def all_out(demand: Demand, facts: Facts) -> bool:
-    """Whether the kind has nodes, and none of them can take an allocation now."""
+def are_nodes_out(request: ResourceRequest, facts: SlurmFacts) -> bool:
+    """Whether the kind has nodes and all of them are out of service."""
     nodes = [
         node
-        for node in _within(facts.nodes, partitions_in_use(demand, facts))
-        if demand.constraint is None
-        or (is_readable(demand.constraint) and fits(node.features, demand.constraint))
+        for node in _nodes_in(facts.nodes, used_partitions(request, facts))
+        if request.constraint is None
+        or (is_simple(request.constraint) and matches(node.features, request.constraint))
     ]
-    return bool(nodes) and all(node.use == "out" for node in nodes)
+    return bool(nodes) and all(node.availability == "out" for node in nodes)
 
 
-def partitions_in_use(demand: Demand, facts: Facts) -> list[Partition]:
-    """The partitions that a kind's allocations may go to, of those that exist."""
-    if demand.partition:
-        names = demand.partition.split(",")
+def used_partitions(request: ResourceRequest, facts: SlurmFacts) -> list[Partition]:
+    """The existing partitions that the kind's allocations can use."""
+    if request.partition:
+        names = request.partition.split(",")
         return [facts.partitions[name] for name in names if name in facts.partitions]
-    return [each for each in facts.partitions.values() if each.is_default]
+    return [partition for partition in facts.partitions.values() if partition.is_default]
 
 
-def _judge_partition(group: Group, demand: Demand, facts: Facts, where: str) -> Iterator[Finding]:
-    wanted = demand.partition.split(",") if demand.partition else []
-    for name in wanted:
+def _check_partitions(
+    group: Group, request: ResourceRequest, facts: SlurmFacts, file: str
+) -> Iterator[Finding]:
+    requested = request.partition.split(",") if request.partition else []
+    for name in requested:
         if name not in facts.partitions:
             near = difflib.get_close_matches(name, facts.partitions, n=1)
-            meant = f"Did you mean `{near[0]}`? " if near else ""
+            hint = f"Did you mean `{near[0]}`? " if near else ""
             yield group.fail(
                 f"partition {name}",
-                "does not exist, or not for you",
-                f"{meant}Correct slurm_partition of `{demand.kind}` in {where}; "
-                f"there are: {_some(sorted(facts.partitions))}.",
+                "does not exist, or you cannot use it",
+                f"{hint}Correct slurm_partition of `{request.kind}` in {file}. "
+                f"Slurm has: {_list(sorted(facts.partitions))}.",
             )
-    partitions = partitions_in_use(demand, facts)
-    if not wanted and not partitions:
+    partitions = used_partitions(request, facts)
+    if not requested and not partitions:
         yield group.fail(
             "partition",
-            "none is asked for, and Slurm has no default",
-            f"Give `{demand.kind}` in {where} a slurm_partition of these: "
-            f"{_some(sorted(facts.partitions))}.",
+            "none is requested, and Slurm has no default partition",
+            f"Set slurm_partition of `{request.kind}` in {file} to one of: "
+            f"{_list(sorted(facts.partitions))}.",
         )
     for partition in partitions:
         if partition.state != "UP":
             yield group.fail(
                 f"partition {partition.name}",
                 f"is {partition.state}",
-                f"Wait until it is up, or correct slurm_partition of `{demand.kind}` in {where}.",
+                f"Wait until it is up, or correct slurm_partition of `{request.kind}` in {file}.",
             )
         else:
-            yield _judge_limit(group, demand, partition, where)
+            yield _check_time_limit(group, request, partition, file)
 
 
-def _judge_limit(group: Group, demand: Demand, partition: Partition, where: str) -> Finding:
+def _check_time_limit(
+    group: Group, request: ResourceRequest, partition: Partition, file: str
+) -> Finding:
     subject, limit = f"partition {partition.name}", partition.max_minutes
-    text = "no time limit" if limit is None else f"time limit {_duration(limit)}"
-    asked = demand.minutes
-    if asked is None:
+    text = "no time limit" if limit is None else f"time limit {_format_minutes(limit)}"
+    requested = request.minutes
+    if requested is None:
         return group.fail(
             subject,
-            f"up, {text}; no runtime is asked for, or none that can be read",
-            "Write minutes in the profile: set-resources: measure: runtime: 720.",
+            f"up, {text}; the profile requests no runtime, or it cannot be read",
+            "Set it in the profile, in minutes: set-resources: measure: runtime: 720.",
         )
-    if limit is not None and asked > limit:
+    if limit is not None and requested > limit:
         return group.fail(
             subject,
-            f"{text}, but {_duration(asked)} are asked for: such a job waits for ever",
-            f"Ask for at most {limit:g} minutes: set-resources: measure: runtime in the profile, "
-            f"or timeout_min of `{demand.kind}` in {where}. What is left gets a further "
+            f"{text}, but the profile requests {_format_minutes(requested)}: Slurm will never "
+            "start the job",
+            f"Request at most {limit:g} minutes: set-resources: measure: runtime in the profile, "
+            f"or timeout_min of `{request.kind}` in {file}. Remaining cells get another "
             "allocation.",
         )
-    return group.ok(subject, f"up, {text}, {_duration(asked)} asked for")
+    return group.ok(subject, f"up, {text}, {_format_minutes(requested)} requested")
 
 
-def _judge_nodes(
-    group: Group, demand: Demand, candidates: Sequence[Node], where: str
+def _check_nodes(
+    group: Group, request: ResourceRequest, candidates: Sequence[Node], file: str
 ) -> Iterator[Finding]:
-    constraint = demand.constraint
-    if constraint and not is_readable(constraint):
-        yield group.skip("nodes", f"constraint {constraint} is for Slurm to judge")
+    constraint = request.constraint
+    if constraint and not is_simple(constraint):
+        yield group.skip("nodes", f"only Slurm can evaluate the constraint {constraint}")
         return
     subject = f"nodes {constraint}" if constraint else "nodes"
-    nodes = [each for each in candidates if not constraint or fits(each.features, constraint)]
+    nodes = [node for node in candidates if not constraint or matches(node.features, constraint)]
     if not nodes:
         features = sorted({feature for node in candidates for feature in node.features})
         yield group.fail(
             subject,
-            f"none of {len(candidates)} nodes of the partition has these features",
-            f"Correct slurm_constraint of `{demand.kind}` in {where} (upper and lower case "
-            f"count); there are: {_some(features)}.",
+            f"none of the {len(candidates)} nodes in the partition has these features",
+            f"Correct slurm_constraint of `{request.kind}` in {file} (it is case-sensitive). "
+            f"The nodes have: {_list(features)}.",
         )
         return
-    yield _judge_availability(group, demand, subject, nodes, where)
-    yield _judge_size(group, demand, nodes, where)
-    yield judge_gpus(group, demand, nodes, where)
+    yield _check_availability(group, request, subject, nodes, file)
+    yield _check_size(group, request, nodes, file)
+    yield check_gpus(group, request, nodes, file)
 
 
-def _judge_availability(
-    group: Group, demand: Demand, subject: str, nodes: Sequence[Node], where: str
+def _check_availability(
+    group: Group, request: ResourceRequest, subject: str, nodes: Sequence[Node], file: str
 ) -> Finding:
-    usable = sum(node.use != "out" for node in nodes)
-    if usable == 0:
+    text = describe_nodes(nodes)
+    if all(node.availability == "out" for node in nodes):
         return group.warn(
             subject,
-            f"{spread(nodes)}: allocations would wait",
-            f"Wait until they are back (`sinfo -R` may say why), or name others in {where}.",
+            f"{text}: allocations would have to wait",
+            "Wait until they are back in service (`sinfo -R` shows why they are not), or use "
+            f"other nodes in {file}.",
         )
-    if len(nodes) < demand.most_nodes:
+    if len(nodes) < request.max_nodes:
         return group.warn(
             subject,
-            f"{spread(nodes)}, but one deployment takes {demand.most_nodes}",
-            f"Loosen slurm_constraint of `{demand.kind}` in {where}, or leave the deployment out.",
+            f"{text}, but one deployment needs {request.max_nodes}",
+            f"Relax slurm_constraint of `{request.kind}` in {file}, or exclude the deployment.",
         )
-    return group.ok(subject, spread(nodes))
+    return group.ok(subject, text)
 
 
-def _judge_size(group: Group, demand: Demand, nodes: Sequence[Node], where: str) -> Finding:
-    enough = [
-        node for node in nodes if node.cpus >= demand.cpus and node.memory_mb >= demand.memory_mb
+def _check_size(
+    group: Group, request: ResourceRequest, nodes: Sequence[Node], file: str
+) -> Finding:
+    large_enough = [
+        node for node in nodes if node.cpus >= request.cpus and node.memory_mb >= request.memory_mb
     ]
     text = f"{_range([node.cpus for node in nodes])} CPUs, " + (
-        f"{_range([round(node.memory_mb / 1024) for node in nodes])} GiB of memory"
+        f"{_range([round(node.memory_mb / 1024) for node in nodes])} GiB of memory per node"
     )
-    asked = f"{demand.cpus} CPUs"
-    if demand.memory_mb:
-        asked += f", {demand.memory_mb / 1024:g} GiB"
-    if not enough:
+    requested = f"{request.cpus} CPUs"
+    if request.memory_mb:
+        requested += f", {request.memory_mb / 1024:g} GiB"
+    if not large_enough:
         return group.fail(
             "CPUs and memory",
-            f"{text} in a node, but {asked} are asked for",
-            f"Lower cpus_per_task or the memory of `{demand.kind}` in {where}.",
+            f"{text}, but {requested} requested",
+            f"Lower cpus_per_task or the memory of `{request.kind}` in {file}.",
         )
-    some = "" if len(enough) == len(nodes) else f", enough in {len(enough)} of {len(nodes)}"
-    return group.ok("CPUs and memory", f"{text}; {asked} asked for{some}")
+    some = f" ({len(large_enough)} of {len(nodes)} nodes have them)"
+    return group.ok(
+        "CPUs and memory",
+        f"{text}; {requested} requested{some if len(large_enough) < len(nodes) else ''}",
+    )
 
 
-def judge_gpus(group: Group, demand: Demand, nodes: Sequence[Node], where: str) -> Finding:
-    """GPUs that the kind asks for, against those that Slurm manages in its nodes."""
-    in_node = {sum(gpus.count for gpus in node.gpus) for node in nodes if node.gpus}
-    said = demand.values.get("gpus_of_node")
-    if said and in_node and said not in in_node:
+def check_gpus(group: Group, request: ResourceRequest, nodes: Sequence[Node], file: str) -> Finding:
+    """Compare the kind's GPUs with those that Slurm manages in the nodes."""
+    counts = {sum(gpus.count for gpus in node.gpus) for node in nodes if node.gpus}
+    stated = request.values.get("gpus_of_node")
+    if stated and counts and stated not in counts:
         return group.warn(
             "GPUs",
-            f"gpus_of_node is {said}, but Slurm manages {_range(sorted(in_node))} in a node",
-            f"Correct gpus_of_node of `{demand.kind}` in {where}.",
+            f"gpus_of_node is {stated}, but Slurm manages {_range(sorted(counts))} per node",
+            f"Correct gpus_of_node of `{request.kind}` in {file}.",
         )
     managed = sorted({str(gpus) for node in nodes for gpus in node.gpus})
-    text = f"Slurm manages gpu:{' and gpu:'.join(managed)} in a node" if managed else ""
-    asked = demand.gpus
-    if asked is None:
-        if not (managed and demand.wants_gpus):
-            return group.ok("GPUs", "none asked for" + ("" if managed else ", none managed"))
+    text = f"Slurm manages gpu:{' and gpu:'.join(managed)} per node" if managed else ""
+    requested = request.gpus
+    if requested is None:
+        if not (managed and request.needs_gpus):
+            return group.ok("GPUs", "none requested" + ("" if managed else ", none managed"))
         gres = f"gpu:{managed[0]}"
         return group.warn(
             "GPUs",
-            f"{text}, but none are asked for: it may hand none over",
-            f"Give `{demand.kind}` in {where} `slurm_gres: {gres}` and remove gpus_per_node: 0.",
+            f"{text}, but none are requested: Slurm may not grant any",
+            f"Set `slurm_gres: {gres}` for `{request.kind}` in {file} and remove gpus_per_node: 0.",
         )
     if not managed:
         return group.fail(
             "GPUs",
-            f"{asked} are asked for by name, but Slurm manages none in these nodes",
-            f"Write `gpus_per_node: 0` for `{demand.kind}` in {where}: whole nodes "
-            "(slurm_exclusive) bring their GPUs along.",
+            f"{requested} requested, but Slurm does not manage GPUs in these nodes",
+            f"Set `gpus_per_node: 0` for `{request.kind}` in {file}: a job on a whole node "
+            "(slurm_exclusive) can use its GPUs.",
         )
-    if not any(_covers(node.gpus, asked) for node in nodes):
+    if not any(_has_gpus(node.gpus, requested) for node in nodes):
         return group.fail(
             "GPUs",
-            f"{text}, but {asked} are asked for",
-            f"Correct slurm_gres or gpus_per_node of `{demand.kind}` in {where}: "
-            f"gpu:{' or gpu:'.join(managed)} (upper and lower case count).",
+            f"{text}, but {requested} requested",
+            f"Correct slurm_gres or gpus_per_node of `{request.kind}` in {file}: "
+            f"gpu:{' or gpu:'.join(managed)} (it is case-sensitive).",
         )
-    return group.ok("GPUs", f"{text}; {asked} asked for")
+    return group.ok("GPUs", f"{text}; {requested} requested")
 
 
-def _judge_account(group: Group, demand: Demand, facts: Facts, where: str) -> Iterator[Finding]:
-    account, qos = demand.values.get("slurm_account"), demand.values.get("slurm_qos")
+def _check_account(
+    group: Group, request: ResourceRequest, facts: SlurmFacts, file: str
+) -> Iterator[Finding]:
+    account, qos = request.values.get("slurm_account"), request.values.get("slurm_qos")
     accounts = facts.accounts
     if accounts is None or not (account or qos):
+        enforced = facts.settings.get("AccountingStorageEnforce", "")
         if account or qos:
-            yield group.skip("account and QoS", facts.silence.get("accounts", "cannot be asked"))
-        elif accounts == {} and "associations" in facts.settings.get(
-            "AccountingStorageEnforce", ""
-        ):
+            yield group.skip("account and QoS", facts.errors.get("accounts", "cannot be checked"))
+        elif accounts == {} and "associations" in enforced:
             yield group.fail(
                 "account", "you have none", "Ask the administrators for an account in Slurm."
             )
@@ -235,42 +250,43 @@ def _judge_account(group: Group, demand: Demand, facts: Facts, where: str) -> It
     if account and account not in accounts:
         yield group.fail(
             "account",
-            f"`{account}` is not among yours: {_some(sorted(accounts))}",
-            f"Correct slurm_account of `{demand.kind}` in {where}.",
+            f"`{account}` is not one of yours: {_list(sorted(accounts))}",
+            f"Correct slurm_account of `{request.kind}` in {file}.",
         )
         return
-    having = [accounts[account]] if account else list(accounts.values())
-    allowed: set[str] = set().union(*having)
+    used = [accounts[account]] if account else list(accounts.values())
+    allowed: set[str] = set().union(*used)
     if qos and qos not in allowed:
         yield group.fail(
             "QoS",
-            f"`{qos}` is not among yours: {_some(sorted(allowed))}",
-            f"Correct slurm_qos of `{demand.kind}` in {where}.",
+            f"`{qos}` is not one of yours: {_list(sorted(allowed))}",
+            f"Correct slurm_qos of `{request.kind}` in {file}.",
         )
         return
     yield group.ok("account and QoS", " ".join(filter(None, (account, qos))))
 
 
-def _within(nodes: Sequence[Node], partitions: Sequence[Partition]) -> list[Node]:
-    names = {each.name for each in partitions}
+def _nodes_in(nodes: Sequence[Node], partitions: Sequence[Partition]) -> list[Node]:
+    names = {partition.name for partition in partitions}
     return [node for node in nodes if not names or node.partitions & names]
 
 
-def _covers(had: Sequence[Gpus], asked: Gpus) -> bool:
-    if asked.kind is None:
-        return sum(gpus.count for gpus in had) >= asked.count
-    return any(gpus.kind == asked.kind and gpus.count >= asked.count for gpus in had)
+def _has_gpus(available: Sequence[Gpus], requested: Gpus) -> bool:
+    if requested.type is None:
+        return sum(gpus.count for gpus in available) >= requested.count
+    return any(gpus.type == requested.type and gpus.count >= requested.count for gpus in available)
 
 
-def _without_job_number(text: str) -> str:
-    """`sbatch: Job 17 to start at …`: the number means nothing, for no job is made."""
+def _remove_job_number(text: str) -> str:
+    """`sbatch: Job 17 to start at …`: no job is created, so its number means nothing."""
     head, found, rest = text.partition(" to start at ")
     return f"would start at {rest}" if found and "Job" in head else text
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "") or "none"
+def _list(names: Sequence[str]) -> str:
+    more = len(names) - MAX_LISTED
+    listed = ", ".join(names[:MAX_LISTED])
+    return listed + (f" and {more} more" if more > 0 else "") or "none"
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -278,5 +294,5 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _duration(minutes: float) -> str:
+def _format_minutes(minutes: float) -> str:
     return f"{minutes / 60:g} h" if minutes >= 60 else f"{minutes:g} min"

@@ -1,4 +1,4 @@
-"""What a check found, and how it is shown on a terminal. Pure."""
+"""Findings of the checks, and how a terminal shows them. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from servegrid.study.text import pluralize
 
-WIDEST_SUBJECT = 48
+MAX_SUBJECT_WIDTH = 48
 
 
 class Status(StrEnum):
@@ -22,7 +22,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, what was found there, and what to do about it."""
+    """The result of one check: what was checked, what was found, and the remedy."""
 
     group: str
     subject: str
@@ -33,7 +33,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Group:
-    """Makes the findings of one group."""
+    """Creates the findings of one group."""
 
     name: str
 
@@ -51,25 +51,25 @@ class Group:
 
 
 def format_findings(findings: Sequence[Finding], width: int | None = None) -> str:
-    """The findings of one group under its name, with lines of at most `width` characters.
+    """The findings of one group below its name, in lines of at most `width` characters.
 
-    Without a width every finding, and every remedy, is one line.
+    Without a width, every finding and every remedy is one line.
     """
-    longest = max((len(each.subject) for each in findings), default=0)
-    column = min(longest, WIDEST_SUBJECT)
+    longest = max((len(finding.subject) for finding in findings), default=0)
+    column = min(longest, MAX_SUBJECT_WIDTH)
     indent = " " * (2 + 6 + column + 2)
     lines = [findings[0].group] if findings else []
-    for each in findings:
-        head = f"  {each.status:<6}{each.subject:<{column}}  "
-        lines.append(_wrapped(head, each.found, indent, width))
-        if each.remedy:
-            lines.append(_wrapped(f"{indent}remedy: ", each.remedy, f"{indent}  ", width))
+    for finding in findings:
+        head = f"  {finding.status:<6}{finding.subject:<{column}}  "
+        lines.append(_wrap(head, finding.found, indent, width))
+        if finding.remedy:
+            lines.append(_wrap(f"{indent}remedy: ", finding.remedy, f"{indent}  ", width))
     return "\n".join(lines)
 
 
-def summary(findings: Iterable[Finding]) -> str:
-    """The last line of all."""
-    counts = Counter(each.status for each in findings)
+def format_counts(findings: Iterable[Finding]) -> str:
+    """The last line of the report."""
+    counts = Counter(finding.status for finding in findings)
     return ", ".join(
         (
             f"{counts[Status.OK]} ok",
@@ -80,11 +80,11 @@ def summary(findings: Iterable[Finding]) -> str:
 
 
 def exit_status(findings: Iterable[Finding]) -> int:
-    """1 where something failed, else 0."""
-    return int(any(each.status is Status.FAIL for each in findings))
+    """1 if a check failed, else 0."""
+    return int(any(finding.status is Status.FAIL for finding in findings))
 
 
-def _wrapped(head: str, text: str, indent: str, width: int | None) -> str:
+def _wrap(head: str, text: str, indent: str, width: int | None) -> str:
     text = " ".join(text.split())
     if width is None or width < len(indent) + 30:
         return f"{head}{text}"

@@ -1,4 +1,4 @@
-"""Slurm itself: its programs, its answers and the settings that decide over allocations."""
+"""Checks Slurm itself: its programs, its responses, and the settings that affect allocations."""
 
 from __future__ import annotations
 
@@ -8,177 +8,184 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from servegrid.doctor.commands import Answer, Ask
 from servegrid.doctor.report import Finding, Group
-from servegrid.doctor.slurm_facts import (
+from servegrid.doctor.shell import CommandResult, RunCommand
+from servegrid.doctor.slurm_output import (
     Node,
     Partition,
-    accounts_of,
-    nodes_of_text,
-    partitions_of,
-    seconds_of,
-    settings_of,
-    version_of,
+    parse_accounts,
+    parse_nodes,
+    parse_partitions,
+    parse_seconds,
+    parse_settings,
+    parse_version,
 )
+from servegrid.study.text import pluralize
 
-NEEDED = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
+REQUIRED = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 SLOW_S = 5.0
-FORGETS_S = 60
+MIN_JOB_AGE_S = 60
 TOOLS, CONTROLLER, SETTINGS = Group("tools"), Group("slurm"), Group("settings of slurm")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the controller reported; empty if it reported nothing."""
+class SlurmFacts:
+    """What the controller has reported; empty if it has reported nothing.
+
+    `accounts` contains the QoS of each account; None if Slurm does not report them. `errors` says
+    why `settings`, `partitions`, `nodes` or `accounts` is empty.
+    """
 
     settings: Mapping[str, str] = field(default_factory=dict)
     partitions: Mapping[str, Partition] = field(default_factory=dict)
     nodes: Sequence[Node] = ()
     accounts: Mapping[str, set[str]] | None = None
-    """QoS by account; None where Slurm does not say."""
-    silence: Mapping[str, str] = field(default_factory=dict)
-    """Why `settings`, `partitions`, `nodes` or `accounts` is empty, in Slurm's own words."""
+    errors: Mapping[str, str] = field(default_factory=dict)
 
 
-def user() -> str:
-    """The name under which Slurm knows this process."""
+def user_name() -> str:
+    """The name of this process's user in Slurm."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return str(os.getuid())
 
 
-def gather(ask: Ask) -> Facts:
-    """Ask the controller and the accounting for all that is judged."""
-    settings = ask(["scontrol", "show", "config"])
-    partitions = ask(["scontrol", "--all", "--oneliner", "show", "partition"])
-    nodes = ask(["scontrol", "--all", "--oneliner", "show", "node"])
-    accounts = ask(
-        ["sacctmgr", "-n", "-P", "show", "assoc", f"user={user()}", "format=account,qos"]
+def query_facts(run: RunCommand) -> SlurmFacts:
+    """Query the controller and the accounting."""
+    settings = run(["scontrol", "show", "config"])
+    partitions = run(["scontrol", "--all", "--oneliner", "show", "partition"])
+    nodes = run(["scontrol", "--all", "--oneliner", "show", "node"])
+    accounts = run(
+        ["sacctmgr", "-n", "-P", "show", "assoc", f"user={user_name()}", "format=account,qos"]
     )
-    answers = {"settings": settings, "partitions": partitions, "nodes": nodes, "accounts": accounts}
-    return Facts(
-        settings=settings_of(settings.stdout) if settings.good else {},
-        partitions=partitions_of(partitions.stdout) if partitions.good else {},
-        nodes=nodes_of_text(nodes.stdout) if nodes.good else (),
-        accounts=accounts_of(accounts.stdout) if accounts.good else None,
-        silence={name: each.complaint for name, each in answers.items() if not each.good},
+    results = {"settings": settings, "partitions": partitions, "nodes": nodes, "accounts": accounts}
+    return SlurmFacts(
+        settings=parse_settings(settings.stdout) if settings.ok else {},
+        partitions=parse_partitions(partitions.stdout) if partitions.ok else {},
+        nodes=parse_nodes(nodes.stdout) if nodes.ok else (),
+        accounts=parse_accounts(accounts.stdout) if accounts.ok else None,
+        errors={name: result.message for name, result in results.items() if not result.ok},
     )
 
 
-def judge_tools(ask: Ask, which: Callable[[str], str | None] = shutil.which) -> Iterator[Finding]:
-    """One FAIL where Slurm's programs are missing; the rest cannot be judged then."""
-    missing = [name for name in NEEDED if which(name) is None]
+def check_programs(
+    run: RunCommand, which: Callable[[str], str | None] = shutil.which
+) -> Iterator[Finding]:
+    """Check Slurm's programs. Without them, nothing else about Slurm can be checked."""
+    missing = [name for name in REQUIRED if which(name) is None]
     if missing:
         yield TOOLS.fail(
             "Slurm's programs",
             f"not on the PATH: {', '.join(missing)}",
-            "Run this on a login node of the cluster, where Slurm may need `module load slurm`; "
-            "without Slurm use --profile profiles/local.",
+            "Run this on a login node of the cluster; Slurm may need `module load slurm`. "
+            "Without Slurm, use --profile profiles/local.",
         )
         return
-    answer = ask(["sbatch", "--version"])
-    version = version_of(answer.stdout)
-    if version is None:
+    result = run(["sbatch", "--version"])
+    if parse_version(result.stdout) is None:
         yield TOOLS.fail(
             "sbatch --version",
-            answer.complaint,
-            "Run this on a login node of the cluster: here the programs know none.",
+            result.message,
+            "Run this on a login node of the cluster: the programs find no cluster here.",
         )
         return
-    text = f"{answer.stdout.strip()}; {', '.join(NEEDED)}"
-    yield TOOLS.ok("Slurm's programs", text)
+    yield TOOLS.ok("Slurm's programs", f"{result.stdout.strip()}; {', '.join(REQUIRED)}")
     if which("sacct") is None:
         yield TOOLS.warn(
             "sacct",
             "not on the PATH",
-            "Nothing: allocations are watched by squeue; how they ended is known less exactly.",
+            "You can ignore this: squeue is enough. The records of ended allocations contain "
+            "fewer details.",
         )
     else:
         yield TOOLS.ok("sacct", "on the PATH")
 
 
-def judge_answers(ping: Answer, squeue: Answer, sacct: Answer | None) -> Iterator[Finding]:
-    """Who answers. Where the controller or squeue does not, nothing else can be judged."""
-    if not ping.good or " is UP" not in ping.stdout:
+def check_responses(
+    ping: CommandResult, squeue: CommandResult, sacct: CommandResult | None
+) -> Iterator[Finding]:
+    """Check that Slurm answers. Without its controller, nothing else can be checked."""
+    if not ping.ok or " is UP" not in ping.stdout:
         yield CONTROLLER.fail(
             "controller",
-            f"scontrol ping: {ping.complaint}",
+            f"scontrol ping: {ping.message}",
             "Wait, or ask the cluster's administrators: no job can be submitted now.",
         )
         return
     yield CONTROLLER.ok("controller", " ".join(ping.stdout.split()))
-    if not squeue.good:
+    if not squeue.ok:
         yield CONTROLLER.fail(
             "squeue",
-            squeue.complaint,
-            "Ask the administrators: without squeue servegrid cannot follow its allocations.",
+            squeue.message,
+            "Ask the administrators: without squeue, servegrid cannot follow its allocations.",
         )
     elif squeue.seconds > SLOW_S:
         yield CONTROLLER.warn(
             "squeue",
-            f"answers after {squeue.seconds:.1f} s",
-            "Nothing, if the cluster is busy for a moment; else allocations are noticed late.",
+            f"takes {squeue.seconds:.1f} s to answer",
+            "You can ignore this if the cluster is busy at the moment. Otherwise servegrid "
+            "notices late that an allocation has started or ended.",
         )
     else:
-        jobs = len(squeue.stdout.splitlines())
-        yield CONTROLLER.ok(
-            "squeue", f"answers after {squeue.seconds:.2f} s; {jobs} jobs of {user()}"
-        )
+        jobs = pluralize(len(squeue.stdout.splitlines()), "job")
+        yield CONTROLLER.ok("squeue", f"answers in {squeue.seconds:.2f} s; {jobs} of {user_name()}")
     if sacct is None:
         return
-    if sacct.good:
-        yield CONTROLLER.ok("sacct", f"answers after {sacct.seconds:.2f} s")
+    if sacct.ok:
+        yield CONTROLLER.ok("sacct", f"answers in {sacct.seconds:.2f} s")
     else:
         yield CONTROLLER.warn(
             "sacct",
-            f"accounting is off or restricted: {sacct.complaint}",
-            "Nothing: servegrid only needs squeue.",
+            f"accounting is off or restricted: {sacct.message}",
+            "You can ignore this: servegrid only needs squeue.",
         )
 
 
-def ask_answers(
-    ask: Ask, which: Callable[[str], str | None] = shutil.which
-) -> tuple[Answer, Answer, Answer | None]:
-    """The controller's ping, this user's queue, and the accounting where it is installed."""
+def query_responses(
+    run: RunCommand, which: Callable[[str], str | None] = shutil.which
+) -> tuple[CommandResult, CommandResult, CommandResult | None]:
+    """The results of `scontrol ping`, squeue and sacct; None if sacct is not installed."""
     return (
-        ask(["scontrol", "ping"]),
-        ask(["squeue", "-h", "-r", "-t", "all", "-u", user(), "-o", "%i|%T|%N"]),
-        ask(["sacct", "-X", "-n", "-P", "-S", "now-1hours", "-o", "jobid"])
+        run(["scontrol", "ping"]),
+        run(["squeue", "-h", "-r", "-t", "all", "-u", user_name(), "-o", "%i|%T|%N"]),
+        run(["sacct", "-X", "-n", "-P", "-S", "now-1hours", "-o", "jobid"])
         if which("sacct")
         else None,
     )
 
 
-def judge_settings(facts: Facts, partitions: Sequence[str]) -> Iterator[Finding]:
-    """Settings of Slurm that decide how allocations end; `partitions` are those in use."""
+def check_settings(facts: SlurmFacts, partitions: Sequence[str]) -> Iterator[Finding]:
+    """Check settings of Slurm that decide how allocations in these partitions end."""
     settings = facts.settings
     if not settings:
-        yield SETTINGS.skip("scontrol show config", facts.silence.get("settings", "says nothing"))
+        error = facts.errors.get("settings", "reports nothing")
+        yield SETTINGS.skip("scontrol show config", error)
         return
     for name in partitions:
         if name in facts.partitions:
-            yield judge_preemption(settings, facts.partitions[name])
+            yield check_preemption(settings, facts.partitions[name])
     if settings.get("JobRequeue") == "0":
         yield SETTINGS.warn(
             "JobRequeue",
             "0: Slurm does not requeue the jobs of a lost node",
-            "Nothing: servegrid continues by a further allocation, which queues anew.",
+            "You can ignore this: servegrid continues in another allocation, which waits in the "
+            "queue again.",
         )
     else:
         yield SETTINGS.ok("JobRequeue", f"{settings.get('JobRequeue', 'not reported')}")
-    yield _judge_min_job_age(settings.get("MinJobAge", ""))
-    yield SETTINGS.ok("KillWait", f"{settings.get('KillWait', 'not reported')}, from TERM to KILL")
+    yield _check_min_job_age(settings.get("MinJobAge", ""))
+    kill_wait = settings.get("KillWait", "not reported")
+    yield SETTINGS.ok("KillWait", f"{kill_wait} between SIGTERM and SIGKILL")
     storage = settings.get("AccountingStorageType", "not reported").rpartition("/")[2]
     enforced = settings.get("AccountingStorageEnforce", "not reported")
     yield SETTINGS.ok("accounting", f"{storage}, enforces {enforced}")
-    yield SETTINGS.ok(
-        "MaxJobCount", f"{settings.get('MaxJobCount', 'not reported')} jobs of all users"
-    )
+    max_jobs = settings.get("MaxJobCount", "not reported")
+    yield SETTINGS.ok("MaxJobCount", f"{max_jobs} jobs of all users")
 
 
-def judge_preemption(settings: Mapping[str, str], partition: Partition) -> Finding:
-    """What preemption in a partition means for its allocations."""
+def check_preemption(settings: Mapping[str, str], partition: Partition) -> Finding:
+    """Check what preemption in a partition does to its allocations."""
     subject = f"preemption in {partition.name}"
     by = settings.get("PreemptType", "(null)").rpartition("/")[2]
     mode = partition.preempt_mode or settings.get("PreemptMode", "OFF")
@@ -188,27 +195,27 @@ def judge_preemption(settings: Mapping[str, str], partition: Partition) -> Findi
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
         return SETTINGS.warn(
             subject,
-            f"{text}: jobs may be stopped while they measure",
-            "Use a partition without it: times that span a stop mean nothing.",
+            f"{text}: Slurm may suspend jobs during a measurement",
+            "Use a partition without preemption: a suspended measurement has wrong times.",
         )
     both = settings.get("SlurmctldParameters", "") + settings.get("PreemptParameters", "")
     if partition.grace_s and "send_user_signal" in both:
-        return SETTINGS.ok(subject, f"{text}, warned {partition.grace_s} s before")
+        return SETTINGS.ok(subject, f"{text}, with a warning {partition.grace_s} s before")
     return SETTINGS.warn(
         subject,
         f"{text}, without a warning to the job (GraceTime {partition.grace_s} s)",
-        "Nothing must be done: only the cell in hand is lost and measured again. Where it "
-        "happens often, use another partition.",
+        "You can ignore this: only the current cell is lost and measured again. If preemption is "
+        "frequent, use another partition.",
     )
 
 
-def _judge_min_job_age(value: str) -> Finding:
-    age = seconds_of(value)
-    if age is not None and 0 < age < FORGETS_S:
+def _check_min_job_age(value: str) -> Finding:
+    age_s = parse_seconds(value)
+    if age_s is not None and 0 < age_s < MIN_JOB_AGE_S:
         return SETTINGS.warn(
             "MinJobAge",
-            f"{value}: squeue forgets ended jobs after that",
-            "Ask the administrators for 60 s or more (Slurm's default is 300); until then an "
-            "allocation that has ended may be reported as lost.",
+            f"{value}: after this time, squeue no longer shows an ended job",
+            f"Ask the administrators for {MIN_JOB_AGE_S} s or more (Slurm's default is 300). Until "
+            "then, servegrid may report an ended allocation as lost.",
         )
     return SETTINGS.ok("MinJobAge", value or "not reported")

@@ -20,14 +20,14 @@ from typing import Any
 from aiohttp import web
 
 from servegrid.engines.emulated_timing import Timing
+from servegrid.engines.listening import BACKLOG
 from servegrid.study.endpoint import Endpoint
 
-BACKLOG = 2048
 QUIET_S, PATIENCE_S = 0.01, 0.1
 """The requests of a burst arrive one after another. They start together when no request has arrived
 for QUIET_S, or when the first has waited for PATIENCE_S. The wait counts as processing time."""
 TICK_S = 0.0005
-STOP_S = 10.0
+_STOP_S = 10.0
 
 FAULTS = {
     "refuse": "the connection is closed without an answer",
@@ -112,7 +112,7 @@ class EmulatedServer:
         if self._thread.is_alive():
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._over.set)
-            self._thread.join(STOP_S)
+            self._thread.join(_STOP_S)
 
     def is_alive(self) -> bool:
         return self._thread.is_alive() and not self._over.is_set()

@@ -12,12 +12,18 @@ import pandas as pd
 
 from servegrid.errors import ConfigError
 from servegrid.reference import data
-from servegrid.reference.roofline import Bound, bound, hardware_of, shape_of
+from servegrid.reference.roofline import Latencies, deployment_hardware, latency_bound, model_shape
 from servegrid.study.grid import Deployment
 
 ROOFLINE = "roofline"
-KEYS = ("model", "quantization", "gpu", "gpu_count")
-COLUMNS = (*KEYS, "concurrency", "input_len", "output_len", "seconds_per_100_tokens")
+DEPLOYMENT_COLUMNS = ("model", "quantization", "gpu", "gpu_count")
+TABLE_COLUMNS = (
+    *DEPLOYMENT_COLUMNS,
+    "concurrency",
+    "input_len",
+    "output_len",
+    "seconds_per_100_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -28,15 +34,15 @@ class Timing:
     does not serve this workload.
     """
 
-    latency: Callable[[int, int], Bound | None]
+    latency: Callable[[int, int], Latencies | None]
     scale: float = 1.0
 
     def scaled(self, factor: float) -> Timing:
         return replace(self, scale=self.scale * factor)
 
-    def __call__(self, concurrency: int, input_len: int) -> Bound | None:
+    def __call__(self, concurrency: int, input_len: int) -> Latencies | None:
         times = self.latency(concurrency, input_len)
-        return times and Bound(times.ttft_s * self.scale, times.itl_s * self.scale)
+        return times and Latencies(times.ttft_s * self.scale, times.itl_s * self.scale)
 
 
 def load_timing(deployment: Deployment, timing: str) -> Timing:
@@ -47,25 +53,29 @@ def load_timing(deployment: Deployment, timing: str) -> Timing:
     """
     where = f"deployment `{deployment.name}`: engine_args.timing"
     if timing == ROOFLINE:
-        shape, hardware = shape_of(deployment), hardware_of(deployment)
-        return Timing(lambda concurrency, length: bound(shape, hardware, concurrency, length))
+        shape, hardware = model_shape(deployment), deployment_hardware(deployment)
+        return Timing(
+            lambda concurrency, length: latency_bound(shape, hardware, concurrency, length)
+        )
     rows = _read_rows(timing, where)
     matching = rows[
-        (rows[[*KEYS]] == [getattr(deployment, key) for key in KEYS]).all(axis="columns")
+        (
+            rows[[*DEPLOYMENT_COLUMNS]] == [getattr(deployment, key) for key in DEPLOYMENT_COLUMNS]
+        ).all(axis="columns")
     ]
     if matching.empty:
-        named = ", ".join(f"{key} {getattr(deployment, key)}" for key in KEYS)
+        named = ", ".join(f"{key} {getattr(deployment, key)}" for key in DEPLOYMENT_COLUMNS)
         raise ConfigError(
             f"{where}: `{timing}` has no rows for {named}. "
             f"Use `{ROOFLINE}`, or a table with these rows."
         )
     try:
-        shape, hardware = shape_of(deployment), hardware_of(deployment)
+        shape, hardware = model_shape(deployment), deployment_hardware(deployment)
     except ConfigError:
         return Timing(_interpolate(matching, lambda *_: 0.01))
 
     def prefill_share(concurrency: int, length: int) -> float:
-        least = bound(shape, hardware, concurrency, length)
+        least = latency_bound(shape, hardware, concurrency, length)
         return least.ttft_s / least.e2el_s(100)
 
     return Timing(_interpolate(matching, prefill_share))
@@ -73,7 +83,7 @@ def load_timing(deployment: Deployment, timing: str) -> Timing:
 
 def _read_rows(timing: str, where: str) -> pd.DataFrame:
     if timing in data.STUDIES:
-        return data.published(timing)
+        return data.published_cells(timing)
     if not timing.endswith(".csv"):
         raise ConfigError(
             f"{where}: `{timing}` is not one of {', '.join((ROOFLINE, *data.STUDIES))}, "
@@ -85,7 +95,7 @@ def _read_rows(timing: str, where: str) -> pd.DataFrame:
         raise ConfigError(
             f"{where}: {timing} cannot be read ({error}). Correct the path or the file."
         ) from error
-    missing = [name for name in COLUMNS if name not in rows]
+    missing = [name for name in TABLE_COLUMNS if name not in rows]
     if missing:
         raise ConfigError(
             f"{where}: {timing} has no column {', '.join(missing)}. Add it to the file."
@@ -95,7 +105,7 @@ def _read_rows(timing: str, where: str) -> pd.DataFrame:
 
 def _interpolate(
     rows: pd.DataFrame, prefill_share: Callable[[int, int], float]
-) -> Callable[[int, int], Bound | None]:
+) -> Callable[[int, int], Latencies | None]:
     """Linear interpolation between the cells of a table; None outside of it and next to its gaps.
 
     The table contains the seconds per 100 tokens; `prefill_share` is the fraction of this time
@@ -107,7 +117,7 @@ def _interpolate(
     }
     levels, lengths = sorted(set(rows["concurrency"])), sorted(set(rows["input_len"]))
 
-    def latency(concurrency: int, length: int) -> Bound | None:
+    def latency(concurrency: int, length: int) -> Latencies | None:
         total = 0.0
         for level, part in _weights(levels, concurrency).items():
             for column, share in _weights(lengths, length).items():
@@ -117,7 +127,7 @@ def _interpolate(
         if not total:
             return None
         ttft = total * prefill_share(concurrency, length)
-        return Bound(ttft, (total - ttft) / 99)
+        return Latencies(ttft, (total - ttft) / 99)
 
     return latency
 

@@ -1,7 +1,7 @@
-"""An ASGI middleware that wants the API key on every path of an engine but its health check.
+"""An ASGI middleware that requires the API key on every path of an engine except its health check.
 
-vLLM's own `--api-key` covers `/v1` and a few other prefixes. On a node that several users share,
-another user could complete prompts through `/invocations` and read `/metrics` without it.
+vLLM's `--api-key` protects only `/v1` and a few other prefixes. On a node that several users share,
+another user could send prompts to `/invocations` and read `/metrics` without the key.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health"})
-"""Paths that everybody may ask for: they say whether the engine lives, and nothing else."""
+"""Paths without a key: they only show whether the engine is alive."""
 _METHODS = frozenset({"GET", "HEAD"})
 _BODY = b'{"error": "a valid API key is required"}'
 
 
 class KeyGuard:
-    """`app` behind `Authorization: Bearer <key>`; all other requests get status 401.
+    """Passes requests with `Authorization: Bearer <key>` to `app`; all others get status 401.
 
-    Connections that are neither HTTP nor the server's own start and stop messages (WebSockets)
-    are closed before `app` sees them.
+    A WebSocket without the key is closed before `app` sees it. The server's start and stop messages
+    always pass.
     """
 
     def __init__(self, app: App, key: str) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from servegrid.engines.base import Site
 from servegrid.errors import EngineError
 
+BACKLOG = 2048
+"""Connections that may wait for the server: a burst opens all of its connections at once."""
 LOOPBACK = "127.0.0.1"
 UNIX_BASE_URL = "http://localhost"
 SOCKET_PATH_BYTES = 107
 """The size of sockaddr_un.sun_path without its final zero; see unix(7)."""
 
-POLL_S = 0.05
+_POLL_S = 0.05
 
 
 def socket_path(site: Site, folder: Path) -> Path | None:
@@ -53,4 +55,4 @@ def wait_until(ready: Callable[[], bool], deadline: float, name: str) -> None:
                 "The log shows how far it came. If it needs more time, raise `startup_s` in the "
                 "profile."
             )
-        time.sleep(POLL_S)
+        time.sleep(_POLL_S)

@@ -48,7 +48,7 @@ _DEPLOYMENT_KEYS = {
 _SITE_KEYS = ("hostnames", "port", "api_keys")
 
 MAX_ERRORS = 2
-GRACE_S = 5.0
+_GRACE_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Server:
     def stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(GRACE_S)
+            self.process.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

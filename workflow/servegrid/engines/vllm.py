@@ -24,6 +24,7 @@ import psutil
 from servegrid.engines import arguments, compatibility, startup_errors, vllm_api
 from servegrid.engines.base import Site
 from servegrid.engines.listening import (
+    BACKLOG,
     LOOPBACK,
     UNIX_BASE_URL,
     check_socket_path,
@@ -49,8 +50,14 @@ ENVIRONMENT = {
 }
 """The GPU order of NVML; no usage reports and no downloads; no fork of a process with threads."""
 
-PACKAGES = ("torch", "transformers", "tokenizers", "triton", "flashinfer-python", "xformers")
-BACKLOG = 2048
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "triton",
+    "flashinfer-python",
+    "xformers",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +97,12 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
                 api_key=secrets.token_urlsafe(24),
                 socket=str(path) if path else None,
             )
-            hidden = ["--api-key", str(endpoint.api_key), *_worker_extension(api)]
-            parsed = api.parse([*words, *hidden], deployment.name)
+            parsed = api.parse([*words, *_worker_extension(api)], deployment.name)
             clock.lap("import")
             if deployment.gpu_count:
                 defaults = arguments.default_arguments(deployment, str(checkpoint), None)
                 compatibility.check_compatibility(deployment, defaults, checkpoint, api.version)
-            server = VllmServer(api, parsed, listener, reaper)
+            server = VllmServer(api, parsed, listener, reaper, str(endpoint.api_key))
             stack.callback(server.stop)
             try:
                 server.start()
@@ -118,7 +124,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
             "version": api.version,
             **server.resolved,
             "engine_args": words,
-            "packages": _versions(PACKAGES),
+            "packages": _versions(RECORDED_PACKAGES),
             "model_files": models.file_digests(checkpoint),
             "bring_up_s": clock.laps,
         }
@@ -160,7 +166,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _load_api(deployment: Deployment) -> vllm_api.Api:
+def _load_api(deployment: Deployment) -> vllm_api.VllmApi:
     try:
         api = vllm_api.load_api()
     except ImportError as error:
@@ -177,7 +183,7 @@ def _load_api(deployment: Deployment) -> vllm_api.Api:
     return api
 
 
-def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.Api) -> list[str]:
+def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.VllmApi) -> list[str]:
     kv_cache = None
     if not deployment.gpu_count:
         config = checkpoint / "config.json"
@@ -190,7 +196,7 @@ def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.Api) -
     return arguments.format_arguments(deployment, defaults, api.options, api.version)
 
 
-def _worker_extension(api: vllm_api.Api) -> list[str]:
+def _worker_extension(api: vllm_api.VllmApi) -> list[str]:
     option = "--worker-extension-cls"
     if option not in api.options:
         return []
@@ -213,7 +219,7 @@ def _base_url(listener: socket.socket) -> str:
 
 
 def _startup_error(
-    deployment: Deployment, api: vllm_api.Api, error: EngineExitedError, folder: Path
+    deployment: Deployment, api: vllm_api.VllmApi, error: EngineExitedError, folder: Path
 ) -> EngineError:
     logger.error("vLLM did not start", exc_info=error.cause)
     cause = startup_errors.first_error(folder) or startup_errors.describe_failure(error.cause)

@@ -19,7 +19,7 @@ from servegrid.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Api:
+class VllmApi:
     """The parts of the installed vLLM that serve a model."""
 
     version: str
@@ -68,7 +68,7 @@ class Api:
         return app
 
 
-def load_api() -> Api:
+def load_api() -> VllmApi:
     """The installed vLLM. Raises ImportError if there is none, or an unsupported version."""
     import vllm
     from vllm.platforms import current_platform
@@ -89,7 +89,7 @@ def load_api() -> Api:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
     except ModuleNotFoundError:  # before 0.12
         from vllm.utils import FlexibleArgumentParser
-    return Api(
+    return VllmApi(
         version=vllm.__version__,
         device=current_platform.device_type,
         make_parser=lambda: make_arg_parser(FlexibleArgumentParser(prog="vllm")),

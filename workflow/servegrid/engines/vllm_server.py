@@ -14,13 +14,14 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines.vllm_api import Api, get_config
+from servegrid.engines.key_guard import KeyGuard
+from servegrid.engines.vllm_api import VllmApi, get_config
 from servegrid.node import processes
 from servegrid.node.reaper import Reaper
 
 DRAIN_S = 5
 KEEP_ALIVE_S = 600
-STOP_S = 30.0
+_STOP_S = 30.0
 WATCH_EVERY_S = 0.5
 
 
@@ -39,7 +40,10 @@ class VllmServer:
     the object.
     """
 
-    def __init__(self, api: Api, arguments: Namespace, listener: socket, reaper: Reaper) -> None:
+    def __init__(
+        self, api: VllmApi, arguments: Namespace, listener: socket, reaper: Reaper, api_key: str
+    ) -> None:
+        self._api_key = api_key
         self.resolved: dict[str, Any] = {}
         self.children: list[psutil.Process] = []
         self._api = api
@@ -81,7 +85,7 @@ class VllmServer:
     def stop(self) -> None:
         """End the server, the engine and all its processes, in any state."""
         self._stopping.set()
-        deadline = time.monotonic() + STOP_S
+        deadline = time.monotonic() + _STOP_S
         while self._thread.is_alive() and time.monotonic() < deadline:
             if self._uvicorn is not None:
                 self._uvicorn.should_exit = True
@@ -121,7 +125,7 @@ class VllmServer:
             app = await self._api.make_app(engine, self._arguments)
             server = uvicorn.Server(
                 uvicorn.Config(
-                    app,
+                    KeyGuard(app, self._api_key),
                     log_level="warning",
                     access_log=False,
                     timeout_keep_alive=KEEP_ALIVE_S,

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import metrics, tables
-from servegrid.analysis.stationarity import window_of
+from servegrid.analysis.stationarity import find_window
 from servegrid.errors import ExchangeError
 from servegrid.records import columns, parquet
 from servegrid.records.columns import PERCENTILES
@@ -70,7 +70,7 @@ def imported_cells(
         trial = Trial(served, _workload(result), numbers[key])
         rows.append(imported_cell_row(result, trial, engine))
     names = [column.name for column in columns.CELLS]
-    return tables.typed(pd.DataFrame(rows, columns=names), columns.CELLS)
+    return tables.cast_columns(pd.DataFrame(rows, columns=names), columns.CELLS)
 
 
 def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
     notes = [f"not certified: measured by {result.origin}", *result.notes]
     verdict, detail = decide_verdict((row.get("error") for row in rows), engine_alive=True)
     use_all = result.protocol == "burst"
-    if rows and not use_all and isinstance(window_of(requests, trial.workload), str):
+    if rows and not use_all and isinstance(find_window(requests, trial.workload), str):
         use_all = True
         notes.append("no steady state: the metrics include the start and the end of the run")
     record = {
@@ -101,7 +101,7 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
         "metrics_after": None,
     }
     telemetry = parquet.arrow_table(columns.TELEMETRY, [])
-    row = metrics.row_of(record, requests, telemetry, use_all)
+    row = metrics.cell_row(record, requests, telemetry, use_all)
     if not result.itl_known:
         row |= {name: None for name in row if name.startswith("itl_")}
         row["coalesced_chunk_fraction"] = None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from servegrid import __version__
-from servegrid.analysis.metrics import allocation_of
+from servegrid.analysis.metrics import allocation_id
 from servegrid.records.columns import PERCENTILES
 from servegrid.study.deployment import EMULATED, Deployment, digest_json
 from servegrid.study.grid import Trial, Workload
@@ -21,7 +21,7 @@ VERSION = "0.2.1"
 def format_report(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """The report of one trial; `row` is its row of `columns.CELLS`, with None for null."""
     trial = Trial.from_spec(record["spec"])
-    allocation = allocation_of(record["environment"])
+    allocation = allocation_id(record["environment"])
     report: dict[str, Any] = _without_nulls(
         {
             "version": VERSION,

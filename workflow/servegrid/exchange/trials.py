@@ -11,7 +11,7 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.errors import ExchangeError
 from servegrid.records import parquet
-from servegrid.study.grid import Trial
+from servegrid.study.grid import Study, Trial
 
 
 def find_records_folder(results: Path) -> Path:
@@ -31,12 +31,11 @@ def read_trials(folder: Path) -> Iterator[tuple[Trial, Mapping[str, Any], dict[s
         path: parquet.read_record(path) for path in sorted(folder.glob("*/*/*/requests.parquet"))
     }
     all_trials = [Trial.from_spec(record["spec"]) for record in records.values()]
-    drift_checks = tables.gather([trial for trial in all_trials if trial.drift_check], folder)
-    drifts = tables.drift_by_allocation(drift_checks)
-    trials = [trial for trial in all_trials if not trial.drift_check]
+    trials = tuple(trial for trial in all_trials if not trial.drift_check)
+    drift_checks = tuple(trial for trial in all_trials if trial.drift_check)
     if not trials:
         raise ExchangeError(f"{folder}: contains no trials. Measure the study first.")
-    cells = tables.gather(trials, folder, drifts)
+    cells, _ = tables.gather_study(Study(folder.name, trials, drift_checks), folder)
     rows = {row["spec_digest"]: row for row in _rows_with_none(cells)}
     by_digest = {record["spec_digest"]: record for record in records.values()}
     for trial in trials:

@@ -1,4 +1,4 @@
-"""Published figures that come with the package; README.md says from where."""
+"""The data files of this package as tables. README.md names their sources."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import pandas as pd
 from servegrid.reference.published import FOLDER, SOURCES
 
 STUDIES = tuple(SOURCES)
-"""Published studies: their cells, as far as they are known, in the columns of `columns.CELLS`."""
+"""The names of the published data sets. Their columns are named as in docs/columns.md."""
 
 
 @cache
-def published(study: str) -> pd.DataFrame:
-    """The cells of one of STUDIES; seconds_per_100_tokens is null where none was published."""
+def published_cells(study: str) -> pd.DataFrame:
+    """The cells of one of STUDIES. An unpublished `seconds_per_100_tokens` is null."""
     return pd.read_csv(FOLDER / f"{study}.csv")
 
 
 @cache
 def models() -> pd.DataFrame:
-    """Shapes of models, by name."""
+    """The shapes of models by name."""
     return pd.read_csv(FOLDER / "models.csv").set_index("model")
 
 
 @cache
 def gpus() -> pd.DataFrame:
-    """What kinds of GPU can do, by name."""
+    """The memory, bandwidth and FLOP/s of GPUs by name."""
     return pd.read_csv(FOLDER / "gpus.csv").set_index("gpu")
 
 
 @cache
 def systems() -> pd.DataFrame:
-    """Systems that Bionic compares: parameters of the model in 10⁹, output tokens/s, price in USD.
+    """The systems of Bionic's page: parameters in 10⁹, hardware, output tokens/s, price in USD.
 
-    A price that is not given is null.
+    An unknown price is null.
     """
     return pd.read_csv(FOLDER / "bionic-2023.csv")

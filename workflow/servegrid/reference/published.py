@@ -15,21 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.errors import ConfigError
+from servegrid.study.grid import CONCURRENCY_PROTOCOLS
 
 FOLDER = Path(__file__).parent
 
-TEXT_COLUMNS = ("model", "quantization", "gpu", "protocol")
-COUNT_COLUMNS = ("gpu_count", "concurrency", "input_len", "output_len")
-SECONDS = "seconds_per_100_tokens"
-COLUMNS = (
+_COUNT_COLUMNS = ("gpu_count", "concurrency", "input_len", "output_len")
+SECONDS_COLUMN = "seconds_per_100_tokens"
+PUBLISHED_COLUMNS = (
     *("model", "quantization", "gpu", "gpu_count"),
-    *("protocol", "concurrency", "input_len", "output_len", SECONDS),
+    *("protocol", "concurrency", "input_len", "output_len", SECONDS_COLUMN),
 )
 """Columns of a file of published latencies, named as in docs/columns.md. Other columns are
 ignored. An empty `seconds_per_100_tokens` means that the cell was not served."""
-
-PROTOCOLS = ("burst", "closed_loop")
-"""A published latency belongs to a concurrency, which a `poisson` workload does not have."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ SOURCES: Mapping[str, Source] = {
 
 @dataclass(frozen=True)
 class PublishedData:
-    """Published latencies: one row per cell, with the keys COLUMNS.
+    """Published latencies: one row per cell, with the keys PUBLISHED_COLUMNS.
 
     `rounding_s` is half of the last digit of the published seconds.
     """
@@ -82,7 +79,7 @@ def load_published(name: str, origin: str = "--published") -> PublishedData:
         meant = f" Did you mean `{near[0]}`?" if near else ""
         raise ConfigError(
             f"{origin}: there is no published data set `{name}`.{meant} "
-            f"Name one of {_list(SOURCES)}, or the path of a CSV file (`….csv`)."
+            f"Name one of {_format_names(SOURCES)}, or the path of a CSV file (`….csv`)."
         )
     file = Path(name)
     return _read(file, file.name, Source(file.name), origin)
@@ -93,7 +90,7 @@ def is_path(name: str) -> bool:
     return name not in SOURCES and name.endswith(".csv")
 
 
-def published_in(
+def published_from_config(
     config: Mapping[str, Any], files: Sequence[Path | str] = ()
 ) -> PublishedData | None:
     """The published data that a study's configuration names, or None if it names none.
@@ -119,37 +116,38 @@ def _read(file: Path, name: str, source: Source, origin: str) -> PublishedData:
             f"{origin}: the file {file} cannot be read ({reason}). Name a CSV file that exists; a "
             "relative path starts at the working directory."
         ) from error
-    missing = [column for column in COLUMNS if column not in head]
+    missing = [column for column in PUBLISHED_COLUMNS if column not in head]
     if missing:
         raise ConfigError(
-            f"{origin}: the file {file} does not have all columns; missing: {_list(missing)}. Add "
-            f"them. Required columns: {_list(COLUMNS)}."
+            f"{origin}: the file {file} does not have all columns; missing: "
+            f"{_format_names(missing)}. Add them. Required columns: "
+            f"{_format_names(PUBLISHED_COLUMNS)}."
         )
     rows = [
         _row(each, f"{origin}: {file}, line {number}") for number, each in enumerate(found, start=2)
     ]
     if not rows:
         raise ConfigError(f"{origin}: the file {file} has no rows. Add one row per published cell.")
-    _refuse_duplicates(rows, f"{origin}: {file}")
+    _check_duplicates(rows, f"{origin}: {file}")
     return PublishedData(name, source, rows, _rounding_s(found))
 
 
 def _row(found: Mapping[str, str | None], where: str) -> dict[str, Any]:
     """The values of one line with their types. Raises ConfigError if one does not fit."""
-    texts = {column: (found.get(column) or "").strip() for column in COLUMNS}
+    texts = {column: (found.get(column) or "").strip() for column in PUBLISHED_COLUMNS}
     row: dict[str, Any] = {}
     for column, text in texts.items():
         value: Any = text
-        if column in COUNT_COLUMNS:
+        if column in _COUNT_COLUMNS:
             minimum = 0 if column == "gpu_count" else 1
             value = int(text) if text.isdecimal() and int(text) >= minimum else None
             expected = f"an integer of at least {minimum}"
-        elif column == SECONDS:
+        elif column == SECONDS_COLUMN:
             value = _seconds(text)
             expected = "a positive number, or empty for a cell that was not served"
         elif column == "protocol":
-            value = text if text in PROTOCOLS else None
-            expected = f"one of {_list(PROTOCOLS)}"
+            value = text if text in CONCURRENCY_PROTOCOLS else None
+            expected = f"one of {_format_names(CONCURRENCY_PROTOCOLS)}"
         else:
             value = text or None
             expected = "a name"
@@ -170,10 +168,10 @@ def _seconds(text: str) -> float | None:
     return value if 0 < value < math.inf else None
 
 
-def _refuse_duplicates(rows: Sequence[Mapping[str, Any]], where: str) -> None:
+def _check_duplicates(rows: Sequence[Mapping[str, Any]], where: str) -> None:
     lines: dict[tuple[Any, ...], int] = {}
     for number, row in enumerate(rows, start=2):
-        key = tuple(row[column] for column in COLUMNS if column != SECONDS)
+        key = tuple(row[column] for column in PUBLISHED_COLUMNS if column != SECONDS_COLUMN)
         first = lines.setdefault(key, number)
         if first != number:
             raise ConfigError(
@@ -183,10 +181,10 @@ def _refuse_duplicates(rows: Sequence[Mapping[str, Any]], where: str) -> None:
 
 def _rounding_s(rows: Sequence[Mapping[str, str | None]]) -> float:
     """Half of the last digit of the value with most decimals: 0.05 if that is `1.8`."""
-    texts = filter(None, ((row[SECONDS] or "").strip() for row in rows))
+    texts = filter(None, ((row[SECONDS_COLUMN] or "").strip() for row in rows))
     exponents = [int(Decimal(text).as_tuple().exponent) for text in texts]
     return 0.5 * 10.0 ** min(exponents, default=0)
 
 
-def _list(names: Any) -> str:
+def _format_names(names: Any) -> str:
     return ", ".join(f"`{name}`" for name in names)

@@ -1,7 +1,7 @@
-"""The roofline: no deployment can be faster than its memory and its arithmetic allow.
+"""The roofline: the limits that memory bandwidth and arithmetic set for a deployment. Pure.
 
 The model is that of Williams, Waterman and Patterson, "Roofline: an insightful visual performance
-model for multicore architectures" (2009), applied to a transformer's two phases. Pure.
+model for multicore architectures" (2009), applied to the two phases of a transformer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from servegrid.study.grid import Deployment
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What of a model decides its speed. A dense model has one expert, which all tokens use.
+class ModelShape:
+    """The properties of a model that limit its speed.
 
-    `params` and `active_params` are numbers of parameters: all, and those one token uses.
+    `params` is the number of parameters, `active_params` the number that one token uses. A dense
+    model has one expert, which all tokens use. Sizes are in bytes.
     """
 
     params: float
@@ -29,10 +30,10 @@ class Shape:
     weight_bytes: float
 
     def read_bytes(self, tokens: float) -> float:
-        """Bytes of weights that `tokens` tokens in one step make the GPUs read.
+        """The bytes of weights that the GPUs read for a step with `tokens` tokens.
 
-        Of E experts of which each token picks k, n tokens hit E·(1 - (1 - k/E)^n) on average,
-        if they pick independently and evenly.
+        With E experts of which each token uses k, n tokens use E·(1 - (1 - k/E)^n) on average, if
+        they choose independently and with equal probability.
         """
         if self.experts == 1:
             return self.weight_bytes
@@ -44,50 +45,59 @@ class Shape:
 
 @dataclass(frozen=True)
 class Hardware:
-    """All GPUs of a deployment together: bytes/s of their memory, FLOP/s in 16 bits."""
+    """All GPUs of a deployment together: memory bandwidth in bytes/s, and 16-bit FLOP/s."""
 
     bandwidth: float
     flops: float
 
 
 @dataclass(frozen=True)
-class Bound:
-    """The least time in seconds: until the first token, and for each further one."""
+class Latencies:
+    """The latencies of one request in seconds: time to first token and inter-token latency."""
 
     ttft_s: float
     itl_s: float
 
     def e2el_s(self, output_len: int) -> float:
+        """The end-to-end latency in seconds with `output_len` output tokens."""
         return self.ttft_s + (output_len - 1) * self.itl_s
 
 
-def bound(shape: Shape, hardware: Hardware, concurrency: float, input_len: int) -> Bound:
-    """The bound for `concurrency` requests at once with prompts of `input_len` tokens.
+def latency_bound(
+    shape: ModelShape, hardware: Hardware, concurrency: float, input_len: int
+) -> Latencies:
+    """Lower bounds of the latencies of `concurrency` requests with prompts of `input_len` tokens.
 
-    Two FLOP per parameter and token. Prefill works on all prompts at once and reads the weights
-    at least once; a decoding step reads the weights that its tokens need and every request's
-    KV cache (the prompt's; what is generated is left out, as it only adds).
+    Each parameter costs two FLOP per token. Prefill processes all prompts together and reads the
+    weights at least once. A decoding step reads the weights that its tokens use, and the KV cache
+    of every request. Only the prompt's KV cache counts; the generated tokens add to it.
     """
-    per_token = 2 * shape.active_params
-    prompts = concurrency * input_len
-    ttft = max(prompts * per_token / hardware.flops, shape.read_bytes(prompts) / hardware.bandwidth)
-    read = shape.read_bytes(concurrency) + prompts * shape.kv_bytes_per_token
-    itl = max(read / hardware.bandwidth, concurrency * per_token / hardware.flops)
-    return Bound(ttft, itl)
+    flop_per_token = 2 * shape.active_params
+    prompt_tokens = concurrency * input_len
+    ttft = max(
+        prompt_tokens * flop_per_token / hardware.flops,
+        shape.read_bytes(prompt_tokens) / hardware.bandwidth,
+    )
+    read = shape.read_bytes(concurrency) + prompt_tokens * shape.kv_bytes_per_token
+    itl = max(read / hardware.bandwidth, concurrency * flop_per_token / hardware.flops)
+    return Latencies(ttft, itl)
 
 
-def shape_of(deployment: Deployment) -> Shape:
-    """Raises ConfigError where the model or its quantisation is not in `reference.models()`."""
+def model_shape(deployment: Deployment) -> ModelShape:
+    """The shape of the deployment's model with its quantization.
+
+    Raises ConfigError if `data.models()` does not have it.
+    """
     models = data.models()
-    known = [name for name in models.columns if name not in _NOT_QUANTIZATIONS]
-    if deployment.model not in models.index or deployment.quantization not in known:
+    quantizations = [name for name in models.columns if name not in _OTHER_COLUMNS]
+    if deployment.model not in models.index or deployment.quantization not in quantizations:
         raise ConfigError(
-            f"deployment `{deployment.name}`: the shape of model `{deployment.model}` in "
-            f"`{deployment.quantization}` is not known. Known are {', '.join(models.index)} "
-            f"in {', '.join(known)}."
+            f"deployment `{deployment.name}`: the shape of model `{deployment.model}` with "
+            f"quantization `{deployment.quantization}` is not known. Use one of the models "
+            f"{', '.join(models.index)} with one of the quantizations {', '.join(quantizations)}."
         )
     row: dict[Any, Any] = models.loc[deployment.model].to_dict()
-    return Shape(
+    return ModelShape(
         params=row["params_b"] * 1e9,
         active_params=row["active_params_b"] * 1e9,
         experts=int(row["experts"]),
@@ -97,13 +107,13 @@ def shape_of(deployment: Deployment) -> Shape:
     )
 
 
-def hardware_of(deployment: Deployment) -> Hardware:
-    """Raises ConfigError where the kind of GPU is not in `reference.gpus()`."""
+def deployment_hardware(deployment: Deployment) -> Hardware:
+    """The deployment's GPUs. Raises ConfigError if `data.gpus()` does not have them."""
     gpus = data.gpus()
     if deployment.gpu not in gpus.index:
         raise ConfigError(
-            f"deployment `{deployment.name}`: what gpu `{deployment.gpu}` can do is not known. "
-            f"Known are {', '.join(gpus.index)}."
+            f"deployment `{deployment.name}`: the speed of gpu `{deployment.gpu}` is not known. "
+            f"Use one of {', '.join(gpus.index)}."
         )
     row: dict[Any, Any] = gpus.loc[deployment.gpu].to_dict()
     return Hardware(
@@ -112,6 +122,7 @@ def hardware_of(deployment: Deployment) -> Hardware:
     )
 
 
-_NOT_QUANTIZATIONS = {
+_OTHER_COLUMNS = {
     *("params_b", "active_params_b", "experts", "active_experts", "kv_kib_per_token"),
 }
+"""The columns of `data.models()` that are not the weights with a quantization."""

@@ -8,8 +8,8 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import rule_of_thumb
-from servegrid.analysis.capacity import Demand, Hardware
-from servegrid.analysis.titles import load_title
+from servegrid.analysis.capacity import Demand, HardwarePrices
+from servegrid.analysis.titles import workload_title
 from servegrid.report.markup import as_markdown
 
 HEAD = (
@@ -54,11 +54,11 @@ not say at which number it was measured. Two systems have twice the tokens/s. Sy
 price are left out."""
 
 
-def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: Hardware) -> str:
+def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: HardwarePrices) -> str:
     """The capacity plan, a table of `columns.CAPACITY_PLAN`, with its assumptions and method."""
     blocks = ["# Capacity plan", _assumptions(demand, hardware)]
     for (protocol, output_len), rows in plan.groupby(["protocol", "output_len"], sort=False):
-        workload = load_title(str(protocol), int(str(output_len)))
+        workload = workload_title(str(protocol), int(str(output_len)))
         blocks += [f"## {workload.capitalize()}", as_markdown(capacity_table(rows)).rstrip()]
     if plan.empty:
         blocks.append(NO_USERS)
@@ -81,9 +81,9 @@ def render_rule_of_thumb() -> str:
             if pd.notna(row["usd"])
             else f"{row['needed']} ×",
         )
-        for row in rule_of_thumb.systems().to_dict("records")
+        for row in rule_of_thumb.size_systems().to_dict("records")
     ]
-    conclusions = [f"- {text}" for _, text in rule_of_thumb.conclusion().values()]
+    conclusions = [f"- {text}" for _, text in rule_of_thumb.check_conclusion().values()]
     title = "# Bionic's sizing for 1000 users, 2023"
     table = as_markdown(pd.DataFrame(rows, columns=head)).rstrip()
     return "\n\n".join([title, table, "\n".join(conclusions), BIONIC_ASSUMPTIONS])
@@ -94,7 +94,7 @@ def capacity_table(plan: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([_row(row) for row in plan.to_dict("records")], columns=list(HEAD))
 
 
-def _assumptions(demand: Demand, hardware: Hardware) -> str:
+def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
     prompts = "All measured prompt lengths are equally frequent"
     if demand.input_len is not None:
         prompts = f"Prompts have about {demand.input_len} tokens"
@@ -104,8 +104,8 @@ def _assumptions(demand: Demand, hardware: Hardware) -> str:
         prompts = f"Prompts have several lengths: {', '.join(parts)} tokens"
     return (
         f"{demand.users} registered users. At the busiest time, a share of {demand.logged_in:.4g} "
-        f"is logged in ({demand.at_once} users). On average, {demand.think_time_s:g} s pass "
-        f"between an answer and the next request of the same user. {prompts}. "
+        f"is logged in ({demand.concurrent_users} users). On average, {demand.think_time_s:g} s "
+        f"pass between an answer and the next request of the same user. {prompts}. "
         f"{100 * demand.slo_attainment:g}% of requests must get at least "
         f"{demand.tokens_per_s_per_user:g} output tokens/s, including the time to first token. "
         f"Prices are for GPUs only, in {hardware.currency}."
@@ -133,7 +133,7 @@ def _row(row: Mapping[Any, Any]) -> list[str]:
 
 
 def _rule_of_thumb_note(demand: Demand) -> str:
-    active = rule_of_thumb.in_flight(demand.users, demand.logged_in)
+    active = rule_of_thumb.active_users(demand.users, demand.logged_in)
     return (
         "For comparison, a rule of thumb (Bionic, 2023) counts a tenth of the logged-in users as "
         f"active: {active.mean:g} requests in flight on average, at most {active.p95} for 95% and "

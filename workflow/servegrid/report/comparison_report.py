@@ -9,9 +9,16 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from servegrid.analysis.comparison import FALSE_DISCOVERIES, INDIFFERENT, Comparison, Ratio, power
+from servegrid.analysis.comparison import (
+    FALSE_DISCOVERY_RATE,
+    MIN_EFFECT,
+    Comparison,
+    Ratio,
+    power_analysis,
+)
 from servegrid.report.forest_plot import MAX_RATIO, forest_plot_svg
 from servegrid.report.markup import as_markdown, bullets
+from servegrid.study.text import pluralize
 
 MAX_LEFT_OUT = 20
 """Maximum number of cells that Markdown lists as left out."""
@@ -20,9 +27,9 @@ METHOD = (
     "Ratio: output tokens/s of the second study divided by the first, with its 95% interval. A "
     "deployment is tested with Student's t over the ratios of its cells. A cell is tested with "
     "Welch's t over its trials, if both studies have at least two. Changes of up to "
-    f"{INDIFFERENT:.0%} count as no change, because two bring-ups of the same deployment differ by "
+    f"{MIN_EFFECT:.0%} count as no change, because two bring-ups of the same deployment differ by "
     "as much. On average, at most "
-    f"{FALSE_DISCOVERIES:.0%} of the verdicts are wrong (false discovery rate, Benjamini and "
+    f"{FALSE_DISCOVERY_RATE:.0%} of the verdicts are wrong (false discovery rate, Benjamini and "
     "Hochberg). A study has one or a few bring-ups per deployment. If two bring-ups differ by more "
     "than that, the test reports it as a difference between the studies."
 )
@@ -54,7 +61,7 @@ def render_comparison_page(names: Sequence[str], comparison: Comparison) -> str:
         style=Markup((folder / "style.css").read_text(encoding="utf-8")),
         method=METHOD,
         notes=comparison.notes,
-        figure=Markup(forest_plot_svg(comparison.deployments, INDIFFERENT)),
+        figure=Markup(forest_plot_svg(comparison.deployments, MIN_EFFECT)),
         caption=FIGURE_CAPTION,
         tables=_tables(comparison),
         left_out=comparison.left_out,
@@ -78,12 +85,10 @@ def _power_table(comparison: Comparison) -> pd.DataFrame:
         [
             {"deployment": name}
             | {
-                f"with {trials} trial{'s' * (trials > 1)}": "–"
-                if slowdown is None
-                else f"{slowdown:.1%}"
+                f"with {pluralize(trials, 'trial')}": "–" if slowdown is None else f"{slowdown:.1%}"
                 for trials, slowdown in by_trials.items()
             }
-            for name, by_trials in power(comparison).items()
+            for name, by_trials in power_analysis(comparison).items()
         ]
     )
 

@@ -23,8 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import ScaledTranslation
 
-from servegrid.analysis.summary import median, served, valid
-from servegrid.analysis.titles import INTERVAL_TITLE, emulation
+from servegrid.analysis.summary import served_trials, trial_median, valid_trials
+from servegrid.analysis.titles import INTERVAL_TITLE, emulation_label
 from servegrid.records import parquet
 
 PNG_DPI = 150
@@ -162,13 +162,13 @@ def draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _point(trials: pd.DataFrame, column: str) -> tuple[float, float, float, str | None]:
-    value, interval = median(trials, column)
+    value, interval = trial_median(trials, column)
     low, high = interval or (math.nan, math.nan)
-    if served(trials).empty:
+    if served_trials(trials).empty:
         return math.nan, low, high, "not served"
     if value is None:
         return math.nan, low, high, "no figure"
-    return value, low, high, "not valid" if valid(trials).empty else None
+    return value, low, high, "not valid" if valid_trials(trials).empty else None
 
 
 def _draw_hollow(axes: Axes, points: pd.Series[float], style: LineStyle) -> None:
@@ -244,7 +244,7 @@ def label_intensity(axes: Axes, rows: pd.DataFrame) -> None:
 
 def mark_emulated(axes: Axes, rows: pd.DataFrame) -> None:
     """Write `EMULATED` across a panel if its figures are emulated."""
-    mark = emulation(rows)
+    mark = emulation_label(rows)
     if mark:
         axes.text(
             0.5,

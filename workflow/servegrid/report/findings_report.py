@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis.findings import Slo
-from servegrid.analysis.titles import load_title
+from servegrid.analysis.titles import workload_title
 from servegrid.report.latency_table import format_seconds
 from servegrid.report.markup import as_markdown, bullets
 
@@ -51,7 +51,7 @@ def frontier_table(frontier: pd.DataFrame, titles: Mapping[str, str]) -> pd.Data
     rows = [
         {
             "deployment": titles.get(row["deployment"], row["deployment"]),
-            "workload": load_title(row["protocol"], int(row["output_len"])),
+            "workload": workload_title(row["protocol"], int(row["output_len"])),
             "prompt tokens": str(row["input_len"]),
             "max. concurrency served": _format_max(row, "served"),
             "max. concurrency within SLO": _format_max(row, "within_slo"),

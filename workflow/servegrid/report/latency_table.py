@@ -18,13 +18,13 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from servegrid.analysis.summary import median, served, valid
+from servegrid.analysis.summary import served_trials, trial_median, valid_trials
 from servegrid.analysis.titles import (
     INTERVAL_TITLE,
-    PROTOCOLS,
-    axis_title,
+    PROTOCOL_DESCRIPTIONS,
     deployment_title,
     emulation_notes,
+    intensity_title,
     protocol_title,
     with_intensity,
 )
@@ -111,7 +111,8 @@ def latency_markdown(title: str, tables: Sequence[LatencyTable], notes: Sequence
             tokens = pluralize(table.output_len, "output token")
             blocks.append(f"## {protocol_title(table.protocol).capitalize()}, {tokens}")
         blocks += [
-            f"Seconds per 100 tokens. Rows: {axis_title(table.protocol)}. Columns: prompt tokens.",
+            f"Seconds per 100 tokens. Rows: {intensity_title(table.protocol)}. "
+            "Columns: prompt tokens.",
             _format_grid(table),
             _workload_note(table),
             *_gap_notes(table),
@@ -195,10 +196,10 @@ def _table(rows: pd.DataFrame) -> LatencyTable:
 
 
 def _entry(trials: pd.DataFrame) -> Entry:
-    if served(trials).empty:
+    if served_trials(trials).empty:
         return Entry(NOT_SERVED, None, not_served=serving_failures(trials))
-    value, interval = median(trials, "seconds_per_100_tokens")
-    has_valid = not valid(trials).empty
+    value, interval = trial_median(trials, "seconds_per_100_tokens")
+    has_valid = not valid_trials(trials).empty
     return Entry(
         seconds=NO_FIGURE if value is None else format_seconds(value),
         interval=interval and "[{}, {}]".format(*map(format_seconds, interval)),
@@ -226,8 +227,10 @@ def _workload_note(table: LatencyTable) -> str:
     trials = ", 1 trial"
     if table.trials > 1:
         trials = f", median of {table.trials} trials [{INTERVAL_TITLE}]"
-    protocol = f"{protocol_title(table.protocol).capitalize()} ({PROTOCOLS[table.protocol]})"
-    return f"{protocol}, {pluralize(table.output_len, 'output token')} per request{trials}."
+    protocol = protocol_title(table.protocol).capitalize()
+    description = PROTOCOL_DESCRIPTIONS[table.protocol]
+    tokens = pluralize(table.output_len, "output token")
+    return f"{protocol} ({description}), {tokens} per request{trials}."
 
 
 def _gap_notes(table: LatencyTable) -> list[str]:

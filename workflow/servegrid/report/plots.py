@@ -17,12 +17,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from servegrid.analysis.titles import (
-    axis_title,
     deployment_titles,
     emulation_notes,
-    load_title,
+    intensity_title,
     nearest_length,
     with_intensity,
+    workload_title,
 )
 from servegrid.report.figure_style import (
     EDGE_IN,
@@ -116,9 +116,9 @@ def deployment_figure(
             mark_emulated(axes, rows)
             start_at_zero([axes], lines)
             axes.set_ylabel(metric.axis)
-            axes.set_xlabel(axis_title(workload[0]))
+            axes.set_xlabel(intensity_title(workload[0]))
         if len(workloads) > 1:
-            panels[0].set_title(load_title(*workload).capitalize(), loc="left")
+            panels[0].set_title(workload_title(*workload).capitalize(), loc="left")
     grid[0][-1].legend(
         handles=legend_handles(
             {str(length): styles[length] for length in lengths}, marks_in(drawn)
@@ -177,7 +177,7 @@ def overview_figure(cells: pd.DataFrame) -> Figure:
     for axes, column in zip(grid[0], columns, strict=True):
         axes.set_title(_prompt_title(column))
     for axes in grid[-1]:
-        axes.set_xlabel(axis_title(workload[0]))
+        axes.set_xlabel(intensity_title(workload[0]))
     figure.legend(
         handles=handles,
         loc="lower left",
@@ -241,7 +241,7 @@ def _caption(
 ) -> str:
     sentences = []
     if len(workloads) == 1:
-        sentences.append(load_title(*workloads[0]).capitalize() + ".")
+        sentences.append(workload_title(*workloads[0]).capitalize() + ".")
     sentences.append(trials_note(cells))
     p99 = [metric.p99 for metric in metrics if metric.p99 is not None]
     if p99:

@@ -13,14 +13,14 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import findings, tables, titles
-from servegrid.analysis.capacity import parse_demand, plan, read_hardware
+from servegrid.analysis.capacity import load_prices, parse_demand, plan_capacity
 from servegrid.analysis.published import (
     compare_with_published,
-    comparison_statements,
+    describe_comparison,
     method_differences,
 )
 from servegrid.records import columns
-from servegrid.reference.published import load_published, published_in
+from servegrid.reference.published import load_published, published_from_config
 from servegrid.report import capacity_report, findings_report, markup, provenance
 from servegrid.study.config import parse_study
 
@@ -38,10 +38,10 @@ def write_findings(
     """
     slo, names = findings.parse_slo(config), titles.deployment_titles(cells)
     notes = titles.emulation_notes(cells)
-    frontier = findings.frontier(summary, slo)
-    tables.write(frontier, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
+    frontier = findings.compute_frontier(summary, slo)
+    tables.save_table(frontier, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
     table = findings_report.frontier_table(frontier, names)
-    sentences = findings.statements(summary, frontier, slo, names)
+    sentences = findings.describe_findings(summary, frontier, slo, names)
     markup.write_texts(
         {
             paths["findings"]: findings_report.render_findings(sentences, table, slo, notes),
@@ -56,10 +56,12 @@ def write_findings(
 def _write_published(
     config: Mapping[str, Any], cells: pd.DataFrame, summary: pd.DataFrame, paths: Paths
 ) -> None:
-    published, names = published_in(config), titles.deployment_titles(cells)
+    published, names = published_from_config(config), titles.deployment_titles(cells)
     mixed = config.get("allow_emulated_mix", False)
     pairs = compare_with_published(summary, published, mixed)
-    tables.write(pairs, columns.PUBLISHED_COMPARISON, paths["published"], paths["published_csv"])
+    tables.save_table(
+        pairs, columns.PUBLISHED_COMPARISON, paths["published"], paths["published_csv"]
+    )
     table = findings_report.published_table(pairs, names)
     citation, caption, differences = None, findings_report.NO_PUBLISHED_DATA, None
     if published is not None:
@@ -71,7 +73,7 @@ def _write_published(
         {
             paths["published_md"]: findings_report.render_published_comparison(
                 citation,
-                comparison_statements(pairs, names),
+                describe_comparison(pairs, names),
                 table,
                 differences,
                 titles.emulation_notes(cells),
@@ -89,9 +91,9 @@ def write_capacity_plan(
     Raises ConfigError if the file `hardware` cannot be used, and RecordError if a file cannot be
     written.
     """
-    demand, prices = parse_demand(config), read_hardware(hardware)
-    planned = plan(summary, demand, prices)
-    tables.write(planned, columns.CAPACITY_PLAN, paths["parquet"], paths["csv"])
+    demand, prices = parse_demand(config), load_prices(hardware)
+    planned = plan_capacity(summary, demand, prices)
+    tables.save_table(planned, columns.CAPACITY_PLAN, paths["parquet"], paths["csv"])
     markup.write_texts(
         {
             paths["markdown"]: capacity_report.render_capacity_report(planned, demand, prices),
@@ -117,7 +119,7 @@ def write_study_page(
 
     study = parse_study(config)
     cells, summary, frontier, pairs = (
-        tables.read_cells(inputs[name]) for name in ("cells", "summary", "frontier", "published")
+        tables.load_table(inputs[name]) for name in ("cells", "summary", "frontier", "published")
     )
     results = compose.StudyResults(
         cells,
@@ -125,12 +127,12 @@ def write_study_page(
         frontier,
         pairs,
         findings.parse_slo(config),
-        published_in(config),
+        published_from_config(config),
         [trial.workload.prompts for trial in study.trials],
         provenance.describe_allocations(study.trials, cells, records),
     )
     text = compose.render_study_page(
-        study.name, results, parse_demand(config), read_hardware(hardware)
+        study.name, results, parse_demand(config), load_prices(hardware)
     )
     markup.write_texts({page: text})
 
@@ -147,6 +149,6 @@ def write_published_page(config: Mapping[str, Any], name: str, hardware: Path, p
         load_published(name),
         findings.parse_slo(config),
         parse_demand(config),
-        read_hardware(hardware),
+        load_prices(hardware),
     )
     markup.write_texts({page: text})

@@ -19,7 +19,7 @@ from servegrid.study.grid import Workload
 TTFT_S, ITL_S, TOKENS = 0.1, 0.02, 100
 """Latencies and output tokens of the mock server: a small model on a fast GPU."""
 PROMPT_TOKENS = 8
-LIMIT_S = 60.0
+TIMEOUT_S = 60.0
 
 
 def calibrate(concurrency: int, cpu_sets: CpuSets, socket: Path | None = None) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def calibration_workload(concurrency: int) -> Workload:
         PROMPT_TOKENS,
         TOKENS,
         concurrency,
-        timeout_s=LIMIT_S,
-        idle_timeout_s=LIMIT_S / 2,
+        timeout_s=TIMEOUT_S,
+        idle_timeout_s=TIMEOUT_S / 2,
     )
 
 

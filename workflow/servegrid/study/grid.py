@@ -20,6 +20,9 @@ SPEC_FORMAT = 3
 Protocol = Literal["burst", "closed_loop", "poisson"]
 Prompts = Literal["distinct", "identical"]
 
+CONCURRENCY_PROTOCOLS: tuple[Protocol, ...] = ("burst", "closed_loop")
+"""The protocols whose workloads have a concurrency; the others have a request rate."""
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -180,7 +180,7 @@ def _append(file: int, time_ns: int, row: Row) -> None:
 
 
 def _ticks(hz: float) -> Iterator[int]:
-    """The time in ns, `hz` times per second. A tick that is late is skipped, not made up for."""
+    """The time in ns, `hz` times per second. Ticks that are missed are skipped."""
     due = time.monotonic()
     while True:
         yield time.monotonic_ns()

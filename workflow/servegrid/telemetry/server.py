@@ -18,15 +18,15 @@ from servegrid.telemetry.counters import Counters
 
 PREFIXES = ("vllm:", "llamacpp:")
 RATIO_SUFFIX = "_usage_perc"
-"""Gauges with this suffix are ratios, one per label: they must not be added up."""
+"""Gauges with this suffix are ratios, one per label: their sum has no meaning."""
 GAUGES_PATH = f"/metrics/?{urlencode([('name[]', name) for name in counters.GAUGES])}"
 """Returns only these metrics on vLLM, which mounts Prometheus' own server under `/metrics/`."""
 MODELS_PATH = "/v1/models"
 NOT_FOUND_STATUSES = (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.METHOD_NOT_ALLOWED)
-LIMIT_S = 5.0
+HTTP_TIMEOUT_S = 5.0
 SETTLED_S = 1.0
 """Time for a server to count the requests that it has finished."""
-POLL_S = 0.02
+_POLL_S = 0.02
 
 _SKIPPED = re.compile(r"[^{ ]*(_bucket|_created)[{ ]")
 
@@ -35,7 +35,7 @@ class _UnixConnection(http.client.HTTPConnection):
     """A connection to a Unix socket. (httpx leaks the socket if no server listens.)"""
 
     def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=LIMIT_S)
+        super().__init__("localhost", timeout=HTTP_TIMEOUT_S)
         self._path = path
 
     def connect(self) -> None:
@@ -50,13 +50,13 @@ def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
     parts = urlsplit(endpoint.base_url)
     encrypted = parts.scheme == "https"
     kind = http.client.HTTPSConnection if encrypted else http.client.HTTPConnection
-    return kind(parts.netloc, timeout=LIMIT_S)
+    return kind(parts.netloc, timeout=HTTP_TIMEOUT_S)
 
 
 def http_get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
     """Status and body of GET `path`, sent with the endpoint's API key.
 
-    Raises OSError or http.client.HTTPException if there is no answer within `LIMIT_S` seconds.
+    Raises OSError or http.client.HTTPException if there is no answer in time.
     """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     with contextlib.closing(_connection(endpoint)) as connection:
@@ -111,7 +111,7 @@ def counter_reader(endpoint: Endpoint) -> Callable[[int], Counters]:
         deadline = time.monotonic() + SETTLED_S
         now = read_metrics(endpoint)
         while not counters.has_settled(now, finished, first) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+            time.sleep(_POLL_S)
             now = read_metrics(endpoint)
         first = first or now
         return now
@@ -122,7 +122,7 @@ def counter_reader(endpoint: Endpoint) -> Callable[[int], Counters]:
 def parse_metrics(text: str) -> dict[str, float]:
     """The engine's samples in Prometheus' text format, by name, without histogram buckets.
 
-    Samples of one name are added up over their labels; for ratios, the largest is taken.
+    Samples of one name are summed over their labels; for ratios, the largest is taken.
     """
     # Buckets are most of the page: parsing is five times faster without them.
     lines = (line for line in text.splitlines() if line.startswith(PREFIXES))

@@ -8,20 +8,21 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis.capacity import CLOSED, Demand, Hardware
-from servegrid.analysis.engine_comparison import compared
-from servegrid.analysis.findings import Slo, frontier, statements
+from servegrid.analysis.capacity import Demand, HardwarePrices
+from servegrid.analysis.engine_comparison import compare_engines
+from servegrid.analysis.findings import Slo, compute_frontier, describe_findings
 from servegrid.analysis.published import (
     compare_with_published,
-    comparison_statements,
+    describe_comparison,
     method_differences,
     published_summary,
 )
-from servegrid.analysis.titles import deployment_titles, hardware_title, load_title
+from servegrid.analysis.titles import deployment_titles, hardware_title, workload_title
 from servegrid.reference.published import PublishedData
 from servegrid.report.findings_report import frontier_table
 from servegrid.report.page import FormField, PageTexts, Section, render_html, sections
 from servegrid.report.page.payload import build_payload, count_results, list_workloads
+from servegrid.study.grid import CONCURRENCY_PROTOCOLS
 from servegrid.study.text import pluralize
 
 FILES = (
@@ -56,7 +57,9 @@ class StudyResults:
     allocations: Sequence[Mapping[str, Any]]
 
 
-def render_study_page(name: str, results: StudyResults, demand: Demand, hardware: Hardware) -> str:
+def render_study_page(
+    name: str, results: StudyResults, demand: Demand, hardware: HardwarePrices
+) -> str:
     """The page of the study `name` as HTML."""
     cells, summary = results.cells, results.summary
     titles = deployment_titles(cells)
@@ -75,12 +78,12 @@ def render_study_page(name: str, results: StudyResults, demand: Demand, hardware
         form_fields(summary, demand, hardware),
         [
             sections.findings_section(
-                statements(summary, results.frontier, results.slo, titles),
+                describe_findings(summary, results.frontier, results.slo, titles),
                 frontier_table(results.frontier, titles),
                 results.slo,
             ),
             *published,
-            sections.engines_section(compared(summary, cells)),
+            sections.engines_section(compare_engines(summary, cells)),
             sections.validity_section(cells),
             sections.provenance_section(results.allocations),
         ],
@@ -89,13 +92,13 @@ def render_study_page(name: str, results: StudyResults, demand: Demand, hardware
 
 
 def render_published_page(
-    published: PublishedData, slo: Slo, demand: Demand, hardware: Hardware
+    published: PublishedData, slo: Slo, demand: Demand, hardware: HardwarePrices
 ) -> str:
     """The page of published data as HTML: curves, frontier and capacity plan."""
     summary = published_summary(published)
     cells = summary.assign(engine_version=None)
     titles = deployment_titles(cells)
-    reach = frontier(summary, slo)
+    reach = compute_frontier(summary, slo)
     served = int((summary["trials_served"] > 0).sum())
     return render_html(
         build_payload(
@@ -110,7 +113,7 @@ def render_published_page(
         form_fields(summary, demand, hardware),
         [
             sections.findings_section(
-                statements(summary, reach, slo, titles), frontier_table(reach, titles), slo
+                describe_findings(summary, reach, slo, titles), frontier_table(reach, titles), slo
             ),
             sections.source_section(published.source.citation, published.source.method),
         ],
@@ -124,18 +127,18 @@ def _published_sections(results: StudyResults, titles: Mapping[str, str]) -> lis
     return [
         sections.published_section(
             results.published.source.citation,
-            comparison_statements(results.pairs, titles),
+            describe_comparison(results.pairs, titles),
             method_differences(results.cells, results.prompts, results.published),
         )
     ]
 
 
-def form_fields(summary: pd.DataFrame, demand: Demand, hardware: Hardware) -> list[FormField]:
+def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices) -> list[FormField]:
     """The assumptions that the reader can change. Empty if no workload has a number of users."""
     closed = [
-        (index, load_title(*workload))
+        (index, workload_title(*workload))
         for index, workload in enumerate(list_workloads(summary))
-        if workload[0] in CLOSED
+        if workload[0] in CONCURRENCY_PROTOCOLS
     ]
     if not closed:
         return []

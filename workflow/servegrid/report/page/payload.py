@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis.capacity import Demand, Hardware
+from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.titles import (
-    axis_title,
     deployment_titles,
     emulation_notes,
-    load_title,
+    intensity_title,
     with_intensity,
+    workload_title,
 )
 from servegrid.records.columns import SUMMARY_METRICS
 from servegrid.study.deployment import EMULATED
@@ -74,7 +74,7 @@ def build_payload(
     cells: pd.DataFrame,
     pairs: pd.DataFrame,
     demand: Demand,
-    hardware: Hardware,
+    hardware: HardwarePrices,
 ) -> dict[str, Json]:
     """All figures and assumptions of the page.
 
@@ -137,8 +137,8 @@ def _state(row: Mapping[Any, Any]) -> str:
 def _workload(protocol: str, output_len: int) -> dict[str, Json]:
     return {
         "output_len": int(output_len),
-        "title": load_title(protocol, output_len),
-        "axis": axis_title(protocol),
+        "title": workload_title(protocol, output_len),
+        "axis": intensity_title(protocol),
     }
 
 

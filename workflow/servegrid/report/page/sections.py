@@ -42,7 +42,7 @@ def summary_sentence(counts: Mapping[str, int], cells: pd.DataFrame) -> str:
 
 
 def findings_section(statements: Sequence[str], frontier: pd.DataFrame, slo: Slo) -> Section:
-    """The sentences of `findings.statements`, and the frontier as texts."""
+    """The sentences of `findings.describe_findings`, and the frontier as texts."""
     if not statements:
         return Section("findings", "Findings", [NO_FINDINGS])
     table = frame_table(frontier_caption(slo), frontier)

@@ -1,4 +1,4 @@
-"""The models that a study's deployments need, on this machine."""
+"""Checks that the models of a study's deployments are on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from servegrid.doctor.files import Mount, judge_sharing
+from servegrid.doctor.files import Mount, check_shared
 from servegrid.doctor.report import Finding, Group
 from servegrid.errors import ModelError
 from servegrid.study import models
@@ -19,56 +19,56 @@ SETTINGS = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "SERVEGRID_MODELS")
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
-    """The folder of Hugging Face's cache, by the variables that its own tools read."""
-    if chosen := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(chosen).expanduser()
-    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = environ.get("HF_HOME") or f"{cache}/huggingface"
+    """The folder of Hugging Face's cache, from the same variables that its own tools use."""
+    if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    parent = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environ.get("HF_HOME") or f"{parent}/huggingface"
     return Path(home).expanduser() / "hub"
 
 
-def judge_models(
+def check_deployment_models(
     deployment: Deployment, locate: Callable[[str, Path], Path], folder: Path, study: Path
 ) -> Iterator[Finding]:
-    """Checkpoint and tokenizer of a deployment; `locate` is that of servegrid.study.models."""
-    for name in _names(deployment):
+    """Check a deployment's checkpoint and tokenizer. See servegrid.study.models for `locate`."""
+    for name in _model_names(deployment):
         key = "checkpoint" if name == deployment.checkpoint else "tokenizer"
         try:
             path = locate(name, folder)
         except ModelError:
-            missing = f"{key} `{name}`: neither a path nor in the cache"
-            yield GROUP.fail(deployment.name, missing, remedy(name, key, study))
+            found = f"{key} `{name}` is neither a path nor in the cache"
+            yield GROUP.fail(deployment.name, found, model_remedy(name, key, study))
         except (ImportError, OSError) as error:
             yield GROUP.skip(deployment.name, f"{key} `{name}` cannot be looked up: {error}")
         else:
             yield GROUP.ok(deployment.name, f"{key} {path}")
 
 
-def _names(deployment: Deployment) -> list[str]:
-    """Its checkpoint, unless it is external, and its tokenizer."""
+def _model_names(deployment: Deployment) -> list[str]:
+    """Its checkpoint (an external deployment has none) and its tokenizer."""
     return list(filter(None, dict.fromkeys((deployment.checkpoint, deployment.tokenizer))))
 
 
-def remedy(name: str, key: str, study: Path) -> str:
-    """How to come by a model of that name."""
+def model_remedy(name: str, key: str, study: Path) -> str:
+    """How to get a model with this name."""
     correct = f"correct `{key}` in {study}"
     if name.startswith(models.DEMO):
-        return f"Type `make model`, or {correct}."
+        return f"Run `make model`, or {correct}."
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return (
-            f"Where there is a network: `hf download {name}` (some need `hf auth login` first); "
-            f"or {correct}."
+            f"On a machine with a network, run `hf download {name}` (some models need "
+            f"`hf auth login` first), or {correct}."
         )
     return f"{correct[0].upper()}{correct[1:]}."
 
 
-def examine_models(
+def check_models(
     deployments: Sequence[Deployment], study: Path, mounts: Sequence[Mount] | None
 ) -> Iterator[Finding]:
-    """All models of a study; `mounts` are given where other machines must see them."""
-    needing = [each for each in deployments if each.engine != EMULATED]
-    if not needing:
-        yield GROUP.ok("deployments", "all emulated: no model is needed")
+    """Check all models of a study. `mounts` is None if no other machine has to see them."""
+    with_model = [each for each in deployments if each.engine != EMULATED]
+    if not with_model:
+        yield GROUP.ok("deployments", "all are emulated and need no model")
         return
     set_here = [f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)]
     unset = [name for name in SETTINGS if not os.environ.get(name)]
@@ -76,20 +76,20 @@ def examine_models(
     yield GROUP.ok("settings", f"{text}; engines never download")
     folder = models.default_folder()
     if mounts is not None:
-        yield from _judge_caches(needing, folder, mounts)
-    for deployment in needing:
-        yield from judge_models(deployment, models.locate, folder, study)
+        yield from _check_caches(with_model, folder, mounts)
+    for deployment in with_model:
+        yield from check_deployment_models(deployment, models.locate, folder, study)
 
 
-def _judge_caches(
+def _check_caches(
     deployments: Sequence[Deployment], folder: Path, mounts: Sequence[Mount]
 ) -> Iterator[Finding]:
-    names = {name for each in deployments for name in _names(each)}
+    names = {name for deployment in deployments for name in _model_names(deployment)}
     caches = {
         (folder if name.startswith(models.DEMO) else hub_cache(os.environ)).resolve()
         for name in names
         if name.startswith(models.DEMO) or not Path(name).expanduser().exists()
     }
-    own = {Path(name).expanduser().resolve().parent for name in names if Path(name).exists()}
-    for cache in sorted(caches | own):
-        yield judge_sharing(GROUP, "cache", cache, mounts, "the models (HF_HOME)")
+    parents = {Path(name).expanduser().resolve().parent for name in names if Path(name).exists()}
+    for cache in sorted(caches | parents):
+        yield check_shared(GROUP, "cache", cache, mounts, "the models (HF_HOME)")

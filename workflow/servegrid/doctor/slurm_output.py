@@ -1,12 +1,14 @@
-"""What Slurm says of itself, from the texts of its programs to frozen facts. Pure."""
+"""Parses the output of Slurm's programs. Pure."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from servegrid.doctor.demands import Gpus, gpus_of
+from servegrid.doctor.resources import Gpus, parse_gres
+from servegrid.study.text import pluralize
 
 OUT_STATES = frozenset(
     {
@@ -22,17 +24,20 @@ UNLIMITED = frozenset({"UNLIMITED", "INFINITE", "NONE"})
 
 @dataclass(frozen=True)
 class Partition:
+    """A partition. `max_minutes` is None without a time limit."""
+
     name: str
     is_default: bool
     state: str
     max_minutes: float | None
-    """None without a limit."""
     preempt_mode: str
     grace_s: int
 
 
 @dataclass(frozen=True)
 class Node:
+    """A node with what it has, not what is free."""
+
     name: str
     partitions: frozenset[str]
     features: frozenset[str]
@@ -42,34 +47,34 @@ class Node:
     state: str
 
     @property
-    def use(self) -> str:
-        """`idle`, `busy` or `out`: whether it can take an allocation, now or later."""
+    def availability(self) -> str:
+        """`idle`, `busy`, or `out` (of service)."""
         states = set(re.split(r"[+]", self.state.rstrip("*~#$@!%^-")))
         if states & OUT_STATES or self.state.endswith("*"):
             return "out"
         return "idle" if states <= IDLE_STATES else "busy"
 
 
-def version_of(text: str) -> tuple[int, int] | None:
+def parse_version(text: str) -> tuple[int, int] | None:
     """(22, 5) of `slurm-wlm 22.05.8`."""
     found = re.search(r"\b(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else None
 
 
-def settings_of(text: str) -> dict[str, str]:
-    """`scontrol show config` as a mapping."""
+def parse_settings(text: str) -> dict[str, str]:
+    """The output of `scontrol show config`."""
     pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def seconds_of(value: str) -> int | None:
-    """The number of `600 sec`; None of anything else."""
+def parse_seconds(value: str) -> int | None:
+    """600 for `600 sec`; None for other text."""
     found = re.match(r"\d+", value)
     return int(found[0]) if found else None
 
 
-def minutes_of_limit(text: str) -> float | None:
-    """Minutes of a time limit such as `3-00:00:00` or `01:30:00`; None of `UNLIMITED`."""
+def parse_time_limit(text: str) -> float | None:
+    """Minutes of a time limit such as `3-00:00:00` or `01:30:00`; None for `UNLIMITED`."""
     if text.upper() in UNLIMITED or not text:
         return None
     days, dash, rest = text.rpartition("-")
@@ -82,15 +87,15 @@ def minutes_of_limit(text: str) -> float | None:
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def partitions_of(text: str) -> dict[str, Partition]:
-    """`scontrol -o show partition`, by name."""
-    found = (_fields(line) for line in text.splitlines())
+def parse_partitions(text: str) -> dict[str, Partition]:
+    """The output of `scontrol -o show partition`, by name."""
+    found = (_parse_fields(line) for line in text.splitlines())
     return {
         fields["PartitionName"]: Partition(
             name=fields["PartitionName"],
             is_default=fields.get("Default") == "YES",
             state=fields.get("State", "UNKNOWN"),
-            max_minutes=minutes_of_limit(fields.get("MaxTime", "")),
+            max_minutes=parse_time_limit(fields.get("MaxTime", "")),
             preempt_mode=fields.get("PreemptMode", ""),
             grace_s=int(fields.get("GraceTime", "0")),
         )
@@ -99,15 +104,15 @@ def partitions_of(text: str) -> dict[str, Partition]:
     }
 
 
-def nodes_of_text(text: str) -> list[Node]:
-    """`scontrol -o show node`."""
-    found = (_fields(line) for line in text.splitlines())
+def parse_nodes(text: str) -> list[Node]:
+    """The output of `scontrol -o show node`."""
+    found = (_parse_fields(line) for line in text.splitlines())
     return [
         Node(
             name=fields["NodeName"],
-            partitions=_listed(fields.get("Partitions", "")),
-            features=_listed(fields.get("ActiveFeatures", fields.get("AvailableFeatures", ""))),
-            gpus=tuple(gpus_of(fields.get("Gres", ""))),
+            partitions=_parse_list(fields.get("Partitions", "")),
+            features=_parse_list(fields.get("ActiveFeatures", fields.get("AvailableFeatures", ""))),
+            gpus=tuple(parse_gres(fields.get("Gres", ""))),
             cpus=int(fields.get("CPUEfctv", fields.get("CPUTot", "0"))),
             memory_mb=int(fields.get("RealMemory", "0")),
             state=fields.get("State", "UNKNOWN"),
@@ -117,8 +122,8 @@ def nodes_of_text(text: str) -> list[Node]:
     ]
 
 
-def accounts_of(text: str) -> dict[str, set[str]]:
-    """QoS by account, of `sacctmgr -n -P show assoc format=account,qos`."""
+def parse_accounts(text: str) -> dict[str, set[str]]:
+    """QoS by account, from `sacctmgr -n -P show assoc format=account,qos`."""
     found: dict[str, set[str]] = {}
     for line in text.splitlines():
         account, _, qos = line.strip().partition("|")
@@ -127,35 +132,34 @@ def accounts_of(text: str) -> dict[str, set[str]]:
     return found
 
 
-def is_readable(constraint: str) -> bool:
-    """Whether `fits` can read it: features joined by & and |, without groups and counts."""
+def is_simple(constraint: str) -> bool:
+    """Whether a constraint only joins features with & and |, without groups and counts."""
     return re.fullmatch(r"[\w.:=-]+([&|][\w.:=-]+)*", constraint.replace(" ", "")) is not None
 
 
-def fits(features: Iterable[str], constraint: str) -> bool:
-    """Whether a node has what a constraint wants; & and | are read from left to right."""
-    had = frozenset(features)
+def matches(features: Iterable[str], constraint: str) -> bool:
+    """Whether a node's features fulfil a simple constraint, evaluated from left to right."""
+    present = frozenset(features)
     first, *rest = re.split(r"([&|])", constraint.replace(" ", ""))
-    result = first in had
+    result = first in present
     for operator, feature in zip(rest[::2], rest[1::2], strict=True):
-        has = feature in had
+        has = feature in present
         result = (result and has) if operator == "&" else (result or has)
     return result
 
 
-def spread(nodes: Sequence[Node]) -> str:
-    """`4 nodes (3 idle, 1 busy)`."""
-    counts = [(use, sum(node.use == use for node in nodes)) for use in ("idle", "busy", "out")]
-    text = ", ".join(f"{count} {use}" for use, count in counts if count)
-    noun = "node" if len(nodes) == 1 else "nodes"
-    return f"{len(nodes)} {noun} ({text})" if nodes else "no nodes"
+def describe_nodes(nodes: Sequence[Node]) -> str:
+    """For example `4 nodes (3 idle, 1 busy)`."""
+    counts = Counter(node.availability for node in nodes)
+    text = ", ".join(f"{counts[each]} {each}" for each in ("idle", "busy", "out") if counts[each])
+    return f"{pluralize(len(nodes), 'node')} ({text})" if nodes else "no nodes"
 
 
-def _fields(line: str) -> dict[str, str]:
-    """The `Key=value` words of a line; of two with the same key, the first."""
+def _parse_fields(line: str) -> dict[str, str]:
+    """The `Key=value` words of a line. If a key occurs twice, the first one counts."""
     found: list[tuple[str, str]] = re.findall(r"(?:^|(?<=\s))([\w:/]+)=(\S*)", line)
     return dict(reversed(found))
 
 
-def _listed(text: str) -> frozenset[str]:
+def _parse_list(text: str) -> frozenset[str]:
     return frozenset(() if text == "(null)" else filter(None, text.split(",")))

@@ -1,4 +1,4 @@
-"""What the executor will ask Slurm for, for one kind of node. Pure."""
+"""The resources that the executor will request from Slurm for one kind of node. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from servegrid.doctor.site import CPU, Profile, minutes_of, nodes_of
+from servegrid.doctor.profile import CPU, Profile, count_nodes, get_number, parse_minutes
 from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment
 
@@ -19,27 +19,28 @@ UNITS_MB = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 @dataclass(frozen=True)
 class Gpus:
-    """GPUs of one node: a type, where one is named, and how many."""
+    """GPUs of one node: their type (None: any) and their number."""
 
-    kind: str | None
+    type: str | None
     count: int
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.count}" if self.kind else f"{self.count}"
+        return f"{self.type}:{self.count}" if self.type else f"{self.count}"
 
 
 @dataclass(frozen=True)
-class Demand:
-    """One allocation of a kind, as far as it can be compared with nodes and partitions."""
+class ResourceRequest:
+    """An allocation on one kind of node, as far as it can be compared with what Slurm has.
+
+    `gpus` is None if no GPU is requested. `needs_gpus` says whether the engine needs GPUs,
+    requested or not. `max_nodes` is the largest number of nodes of one deployment.
+    """
 
     kind: str
     values: Mapping[str, Any]
     gpus: Gpus | None
-    """None where no GPU is asked for."""
-    wants_gpus: bool
-    """Whether the engine needs GPUs, asked for or not."""
-    most_nodes: int = 1
-    """Of the deployments that may take several."""
+    needs_gpus: bool
+    max_nodes: int = 1
 
     @property
     def partition(self) -> str | None:
@@ -51,28 +52,28 @@ class Demand:
 
     @property
     def minutes(self) -> float | None:
-        return minutes_of(self.values["timeout_min"]) if "timeout_min" in self.values else None
+        return parse_minutes(self.values["timeout_min"]) if "timeout_min" in self.values else None
 
     @property
     def cpus(self) -> int:
-        wanted = str(self.values.get("cpus_per_task", 1))
-        return int(wanted) if wanted.isdecimal() else 1
+        cpus = str(self.values.get("cpus_per_task", 1))
+        return int(cpus) if cpus.isdecimal() else 1
 
     @property
     def memory_mb(self) -> float:
-        """Of a node; 0 where all of it or none in particular is asked for."""
+        """Memory per node; 0 if all of it or no particular amount is requested."""
         if "mem_gb" in self.values:
-            return float(self.values["mem_gb"]) * 1024
+            return get_number(self.values, "mem_gb", 0) * 1024
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", str(self.values.get("slurm_mem", 0)))
         return float(found[1]) * UNITS_MB[found[2] or "M"] if found else 0.0
 
     def _text(self, key: str) -> str | None:
         return str(self.values[key]) if self.values.get(key) else None
 
-    def sbatch(self) -> list[str]:
-        """The options of sbatch that submitit would write into the job's script."""
+    def sbatch_options(self) -> list[str]:
+        """The options of sbatch that submitit would write into the batch script."""
         values = self.values
-        options = {"nodes": values.get("nodes", self.most_nodes), "cpus-per-task": self.cpus}
+        options = {"nodes": values.get("nodes", self.max_nodes), "cpus-per-task": self.cpus}
         if self.minutes is not None:
             options["time"] = math.ceil(self.minutes)
         if "mem_gb" in values:
@@ -88,37 +89,43 @@ class Demand:
             and key != "slurm_additional_parameters"
             and value is not False
         }
-        options |= values.get("slurm_additional_parameters", {})
+        additional = values.get("slurm_additional_parameters")
+        options |= additional if isinstance(additional, dict) else {}
         return [
             f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()
         ]
 
 
-def demand_of(profile: Profile, kind: str, deployments: Sequence[Deployment]) -> Demand:
-    """What is asked for a kind; `deployments` are those of the study, if there is one."""
+def build_request(
+    profile: Profile, kind: str, deployments: Sequence[Deployment]
+) -> ResourceRequest:
+    """The request for a kind; `deployments` are those of the study on this kind, if there are any.
+
+    Without a study, a kind other than `cpu` is taken to need the GPUs of one node.
+    """
     parameters = profile.kinds.get(kind, {})
     resources = profile.resources(RULE)
     values = {key: resources[key] for key in (*COPIED, "slurm_qos") if key in resources}
     if "runtime" in resources:
         values["timeout_min"] = resources["runtime"]
     values |= parameters
-    of_node = [math.ceil(each.node_gpus / nodes_of(each, values)) for each in deployments]
-    wants_gpus = any(of_node) if deployments else kind != CPU
-    unknown = int(parameters.get("gpus_of_node", 1)) if wants_gpus else 0
-    return Demand(
+    per_node = [math.ceil(each.node_gpus / count_nodes(each, values)) for each in deployments]
+    needs_gpus = any(per_node) if deployments else kind != CPU
+    default = int(get_number(parameters, "gpus_of_node", 1)) if needs_gpus else 0
+    return ResourceRequest(
         kind=kind,
         values=values,
-        gpus=_asked(values, max(of_node, default=unknown)),
-        wants_gpus=wants_gpus,
-        most_nodes=max(
-            (nodes_of(each, values) for each in deployments if each.engine == EMULATED),
+        gpus=_requested_gpus(values, max(per_node, default=default)),
+        needs_gpus=needs_gpus,
+        max_nodes=max(
+            (count_nodes(each, values) for each in deployments if each.engine == EMULATED),
             default=1,
         ),
     )
 
 
-def gpus_of(text: str) -> list[Gpus]:
-    """GPUs of a GRES such as `gpu:a100:2(S:0-1),nvme:1`."""
+def parse_gres(text: str) -> list[Gpus]:
+    """The GPUs of a GRES such as `gpu:a100:2(S:0-1),nvme:1`."""
     found = []
     for each in re.sub(r"\([^)]*\)", "", text).split(","):
         name, *rest = each.strip().split(":")
@@ -128,13 +135,13 @@ def gpus_of(text: str) -> list[Gpus]:
     return found
 
 
-def _asked(values: Mapping[str, Any], of_study: int) -> Gpus | None:
-    """A kind's own words win over the number of GPUs that the study wants."""
+def _requested_gpus(values: Mapping[str, Any], study_gpus: int) -> Gpus | None:
+    """The kind's own GPUs, else the number of GPUs that the study needs."""
     if "slurm_gres" in values:
-        listed = gpus_of(str(values["slurm_gres"]))
+        listed = parse_gres(str(values["slurm_gres"]))
         return listed[0] if listed else None
     if "gpus_per_node" in values:
-        kind, _, count = str(values["gpus_per_node"]).rpartition(":")
+        gpu_type, _, count = str(values["gpus_per_node"]).rpartition(":")
         number = int(count) if count.isdecimal() else 1
-        return Gpus(kind or None, number) if number else None
-    return Gpus(None, of_study) if of_study else None
+        return Gpus(gpu_type or None, number) if number else None
+    return Gpus(None, study_gpus) if study_gpus else None
