@@ -1,6 +1,6 @@
-"""Cells measured on a server that breaks a rule on purpose, and on one that breaks none.
+"""Cells measured on a mock server that breaks one rule of validity, or none.
 
-What no server can break, such as the client's own lateness, is in tests/unit/test_validity.py.
+tests/unit/test_analysis_validity.py covers the rules that no server can break, such as lateness.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from servegrid.telemetry import sampler, server
 from servegrid.telemetry.sampler import Sampler
 
 BURST = Workload("burst", 4, 9, 5, 8, idle_timeout_s=20)
-STEADY = Workload("closed_loop", 2, 9, 5, 80, idle_timeout_s=20)
+CLOSED_LOOP = Workload("closed_loop", 2, 9, 5, 80, idle_timeout_s=20)
 SLOW = FaultScript(ttft_s=0.1, itl_s=0.02)
-# What the self-check finds is tested where it is made: here the machine may be busy otherwise.
-TRUE_CLIENT = {
+# A perfect calibration: the machine that runs the tests may be busy with other work.
+PERFECT_CALIBRATION = {
     "requests": 1,
     "lost": 0,
     "arrival_error_s_p99": 0.0,
@@ -37,7 +37,7 @@ DEPLOYMENT = Deployment("d", "m", "c", "c", "fp16", "vllm", "cpu", 0, 64, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """A load on a mock server, and what the engine's facts say beside it."""
+    """A workload on a mock server, facts about the engine, and the expected rule with evidence."""
 
     reason: str | None
     script: FaultScript = SLOW
@@ -46,37 +46,37 @@ class Case:
 
 
 CASES = {
-    "nothing, a burst": Case(None),
-    "nothing, a steady load": Case(None, workload=STEADY),
-    "nothing, and the cache that the study asks for": Case(
+    "a valid burst": Case(None),
+    "a valid closed loop": Case(None, workload=CLOSED_LOOP),
+    "a valid cell with a prefix cache that the study enables": Case(
         None,
         script=replace(SLOW, counters=(("vllm:prefix_cache_hits_total", 8.0),)),
         engine={"prefix_caching": True},
     ),
-    "prompts from a cache": Case(
-        "prefix_cache: 64 tokens came from it",
+    "prompts from the prefix cache": Case(
+        "prefix_cache: 64 prompt tokens came from the prefix cache",
         script=replace(SLOW, counters=(("vllm:prefix_cache_hits_total", 8.0),)),
     ),
     "preemptions": Case(
-        "preempted: 8 times, for want of KV cache",
+        "preempted: 8 preemptions",
         script=replace(SLOW, counters=(("vllm:num_preemptions_total", 1.0),)),
     ),
-    "fewer seats than requests": Case(
+    "a concurrency above max_num_seqs": Case(
         "server_queueing: max_num_seqs 3 is less than concurrency 4", engine={"max_num_seqs": 3}
     ),
     "requests that wait in the server": Case(
         "server_queueing: 1.0 of 2 requests waited in the server on average",
         script=replace(SLOW, gauges=(("vllm:num_requests_waiting", 1.0),)),
-        workload=STEADY,
+        workload=CLOSED_LOOP,
     ),
-    "a server that gets slower and slower": Case(
-        "no_steady_state: the latency", script=replace(SLOW, slowdown_s=0.008), workload=STEADY
+    "a server that becomes slower": Case(
+        "no_steady_state: the latency", script=replace(SLOW, slowdown_s=0.008), workload=CLOSED_LOOP
     ),
 }
 
 
-def measured(case: Case, folder: Path) -> Evidence:
-    """The case's load through the real client, sampler and counters."""
+def measure_case(case: Case, folder: Path) -> Evidence:
+    """Measure the case with the real client, sampler and counters."""
     samples = folder / "telemetry.jsonl"
     with start_faulty_server(case.script) as up, Sampler([up.process.pid], samples, up.endpoint):
         counters = server.counter_reader(up.endpoint)
@@ -89,7 +89,7 @@ def measured(case: Case, folder: Path) -> Evidence:
         "reason": reason,
         "client": measurement.facts,
         "engine": {"max_num_seqs": 4, "prefix_caching": False, **case.engine},
-        "self_check": TRUE_CLIENT,
+        "self_check": PERFECT_CALIBRATION,
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
@@ -97,11 +97,9 @@ def measured(case: Case, folder: Path) -> Evidence:
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_a_cell_is_marked_with_what_was_broken_and_with_nothing_else(
-    what: str, tmp_path: Path
-) -> None:
+def test_a_measured_cell_breaks_only_the_expected_rule(what: str, tmp_path: Path) -> None:
     case = CASES[what]
-    found = check_validity(measured(case, tmp_path))
+    found = check_validity(measure_case(case, tmp_path))
     if case.reason is None:
         assert found == Validity(True, [], [])
     else:
@@ -110,9 +108,9 @@ def test_a_cell_is_marked_with_what_was_broken_and_with_nothing_else(
         assert f"{rule}: {detail}".startswith(case.reason)
 
 
-def test_a_server_with_other_tokens_than_asked_has_a_verdict_and_no_validity(
+def test_a_server_with_wrong_token_counts_gives_a_verdict_instead_of_validity(
     tmp_path: Path,
 ) -> None:
-    evidence = measured(Case(None, script=FaultScript(fault="fewer_tokens")), tmp_path)
+    evidence = measure_case(Case(None, script=FaultScript(fault="fewer_tokens")), tmp_path)
     assert evidence.record["verdict"] == "wrong_tokens"
     assert check_validity(evidence) == Validity(None, None, None)

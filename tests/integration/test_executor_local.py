@@ -369,6 +369,28 @@ def test_the_kinds_file_is_relative_to_the_launch_folder(work: Workspace) -> Non
     assert (inside / "out" / "a0").exists()
 
 
+@pytest.mark.slow
+def test_logger_plugins_receive_the_states_of_allocations(work: Workspace) -> None:
+    work.plan(out={"a": 2, "b": 1})
+    work.set_acts(a0="3")
+    (work.folder / "refuse-b").write_text("tiny")
+    work.run("--logger", "recorder", status=1)
+    lines = (work.folder / "allocations.jsonl").read_text().splitlines()
+    data = [json.loads(line) for line in lines]
+    keys = ["name", "state", "node", "reason", "done", "total", "eta_s"]
+    assert all(list(each) == keys for each in data)
+    states = {
+        name: list(dict.fromkeys(each["state"] for each in data if each["name"] == name))
+        for name in "ab"
+    }
+    assert states["a"][0] == "pending"
+    assert states["a"][-2:] == ["running", "ended"]
+    assert states["b"][-1] == "failed"
+    last = {each["name"]: each for each in data}
+    assert (last["a"]["done"], last["a"]["total"]) == (2, 2)
+    assert last["b"]["reason"] == "its service did not start"
+
+
 REFUSED = {
     "cluster": (["--submitit-cluster", "slrum"], "`slrum` is unknown. Use one of: slurm, local"),
     "allocations": (["--submitit-max-allocations", "0"], "0 is less than 1"),

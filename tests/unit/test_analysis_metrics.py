@@ -1,4 +1,4 @@
-"""From raw rows to one row of the table of cells, against numbers worked out by hand."""
+"""One row of the table of cells, compared with calculations by hand."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from servegrid.records import columns, parquet
 from servegrid.study.grid import Deployment, Trial, Workload
 
 START = 2**53 + 1
-"""Nanoseconds that a float cannot hold: subtraction in floats would show."""
+"""A float cannot represent these nanoseconds exactly, so a subtraction of floats would fail."""
 MS = 1_000_000
 
 
-def trial_of(**workload: Any) -> Trial:
+def make_trial(**workload: Any) -> Trial:
     deployment = Deployment(
         name="d",
         model="m",
@@ -36,7 +36,7 @@ def trial_of(**workload: Any) -> Trial:
 def request(
     sent: int, stamps: list[int], tokens: list[int], done: int, **other: Any
 ) -> dict[str, Any]:
-    """A request that succeeded; all times in ms after START."""
+    """A successful request. All times are in ms after START."""
     return {
         "wave": 0,
         "user": sent,
@@ -64,7 +64,7 @@ def cell(
     verdict: str = "ok",
     **workload: Any,
 ) -> dict[str, Any]:
-    trial = trial_of(**workload)
+    trial = make_trial(**workload)
     record = {
         "spec": trial.spec,
         "spec_digest": trial.digest,
@@ -101,7 +101,7 @@ UNKNOWN = (
     ),
     *("preemptions", "prefix_hit_tokens"),
 )
-"""What is null without a GPU's samples and a server's metrics."""
+"""Columns that are null without samples of GPUs and without metrics of the server."""
 
 
 def latencies(name: str, mean: float, median: float) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def test_a_burst_of_two() -> None:
     elsewhere = ("valid", "invalid_rules", "invalid_evidence", "allocation_drift")
     assert list(row) == [name for name in known if name not in elsewhere]
     digest = row.pop("spec_digest")
-    assert digest == trial_of().digest
+    assert digest == make_trial().digest
     assert row == {
         "deployment": "d",
         "model": "m",
@@ -173,20 +173,20 @@ def test_the_median_is_not_the_mean() -> None:
     assert row["e2el_s_p50"] == pytest.approx(0.2)
 
 
-def test_nanoseconds_are_not_lost() -> None:
+def test_times_are_exact_to_the_nanosecond() -> None:
     late = request(0, [0], [1], 0) | {"first_token_ns": START + 1, "done_ns": START + 1}
     row = cell([late])
     assert row["ttft_s_mean"] == 1e-9
     assert row["makespan_s"] == 1e-9
 
 
-def test_the_output_of_one_token_has_no_time_per_token() -> None:
+def test_an_output_of_one_token_has_no_tpot() -> None:
     assert cell([request(0, [100], [1], 100)], output_len=1)["tpot_s_mean"] is None
     both = cell([request(0, [100], [1], 100), request(0, [100, 300], [1, 1], 300)])
     assert both["tpot_s_mean"] == pytest.approx(0.2)
 
 
-def test_failed_requests_are_counted_and_leave_the_latencies_alone() -> None:
+def test_failed_requests_are_counted_but_not_in_latencies() -> None:
     row = cell([*TWO, FAILED], verdict="timeout")
     assert (row["requests"], row["failed_requests"]) == (3, 1)
     assert row["ttft_s_mean"] == pytest.approx(0.15)
@@ -197,7 +197,7 @@ def test_failed_requests_are_counted_and_leave_the_latencies_alone() -> None:
     assert (row["verdict"], row["verdict_detail"]) == ("timeout", "the evidence")
 
 
-def test_where_every_request_failed_nothing_is_made_up() -> None:
+def test_latencies_are_null_if_all_requests_failed() -> None:
     row = cell([FAILED], verdict="timeout")
     speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "coalesced")
     latencies = [name for name in row if name.startswith(speeds)]
@@ -206,12 +206,12 @@ def test_where_every_request_failed_nothing_is_made_up() -> None:
     assert row["makespan_s"] == 1.5
 
 
-def test_a_broken_off_answer_keeps_out_of_the_tokens() -> None:
+def test_tokens_of_a_broken_response_do_not_count() -> None:
     broken = request(1, [50, 60], [1, 1], 70, error="broken: end of stream")
     assert cell([*TWO, broken], verdict="http_error")["output_tokens_per_s"] == 8.0
 
 
-def test_without_any_request_nothing_is_known() -> None:
+def test_figures_are_null_without_requests() -> None:
     row = cell([], verdict="server_died")
     assert row["requests"] == 0
     assert row["makespan_s"] is None
@@ -224,7 +224,7 @@ def test_an_unknown_end_makes_the_makespan_unknown() -> None:
     assert row["output_tokens_per_s"] is None
 
 
-def test_waves_are_timed_apart_and_the_pause_between_them_is_not() -> None:
+def test_the_makespan_is_the_sum_of_the_waves_without_pauses() -> None:
     second = {"wave": 1, "scheduled_ns": START + 5000 * MS}
     waves = [*TWO, request(5000, [5100, 5400], [2, 2], 5500, **second)]
     row = cell(waves)
@@ -234,7 +234,7 @@ def test_waves_are_timed_apart_and_the_pause_between_them_is_not() -> None:
 
 
 def loop(count: int, **workload: Any) -> dict[str, Any]:
-    """`count` requests of one user, one after another: 0.1 s each, of 4 tokens, ttft 0.04 s."""
+    """The row of one user's `count` requests: 0.1 s each, 4 tokens, ttft 0.04 s."""
     requests = [
         request(
             100 * n,
@@ -249,11 +249,11 @@ def loop(count: int, **workload: Any) -> dict[str, Any]:
     return cell(requests, concurrency=1, **workload)
 
 
-def test_a_steady_load_is_judged_by_its_stationary_part() -> None:
+def test_figures_of_a_closed_loop_come_from_its_stationary_part() -> None:
     row = loop(30, protocol="closed_loop")
-    # From the end of the first to when the last was due, 5 ms before it was sent.
+    # From the end of the first request to the due time of the last, 5 ms before it was sent.
     assert row["window_s"] == pytest.approx(2.795)
-    assert row["requests_in_window"] == 27  # of the 2nd to the 28th; the 29th ended 5 ms later
+    assert row["requests_in_window"] == 27  # the 2nd to the 28th; the 29th ends 5 ms later
     # Tokens in (100, 2895]: 28 times at +40, 28 times two at +60, 27 times at +100.
     assert row["output_tokens_per_s"] == pytest.approx((28 + 56 + 27) / 2.795)
     assert row["in_flight_mean"] == pytest.approx(1.0)
@@ -264,14 +264,14 @@ def test_a_steady_load_is_judged_by_its_stationary_part() -> None:
     assert row["seconds_per_100_tokens"] == pytest.approx(0.1 / 4 * 100)
 
 
-def test_the_latencies_of_an_open_loop_count_from_when_a_request_was_due() -> None:
+def test_latencies_of_poisson_start_at_the_due_time() -> None:
     row = loop(30, protocol="poisson", request_rate=10.0) | {"spec_digest": ""}
     assert row["ttft_s_mean"] == pytest.approx(0.045)
     assert row["e2el_s_p50"] == pytest.approx(0.105)
     assert row["request_rate"] == 10.0
 
 
-def test_without_a_steady_state_no_figure_is_given() -> None:
+def test_without_a_steady_state_there_are_no_figures() -> None:
     row = cell(TWO, protocol="closed_loop")
     known = {name for name, value in row.items() if value is not None}
     latencies = ("ttft_s", "tpot_s", "itl_s", "e2el_s", "output_tokens")
@@ -288,11 +288,11 @@ def test_a_percentile_needs_enough_samples(percentile: int, least: int) -> None:
         return cell(requests, output_len=1)[f"ttft_s_p{percentile}"]
 
     assert ttft(least - 1) is None
-    # Of 1, 2, … n ms the q-quantile lies at 1 + q (n - 1), between two of them.
+    # The q-quantile of 1, 2, … n ms is 1 + q (n - 1), interpolated between two of them.
     assert ttft(least) == pytest.approx((1 + percentile / 100 * (least - 1)) / 1e3)
 
 
-def test_a_request_without_stamps_has_no_last_token() -> None:
+def test_a_request_without_chunks_has_no_last_token() -> None:
     empty = request(0, [], [], 900, completion_tokens=4)
     null = empty | {"token_ns": None}
     assert cell([empty, null])["e2el_s_mean"] is None
@@ -304,7 +304,7 @@ def sample(time: int, device: str, memory: int | None) -> dict[str, Any]:
     return {"time_ns": START + time * MS, "device": device, "memory_bytes": memory}
 
 
-def test_the_memory_peak_is_that_of_the_sum_and_not_the_sum_of_the_peaks() -> None:
+def test_the_memory_peak_is_the_peak_of_the_sum() -> None:
     gpus = [
         sample(10, "GPU-a", 5),
         sample(20, "GPU-b", 1),
@@ -316,7 +316,7 @@ def test_the_memory_peak_is_that_of_the_sum_and_not_the_sum_of_the_peaks() -> No
     assert cell(TWO, gpus[::-1])["memory_peak_bytes"] == 1 + 6
 
 
-def test_energy_per_token_is_the_power_over_the_speed() -> None:
+def test_energy_per_token_is_power_divided_by_tokens_per_second() -> None:
     def reading(seconds: int, watts: float, joules: float) -> dict[str, Any]:
         energy = {"power_w": watts, "energy_j": joules}
         return {"time_ns": seconds * 10**9, "device": "GPU-a", **energy}
@@ -327,7 +327,7 @@ def test_energy_per_token_is_the_power_over_the_speed() -> None:
     assert row["energy_j_per_output_token"] == pytest.approx(100.0 / row["output_tokens_per_s"])
 
 
-def test_what_gpus_and_server_did_outside_the_stationary_part_is_left_out() -> None:
+def test_samples_outside_the_stationary_part_do_not_count() -> None:
     def gpu(time: int, watts: float, joules: float, clock: int) -> dict[str, Any]:
         reading = {"power_w": watts, "energy_j": joules, "sm_clock_mhz": clock}
         return sample(time, "GPU-a", 1) | reading
@@ -348,18 +348,18 @@ def test_what_gpus_and_server_did_outside_the_stationary_part_is_left_out() -> N
     assert (row["running_mean"], row["waiting_max"], row["kv_cache_usage_max"]) == (1.0, 0, 0.1)
 
 
-def test_a_device_counts_with_its_first_sample_before_it() -> None:
+def test_the_first_sample_of_a_device_counts_for_the_time_before_it() -> None:
     gpus = [sample(10, "GPU-a", 5), sample(20, "GPU-a", 1), sample(25, "GPU-b", 3)]
     assert cell(TWO, gpus)["memory_peak_bytes"] == 5 + 3
 
 
-def test_without_a_gpu_the_memory_is_the_engines() -> None:
+def test_without_a_gpu_the_memory_peak_is_that_of_the_engine() -> None:
     samples = [sample(10, "engine", 7), sample(20, "engine", 9), sample(30, "engine", 8)]
     assert cell(TWO, samples)["memory_peak_bytes"] == 9
 
 
 @pytest.mark.parametrize("unknown", ["GPU-a", "GPU-b"])
-def test_the_sum_over_gpus_is_unknown_where_one_of_them_is(unknown: str) -> None:
+def test_the_memory_peak_is_null_if_one_gpu_is_unknown(unknown: str) -> None:
     samples = [
         sample(10, device, None if device == unknown else 5) for device in ("GPU-a", "GPU-b")
     ]

@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from servegrid.analysis.tables import (
     drift_by_allocation,
+    gather_study,
     gather_trials,
     load_table,
     write_cells,
@@ -21,7 +23,7 @@ from servegrid.analysis.tables import (
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
-from servegrid.study.grid import Trial
+from servegrid.study.grid import Study, Trial
 
 
 def make_trials(concurrency: int = 2, **workload: Any) -> tuple[Trial, ...]:
@@ -92,7 +94,7 @@ def study(tmp_path: Path) -> tuple[tuple[Trial, ...], Path]:
     return trials, tmp_path
 
 
-Study = tuple[tuple[Trial, ...], Path]
+StudyFolder = tuple[tuple[Trial, ...], Path]
 
 
 def gather_error(trials: tuple[Trial, ...], folder: Path) -> str:
@@ -101,7 +103,7 @@ def gather_error(trials: tuple[Trial, ...], folder: Path) -> str:
     return str(caught.value)
 
 
-def test_rows_are_in_study_order(study: Study) -> None:
+def test_rows_are_in_study_order(study: StudyFolder) -> None:
     trials, folder = study
     cells = gather_trials(trials, folder)
     assert list(cells["deployment"]) == ["b", "b", "a", "a"]
@@ -111,7 +113,7 @@ def test_rows_are_in_study_order(study: Study) -> None:
 
 
 def test_several_processes_gather_the_same_table(
-    study: tuple[tuple[Trial, ...], Path], monkeypatch: pytest.MonkeyPatch
+    study: StudyFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials, folder = study
     expected = gather_trials(trials, folder)
@@ -120,11 +122,13 @@ def test_several_processes_gather_the_same_table(
     with pytest.raises(RecordError, match=r"telemetry\.parquet is missing"):
         gather_trials(trials, folder)
     pd.testing.assert_frame_equal(
-        gather_trials(trials[1:], folder), expected.iloc[1:].reset_index(drop=True), check_dtype=True
+        gather_trials(trials[1:], folder),
+        expected.iloc[1:].reset_index(drop=True),
+        check_dtype=True,
     )
 
 
-def test_cells_of_an_allocation_with_drift_are_not_valid(study: Study) -> None:
+def test_cells_of_an_allocation_with_drift_are_not_valid(study: StudyFolder) -> None:
     trials, folder = study
     # Drift checks of a: 1, 1.2 and 1 tokens/s. Only one of b was served, so its drift is unknown.
     drift_checks = pd.DataFrame(
@@ -144,7 +148,20 @@ def test_cells_of_an_allocation_with_drift_are_not_valid(study: Study) -> None:
         assert list(evidence) == ["the drift checks of the allocation differ by 20%"]
 
 
-def test_cells_are_written_with_units_and_loaded_without_changes(study: Study) -> None:
+def test_a_study_is_gathered_with_the_drift_of_its_drift_checks(study: StudyFolder) -> None:
+    trials, folder = study
+    drift_checks = tuple(replace(trial, drift_check=True) for trial in trials[2:])
+    for trial in drift_checks:
+        write_trial(folder, trial)
+    cells, gathered = gather_study(Study("s", trials, drift_checks), folder)
+    assert list(gathered["spec_digest"]) == [trial.digest for trial in drift_checks]
+    assert list(cells["spec_digest"]) == [trial.digest for trial in trials]
+    # Only deployment a has drift checks. Both have 10 tokens/s.
+    assert cells["allocation_drift"].isna().tolist() == [True, True, False, False]
+    assert cells["allocation_drift"].dropna().tolist() == [0.0, 0.0]
+
+
+def test_cells_are_written_with_units_and_loaded_without_changes(study: StudyFolder) -> None:
     trials, folder = study
     cells = gather_trials(trials, folder)
     write_cells(cells, folder / "cells.parquet", folder / "cells.csv")
@@ -153,7 +170,7 @@ def test_cells_are_written_with_units_and_loaded_without_changes(study: Study) -
     assert schema.equals(parquet.arrow_schema(columns.CELLS), check_metadata=True)
 
 
-def test_unknown_values_are_null_and_large_integers_are_exact(study: Study) -> None:
+def test_unknown_values_are_null_and_large_integers_are_exact(study: StudyFolder) -> None:
     trials, folder = study
     reason = "2 of 2 requests failed, most often: timeout: none"
     write_trial(folder, trials[1], make_record(trials[1], verdict="timeout", verdict_detail=reason))
@@ -164,7 +181,7 @@ def test_unknown_values_are_null_and_large_integers_are_exact(study: Study) -> N
     assert [row["memory_peak_bytes"] for row in rows] == [2**60 + 1] * 4
 
 
-def test_the_csv_has_the_same_numbers(study: Study) -> None:
+def test_the_csv_has_the_same_numbers(study: StudyFolder) -> None:
     trials, folder = study
     reason = "1, 2"
     write_trial(folder, trials[1], make_record(trials[1], verdict="timeout", verdict_detail=reason))
@@ -183,7 +200,7 @@ def test_the_csv_has_the_same_numbers(study: Study) -> None:
         assert row | expected == row
 
 
-def test_stale_records_are_refused_with_the_changed_key(study: Study) -> None:
+def test_stale_records_are_refused_with_the_changed_key(study: StudyFolder) -> None:
     _, folder = study
     changed = make_trials(prompts="identical")
     write_trial(folder, changed[2])
@@ -196,36 +213,40 @@ def test_stale_records_are_refused_with_the_changed_key(study: Study) -> None:
     assert changed[2].id + ":" not in message
 
 
-def test_a_record_with_only_another_digest_is_refused(study: Study) -> None:
+def test_a_record_with_only_another_digest_is_refused(study: StudyFolder) -> None:
     trials, folder = study
     write_requests(folder, trials[0], make_record(trials[0], spec_digest="0" * 16))
     assert f'digest is "{trials[0].digest}" and was "{"0" * 16}"' in gather_error(trials, folder)
 
 
-def test_records_with_another_format_are_refused(study: Study) -> None:
+def test_records_with_another_format_are_refused(study: StudyFolder) -> None:
     trials, folder = study
     write_trial(folder, trials[0], make_record(trials[0], format=1))
     expected = "its record has the format 1, but this version of servegrid reads the format 3"
     assert expected in gather_error(*study)
 
 
-def test_the_remedy_removes_only_stale_trials(study: Study) -> None:
+def test_the_remedy_removes_only_stale_trials(study: StudyFolder) -> None:
     trials, folder = study
     only_b = (make_trials(prompts="identical")[1], *trials[2:])
     command = next(line for line in gather_error(only_b, folder).split("\n") if "rm -r" in line)
     assert shlex.split(command) == ["rm", "-r", str(folder / trials[1].id)]
 
 
-def test_the_remedy_removes_the_folder_of_a_deployment_if_all_its_trials_are_stale(study: Study) -> None:
+def test_the_remedy_removes_the_folder_of_a_deployment_if_all_its_trials_are_stale(
+    study: StudyFolder,
+) -> None:
     trials, folder = study
     stale_b = (*make_trials(prompts="identical")[:2], *trials[2:])
     assert f"rm -r {folder / 'b'}\n" in gather_error(stale_b, folder)
     kept = make_trials(concurrency=3)[2]
     write_trial(folder, kept)
-    assert f"rm -r {folder / trials[0].id} {folder / trials[1].id}\n" in gather_error(stale_b, folder)
+    assert f"rm -r {folder / trials[0].id} {folder / trials[1].id}\n" in gather_error(
+        stale_b, folder
+    )
 
 
-def test_the_error_lists_up_to_ten_missing_trials(study: Study) -> None:
+def test_the_error_lists_up_to_ten_missing_trials(study: StudyFolder) -> None:
     _, folder = study
     trials = make_trials(concurrency=10)
     message = gather_error(trials, folder)
@@ -233,9 +254,7 @@ def test_the_error_lists_up_to_ten_missing_trials(study: Study) -> None:
     assert message.count(": requests.parquet is missing") == 10
     assert "  … and 6 more\n" in message
     assert "rm -r" not in message
-    assert message.endswith(
-        "Run the same snakemake command again. It measures only these trials."
-    )
+    assert message.endswith("Run the same snakemake command again. It measures only these trials.")
 
 
 def damage_middle(path: Path) -> None:
@@ -245,7 +264,7 @@ def damage_middle(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["requests.parquet", "telemetry.parquet"])
-def test_the_error_names_a_damaged_file(study: Study, name: str) -> None:
+def test_the_error_names_a_damaged_file(study: StudyFolder, name: str) -> None:
     trials, folder = study
     damage_middle(folder / trials[1].id / name)
     message = gather_error(trials, folder)
@@ -253,14 +272,14 @@ def test_the_error_names_a_damaged_file(study: Study, name: str) -> None:
     assert f"  {trials[1].id}: {name} is damaged (" in message
 
 
-def test_a_file_without_a_record_counts_as_damaged(study: Study) -> None:
+def test_a_file_without_a_record_counts_as_damaged(study: StudyFolder) -> None:
     trials, folder = study
     table = parquet.arrow_table(columns.REQUESTS, [])
     parquet.write_table(table, folder / trials[0].id / "requests.parquet")
     assert f"{trials[0].id}: requests.parquet is damaged" in gather_error(trials, folder)
 
 
-def test_the_error_names_the_missing_key_of_a_record(study: Study) -> None:
+def test_the_error_names_the_missing_key_of_a_record(study: StudyFolder) -> None:
     trials, folder = study
     record = make_record(trials[0])
     del record["verdict"]
@@ -268,25 +287,27 @@ def test_the_error_names_the_missing_key_of_a_record(study: Study) -> None:
     assert f"{trials[0].id}: its record is not complete ('verdict')" in gather_error(trials, folder)
 
 
-def test_files_from_different_measurements_are_refused(study: Study) -> None:
+def test_files_from_different_measurements_are_refused(study: StudyFolder) -> None:
     trials, folder = study
     write_requests(folder, trials[0], make_record(trials[0], environment={"node": "other"}))
-    assert "telemetry.parquet and requests.parquet are from different" in gather_error(trials, folder)
+    assert "telemetry.parquet and requests.parquet are from different" in gather_error(
+        trials, folder
+    )
 
 
-def test_folders_of_other_trials_are_ignored(study: Study) -> None:
+def test_folders_of_other_trials_are_ignored(study: StudyFolder) -> None:
     trials, folder = study
     shutil.copytree(folder / trials[0].id, folder / "old" / "cell" / "trial-1")
     assert len(gather_trials(trials, folder)) == 4
 
 
-def test_a_record_is_read_from_the_metadata_of_a_file(study: Study) -> None:
+def test_a_record_is_read_from_the_metadata_of_a_file(study: StudyFolder) -> None:
     trials, folder = study
     path = folder / trials[0].id / "requests.parquet"
     assert parquet.read_record(path) == json.loads(json.dumps(make_record(trials[0])))
 
 
-def test_a_changed_byte_in_the_rows_is_detected(study: tuple[tuple[Trial, ...], Path]) -> None:
+def test_a_changed_byte_in_the_rows_is_detected(study: StudyFolder) -> None:
     trials, folder = study
     path = folder / trials[0].id / "requests.parquet"
     chunk = pq.read_metadata(path).row_group(0).column(4)

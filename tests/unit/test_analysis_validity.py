@@ -90,17 +90,19 @@ def telemetry(samples: list[dict[str, Any]]) -> pa.Table:
     return parquet.arrow_table(columns.TELEMETRY, samples)
 
 
-@pytest.mark.parametrize("make", [evidence, lambda: steady(), lambda: steady(waiting=(0, 0))])
+@pytest.mark.parametrize(
+    "make", [evidence, lambda: closed_loop(), lambda: closed_loop(waiting=(0, 0))]
+)
 def test_a_cell_that_breaks_no_rule_is_valid(make: Callable[[], Evidence]) -> None:
     assert check_validity(make()) == Validity(True, [], [])
 
 
-def steady(
+def closed_loop(
     count: int = 40, pause: int = 1, lag: int = 0, waiting: tuple[int, ...] = ()
 ) -> Evidence:
-    """Two users who send `pause` ms after each answer of 100 ms, having been due `lag` ms before.
+    """Two users who send `pause` ms after each response of 100 ms; requests are `lag` ms late.
 
-    From 2.5 s on, the server tells every 100 ms how many are `waiting`.
+    From 2.5 s on, the server reports the requests that are `waiting`, every 100 ms.
     """
     workload = replace(TRIAL.workload, protocol="closed_loop", requests=2 * count)
     rows = [
@@ -116,119 +118,120 @@ def steady(
         for number in range(count)
     ]
     given = evidence(spec=replace(TRIAL, workload=workload).spec)
-    told = [
+    gauges = [
         {"time_ns": (2500 + 100 * number) * MS, "waiting": each}
         for number, each in enumerate(waiting)
     ]
-    # Both users begin at once, so that one of them waits: no part of the steady state.
-    samples = telemetry([{"time_ns": 0, "waiting": 2}, {"time_ns": 2550 * MS}, *told])
+    # Both users start at the same time, so requests wait before the stationary part.
+    samples = telemetry([{"time_ns": 0, "waiting": 2}, {"time_ns": 2550 * MS}, *gauges])
     return replace(given, requests=pa.Table.from_pylist(rows), telemetry=samples)
 
 
-def as_text(counted: tuple[int, int], added: int | None, cached: float = 0.0) -> Evidence:
-    """Two prompts sent as text, of 7 tokens by the tokenizer and of `counted` by the server."""
+def as_text(server_counts: tuple[int, int], added: int | None, cached: float = 0.0) -> Evidence:
+    """Two prompts sent as text: 7 tokens for the tokenizer, `server_counts` for the server."""
     given = evidence(
         client={"prompt_form": "messages", "prompt_tokens_added": added},
         after={"vllm:prefix_cache_hits_total": 5.0 + cached},
     )
-    rows = [ROW | {"prompt_tokens": each} for each in counted]
+    rows = [ROW | {"prompt_tokens": each} for each in server_counts]
     return replace(given, requests=pa.Table.from_pylist(rows))
 
 
 BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
-    "fewer tokens than asked": (
+    "too few output tokens": (
         lambda: evidence(row={"completion_tokens": 2, "chunk_tokens": [1, 1]}),
-        "tokens: 1 of 2 answers have not the tokens asked for, as counted by the server",
+        "tokens: 1 of 2 responses have the wrong token count, counted by the server",
     ),
-    "another prompt": (
+    "a prompt with another length": (
         lambda: evidence(row={"prompt_tokens": 8}),
-        "tokens: prompt_tokens are [7, 8] and not 7",
+        "tokens: prompt_tokens are [7, 8], expected 7",
     ),
-    "texts to which the server adds now more and now fewer": (
+    "a server that adds a varying number of tokens to texts": (
         lambda: as_text((37, 38), None),
-        "tokens: prompt_tokens are [37, 38]: not always as many more than 7",
+        "tokens: prompt_tokens are [37, 38], expected one value of at least 7",
     ),
-    "texts of which it has dropped something": (
+    "a server that removes tokens from texts": (
         lambda: as_text((6, 6), -1),
-        "tokens: prompt_tokens are [6]: not always as many more than 7",
+        "tokens: prompt_tokens are [6], expected one value of at least 7",
     ),
-    "a prefix cache beyond what a template adds": (
+    "a prefix cache with more than the tokens of a template": (
         lambda: as_text((37, 37), 30, cached=61.0),
-        "prefix_cache: 61 tokens came from it",
+        "prefix_cache: 61 prompt tokens came from the prefix cache",
     ),
     "chunks that do not add up": (
         lambda: evidence(row={"chunk_tokens": [1, 1]}),
-        "tokens: 1 of 2 answers have not the tokens asked for, as in its chunks",
+        "tokens: 1 of 2 responses have the wrong token count, counted from the chunks",
     ),
-    "a load that is over before it is steady": (
-        lambda: steady(count=11),
-        "no_steady_state: 18 requests ended between the start transient and the end, and it "
-        "takes 20 to tell",
+    "a workload that is too short for a steady state": (
+        lambda: closed_loop(count=11),
+        "no_steady_state: 18 requests ended between the start transient and the end; at least "
+        "20 are needed",
     ),
-    "users who are slow to send again": (
-        lambda: steady(pause=15),
-        "too_few_in_flight: 1.7 requests on average and not 2",
+    "users who send their next request late": (
+        lambda: closed_loop(pause=15),
+        "too_few_in_flight: 1.7 requests were in flight on average, at concurrency 2",
     ),
     "a prefix cache": (
         lambda: evidence(after={"vllm:prefix_cache_hits_total": 21.0}),
-        "prefix_cache: 16 tokens came from it",
+        "prefix_cache: 16 prompt tokens came from the prefix cache",
     ),
-    "preemption": (
+    "preemptions": (
         lambda: evidence(after={"vllm:num_preemptions_total": 3.0}),
-        "preempted: 2 times, for want of KV cache",
+        "preempted: 2 preemptions",
     ),
-    "fewer seats than requests": (
+    "a concurrency above max_num_seqs": (
         lambda: evidence(engine={"max_num_seqs": 1}),
         "server_queueing: max_num_seqs 1 is less than concurrency 2",
     ),
     "requests that wait in the server": (
-        lambda: steady(waiting=(0, 1, 0, 0, 0, 0)),
+        lambda: closed_loop(waiting=(0, 1, 0, 0, 0, 0)),
         "server_queueing: 0.2 of 2 requests waited in the server on average",
     ),
     "a late request": (
         lambda: evidence(row={"sent_ns": 11 * MS, "first_token_ns": 111 * MS}),
-        "sent_late: up to 11.0 ms, with a median ttft of 100 ms",
+        "sent_late: requests were sent up to 11.0 ms late, with a median ttft of 100 ms",
     ),
-    "users who are sent late": (
-        lambda: steady(lag=11),
-        "sent_late: on average 11.0 ms, with a median e2el of 100 ms",
+    "late users": (
+        lambda: closed_loop(lag=11),
+        "sent_late: requests were sent on average 11.0 ms late, with a median e2el of 100 ms",
     ),
     "a busy client": (
         lambda: evidence(client={"cpu_s_busiest": 0.71}),
-        "client_busy: 71% of a core while measuring",
+        "client_busy: a client process used 71% of a core",
     ),
-    "stamps that are wrong": (
+    "wrong arrival times": (
         lambda: evidence(check={"arrival_error_s_p99": 0.0101}),
-        "client_timing_error: 1% of arrivals were wrong by 10.1 ms and more in the self-check",
+        "client_timing_error: 1% of the arrival times in the calibration are wrong by 10.1 ms or "
+        "more",
     ),
-    "times between tokens that are wrong": (  # of 100 ms each: 5% are 5 ms
+    "wrong inter-token latencies": (  # itl is 100 ms, so the limit is 5 ms
         lambda: evidence(check={"itl_error_s_p99": 0.0051}),
-        "client_timing_error: 1% of times between tokens were wrong by 5.1 ms and more in the "
-        "self-check",
+        "client_timing_error: 1% of the inter-token latencies in the calibration are wrong by "
+        "5.1 ms or more",
     ),
     "a client at its limit": (
         lambda: evidence(client={"token_chunks": 101}),
-        "client_timing_error: the client can take in only 2.0 times the chunks of this cell",
+        "client_timing_error: the client can receive only 2.0 times the chunks of this cell",
     ),
-    "a client that loses answers": (
+    "a client that loses responses": (
         lambda: evidence(check={"lost": 1}),
-        "client_timing_error: 1 of 2 requests were lost in the self-check",
+        "client_timing_error: the calibration lost 1 of 2 requests",
     ),
-    "a self-check that failed": (
+    "a failed calibration": (
         lambda: evidence(check={"error": "no connection"}),
-        "client_timing_error: what the client distorts is not known: no connection",
+        "client_timing_error: the calibration failed: no connection",
     ),
-    "a clock that was set": (
+    "a clock that was changed": (
         lambda: evidence(client={"clock_offset_after_ns": -2 * MS}),
-        "clock_step: the system's clock moved by 2.0 ms",
+        "clock_step: the system clock moved by 2.0 ms",
     ),
-    "another node than before": (
+    "drift of the node": (
         lambda: replace(evidence(), drift=0.101),
-        "drifted: the drift checks of its allocation differed by 10%",
+        "drifted: the drift checks of the allocation differ by 10%",
     ),
     "a hot GPU": (
         lambda: evidence(reasons=[0, 0x20, 0x40 | 0x04]),
-        "gpu_throttled: in 2 samples of its GPUs",
+        "gpu_throttled: GPUs were throttled in 2 samples",
     ),
 }
 
@@ -258,7 +261,7 @@ def test_a_cell_at_the_limits_is_valid() -> None:
 
 def test_a_long_ttft_allows_more_lateness() -> None:
     late = {"sent_ns": 14 * MS, "first_token_ns": 1014 * MS}
-    first = {"first_token_ns": 601 * MS}  # the median of 600 and 1000 ms: 5% are 40 ms
+    first = {"first_token_ns": 601 * MS}  # the median of 600 and 1000 ms is 800; 5% are 40 ms
     both = evidence(row=late)
     rows = pa.Table.from_pylist([ROW | first, ROW | late])
     assert check_validity(replace(both, requests=rows)) == Validity(True, [], [])

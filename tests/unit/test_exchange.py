@@ -186,7 +186,9 @@ def test_requests_are_assigned_to_idle_users() -> None:
 def test_imported_results_are_compared_with_own_ones_only_on_request(tmp_path: Path) -> None:
     theirs = import_results(tmp_path, VLLM)
     own = theirs.assign(origin="servegrid", valid=pd.array([True], dtype="boolean"))
-    with pytest.raises(ComparisonError, match="measured by vllm bench serve and measured by"):
+    with pytest.raises(
+        ComparisonError, match="measured by vllm bench serve; the second is measured by"
+    ):
         compare(theirs, own)
     assert compare(theirs, own, allow_mixed=True).cells[0].ratio == pytest.approx(1)
     # Results of one client can be compared, although none is certified. Own results must be valid.

@@ -1,4 +1,4 @@
-"""The file of prices is the user's own if there is one, else that of the package."""
+"""The user's file of prices comes before the file of the package."""
 
 from pathlib import Path
 
@@ -27,6 +27,6 @@ def test_the_working_directory_comes_first(tmp_path: Path, monkeypatch: pytest.M
     assert find_hardware_file(checkout) == Path("config/hardware.yaml")
 
 
-def test_the_package_has_no_copy_of_its_own_in_a_checkout() -> None:
+def test_in_a_checkout_the_file_of_the_package_is_a_link() -> None:
     assert DEFAULT_HARDWARE_FILE.is_symlink()
     assert DEFAULT_HARDWARE_FILE.resolve() == ROOT / "config" / "hardware.yaml"

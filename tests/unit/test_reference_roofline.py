@@ -1,4 +1,4 @@
-"""The roofline, by hand: round numbers, and the ratios known of the published study."""
+"""The roofline, calculated by hand with round numbers, and compared with published figures."""
 
 from pathlib import Path
 
@@ -19,28 +19,29 @@ from servegrid.study.grid import Deployment
 ROOT = Path(__file__).parents[2]
 MISTRAL = load_study(ROOT / "config/rehearsal.yaml").deployments[0]
 
-# 10 GB of weights in 1 TB/s: 10 ms a step. 5e9 parameters: 1e10 FLOP a token, 1 ms at 1e13.
+# 10 GB of weights at 1 TB/s take 10 ms per step. 5e9 parameters are 1e10 FLOP per token: 1 ms.
 DENSE = ModelShape(5e9, 5e9, 1, 1, kv_bytes_per_token=1e6, weight_bytes=10e9)
 GPU = Hardware(bandwidth=1e12, flops=1e13)
-# Shared 2e9, eight experts of 1e9, each token uses two: 10e9 in all, 4e9 active. 1 byte each.
+# 2e9 shared parameters and eight experts of 1e9; a token uses two: 10e9 in total, 4e9 active.
+# 1 byte per parameter.
 SPARSE = ModelShape(10e9, 4e9, 8, 2, kv_bytes_per_token=0, weight_bytes=10e9)
 
 
-def test_one_short_request_is_bound_by_reading_the_weights() -> None:
+def test_one_short_request_is_limited_by_reading_the_weights() -> None:
     times = latency_bound(DENSE, GPU, concurrency=1, input_len=5)
-    assert times.ttft_s == pytest.approx(0.010)  # 5 tokens × 1 ms of arithmetic are less
+    assert times.ttft_s == pytest.approx(0.010)  # the arithmetic takes less: 5 tokens × 1 ms
     assert times.itl_s == pytest.approx(0.010 + 5 * 1e6 / 1e12)
     assert times.e2el_s(100) == pytest.approx(0.010 + 99 * 0.010005)
 
 
-def test_many_requests_are_bound_by_arithmetic() -> None:
+def test_many_requests_are_limited_by_arithmetic() -> None:
     times = latency_bound(DENSE, GPU, concurrency=100, input_len=10)
     assert times.ttft_s == pytest.approx(1000 * 1e-3)
     assert times.itl_s == pytest.approx(100 * 1e-3)  # reading: 10 ms + 1 ms of KV cache
 
 
-def test_a_long_context_is_bound_by_reading_the_kv_cache() -> None:
-    # 8 requests × 2000 tokens × 1 MB = 16 GB beside 10 GB of weights
+def test_a_long_context_is_limited_by_reading_the_kv_cache() -> None:
+    # 8 requests × 2000 tokens × 1 MB = 16 GB, plus 10 GB of weights
     assert latency_bound(DENSE, GPU, 8, 2000).itl_s == pytest.approx(0.026)
 
 
@@ -48,44 +49,44 @@ def test_a_long_context_is_bound_by_reading_the_kv_cache() -> None:
     ("tokens", "gigabytes"),
     [
         (1, 2 + 2),  # the shared part and two experts
-        (2, 2 + 8 * (1 - 0.75**2)),  # each expert is missed by both with slo_attainment 0.75²
+        (2, 2 + 8 * (1 - 0.75**2)),  # both tokens miss an expert with probability 0.75²
         (1000, 10),
     ],
 )
-def test_a_mixture_of_experts_reads_those_that_the_tokens_use(
+def test_a_mixture_of_experts_reads_the_experts_that_the_tokens_use(
     tokens: int, gigabytes: float
 ) -> None:
     assert SPARSE.read_bytes(tokens) == pytest.approx(gigabytes * 1e9)
 
 
-def test_no_published_cell_beats_its_bound() -> None:
+def test_no_published_cell_is_faster_than_its_bound() -> None:
     published = data.published_cells("inria-2024")
     for deployment in load_study(ROOT / "config/inria-2024.yaml").deployments:
-        own = published[
+        cells = published[
             (published["model"] == deployment.model)
             & (published["quantization"] == deployment.quantization)
         ].dropna()
-        assert len(own) > 40
-        for row in own.to_dict("records"):
+        assert len(cells) > 40
+        for row in cells.to_dict("records"):
             least = latency_bound(
                 model_shape(deployment),
                 deployment_hardware(deployment),
                 row["concurrency"],
                 row["input_len"],
             ).e2el_s(100)
-            # The table has one decimal: 1.8 may have been 1.85.
+            # The table has one decimal, so 1.8 can mean 1.85.
             assert row["seconds_per_100_tokens"] + 0.05 > least, (deployment.name, row)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [({"model": "gpt-5"}, "model `gpt-5`"), ({"quantization": "int3"}, "`int3`")],
 )
-def test_unknown_models_are_refused(change: dict[str, str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_unknown_models_are_refused(change: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         model_shape(Deployment(**(vars(MISTRAL) | change)))
 
 
 def test_unknown_gpus_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gpu `tpu` can do is not known\. Known are v100-16gb"):
+    with pytest.raises(ConfigError, match=r"gpu `tpu` is not known\. Use one of v100-16gb"):
         deployment_hardware(Deployment(**(vars(MISTRAL) | {"gpu": "tpu"})))

@@ -81,7 +81,7 @@ Seconds per 100 tokens. Rows: concurrent requests. Columns: prompt tokens.
 |           1 |  1.8 |  2.3 |
 |         128 | 10.6 |    - |
 
-Burst (all requests sent at once, time until the last has finished), 100 output tokens per \
+Burst (all requests sent at once; time until the last one has finished), 100 output tokens per \
 request, 1 trial.
 
 `-`: not served (concurrency × prompt tokens):
