@@ -35,6 +35,7 @@ lint: .venv/.dev  ## ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/ruff check --no-cache $(CHECKED)
 	.venv/bin/ruff format --check $(CHECKED)
 	.venv/bin/mypy
+	.venv/bin/lint-imports
 	.venv/bin/snakefmt --check Snakefile workflow/rules
 	.venv/bin/snakemake --lint
 
