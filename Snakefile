@@ -19,7 +19,8 @@ if not config:
 
 with reraise_as(WorkflowError):
     study = from_snakemake(config, workflow.configfiles)
-    published_from_config(config, workflow.configfiles)  # refused now, not after the benchmark
+    # An unknown data set is refused now, not after the benchmark.
+    published_from_config(config, workflow.configfiles)
 
 
 report: "workflow/report/study.rst"

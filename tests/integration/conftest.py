@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from helpers.deployments import DEMO_VLLM
 from servegrid.engines import Site, start_engine
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
@@ -37,17 +38,12 @@ def demo_model() -> DemoModel:
 
 @pytest.fixture(scope="session")
 def llamacpp_deployment() -> Deployment:
-    return Deployment(
+    return replace(
+        DEMO_VLLM,
         name="smollm2-135m-instruct_q4_1_llamacpp_cpu",
-        model="smollm2-135m-instruct",
         checkpoint="demo:smollm2-135m-instruct.gguf",
-        tokenizer="demo:smollm2-135m-instruct",
         quantization="q4_1",
         engine="llamacpp",
-        gpu="cpu",
-        gpu_count=0,
-        max_model_len=512,
-        max_num_seqs=8,
     )
 
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from helpers.deployments import SMALL_VLLM
 from helpers.faulty_server import FaultScript, start_faulty_server
 from servegrid.analysis.validity import Evidence, Validity, check_validity
 from servegrid.client import measure
 from servegrid.records import columns, parquet
 from servegrid.records.verdict import decide_verdict
-from servegrid.study.grid import Deployment, Trial, Workload
+from servegrid.study.grid import Trial, Workload
 from servegrid.telemetry import sampler, server
 from servegrid.telemetry.sampler import Sampler
 
@@ -32,7 +33,7 @@ PERFECT_CALIBRATION = {
     "itl_error_s_p99": 0.0,
     "cpu_s_per_1000_events": 0.01,
 }
-DEPLOYMENT = Deployment("d", "m", "c", "c", "fp16", "vllm", "cpu", 0, 64, 4)
+DEPLOYMENT = replace(SMALL_VLLM, max_model_len=64, max_num_seqs=4)
 
 
 @dataclass(frozen=True)

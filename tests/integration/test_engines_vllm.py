@@ -17,29 +17,19 @@ import psutil
 import pytest
 
 from conftest import DemoModel
+from helpers.deployments import DEMO_VLLM
 from helpers.serving import EngineProcess
 from servegrid.analysis.server_metrics import server_columns
 from servegrid.client import measure
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
-from servegrid.study.grid import Deployment, Workload
+from servegrid.study.grid import Workload
 from servegrid.telemetry import sampler
 from servegrid.telemetry.sampler import Sampler
 from servegrid.telemetry.server import counter_reader
 
 BLOCKED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
-DEPLOYMENT = Deployment(
-    name="smollm2-135m-instruct_bf16_vllm_cpu",
-    model="smollm2-135m-instruct",
-    checkpoint="demo:smollm2-135m-instruct",
-    tokenizer="demo:smollm2-135m-instruct",
-    quantization="bf16",
-    engine="vllm",
-    gpu="cpu",
-    gpu_count=0,
-    max_model_len=512,
-    max_num_seqs=8,
-)
+DEPLOYMENT = DEMO_VLLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -1,13 +1,15 @@
 """One row of the table of cells, compared with calculations by hand."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from helpers.deployments import SMALL_VLLM
 from servegrid.analysis.metrics import cell_row
 from servegrid.records import columns, parquet
-from servegrid.study.grid import Deployment, Trial, Workload
+from servegrid.study.grid import Trial, Workload
 
 START = 2**53 + 1
 """A float cannot represent these nanoseconds exactly, so a subtraction of floats would fail."""
@@ -15,13 +17,10 @@ MS = 1_000_000
 
 
 def make_trial(**workload: Any) -> Trial:
-    deployment = Deployment(
+    deployment = replace(
+        SMALL_VLLM,
         name="d",
-        model="m",
-        checkpoint="models/m",
-        tokenizer="models/m",
         quantization="awq",
-        engine="vllm",
         gpu="a100-40gb",
         gpu_count=2,
         max_model_len=512,

@@ -18,27 +18,16 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from helpers.deployments import SMALL_VLLM
 from servegrid.engines import Site, listening, start_engine
 from servegrid.engines.vllm import _environment
 from servegrid.engines.vllm_server import resolved_config
 from servegrid.errors import ConfigError, EngineError
 from servegrid.node import processes, reaper
 from servegrid.study.endpoint import Endpoint
-from servegrid.study.grid import Deployment
 from servegrid.telemetry.server import is_healthy
 
-DEPLOYMENT = Deployment(
-    name="small_bf16_vllm_cpu",
-    model="small",
-    checkpoint="org/small",
-    tokenizer="org/small",
-    quantization="bf16",
-    engine="vllm",
-    gpu="cpu",
-    gpu_count=0,
-    max_model_len=1024,
-    max_num_seqs=16,
-)
+DEPLOYMENT = SMALL_VLLM
 
 
 def test_an_unknown_engine_is_refused_with_the_list_of_engines() -> None:

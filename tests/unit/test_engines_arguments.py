@@ -7,22 +7,12 @@ from typing import Any
 
 import pytest
 
+from helpers.deployments import SMALL_VLLM
 from servegrid.engines import arguments
 from servegrid.errors import ConfigError
 from servegrid.study.grid import Deployment
 
-ON_CPU = Deployment(
-    name="small_bf16_vllm_cpu",
-    model="small",
-    checkpoint="org/small",
-    tokenizer="org/small",
-    quantization="bf16",
-    engine="vllm",
-    gpu="cpu",
-    gpu_count=0,
-    max_model_len=1024,
-    max_num_seqs=16,
-)
+ON_CPU = SMALL_VLLM
 ON_GPUS = replace(ON_CPU, name="small_fp16_vllm_2xv100", gpu="v100", gpu_count=2)
 
 OPTIONS = {

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from helpers.deployments import SMALL_VLLM
 from servegrid.engines import compatibility, hardware
 from servegrid.engines.hardware import Capability, Gpu, Software
 from servegrid.errors import EngineError
 from servegrid.node import nvml
-from servegrid.study.grid import Deployment
 
 GIB = 1 << 30
 V100 = Gpu("Tesla V100-PCIE-16GB", (7, 0), 16 * GIB)
@@ -40,17 +40,13 @@ FOR_A100 = Software(
 )
 LAST_FOR_V100 = replace(FOR_V100, vllm="0.19.1", cuda="12.8")
 
-DEPLOYMENT = Deployment(
+DEPLOYMENT = replace(
+    SMALL_VLLM,
     name="mistral-7b_fp16_vllm_1xgpu",
     model="mistral-7b",
-    checkpoint="org/mistral",
-    tokenizer="org/mistral",
     quantization="fp16",
-    engine="vllm",
     gpu="v100-16gb",
     gpu_count=1,
-    max_num_seqs=256,
-    max_model_len=4096,
 )
 DEFAULTS = {"gpu_memory_utilization": 0.9}
 # vLLM 0.10.1.1; from 0.16 on, the methods that only Marlin implements need 7.5.

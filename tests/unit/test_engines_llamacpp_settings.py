@@ -9,21 +9,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.deployments import SMALL_VLLM
 from servegrid.engines.llamacpp import find_gguf, llamacpp_settings
 from servegrid.engines.llamacpp_server import apply_settings
 from servegrid.errors import ConfigError, ModelError
-from servegrid.study.grid import Deployment
 
-DEPLOYMENT = Deployment(
+DEPLOYMENT = replace(
+    SMALL_VLLM,
     name="small_q4_llamacpp_cpu",
-    model="small",
     checkpoint="small.gguf",
-    tokenizer="org/small",
     quantization="q4_1",
     engine="llamacpp",
-    gpu="cpu",
-    gpu_count=0,
-    max_model_len=1024,
     max_num_seqs=8,
 )
 

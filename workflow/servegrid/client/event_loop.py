@@ -292,7 +292,8 @@ class EventLoop:
         except WOULD_BLOCK:
             return
         except OSError as error:
-            self._fail(user, request, "reset", error.strerror or str(error))
+            if request.buffer or not self._resend(user, request):
+                self._fail(user, request, "reset", error.strerror or str(error))
             return
         try:
             if data:
