@@ -20,6 +20,7 @@ def make_trial(**workload: Any) -> Trial:
     deployment = replace(
         SMALL_VLLM,
         name="d",
+        model="m",
         quantization="awq",
         gpu="a100-40gb",
         gpu_count=2,
