@@ -101,7 +101,7 @@ def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
     unpacked = elsewhere / "study"
     sums = ["sha256sum", "--check", "--strict", "--quiet", "manifest-sha256.txt"]
     assert subprocess.run(sums, cwd=unpacked).returncode == 0
-    assert (unpacked / "profiles" / "local" / "config.yaml").exists()
+    assert (unpacked / "source" / "profiles" / "local" / "config.yaml").exists()
     kept = modification_times(unpacked)
     assert len(kept) == 8
     more = json.loads((unpacked / "config" / "study.json").read_text())

@@ -126,16 +126,16 @@ def test_a_bundle_contains_what_a_reader_needs(bundle: Path, tmp_path: Path) -> 
     assert {
         *(
             "README.md",
-            "Snakefile",
-            "LICENSE",
-            "workflow/rules/all.smk",
-            "profiles/site/config.yaml",
+            "source/Snakefile",
+            "source/LICENSE",
+            "source/workflow/rules/all.smk",
+            "source/profiles/site/config.yaml",
         ),
         *("results/tables/cells.parquet", "results/plots/overview.svg", "results/logs/gather.log"),
         *("results/logs/allocations/d.1.7.json", "config/study.json", "environments.json"),
     } <= files
     assert not [name for name in files if "__pycache__" in name or "bundle.log" in name]
-    assert (root / "workflow/envs/create.sh").stat().st_mode & 0o100
+    assert not [name for name in files if (root / name).stat().st_mode & 0o111]
     assert json.loads((root / "config/study.json").read_text()) == STUDY
     metadata = json.loads((root / "bundle.json").read_text())
     assert metadata["source"] == {"commit": None, "changed": None}  # no repository
@@ -249,7 +249,7 @@ def test_a_study_without_measurements_cannot_be_bundled(tmp_path: Path) -> None:
 def test_a_secret_that_cannot_be_redacted_is_refused(tmp_path: Path) -> None:
     deployment = STUDY["deployments"][0]
     for change, kind in (
-        ({"checkpoint": f"/home/{USER}/m"}, "a user's name in a path"),
+        ({"checkpoint": f"/home/{USER}/m"}, "a user name in a path"),
         ({"engine_args": {"hf_token": "anything"}}, "a value of `hf_token`"),
         ({"engine_args": {"env": TOKEN}}, "a Hugging Face token"),
         ({"checkpoint": "/data/sirocco14/m"}, "the host 'sirocco14'"),
@@ -340,7 +340,7 @@ def test_a_name_that_does_not_fit_the_content_is_reported(bundle: Path, tmp_path
     problems = failed(write_tar(tmp_path / "b.tar.gz", *members))
     assert list(problems) == ["integrity"]
     assert (
-        "small-0123456789abcdef: the bundle's name does not fit its content"
+        "small-0123456789abcdef: the bundle's name does not match the digest of its content"
         in problems["integrity"]
     )
 
@@ -408,15 +408,11 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
         lambda root: shutil.copytree(
             cells(root) / TRIALS[0], cells(root) / TRIALS[1], dirs_exist_ok=True
         ),
-        {"completeness": f"{TRIALS[1]}: requests.parquet has another specification"},
+        {"completeness": f"{TRIALS[1]}: requests.parquet has a different specification"},
     ),
     "half a trial removed": (
         lambda root: (cells(root) / TRIALS[0] / "telemetry.parquet").unlink(),
         {"completeness": f"{TRIALS[0]}: telemetry.parquet is missing"},
-    ),
-    "another file next to a record": (
-        lambda root: (cells(root) / TRIALS[0] / "x").write_text("x"),
-        {"completeness": f"{TRIALS[0]}: x does not belong there"},
     ),
     "a number in a CSV": (
         edit_csv,
@@ -433,7 +429,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
     "a valid trial marked as not valid": (
         edit_validity,
         {
-            "validity": f"{TRIALS[1]}: not valid (saturated: x) in the table, valid by its",
+            "validity": f"{TRIALS[1]}: not valid (saturated: x) in the table, valid in its",
             "tables": f"valid of {TRIALS[1]} is False; the records give True",
         },
     ),
@@ -443,11 +439,11 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], dict[str, str]]] = {
     ),
     "the configuration": (
         edit_config,
-        {"completeness": f"{TRIALS[0]}: requests.parquet has another specification"},
+        {"completeness": f"{TRIALS[0]}: requests.parquet has a different specification"},
     ),
     "a record": (
         edit_record,
-        {"completeness": f"{TRIALS[0]}: requests.parquet has another specification"},
+        {"completeness": f"{TRIALS[0]}: requests.parquet has a different specification"},
     ),
     "a figure": (flip, {"figures": "results/plots/overview.png: differs from the figure"}),
     "a token": (
@@ -579,9 +575,9 @@ HOSTILE_CONTENT = {
         "workload: [1] is not of type object",
     ),
     "another format": (
-        edit_json("bundle.json", format=2),
+        edit_json("bundle.json", format=1),
         "completeness",
-        "the bundle has format 2; this version of servegrid reads format 1",
+        "the bundle has format 1; this version of servegrid reads format 2",
     ),
     "missing is no mapping": (edit_json("bundle.json", missing=3), "completeness", "Error"),
     "a record that is text": (
@@ -608,7 +604,7 @@ def test_hostile_content_fails_its_check_and_breaks_nothing_else(
 def test_an_unsafe_archive_fails_and_the_other_checks_are_skipped(tmp_path: Path) -> None:
     link = tarfile.TarInfo("small-1/link")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc"
-    checks = verify(write_tar(tmp_path / "b.tar.gz", ("small-1/a", b"a"), link))
+    checks = verify(write_tar(tmp_path / "b.tar.gz", ("small-1/README.md", b"a"), link))
     assert statuses(checks) == dict.fromkeys(CHECKS, "SKIP") | {"integrity": "FAIL"}
     assert "'small-1/link': is a symbolic link" in checks[0].details[0]
 
@@ -634,11 +630,11 @@ def test_an_unpacked_bundle_is_a_repository_with_its_results(
     assert main(["unpack", str(bundle), str(folder)]) == 0
     assert f"--configfile {folder}/config/study.json" in capsys.readouterr().out
     assert [each.name for each in (tmp_path / "new").iterdir()] == ["study"]
-    assert (folder / "Snakefile").read_text() == "# Snakefile\n"
+    assert (folder / "source/Snakefile").read_text() == "# Snakefile\n"
     files = [each for each in folder.rglob("*") if each.is_file()]
     assert {each.stat().st_mtime for each in files} == {1.0}
     assert main(["unpack", str(bundle), str(folder)]) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_bundle_is_unpacked_under_its_own_name_by_default(
@@ -646,7 +642,7 @@ def test_a_bundle_is_unpacked_under_its_own_name_by_default(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert unpack_bundle(bundle) == Path(bundle.name.removesuffix(".tar.gz"))
-    with pytest.raises(BundleError, match="exists already"):
+    with pytest.raises(BundleError, match="already exists"):
         unpack_bundle(bundle)
 
 

@@ -107,12 +107,12 @@ def test_json_values_of_host_keys_are_redacted_and_a_spec_stays() -> None:
 def test_secrets_are_reported_by_kind_without_repeating_them() -> None:
     text = f"{HF} {KEY} /home/carol"
     found = list(find_secrets(text))
-    assert found == ["a Hugging Face token", "an API key", "a user's name in a path"]
+    assert found == ["a Hugging Face token", "an API key", "a user name in a path"]
     data = {"engine_args": {"api-key": "short"}, "x": [f"/home/carol {HF}"]}
     assert list(find_secrets_in_data(data)) == [
         "a value of `api-key`",
         "a Hugging Face token",
-        "a user's name in a path",
+        "a user name in a path",
     ]
     assert list(find_secrets_in_data(REDACTOR.redact_data(data))) == []
 

@@ -12,14 +12,16 @@ from helpers.bundling import STUDY, make_bundle, write_results
 from servegrid.bundle.replicate import (
     CellSample,
     draw_cells,
+    is_replicable,
     list_valid_cells,
     replicate_cells,
     sample_cells,
 )
 from servegrid.cli.main import main
-from servegrid.errors import BundleError
-from servegrid.study.config import parse_study
+from servegrid.errors import BundleError, ConfigError
+from servegrid.study.config import load_study, parse_study
 
+ROOT = Path(__file__).parents[2]
 THREE = copy.deepcopy(STUDY)
 THREE["deployments"] = [THREE["deployments"][0] | {"name": name} for name in "abc"]
 
@@ -50,8 +52,58 @@ def test_a_cell_with_a_trial_that_is_not_valid_is_not_drawn() -> None:
     cells = pd.DataFrame({"spec_digest": digests, "valid": valid})
     found = list_valid_cells(study, cells)
     assert [len(valid_cells) for valid_cells in found.values()] == [1, 2, 1]
-    with pytest.raises(BundleError, match="has no valid cell"):
+    with pytest.raises(BundleError, match="has a valid cell"):
         draw_cells({}, 1, "small-0")
+
+
+ENDPOINT = {"url": "https://attacker.example", "model": "m", "engine": "vllm"}
+UNTRUSTED = {
+    "its server gets a secret": {
+        "engine": "external",
+        "tokenizer": "org/m",
+        "endpoint": ENDPOINT | {"api_key_env": "AWS_SECRET_ACCESS_KEY"},
+    },
+    "its server gets a load": {"engine": "external", "tokenizer": "org/m", "endpoint": ENDPOINT},
+    "code of a model": {"engine_args": {"trust_remote_code": True}},
+    "a plugin": {"engine_args": {"tool_parser_plugin": "/tmp/x.py"}},
+    "a class": {"engine_args": {"worker_cls": "x.Y"}},
+    "a plugin in another spelling": {"engine_args": {"tool-parser-plugin": "/tmp/x.py"}},
+    "a nested value": {"engine_args": {"quantization": {"plugin": "x"}}},
+    "a model in a folder": {"checkpoint": "/tmp/model", "tokenizer": "org/m"},
+    "a tokenizer above": {"tokenizer": "../m"},
+    "a tokenizer after a new line": {"tokenizer": "org/m\n"},
+}
+
+
+@pytest.mark.parametrize("what", UNTRUSTED)
+def test_a_bundle_cannot_make_a_replication_trust_it(tmp_path: Path, what: str) -> None:
+    entry = STUDY["deployments"][0] | {"name": "bad"} | UNTRUSTED[what]
+    if entry["engine"] == "external":
+        del entry["checkpoint"]
+    study = copy.deepcopy(STUDY)
+    study["deployments"] = [entry]
+    try:
+        (deployment,) = parse_study(study).deployments
+    except ConfigError:
+        return  # no bundle can have it
+    assert not is_replicable(deployment)
+    study["deployments"].append(STUDY["deployments"][0] | {"name": "good"})
+    write_results(tmp_path, study)
+    sample = sample_cells(make_bundle(tmp_path, study), 100)
+    assert {each.deployment.name for each in parse_study(sample.config).trials} == {"good"}
+
+
+def test_a_bundle_without_a_replicable_deployment_is_refused(tmp_path: Path) -> None:
+    study = copy.deepcopy(STUDY)
+    study["deployments"][0]["engine_args"] = {"trust_remote_code": True}
+    write_results(tmp_path, study)
+    with pytest.raises(BundleError, match="cannot be replicated"):
+        sample_cells(make_bundle(tmp_path, study), 1)
+
+
+@pytest.mark.parametrize("config", ["demo.yaml", "inria-2024.yaml", "rehearsal.yaml"])
+def test_the_studies_of_servegrid_can_be_replicated(config: str) -> None:
+    assert all(is_replicable(each) for each in load_study(ROOT / "config" / config).deployments)
 
 
 def test_a_folder_with_another_study_is_left_unchanged(tmp_path: Path) -> None:
@@ -67,7 +119,7 @@ def test_a_missing_profile_is_reported_before_any_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(tmp_path / "none.tar.gz"), "--replicate", "1"]) == 2
-    assert "needs --profile, the profile to measure with" in capsys.readouterr().err
+    assert "also give --profile, the Snakemake profile" in capsys.readouterr().err
 
 
 def test_the_number_of_cells_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:

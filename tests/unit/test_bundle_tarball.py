@@ -34,7 +34,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     names = ["b.txt", "a/z.txt", "a/é.txt", "a.txt"]
     for tree, order in (("one", names), ("two", names[::-1])):
         for name in order:
-            path = tmp_path / tree / name
+            path = tmp_path / tree / "source" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(name)
             path.chmod(0o600 if tree == "one" else 0o664)
@@ -46,18 +46,22 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "one.tar.gz") as tar:
         members = tar.getmembers()
     assert [each.name for each in members] == [
-        f"root/{name}" for name in ("a.txt", "a/z.txt", "a/é.txt", "b.txt")
+        f"root/source/{name}" for name in ("a.txt", "a/z.txt", "a/é.txt", "b.txt")
     ]
     assert {(m.uid, m.gid, m.uname, m.mtime, m.mode) for m in members} == {(0, 0, "", 0, 0o644)}
 
 
 def test_names_of_any_length_can_be_written_and_read(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
-    files = {"x.sh": b"", f"{'d' * 200}/{'é' * 100}": b"1" * 70_000, "block": b"2" * 512}
+    files = {
+        "source/x.sh": b"",
+        f"source/{'d' * 200}/{'é' * 100}": b"1" * 70_000,
+        "source/block": b"2" * 512,
+    }
     for name, data in files.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes(data)
-    (tree / "x.sh").chmod(0o755)
+    (tree / "source/x.sh").chmod(0o755)
     tarball.write_archive(tree, "root", tmp_path / "b.tar.gz")
     unpacked = unpack(tmp_path / "b.tar.gz", tmp_path)
     assert unpacked == tarball.UnpackedArchive(
@@ -65,38 +69,47 @@ def test_names_of_any_length_can_be_written_and_read(tmp_path: Path) -> None:
     )
     target = tmp_path / "inside" / "target"
     assert {name: (target / name).read_bytes() for name in files} == files
-    assert (target / "x.sh").stat().st_mode & 0o777 == 0o755
-    assert (target / "block").stat().st_mode & 0o777 == 0o644
+    assert {(target / name).stat().st_mode & 0o777 for name in files} == {0o644}
 
 
-def special(kind: bytes, name: str = "root/bad", target: str = "/etc/passwd") -> tarfile.TarInfo:
+def special(
+    kind: bytes, name: str = "root/source/bad", target: str = "/etc/passwd"
+) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
 
 
-GOOD = ("root/good", b"good")
+GOOD = ("root/source/good", b"good")
 HOSTILE = {
-    "symbolic link": ([GOOD, special(tarfile.SYMTYPE)], "'root/bad': is a symbolic link"),
-    "hard link": ([GOOD, special(tarfile.LNKTYPE)], "'root/bad': is a hard link"),
-    "device": ([GOOD, special(tarfile.CHRTYPE)], "'root/bad': is a device"),
-    "block device": ([special(tarfile.BLKTYPE)], "'root/bad': is a device"),
-    "pipe": ([special(tarfile.FIFOTYPE)], "'root/bad': is a pipe"),
-    "folder": ([special(tarfile.DIRTYPE)], "'root/bad/': is a folder entry"),
-    "sparse": ([special(tarfile.GNUTYPE_SPARSE)], "'root/bad': is of the type b'S'"),
-    "upwards": ([GOOD, ("root/../../up", b"")], "'root/../../up': is not a plain path"),
+    "symbolic link": ([GOOD, special(tarfile.SYMTYPE)], "'root/source/bad': is a symbolic link"),
+    "hard link": ([GOOD, special(tarfile.LNKTYPE)], "'root/source/bad': is a hard link"),
+    "device": ([GOOD, special(tarfile.CHRTYPE)], "'root/source/bad': is a device"),
+    "block device": ([special(tarfile.BLKTYPE)], "'root/source/bad': is a device"),
+    "pipe": ([special(tarfile.FIFOTYPE)], "'root/source/bad': is a pipe"),
+    "folder": ([special(tarfile.DIRTYPE)], "'root/source/bad/': is a folder entry"),
+    "sparse": ([special(tarfile.GNUTYPE_SPARSE)], "'root/source/bad': is of the type b'S'"),
+    "upwards": (
+        [GOOD, ("root/source/../../up", b"")],
+        "'root/source/../../up': is not a plain path",
+    ),
     "upwards at once": ([("../up", b"")], "'../up': is not a plain path"),
     "absolute": ([GOOD, ("/tmp/absolute", b"")], "'/tmp/absolute': is not a plain path"),
-    "dot": ([("root/./x", b"")], "'root/./x': is not a plain path"),
-    "double slash": ([("root//x", b"")], "'root//x': is not a plain path"),
-    "backslash": ([("root/a\\b", b"")], "is not a plain path"),
-    "line feed": ([("root/a\nb", b"")], r"'root/a\nb': is not a plain path"),
+    "dot": ([("root/source/./x", b"")], "'root/source/./x': is not a plain path"),
+    "double slash": ([("root/source//x", b"")], "'root/source//x': is not a plain path"),
+    "backslash": ([("root/source/a\\b", b"")], "is not a plain path"),
+    "line feed": ([("root/source/a\nb", b"")], r"'root/source/a\nb': is not a plain path"),
     "outside the root": ([("good", b"")], "'good': is not a plain path"),
-    "two roots": ([GOOD, ("other/x", b"")], "'other/x': is not below 'root'"),
-    "twice": ([GOOD, ("root/good", b"bad")], "'root/good': occurs twice"),
-    "file as folder": ([GOOD, ("root/good/x", b"")], "'root/good/x': occurs twice"),
-    "folder as file": ([("root/a/x", b""), ("root/a", b"")], "'root/a': occurs twice"),
-    "long part": ([("root/" + "a" * 256, b"")], "is not a plain path"),
+    "two roots": ([GOOD, ("other/README.md", b"")], "'other/README.md': is not below 'root'"),
+    "twice": ([GOOD, ("root/source/good", b"bad")], "'root/source/good': occurs twice"),
+    "file as folder": ([GOOD, ("root/source/good/x", b"")], "'root/source/good/x': occurs twice"),
+    "folder as file": (
+        [("root/source/a/x", b""), ("root/source/a", b"")],
+        "'root/source/a': occurs twice",
+    ),
+    "root with a dot": ([(".git/source/x", b"")], "'.git/source/x': is not a file of a bundle"),
+    "root like an option": ([("-C/source/x", b"")], "'-C/source/x': is not a file of a bundle"),
+    "long part": ([("root/source/" + "a" * 256, b"")], "is not a plain path"),
 }
 
 
@@ -106,20 +119,66 @@ def test_hostile_members_are_refused_by_name(tmp_path: Path, hostile: str) -> No
     assert message in refusal(write_tar(tmp_path / "b.tar.gz", *members), tmp_path)
 
 
+NOT_OF_THE_LAYOUT = [
+    # Python imports from the working directory.
+    *("psutil.py", "snakemake/__init__.py", "sitecustomize.py", "pickle.so", "usercustomize.pth"),
+    *("config/__init__.py", "results/x.py", "results/tables/pickle.py", "results/logs/json.py"),
+    # Snakemake, git, tools and shells read settings and commands from it.
+    *(
+        "Snakefile",
+        "workflow/Snakefile",
+        "workflow/rules/measure.smk",
+        "profiles/default/config.yaml",
+    ),
+    *(
+        ".snakemake/scripts/pickle.py",
+        ".git/config",
+        "source/.git/config",
+        ".envrc",
+        ".venv/pyvenv.cfg",
+    ),
+    *(
+        "Makefile",
+        "pyproject.toml",
+        "setup.py",
+        "conftest.py",
+        "config/kinds.yaml",
+        "bin/snakemake",
+    ),
+    # Files that another part of the workflow would read.
+    *("results/cells/d/c/trial-1/x.parquet", "results/cells/x.json", "results/bundles/x.tar.gz"),
+    *("results/tables/.x.csv", "results/plots/x", "results/x.csv", "README.md/x", "readme.md"),
+]
+
+
+@pytest.mark.parametrize("name", NOT_OF_THE_LAYOUT)
+def test_a_file_that_no_bundle_has_is_refused(tmp_path: Path, name: str) -> None:
+    archive = write_tar(tmp_path / "b.tar.gz", (f"root/{name}", b"import os"))
+    assert refusal(archive, tmp_path) == (
+        f"'root/{name}': is not a file of a bundle, so nothing was unpacked."
+    )
+
+
+def test_a_bomb_of_folders_is_refused(tmp_path: Path) -> None:
+    name = "root/source/" + "/".join("d" * 12)
+    archive = write_tar(tmp_path / "b.tar.gz", (name, b""))
+    assert "is not a file of a bundle" in refusal(archive, tmp_path)
+
+
 def test_other_kinds_of_headers_are_refused(tmp_path: Path) -> None:
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
         folder = tmp_path / kind.decode()
         folder.mkdir()
         archive = write_tar(folder / "b.tar.gz", special(kind), GOOD)
         assert f"is of the type {kind!r}" in refusal(archive, folder)
-    timed = tarfile.TarInfo("root/x")
+    timed = tarfile.TarInfo("root/source/x")
     timed.pax_headers = {"mtime": "1.5"}
     archive = write_tar(tmp_path / "b.tar.gz", timed)
     assert "a pax header that is not a path" in refusal(archive, tmp_path)
 
 
 def test_a_header_that_needs_too_much_memory_is_refused(tmp_path: Path) -> None:
-    pax = tarfile.TarInfo("root/x")
+    pax = tarfile.TarInfo("root/source/x")
     pax.type, pax.size = tarfile.XHDTYPE, 2**32
     archive = tmp_path / "b.tar.gz"
     archive.write_bytes(gzip.compress(pax.tobuf(tarfile.USTAR_FORMAT) + bytes(2**16)))
@@ -134,7 +193,7 @@ def bomb(path: Path, size: int, members: int) -> Path:
     with path.open("wb") as file:
         file.write(gzip.compress(b"", mtime=0)[:10])
         for number in range(members):
-            info = tarfile.TarInfo(f"root/zeros-{number}")
+            info = tarfile.TarInfo(f"root/source/zeros-{number}")
             info.size = size
             header = zlib.compressobj(9, zlib.DEFLATED, -15)
             file.write(header.compress(info.tobuf()) + header.flush(zlib.Z_FULL_FLUSH))
@@ -144,7 +203,11 @@ def bomb(path: Path, size: int, members: int) -> Path:
 
 BOMBS = [
     (2**30, 10, "unpack to more than"),
-    (5 * 2**30, 2, "'root/zeros-0': a bundle has at most 200,000 files of 4,294,967,296 bytes"),
+    (
+        5 * 2**30,
+        2,
+        "'root/source/zeros-0': a bundle has at most 200,000 files of 4,294,967,296 bytes",
+    ),
     (10 * 2**30, 1, "a pax header that is not a path"),  # too large for another
 ]
 
@@ -169,7 +232,9 @@ def test_a_bomb_of_10_gb_is_refused_quickly_and_in_little_memory(
 
 def test_flipped_and_missing_bytes_are_reported_with_the_file(tmp_path: Path) -> None:
     data = os.urandom(300_000)
-    good = write_tar(tmp_path / "good.tar.gz", GOOD, ("root/large", data), ("root/z", b"z"))
+    good = write_tar(
+        tmp_path / "good.tar.gz", GOOD, ("root/source/large", data), ("root/source/z", b"z")
+    )
     packed = good.read_bytes()
     flipped = bytearray(packed)
     flipped[len(packed) // 2] ^= 1
@@ -189,7 +254,9 @@ def test_data_hidden_after_a_file_is_reported(tmp_path: Path) -> None:
     plain[512 + len(GOOD[1])] = 1
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress(plain))
     unpacked = unpack(tmp_path / "b.tar.gz", tmp_path)
-    assert unpacked.damage == ("damaged in or after good (its last block is not filled with zeros)")
+    assert unpacked.damage == (
+        "damaged in or after source/good (its last block is not padded with zeros)"
+    )
 
 
 def test_other_files_and_archives_with_more_data_are_refused(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-CRATE = "ro-crate-metadata.json"
-WORKFLOW = "Snakefile"
-README = "README.md"
+from servegrid.bundle.layout import CRATE, README, SOURCE
+
+WORKFLOW = f"{SOURCE}/Snakefile"
+LICENSE = f"{SOURCE}/LICENSE"
 _PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
     "https://w3id.org/ro/wfrun/workflow/0.5": ("Workflow Run Crate", "0.5"),
@@ -87,7 +88,7 @@ def build_crate(
             "@type": "CreativeWork",
             "name": "No licence stated",
             "description": "The study states no licence for its results. The workflow's licence is "
-            "in the file LICENSE.",
+            f"in the file {LICENSE}.",
         },
         {
             "@id": "#snakemake",
@@ -194,7 +195,7 @@ def _file(file: CrateFile, version: str) -> dict[str, Any]:
             "@type": ["File", "SoftwareSourceCode", "ComputationalWorkflow"],
             "name": "servegrid",
             "programmingLanguage": {"@id": "#snakemake"},
-            "license": {"@id": "LICENSE"},
+            "license": {"@id": LICENSE},
             "version": version,
             "softwareRequirements": {"@id": "#servegrid"},
             "conformsTo": {"@id": _WORKFLOW_PROFILE},

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from servegrid import __version__
-from servegrid.bundle import crate
 from servegrid.bundle.layout import (
     CELLS,
     CONFIGURATION,
+    CRATE,
     ENVIRONMENTS,
     FIGURES,
     HARDWARE,
@@ -18,6 +18,7 @@ from servegrid.bundle.layout import (
     MANIFEST,
     METADATA,
     MODELS,
+    SOURCE,
     TABLES,
 )
 from servegrid.study.deployment import canonical_json
@@ -92,9 +93,9 @@ A benchmark of language models, made with servegrid {__version__}. It contains {
 | `{TABLES}/`, `{FIGURES[0]}/`, `{FIGURES[1]}/` | derived from the records; not in a partial study |
 | `{LOGS}/` | logs, and Slurm's records of the jobs, redacted |
 | `{ENVIRONMENTS}`, `{MODELS}` | the environments of the jobs, and the models |
-| `Snakefile`, `workflow/`, `profiles/` | the workflow and profiles; `{METADATA}` has the commit |
+| `{SOURCE}/` | the workflow and the profiles, for reading; `{METADATA}` has the commit |
 | `{MANIFEST}` | the hash of every file: `sha256sum -c {MANIFEST}` |
-| `{crate.CRATE}` | the same as a Workflow Run RO-Crate |
+| `{CRATE}` | the same as a Workflow Run RO-Crate |
 
 `servegrid verify` checks the bundle. `servegrid unpack` turns it into a folder in which the study
 can continue.

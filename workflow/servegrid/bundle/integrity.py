@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from servegrid.bundle import crate
-from servegrid.bundle.layout import MANIFEST, manifest_digest
+from servegrid.bundle.layout import (
+    CRATE,
+    MANIFEST,
+    manifest_digest,
+)
 from servegrid.bundle.limits import JSON_BYTES, read_json
 from servegrid.bundle.tarball import UnpackedArchive
 from servegrid.errors import BundleError
@@ -31,7 +35,7 @@ def find_integrity_problems(tree: Path, unpacked: UnpackedArchive) -> list[str]:
     ]
     if not unpacked.root.endswith(f"-{manifest_digest(manifest)}"):
         problems.append(
-            f"{unpacked.root}: the bundle's name does not fit its content, whose digest is "
+            f"{unpacked.root}: the bundle's name does not match the digest of its content, "
             f"{manifest_digest(manifest)}"
         )
     return problems + _find_crate_problems(tree, actual)
@@ -46,23 +50,23 @@ def _parse_manifest(manifest: bytes) -> dict[str, str]:
 
 
 def _find_crate_problems(tree: Path, actual: Mapping[str, str]) -> list[str]:
-    if crate.CRATE not in actual:
+    if CRATE not in actual:
         return []  # a problem of the manifest, which lists it
     try:
-        described = crate.parse_files(read_json(tree / crate.CRATE))
+        described = crate.parse_files(read_json(tree / CRATE))
     except (BundleError, KeyError, TypeError, ValueError, RecursionError) as error:
-        return [f"{crate.CRATE}: cannot be read ({error})"]
-    files = {name: digest for name, digest in actual.items() if name != crate.CRATE}
+        return [f"{CRATE}: cannot be read ({error})"]
+    files = {name: digest for name, digest in actual.items() if name != CRATE}
     problems = [
-        f"{name}: is in {crate.CRATE} but not in the bundle"
+        f"{name}: is in {CRATE} but not in the bundle"
         for name in sorted(described.keys() - files.keys())
     ]
     for name, digest in sorted(files.items()):
         if name not in described:
-            problems.append(f"{name}: is not in {crate.CRATE}")
+            problems.append(f"{name}: is not in {CRATE}")
         elif (described[name].sha256, described[name].bytes) != (
             digest,
             (tree / name).stat().st_size,
         ):
-            problems.append(f"{name}: differs from its description in {crate.CRATE}")
+            problems.append(f"{name}: differs from its description in {CRATE}")
     return problems

@@ -1,10 +1,16 @@
-"""The paths in a bundle. They are relative to its one folder, a repository with its results."""
+"""The paths in a bundle, relative to its one folder: a study's configuration and its results.
+
+A bundle contains only the files that this module names. A folder with an unpacked bundle becomes
+the working directory of Python and Snakemake, which import or obey files of many names there. So
+the workflow that measured the study is in a folder of its own, where nothing looks for it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import PurePosixPath
 
-BUNDLE_FORMAT = 1
+BUNDLE_FORMAT = 2
 """Raise it if a bundle gets other files or a file gets another meaning."""
 
 METADATA = "bundle.json"
@@ -13,13 +19,40 @@ HARDWARE = "config/hardware.yaml"
 ENVIRONMENTS = "environments.json"
 MODELS = "models.json"
 MANIFEST = "manifest-sha256.txt"
+CRATE = "ro-crate-metadata.json"
+README = "README.md"
 PATCH = "source.patch"
+SOURCE = "source"
+"""The folder of the workflow and the profiles that measured the study. They are for reading."""
 CELLS = "results/cells"
 LOGS = "results/logs"
 TABLES = "results/tables"
 FIGURES = ("results/plots", "results/report")
 DERIVED = (TABLES, *FIGURES)
 RECORDS = ("requests.parquet", "telemetry.parquet")
+DEPTH = 12
+"""Allowed folders above a file."""
+_FILES = {METADATA, CONFIGURATION, HARDWARE, ENVIRONMENTS, MODELS, MANIFEST, CRATE, README, PATCH}
+_PUBLISHED = PurePosixPath(CONFIGURATION).parent
+_SUFFIXES = {
+    LOGS: {".json", ".log"},
+    **{part: {".csv", ".html", ".md", ".parquet", ".png", ".svg", ".tex"} for part in DERIVED},
+}
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a bundle may contain a file `name`, a plain path with slashes."""
+    path = PurePosixPath(name)
+    if len(path.parts) > DEPTH or any(part.startswith(".") for part in path.parts):
+        return False
+    if name.startswith(f"{CELLS}/"):
+        return path.name in RECORDS
+    if name.startswith(f"{SOURCE}/"):
+        return True
+    for folder, suffixes in _SUFFIXES.items():
+        if name.startswith(f"{folder}/"):
+            return path.suffix in suffixes
+    return name in _FILES or (path.parent == _PUBLISHED and path.suffix == ".csv")
 
 
 def manifest_digest(manifest: bytes) -> str:

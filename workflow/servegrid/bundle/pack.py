@@ -18,6 +18,7 @@ from servegrid.bundle.layout import (
     BUNDLE_FORMAT,
     CELLS,
     CONFIGURATION,
+    CRATE,
     DERIVED,
     ENVIRONMENTS,
     HARDWARE,
@@ -26,7 +27,10 @@ from servegrid.bundle.layout import (
     METADATA,
     MODELS,
     PATCH,
+    README,
     RECORDS,
+    SOURCE,
+    is_allowed,
     manifest_digest,
 )
 from servegrid.bundle.progress import Report, report_nothing
@@ -129,7 +133,7 @@ def pack(
             (MODELS, describe.describe_models(study, redacted)),
         ):
             stage(f"{canonical_json(data)}\n".encode(), tree / name)
-        stage(describe.render_readme(study, len(missing)).encode(), tree / crate.README)
+        stage(describe.render_readme(study, len(missing)).encode(), tree / README)
         report(STEPS[2], 2, steps)
         check_secrets(tree, redactor)
         report(STEPS[3], 3, steps)
@@ -161,8 +165,8 @@ def _read_record(trial: Trial, folder: Path) -> dict[str, Any] | str:
     except RecordError:
         return "its record is incomplete or damaged"
     if record.get("spec_digest") != trial.digest:
-        return "measured with another specification"
-    return record if record == other else "its two files belong to different measurements"
+        return "measured with a different specification"
+    return record if record == other else "its two files are from different measurements"
 
 
 def _read_allocations(folder: Path) -> Iterator[Any]:
@@ -194,13 +198,14 @@ def _find_allocations_without_record(
 def _stage_results(
     tree: Path, folder: Path, trials: Iterable[str], partial: bool, redactor: Redactor
 ) -> None:
-    """Copy the records of `trials`, the logs, and, unless `partial`, tables and figures."""
+    """Copy the records of `trials`, the logs, and, unless `partial`, tables and figures.
+
+    Files that nothing of servegrid writes, such as an editor's backups, are left out.
+    """
     names = [f"{CELLS}/{trial}/{file}" for trial in trials for file in RECORDS]
     for part in (LOGS,) if partial else (LOGS, *DERIVED):
-        for name in tarball.list_files(folder / part):
-            is_hidden = any(component.startswith(".") for component in name.split("/"))
-            if f"{part}/{name}" != BUNDLE_LOG and not is_hidden:
-                names.append(f"{part}/{name}")
+        found = [f"{part}/{name}" for name in tarball.list_files(folder / part)]
+        names += [name for name in found if name != BUNDLE_LOG and is_allowed(name)]
     for name in names:
         stage_redacted(folder / name, tree / name, redactor, name.startswith(LOGS))
 
@@ -208,11 +213,11 @@ def _stage_results(
 def _stage_sources(tree: Path, made_with: Sources, redactor: Redactor) -> dict[str, Any]:
     """Copy workflow, prices and profiles. Returns the commit; changes to it become a patch."""
     for name, path in sources.list_source_files(made_with.repository):
-        stage(path.read_bytes(), tree / name, path.stat().st_mode)
+        stage(path.read_bytes(), tree / SOURCE / name)
     stage(made_with.hardware.read_bytes(), tree / HARDWARE)
     for profile in made_with.profiles:
         for name, path in sources.list_profile_files(profile):
-            stage_redacted(path, tree / name, redactor, True)
+            stage_redacted(path, tree / SOURCE / name, redactor, True)
     source, patch = sources.describe_commit(made_with.repository)
     if patch:
         stage(redactor.redact_text(patch).encode(), tree / PATCH)
@@ -242,7 +247,7 @@ def _write_manifest(
     run = crate.RunFacts(study.name, __version__, CONFIGURATION, started, ended, missing)
     files = [_describe_file(tree, name) for name in tarball.list_files(tree)]
     data = crate.build_crate(run, files, [MANIFEST])
-    stage((json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode(), tree / crate.CRATE)
+    stage((json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode(), tree / CRATE)
     files = [_describe_file(tree, name) for name in tarball.list_files(tree)]
     manifest = "".join(f"{file.sha256}  {file.name}\n" for file in files).encode()
     stage(manifest, tree / MANIFEST)
@@ -262,7 +267,7 @@ def _check_verifies(archive: Path, report: Report) -> None:
         archive.unlink()
         checks = "\n".join(check.format() for check in failed)
         raise BundleError(
-            f"{archive}: was not made, because it does not pass `servegrid verify`:\n{checks}\n"
+            f"{archive}: was not written, because it fails `servegrid verify`:\n{checks}\n"
             "If tables or figures are older than the records, delete results/tables, "
             "results/plots and results/report and run the same command again. It derives them "
             "again and measures nothing."

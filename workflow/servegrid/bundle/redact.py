@@ -129,7 +129,7 @@ def find_secrets(text: str) -> Iterator[str]:
     kinds = dict.fromkeys(_kind(match) for match in _TOKEN.finditer(text))
     yield from kinds
     if _HOME.search(text):
-        yield "a user's name in a path"
+        yield "a user name in a path"
 
 
 def find_secrets_in_data(data: Any) -> Iterator[str]:

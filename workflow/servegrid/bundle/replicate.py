@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,25 @@ from servegrid.bundle.unpacked import UnpackedBundle
 from servegrid.errors import BundleError
 from servegrid.records import parquet
 from servegrid.study.config import parse_study
+from servegrid.study.deployment import Deployment
 from servegrid.study.grid import Study, Trial
 
+REPLICABLE_ARGUMENTS = frozenset(
+    {
+        *("block_size", "cpu_offload_gb", "dtype", "enable_chunked_prefill"),
+        *("enable_prefix_caching", "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype"),
+        *("kv_cache_memory_bytes", "max_num_batched_tokens", "max_num_partial_prefills"),
+        *("num_gpu_blocks_override", "pipeline_parallel_size", "quantization", "seed"),
+        *("swap_space", "async_scheduling", "enable_expert_parallel", "data_parallel_size"),
+        # llama.cpp
+        *("n_batch", "n_ubatch", "cache_type_k", "cache_type_v", "flash_attn_type"),
+        # the emulated engine
+        *("timing", "time_scale", "startup_s"),
+    }
+)
+"""Engine arguments that a bundle may set for a replication. Others can load code, such as
+`tool_parser_plugin`, send data elsewhere, such as `otlp_traces_endpoint`, or open files."""
+_MODEL_NAME = re.compile(r"(demo:|[A-Za-z0-9_][\w.-]*/)[A-Za-z0-9_][\w.-]*", re.ASCII)
 _FILTER_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 
 
@@ -68,8 +86,9 @@ def require_workflow() -> Path:
 def sample_cells(archive: Path, count: int) -> CellSample:
     """At most `count` cells of a verified bundle, of as many deployments as possible.
 
-    Only cells whose trials are all valid are drawn. The bundle's name is the seed, so that
-    everybody draws the same cells. Raises BundleError if no cell is valid.
+    Only cells whose trials are all valid are drawn, and only of deployments that `is_replicable`
+    accepts. The bundle's name is the seed, so that everybody draws the same cells. Raises
+    BundleError if there is no such cell.
     """
     with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
         tree = Path(temporary) / "tree"
@@ -78,14 +97,23 @@ def sample_cells(archive: Path, count: int) -> CellSample:
         bundle = UnpackedBundle(tree, unpacked, Path(temporary) / "scratch")
         cells, _ = bundle.derived_cells
         config, study = bundle.config, bundle.study
-    sample = draw_cells(list_valid_cells(study, cells), count, unpacked.root)
+    replicable = {each.name for each in study.deployments if is_replicable(each)}
+    if not replicable:
+        raise BundleError(
+            f"{archive}: cannot be replicated: each deployment is an external endpoint, has a file "
+            "on disk as its model, or has `engine_args` that can load code or open connections. "
+            "Measure them with a study of your own, and use `servegrid compare`."
+        )
+    valid_cells = list_valid_cells(study, cells)
+    drawn_from = {name: own for name, own in valid_cells.items() if name in replicable}
+    sample = draw_cells(drawn_from, count, unpacked.root)
     config = {**copy.deepcopy(config), "include": [_filter_for(trials[0]) for trials in sample]}
     config.pop("published", None)  # no comparison with published data is needed
     digests = {trial.digest for trials in sample for trial in trials}
     expanded = {trial.digest for trial in parse_study(config, [CONFIGURATION]).trials}
     if expanded != digests:
         raise BundleError(
-            f"{archive}: no filter selects just the drawn cells. Draw another number of cells."
+            f"{archive}: no filter selects exactly the drawn cells. Change N of --replicate."
         )
     return CellSample(unpacked.root, config, cells[cells["spec_digest"].isin(digests)])
 
@@ -102,14 +130,14 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
     text = json.dumps(sample.config, indent=2, sort_keys=True) + "\n"
     if folder.exists() and not (config.is_file() and config.read_text() == text):
         raise BundleError(
-            f"{folder}: contains something else. Name a new folder with --output-dir."
+            f"{folder}: is not a replication of these cells. Name a new folder with --output-dir."
         )
     if not config.exists():
         with parquet.atomic_write(config) as temporary:
             temporary.write_text(text)
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "snakemake"),
+            *(sys.executable, "-P", "-m", "snakemake"),
             *("--snakefile", str(snakefile)),
             *("--profile", str(profile.resolve())),
             *("--directory", str(folder)),
@@ -122,6 +150,24 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
             "the reason. Finished measurements are kept. To resume, run the same command again."
         )
     return compare(sample.cells, tables.load_table(folder / TABLES / "cells.parquet"))
+
+
+def is_replicable(deployment: Deployment) -> bool:
+    """Whether a stranger's deployment can be started without trusting the stranger.
+
+    It names no server, no file of this machine and no code: it isn't external, checkpoint and
+    tokenizer are names of the demo or of Hugging Face, and each of its `engine_args` is one of
+    REPLICABLE_ARGUMENTS with a plain value.
+    """
+    if deployment.endpoint is not None:
+        return False
+    models = (deployment.checkpoint, deployment.tokenizer)
+    if not all(_MODEL_NAME.fullmatch(each) for each in models):
+        return False
+    return all(
+        key in REPLICABLE_ARGUMENTS and isinstance(value, bool | int | float | str | None)
+        for key, value in deployment.engine_args.items()
+    )
 
 
 def list_valid_cells(study: Study, cells: pd.DataFrame) -> dict[str, list[list[Trial]]]:
@@ -145,7 +191,9 @@ def draw_cells(
     Raises BundleError if there are no cells.
     """
     if not cells:
-        raise BundleError("The bundle has no valid cell, so there is nothing to replicate.")
+        raise BundleError(
+            "No deployment that can be replicated has a valid cell, so nothing is measured."
+        )
     generator = random.Random(seed)
     shuffled = {name: generator.sample(own, len(own)) for name, own in sorted(cells.items())}
     order = generator.sample(sorted(shuffled), len(shuffled))

@@ -13,11 +13,10 @@ from servegrid.bundle.secrets import is_text
 from servegrid.records import parquet
 
 
-def stage(data: bytes, path: Path, mode: int = 0o644) -> None:
-    """Write `data`. Only the owner's executable bit of `mode` counts, so bundles are alike."""
+def stage(data: bytes, path: Path) -> None:
+    """Write `data`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
-    path.chmod(0o755 if mode & 0o100 else 0o644)
 
 
 def stage_redacted(source: Path, path: Path, redactor: Redactor, is_site_file: bool) -> None:

@@ -1,8 +1,9 @@
 """The archive format: written reproducibly, read as if an attacker had made it.
 
 The reader accepts only what `write_archive` writes: regular files under one folder, with ustar
-headers and at most a pax record `path` before each. Python's tarfile would also read links,
-devices, sparse files and headers of any length, so it is used for writing only.
+headers and at most a pax record `path` before each. Their names are those that `layout` allows, and
+no unpacked file is executable. Python's tarfile would also read links, devices, sparse files and
+headers of any length, so it is used for writing only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from servegrid.bundle.layout import is_allowed
 from servegrid.errors import BundleError
 from servegrid.records import parquet
 
@@ -44,8 +46,8 @@ _KINDS = {
 def write_archive(tree: Path, root: str, archive: Path) -> None:
     """Write all files below `tree` to a .tar.gz, where they are below `root`.
 
-    Names are sorted, owners and times are 0, modes are 644 or 755: the same files give the same
-    bytes if zlib is the same. Raises RecordError if the archive cannot be written.
+    Names are sorted, owners and times are 0, modes are 644: the same files give the same bytes if
+    zlib is the same. Raises RecordError if the archive cannot be written.
     """
     with (
         parquet.atomic_write(archive) as temporary,
@@ -57,7 +59,6 @@ def write_archive(tree: Path, root: str, archive: Path) -> None:
             path = tree / name
             entry = tarfile.TarInfo(f"{root}/{name}")
             entry.size = path.stat().st_size
-            entry.mode = 0o755 if path.stat().st_mode & 0o100 else 0o644
             with path.open("rb") as file:
                 tar.addfile(entry, file)
 
@@ -91,10 +92,10 @@ def unpack_archive(archive: Path, folder: Path) -> UnpackedArchive:
     try:
         with archive.open("rb") as raw:
             stream = _Stream(raw)
-            for member, entry in _read_entries(stream, hashes, roots):
+            for member, size in _read_entries(stream, hashes, roots):
                 path = folder / member
                 path.parent.mkdir(parents=True, exist_ok=True)
-                hashes[member] = _extract(stream, entry, path)
+                hashes[member] = _extract(stream, size, path)
     except (_DamageError, zlib.error) as error:
         damage = f"damaged in or after {member} ({error})"
     except OSError as error:
@@ -153,16 +154,10 @@ class _Stream:
             )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    size: int
-    executable: bool
-
-
 def _read_entries(
     stream: _Stream, seen: dict[str, str], roots: set[str]
-) -> Iterator[tuple[str, _Entry]]:
-    """The name below the root and the entry of each file; the caller reads its bytes."""
+) -> Iterator[tuple[str, int]]:
+    """The name below the root and the size of each file; the caller reads its bytes."""
     folders: set[str] = set()
     pax_path: str | None = None
     while (header := stream.read(_BLOCK)).strip(b"\0"):
@@ -189,9 +184,9 @@ def _read_entries(
             raise BundleError(
                 f"{path!r}: a bundle has at most {MEMBERS:,} files of {MEMBER_BYTES:,} bytes."
             )
-        yield name, _Entry(size, bool(int(_parse_octal(header[100:108])) & 0o100))
+        yield name, size
         if stream.read(-size % _BLOCK).strip(b"\0"):
-            raise _DamageError("its last block is not filled with zeros")
+            raise _DamageError("its last block is not padded with zeros")
     while rest := stream.read_some(_CHUNK):
         if rest.strip(b"\0"):
             raise BundleError("the archive contains more data after its end.")
@@ -199,8 +194,8 @@ def _read_entries(
         raise BundleError("the archive contains more data after its end.")
 
 
-def _extract(stream: _Stream, entry: _Entry, path: Path) -> str:
-    digest, left = hashlib.sha256(), entry.size
+def _extract(stream: _Stream, size: int, path: Path) -> str:
+    digest, left = hashlib.sha256(), size
     with path.open("xb") as file:
         while left:
             part = stream.read_some(min(left, _CHUNK))
@@ -209,7 +204,7 @@ def _extract(stream: _Stream, entry: _Entry, path: Path) -> str:
             digest.update(part)
             file.write(part)
             left -= len(part)
-    path.chmod(0o755 if entry.executable else 0o644)
+    path.chmod(0o644)
     return digest.hexdigest()
 
 
@@ -222,7 +217,7 @@ def _check_header(header: bytes) -> None:
 def _parse_octal(digits: bytes) -> int:
     text = digits.strip(b" \0")
     if not text or text.strip(b"01234567"):
-        raise _DamageError("the next header has no number in a number field")
+        raise _DamageError("a numeric field of the next header is not a number")
     return int(text, 8)
 
 
@@ -247,7 +242,7 @@ def _read_pax_path(stream: _Stream, size: int) -> str:
 
 
 def _split_root(path: str) -> tuple[str, str]:
-    """The root and the name below it. Raises BundleError unless `path` is plain and relative."""
+    """The root and the name below it. Raises BundleError unless a bundle may contain the path."""
     parts = path.split("/")
     if (
         len(parts) < 2
@@ -258,4 +253,8 @@ def _split_root(path: str) -> tuple[str, str]:
         or any(len(part.encode()) > _PART_BYTES for part in parts)
     ):
         raise BundleError(f"{path!r}: is not a plain path below the bundle's folder.")
-    return parts[0], "/".join(parts[1:])
+    root, name = parts[0], "/".join(parts[1:])
+    # A root such as `.git` or `--help` would become a folder where the user unpacks it.
+    if root[0] in ".-" or not is_allowed(name):
+        raise BundleError(f"{path!r}: is not a file of a bundle, so nothing was unpacked.")
+    return root, name

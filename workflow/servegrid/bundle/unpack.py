@@ -49,4 +49,4 @@ def unpack_bundle(archive: Path, folder: Path | None = None) -> Path:
 
 def _check_is_new(folder: Path) -> None:
     if folder.exists() or folder.is_symlink():
-        raise BundleError(f"{folder}: exists already. Name a new folder.")
+        raise BundleError(f"{folder}: already exists. Name a new folder.")

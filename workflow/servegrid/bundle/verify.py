@@ -15,12 +15,20 @@ from typing import Any
 import pandas as pd
 
 from servegrid import __version__
-from servegrid.bundle import crate, tarball
+from servegrid.bundle import tarball
 from servegrid.bundle.check import FAIL, PASS, SKIP, Check
 from servegrid.bundle.derive import analysis_environment, write_figures
 from servegrid.bundle.diff import describe_row, diff_tables
 from servegrid.bundle.integrity import find_integrity_problems
-from servegrid.bundle.layout import CELLS, FIGURES, MANIFEST, METADATA, RECORDS, TABLES
+from servegrid.bundle.layout import (
+    CELLS,
+    CRATE,
+    FIGURES,
+    MANIFEST,
+    METADATA,
+    RECORDS,
+    TABLES,
+)
 from servegrid.bundle.limits import check_table_size, limited_memory
 from servegrid.bundle.progress import Report, report_nothing
 from servegrid.bundle.secrets import scan_tree
@@ -64,7 +72,7 @@ def _check_integrity(bundle: UnpackedBundle) -> Check:
     files = len(bundle.archive.sha256)
     if problems:
         return Check("integrity", FAIL, f"of {files} files", problems)
-    return Check("integrity", PASS, f"{files} files agree with {MANIFEST} and {crate.CRATE}")
+    return Check("integrity", PASS, f"{files} files agree with {MANIFEST} and {CRATE}")
 
 
 def _check_completeness(bundle: UnpackedBundle) -> Check:
@@ -112,9 +120,8 @@ def _find_trial_problems(bundle: UnpackedBundle, trial: Trial, present: bool) ->
             problems.append(f"{trial.id}: {name} is damaged")
             continue
         if record.get("spec_digest") != trial.digest or record.get("spec") != trial.spec:
-            problems.append(f"{trial.id}: {name} has another specification")
-    extra = {file.name for file in (bundle.tree / CELLS / trial.id).iterdir()} - {*RECORDS}
-    return problems + [f"{trial.id}: {name} does not belong there" for name in sorted(extra)]
+            problems.append(f"{trial.id}: {name} has a different specification")
+    return problems
 
 
 def _check_validity(bundle: UnpackedBundle) -> Check:
@@ -128,7 +135,7 @@ def _check_validity(bundle: UnpackedBundle) -> Check:
         for table in (bundle.shipped_cells, cells)
     )
     problems = [
-        f"{describe_row(row)}: {shipped[digest]} in the table, {derived[digest]} by its records"
+        f"{describe_row(row)}: {shipped[digest]} in the table, {derived[digest]} in its records"
         for digest, row in rows.items()
         if digest in shipped and shipped[digest] != derived[digest]
     ]
@@ -174,7 +181,7 @@ def _check_figures(bundle: UnpackedBundle) -> Check:
         if here[name] != there.get(name)
     ]
     if different:
-        summary = f"made with {'; '.join(different)}: bytes could differ"
+        summary = f"made with {'; '.join(different)}: the bytes may differ"
         return Check("figures", SKIP, summary)
     write_figures(bundle.inputs, bundle.derived_tables, bundle.scratch)
     names = [
@@ -198,7 +205,7 @@ def _check_figures(bundle: UnpackedBundle) -> Check:
     note = f"; not drawn: {', '.join(unchecked)}" if unchecked else ""
     if problems:
         return Check("figures", FAIL, f"of {len(names)} files{note}", problems)
-    summary = f"{len(names)} files, the page included, drawn again with the same bytes{note}"
+    summary = f"{len(names)} files, including the page, are the same when drawn again{note}"
     return Check("figures", PASS, summary)
 
 
@@ -215,7 +222,7 @@ def _check_secrets(bundle: UnpackedBundle) -> Check:
     found = list(scan_tree(bundle.tree))
     if found:
         return Check("secrets", FAIL, "the bundle contains secrets", found)
-    return Check("secrets", PASS, "no key, token or path with a user's name")
+    return Check("secrets", PASS, "no key, token or path with a user name")
 
 
 CHECKS: Mapping[str, Callable[[UnpackedBundle], Check]] = {
