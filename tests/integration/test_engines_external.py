@@ -134,6 +134,7 @@ def test_cells_of_an_external_endpoint_are_measured_without_telemetry(
     key = {"api_key_env": VARIABLE} if locked else {}
     if locked:
         monkeypatch.setenv(VARIABLE, KEY)
+        monkeypatch.setenv(f"{VARIABLE}_URL", urls[locked])
     external_study = study(f"{urls[locked]}/v1/", api=api, version="b1", **key)
     resources = {"max_concurrency": 2, "startup_s": 60}
     with service.serve("a", {"spec": external_study.trials[0].spec_json}, resources) as served:
@@ -209,6 +210,7 @@ def test_a_missing_or_wrong_api_key_is_reported_with_its_variable(
     monkeypatch.delenv(VARIABLE, raising=False)
     assert f"the variable {VARIABLE} contains no API key. Export it" in refusal(keyed, demo_model)
     monkeypatch.setenv(VARIABLE, "another-key")
+    monkeypatch.setenv(f"{VARIABLE}_URL", urls[True])
     message = refusal(keyed, demo_model)
     assert f"refuses the API key in {VARIABLE} (HTTP 401). Export the right key" in message
     assert "another-key" not in message

@@ -25,7 +25,12 @@ from servegrid.run.preflight import check_ready
 from servegrid.run.service import AllocationInfo, check_allocated_gpus
 from servegrid.run.trial import prompt_salt
 from servegrid.study.config import load_study, parse_study
-from servegrid.study.endpoint import Endpoint, ExternalEndpoint, normalize_base_url
+from servegrid.study.endpoint import (
+    Endpoint,
+    ExternalEndpoint,
+    api_key_for,
+    normalize_base_url,
+)
 from servegrid.study.grid import Study, Trial
 from servegrid.telemetry.server import http_get, is_healthy
 
@@ -149,10 +154,44 @@ def test_a_url_may_end_with_v1(url: str, base: str) -> None:
 def test_the_api_key_comes_from_the_named_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     (deployment,) = keyed(api_key_env="SGLANG_KEY", api="chat").deployments
     monkeypatch.setenv("SGLANG_KEY", " secret\n")
+    monkeypatch.setenv("SGLANG_KEY_URL", "http://sirocco14:30000/v1")
     assert resolve_endpoint(deployment) == Endpoint(
         "http://sirocco14:30000", "default", "secret", api="chat"
     )
     assert resolve_endpoint(study().deployments[0]).api_key is None
+
+
+ALLOWED = [
+    ("http://host:8000", "http://host:8000/openai/v1"),
+    ("https://Host.example", "https://host.example:443/v1"),
+    ("http://[::1]:80", "http://[::1]/v1"),
+]
+REFUSED = [
+    ("https://host.example", "http://host.example"),  # anybody on the way could read the key
+    ("https://host.example", "https://host.example.attacker.example"),
+    ("https://host.example", "https://host.example@attacker.example"),
+    ("https://host.example", "https://attacker.example/https://host.example"),
+    ("https://host.example", "https://host.example:8443"),
+    ("host.example", "host.example"),
+    ("https://host.example:99999", "https://host.example:99999"),
+]
+
+
+@pytest.mark.parametrize(("allowed", "url"), ALLOWED)
+def test_an_api_key_goes_to_the_server_that_its_owner_names(allowed: str, url: str) -> None:
+    assert api_key_for(url, "KEY", {"KEY": "secret", "KEY_URL": allowed}) == "secret"
+
+
+@pytest.mark.parametrize(("allowed", "url"), REFUSED)
+def test_an_api_key_goes_to_no_other_server(allowed: str, url: str) -> None:
+    with pytest.raises(ConfigError, match="as KEY_URL says, and not for") as caught:
+        api_key_for(url, "KEY", {"KEY": "secret", "KEY_URL": allowed})
+    assert "secret" not in str(caught.value)
+
+
+def test_a_study_cannot_send_any_variable_of_the_environment_to_its_own_server() -> None:
+    with pytest.raises(ConfigError, match=r"TOKEN_URL is not set\. Export the URL of the server"):
+        api_key_for("https://attacker.example", "TOKEN", {"TOKEN": "secret"})
 
 
 def test_a_missing_api_key_is_reported_before_anything_starts(
@@ -163,6 +202,9 @@ def test_a_missing_api_key_is_reported_before_anything_starts(
         tokenizer=str(tmp_path), endpoint=ENTRY["endpoint"] | {"api_key_env": "SGLANG_KEY"}
     )
     monkeypatch.setenv("SGLANG_KEY", "secret")
+    with pytest.raises(EngineError, match=r"the variable SGLANG_KEY_URL is not set"):
+        check_ready(keyed_study, tmp_path)
+    monkeypatch.setenv("SGLANG_KEY_URL", "http://sirocco14:30000")
     check_ready(keyed_study, tmp_path)
     monkeypatch.setenv("SGLANG_KEY", " ")
     with pytest.raises(
@@ -191,10 +233,12 @@ def test_the_allocation_info_contains_the_name_of_the_key_variable_but_not_the_k
     assert "secret" not in file.read_text()
     monkeypatch.setenv(service.INFO_VARIABLE, str(file))
     monkeypatch.setenv("SGLANG_KEY", "secret")
+    monkeypatch.setenv("SGLANG_KEY_URL", "http://sirocco14:30000")
     assert asdict(AllocationInfo.read()) == asdict(replace(given, process=[1, 0.0]))  # type: ignore[arg-type]
     monkeypatch.delenv("SGLANG_KEY")
     with pytest.raises(
-        EngineError, match="The variable SGLANG_KEY contains no API key in this job"
+        EngineError,
+        match="This job lacks the environment of its allocation: the variable SGLANG_KEY",
     ):
         AllocationInfo.read()
 

@@ -18,10 +18,10 @@ from typing import Any
 from servegrid.client import measure
 from servegrid.client.requests import RequestRefused
 from servegrid.engines.base import Site
-from servegrid.errors import EngineError, LoadError
+from servegrid.errors import ConfigError, EngineError, LoadError
 from servegrid.study import models
 from servegrid.study.deployment import Deployment
-from servegrid.study.endpoint import Endpoint, ExternalEndpoint, normalize_base_url, read_api_key
+from servegrid.study.endpoint import Endpoint, ExternalEndpoint, api_key_for, normalize_base_url
 from servegrid.study.grid import Workload
 from servegrid.telemetry.server import MODELS_PATH, NOT_FOUND_STATUSES, http_get, is_healthy
 
@@ -72,17 +72,15 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[ExternalEngine]
 def resolve_endpoint(deployment: Deployment) -> Endpoint:
     """The endpoint of an external deployment, with its API key from the environment.
 
-    Raises EngineError if the environment variable contains no API key.
+    Raises EngineError if the environment has no API key for this endpoint.
     """
     external = _external(deployment)
     key = None
     if external.api_key_env is not None:
-        key = read_api_key(external.api_key_env, os.environ)
-        if key is None:
-            raise EngineError(
-                f"deployment `{deployment.name}`: the variable {external.api_key_env} contains no "
-                "API key. Export it first. servegrid never writes the key to a file."
-            )
+        try:
+            key = api_key_for(external.url, external.api_key_env, os.environ)
+        except ConfigError as error:
+            raise EngineError(f"deployment `{deployment.name}`: {error}") from None
     return Endpoint(normalize_base_url(external.url), external.model, key, api=external.api)
 
 

