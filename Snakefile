@@ -4,12 +4,14 @@ import re
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
+from servegrid.node.environment import use_safe_path
 from servegrid.reference.published import published_from_config
 from servegrid.study.config import from_snakemake
 from servegrid.run.preflight import check_ready
 from servegrid.run.jobscript import reraise_as
 
 min_version("9.27")
+use_safe_path()
 
 # Another study replaces the default one; given to Snakemake as well, the two would be merged.
 if not config:

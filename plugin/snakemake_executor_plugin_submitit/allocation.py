@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from snakemake_executor_plugin_submitit import spool as events
 from snakemake_executor_plugin_submitit.liveness import start_ticks
+from snakemake_executor_plugin_submitit.private import check_private
 from snakemake_executor_plugin_submitit.runner import Runner
 from snakemake_executor_plugin_submitit.spool import Spool, Task
 
@@ -102,6 +103,7 @@ class Allocation:
 
     def __call__(self) -> None:
         started = time.monotonic()
+        check_private(Path(self.folder))
         spool = Spool(Path(self.folder))
         if not spool.restore():
             return

@@ -31,7 +31,7 @@ KIND_KEYS: Mapping[str, Key] = {
         (int,), "GPUs that one node has; a job that needs more gets several nodes", minimum=1
     ),
     "gpus_per_node": Key(
-        (int, str), "GPUs to request per node, as `2` or `a100:2`; `0` requests none"
+        (int, str), "GPUs to request per node, such as `2` or `a100:2`; `0` requests none"
     ),
     "cpus_per_task": Key((int,), "CPUs of an allocation; replaces the resource and `threads`"),
     "mem_gb": Key(_NUMBER, "memory per node in GiB; replaces `mem_mb`"),

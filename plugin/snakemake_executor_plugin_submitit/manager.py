@@ -28,6 +28,7 @@ from snakemake_executor_plugin_submitit.liveness import (
     LocalLiveness,
     SlurmLiveness,
 )
+from snakemake_executor_plugin_submitit.private import NotPrivateError, create_private
 from snakemake_executor_plugin_submitit.progress import (
     FAILED,
     PENDING,
@@ -90,10 +91,14 @@ class AllocationManager(Generic[Job]):
         self._usage: dict[str, UsageStats] = {}
         self._retry_at: dict[str, float] = {}
         self._outcomes: list[Outcome[Job]] = []
-        self._registry = Registry(folder / "live")
-        adopted: Adopted[Job] = self._registry.adopt(
-            cluster, lambda live: self._end_state(live) is not None
-        )
+        try:
+            create_private(folder)
+            self._registry = Registry(folder / "live")
+            adopted: Adopted[Job] = self._registry.adopt(
+                cluster, lambda live: self._end_state(live) is not None
+            )
+        except NotPrivateError as error:
+            raise WorkflowError(f"submitit-folder: {error}") from None
         self._done_before = adopted.done
         for live in adopted.allocations:
             self._live[live.name], self._usage[live.name] = live, live.usage
@@ -149,7 +154,7 @@ class AllocationManager(Generic[Job]):
                 cancel(live.submission)
                 self._report(f"Allocation {live.name}: cancelled.")
             elif self._cluster == "slurm" and live.assigned:
-                self._report(f"Allocation {live.name}: ends now; {_describe_jobs(live)}.")
+                self._report(f"Allocation {live.name}: ending; {_describe_jobs(live)}.")
         if self._cluster == "local":
             self._wait_for_local_ends()
         else:
@@ -235,7 +240,7 @@ class AllocationManager(Generic[Job]):
         if live.handle is None and not live.assigned:
             self._report(
                 f"Allocation {name}: job {live.submission.job_id} of an earlier run is still "
-                f"active and takes {pluralize(len(jobs), 'job')}."
+                f"active and runs {pluralize(len(jobs), 'job')} of this run."
             )
         for queued in jobs:
             ticket = live.inherited.pop(queued.task.key, None)
@@ -328,7 +333,7 @@ class AllocationManager(Generic[Job]):
         left = live.unfinished_jobs()
         if live.should_continue(state):
             jobs = pluralize(len(left), "remaining job")
-            self._progress.report(live.final_progress(), f"{text}. Another one gets {jobs}.")
+            self._progress.report(live.final_progress(), f"{text}. Another allocation runs {jobs}.")
             self._waiting[live.name] = left + self._waiting.get(live.name, [])
             return []
         detail = live.ended.data["detail"] if live.ended else ""
@@ -357,9 +362,9 @@ class AllocationManager(Generic[Job]):
                 yield live.progress(cluster_state, waiting + len(live.tickets))
             elif waiting and live is None:
                 silent = self._must_wait(name)
-                reason = f"{self._cluster} does not answer" if silent else "another allocation runs"
+                reason = f"{self._cluster} does not answer" if silent else "another one is running"
                 done, total = len(usage.done), len(usage.jobs)
-                yield Progress(name, PENDING, f"waits: {reason}", done, total, reason=reason)
+                yield Progress(name, PENDING, f"waiting: {reason}", done, total, reason=reason)
 
 
 def slug(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Generic
 import psutil
 
 from snakemake_executor_plugin_submitit.liveness import Submission
+from snakemake_executor_plugin_submitit.private import check_private
 from snakemake_executor_plugin_submitit.spool import Spool, write_atomically
 from snakemake_executor_plugin_submitit.tracking import AllocationState, Job
 from snakemake_executor_plugin_submitit.usage import UsageStats
@@ -48,6 +49,8 @@ class Registry:
         for entry in sorted(self._folder.iterdir()):
             spool = Spool(Path(entry.read_text()))
             with contextlib.suppress(FileNotFoundError):
+                check_private(spool.root)
+            with contextlib.suppress(FileNotFoundError):
                 spool.clear()
             # Snakemake has looked, or will look, for missing outputs before it learns of these.
             adopted.done |= spool.finished_since(started)
@@ -66,7 +69,7 @@ class Registry:
             if seen.ended or has_ended(seen):
                 entry.unlink()
                 continue
-            name, label = submission.name, f"job {submission.job_id}, adopted"
+            name, label = submission.name, f"job {submission.job_id}, of an earlier run"
             adopted.allocations.append(
                 AllocationState(
                     submission,

@@ -44,7 +44,7 @@ class Runner:
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import {__name__} as runner; runner.main()", *preload],
+            [sys.executable, "-P", "-c", f"import {__name__} as runner; runner.main()", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # it must outlive a killed allocation to clean up
@@ -80,7 +80,7 @@ class Runner:
             pass
         answer = self._answers.readline()
         if not answer:
-            raise RuntimeError(f"the process that runs jobs ended with {self._process.wait()}")
+            raise RuntimeError(f"the process for jobs ended with status {self._process.wait()}")
         return int(json.loads(answer)["status"])
 
 

@@ -75,7 +75,8 @@ class Spool:
     @classmethod
     def create(cls, root: Path) -> Spool:
         """A new, empty spool. Raises FileExistsError if the folder exists."""
-        root.mkdir(parents=True)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700)
         for name in ("todo", "doing", "logs"):
             (root / name).mkdir()
         return cls(root)

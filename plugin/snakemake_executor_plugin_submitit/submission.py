@@ -7,10 +7,12 @@ import importlib
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -176,8 +178,8 @@ class Parameters:
         if "timeout_min" not in values:
             if cluster == "slurm":
                 raise WorkflowError(
-                    "An allocation on Slurm needs a time limit. Give the rule the resource "
-                    "`runtime` (minutes), its kind of node `timeout_min`, or set "
+                    "An allocation on Slurm needs a time limit. Set the resource `runtime` (min) "
+                    "of the rule, `timeout_min` of its kind of node, or "
                     "default-resources: runtime=… in the profile."
                 )
             values["timeout_min"] = _LOCAL_TIME_LIMIT_MIN
@@ -246,7 +248,9 @@ def submit(
     handle. Raises WorkflowError if the scheduler refuses the job, SchedulerUnavailable if it does
     not answer.
     """
-    python = parameters.values.get("python")
+    # submitit puts this into a shell command. With -P, Python imports nothing from the working
+    # directory, where results of strangers can be.
+    python = shlex.join([parameters.values.get("python") or sys.executable, "-P"])
     try:
         if cluster == "slurm":
             executor = submitit.SlurmExecutor(folder, python=python)
@@ -254,7 +258,7 @@ def submit(
         else:
             executor = submitit.LocalExecutor(folder, python=python)
             executor.update_parameters(**parameters.for_local())
-        with clean_env(), _terminal_signals_blocked():
+        with clean_env(), _safe_path(), _terminal_signals_blocked():
             handle = executor.submit(function)
     except (OSError, ValueError, subprocess.SubprocessError, RuntimeError) as error:
         message = " ".join(str(error).split())
@@ -284,6 +288,20 @@ def cancel(submission: Submission) -> None:
     pid = int(submission.job_id)
     if submission.start_ticks is not None and is_running(pid, submission.start_ticks):
         os.kill(pid, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes started in the block have -P as well. submitit gives no other way for its own."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ class UsageStats:
         if failed := self.failed - self.done:
             parts.append(f"{len(failed)} failed")
         if self.repeated_starts:
-            parts.append(pluralize(self.repeated_starts, "repeated start"))
+            parts.append(pluralize(self.repeated_starts, "job restart"))
         service_starts = pluralize(self.service_starts, "service start")
         parts.append(f"{service_starts} in {self._describe_allocations()}")
         if self.allocated_s:
@@ -115,7 +115,7 @@ def summarise(usages: Collection[UsageStats], seconds: float, command: str) -> l
     total = [
         f"{done} of {pluralize(jobs, 'job')} done in {format_duration(seconds)}",
         pluralize(sum(usage.service_starts for usage in shown), "service start"),
-        pluralize(sum(usage.repeated_starts for usage in shown), "repeated start"),
+        pluralize(sum(usage.repeated_starts for usage in shown), "job restart"),
     ]
     if any(usage.allocated_s for usage in shown):
         total.append(_describe_time(shown))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import signal
 import stat
 import sys
@@ -240,7 +241,7 @@ module load compiler/cuda
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output FOLDER/%j_%t_log.out --nodes=1 --ntasks=1 --cpus-per-task=8 \
-PYTHON -u -m submitit.core._submit FOLDER
+PYTHON -P -u -m submitit.core._submit FOLDER
 """
 
 
@@ -269,6 +270,20 @@ def test_the_batch_script(slurm: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert os.environ["SLURM_JOB_ID"] == "1"
     cancel(submission)
     assert (slurm / "scancel.args").read_text() == "--name=tiny-5e1f0c2a 4711\n"
+
+
+def test_a_kind_s_python_is_data_for_the_shell(slurm: Path, tmp_path: Path) -> None:
+    kind = {"python": f"{tmp_path}/my envs/$(touch x);`y`/python"}
+    submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", build({}, kind), print)
+    (line,) = [
+        line
+        for line in (slurm / "sbatch.file").read_text().splitlines()
+        if "submitit.core._submit" in line
+    ]
+    assert shlex.split(line)[-6:] == [
+        *(f"{tmp_path}/my envs/$(touch x);`y`/python", "-P", "-u", "-m"),
+        *("submitit.core._submit", f"{tmp_path}/submitit"),
+    ]
 
 
 def test_a_refusal_of_sbatch_is_reported_with_its_reason(slurm: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from servegrid.cli.fetch import add_fetch
 from servegrid.cli.load import add_load
 from servegrid.cli.report import add_report
 from servegrid.errors import ServegridError
+from servegrid.node.environment import use_safe_path
 
 SUBCOMMANDS = (
     *(add_load, add_capacity, add_report, add_compare),
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add_subcommand in SUBCOMMANDS:
         add_subcommand(subcommands)
     options = parser.parse_args(arguments)
+    use_safe_path()
     try:
         status: int = options.run(options)
     except ServegridError as error:

@@ -14,6 +14,15 @@ import psutil
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
 
 
+def use_safe_path() -> None:
+    """Let no Python that this process starts import modules from its working directory.
+
+    `python -m` and `python -c` search there first. The working directory of a study can contain
+    files of a stranger's bundle, or of another member of a group.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
 def describe_node() -> dict[str, Any]:
     """The node, its processor and memory, the Slurm job, Python and all installed packages."""
     return {
