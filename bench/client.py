@@ -108,7 +108,7 @@ def main() -> None:
         help="only these numbers of concurrent requests",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--peers", action="store_true", help="then compare with other clients")
+    parser.add_argument("--peers", action="store_true", help="also compare with other clients")
     options = parser.parse_args()
     machine = describe_machine()
     results = [measure_at(concurrency) for concurrency in options.concurrency]

@@ -146,7 +146,7 @@ def compute_errors(
         request for request in reported if request.tokens == len(_find_sends(request, sends))
     ]
     if not complete:
-        raise PeerError("it reports no request with all of its tokens")
+        raise PeerError("it reports no request that received all of its tokens")
     server_gaps = [np.diff(sends[request.key]) / 1e9 for request in complete]
     gaps = [request.gaps for request in complete if request.gaps is not None]
     return ClientErrors(

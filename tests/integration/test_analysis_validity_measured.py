@@ -66,7 +66,7 @@ CASES = {
         "server_queueing: max_num_seqs 3 is less than concurrency 4", engine={"max_num_seqs": 3}
     ),
     "requests that wait in the server": Case(
-        "server_queueing: 1.0 of 2 requests waited in the server on average",
+        "server_queueing: on average, 1.0 of 2 requests waited in the server",
         script=replace(SLOW, gauges=(("vllm:num_requests_waiting", 1.0),)),
         workload=CLOSED_LOOP,
     ),

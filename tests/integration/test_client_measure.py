@@ -490,8 +490,8 @@ def test_the_command_measures_a_unix_socket(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--protocol", "poisson"], "--protocol poisson: give --request-rate"),
-        (["--think-time", "1"], "--protocol burst: --think-time is for closed_loop"),
+        (["--protocol", "poisson"], "--protocol poisson: use --request-rate"),
+        (["--think-time", "1"], "--protocol burst: --think-time is only for closed_loop"),
     ],
 )
 def test_options_that_contradict_the_protocol_are_errors(

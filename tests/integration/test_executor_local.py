@@ -177,7 +177,8 @@ def test_a_lost_allocation_is_continued(work: Workspace) -> None:
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGKILL)
     output = work.end(process, 0)
     assert (
-        "Allocation a: was killed; 2 of 5 jobs done. Another one gets 3 remaining jobs." in output
+        "Allocation a: was killed; 2 of 5 jobs done. Another allocation runs 3 remaining jobs."
+        in output
     )
     assert len(work.outputs()) == 5
     # The job that ran comes last: it may have been the cause.
@@ -202,7 +203,9 @@ def test_an_unhealthy_service_gets_no_more_jobs(work: Workspace) -> None:
     work.set_acts(a1="sicken")
     output = work.run(status=1)
     assert sorted(work.outputs()) == ["a0", "a2", "a3"]
-    assert "no longer healthy; 2 of 4 jobs done. Another one gets 2 remaining jobs." in output
+    assert (
+        "no longer healthy; 2 of 4 jobs done. Another allocation runs 2 remaining jobs." in output
+    )
     assert [note["name"] for note in work.notes("service", "down")] == ["a", "a"]
 
 
@@ -244,7 +247,10 @@ def test_after_the_time_limit_another_allocation_continues(work: Workspace) -> N
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGUSR2)
     (work.folder / "go").touch()
     output = work.end(process, 0)
-    assert "reached its time limit; 1 of 3 jobs done. Another one gets 2 remaining jobs." in output
+    assert (
+        "reached its time limit; 1 of 3 jobs done. Another allocation runs 2 remaining jobs."
+        in output
+    )
     assert work.started() == ["a0", "a1", "a2", "a1"]
     assert len(work.notes("service", "down")) == 2
 

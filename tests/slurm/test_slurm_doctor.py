@@ -162,7 +162,7 @@ def test_lost_nodes_are_counted(slurm: Cluster, site: Path) -> None:
             slurm.resume_node(node)
     assert status == 0
     assert (
-        "2 nodes (2 out): allocations would have to wait"
+        "2 nodes (2 out): no node is available now, so allocations would wait"
         in after(lines, "WARN", "kind v100-16gb")[0]
     )
 

@@ -214,7 +214,7 @@ def test_deployments_without_a_common_name_are_matched_by_model_and_hardware() -
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"engine": "emulated", "time_scale": 0.005}, "emulated at 0.005 × time"),
+        ({"engine": "emulated", "time_scale": 0.005}, "emulated, times × 0.005"),
         ({"protocol": "closed_loop"}, "only in the first"),
         ({"output_len": 50}, "31 \\+ 50 tokens: only in the second"),
     ],
@@ -257,7 +257,7 @@ def test_the_command_fails_on_a_slowdown_above_the_limit(
 
 def test_comparisons_of_emulated_figures_have_a_note() -> None:
     emulated = study(trial(1.0, engine="emulated", time_scale=0.05))
-    mark = "emulated at 0.05 × time: these figures do not come from hardware."
+    mark = "emulated, times × 0.05: these figures do not come from hardware."
     assert compare(emulated, emulated).notes == [f"Both studies: {mark}"]
     mixed = compare(study(trial(1.0)), emulated, allow_mixed=True)
     assert mixed.notes == [f"The second study: {mark}"]

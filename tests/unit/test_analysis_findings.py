@@ -88,7 +88,8 @@ def test_findings_are_sentences_about_the_figures() -> None:
     assert text == (
         "Mixtral, burst: Highest concurrency that meets the SLO (5 tokens/s): at least 128 with "
         "prompts of 31 tokens, 16 with prompts of 2193 tokens. With prompts of 31 tokens, the time "
-        "grows by a factor of 6 from concurrency 1 to 128. It is linear from concurrency 64 on. "
+        "grows by a factor of 6 from concurrency 1 to 128. The growth is linear from "
+        "concurrency 64 on. "
         "Prompts of 2193 tokens take 1.3 × the time of prompts of 31 tokens at concurrency 1, and "
         "3.6 × at concurrency 16."
     )

@@ -44,13 +44,13 @@ def test_5000_dollars_suffice_only_for_small_models() -> None:
     # 10 × 5 = 50 tokens/s: one RTX 4090 has 138; two of them have 38, so two systems are needed.
     assert answers[7] == (
         True,
-        "7 billion parameters: 50 tokens/s cost at least 5,000 USD (RTX 4090, 138 tokens/s each). "
-        "About 5,000 USD suffice.",
+        "7 billion parameters: 50 tokens/s need hardware for at least 5,000 USD (RTX 4090, "
+        "138 tokens/s each). About 5,000 USD suffice.",
     )
     assert answers[70] == (
         False,
-        "70 billion parameters: 50 tokens/s cost at least 15,000 USD (2 × 2 × RTX 4090, "
-        "38 tokens/s each). About 5,000 USD do not suffice.",
+        "70 billion parameters: 50 tokens/s need hardware for at least 15,000 USD "
+        "(2 × 2 × RTX 4090, 38 tokens/s each). About 5,000 USD do not suffice.",
     )
 
 

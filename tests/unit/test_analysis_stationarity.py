@@ -109,7 +109,7 @@ def test_too_few_requests_have_no_steady_state() -> None:
     assert isinstance(find_window(closed_loop(12, lambda number: 100.0), CLOSED_LOOP), Window)
     reason = find_window(closed_loop(11, lambda number: 100.0), CLOSED_LOOP)
     assert reason == (
-        "18 requests ended between the start transient and the end; at least 20 are needed"
+        "18 requests ended between the initial transient and the end; at least 20 are needed"
     )
 
 

@@ -145,7 +145,7 @@ def test_cells_of_an_allocation_with_drift_are_not_valid(study: StudyFolder) -> 
     assert not cells.loc["a", "valid"].any()
     for rules, evidence in cells.loc["a", ["invalid_rules", "invalid_evidence"]].to_numpy():
         assert list(rules) == ["drifted"]
-        assert list(evidence) == ["the drift checks of the allocation differ by 20%"]
+        assert list(evidence) == ["output tokens/s of the drift checks differ by 20%"]
 
 
 def test_a_study_is_gathered_with_the_drift_of_its_drift_checks(study: StudyFolder) -> None:
@@ -207,7 +207,7 @@ def test_stale_records_are_refused_with_the_changed_key(study: StudyFolder) -> N
     message = gather_error(changed, folder)
     assert f"{folder}: 3 of 4 trials" in message
     assert (
-        f"  {changed[0].id}: measured with another specification: "
+        f"  {changed[0].id}: measured with a different specification: "
         'workload.prompts is "identical" and was "distinct"\n'
     ) in message
     assert changed[2].id + ":" not in message

@@ -75,7 +75,7 @@ def test_emulated_figures_have_a_note_and_measured_ones_do_not() -> None:
     assert emulation_notes(measured) == []
     assert emulation_notes(emulated) == ["Emulated: these figures do not come from hardware."]
     scaled = emulated.assign(time_scale=0.01)
-    notes = ["Emulated at 0.01 × time: these figures do not come from hardware."]
+    notes = ["Emulated, times × 0.01: these figures do not come from hardware."]
     assert emulation_notes(scaled) == notes
     both = pd.concat([measured, emulated])
     assert emulation_notes(both) == ["Partly emulated: these figures do not come from hardware."]

@@ -140,7 +140,7 @@ def as_text(server_counts: tuple[int, int], added: int | None, cached: float = 0
 BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     "too few output tokens": (
         lambda: evidence(row={"completion_tokens": 2, "chunk_tokens": [1, 1]}),
-        "tokens: 1 of 2 responses have the wrong token count, counted by the server",
+        "tokens: 1 of 2 responses have a wrong number of tokens, by the server's count",
     ),
     "a prompt with another length": (
         lambda: evidence(row={"prompt_tokens": 8}),
@@ -160,16 +160,16 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "chunks that do not add up": (
         lambda: evidence(row={"chunk_tokens": [1, 1]}),
-        "tokens: 1 of 2 responses have the wrong token count, counted from the chunks",
+        "tokens: 1 of 2 responses have a wrong number of tokens, by the count of the chunks",
     ),
     "a workload that is too short for a steady state": (
         lambda: closed_loop(count=11),
-        "no_steady_state: 18 requests ended between the start transient and the end; at least "
+        "no_steady_state: 18 requests ended between the initial transient and the end; at least "
         "20 are needed",
     ),
     "users who send their next request late": (
         lambda: closed_loop(pause=15),
-        "too_few_in_flight: 1.7 requests were in flight on average, at concurrency 2",
+        "too_few_in_flight: on average, 1.7 requests were in flight, at concurrency 2",
     ),
     "a prefix cache": (
         lambda: evidence(after={"vllm:prefix_cache_hits_total": 21.0}),
@@ -185,7 +185,7 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "requests that wait in the server": (
         lambda: closed_loop(waiting=(0, 1, 0, 0, 0, 0)),
-        "server_queueing: 0.2 of 2 requests waited in the server on average",
+        "server_queueing: on average, 0.2 of 2 requests waited in the server",
     ),
     "a late request": (
         lambda: evidence(row={"sent_ns": 11 * MS, "first_token_ns": 111 * MS}),
@@ -211,11 +211,11 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "a client at its limit": (
         lambda: evidence(client={"token_chunks": 101}),
-        "client_timing_error: the client can receive only 2.0 times the chunks of this cell",
+        "client_timing_error: the client can receive only 2.0 times the chunks/s of this cell",
     ),
     "a client that loses responses": (
         lambda: evidence(check={"lost": 1}),
-        "client_timing_error: the calibration lost 1 of 2 requests",
+        "client_timing_error: 1 of 2 calibration requests failed",
     ),
     "a failed calibration": (
         lambda: evidence(check={"error": "no connection"}),
@@ -227,7 +227,7 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     ),
     "drift of the node": (
         lambda: replace(evidence(), drift=0.101),
-        "drifted: the drift checks of the allocation differ by 10%",
+        "drifted: output tokens/s of the drift checks differ by 10%",
     ),
     "a hot GPU": (
         lambda: evidence(reasons=[0, 0x20, 0x40 | 0x04]),

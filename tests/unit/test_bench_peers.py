@@ -138,7 +138,7 @@ def test_a_request_with_fewer_tokens_is_lost() -> None:
     errors = compute_errors([short, reported("b")], SENDS, request_count=2, ttft=0.1)
     assert len(errors.ttft) == 1
     assert errors.lost == 1
-    with pytest.raises(PeerError, match="no request with all of its tokens"):
+    with pytest.raises(PeerError, match="no request that received all of its tokens"):
         compute_errors([short], SENDS, request_count=2, ttft=0.1)
 
 

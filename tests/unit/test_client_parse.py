@@ -236,7 +236,7 @@ PLAIN = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 38\r\n\r\n"
             [(100, HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"))],
             "malformed: the stream is encoded as gzip",
         ),
-        (stream(FINAL, "[DONE]"), "malformed: usage counts 4 tokens, but none arrived"),
+        (stream(FINAL, "[DONE]"), "malformed: usage reports 4 tokens, but none arrived"),
         (stream(chunk(" a"), chunk("", finish="length"), "[DONE]"), "usage_missing: "),
         (
             stream(chunk(" a", 4, "stop").replace("7", "8"), "[DONE]"),

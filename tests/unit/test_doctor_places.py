@@ -31,8 +31,8 @@ MOUNTS = files.parse_mounts(
         ("/beegfs/me/study", Status.OK, "beegfs on /beegfs"),
         ("/my home/study", Status.OK, "nfs4 on /my home"),
         ("/net/a", Status.OK, "nfs on /net"),
-        ("/dev/shm/a", Status.WARN, "in the memory of this machine"),
-        ("/tmp/a", Status.WARN, "every node has for itself"),
+        ("/dev/shm/a", Status.WARN, "a file system in local memory"),
+        ("/tmp/a", Status.WARN, "a local file system of each node"),
         ("/beegfs2/a", Status.WARN, "may not see it"),
     ],
 )

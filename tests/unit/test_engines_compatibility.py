@@ -209,9 +209,9 @@ def test_a_deployment_that_may_run_is_accepted(
             needs(weights=41.5),
             [V100],
             FOR_V100,
-            ["weights have 41.5 GiB", "14.4 GiB", "utilization 0.9", "Raise `gpu_count`"],
+            ["weights take 41.5 GiB", "14.4 GiB", "utilization 0.9", "Raise `gpu_count`"],
         ),
-        (needs({"dtype": "float32"}, weights=40), [V100], FOR_V100, ["weights have 20.0 GiB"]),
+        (needs({"dtype": "float32"}, weights=40), [V100], FOR_V100, ["weights take 20.0 GiB"]),
     ],
 )
 def test_an_incompatibility_is_described_in_one_line(

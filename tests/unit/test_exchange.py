@@ -56,9 +56,9 @@ def test_an_imported_vllm_bench_result_has_vllm_s_own_metrics(tmp_path: Path) ->
     assert pd.isna(row["valid"])
     assert row["invalid_rules"] == [IMPORTED] * 3
     assert row["invalid_evidence"] == [
-        "not certified: measured by vllm bench serve",
+        "validity not checked: measured by vllm bench serve",
         "prompts of 34 to 65 tokens",
-        "no steady state: the metrics include the start and the end of the run",
+        "no stationary part: the metrics include the start and the end of the run",
     ]
     assert pd.isna(row["ttft_s_p99"]), "twelve samples"
     assert pd.isna(row["prompts"])
@@ -174,7 +174,7 @@ def test_an_existing_table_is_not_overwritten(
 ) -> None:
     import_results(tmp_path, VLLM)
     import_results(tmp_path, VLLM, status=2)
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_requests_are_assigned_to_idle_users() -> None:

@@ -194,7 +194,8 @@ def test_a_continued_allocation_ends_and_another_one_is_pending(run: SlurmRun) -
     run.spool().finish(taken[0], 0)
     [(text, ended), (_, pending)] = run.poll((ENDED, {"reason": "time_limit", "detail": ""}))
     assert text == (
-        "Allocation a: reached its time limit; 1 of 2 jobs done. Another one gets 1 remaining job."
+        "Allocation a: reached its time limit; 1 of 2 jobs done. "
+        "Another allocation runs 1 remaining job."
     )
     assert ended == data("ended", 1, 2)
     assert pending == data("pending", 1, 2)

@@ -46,7 +46,7 @@ def test_cells_that_are_not_valid_are_counted_by_cause_with_a_remedy() -> None:
         cell(valid=False, rules=["drifted"]),
     ]
     assert describe_validity(cells, "cells.csv") == [
-        "Valid cells: 1 of 4. The others:",
+        "Valid cells: 1 of 4. Not served, or not valid:",
         f"  2 drifted: {REMEDIES['drifted']}.",
         f"  1 timeout: {REMEDIES['timeout']}.",
         f"  1 client_busy: {REMEDIES['client_busy']}.",
@@ -100,7 +100,7 @@ def test_a_complete_run_says_what_is_valid_and_where_the_page_is(folder: Path) -
     write_results(folder)
     lines = outcome_lines(run(1, 2, 3), folder.parent)
     assert lines[0] == "2 measurements done in 0 s."
-    assert lines[1] == "Valid cells: 1 of 2. The others:"
+    assert lines[1] == "Valid cells: 1 of 2. Not served, or not valid:"
     assert "work/results/tables/cells.csv" in "\n".join(lines)
     assert lines[-1] == "Results on one page: work/results/report/index.html"
 
@@ -137,7 +137,7 @@ def test_nothing_to_do_shows_the_results_that_are_there(folder: Path) -> None:
     progress = RunProgress()
     progress.update(log_record("Nothing to be done (all requested files are present)."))
     lines = outcome_lines(progress, folder)
-    assert lines[0] == "Valid cells: 1 of 2. The others:"
+    assert lines[0] == "Valid cells: 1 of 2. Not served, or not valid:"
     assert lines[-1] == "Results on one page: results/report/index.html"
 
 

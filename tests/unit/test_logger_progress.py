@@ -164,7 +164,7 @@ def test_a_failure_that_is_tried_again_is_a_warning_of_one_line() -> None:
     assert texts(progress, log_record("Trying to restart job 2.")) == [
         (
             Level.WARNING,
-            "Rule measure failed for small/c2/trial-1: Exit status 1. Snakemake tries again.",
+            "Rule measure failed for small/c2/trial-1: Exit status 1. Snakemake retries it.",
         )
     ]
     assert progress.failures(older_than_s=0.0) == []

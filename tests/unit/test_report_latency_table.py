@@ -228,7 +228,7 @@ def test_a_cell_without_steady_state_has_a_question_mark_and_the_reason() -> Non
     }
     text = markdown(cells([row(8, 31, None, protocol="closed_loop", **invalid), row(16, 31, 4.0)]))
     assert "|           8 | ?! |\n" in text
-    assert "`?`: served, but without a steady state and therefore without a figure." in text
+    assert "`?`: served, but without a stationary part and therefore without a value." in text
     assert "- 8 × 31: `no_steady_state`, `it grew`" in text
 
 

@@ -21,20 +21,20 @@ _SLOW_CLIENT = "the load client needs more CPU; use a node without other work, o
 _REPEAT = "something disturbed the node; measure again when it is idle"
 REMEDIES = {
     "http_error": _NOT_SERVED,
-    "timeout": "raise timeout_s, or lower the load",
+    "timeout": "raise timeout_s or idle_timeout_s, or lower the load",
     "wrong_tokens": "check the tokenizer and the engine's arguments",
     "server_died": "see the cell's log; lower the load or give the engine more memory",
     "tokens": "check the tokenizer and the engine's arguments",
     "no_steady_state": "raise requests_per_user or duration_s",
     "too_few_in_flight": "raise requests_per_user or duration_s",
-    "prefix_cache": "switch prefix caching off in the engine",
+    "prefix_cache": "turn prefix caching off in the engine",
     "preempted": "lower concurrency or input_len, or give the engine more KV cache",
     "server_queueing": "raise max_num_seqs, or lower concurrency",
     "sent_late": _SLOW_CLIENT,
     "client_busy": _SLOW_CLIENT,
     "client_timing_error": _SLOW_CLIENT,
     "clock_step": _REPEAT,
-    "gpu_throttled": "check the GPU's cooling and power limit, then measure again",
+    "gpu_throttled": "check the GPU's cooling and power supply, then measure again",
     "drifted": _REPEAT,
 }
 """What to do about each verdict and rule of validity."""
@@ -115,7 +115,7 @@ def describe_validity(cells: Iterable[Mapping[str, Any]], table: str) -> list[st
     causes: Counter[str] = Counter()
     for each in cells:
         causes.update([each["verdict"]] if each["valid"] is None else each["invalid_rules"] or [])
-    lines = [f"{counted} The others:"]
+    lines = [f"{counted} Not served, or not valid:"]
     for cause, count in causes.most_common():
         remedy = REMEDIES.get(cause, f"see {table}")
         lines.append(f"  {count} {cause}: {remedy}.")

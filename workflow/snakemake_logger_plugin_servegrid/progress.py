@@ -321,7 +321,7 @@ class RunProgress:
             return []  # its allocation has failed, which has been said
         _, record = self._held.pop(job_id)
         text = self._failed(self.jobs[job_id], record)
-        return [Message(Level.WARNING, f"{text} Snakemake tries again.")]
+        return [Message(Level.WARNING, f"{text} Snakemake retries it.")]
 
     def _failed(self, job: Job, record: logging.LogRecord) -> str:
         """What has failed and the executor's reason, without the hint that Snakemake adds."""

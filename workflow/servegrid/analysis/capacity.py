@@ -238,7 +238,7 @@ def size_deployment(
     safe = users if low is None else low
     users_per_replica = max(1, math.floor(SHARE_USED * safe)) if safe else 0
     if not users_per_replica:
-        return size | {"reason": "even the lowest measured concurrency may not meet the SLO"}
+        return size | {"reason": "the SLO may be missed even at the lowest measured concurrency"}
     wanted = demand.concurrent_users
     replicas = math.ceil(wanted / users_per_replica)
     users_each = math.ceil(wanted / replicas)

@@ -107,7 +107,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False
     if not ratios:
         reasons = "\n  ".join(left_out[:10]) or "neither study has a cell"
         raise ComparisonError(
-            f"no cell of the first study can be compared with the second:\n  {reasons}\nCompare "
+            f"the studies have no cell that can be compared:\n  {reasons}\nCompare "
             "studies of the same deployments and workloads."
         )
     cells = apply_fdr(ratio for group in ratios.values() for ratio in group)
@@ -271,7 +271,7 @@ def _check_same_kind(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: boo
     if kinds[0] != kinds[1] and not allow_mixed:
         first_kinds, second_kinds = (", ".join(sorted(map(_format_kind, kind))) for kind in kinds)
         raise ComparisonError(
-            f"the studies are not of the same kind: the first is {first_kinds}; the second is "
+            f"the studies were not measured alike: the first is {first_kinds}; the second is "
             f"{second_kinds}. To compare them anyway, add --allow-mixed."
         )
 
@@ -281,7 +281,7 @@ def _notes(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
     by_note: dict[str, list[str]] = {}
     for study, cells in (("The first study", first), ("The second study", second)):
         others = sorted({*_origins(cells)} - {SERVEGRID_ORIGIN})
-        imported = [f"Measured by {origin}, not certified." for origin in others]
+        imported = [f"Measured by {origin}: validity not checked." for origin in others]
         for note in [*emulation_notes(cells), *imported]:
             by_note.setdefault(note, []).append(study)
     return [
@@ -301,7 +301,7 @@ def _format_kind(kind: tuple[bool, float | None, str]) -> str:
     emulated, scale, origin = kind
     if not emulated:
         return f"measured by {origin}"
-    return "emulated" if scale is None else f"emulated at {scale:g} × time"
+    return "emulated" if scale is None else f"emulated, times × {scale:g}"
 
 
 def _format_cell(key: Sequence[Any]) -> str:

@@ -160,9 +160,9 @@ def _describe_growth(times: pd.DataFrame, limits: pd.DataFrame) -> str:
         return ""
     bend = limits.set_index("input_len")["knee"].get(length)
     linear = (
-        "It is not linear at the highest concurrency."
+        "The growth is not linear at the highest concurrency."
         if bend is None or pd.isna(bend)
-        else f"It is linear from concurrency {bend} on."
+        else f"The growth is linear from concurrency {bend} on."
     )
     return (
         f"With prompts of {length} tokens, the time grows by a factor of "

@@ -68,7 +68,7 @@ def check_conclusion() -> dict[int, tuple[bool, str]]:
         price = f"{cheapest['usd']:,.0f} USD"
         answers[int(str(params))] = (
             suffices,
-            f"{params} billion parameters: {wanted:g} tokens/s cost at least {price} "
+            f"{params} billion parameters: {wanted:g} tokens/s need hardware for at least {price} "
             f"({count}{cheapest['hardware']}, {cheapest['output_tokens_per_s']:g} tokens/s each). "
             f"About {CONCLUSION_USD:,.0f} USD {'suffice' if suffices else 'do not suffice'}.",
         )

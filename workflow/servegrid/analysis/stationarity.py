@@ -80,7 +80,7 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
     latencies, ends = (done - begin)[order] / 1e9, done[order]
     if len(order) < MIN_REQUESTS:
         return (
-            f"{len(order)} requests ended between the start transient and the end; at least "
+            f"{len(order)} requests ended between the initial transient and the end; at least "
             f"{MIN_REQUESTS} are needed"
         )
     cut = _transient(latencies)
@@ -115,4 +115,4 @@ def _describe_drift(latencies: _Floats) -> str | None:
     change = difference / float(first.mean())
     if abs(change) <= MAX_CHANGE or abs(difference) <= STANDARD_ERRORS * error:
         return None
-    return f"the latency changed by {change:+.0%} between the halves of the workload"
+    return f"the mean latency changed by {change:+.0%} from the first half to the second"

@@ -235,7 +235,7 @@ def _describe_staleness(record: Mapping[str, Any], trial: Trial) -> str:
     }
     if len(changes) > 1:
         changes.pop("digest", None)
-    return "measured with another specification: " + ", ".join(changes.values())
+    return "measured with a different specification: " + ", ".join(changes.values())
 
 
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

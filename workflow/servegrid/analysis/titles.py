@@ -67,7 +67,7 @@ def emulation_notes(cells: pd.DataFrame) -> list[str]:
     if label is None:
         return []
     scales = sorted(cells["time_scale"].dropna().unique())
-    scaled = "" if scales == [1.0] else f" at {' and '.join(f'{each:g}' for each in scales)} × time"
+    scaled = "" if scales == [1.0] else f", times × {' and '.join(f'{each:g}' for each in scales)}"
     return [f"{label.capitalize()}{scaled}: these figures do not come from hardware."]
 
 

@@ -106,12 +106,12 @@ def _check_tokens(evidence: Evidence) -> str | None:
         return f"prompt_tokens are {prompts}, expected {input_len}"
     requested = rows["requested_tokens"].to_pylist()
     for counts, source in (
-        (rows["completion_tokens"].to_pylist(), "counted by the server"),
-        (map(sum, rows["chunk_tokens"].to_pylist()), "counted from the chunks"),
+        (rows["completion_tokens"].to_pylist(), "by the server's count"),
+        (map(sum, rows["chunk_tokens"].to_pylist()), "by the count of the chunks"),
     ):
         wrong = sum(one != other for one, other in zip(counts, requested, strict=True))
         if wrong:
-            return f"{wrong} of {len(requested)} responses have the wrong token count, {source}"
+            return f"{wrong} of {len(requested)} responses have a wrong number of tokens, {source}"
     return None
 
 
@@ -131,7 +131,7 @@ def _check_in_flight(evidence: Evidence) -> str | None:
     mean = in_flight_mean(evidence.requests, window, None)
     if mean is None or mean >= MIN_IN_FLIGHT * workload.concurrency:
         return None
-    return f"{mean:.1f} requests were in flight on average, at concurrency {workload.concurrency}"
+    return f"on average, {mean:.1f} requests were in flight, at concurrency {workload.concurrency}"
 
 
 def _check_prefix_cache(evidence: Evidence) -> str | None:
@@ -162,7 +162,7 @@ def _check_queue(evidence: Evidence) -> str | None:
     waiting = pc.mean(samples_in(evidence.telemetry, window)["waiting"]).as_py()
     if waiting is None or waiting <= MAX_WAITING * workload.concurrency:
         return None
-    return f"{waiting:.1f} of {workload.concurrency} requests waited in the server on average"
+    return f"on average, {waiting:.1f} of {workload.concurrency} requests waited in the server"
 
 
 def _check_lateness(evidence: Evidence) -> str | None:
@@ -198,7 +198,7 @@ def _check_timing_error(evidence: Evidence) -> str | None:
     if "error" in calibration:
         return f"the calibration failed: {calibration['error']}"
     if calibration["lost"]:
-        return f"the calibration lost {calibration['lost']} of {calibration['requests']} requests"
+        return f"{calibration['lost']} of {calibration['requests']} calibration requests failed"
     ttft, itl = (
         pc.quantile(pc.subtract(rows[end], rows[start]), 0.5)[0].as_py() / 1e9 / tokens
         for start, end, tokens in (
@@ -214,7 +214,7 @@ def _check_timing_error(evidence: Evidence) -> str | None:
             return f"1% of the {name} in the calibration are wrong by {1e3 * error:.1f} ms or more"
     headroom = client_headroom(evidence.record)
     if headroom is not None and headroom < MIN_HEADROOM:
-        return f"the client can receive only {headroom:.1f} times the chunks of this cell"
+        return f"the client can receive only {headroom:.1f} times the chunks/s of this cell"
     return None
 
 
@@ -235,7 +235,7 @@ def _check_throttling(evidence: Evidence) -> str | None:
 def _check_drift(evidence: Evidence) -> str | None:
     if evidence.drift is None or evidence.drift <= MAX_DRIFT:
         return None
-    return f"the drift checks of the allocation differ by {evidence.drift:.0%}"
+    return f"output tokens/s of the drift checks differ by {evidence.drift:.0%}"
 
 
 class Rule(NamedTuple):
@@ -253,7 +253,7 @@ RULES: Mapping[str, Rule] = {
         _check_tokens,
     ),
     "no_steady_state": Rule(
-        "A closed loop or poisson workload has a stationary part. Without it, there are no figures",
+        "A closed_loop or poisson workload has a stationary part. Without it, it has no metrics",
         _check_steady_state,
     ),
     "too_few_in_flight": Rule(
@@ -262,7 +262,7 @@ RULES: Mapping[str, Rule] = {
         _check_in_flight,
     ),
     "prefix_cache": Rule(
-        "No prompt tokens came from the prefix cache, unless the study enables it. Tokens that the "
+        "Unless the study enables it, no prompt token came from the prefix cache. Tokens that the "
         "server adds to every prompt may come from the cache",
         _check_prefix_cache,
     ),
@@ -284,7 +284,7 @@ RULES: Mapping[str, Rule] = {
         _check_client_cpu,
     ),
     "client_timing_error": Rule(
-        "The calibration on the node lost no request. 99% of its arrival times are correct within "
+        "No request of the node's calibration failed. 99% of its arrival times are correct within "
         f"{MAX_TIMING_ERROR:.0%} of the cell's median ttft (at least "
         f"{1e3 * MIN_ARRIVAL_ERROR_S:.0f} ms), and 99% of its inter-token latencies within "
         f"{MAX_TIMING_ERROR:.0%} of the cell's (at least {1e3 * MIN_ITL_ERROR_S:.0f} ms). The "
@@ -296,7 +296,7 @@ RULES: Mapping[str, Rule] = {
         _check_clock,
     ),
     "gpu_throttled": Rule(
-        "No GPU was throttled because of heat or of the power brake", _check_throttling
+        "No GPU was throttled by a hardware, thermal or power brake slowdown", _check_throttling
     ),
     "drifted": Rule(
         f"The output tokens/s of the allocation's drift checks differ by at most {MAX_DRIFT:.0%}",

@@ -36,7 +36,7 @@ def fraction(text: str) -> float:
     """A number above 0, at most 1."""
     number = positive_float(text)
     if number > 1:
-        raise ArgumentTypeError(f"{text!r} is above 1")
+        raise ArgumentTypeError(f"{text!r} is above 1; give a number from 0 to 1")
     return number
 
 
@@ -61,13 +61,13 @@ def server_url(text: str) -> str:
     parts = urlsplit(text)
     target = parts.path if parts.scheme == "unix" else parts.hostname
     if parts.scheme not in ("http", "https", "unix") or not target:
-        raise ArgumentTypeError(f"{text!r} is not http://…, https://… or unix:///path")
+        raise ArgumentTypeError(f"{text!r} is not a URL: http://…, https://… or unix:///path")
     return text
 
 
 def salt(text: str) -> str:
     if not re.fullmatch(r"[\w./-]{1,64}", text, re.ASCII):
-        raise ArgumentTypeError(f"{text!r} has other characters than letters, digits, . / - _")
+        raise ArgumentTypeError(f"{text!r} must be 1 to 64 letters, digits or . / - _")
     return text
 
 
@@ -78,5 +78,5 @@ def slowdown(text: str) -> float:
     """
     match = re.fullmatch(r"slower:(\d+(?:\.\d+)?)%", text)
     if match is None or not 0 <= float(match[1]) < 100:
-        raise ArgumentTypeError(f"{text!r} does not look like slower:5%")
+        raise ArgumentTypeError(f"{text!r} does not have the form slower:P%, such as slower:5%")
     return float(match[1]) / 100

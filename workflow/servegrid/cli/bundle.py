@@ -26,7 +26,7 @@ def add_verify(subcommands: Any) -> None:
         metavar="N",
         help="then measure N of its cells again; needs a checkout of servegrid and --profile",
     )
-    add("--profile", type=Path, metavar="DIR", help="where to measure, as for snakemake")
+    add("--profile", type=Path, metavar="DIR", help="Snakemake profile to measure with")
     add(
         "--output-dir",
         type=Path,
@@ -61,7 +61,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     if options.replicate:
         if options.profile is None:
-            raise BundleError("--replicate: needs --profile, the profile to measure with.")
+            raise BundleError("--replicate: also give --profile, the Snakemake profile.")
         require_workflow()
     with show_progress("Verifying") as report:
         checks = verify(options.bundle, report)
@@ -97,7 +97,7 @@ def _unpack(options: argparse.Namespace) -> int:
         f"{folder} contains the study. To continue it, run:\n"
         f"  snakemake --snakefile {snakefile} --profile … --directory {folder} "
         f"--configfile {folder / 'config/study.json'}\n"
-        "This measures only missing trials. The folder also has the workflow that measured the "
-        "study; read it before you run it."
+        "This measures only missing trials. If you do not know the author, first read "
+        f"{folder / 'config/study.json'}: it names models, engine arguments and URLs."
     )
     return 0

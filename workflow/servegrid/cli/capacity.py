@@ -16,8 +16,8 @@ def add_capacity(subcommands: Any) -> None:
         "capacity",
         help="plan the hardware that your users need",
         description="Print the capacity plan as Markdown, from the tables of a study or from "
-        "published figures. An assumption that you do not give comes from --configfile, or else "
-        "has its default.",
+        "published figures. An assumption that is not an option comes from --configfile; otherwise "
+        "it has its default.",
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group().add_argument
@@ -47,7 +47,7 @@ def add_capacity(subcommands: Any) -> None:
         type=arguments.positive_float,
         dest="think_time_s",
         metavar="S",
-        help="mean seconds between an answer and the user's next request",
+        help="mean seconds between a response and the same user's next request",
     )
     add(
         "--slo-attainment",
@@ -59,14 +59,14 @@ def add_capacity(subcommands: Any) -> None:
         "--tokens-per-s-per-user",
         type=arguments.positive_float,
         metavar="V",
-        help="the SLO: output tokens per second of each user",
+        help="the SLO: minimum output tokens/s of each user, including the time to first token",
     )
     prompts = parser.add_mutually_exclusive_group().add_argument
     prompts(
         "--input-len",
         type=arguments.positive_int,
         metavar="I",
-        help="prompt tokens; default: all measured lengths in equal parts",
+        help="prompt tokens; default: all measured lengths in equal shares",
     )
     prompts(
         "--prompt-mix",

@@ -32,7 +32,7 @@ def add_compare(subcommands: Any) -> None:
     add(
         "--allow-mixed",
         action="store_true",
-        help="also compare emulated or imported results with measured ones",
+        help="allow comparing emulated or imported results with measured ones",
     )
     add("--page", type=Path, metavar="FILE", help="also write an HTML page")
     parser.set_defaults(run=_compare)

@@ -38,11 +38,11 @@ def add_import(subcommands: Any) -> None:
     add("files", type=Path, nargs="+", metavar="FILE", help="a JSON file of either client")
     add("--output-dir", type=Path, metavar="DIR", required=True, help="a new folder of results")
     add("--gpu", required=True, help="kind of GPU that the server used, or cpu")
-    add("--gpu-count", type=int, default=1, metavar="N", help="default: 1")
+    add("--gpu-count", type=int, default=1, metavar="N", help="GPUs of the server; default: 1")
     add("--quantization", default="", metavar="Q", help="quantization of the weights")
     add("--engine", metavar="E", help="engine of the server, for example vllm")
-    add("--model", default="", metavar="M", help="default: the name in the file")
-    add("--deployment", default="", metavar="NAME", help="default: made from the other values")
+    add("--model", default="", metavar="M", help="name of the model; default: as in the file")
+    add("--deployment", default="", metavar="NAME", help="name; default: made of the rest")
     parser.set_defaults(run=_import)
 
 
@@ -75,7 +75,7 @@ def _import(options: argparse.Namespace) -> int:
 
     table = options.output_dir / "tables" / "cells.parquet"
     if table.exists():
-        raise ExchangeError(f"{table}: exists already. Name a new folder with --output-dir.")
+        raise ExchangeError(f"{table}: already exists. Name a new folder with --output-dir.")
     results = [result for file in options.files for result in load_results(file)]
     # The user describes the deployment, because no file does. What remains is unknown.
     deployment = Deployment(

@@ -37,47 +37,47 @@ def add_load(subcommands: Any) -> None:
         type=arguments.server_url,
         help="http://…, https://… or unix:///path/of/socket",
     )
-    add("--model", required=True, help="the server's name for the model")
+    add("--model", required=True, help="name of the model on the server")
     add(
         "--protocol",
         required=True,
         choices=["burst", "closed_loop", "poisson"],
         help="burst: waves of simultaneous requests; closed_loop: each user sends the next "
-        "request after an answer; poisson: requests arrive at a rate",
+        "request after a response; poisson: requests arrive at a rate",
     )
     intensity = parser.add_mutually_exclusive_group(required=True).add_argument
     positive_int, positive_float = arguments.positive_int, arguments.positive_float
-    intensity("--concurrency", type=positive_int, metavar="N", help="simultaneous requests")
-    intensity("--request-rate", type=positive_float, metavar="X", help="requests per second")
+    intensity("--concurrency", type=positive_int, metavar="N", help="requests or users at once")
+    intensity("--request-rate", type=positive_float, metavar="X", help="mean requests per second")
     length = parser.add_mutually_exclusive_group(required=True).add_argument
     length("--requests", type=positive_int, metavar="R", help="total number of requests")
     length("--duration", type=positive_float, metavar="S", help="seconds; not for burst")
-    add("--input-len", required=True, type=positive_int, metavar="I", help="tokens per prompt")
-    add("--output-len", required=True, type=positive_int, metavar="O", help="tokens per answer")
+    add("--input-len", required=True, type=positive_int, metavar="I", help="prompt tokens each")
+    add("--output-len", required=True, type=positive_int, metavar="O", help="output tokens each")
     add(
         "--think-time",
         type=arguments.non_negative_float,
         default=0.0,
         metavar="S",
-        help="mean pause of a user in seconds (closed_loop); default: 0",
+        help="mean think time of a user in seconds (closed_loop); default: 0",
     )
     add("--output", required=True, type=Path, metavar="FILE", help="Parquet, one row per request")
     add(
         "--api", choices=["completions", "chat"], default="completions", help="default: completions"
     )
-    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; without it: random tokens")
+    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; default: random token ids")
     add("--api-key-env", metavar="VAR", help="environment variable with the API key")
     add(
         "--prompts",
         choices=["distinct", "identical"],
         default="distinct",
-        help="default: distinct, every request has its own prompt",
+        help="distinct: every request has its own prompt (default); identical: all have the same",
     )
     add("--seed", type=int, default=0, help="seed of the prompts; default: 0")
     add(
         "--salt",
         type=arguments.salt,
-        help="repeats the prompts of an earlier run; without it: new prompts in each run",
+        help="runs with the same salt and seed have the same prompts; default: random",
     )
     add(
         "--warmup-waves",
@@ -98,7 +98,7 @@ def add_load(subcommands: Any) -> None:
         type=positive_float,
         default=120.0,
         metavar="S",
-        help="seconds without a byte until a request fails; default: 120",
+        help="a request fails after so many seconds without a byte; default: 120",
     )
     parser.set_defaults(run=_load)
 
@@ -160,10 +160,10 @@ def _validate(options: argparse.Namespace) -> None:
     protocol = options.protocol
     closed_loop = protocol == "closed_loop"
     for is_wrong, message in (
-        (protocol == "poisson" and options.request_rate is None, "give --request-rate"),
-        (protocol != "poisson" and options.request_rate is not None, "give --concurrency"),
-        (protocol == "burst" and options.duration is not None, "give --requests"),
-        (not closed_loop and options.think_time > 0, "--think-time is for closed_loop"),
+        (protocol == "poisson" and options.request_rate is None, "use --request-rate"),
+        (protocol != "poisson" and options.request_rate is not None, "use --concurrency"),
+        (protocol == "burst" and options.duration is not None, "use --requests"),
+        (not closed_loop and options.think_time > 0, "--think-time is only for closed_loop"),
         (
             closed_loop and options.duration is not None and not options.warmup_waves,
             "--duration needs at least one warm-up wave, which shows how many requests to prepare",

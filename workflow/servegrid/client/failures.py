@@ -29,8 +29,8 @@ FAILURE_KINDS: dict[FailureKind, str] = {
     "http_status": "The HTTP status of the response is not 200",
     "mid_stream_error": "The server reported an error inside the stream",
     "usage_missing": "The server did not report how many tokens it processed",
-    "wrong_prompt_tokens": "The server counted a different number of prompt tokens than was sent",
-    "wrong_completion_tokens": "The server generated a different number of tokens than requested",
+    "wrong_prompt_tokens": "The server counted more or fewer prompt tokens than were sent",
+    "wrong_completion_tokens": "The server generated more or fewer tokens than requested",
 }
 """The kinds of failure and their meanings."""
 

@@ -108,7 +108,7 @@ def _check_response(response: _Response, spec: RequestSpec) -> Failure | None:
         return Failure("usage_missing", "the stream has no usage, although it was requested")
     if response.completion_tokens and not response.chunks:
         return Failure(
-            "malformed", f"usage counts {response.completion_tokens} tokens, but none arrived"
+            "malformed", f"usage reports {response.completion_tokens} tokens, but none arrived"
         )
     added = response.prompt_tokens - spec.prompt_tokens
     if added < 0 or (added and spec.form == "ids"):

@@ -75,7 +75,7 @@ def make_text_prompts(
     """
     if tokenizer is None:
         raise LoadError(
-            "Prompts are sent as text here, and counting their tokens needs a tokenizer. Name the "
+            "Prompts are sent as text, so counting their tokens needs a tokenizer. Name the "
             "model's tokenizer.json."
         )
     rng = random.Random(f"{workload.seed}/{salt}")

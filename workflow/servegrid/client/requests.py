@@ -106,7 +106,7 @@ def negotiate_keys(builder: RequestBuilder, token: int | None, timeout_s: float)
         response = builder.client.send(request)
     except httpx.ConnectError as error:
         raise LoadError(
-            f"{request.url}: no connection ({error}). Check that the server is up and that this "
+            f"{request.url}: no connection ({error}). Check that the server runs and that this "
             "is its URL."
         ) from error
     except httpx.TransportError:
@@ -121,8 +121,8 @@ def negotiate_keys(builder: RequestBuilder, token: int | None, timeout_s: float)
         return negotiate_keys(fewer_keys, token, timeout_s)
     refuses = _REFUSALS[status] if key is None else f"refuses the key `{key}` of the request"
     raise RequestRefused(
-        f"{request.url}: the server {refuses} (HTTP {status}: {message}). servegrid needs streamed "
-        "completions with a fixed number of output tokens and their usage.",
+        f"{request.url}: the server {refuses} (HTTP {status}: {message}). servegrid needs a server "
+        "that streams completions with a fixed number of output tokens, and reports their usage.",
         status,
     )
 

@@ -75,7 +75,7 @@ def measure_timing_error(
     if not complete:
         first = next((row["error"] for row in rows if row["error"]), "none failed")
         raise RecordError(
-            f"None of {len(rows)} requests has all chunks that the mock server sent; the first "
+            f"None of {len(rows)} requests got all chunks that the mock server sent; the first "
             f"error is: {first}"
         )
     pairs = [(_ns(row["token_ns"]), _ns(sent[row["request_id"]])) for row in complete]

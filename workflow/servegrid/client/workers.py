@@ -123,8 +123,8 @@ class _Worker(Generic[Result]):
 
 def _raise_killed() -> NoReturn:
     raise LoadError(
-        "A process of the load client was killed from outside (out of memory?). Nothing of this "
-        "measurement is kept. To repeat it, run the same command again."
+        "A process of the load client was killed from outside (out of memory?). This measurement "
+        "is lost. To repeat it, run the same command again."
     )
 
 

@@ -101,7 +101,7 @@ def check_environments(
             results[python] = run_command([python, "-c", PROBE, *names], TIMEOUT_S)
         environment = parse_environment(results[python])
         if environment is None and "/" not in python:
-            yield GROUP.skip(f"kind {kind}", f"{python}: not on this machine; the node looks it up")
+            yield GROUP.skip(f"kind {kind}", f"{python}: not here; will be looked up on the node")
         elif environment is None:
             yield GROUP.fail(
                 f"kind {kind}",

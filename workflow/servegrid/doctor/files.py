@@ -59,9 +59,9 @@ def check_shared(
     if mount.type in SHARED:
         return group.ok(subject, f"{location}, a shared file system")
     if mount.type in IN_MEMORY:
-        return group.warn(subject, f"{location}, in the memory of this machine", remedy)
+        return group.warn(subject, f"{location}, a file system in local memory", remedy)
     if any(path.is_relative_to(folder) for folder in LOCAL_FOLDERS):
-        return group.warn(subject, f"{location}, a folder that every node has for itself", remedy)
+        return group.warn(subject, f"{location}, a local file system of each node", remedy)
     return group.warn(
         subject,
         f"{location}; the nodes may not see it",

@@ -40,7 +40,7 @@ def check_test_submission(
     group = Group(f"kind {request.kind}")
     subject = "sbatch --test-only"
     if nodes_out:
-        return group.skip(subject, "refuses every job while all nodes are out of service")
+        return group.skip(subject, "refuses every job while no node is available")
     if result.ok:
         return group.ok(subject, _remove_job_number(result.message))
     return group.fail(
@@ -112,7 +112,7 @@ def _check_time_limit(
         return group.fail(
             subject,
             f"up, {text}; the profile requests no runtime, or it cannot be read",
-            "Set it in the profile, in minutes: set-resources: measure: runtime: 720.",
+            "Set the runtime in the profile, in minutes: set-resources: measure: runtime: 720.",
         )
     if limit is not None and requested > limit:
         return group.fail(
@@ -156,8 +156,8 @@ def _check_availability(
     if all(node.availability == "out" for node in nodes):
         return group.warn(
             subject,
-            f"{text}: allocations would have to wait",
-            "Wait until they are back in service (`sinfo -R` shows why they are not), or use "
+            f"{text}: no node is available now, so allocations would wait",
+            "Wait until they are available again (`sinfo -R` shows the reasons), or use "
             f"other nodes in {file}.",
         )
     if len(nodes) < request.max_nodes:
@@ -213,7 +213,7 @@ def check_gpus(group: Group, request: ResourceRequest, nodes: Sequence[Node], fi
         gres = f"gpu:{managed[0]}"
         return group.warn(
             "GPUs",
-            f"{text}, but none are requested: Slurm may not grant any",
+            f"{text}, but the kind requests none: its jobs may see no GPU",
             f"Set `slurm_gres: {gres}` for `{request.kind}` in {file} and remove gpus_per_node: 0.",
         )
     if not managed:

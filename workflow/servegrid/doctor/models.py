@@ -73,7 +73,7 @@ def check_models(
     set_here = [f"{name}={os.environ[name]}" for name in SETTINGS if os.environ.get(name)]
     unset = [name for name in SETTINGS if not os.environ.get(name)]
     text = "; ".join((*set_here, f"not set: {', '.join(unset)}" if unset else "")).strip("; ")
-    yield GROUP.ok("settings", f"{text}; engines never download")
+    yield GROUP.ok("settings", f"{text}; engines download no models")
     folder = models.default_folder()
     if mounts is not None:
         yield from _check_caches(with_model, folder, mounts)

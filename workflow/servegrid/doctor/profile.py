@@ -84,7 +84,7 @@ def check_profile(profile: Profile) -> Iterator[Finding]:
         yield group.fail(
             str(profile.file),
             f"executor is {executor or 'not set'}",
-            f"Write `executor: {EXECUTOR}`: only this executor starts one engine for many cells.",
+            f"Write `executor: {EXECUTOR}`: only this executor runs many cells per engine start.",
         )
     elif profile.cluster not in (None, *CLUSTERS):
         yield group.fail(

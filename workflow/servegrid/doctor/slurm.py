@@ -125,7 +125,7 @@ def check_responses(
             "squeue",
             f"takes {squeue.seconds:.1f} s to answer",
             "You can ignore this if the cluster is busy at the moment. Otherwise servegrid "
-            "notices late that an allocation has started or ended.",
+            "notices only later that an allocation has started or ended.",
         )
     else:
         jobs = pluralize(len(squeue.stdout.splitlines()), "job")
@@ -168,7 +168,7 @@ def check_settings(facts: SlurmFacts, partitions: Sequence[str]) -> Iterator[Fin
     if settings.get("JobRequeue") == "0":
         yield SETTINGS.warn(
             "JobRequeue",
-            "0: Slurm does not requeue the jobs of a lost node",
+            "0: Slurm does not requeue jobs when their node fails",
             "You can ignore this: servegrid continues in another allocation, which waits in the "
             "queue again.",
         )
@@ -181,7 +181,7 @@ def check_settings(facts: SlurmFacts, partitions: Sequence[str]) -> Iterator[Fin
     enforced = settings.get("AccountingStorageEnforce", "not reported")
     yield SETTINGS.ok("accounting", f"{storage}, enforces {enforced}")
     max_jobs = settings.get("MaxJobCount", "not reported")
-    yield SETTINGS.ok("MaxJobCount", f"{max_jobs} jobs of all users")
+    yield SETTINGS.ok("MaxJobCount", f"at most {max_jobs} jobs of all users together")
 
 
 def check_preemption(settings: Mapping[str, str], partition: Partition) -> Finding:
@@ -196,7 +196,7 @@ def check_preemption(settings: Mapping[str, str], partition: Partition) -> Findi
         return SETTINGS.warn(
             subject,
             f"{text}: Slurm may suspend jobs during a measurement",
-            "Use a partition without preemption: a suspended measurement has wrong times.",
+            "Use a partition without preemption: suspension makes the measured times wrong.",
         )
     both = settings.get("SlurmctldParameters", "") + settings.get("PreemptParameters", "")
     if partition.grace_s and "send_user_signal" in both:

@@ -150,8 +150,8 @@ def _too_few(needs: Requirements, gpus: Sequence[Gpu] | None) -> str | None:
     if gpus is None or len(gpus) >= needs.gpu_count:
         return None
     return (
-        f"GPUs needed: {needs.gpu_count}, visible here: {len(gpus)}. Make the profile request "
-        "`gpu_count` GPUs, and check CUDA_VISIBLE_DEVICES."
+        f"GPUs needed: {needs.gpu_count}, visible here: {len(gpus)}. Request "
+        "this number of GPUs in the profile, and check CUDA_VISIBLE_DEVICES."
     )
 
 
@@ -232,10 +232,10 @@ def _too_large(needs: Requirements, gpus: Sequence[Gpu] | None) -> str | None:
     if needs.weight_bytes <= SIZE_MARGIN * usable:
         return None
     return (
-        f"the weights have {needs.weight_bytes / _GIB:.1f} GiB, but vLLM may use only "
+        f"the weights take {needs.weight_bytes / _GIB:.1f} GiB, but vLLM may use only "
         f"{usable / _GIB:.1f} GiB: {len(known)} GPUs × {min(known) / _GIB:.1f} GiB × "
         f"gpu_memory_utilization {needs.gpu_memory_utilization:g}. Raise `gpu_count`, or use "
-        "larger GPUs or a checkpoint with a stronger quantization."
+        "larger GPUs, or a checkpoint quantized to fewer bits."
     )
 
 

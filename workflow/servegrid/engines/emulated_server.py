@@ -30,7 +30,7 @@ TICK_S = 0.0005
 _STOP_S = 10.0
 
 FAULTS = {
-    "refuse": "the connection is closed without an answer",
+    "refuse": "the connection is closed without a response",
     "http_500": "HTTP 500",
     "stall": "no output after the first token; the connection stays open",
     "oom": "HTTP 500 (out of memory), then the engine dies",

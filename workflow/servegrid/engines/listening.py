@@ -52,7 +52,7 @@ def wait_until(ready: Callable[[], bool], deadline: float, name: str) -> None:
         if time.monotonic() > deadline:
             raise EngineError(
                 f"deployment `{name}`: the engine did not start in time and was stopped. "
-                "The log shows how far it came. If it needs more time, raise `startup_s` in the "
+                "The log shows how far it got. If it needs more time, raise `startup_s` in the "
                 "profile."
             )
         time.sleep(_POLL_S)

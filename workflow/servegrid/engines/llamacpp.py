@@ -269,8 +269,8 @@ def _resolved(deployment: Deployment, endpoint: Endpoint) -> dict[str, Any]:
     longest = model["meta"]["n_ctx_train"]
     if deployment.max_model_len > longest:
         raise ConfigError(
-            f"deployment `{deployment.name}`: max_model_len {deployment.max_model_len} is longer "
-            f"than the model's context of {longest} tokens. Lower it."
+            f"deployment `{deployment.name}`: max_model_len {deployment.max_model_len} is more "
+            f"than the model's context length, {longest} tokens. Lower it."
         )
     context = properties["default_generation_settings"]["n_ctx"]
     return {

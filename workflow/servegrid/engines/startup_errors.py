@@ -75,7 +75,7 @@ def describe_failure(error: BaseException | None) -> str:
     return (
         "".join(traceback.format_exception_only(error)).strip()
         if error
-        else "it ended without an error."
+        else "it ended without an error message."
     )
 
 

@@ -36,7 +36,7 @@ def parse_report(report: Mapping[str, Any], source: str) -> list[ImportedResult]
         where = f"{source}, benchmarks[{position}]"
         if not isinstance(benchmark, Mapping):
             raise ExchangeError(
-                f"{where}: is empty. Check that guidellm wrote the file to its end."
+                f"{where}: is empty. Check that guidellm finished writing the file."
             )
         results.append(_parse_benchmark(benchmark, where, f"guidellm {version}".strip()))
     if not results:

@@ -81,12 +81,12 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
     """
     rows = result.requests or []
     requests = parquet.arrow_table(columns.REQUESTS, rows)
-    notes = [f"not certified: measured by {result.origin}", *result.notes]
+    notes = [f"validity not checked: measured by {result.origin}", *result.notes]
     verdict, detail = decide_verdict((row.get("error") for row in rows), engine_alive=True)
     use_all = result.protocol == "burst"
     if rows and not use_all and isinstance(find_window(requests, trial.workload), str):
         use_all = True
-        notes.append("no steady state: the metrics include the start and the end of the run")
+        notes.append("no stationary part: the metrics include the start and the end of the run")
     record = {
         "spec": trial.spec,
         "spec_digest": trial.digest,

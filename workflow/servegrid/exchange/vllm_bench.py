@@ -87,7 +87,7 @@ def _request_rows(result: Mapping[str, Any], source: str, open_loop: bool) -> li
     if len({len(values) for values in lists.values()}) != 1:
         lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
         raise ExchangeError(
-            f"{source}: its lists have different lengths: {lengths}. Save the result again."
+            f"{source}: its lists have different lengths: {lengths}. Run vllm bench serve again."
         )
     count = len(lists["ttfts"])
     lists["latencies"] = result.get("latencies") or [None] * count  # not in older versions
@@ -130,7 +130,7 @@ def _lengths_from_totals(result: Mapping[str, Any], source: str) -> tuple[int, i
         raise nothing_to_import(source)
     prompt, output = (round(total / completed) for total in totals if total is not None)
     note = "saved without --save-detailed: metrics of the whole run, as the client computed them"
-    return prompt, output, [note, "lengths are means"]
+    return prompt, output, [note, "input_len and output_len are means"]
 
 
 def _parse_metrics(

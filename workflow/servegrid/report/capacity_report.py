@@ -15,15 +15,15 @@ from servegrid.report.markup import as_markdown
 HEAD = (
     "deployment",
     "prompt tokens",
-    "max. requests in flight",
+    "max. requests in flight within SLO",
     "users per replica",
     "users at which 50% of requests meet the SLO",
     "replicas",
     "GPUs",
     "price",
     "price per token/s",
-    "price per 10⁶ tokens",
-    "energy cost per 10⁶ tokens",
+    "price per million tokens",
+    "energy cost per million tokens",
 )
 
 NO_USERS = (
@@ -32,10 +32,10 @@ NO_USERS = (
 )
 
 METHOD = """\
-- **Max. requests in flight**: requests that one replica can process at the same time so that each \
-of them gets the wanted speed, for every prompt length.
-- **Users per replica**: logged-in users of one replica at which the wanted share of requests gets \
-the wanted speed. The model is the machine repairman's, with a server whose speed depends on its \
+- **Max. requests in flight within SLO**: requests that one replica can process so that each \
+of them gets the token rate of the SLO, for every prompt length.
+- **Users per replica**: the most logged-in users at which the required share of requests gets \
+this token rate. The model is the machine repairman model, with a service rate that depends on the \
 number of requests in flight. For the interval in brackets, all times are at the ends of their 95% \
 intervals at once.
 - **Users at which 50% of requests meet the SLO**: if this is close to the number of users per \
@@ -49,8 +49,8 @@ they slow each other down is not measured."""
 
 
 BIONIC_ASSUMPTIONS = """\
-Assumptions: a system has the same tokens/s at every number of requests, because the source does \
-not say at which number it was measured. Two systems have twice the tokens/s. Systems without a \
+Assumptions: a system has the same tokens/s at every concurrency, because the source does \
+not say at which one it was measured. Two systems have twice the tokens/s. Systems without a \
 price are left out."""
 
 
@@ -95,7 +95,7 @@ def capacity_table(plan: pd.DataFrame) -> pd.DataFrame:
 
 
 def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
-    prompts = "All measured prompt lengths are equally frequent"
+    prompts = "All measured prompt lengths have equal shares"
     if demand.input_len is not None:
         prompts = f"Prompts have about {demand.input_len} tokens"
     elif demand.prompt_mix is not None:
@@ -105,7 +105,7 @@ def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
     return (
         f"{demand.users} registered users. At the busiest time, a share of {demand.logged_in:.4g} "
         f"is logged in ({demand.concurrent_users} users). On average, {demand.think_time_s:g} s "
-        f"pass between an answer and the next request of the same user. {prompts}. "
+        f"pass between a response and the next request of the same user. {prompts}. "
         f"{100 * demand.slo_attainment:g}% of requests must get at least "
         f"{demand.tokens_per_s_per_user:g} output tokens/s, including the time to first token. "
         f"Prices are for GPUs only, in {hardware.currency}."

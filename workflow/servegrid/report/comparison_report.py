@@ -27,10 +27,10 @@ METHOD = (
     "Ratio: output tokens/s of the second study divided by the first, with its 95% interval. A "
     "deployment is tested with Student's t over the ratios of its cells. A cell is tested with "
     "Welch's t over its trials, if both studies have at least two. Changes of up to "
-    f"{MIN_EFFECT:.0%} count as no change, because two bring-ups of the same deployment differ by "
+    f"{MIN_EFFECT:.0%} count as no change, because two starts of the same deployment differ by "
     "as much. On average, at most "
     f"{FALSE_DISCOVERY_RATE:.0%} of the verdicts are wrong (false discovery rate, Benjamini and "
-    "Hochberg). A study has one or a few bring-ups per deployment. If two bring-ups differ by more "
+    "Hochberg). A study has one or a few engine starts per deployment. If two differ by more "
     "than that, the test reports it as a difference between the studies."
 )
 
@@ -40,7 +40,7 @@ FIGURE_CAPTION = (
     f"1/{MAX_RATIO:g} and {MAX_RATIO:g} are drawn at the edge."
 )
 
-_POWER = "Smallest slow-down that is detected with 80% probability"
+_POWER = "Smallest slowdown that the test detects with a power of 80%"
 
 
 def render_comparison_markdown(names: Sequence[str], comparison: Comparison) -> str:

@@ -12,7 +12,7 @@ from servegrid.analysis.titles import workload_title
 from servegrid.report.latency_table import format_seconds
 from servegrid.report.markup import as_markdown, bullets
 
-NO_FINDINGS = "There are no findings, because they need served cells of a burst or a closed loop."
+NO_FINDINGS = "There are no findings: they need served cells of the protocol burst or closed_loop."
 
 NO_PUBLISHED_DATA = (
     "This study is not compared with published data, because it does not name any. To compare it, "
@@ -40,8 +40,8 @@ def frontier_caption(slo: Slo) -> str:
 def published_caption(citation: str) -> str:
     """The caption of the comparison with the published data of `citation`."""
     return (
-        f"Seconds per 100 tokens. Published: {citation}. The range of a ratio assumes the "
-        "published value anywhere within its rounding, and the measured value anywhere in its "
+        f"Seconds per 100 tokens. Published: {citation}. The range of a ratio allows for the "
+        "rounding of the published value, and for the measured value anywhere in its "
         "95% interval."
     )
 

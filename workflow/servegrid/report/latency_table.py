@@ -238,7 +238,7 @@ def _gap_notes(table: LatencyTable) -> list[str]:
     if len(table.entries) < len(table.intensities) * len(table.input_lens):
         notes.append("Empty: not part of the study.")
     if any(entry.seconds == NO_FIGURE for entry in table.entries.values()):
-        notes.append("`?`: served, but without a steady state and therefore without a figure.")
+        notes.append("`?`: served, but without a stationary part and therefore without a value.")
     axes = f"({_row_title(table).lower()} × prompt tokens)"
     for mark, reasons in (
         ("`-`: not served", attrgetter("not_served")),

@@ -247,6 +247,6 @@ def _caption(
     if p99:
         known = bool(cells[p99].notna().any(axis=None))
         dotted = ", dotted: 99th percentile" if known else ""
-        sentences.append(f"A trial counts with its median over requests or tokens{dotted}.")
+        sentences.append(f"Each trial contributes its median over requests or tokens{dotted}.")
     sentences += emulation_notes(cells)
     return " ".join(sentences)

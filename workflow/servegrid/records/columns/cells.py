@@ -53,7 +53,7 @@ CELLS = (
         "time_scale",
         pa.float64(),
         "",
-        "Factor on all times of an emulated engine; null for a real engine",
+        "Factor by which an emulated engine scales all times; null for a real engine",
     ),
     Column("allocation", pa.string(), "", "Allocation that measured the trial, and its start time"),
     Column("protocol", pa.string(), "", "`burst`, `closed_loop` or `poisson`"),
@@ -70,7 +70,7 @@ CELLS = (
         "output_spread",
         pa.float64(),
         "0 to 1",
-        "Output lengths differ from output_len by up to this fraction",
+        "Output lengths vary uniformly around output_len by up to this fraction",
     ),
     Column("prompts", pa.string(), "", "`distinct`, or `identical` in all requests"),
     Column(
@@ -113,28 +113,28 @@ CELLS = (
         "makespan_s",
         pa.float64(),
         "s",
-        "Time from the first request being due to the end of the last one; for a burst, the sum "
+        "Time from the due time of the first request to the end of the last; for a burst, the sum "
         "over its waves",
     ),
     Column(
         "seconds_per_100_tokens",
         pa.float64(),
         "s",
-        "Latency as in the article: makespan of a wave (burst) or mean e2el (other protocols), "
+        "Latency as in Bendi-Ouis et al. (2024): makespan of a wave (burst), else mean e2el, "
         "divided by output_len, times 100; null unless the verdict is ok",
     ),
     Column(
         "window_s",
         pa.float64(),
         "s",
-        "Length of the window that the figures are computed from: the makespan of a burst, else "
+        "Length of the window that the metrics are computed from: the makespan of a burst, else "
         "the stationary part; null if there is none",
     ),
     Column(
         "requests_in_window",
         pa.int32(),
         "requests",
-        "Requests that the latencies are computed from: those that succeeded and, unless burst, "
+        "Requests from which the latencies are computed: those that succeeded and, unless burst, "
         "ended in the window",
     ),
     Column("in_flight_mean", pa.float64(), "requests", "Requests in flight, mean over the window"),
@@ -171,8 +171,8 @@ CELLS = (
         "output_tokens_per_s_per_user",
         pa.float64(),
         "tokens/s",
-        "output_tokens_per_s / concurrency: the token rate of one user, with the time for the "
-        "prompt included; null for poisson",
+        "output_tokens_per_s / concurrency: the token rate of one user, including the time to "
+        "first token; null for poisson",
     ),
     Column(
         "memory_peak_bytes",
@@ -196,8 +196,8 @@ CELLS = (
         "power_suspect",
         pa.bool_(),
         "",
-        "True if power_disagreement is more than 10% in either direction. Use power and energy "
-        "with care then. Null if power_disagreement is null",
+        "True if power_disagreement is above 10% or below -10%. Then use power and energy "
+        "with care. Null if power_disagreement is null",
     ),
     Column(
         "energy_j_per_output_token",
@@ -213,39 +213,39 @@ CELLS = (
         "server_ttft_s_mean",
         pa.float64(),
         "s",
-        "Time to first token by the server's clock, mean over all requests",
+        "Time to first token, measured by the server, mean over all requests",
     ),
     Column(
         "server_itl_s_mean",
         pa.float64(),
         "s",
-        "Inter-token latency by the server's clock, mean over all requests",
+        "Inter-token latency, measured by the server, mean over all requests",
     ),
     Column(
         "server_queue_s_mean",
         pa.float64(),
         "s",
-        "Time in the server's queue, mean over all requests",
+        "Time in the server's queue, measured by the server, mean over all requests",
     ),
     Column(
         "server_e2el_s_mean",
         pa.float64(),
         "s",
-        "End-to-end latency by the server's clock, mean over all requests",
+        "End-to-end latency, measured by the server, mean over all requests",
     ),
     Column(
         "ttft_client_overhead_s",
         pa.float64(),
         "s",
         "Time from sending a request to its first token, mean over all requests, minus "
-        "server_ttft_s_mean: the time for network, HTTP and client; null if the server counted a "
+        "server_ttft_s_mean, i.e. the time of network, HTTP and client; null if the server saw a "
         "different number of requests",
     ),
     Column(
         "running_mean",
         pa.float64(),
         "requests",
-        "Requests that the server runs, mean over the samples in the window",
+        "Requests running in the server, mean over the samples in the window",
     ),
     Column(
         "waiting_mean",

@@ -35,9 +35,7 @@ def _with_interval(name: str) -> list[Column]:
     unit, number = _CELL_COLUMNS[name].unit, pa.float64()
     interval = "end of the 95% interval; null for a single trial"
     return [
-        Column(
-            name, number, unit, "Median over the valid trials; if there are none, over the served"
-        ),
+        Column(name, number, unit, "Median over the valid trials; if none, over the served ones"),
         Column(f"{name}_low", number, unit, f"Lower {interval}"),
         Column(f"{name}_high", number, unit, f"Upper {interval}"),
     ]
@@ -87,7 +85,7 @@ FRONTIER = (
         "max_within_slo",
         pa.int32(),
         "requests",
-        "Highest concurrency that meets the SLO, as do all lower measured ones; null if the "
+        "Highest concurrency up to which all measured concurrencies meet the SLO; null if the "
         "lowest one does not",
     ),
     Column(
@@ -101,7 +99,7 @@ FRONTIER = (
         pa.int32(),
         "requests",
         "Concurrency from which on seconds_per_100_tokens grows linearly with the concurrency: at "
-        "least 1.8-fold per doubling in every further step; null if the last step grows less",
+        "least 1.8-fold per doubling in every later step; null if it grows less in the last step",
     ),
 )
 """One row per deployment, protocol (burst or closed_loop), output length and prompt length."""
@@ -117,7 +115,7 @@ CAPACITY_PLAN = (
         "max_in_flight",
         pa.int32(),
         "requests",
-        "Highest number of requests in flight on one replica with which requests of every prompt "
+        "Highest number of requests in flight on one replica at which requests of every prompt "
         "length get the token rate of the SLO",
     ),
     Column(
@@ -130,7 +128,7 @@ CAPACITY_PLAN = (
         "users_carried",
         pa.int32(),
         "users",
-        "Highest number of logged-in users on one replica with which the fraction "
+        "Highest number of logged-in users on one replica at which the fraction "
         "`slo_attainment` of the requests gets the token rate of the SLO",
     ),
     Column(
@@ -151,7 +149,7 @@ CAPACITY_PLAN = (
         "users_at_50pct_slo",
         pa.int32(),
         "users",
-        "Highest number of users with which 50% of the requests get the token rate of the SLO",
+        "Highest number of users at which 50% of the requests get the token rate of the SLO",
     ),
     Column(
         "users_per_replica",
@@ -175,8 +173,7 @@ CAPACITY_PLAN = (
         "purchase_per_million_tokens",
         pa.float64(),
         _MONEY,
-        "purchase / millions of output tokens in `years_in_use`, at output_tokens_per_s all the "
-        "time",
+        "purchase / millions of output tokens in `years_in_use`, at a constant output_tokens_per_s",
     ),
     Column(
         "energy_j_per_output_token",

@@ -21,8 +21,8 @@ REQUESTS = (
         "chunk_tokens_estimated",
         pa.bool_(),
         "",
-        "True if the server reported no usage per chunk: chunk_tokens is then its final count, "
-        "split evenly",
+        "True if the server reported no usage per chunk: chunk_tokens is then the final count, "
+        "split evenly among the chunks",
     ),
     Column("done_ns", pa.int64(), _TIME, "Time when the response ended or the request failed"),
     Column("status", pa.int32(), "", "HTTP status; null without a response"),
@@ -69,7 +69,7 @@ TELEMETRY = (
         "running",
         pa.int32(),
         "requests",
-        "Requests that the server runs. This column and the next three are sampled about once per "
+        "Requests running in the server. This column and the next three are sampled about once per "
         "second and are null in between",
     ),
     Column("waiting", pa.int32(), "requests", "Requests in the server's queue"),

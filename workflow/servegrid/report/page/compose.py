@@ -32,7 +32,7 @@ FILES = (
     ("../tables/summary.csv", "the same as CSV"),
     ("../tables/capacity.md", "the capacity plan under the study's assumptions"),
     ("../tables/findings.md", "the findings and the frontier"),
-    ("../tables/drift_checks.csv", "the workload that was repeated to check each node for drift"),
+    ("../tables/drift_checks.csv", "the drift checks of each allocation"),
 )
 PUBLISHED_FILE = ("../tables/published.md", "the comparison with published data")
 
@@ -143,7 +143,7 @@ def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices)
     if not closed:
         return []
     lengths = sorted(int(length) for length in summary["input_len"].unique())
-    prompts: list[tuple[Any, str]] = [("", "all measured lengths, equally frequent")]
+    prompts: list[tuple[Any, str]] = [("", "all measured lengths, in equal shares")]
     prompts += [("prompt_mix", "the study's prompt mix")] if demand.prompt_mix else []
     prompts += [(length, str(length)) for length in lengths]
     chosen = demand.input_len or ("prompt_mix" if demand.prompt_mix else "")
@@ -159,7 +159,7 @@ def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices)
         ),
         FormField(
             "think_time_s",
-            "Think time between answer and next request, s",
+            "Think time between response and next request, s",
             _text(demand.think_time_s),
             0.1,
             7200,

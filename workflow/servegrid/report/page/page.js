@@ -124,7 +124,7 @@ function cellLabel(cell, metric) {
 // The signs that occur in the heat map of `rows`, explained.
 function signNote(rows, metric) {
   const notes = Object.entries(MARKS).filter(([state]) => rows.some((cell) => cell.state === state)).map(([state, mark]) => `${mark}: ${state}`);
-  if (rows.some((cell) => cellLabel(cell, metric) === "–")) notes.push("–: metric not known");
+  if (rows.some((cell) => cellLabel(cell, metric) === "–")) notes.push("–: value not known");
   if (rows.length < new Set(rows.map((cell) => cell.intensity)).size * lengthsIn(rows).length) notes.push("blank: not part of the study");
   return notes.length ? `${notes.join("; ")}.` : "";
 }
@@ -255,7 +255,7 @@ function drawPareto({ deployment, workload, inputLen, cells }) {
   const limit = Number(byId("demand")?.elements.tokens_per_s_per_user.value ?? NaN);
   const hasLimit = Number.isFinite(limit) && !isTimeScaled();
   byId("pareto-caption").textContent = points.length
-    ? `Output tokens/s of all users over output tokens/s per user, at ${lengthRange(near)} prompt tokens. ${capitalise(payload.workloads[workload].title)}. ` +
+    ? `Output tokens/s of all users against output tokens/s per user, at ${lengthRange(near)} prompt tokens. ${capitalise(payload.workloads[workload].title)}. ` +
       "Filled markers are Pareto-optimal: no other point is better in both. Numbers: concurrency." + (hasLimit ? " Dashed line: the SLO." : "")
     : "At a request rate, there are no output tokens/s per user.";
   const spec = withColours(charts.pareto, drawn);

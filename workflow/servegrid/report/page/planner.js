@@ -162,7 +162,7 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
   };
   const safe = low ?? users;
   const usersPerReplica = safe ? Math.max(1, Math.floor(SHARE_USED * safe)) : 0;
-  if (!usersPerReplica) return { ...row, reason: "even the lowest measured concurrency may not meet the SLO" };
+  if (!usersPerReplica) return { ...row, reason: "the SLO may be missed even at the lowest measured concurrency" };
   const wanted = concurrentUsers(demand);
   const replicas = Math.ceil(wanted / usersPerReplica);
   const usersEach = Math.ceil(wanted / replicas);
