@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from servegrid.mock_server.process import MockServer, start_mock_server
@@ -143,3 +145,51 @@ connection.sendall(head.encode() + body)
 print("!", flush=True)
 time.sleep(99)
 """
+
+
+PATHS = (COMPLETIONS, "/v1/models", "/metrics", "/log", "/HEALTH", "//health", "/health/log")
+
+
+def test_with_a_key_every_path_but_the_health_check_wants_it() -> None:
+    with start_mock_server(ResponseScript(), api_key="secret") as server:
+        with http_client(server) as client:
+            for path in PATHS:
+                for key in (None, "Bearer", "Bearer secre", "Bearer secret2", "secret", "Bearer é"):
+                    headers = {} if key is None else {"Authorization": key.encode("latin-1")}
+                    refused = client.request("POST", path, headers=headers)
+                    assert refused.status_code == 401, (path, key)
+            assert client.get("/health").status_code == 200
+        assert server.log().requests == []  # the client sends the key
+        assert "secret" not in " ".join(psutil.Process(server.process.pid).cmdline())
+
+
+HOSTILE = {
+    "no HTTP": b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+    "no path": b"GET\r\n\r\n",
+    "no length": b"POST /log HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+    "negative length": b"POST /log HTTP/1.1\r\ncontent-length: -1\r\n\r\n",
+    "huge length": b"POST /log HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n",
+    "a number of 9000 digits": b"POST /log HTTP/1.1\r\ncontent-length: "
+    + b"9" * 9000
+    + b"\r\n\r\n",
+    "foreign digits": "POST /log HTTP/1.1\r\ncontent-length: ٣\r\n\r\n".encode(),
+    "endless head": b"GET /log HTTP/1.1\r\n" + b"x: y\r\n" * 20_000,
+    "no object": b"POST /v1/completions HTTP/1.1\r\ncontent-length: 2\r\n\r\n[]",
+    "deep JSON": b"POST /v1/completions HTTP/1.1\r\ncontent-length: 60000\r\n\r\n" + b"[" * 60000,
+}
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_hostile_requests_end_their_own_connection_only(key: str | None) -> None:
+    with start_mock_server(ResponseScript(), api_key=key) as server:
+        address = ("127.0.0.1", httpx.URL(server.endpoint.base_url).port)
+        for name, data in HOSTILE.items():
+            with (
+                socket.create_connection(address, timeout=10) as connection,
+                contextlib.suppress(ConnectionError),
+            ):
+                connection.sendall(data)
+                status = connection.recv(16)[9:12]
+                assert status == b"400" or (key is not None and status == b"401"), name
+        assert server.log().requests == []
+        assert server.process.poll() is None

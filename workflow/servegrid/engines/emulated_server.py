@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from servegrid.engines.emulated_timing import Timing
 from servegrid.engines.listening import BACKLOG
@@ -127,7 +128,7 @@ class EmulatedServer:
             self._loop.close()
 
     async def _serve(self) -> None:
-        app = web.Application()
+        app = web.Application(middlewares=[self._check_key])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._completions)
@@ -146,6 +147,13 @@ class EmulatedServer:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(runner.cleanup(), 1.0)
 
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("authorization", "")
+        if request.path == "/health" or given == f"Bearer {self._endpoint.api_key}":
+            return await handler(request)
+        return _refusal(401, "The API key is missing or wrong.")
+
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
 
@@ -154,8 +162,6 @@ class EmulatedServer:
 
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         assert isinstance(http.transport, asyncio.Transport)
-        if http.headers.get("authorization") != f"Bearer {self._endpoint.api_key}":
-            return _refusal(401, "The API key is missing or wrong.")
         body = await http.json()
         request = _Request(_tokens(body["prompt"]), int(body["max_tokens"]), time.monotonic())
         self._transports.add(http.transport)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import select
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 from servegrid.errors import EngineError
 from servegrid.mock_server.responses import MODEL, ResponseScript
+from servegrid.mock_server.server import KEY_VARIABLE
 from servegrid.node.processes import block_signals
 from servegrid.study.endpoint import Endpoint
 from servegrid.telemetry import server
@@ -52,12 +54,14 @@ def start_mock_server(
 ) -> Iterator[MockServer]:
     """Start a mock server. It ends with the block, or with this process.
 
-    `program` are the arguments of the Python interpreter that start it. Raises EngineError if it
-    does not start in time.
+    `program` are the arguments of the Python interpreter that start it. With an `api_key`, the
+    server wants it on every path except /health, so that no other user of the node can use it.
+    Raises EngineError if it does not start in time.
     """
     with block_signals():
         process = subprocess.Popen(
             [sys.executable, *program, json.dumps(asdict(script))],
+            env=os.environ | ({KEY_VARIABLE: api_key} if api_key else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -141,18 +141,21 @@ def format_head(
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def full_response(data: Any, status: int = 200) -> TimedResponse:
-    """A response in one piece: a string is sent as text, anything else as JSON."""
+def full_response(data: Any, status: int = 200, closing: bool = False) -> TimedResponse:
+    """A response in one piece: a string is sent as text, anything else as JSON.
+
+    With `closing`, it announces that the server closes the connection.
+    """
     if isinstance(data, str):
         text, media_type = data, "text/plain"
     else:
         text, media_type = json.dumps(data), JSON
     body = text.encode()
-    return TimedResponse([(0.0, format_head(status, media_type, len(body)) + body)])
+    return TimedResponse([(0.0, format_head(status, media_type, len(body), closing) + body)])
 
 
-def error_response(status: int, message: str) -> TimedResponse:
-    return full_response({"error": {"message": message, "code": status}}, status)
+def error_response(status: int, message: str, closing: bool = False) -> TimedResponse:
+    return full_response({"error": {"message": message, "code": status}}, status, closing)
 
 
 def script_from_json(kind: type[AnyScript], text: str) -> AnyScript:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import heapq
+import hmac
 import itertools
 import json
 import os
@@ -27,6 +28,9 @@ from servegrid.mock_server.responses import (
 )
 
 _STANDARD_INPUT = 0
+KEY_VARIABLE = "SERVEGRID_MOCK_SERVER_KEY"
+"""The environment variable with the API key. Other users can read arguments, but not this."""
+_HEAD_BYTES, _BODY_BYTES = 2**16, 2**26
 
 Respond = Callable[[Any, str, Mapping[str, Any]], TimedResponse]
 """Takes the script, the X-Request-Id and the body of a completion; returns its response."""
@@ -49,6 +53,7 @@ class MockServerLoop:
     The log has times in ns of CLOCK_MONOTONIC by request: `read` is when its last byte was read,
     `sent` when each piece of its response was handed to the kernel. A request is logged under its
     X-Request-Id. If that is missing or used before, `#` and the request's number from 0 are added.
+    Connections that send something else than HTTP are closed.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class MockServerLoop:
         self.read: dict[str, int] = {}
         self._respond = respond
         self._accept_after_s = accept_after_s
+        self._key = os.environ.get(KEY_VARIABLE)
         self._listener = _listen(script)
         self._epoll = select.epoll()
         self._peers: dict[int, _Peer] = {}
@@ -109,9 +115,29 @@ class MockServerLoop:
             elif self._receive(peer := self._peers[descriptor]):
                 arrived.append(peer)
         for peer in arrived:
-            while (request := _pop_request(peer.received)) is not None:
-                self._serve(peer, *request)
+            self._serve_all(peer)
         return True
+
+    def _serve_all(self, peer: _Peer) -> None:
+        try:
+            while (request := _pop_request(peer.received, self._is_allowed)) is not None:
+                self._serve(peer, *request)
+        except PermissionError:
+            self._reject(peer, 401, "a valid API key is required")
+        except ValueError as error:
+            self._reject(peer, 400, str(error))
+
+    def _is_allowed(self, path: str, headers: Mapping[str, str]) -> bool:
+        if self._key is None or path == "/health":
+            return True
+        given = headers.get("authorization", "").encode("latin-1")
+        return hmac.compare_digest(given, f"Bearer {self._key}".encode())
+
+    def _reject(self, peer: _Peer, status: int, message: str) -> None:
+        """Respond with an error and close the connection, without reading the rest."""
+        with contextlib.suppress(OSError):
+            peer.socket.send(error_response(status, message, closing=True).pieces[0][1])
+        self.close(peer)
 
     def _accept(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -179,7 +205,9 @@ class MockServerLoop:
         number = len(self._requests)
         try:
             parsed = json.loads(body)
-        except ValueError as error:
+            if not isinstance(parsed, dict):
+                raise ValueError("the body is not a JSON object")
+        except (ValueError, RecursionError) as error:
             response = error_response(400, str(error))
             _Reply(self, peer, response, peer.read_ns, []).schedule_next()
             return
@@ -283,21 +311,37 @@ def _listen(script: ResponseScript) -> socket.socket:
     return listener
 
 
-def _pop_request(received: bytearray) -> tuple[str, dict[str, str], bytes] | None:
-    """Remove one complete request from the front and return its path, headers and body."""
-    end = received.find(b"\r\n\r\n")
+def _pop_request(
+    received: bytearray, is_allowed: Callable[[str, Mapping[str, str]], bool]
+) -> tuple[str, dict[str, str], bytes] | None:
+    """Remove one complete request from the front and return its path, headers and body.
+
+    Raises PermissionError if `is_allowed` refuses path and headers, ValueError if it is not HTTP
+    or too large.
+    """
+    end = received.find(b"\r\n\r\n", 0, _HEAD_BYTES)
     if end < 0:
+        if len(received) >= _HEAD_BYTES:
+            raise ValueError("the request's head is too large")
         return None
     first, *lines = received[:end].decode("latin-1").split("\r\n")
     headers = {
         name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
     }
-    total = end + 4 + int(headers.get("content-length", 0))
+    path = first.split(" ")[1] if first.count(" ") == 2 else ""
+    length = headers.get("content-length", "0")
+    if not path or not (length.isascii() and length.isdigit() and len(length) < 12):
+        raise ValueError("this is not an HTTP request")
+    if not is_allowed(path, headers):
+        raise PermissionError(path)
+    if int(length) > _BODY_BYTES:
+        raise ValueError("the request's body is too large")
+    total = end + 4 + int(length)
     if len(received) < total:
         return None
     body = bytes(received[end + 4 : total])
     del received[:total]
-    return first.split(" ")[1], headers, body
+    return path, headers, body
 
 
 def serve(loop: MockServerLoop) -> NoReturn:

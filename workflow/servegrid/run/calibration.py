@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,13 +27,14 @@ def calibrate(concurrency: int, cpu_sets: CpuSets, socket: Path | None = None) -
     """The client's timing error at this concurrency; if it is unknown, the reason under `error`.
 
     The client sends one burst to a mock server on this node, over TCP or over the Unix socket
-    `socket`. The server runs on the engine's cores, the client on its own.
+    `socket`. The server runs on the engine's cores, the client on its own. It answers this process
+    only.
     """
     script = ResponseScript(TTFT_S, ITL_S, unix_socket=None if socket is None else str(socket))
     try:
         with (
             pinned_to(cpu_sets.engine),
-            start_mock_server(script) as server,
+            start_mock_server(script, api_key=secrets.token_urlsafe(24)) as server,
             pinned_to(frozenset().union(*cpu_sets.client)),
         ):
             return {"concurrency": concurrency} | asdict(
