@@ -70,6 +70,13 @@ CASES = {
         script=replace(SLOW, gauges=(("vllm:num_requests_waiting", 1.0),)),
         workload=CLOSED_LOOP,
     ),
+    "requests of somebody else": Case(
+        "foreign_load: the server finished 16 requests, but only 8 were for this cell",
+        script=replace(SLOW, counters=(("vllm:e2e_request_latency_seconds_count", 2.0),)),
+    ),
+    "nobody else": Case(
+        None, script=replace(SLOW, counters=(("vllm:e2e_request_latency_seconds_count", 1.0),))
+    ),
     "a server that becomes slower": Case(
         "no_steady_state: the latency", script=replace(SLOW, slowdown_s=0.008), workload=CLOSED_LOOP
     ),

@@ -32,7 +32,13 @@ TRIAL = parse_study(
 ).trials[0]
 
 MS = 1_000_000
-COUNTERS = {"vllm:prefix_cache_hits_total": 5.0, "vllm:num_preemptions_total": 1.0}
+COUNTERS = {
+    "vllm:prefix_cache_hits_total": 5.0,
+    "vllm:num_preemptions_total": 1.0,
+    "vllm:e2e_request_latency_seconds_count": 10.0,
+    "llamacpp:prompt_tokens_total": 100.0,
+    "vllm:generation_tokens_total": 1000.0,
+}
 ROW = {
     "scheduled_ns": 0,
     "sent_ns": 1 * MS,
@@ -90,8 +96,19 @@ def telemetry(samples: list[dict[str, Any]]) -> pa.Table:
     return parquet.arrow_table(columns.TELEMETRY, samples)
 
 
+def alone() -> Evidence:
+    """The server counted the cell's own 2 requests with 7 prompt tokens and 3 output tokens."""
+    return evidence(
+        after={
+            "vllm:e2e_request_latency_seconds_count": 12.0,
+            "llamacpp:prompt_tokens_total": 114.0,
+            "vllm:generation_tokens_total": 1006.0,
+        }
+    )
+
+
 @pytest.mark.parametrize(
-    "make", [evidence, lambda: closed_loop(), lambda: closed_loop(waiting=(0, 0))]
+    "make", [evidence, alone, lambda: closed_loop(), lambda: closed_loop(waiting=(0, 0))]
 )
 def test_a_cell_that_breaks_no_rule_is_valid(make: Callable[[], Evidence]) -> None:
     assert check_validity(make()) == Validity(True, [], [])
@@ -178,6 +195,18 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     "preemptions": (
         lambda: evidence(after={"vllm:num_preemptions_total": 3.0}),
         "preempted: 2 preemptions",
+    ),
+    "a finished request of somebody else": (
+        lambda: evidence(after={"vllm:e2e_request_latency_seconds_count": 13.0}),
+        "foreign_load: the server finished 3 requests, but only 2 were for this cell",
+    ),
+    "a prompt of somebody else": (
+        lambda: evidence(after={"llamacpp:prompt_tokens_total": 115.0}),
+        "foreign_load: the server processed 15 prompt tokens, but only 14 were for this cell",
+    ),
+    "a request of somebody else that has not finished": (
+        lambda: evidence(after={"vllm:generation_tokens_total": 1007.0}),
+        "foreign_load: the server generated 7 tokens, but only 6 were for this cell",
     ),
     "a concurrency above max_num_seqs": (
         lambda: evidence(engine={"max_num_seqs": 1}),

@@ -29,6 +29,7 @@ REMEDIES = {
     "too_few_in_flight": "raise requests_per_user or duration_s",
     "prefix_cache": "turn prefix caching off in the engine",
     "preempted": "lower concurrency or input_len, or give the engine more KV cache",
+    "foreign_load": "use a server that serves nobody else meanwhile, then measure again",
     "server_queueing": "raise max_num_seqs, or lower concurrency",
     "sent_late": _SLOW_CLIENT,
     "client_busy": _SLOW_CLIENT,

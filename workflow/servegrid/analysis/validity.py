@@ -19,7 +19,15 @@ from servegrid.analysis.metrics import in_flight_mean, samples_in, stationary_wi
 from servegrid.analysis.stationarity import find_window
 from servegrid.records.verdict import OK
 from servegrid.study.grid import Trial
-from servegrid.telemetry.counters import PREEMPTIONS, PREFIX_HITS, Names, increase
+from servegrid.telemetry.counters import (
+    FINISHED,
+    GENERATED_TOKENS,
+    PREEMPTIONS,
+    PREFIX_HITS,
+    PROMPT_TOKENS,
+    Names,
+    increase,
+)
 
 MAX_LATENESS, MIN_LATENESS_S = 0.05, 0.010
 """Requests may be sent late by this fraction of the latency, and always by this many seconds."""
@@ -27,6 +35,8 @@ MIN_IN_FLIGHT = 0.95
 """The fraction of a closed loop's concurrency that must be in flight, as a mean."""
 MAX_WAITING = 0.05
 """The fraction of a closed loop's concurrency that may wait in the server's queue, as a mean."""
+MAX_FOREIGN_LOAD = 0.01
+"""The fraction by which the server may have worked more than for this cell."""
 MAX_DRIFT = 0.10
 """The drift that the drift checks of an allocation may show."""
 MAX_CLIENT_CPU = 0.7
@@ -165,6 +175,20 @@ def _check_queue(evidence: Evidence) -> str | None:
     return f"on average, {waiting:.1f} of {workload.concurrency} requests waited in the server"
 
 
+def _check_foreign_load(evidence: Evidence) -> str | None:
+    """Requests of others count when they end, and their tokens already before."""
+    rows = evidence.requests
+    for own, names, what in (
+        (rows.num_rows, FINISHED, "finished {:.0f} requests"),
+        (pc.sum(rows["prompt_tokens"]).as_py(), PROMPT_TOKENS, "processed {:.0f} prompt tokens"),
+        (pc.sum(rows["completion_tokens"]).as_py(), GENERATED_TOKENS, "generated {:.0f} tokens"),
+    ):
+        counted = evidence.counter_increase(names)
+        if own and counted is not None and counted > own * (1 + MAX_FOREIGN_LOAD):
+            return f"the server {what.format(counted)}, but only {own} were for this cell"
+    return None
+
+
 def _check_lateness(evidence: Evidence) -> str | None:
     """A burst must be simultaneous, so its maximum counts. The latencies of poisson include the
     lateness. A late user of a closed loop is missing from the load."""
@@ -272,6 +296,12 @@ RULES: Mapping[str, Rule] = {
         f"loop, at most {MAX_WAITING:.0%} of the concurrency waits in the server's queue on "
         "average",
         _check_queue,
+    ),
+    "foreign_load": Rule(
+        "The server worked for this cell only: by its counters, it finished at most "
+        f"{MAX_FOREIGN_LOAD:.0%} more requests and processed and generated at most "
+        f"{MAX_FOREIGN_LOAD:.0%} more tokens",
+        _check_foreign_load,
     ),
     "sent_late": Rule(
         f"The client sends on time. The limit is {MAX_LATENESS:.0%} of the median ttft "

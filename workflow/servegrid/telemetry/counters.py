@@ -28,6 +28,9 @@ TTFT: Names = ("vllm:time_to_first_token_seconds",)
 ITL: Names = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")
 QUEUE: Names = ("vllm:request_queue_time_seconds",)
 E2EL: Names = ("vllm:e2e_request_latency_seconds",)
+FINISHED: Names = tuple(f"{name}_count" for name in E2EL)
+PROMPT_TOKENS: Names = ("vllm:prompt_tokens_total", "llamacpp:prompt_tokens_total")
+GENERATED_TOKENS: Names = ("vllm:generation_tokens_total", "llamacpp:tokens_predicted_total")
 
 
 def gauge_columns(counters: Counters) -> dict[str, float]:
@@ -48,7 +51,7 @@ def has_settled(counters: Counters, finished: int, since: Counters) -> bool:
     """
     if _value(counters, RUNNING) or _value(counters, WAITING):
         return False
-    counted = increase(since, counters, tuple(f"{name}_count" for name in E2EL))
+    counted = increase(since, counters, FINISHED)
     return counted is None or counted >= finished
 
 
