@@ -138,13 +138,16 @@ class Spool:
         return bool(self._listed)
 
     def take(self) -> tuple[str, Task] | None:
-        """Claim the next task; None if no task waits."""
+        """Claim the next task; None if no task waits. A damaged task counts as failed."""
         while self.has_tasks():
             ticket = self._listed.popleft()
             with contextlib.suppress(FileNotFoundError):
                 claimed = (self._todo / ticket).rename(self._doing / ticket)
-                data = json.loads(claimed.read_text())
-                return ticket, Task(**data | {"argv": tuple(data["argv"])})
+                try:
+                    data = json.loads(claimed.read_text())
+                    return ticket, Task(**data | {"argv": tuple(data["argv"])})
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    self.finish(ticket, status=1)  # the file is damaged: report it as failed
         return None
 
     def record(self, kind: str, **data: Any) -> None:
@@ -201,10 +204,11 @@ class JournalReader:
 
 def _parse_events(text: bytes) -> Iterator[Event]:
     for line in text.splitlines():
-        # A line is incomplete only if the writer was killed.
-        with contextlib.suppress(ValueError):
+        # A line is incomplete if the writer was killed, or the disk was full.
+        with contextlib.suppress(ValueError, RecursionError):
             data = json.loads(line)
-            yield Event(data.pop("event"), data)
+            if isinstance(data, dict) and isinstance(data.get("event"), str):
+                yield Event(data.pop("event"), data)
 
 
 def ticket_key(ticket: str) -> str:

@@ -91,7 +91,7 @@ def load_kinds(path: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         kinds = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise WorkflowError(
             f"submitit-kinds: {path} cannot be read: {error}. Correct the path or the file."
         ) from error

@@ -12,9 +12,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from servegrid.client.requests import redact_key
+from servegrid.client.requests import http_client, sent_key
 from servegrid.doctor.models import check_deployment_models
 from servegrid.doctor.profile import Profile, count_nodes
 from servegrid.doctor.resources import build_request
@@ -251,13 +252,20 @@ def test_an_external_endpoint_gets_new_prompts_each_time() -> None:
     assert prompt_salt(ours) == ours.digest
 
 
-def test_an_api_key_that_a_server_quotes_is_redacted() -> None:
-    import httpx
+def test_the_client_keeps_no_cookies() -> None:
+    """A sticky load balancer would send the whole workload to one replica."""
 
-    with httpx.Client(headers={"Authorization": "Bearer secret"}) as client:
-        assert redact_key("bad key: secret!", client) == "bad key: …!"
-    with httpx.Client() as client:
-        assert redact_key("no key", client) == "no key"
+    def respond(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers.get("cookie"))
+        return httpx.Response(200, headers={"set-cookie": "replica=3; path=/"})
+
+    seen: list[str | None] = []
+    endpoint = Endpoint("http://sirocco14:30000", "default", "secret")
+    with http_client(endpoint, httpx.MockTransport(respond)) as client:
+        for _ in range(2):
+            client.get("/v1/models")
+        assert sent_key(client) == "secret"
+    assert seen == [None, None]
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from servegrid.study.text import printable
+
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 _MAX_LISTED = 10
 _MAX_LETTERS = 400
@@ -30,5 +32,5 @@ class Check:
 
 def _escape(text: str) -> str:
     """`text` without control characters: text from a bundle must not move the cursor."""
-    shown = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    shown = printable(text)
     return shown if len(shown) <= _MAX_LETTERS else f"{shown[:_MAX_LETTERS]}…"

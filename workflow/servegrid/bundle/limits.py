@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,8 @@ import psutil
 import pyarrow.parquet as pq
 import yaml
 
-from servegrid.bundle.layout import CONFIGURATION
 from servegrid.errors import BundleError
 
-TRIALS = 1_000_000
 TABLE_ROWS = 20_000_000
 TABLE_BYTES = 4 * 2**30
 JSON_BYTES = 64 * 2**20
@@ -51,29 +49,6 @@ def read_json(path: Path, max_bytes: int = JSON_BYTES) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BundleError(f"{name}: is not a JSON object.")
     return data
-
-
-def check_study_size(config: Mapping[str, Any]) -> None:
-    """Raise BundleError if a configuration would expand to more than TRIALS trials."""
-    deployments = config.get("deployments")
-    total = 0
-    for entry in deployments if isinstance(deployments, list) else []:
-        workloads = [
-            config.get("workload"),
-            entry.get("workload") if isinstance(entry, dict) else None,
-        ]
-        keys: dict[str, Any] = {}
-        for workload in workloads:
-            keys |= workload if isinstance(workload, dict) else {}
-        trials = keys.get("trials", 1)
-        product = trials if isinstance(trials, int) else 1
-        for key in ("protocol", "output_len", "input_len"):
-            product *= max(1, len(value)) if isinstance(value := keys.get(key), list) else 1
-        levels = [v for v in (keys.get("concurrency"), keys.get("request_rate")) if v is not None]
-        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
-        total += product
-    if total > TRIALS:
-        raise BundleError(f"{CONFIGURATION}: describes more than {TRIALS:,} trials.")
 
 
 def check_yaml(path: Path) -> None:

@@ -25,7 +25,6 @@ from servegrid.bundle.layout import (
 )
 from servegrid.bundle.limits import (
     CONFIGURATION_BYTES,
-    check_study_size,
     check_table_size,
     check_yaml,
     read_json,
@@ -62,9 +61,7 @@ class UnpackedBundle:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The configuration as it is in the bundle."""
-        config = read_json(self.tree / CONFIGURATION, CONFIGURATION_BYTES)
-        check_study_size(config)
-        return config
+        return read_json(self.tree / CONFIGURATION, CONFIGURATION_BYTES)
 
     @cached_property
     def study(self) -> Study:

@@ -14,6 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import psutil
+
 from servegrid.client.clock import OffsetLog
 from servegrid.client.failures import Failure, FailureKind
 from servegrid.client.http1 import HttpSyntaxError
@@ -22,6 +24,12 @@ from servegrid.client.sockets import WOULD_BLOCK, Connection, ServerAddress
 
 _QUEUE_RETRY_S = 0.01
 _FOREVER_NS = 10**18
+MAX_RESPONSE_BYTES = 2**26
+"""Allowed size of one response. A chunk of vLLM has 0.3 kB, so this is over 100,000 tokens. All
+responses together may take half of the memory that is free at the start."""
+TOO_LARGE = (
+    f"the response is larger than {MAX_RESPONSE_BYTES:,} bytes, or all of them fill the memory"
+)
 
 
 class EventLoop:
@@ -55,6 +63,7 @@ class EventLoop:
         self._queue_full: list[User] = []
         self._by_descriptor: dict[int, User] = {}
         self._epoll = select.epoll()
+        self._memory_left = psutil.virtual_memory().available // 2
 
     def run(self, wait_for_start: Callable[[], int] = time.monotonic_ns) -> None:
         """`wait_for_start` returns the start time in ns of CLOCK_MONOTONIC, and may block."""
@@ -300,6 +309,10 @@ class EventLoop:
                 request.buffer += data
                 request.stamps.append(stamp)
                 request.received.append(len(request.buffer))
+                self._memory_left -= len(data)
+                if len(request.buffer) > MAX_RESPONSE_BYTES or self._memory_left < 0:
+                    self._fail(user, request, "malformed", TOO_LARGE)
+                    return
                 ended = request.framing.is_complete(request.buffer)
             elif request.buffer:
                 ended = request.framing.is_complete_at_close(request.buffer)

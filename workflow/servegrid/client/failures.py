@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from servegrid.study.text import printable
+
 FailureKind = Literal[
     "connect",
     "reset",
@@ -37,10 +39,10 @@ FAILURE_KINDS: dict[FailureKind, str] = {
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request failed. As text it is `kind: detail`, on one line."""
+    """Why a request failed. As text it is `kind: detail`, on one line of printable characters."""
 
     kind: FailureKind
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.kind}: {' '.join(self.detail.split())}"
+        return f"{self.kind}: {printable(' '.join(self.detail.split()))}"

@@ -18,6 +18,9 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 _CHUNK_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 _BLANK = b"\r\n\r\n"
 _SHOWN = 60
+_LENGTH_DIGITS = 15
+_HEAD_BYTES = 2**16
+"""Allowed size of a head, with the interim (1xx) responses before it."""
 
 Span = tuple[int, int]
 """Start and end of a piece of the body within the bytes of the response."""
@@ -74,7 +77,7 @@ class ResponseHead:
         value = self.header(b"content-length")
         if value is None:
             return None
-        if not value.isdigit():
+        if not value.isdigit() or len(value) > _LENGTH_DIGITS:
             raise HttpSyntaxError(f"Content-Length is {value[:_SHOWN]!r}")
         return int(value)
 
@@ -125,6 +128,8 @@ class Framing:
         if self.head is None:
             self.head = parse_head(buffer)
             if self.head is None:
+                if len(buffer) > _HEAD_BYTES:
+                    raise HttpSyntaxError(f"its head is larger than {_HEAD_BYTES:,} bytes")
                 return False
             if self._method == "HEAD" or self.head.status in (204, 304):
                 self._length = 0

@@ -25,7 +25,7 @@ import pyarrow as pa
 from servegrid.client import prompts, schedule
 from servegrid.client.parse import RequestSpec, request_row
 from servegrid.client.prompts import Prompt
-from servegrid.client.requests import RequestBuilder, negotiate, redact_key, request_headers
+from servegrid.client.requests import RequestBuilder, http_client, negotiate, sent_key
 from servegrid.client.transport import MeasuringTransport, WaveResult
 from servegrid.errors import LoadError
 from servegrid.records import columns, parquet
@@ -107,9 +107,7 @@ def measure(
     _validate_requests(workload)
     arrivals = schedule.arrival_times(workload, salt)
     transport = MeasuringTransport(endpoint.socket)
-    with httpx.Client(
-        base_url=endpoint.base_url, headers=request_headers(endpoint), transport=transport
-    ) as client:
+    with http_client(endpoint, transport) as client:
         builder = RequestBuilder(client, endpoint.model, salt)
         sender = _Sender(transport, builder, workload, cpu_sets)
         sender, warmup = _warm_up(sender, endpoint, tokenizer)
@@ -226,14 +224,12 @@ class _Sent:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per request that was due."""
-        rows = [
-            request_row(exchange, specs[exchange.number])
+        key = sent_key(self.client)
+        return [
+            request_row(exchange, specs[exchange.number], key)
             for wave, specs in zip(self.waves, self.specs, strict=True)
             for exchange in wave.exchanges
         ]
-        for row in rows:
-            row["error"] = row["error"] and redact_key(row["error"], self.client)
-        return rows
 
 
 @dataclass(frozen=True)

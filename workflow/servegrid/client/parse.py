@@ -19,11 +19,14 @@ from servegrid.client.http1 import HttpSyntaxError
 from servegrid.client.prompts import PromptForm
 from servegrid.client.transport import Exchange
 from servegrid.records.tokens import split_tokens
+from servegrid.study.text import printable
 
 _EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _DONE = b"[DONE]"
-_SHOWN = 200
+_READ, _SHOWN = 4096, 200
+_MAX_COUNT = 2**31 - 1
+"""The columns of token counts have 32 bits."""
 _CHAT_TEXT_KEYS = ("content", "reasoning_content", "reasoning")
 
 
@@ -68,10 +71,11 @@ class _Response:
     done: bool = False
 
 
-def request_row(exchange: Exchange, spec: RequestSpec) -> dict[str, Any]:
+def request_row(exchange: Exchange, spec: RequestSpec, key: str | None = None) -> dict[str, Any]:
     """The row of `columns.REQUESTS` of one exchange.
 
-    A failed exchange keeps what arrived before the failure. `error` says why it failed.
+    A failed exchange keeps what arrived before the failure. `error` says why it failed, without the
+    API `key`.
     """
     response = _Response()
     failure = exchange.failure
@@ -93,11 +97,15 @@ def request_row(exchange: Exchange, spec: RequestSpec) -> dict[str, Any]:
         "chunk_tokens_estimated": estimated,
         "done_ns": exchange.done_ns,
         "status": None if exchange.head is None else exchange.head.status,
-        "error": None if failure is None else str(failure),
+        "error": None if failure is None else _describe_failure(failure, key),
         "prompt_tokens": response.prompt_tokens,
         "completion_tokens": response.completion_tokens,
         "requested_tokens": spec.completion_tokens,
     }
+
+
+def _describe_failure(failure: Failure, key: str | None) -> str:
+    return str(Failure(failure.kind, _shorten(failure.detail, key)))
 
 
 def _check_response(response: _Response, spec: RequestSpec) -> Failure | None:
@@ -149,16 +157,19 @@ def _error_message(exchange: Exchange) -> str:
         body = b"".join(exchange.raw[start:end] for start, end in exchange.body_spans())
     except HttpSyntaxError:
         body = b""
-    return parse_error_body(body)
+    return parse_error_body(body, None)
 
 
-def parse_error_body(body: bytes) -> str:
-    """The message in the body of an HTTP error, on one line and shortened."""
+def parse_error_body(body: bytes, key: str | None) -> str:
+    """The message in the body of an HTTP error: one line, printable, shortened.
+
+    Some servers quote the API key that they refuse, so `key` is taken out.
+    """
     try:
         text = _find_message(json.loads(body))
-    except ValueError:
+    except (ValueError, RecursionError):
         text = body.decode(errors="replace")
-    return " ".join(text.split())[:_SHOWN]
+    return _shorten(text, key)
 
 
 def _find_message(data: Any) -> str:
@@ -214,17 +225,29 @@ def _event_data(event: bytes) -> bytes | None:
 def _parse_json_object(data: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
-    except ValueError:
-        raise _ResponseError("malformed", f"an event is not JSON: {_shorten(data)}") from None
+    except (ValueError, RecursionError):
+        raise _ResponseError("malformed", f"an event is not JSON: {_decode(data)}") from None
     if not isinstance(parsed, dict):
-        raise _ResponseError("malformed", f"an event is not a JSON object: {_shorten(data)}")
+        raise _ResponseError("malformed", f"an event is not a JSON object: {_decode(data)}")
     if parsed.get("error") is not None or parsed.get("object") == "error":
-        raise _ResponseError("mid_stream_error", _find_message(parsed)[:_SHOWN])
+        raise _ResponseError("mid_stream_error", _find_message(parsed))
     return parsed
 
 
-def _shorten(data: bytes) -> str:
-    return data[:_SHOWN].decode(errors="replace")
+def _decode(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+def _shorten(text: str, key: str | None) -> str:
+    """One line of printable characters, without the API key, then shortened.
+
+    In this order: a part of a key would not be found.
+    """
+    line = printable(" ".join(text[:_READ].split()))
+    if key:
+        for form in (key, json.dumps(key)[1:-1]):
+            line = line.replace(form, "…")
+    return line[:_SHOWN]
 
 
 def _add_chunk(response: _Response, arrival_ns: int, chunk: dict[str, Any], chat: bool) -> None:
@@ -243,7 +266,7 @@ def _add_chunk(response: _Response, arrival_ns: int, chunk: dict[str, Any], chat
             if not names_role:
                 response.chunks.append(_Chunk(arrival_ns, has_text, finished, so_far))
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-        shown = json.dumps(chunk)[:_SHOWN]
+        shown = json.dumps(chunk)
         raise _ResponseError("malformed", f"an event is not a completion chunk: {shown}") from None
 
 
@@ -253,7 +276,7 @@ def _has_text(delta: dict[str, Any]) -> bool:
 
 
 def _parse_count(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_COUNT:
         raise ValueError
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -34,10 +35,21 @@ def request_headers(endpoint: Endpoint) -> dict[str, str]:
     return headers
 
 
-def redact_key(text: str, client: httpx.Client) -> str:
-    """A server's message without the API key: some servers quote the key that they refuse."""
-    key = client.headers.get("Authorization", "").removeprefix("Bearer ")
-    return text.replace(key, "…") if key else text
+def http_client(endpoint: Endpoint, transport: httpx.BaseTransport) -> httpx.Client:
+    """A client for the endpoint that keeps no cookies.
+
+    A load balancer with sticky sessions would otherwise send the whole workload to one replica.
+    """
+    client = httpx.Client(
+        base_url=endpoint.base_url, headers=request_headers(endpoint), transport=transport
+    )
+    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    return client
+
+
+def sent_key(client: httpx.Client) -> str | None:
+    """The API key that the client sends."""
+    return client.headers.get("Authorization", "").removeprefix("Bearer ") or None
 
 
 class RequestRefused(LoadError):
@@ -114,7 +126,7 @@ def negotiate_keys(builder: RequestBuilder, token: int | None, timeout_s: float)
     status = response.status_code
     if status not in _REFUSALS:
         return builder
-    message = redact_key(parse_error_body(response.content), builder.client)
+    message = parse_error_body(response.content, sent_key(builder.client))
     key = next((key for key in _KEYS if key in message), None) if status in (400, 422) else None
     if key in OPTIONAL_KEYS and key not in builder.omitted_keys:
         fewer_keys = replace(builder, omitted_keys=builder.omitted_keys | {key})

@@ -25,7 +25,7 @@ def load_results(file: Path) -> list[ImportedResult]:
         raise ExchangeError(
             f"{file}: cannot be read ({error.strerror}). Correct the path."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ExchangeError(
             f"{file}: is not JSON ({error}). If `vllm bench` appended several results to one file, "
             "put each result into its own file."
@@ -34,7 +34,7 @@ def load_results(file: Path) -> list[ImportedResult]:
         if isinstance(data, dict) and all(key in data for key in keys):
             try:
                 return parse(data, file.name)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 raise ExchangeError(
                     f"{file}: has an unexpected structure ({type(error).__name__}: {error}). "
                     "servegrid reads vllm bench serve 0.32, guidellm 0.8 and versions with the "

@@ -20,6 +20,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import ScaledTranslation
 
@@ -56,6 +57,8 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
     "legend.frameon": False,
+    # A dollar in the name of a model or a version is a dollar.
+    "text.parse_math": False,
     # Make files reproducible: keep text as text, and do not derive ids from the time.
     "svg.fonttype": "none",
     "svg.hashsalt": "servegrid",
@@ -64,7 +67,7 @@ STYLE: dict[str, Any] = {
 
 MARKS: Mapping[str, Mapping[str, Any]] = {
     "not served": {"marker": "x", "markersize": 3.5, "markeredgewidth": 1.2},
-    "no figure": {"marker": "$?$", "markersize": 6.0, "markeredgewidth": 0.3},
+    "no figure": {"marker": MarkerStyle("$?$"), "markersize": 6.0, "markeredgewidth": 0.3},
     "not valid": {"marker": "o", "markerfacecolor": "white"},
 }
 """Marks of cells that were not served, have no figure, or are not valid."""

@@ -6,15 +6,17 @@ Nothing is started here. Each error is one ConfigError that names the file, the 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonschema import Draft202012Validator, validators
-from jsonschema.exceptions import best_match
+from jsonschema.exceptions import ValidationError, best_match
 
 from servegrid.errors import ConfigError
 from servegrid.study.grid import Study, expand
@@ -30,9 +32,24 @@ def _is_finite_number(_: Any, value: Any) -> bool:
     return is_finite and _TYPES.is_type(value, "number")
 
 
+def _is_whole_number(_: Any, value: Any) -> bool:
+    """Whether `value` is an integer. JSON Schema also takes 8.0 for one, but engines do not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationError]:
+    """As JSON Schema's `pattern`, but `$` does not match before a line feed at the end."""
+    if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
 _Validator = validators.extend(  # type: ignore[no-untyped-call]
-    Draft202012Validator, type_checker=_TYPES.redefine("number", _is_finite_number)
+    Draft202012Validator,
+    validators={"pattern": _check_pattern},
+    type_checker=_TYPES.redefine_many({"number": _is_finite_number, "integer": _is_whole_number}),
 )
+MAX_VALUES, MAX_DEPTH = 100_000, 20
+"""Allowed values in a configuration, and allowed levels of nesting."""
 
 
 @cache
@@ -49,7 +66,9 @@ def parse_study(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> 
     name, a prompt is too long, or the filters leave no cell.
     """
     source = ", ".join(str(file) for file in files) or "configuration"
+    _check_plain(config, source)
     validate(config, load_schema(), source)
+    _check_finite(config, source)
     try:
         return expand(config)
     except ConfigError as error:
@@ -62,7 +81,7 @@ def from_snakemake(config: Mapping[str, Any], files: Sequence[str]) -> Study:
     Unlike Snakemake, which silently keeps the last one, this refuses duplicate keys.
     """
     for file in files:
-        _check_duplicate_keys(Path(file), Path(file).read_text())
+        load_mapping(Path(file))
     return parse_study(config, files)
 
 
@@ -74,20 +93,81 @@ def load_study(file: Path) -> Study:
 def load_mapping(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError if the file does not contain one."""
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         config = yaml.safe_load(text)
         _check_duplicate_keys(file, text)
     except OSError as error:
         raise ConfigError(
             f"{file}: cannot be read ({error.strerror}). Correct the path or the permissions."
         ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not UTF-8 ({error}). Save it as UTF-8.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file}: is nested too deeply. Write it flatter.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: is not valid YAML: {error}") from error
+    except ValueError as error:  # such as a date with the month 13
+        raise ConfigError(f"{file}: has an invalid value: {error}. Put it in quotes.") from error
     if not isinstance(config, dict):
         raise ConfigError(
             f"{file}: is not a mapping of keys. Write `key: value` lines; see config/README.md."
         )
     return config
+
+
+def _check_plain(config: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError if `config` has values that JSON has not, or too many of them.
+
+    YAML also knows dates, sets, binary data, and keys that are no texts. Its aliases can make a few
+    lines billions of values.
+    """
+    for path, value in _walk(config, source):
+        where = f"{source}: {_format_key_path(path)}"
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str):
+                    raise ConfigError(f"{where}: the key {key!r} is not a text. Put it in quotes.")
+        elif not isinstance(value, str | int | float | list | tuple | None):
+            kind = type(value).__name__
+            raise ConfigError(f"{where}: {value!r} is a {kind}, not a text. Put it in quotes.")
+        elif isinstance(value, str) and not _is_unicode(value):
+            raise ConfigError(f"{where}: {value!r} is not valid Unicode. Correct it.")
+
+
+def _check_finite(config: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigError at `.inf` or `.nan` where the schema allows any value."""
+    for path, value in _walk(config, source):
+        if isinstance(value, float) and not math.isfinite(value):
+            where = f"{source}: {_format_key_path(path)}"
+            raise ConfigError(f"{where}: {value} is not a number. Correct it, or remove the key.")
+
+
+def _walk(config: Mapping[str, Any], source: str) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """All values with their paths. Raises ConfigError if there are too many."""
+    pending: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
+    for count in itertools.count(1):
+        if not pending:
+            return
+        path, value = pending.pop()
+        if count > MAX_VALUES or len(path) > MAX_DEPTH:
+            raise ConfigError(
+                f"{source}: {_format_key_path(path[:3])}: the configuration has more than "
+                f"{MAX_VALUES:,} values, or more than {MAX_DEPTH} levels. Shorten it."
+            )
+        yield path, value
+        if isinstance(value, Mapping):
+            pending += [((*path, key), each) for key, each in value.items()]
+        elif isinstance(value, list | tuple):
+            pending += [((*path, index), each) for index, each in enumerate(value)]
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text has no lone surrogates, which no file can store."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_duplicate_keys(file: Path, text: str) -> None:

@@ -184,10 +184,29 @@ class Study:
         return positions
 
 
+MAX_TRIALS = 1_000_000
 DRIFT_CHECKS = 3
 """Drift checks per deployment: one at the start, one in the middle, one at the end."""
 DRIFT_CHECK_MIN_TRIALS = 9
 """A deployment with at least this many trials has drift checks by default."""
+
+
+def _check_size(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError if there would be more than MAX_TRIALS trials, before they are made."""
+    total = 0
+    for entry in config["deployments"]:
+        keys = {**config["workload"], **entry.get("workload", {})}
+        product: int = keys.get("trials", 1)
+        for key in ("protocol", "output_len", "input_len"):
+            product *= len(value) if isinstance(value := keys.get(key), list) else 1
+        levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
+        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
+        total += product
+    if total > MAX_TRIALS:
+        raise ConfigError(
+            f"deployments: the study has more than {MAX_TRIALS:,} trials. Lower `trials`, or split "
+            "the study."
+        )
 
 
 def expand(config: Mapping[str, Any]) -> Study:
@@ -197,6 +216,7 @@ def expand(config: Mapping[str, Any]) -> Study:
     `parse_deployment`), a prompt and its output are longer than `max_model_len`, or `include` and
     `exclude` leave no cell. The error names the key.
     """
+    _check_size(config)
     trials: list[Trial] = []
     names: dict[str, int] = {}
     with_drift_checks: dict[str, bool | None] = {}

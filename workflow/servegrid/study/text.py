@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates as escapes, as Python writes them.
+
+    For texts of servers, bundles and models: they must not move the cursor of a terminal, and every
+    file can store them.
+
+    >>> printable("red \x1b[31m")
+    'red \\x1b[31m'
+    """
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def pluralize(number: int, noun: str) -> str:
     """The number with its noun; a regular plural.
 

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from urllib.parse import urlencode, urlsplit
@@ -24,6 +25,7 @@ GAUGES_PATH = f"/metrics/?{urlencode([('name[]', name) for name in counters.GAUG
 MODELS_PATH = "/v1/models"
 NOT_FOUND_STATUSES = (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.METHOD_NOT_ALLOWED)
 HTTP_TIMEOUT_S = 5.0
+MAX_BODY_BYTES = 2**24
 SETTLED_S = 1.0
 """Time for a server to count the requests that it has finished."""
 _POLL_S = 0.02
@@ -56,13 +58,31 @@ def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
 def http_get(endpoint: Endpoint, path: str) -> tuple[int, bytes]:
     """Status and body of GET `path`, sent with the endpoint's API key.
 
-    Raises OSError or http.client.HTTPException if there is no answer in time.
+    Raises OSError or http.client.HTTPException if there is no complete answer within
+    HTTP_TIMEOUT_S, or if it has more than MAX_BODY_BYTES.
     """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     with contextlib.closing(_connection(endpoint)) as connection:
-        connection.request("GET", urlsplit(endpoint.base_url).path + path, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read()
+        connection.connect()
+        # The connection's own timeout is for each byte.
+        timer = threading.Timer(HTTP_TIMEOUT_S, _interrupt, [connection.sock])
+        timer.daemon = True
+        timer.start()
+        try:
+            connection.request("GET", urlsplit(endpoint.base_url).path + path, headers=headers)
+            response = connection.getresponse()
+            body = response.read(MAX_BODY_BYTES + 1)
+        finally:
+            timer.cancel()
+    if len(body) > MAX_BODY_BYTES:
+        raise http.client.HTTPException(f"the answer has more than {MAX_BODY_BYTES:,} bytes")
+    return response.status, body
+
+
+def _interrupt(connected: socket.socket) -> None:
+    """Let all reads of other threads end now."""
+    with contextlib.suppress(OSError):
+        connected.shutdown(socket.SHUT_RDWR)
 
 
 def is_healthy(endpoint: Endpoint) -> bool:
@@ -79,13 +99,13 @@ def is_healthy(endpoint: Endpoint) -> bool:
 def read_metrics(endpoint: Endpoint, path: str = "/metrics") -> dict[str, float] | None:
     """The engine's counters and gauges, and the sums and counts of its histograms.
 
-    None if the server has no page at `path` or does not answer.
+    None if the server has no page at `path`, does not answer, or sends something else.
     """
     try:
         status, page = http_get(endpoint, path)
-    except (OSError, http.client.HTTPException):
+        return parse_metrics(page.decode()) if status == http.HTTPStatus.OK else None
+    except (OSError, http.client.HTTPException, ValueError):
         return None
-    return parse_metrics(page.decode()) if status == http.HTTPStatus.OK else None
 
 
 def read_gauges(endpoint: Endpoint) -> dict[str, float]:
