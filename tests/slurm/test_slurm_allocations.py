@@ -28,7 +28,7 @@ def test_every_allocation_has_a_node_and_slurm_s_record_is_kept(work: Workspace)
     assert work.outputs() == names("a", 3) | names("b", 3)
     assert work.service_starts() == 2
     assert "Total: 6 of 6 jobs done" in output
-    assert "2 service starts, 0 repeated starts" in output
+    assert "2 service starts, 0 job restarts" in output
     records = work.records()
     assert {each["allocation"]["name"] for each in records} == {"a", "b"}
     for each in records:
@@ -55,7 +55,7 @@ def test_after_the_loss_of_a_node_only_the_running_cell_is_repeated(work: Worksp
     output = work.end(run)
     assert work.outputs() == names("a", 4)
     assert sorted(work.started()) == ["a0", "a1", "a2", "a2", "a3"]
-    assert "1 repeated start" in output
+    assert "1 job restart" in output
     assert work.records()[0]["slurm"]["Restarts"] == "1"
 
 
@@ -181,7 +181,7 @@ def test_a_killed_main_process_finds_its_allocation_again(work: Workspace) -> No
     assert work.outputs() == names("a", 4)
     assert sorted(work.started()) == ["a0", "a1", "a2", "a3"]
     assert work.service_starts() == 1
-    assert "adopted" in output
+    assert "of an earlier run" in output
 
 
 def test_a_killed_allocation_is_continued(work: Workspace) -> None:

@@ -89,7 +89,7 @@ def test_the_profile_of_plafrim_fits_a_cluster_like_it(slurm: Cluster, site: Pat
     # The only deployment with four GPUs needs two nodes.
     assert "64 processors on nodes sirocco[21-22]" in a100[-1]
     (gpus,) = after(lines, "WARN", "kind a100-40gb")
-    assert "Slurm manages gpu:a100:2 per node, but none are requested" in gpus
+    assert "Slurm manages gpu:a100:2 per node, but the kind requests none" in gpus
     assert "slurm_gres: gpu:a100:2" in gpus
 
 

@@ -118,7 +118,7 @@ def test_without_faults(rehearsal: Rehearsal) -> None:
     assert (counts["service_started"], counts["job_started"]) == (7, rehearsal.cells)
     output = rehearsal.work.log.read_text()
     assert f"Total: {rehearsal.cells} of {rehearsal.cells} jobs done" in output
-    assert "7 service starts, 0 repeated starts" in output
+    assert "7 service starts, 0 job restarts" in output
     assert len(rehearsal.records()) == 7
     for record in rehearsal.records():
         name = record["allocation"]["name"]
