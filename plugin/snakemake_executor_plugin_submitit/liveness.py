@@ -8,6 +8,7 @@ preemption or the loss of a node.
 from __future__ import annotations
 
 import getpass
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,20 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-ALIVE_STATES = frozenset(
+END_STATES = frozenset(
     (
-        *("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"),
-        *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
-        *("RESIZING", "SIGNALING", "STAGE_OUT"),
+        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED"),
+        *("NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
     )
 )
+"""The states of a job that does not run any more (squeue(1), job state codes). In any other state
+the job is alive: new versions of Slurm have new states, such as EXPEDITING in 25.11."""
 DEFINITE_END_STATES = frozenset(("CANCELLED", "COMPLETED"))
 GONE = "GONE"
 """The state of a job that Slurm no longer knows."""
 HELD = "LAUNCH_FAILED"
 """The state of a job that Slurm has requeued and holds. squeue shows such a job as pending."""
-_HELD_REASONS = frozenset(("launch failed requeued held", "jobholdmaxrequeue"))
-"""Reasons with which Slurm itself holds a job until somebody releases it."""
+_HELD_REASON = re.compile(r"requeued[ _]held$|^jobholdmaxrequeue$", re.IGNORECASE)
+"""The reasons with which Slurm itself holds a job until somebody releases it: a launch that failed
+(all versions), a limit of such failures (23.02), an environment that was not found (25.05)."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,9 @@ class SlurmLiveness:
         if self._states is None:
             return None
         state, reason = self._states.get(key, (GONE, ""))
-        if reason.lower().replace("_", " ") in _HELD_REASONS:
+        if _HELD_REASON.search(reason):
             state = HELD
-        if state in ALIVE_STATES:
+        if state != GONE and state not in END_STATES:
             self._suspected.pop(key, None)
             return None
         first = self._suspected.setdefault(key, self._asked)

@@ -21,6 +21,8 @@ SACCT_FIELDS = (
     *("JobID", "JobName", "Partition", "Account", "NodeList", "AllocTRES", "Submit", "Start"),
     *("End", "Elapsed", "Timelimit", "State", "ExitCode", "Restarts"),
 )
+SACCT_FIELDS_BEFORE_24_11 = tuple(field for field in SACCT_FIELDS if field != "Restarts")
+"""sacct refuses the whole query if it does not know a field."""
 
 
 def write_record(path: Path, live: AllocationState[Any], state: str | None) -> None:
@@ -51,11 +53,14 @@ def fetch_slurm_record(job_id: str) -> dict[str, str] | None:
     text = _query("scontrol", "--oneliner", "show", "job", job_id)
     if text and (record := parse_scontrol(text)):
         return record
-    text = _query(
-        "sacct", "--parsable2", "--allocations", f"--jobs={job_id}",
-        f"--format={','.join(SACCT_FIELDS)}",
-    )  # fmt: skip
-    return parse_sacct(text) if text else None
+    for fields in (SACCT_FIELDS, SACCT_FIELDS_BEFORE_24_11):
+        text = _query(
+            "sacct", "--parsable2", "--allocations", f"--jobs={job_id}",
+            f"--format={','.join(fields)}",
+        )  # fmt: skip
+        if text:
+            return parse_sacct(text)
+    return None
 
 
 def parse_scontrol(text: str) -> dict[str, str]:

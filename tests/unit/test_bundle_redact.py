@@ -1,5 +1,6 @@
 """Secrets are redacted or found; other text stays."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,22 @@ def test_pseudonyms_of_an_unpacked_bundle_stay_and_are_not_reused() -> None:
     assert hosts == {"node-2": "node-2", "bora1": "node-1", "bora2": "node-3"}
 
 
+AWS = "AKIA" + "Q7" * 8
 TEXTS = {
+    f"key {AWS}": "key [an AWS key]",
+    "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG": "AWS_SECRET_ACCESS_KEY=[a secret]",
+    "aws_session_token: FwoGZXIvYXdzEBYaDH7": "aws_session_token: [a secret]",
+    "Authorization: Basic dXNlcjpwdw==": "[basic credentials]",
+    "redis://:hunter2@db:6379/0": "redis://[a password in a URL]@db:6379/0",
+    "postgresql://me:pw@db/x": "postgresql://[a password in a URL]@db/x",
+    "password=hunter2 x": "password=[a secret] x",
+    'DB_PASSWD: "s3cret!"': 'DB_PASSWD: "[a secret]"',
+    "AccountKey=" + "aB3/" * 22: "[Azure Storage Account access key (1)]",
+    "xoxb-123456789012-abcdefABCDEF12".lower(): "[Slack Token (1)]",
+    "glrt-" + "aB3" * 8: "[GitLab Token (1)]",
+    "sk_live_" + "aB3" * 8: "[Stripe Access Key (1)]",
+    "SG." + "a" * 22 + "." + "b" * 43: "[SendGrid API Key (1)]",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln": "[a JSON Web Token]",
     f"token {HF}": "token [a Hugging Face token]",
     f"key={KEY}.": "key=[an API key].",
     "Authorization: Bearer abcdefghijklmnop0123": "Authorization: [a bearer token]",
@@ -79,6 +95,19 @@ def test_text_is_redacted(text: str) -> None:
 def test_other_words_stay(text: str) -> None:
     assert REDACTOR.redact_text(text) == text
     assert list(find_secrets(text)) == []
+
+
+def test_the_time_grows_with_the_length_only() -> None:
+    """A log of 1 MB without spaces took minutes: the time grew with the square of the length."""
+    for text in ("a-" * 500_000, "token" * 200_000, "password_" * 100_000, "://a:" * 200_000):
+        started = time.process_time()
+        REDACTOR.redact_text(text)
+        assert time.process_time() - started < 20
+
+
+def test_a_range_of_a_billion_hosts_is_left_as_it_is() -> None:
+    hosts = Redactor.from_documents([{"NodeList": "a[1-999999999]"}]).hosts
+    assert len(hosts) < 5
 
 
 def test_json_values_of_host_keys_are_redacted_and_a_spec_stays() -> None:

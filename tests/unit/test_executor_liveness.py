@@ -85,15 +85,29 @@ def test_a_requeued_job_is_alive() -> None:
     assert cluster.end(8) == "FAILED"
 
 
-@pytest.mark.parametrize("reason", ["launch failed requeued held", "JobHoldMaxRequeue"])
+@pytest.mark.parametrize(
+    "reason",
+    [
+        *("launch failed requeued held", "JobHoldMaxRequeue"),
+        "launch_failure_limit_exceeded_requeued_held",  # since 23.02, with max_batch_requeue
+        "user_env_retrieval_failed_requeued_held",  # since 25.05
+    ],
+)
 def test_a_job_held_by_slurm_after_a_failed_launch_has_ended(reason: str) -> None:
     cluster = Cluster(f"101|PENDING|{reason}|alpha-1f\n")
     assert cluster.end() is None
     assert cluster.end(8) == HELD
 
 
-def test_a_job_held_by_its_user_is_alive() -> None:
-    cluster = Cluster("101|PENDING|JobHeldUser|alpha-1f\n")
+@pytest.mark.parametrize("state", ["EXPEDITING", "POWER_UP_NODE", "A_STATE_OF_NEXT_YEAR"])
+def test_a_job_in_an_unknown_state_is_alive(state: str) -> None:
+    cluster = Cluster(f"101|{state}|None|alpha-1f\n")
+    assert [cluster.end(), cluster.end(30), cluster.end(30)] == [None] * 3
+
+
+@pytest.mark.parametrize("reason", ["JobHeldUser", "JobHeldAdmin", "BeginTime", "Resources"])
+def test_a_job_held_by_its_user_is_alive(reason: str) -> None:
+    cluster = Cluster(f"101|PENDING|{reason}|alpha-1f\n")
     assert [cluster.end(), cluster.end(30), cluster.end(30)] == [None] * 3
 
 

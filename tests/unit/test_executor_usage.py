@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +94,21 @@ def test_sacct_s_record_is_that_of_the_last_start() -> None:
     text = "JobID|State|Restarts\n7|NODE_FAIL|0\n7|COMPLETED|1\n"
     assert parse_sacct(text) == {"JobID": "7", "State": "COMPLETED", "Restarts": "1"}
     assert parse_sacct("JobID|State|Restarts\n") is None
+
+
+def test_a_sacct_without_the_field_restarts_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in 22.05 to 24.05."""
+    for name, script in {
+        "scontrol": "exit 1",
+        "sacct": 'case "$*" in *Restarts*) echo "Invalid field requested" >&2; exit 1;; esac; '
+        "printf 'JobID|State\\n7|COMPLETED\\n'",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert records.fetch_slurm_record("7") == {"JobID": "7", "State": "COMPLETED"}
 
 
 # Slurm's documentation of sacct --format: https://slurm.schedmd.com/sacct.html

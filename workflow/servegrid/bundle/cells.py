@@ -10,7 +10,9 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.bundle import tarball
 from servegrid.bundle.integrity import find_integrity_problems
+from servegrid.bundle.limits import MEMORY_BYTES, check_table_size, limited_memory
 from servegrid.errors import ComparisonError
+from servegrid.records import columns
 
 CELLS = "results/tables/cells.parquet"
 
@@ -23,7 +25,7 @@ def load_cells(source: Path) -> pd.DataFrame:
     if source.is_dir():
         for file in (source / CELLS, source / "tables/cells.parquet", source / "cells.parquet"):
             if file.is_file():
-                return tables.load_table(file)
+                return _load(file)
         raise ComparisonError(
             f"{source}: has no tables/cells.parquet. Name a folder of results, or a bundle."
         )
@@ -41,4 +43,27 @@ def load_cells(source: Path) -> pd.DataFrame:
                 f"{source}: is a bundle of a partial study and has no {CELLS}. Measure the rest of "
                 "the study and bundle it again."
             )
-        return tables.load_table(tree / CELLS)
+        return _load(tree / CELLS)
+
+
+def _load(file: Path) -> pd.DataFrame:
+    """The table in `file`, with limits on size and memory.
+
+    Raises ComparisonError if it is not a table of cells, or too large.
+    """
+    check_table_size(file)
+    try:
+        with limited_memory():
+            cells = tables.load_table(file)
+    except MemoryError as error:
+        raise ComparisonError(
+            f"{file.name}: needs more than {MEMORY_BYTES:,} bytes of memory. It is not a table of "
+            "servegrid."
+        ) from error
+    missing = [column.name for column in columns.CELLS if column.name not in cells.columns]
+    if missing:
+        raise ComparisonError(
+            f"{file.name}: has no column `{missing[0]}`. It is not a table of cells, or another "
+            "version of servegrid made it: derive the tables again with this one."
+        )
+    return cells

@@ -12,6 +12,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from detect_secrets.plugins.aws import AWSKeyDetector
+from detect_secrets.plugins.azure_storage_key import AzureStorageKeyDetector
+from detect_secrets.plugins.discord import DiscordBotTokenDetector
+from detect_secrets.plugins.github_token import GitHubTokenDetector
+from detect_secrets.plugins.gitlab_token import GitLabTokenDetector
+from detect_secrets.plugins.openai import OpenAIDetector
+from detect_secrets.plugins.pypi_token import PypiTokenDetector
+from detect_secrets.plugins.sendgrid import SendGridDetector
+from detect_secrets.plugins.slack import SlackDetector
+from detect_secrets.plugins.square_oauth import SquareOAuthDetector
+from detect_secrets.plugins.stripe import StripeDetector
+
+_DETECTORS = (
+    *(AWSKeyDetector, AzureStorageKeyDetector, DiscordBotTokenDetector, GitHubTokenDetector),
+    *(GitLabTokenDetector, OpenAIDetector, PypiTokenDetector),
+    *(SendGridDetector, SlackDetector, SquareOAuthDetector, StripeDetector),
+)
+"""Detectors of detect-secrets that find nothing in ordinary logs and numbers."""
 TOKENS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
     "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
@@ -19,21 +37,37 @@ TOKENS = {
     "a GitLab token": r"\bglpat-[\w-]{20,}",
     "an AWS key": r"\bAKIA[0-9A-Z]{16}\b",
     "a bearer token": r"(?i:\bbearer )[A-Za-z0-9._~+/=-]{16,}",
-    "a password in a URL": r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)",
+    "a JSON Web Token": r"\beyJ[\w=-]{8,}\.[\w=-]{4,}(?:\.[\w.+/=-]*)?",
+    "basic credentials": r"(?i:\bauthorization[\"']?\s*[:=]\s*[\"']?basic )[A-Za-z0-9+/=]{6,}",
+    "a password in a URL": r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
+    **{
+        f"{detector.secret_type} ({number})": pattern.pattern
+        for detector in _DETECTORS
+        for number, pattern in enumerate(detector.denylist, 1)
+    },
 }
 """Kinds of secrets that have a pattern of their own."""
 
-_SECRET_KEY = r"(?:[\w-]*[_-])?(?:api[_-]?key|token|secret|password)"
+# The prefix is bounded: without a bound, the time would grow with the square of a line's length.
+_SECRET_KEY = (
+    r"(?:[\w-]{0,40}[_-])?"
+    r"(?:(?:api|access|account|secret|private)[_-]?key|token|secret|credentials?|passw(?:or)?d|pwd)"
+)
 _ASSIGNMENT = re.compile(
     rf"(?i)\b({_SECRET_KEY}[\"']?(?:\s*[=:]\s*|\s+)[\"']?)"
     r"(?=[\w.+/=-]*\d)(?=[\w.+/=-]*[a-z])[\w.+/=-]{16,}"
 )
+_PASSWORD = re.compile(
+    r"(?i)\b((?:[\w-]{0,40}[_-])?(?:passw(?:or)?d|pwd)[\"']?\s*[=:]\s*[\"']?)(?!\[)[^\s\"',;]{3,}"
+)
+"""A password can be short, and a sentence seldom has a colon after the word."""
 _SECRET_NAME = re.compile(rf"(?i)(?:--)?{_SECRET_KEY}")
 _TOKEN = re.compile("|".join(f"(?P<k{n}>{pattern})" for n, pattern in enumerate(TOKENS.values())))
 _HOME = re.compile(r"(/(?:home|Users)/)(?!user(?![\w.-]))([^\s/\"'`<>:,;()\[\]{}*]+)")
 _PSEUDONYM = re.compile(r"node-\d+")
+_MAX_RANGE = 100_000
 _MIN_LETTERS = 4
 """Shortest name of a host that is replaced in running text: a shorter one would hit other words."""
 
@@ -74,6 +108,7 @@ class Redactor:
         """`text` without tokens, names of users in paths, and hosts."""
         text = _TOKEN.sub(lambda match: f"[{_kind(match)}]", text)
         text = _ASSIGNMENT.sub(r"\1[a secret]", text)
+        text = _PASSWORD.sub(r"\1[a secret]", text)
         text = _HOME.sub(r"\1user", text)
         if self.users:
             text = self._user_pattern.sub("user", text)
@@ -120,7 +155,9 @@ class Redactor:
     @cached_property
     def _user_pattern(self) -> re.Pattern[str]:
         return _compile_words(
-            self.users, r"(?:(?<=/)|(?<=UserId=)|(?<![\w@.-])(?=\S+[@(]))", r"(?=[/@(\s\"':,;]|$)"
+            self.users,
+            r"(?:(?<=/)|(?<=UserId=)|(?<![\w@.-])(?=\S{1,64}[@(]))",
+            r"(?=[/@(\s\"':,;]|$)",
         )
 
 
@@ -180,6 +217,8 @@ def _expand_ranges(text: str) -> str:
         names = []
         for part in match[2].split(","):
             first, _, last = part.partition("-")
+            if int(last or first) - int(first) > _MAX_RANGE:
+                return match[0]
             for number in range(int(first), int(last or first) + 1):
                 names.append(f"{match[1]}{number:0{len(first)}}{match[3]}")
         return ",".join(names)

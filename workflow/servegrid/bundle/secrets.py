@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from servegrid.bundle.layout import CONFIGURATION
+from servegrid.bundle.layout import CONFIGURATION, SOURCE
 from servegrid.bundle.limits import check_table_size
 from servegrid.bundle.redact import Redactor, find_secrets, find_secrets_in_data
 from servegrid.bundle.sources import PARTS
@@ -46,7 +46,9 @@ def scan_tree(tree: Path, redactor: Redactor | None = None) -> Iterator[str]:
     The workflow's files are not scanned for hosts, because any word can be a host's name.
     """
     for name in list_files(tree):
-        is_source = any(name == part or name.startswith(f"{part}/") for part in PARTS)
+        is_source = any(
+            name == f"{SOURCE}/{part}" or name.startswith(f"{SOURCE}/{part}/") for part in PARTS
+        )
         kinds = dict.fromkeys(_scan_file(tree / name, name))
         if redactor is not None and not is_source:
             kinds |= dict.fromkeys(

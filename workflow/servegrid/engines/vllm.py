@@ -133,7 +133,12 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
 
 def engine_environment(folder: Path) -> dict[str, str]:
     """Environment variables for vLLM and its processes; they put their files into `folder`."""
-    folders = {"TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
+    folders = {
+        "TMPDIR": str(folder),
+        "VLLM_RPC_BASE_PATH": str(folder),
+        # The default is a folder in /tmp with a name that every other user can predict.
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "torchinductor"),
+    }
     return ENVIRONMENT | folders | startup_errors.logging_variables(folder)
 
 
