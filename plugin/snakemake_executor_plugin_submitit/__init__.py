@@ -150,6 +150,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             report=self._report,
             records=Path(settings.records).absolute() if settings.records else None,
             preload=tuple(filter(None, (settings.preload or "").replace(" ", "").split(","))),
+            modules=str(Path(self.workflow.main_snakefile).absolute().parent),
         )
         self._outcomes: dict[JobExecutorInterface, Failure | None] = {}
 

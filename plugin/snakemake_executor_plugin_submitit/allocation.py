@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -88,7 +89,8 @@ class Allocation:
     All its state is in the spool, so it continues if Slurm starts it again. `service` is None or
     the `module:function` of a ServiceFactory. The allocation ends after `idle_timeout` seconds
     without a job. SIGUSR2 arrives `signal_delay` seconds before `time_limit` (seconds). The
-    modules in `preload` are imported once for all jobs.
+    modules in `preload` are imported once for all jobs. `modules` is the folder of the Snakefile:
+    `service` and `preload` are looked for there, after the installed modules.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Allocation:
     time_limit: float
     signal_delay: float
     preload: tuple[str, ...] = ()
+    modules: str = ""
 
     def __call__(self) -> None:
         started = time.monotonic()
@@ -123,7 +126,10 @@ class Allocation:
 
     def _serve(self, spool: Spool) -> tuple[str, str]:
         """Why the allocation has ended, with details for people."""
-        with contextlib.closing(Runner(self.preload)) as runner, contextlib.ExitStack() as stack:
+        with (
+            contextlib.closing(Runner(self.preload, self.modules)) as runner,
+            contextlib.ExitStack() as stack,
+        ):
             started = time.monotonic()
             try:
                 service = stack.enter_context(self._create_service())
@@ -144,6 +150,8 @@ class Allocation:
     def _create_service(self) -> AbstractContextManager[Service]:
         if self.service is None:
             return contextlib.nullcontext(_NoService({}))
+        if self.modules:
+            sys.path.append(self.modules)
         module, _, function = self.service.partition(":")
         factory: ServiceFactory = getattr(importlib.import_module(module), function)
         return factory(self.name, self.params, self.resources)

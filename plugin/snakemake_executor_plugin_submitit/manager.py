@@ -65,7 +65,8 @@ class AllocationManager(Generic[Job]):
     """All allocations of a run. Thread-safe.
 
     At most `max_allocations` exist at the same time (None: no limit). `records` is the folder for
-    records of ended allocations. See `Allocation` for `idle_timeout` and `preload`.
+    records of ended allocations. See `Allocation` for `idle_timeout`, `preload` and
+    `modules`.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class AllocationManager(Generic[Job]):
         report: Report,
         records: Path | None = None,
         preload: tuple[str, ...] = (),
+        modules: str = "",
     ) -> None:
         self._folder, self._cluster, self._records = folder, cluster, records
         self._max_allocations, self._idle_timeout = max_allocations, idle_timeout
-        self._report, self._preload = report, preload
+        self._report, self._preload, self._modules = report, preload, modules
         self._progress = ProgressReporter(report)
         self._liveness: Liveness = SlurmLiveness() if cluster == "slurm" else LocalLiveness()
         self._lock = threading.RLock()
@@ -268,6 +270,7 @@ class AllocationManager(Generic[Job]):
             time_limit=spec.parameters.time_limit_s,
             signal_delay=spec.parameters.signal_delay_s,
             preload=self._preload if has_service else (),
+            modules=self._modules,
         )
         tickets = {spool.put(queued.task): queued for queued in jobs}
         job_name = f"{slug(spec.name)[:80]}-{identity}"

@@ -39,12 +39,13 @@ SIGNAL_LATENCY_S = 0.5
 class Runner:
     """The allocation's side: starts the runner's process and communicates with it.
 
-    `preload` names modules that the jobs need.
+    `preload` names modules that the jobs need; they can be in the folder `modules`.
     """
 
-    def __init__(self, preload: Sequence[str] = ()) -> None:
+    def __init__(self, preload: Sequence[str] = (), modules: str = "") -> None:
+        program = f"import {__name__} as runner; runner.main()"
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"import {__name__} as runner; runner.main()", *preload],
+            [sys.executable, "-P", "-c", program, modules, *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # it must outlive a killed allocation to clean up
@@ -94,7 +95,10 @@ def main() -> None:
     # The allocation handles signals that are sent to all its processes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _preload(sys.argv[1:])
+    modules, *preload = sys.argv[1:]
+    if modules:
+        sys.path.append(modules)
+    _preload(preload)
     while line := requests.readline():
         pid = os.fork()
         if pid == 0:

@@ -310,7 +310,7 @@ def test_a_new_run_continues_the_allocations_of_a_killed_one(work: Workspace) ->
     work.wait(lambda: work.output.read_text().count("of an earlier run is still active") == 2)
     (work.folder / "go").touch()
     output = work.end(process, 0)
-    assert "is still active and takes 3 jobs." in output
+    assert "is still active and runs 3 jobs of this run." in output
     assert len(work.outputs()) == 5
     assert sorted(work.started()) == ["a0", "a1", "a2", "a3", "x0"]
     assert work.service_starts() == ["a"]
