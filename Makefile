@@ -1,9 +1,10 @@
 # `make run` and `make test` set everything up that they need.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-steps lint bench format docs model env-cpu env-v100 env-a100 lock clean
+.PHONY: help run test test-steps lint bench chaos format docs model env-cpu env-v100 env-a100 lock clean
 
 PROFILE ?= profiles/local
 PYTHON := .venv/bin/python
+NEWER_SLURM := $(HOME)/.cache/servegrid/slurm-trixie
 CHECKED := workflow plugin tests docs bench
 
 # pip's advice is of no use for an environment that is made from a complete list.
@@ -30,6 +31,13 @@ test-steps:
 	$(PYTHON) -m pytest -n 2 -m crowded tests/integration
 	$(PYTHON) -m pytest -m "not crowded" tests/integration  # timed tests get the machine to themselves
 	$(PYTHON) -m pytest -n 3 tests/slurm  # each waits for its own Slurm most of the time
+	@if PATH="$(CURDIR)/.venv/bin:$$PATH" tests/unpack_slurm.sh trixie $(NEWER_SLURM); then \
+		echo "The same with $$($(NEWER_SLURM)/wrap/sinfo -V):"; \
+		UNPACKED_SLURM=$(NEWER_SLURM) $(PYTHON) -m pytest -n 3 -m "not slow" tests/slurm; \
+	else \
+		echo "The tests with a newer Slurm are left out: they need Debian on x86-64."; \
+		test -z "$$CI"; \
+	fi
 
 lint: .venv/.dev  ## ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/ruff check --no-cache $(CHECKED)
@@ -43,6 +51,11 @@ bench: .venv/.ready model  ## measure the cost of measuring (PEERS=1: compare wi
 	$(PYTHON) bench/machinery.py
 	$(PYTHON) bench/gather.py
 	$(PYTHON) bench/client.py $(if $(PEERS),--peers)
+
+chaos: .venv/.dev model  ## random faults during a rehearsal on a private Slurm (SEED, FAULTS, MINUTES)
+	tests/install.sh
+	SEED=$(or $(SEED),1) FAULTS=$(or $(FAULTS),500) MINUTES=$(or $(MINUTES),90) \
+		$(PYTHON) -m pytest -s tests/slurm/test_slurm_chaos.py
 
 format: .venv/.dev  ## run the formatters
 	.venv/bin/ruff check --fix $(CHECKED)

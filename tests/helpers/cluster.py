@@ -30,6 +30,9 @@ DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 ACCOUNTING_DAEMONS = ("slurmdbd", "mariadbd", "mariadb-install-db")
 CLIENTS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo", "sacct", "sacctmgr")
 PR_SET_CHILD_SUBREAPER = 36
+SCHEDULER_PARAMETERS = (
+    "batch_sched_delay=0,sched_interval=1,bf_interval=1,bf_resolution=1,sched_min_interval=1000"
+)
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,20 @@ def missing(options: Options) -> list[str]:
     return [name for name in wanted if not program(name)]
 
 
+UNPACKED = Path(os.environ["UNPACKED_SLURM"]) if "UNPACKED_SLURM" in os.environ else None
+"""The folder of another version of Slurm, which unpack_slurm.sh has made, if that is tested."""
+
+
 def program(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    first = f"{UNPACKED / 'wrap'}:" if UNPACKED else ""
+    return shutil.which(name, path=f"{first}{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def plugin_settings() -> dict[str, object]:
+    """Where the daemons of an unpacked Slurm find their plugins."""
+    if UNPACKED is None:
+        return {}
+    return {"PluginDir": next(UNPACKED.glob("usr/lib/*/slurm-wlm"))}
 
 
 class Cluster:
@@ -184,11 +199,18 @@ def wait_for(test: Callable[[], bool], limit_s: float, what: Callable[[], str]) 
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nothing listens on, below those that the kernel gives to clients.
+
+    Otherwise, a connection could get the port before the daemon that it is for.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    found: list[int] = []
+    while len(found) < count:
+        port = 10_000 + secrets.randbelow(lowest - 10_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found += [port] * (port not in found)
+    return found
 
 
 def write_configuration(cluster: Cluster) -> None:
@@ -232,8 +254,7 @@ def write_configuration(cluster: Cluster) -> None:
         "GresTypes": "gpu",
         "DefMemPerCPU": 1000,
         "SchedulerType": "sched/backfill",
-        "SchedulerParameters": "batch_sched_delay=0,sched_interval=1,bf_interval=1,"
-        "bf_resolution=1,sched_min_interval=1000",
+        "SchedulerParameters": SCHEDULER_PARAMETERS,
         "PriorityType": "priority/basic",
         "JobRequeue": 1,
         "PreemptType": "preempt/partition_prio",
@@ -248,6 +269,7 @@ def write_configuration(cluster: Cluster) -> None:
         "InactiveLimit": 0,
         "WaitTime": 0,
         "CompleteWait": 0,
+        **plugin_settings(),
     }
     prolog = folder / "prolog"
     prolog.write_text(f'#!/bin/sh\ntest ! -e "{folder}/spoilt-$SLURMD_NODENAME"\n')
@@ -313,6 +335,7 @@ def write_database_configuration(cluster: Cluster, host: str, user: str, port: i
         "StorageUser": user,
         "StorageLoc": "slurm_acct_db",
         "CommitDelay": 0,
+        **plugin_settings(),
     }
     path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
     path.chmod(0o600)
@@ -343,6 +366,8 @@ def daemons(cluster: Cluster) -> dict[str, object]:
                 f"--auth-root-socket-user={user}",
             ]
         )
+        # slurmdbd 24.11 fails where it would have to create its database.
+        prepare.append(["mkdir", "-p", str(data / "slurm_acct_db")])
         steps += [
             (
                 "mariadbd",

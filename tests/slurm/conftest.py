@@ -102,6 +102,11 @@ class Workspace:
         text = self.cluster.call("squeue", "-h", "-o", "%i|%T|%N", check=False)
         return [tuple(line.split("|")) for line in text.splitlines()]  # type: ignore[misc]
 
+    def queue_alive(self) -> list[tuple[str, str, str]]:
+        """The jobs that have not ended."""
+        alive = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")
+        return [job for job in self.queue() if job[1] in alive]
+
     def wait(self, test: Callable[[], Any], limit_s: float = 60) -> Any:
         deadline = time.monotonic() + limit_s
         while not (found := test()):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from helpers.cluster import Options
+from helpers.cluster import SCHEDULER_PARAMETERS, Options
 from slurm.conftest import GPU, KIND, Workspace, with_options
 
 PREEMPTIBLE = KIND | {"slurm_partition": "preempt", "slurm_constraint": "a100"}
@@ -69,6 +69,41 @@ def test_a_job_that_slurm_holds_after_a_failed_launch_is_submitted_again(work: W
     assert work.queue() == []
     held, done = sorted(work.records(), key=lambda each: each["jobs_finished"])
     assert (held["state"], done["jobs_finished"]) == ("LAUNCH_FAILED", 2)
+
+
+@with_options(
+    Options(
+        parameters={
+            "SchedulerParameters": f"{SCHEDULER_PARAMETERS},nohold_on_prolog_fail,"
+            "max_batch_requeue=1"
+        }
+    )
+)
+def test_a_job_whose_launch_fails_again_and_again_is_done_at_last(work: Workspace) -> None:
+    """Slurm 22.05 tries without end; from 23.02 on, it holds the job for a reason of its own."""
+    nodes = ("sirocco14", "sirocco15")
+    has_limit = work.cluster.call("sinfo", "-V").split()[1] >= "23.02"
+    work.kinds(toy=V100)
+    work.plan(out={"a": 2})
+    for node in nodes:
+        work.cluster.spoil_node(node)
+    process = work.start()
+
+    def reason() -> str:
+        for node in nodes:  # Slurm drains a node whose prolog fails
+            work.cluster.call("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        return work.cluster.call("squeue", "-h", "-o", "%r").lower().replace("_", " ")
+
+    if has_limit:
+        work.wait(lambda: "launch failure limit exceeded requeued held" in reason(), limit_s=120)
+    else:
+        work.wait(lambda: "begintime" in reason())  # it has been requeued
+    for node in nodes:
+        (work.cluster.folder / f"spoilt-{node}").unlink()
+    work.wait(lambda: reason() is not None and process.poll() is not None, limit_s=120)
+    output = work.end(process)
+    assert work.outputs() == names("a", 2)
+    assert ("is held by Slurm after a failed launch; 0 of 2 jobs done" in output) is has_limit
 
 
 def preempted(work: Workspace) -> subprocess.Popen[bytes]:

@@ -1,0 +1,576 @@
+"""A campaign of random faults while the article's study is rehearsed on a real Slurm.
+
+`make chaos SEED=1 FAULTS=500` runs the long campaign; the tests run a short one. After every fault
+and at the end of every study the invariants of `Campaign` hold. A table shows the faults by kind,
+how many there were, and the time without a finished cell after them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import yaml
+
+from servegrid.study.config import load_study
+from slurm.conftest import Workspace, with_options
+from slurm.test_slurm_rehearsal import ROOT, Rehearsal
+
+from helpers.cluster import Options  # isort: skip
+
+SEED = int(os.environ.get("SEED", "1"))
+FAULTS = int(os.environ.get("FAULTS", "12"))
+LIMIT_S = 60.0 * float(os.environ.get("MINUTES", "12"))
+STUDY_LIMIT_S = 900.0
+SILENCE_LIMIT_S = 240.0
+"""The longest time without a finished cell. Slurm itself needs a minute to notice a lost node."""
+UNLOCK = (sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock")
+
+Fault = Callable[["Campaign"], bool]
+"""Injects a fault. Returns False if that is not possible now."""
+KINDS: dict[str, Fault] = {}
+
+
+def fault(function: Fault) -> Fault:
+    KINDS[function.__name__.replace("_", " ")] = function
+    return function
+
+
+class Campaign:
+    """Runs one study after another and injects faults meanwhile.
+
+    Invariants: a finished cell is never measured again and never changes; a damaged cell is in no
+    table; the same command continues after every fault; each cell is in the tables exactly once;
+    nothing is left at the end: no process, no job of Slurm, no temporary file or folder.
+    """
+
+    def __init__(self, work: Workspace) -> None:
+        self.random = random.Random(SEED)
+        self.work = work
+        self.cluster = work.cluster
+        self.rehearsal = Rehearsal(work, full=FAULTS > 50)
+        kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
+        work.kinds(**{name: kind | {"slurm_partition": "preempt"} for name, kind in kinds.items()})
+        self.trials = {each.id for each in load_study(work.folder / "study.yaml").all_trials}
+        self.temporary = self.list_temporary()
+        self.cleanup: list[Callable[[], object]] = []
+        self.lost_s: dict[str, list[float]] = defaultdict(list)
+        self.digests: dict[str, str] = {}
+        self.planted: set[str] = set()
+        self.studies = 0
+        self.main: subprocess.Popen[bytes] | None = None
+
+    # the study
+
+    def run(self) -> None:
+        deadline = time.monotonic() + LIMIT_S
+        gaps = [0.3]
+        while self.injected() < FAULTS:
+            assert time.monotonic() < deadline, f"only {self.injected()} faults in {LIMIT_S:g} s"
+            self.wait_for_cells(self.random.randint(1, 4))
+            kind = self.choose()
+            if kind is None:
+                continue
+            before, began = len(self.finished()), time.monotonic()
+            done = self.wait_for_cells(1)
+            self.restore()
+            gap = time.monotonic() - began
+            self.lost_s[kind].append(max(0.0, gap - statistics.median(gaps)))
+            if done and len(self.finished()) > before:
+                gaps.append(min(gap, 2.0))
+        while self.main is not None:
+            self.wait_for_cells(10**6)
+
+    def injected(self) -> int:
+        return sum(map(len, self.lost_s.values()))
+
+    def choose(self) -> str | None:
+        """Inject a fault. The kinds that were injected least come first."""
+        order = sorted(KINDS, key=lambda kind: (len(self.lost_s[kind]), self.random.random()))
+        for kind in order[:8]:
+            with contextlib.suppress(psutil.Error, subprocess.SubprocessError, OSError):
+                if KINDS[kind](self):
+                    return kind
+        return None
+
+    def wait_for_cells(self, count: int) -> bool:
+        """Until `count` more cells are finished. False if the study ended before."""
+        wanted = len(self.finished()) + count
+        silent_since, known = time.monotonic(), len(self.finished())
+        while (now := len(self.finished())) < wanted:
+            if now != known:
+                silent_since, known = time.monotonic(), now
+            silence = time.monotonic() - silent_since
+            assert silence < SILENCE_LIMIT_S, f"no cell for {silence:.0f} s: {self.output()}"
+            if not self.continue_study():
+                return False
+            time.sleep(0.05)
+        return True
+
+    def continue_study(self) -> bool:
+        """Start the same command again if it has ended. False if the study is complete."""
+        if self.main is None:
+            self.main = self.rehearsal.start()
+        status = self.main.poll()
+        if status is None:
+            return True
+        self.restore()
+        if status == 0:
+            self.check_complete()
+            self.main = None
+            return False
+        for remedy in re.findall(r"rm -r (results/cells/\S+)", self.output()):
+            # What the message says about a damaged cell.
+            assert remedy.removeprefix("results/cells/") not in self.finished()
+            shutil.rmtree(self.work.folder / remedy)
+        subprocess.run(UNLOCK, cwd=self.work.folder, env=self.cluster.env, capture_output=True)
+        self.main = self.rehearsal.start()
+        return True
+
+    def finished(self) -> set[str]:
+        """The finished cells. A cell that was finished before must be as it was."""
+        root = self.work.folder / "results" / "cells"
+        for trial in self.trials - self.digests.keys():
+            files = [root / trial / f"{name}.parquet" for name in ("requests", "telemetry")]
+            with contextlib.suppress(FileNotFoundError):
+                times = [file.stat().st_mtime for file in files]
+                if max(times) < time.time() - 0.5:  # both files belong to the same measurement
+                    self.digests[trial] = self.digest(trial)
+        return set(self.digests)
+
+    def digest(self, trial: str) -> str:
+        root = self.work.folder / "results" / "cells" / trial
+        data = b"".join(
+            (root / f"{name}.parquet").read_bytes() for name in ("requests", "telemetry")
+        )
+        return hashlib.sha256(data).hexdigest()
+
+    def check_complete(self) -> None:
+        cells = pd.read_parquet(self.work.folder / "results/tables/cells.parquet")
+        drift_checks = pd.read_csv(self.work.folder / "results/tables/drift_checks.csv")
+        assert len(cells) + len(drift_checks) == len(self.trials)
+        assert not cells["spec_digest"].duplicated().any()
+        assert set(cells["verdict"]) == {"ok"}
+        for trial, digest in self.digests.items():
+            assert self.digest(trial) == digest, f"{trial} was measured again or changed"
+        self.wait_until(lambda: not self.work.queue_alive(), "a job is left")
+        self.wait_until(lambda: not self.processes(""), "a process is left")
+        hidden = [
+            path
+            for path in (self.work.folder / "results").rglob(".*")
+            if path.name not in self.planted and ".snakemake_timestamp" not in path.name
+        ]
+        assert not hidden, hidden
+        self.wait_until(lambda: self.list_temporary() <= self.temporary, "a temporary file is left")
+        self.studies += 1
+        self.digests.clear()
+        self.planted.clear()
+        for name in ("results", ".snakemake"):
+            shutil.rmtree(self.work.folder / name)
+
+    def wait_until(self, test: Callable[[], object], problem: str, limit_s: float = 60) -> None:
+        deadline = time.monotonic() + limit_s
+        while not test():
+            found = [each.cmdline() for each in self.processes("")]
+            left = self.list_temporary() - self.temporary
+            assert time.monotonic() < deadline, f"{problem}: {found} {left} {self.work.queue()}"
+            time.sleep(0.2)
+
+    def restore(self) -> None:
+        while self.cleanup:
+            self.cleanup.pop()()
+
+    def output(self) -> str:
+        return self.work.log.read_text()
+
+    @staticmethod
+    def list_temporary() -> set[str]:
+        names = ("servegrid", "tmp", "torchinductor", "submitit")
+        found = [*os.listdir("/tmp"), *(f"shm/{name}" for name in os.listdir("/dev/shm"))]
+        return {name for name in found if name.startswith((*names, "shm/"))}
+
+    # processes
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """The processes of this campaign, on all nodes, with `part` in their command."""
+        own = {os.getpid(), *(each.pid for each in psutil.Process().parents())}
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                command = " ".join(process.cmdline())
+                folder = str(self.work.folder)
+                is_ours = folder in command or process.cwd() == folder
+                is_other = process.pid in own or "slurmstepd" in command or part not in command
+                if is_ours and not is_other and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def signal_one(self, part: str, number: signal.Signals) -> bool:
+        found = self.processes(part)
+        if not found:
+            return False
+        self.random.choice(found).send_signal(number)
+        return True
+
+    def signal_main(self, number: signal.Signals) -> bool:
+        if self.main is None or self.main.poll() is not None or not self.digests:
+            return False
+        os.killpg(self.main.pid, number)
+        return True
+
+    def running_job(self) -> str | None:
+        jobs = [job for job, state, _ in self.work.queue() if state == "RUNNING"]
+        return self.random.choice(jobs) if jobs else None
+
+    def scontrol(self, *words: str) -> bool:
+        job = self.running_job()
+        if job is None:
+            return False
+        self.cluster.call("scontrol", *(word.replace("JOB", job) for word in words))
+        return True
+
+    def break_command(self, name: str, seconds: float = 6) -> bool:
+        """A command of Slurm fails for a while, as if the controller did not answer."""
+        path = self.cluster.folder / "bin" / name
+        text = path.read_text()
+        path.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+        time.sleep(seconds)
+        path.write_text(text)
+        return True
+
+    def damage(self, change: Callable[[Path], object]) -> bool:
+        """Damage a file of a finished cell. The cell must then be measured again."""
+        if len(self.digests) < 2:
+            return False
+        trial = self.random.choice(sorted(self.digests))
+        name = self.random.choice(["requests", "telemetry"])
+        del self.digests[trial]
+        change(self.work.folder / "results" / "cells" / trial / f"{name}.parquet")
+        return True
+
+
+# the main process
+
+
+@fault
+def main_killed(campaign: Campaign) -> bool:
+    return campaign.signal_main(signal.SIGKILL)
+
+
+@fault
+def main_terminated(campaign: Campaign) -> bool:
+    return campaign.signal_main(signal.SIGTERM)
+
+
+@fault
+def main_interrupted(campaign: Campaign) -> bool:
+    return campaign.signal_main(signal.SIGINT)
+
+
+@fault
+def main_stopped_for_a_while(campaign: Campaign) -> bool:
+    if not campaign.signal_main(signal.SIGSTOP):
+        return False
+    time.sleep(3)
+    return campaign.signal_main(signal.SIGCONT)
+
+
+@fault
+def second_main_process(campaign: Campaign) -> bool:
+    """It must end at once, because the folder is locked, and disturb nothing."""
+    if campaign.main is None or campaign.main.poll() is not None or not campaign.digests:
+        return False
+    log = campaign.work.log
+    first = log.with_suffix(".first")
+    log.rename(first)  # the first process keeps writing to it
+    second = campaign.rehearsal.start()
+    status = second.wait(timeout=60)
+    text = log.read_text()
+    first.rename(log)
+    assert status != 0 or campaign.main.poll() is not None, text
+    return True
+
+
+# processes on the nodes
+
+
+@fault
+def allocation_killed(campaign: Campaign) -> bool:
+    return campaign.signal_one("submitit.core._submit", signal.SIGKILL)
+
+
+@fault
+def allocation_terminated(campaign: Campaign) -> bool:
+    return campaign.signal_one("submitit.core._submit", signal.SIGTERM)
+
+
+@fault
+def allocation_stopped_for_a_while(campaign: Campaign) -> bool:
+    found = campaign.processes("submitit.core._submit")
+    if not found:
+        return False
+    process = campaign.random.choice(found)
+    process.suspend()
+    time.sleep(3)
+    process.resume()
+    return True
+
+
+@fault
+def runner_killed(campaign: Campaign) -> bool:
+    return campaign.signal_one("runner.main()", signal.SIGKILL)
+
+
+def jobs_of_runners(campaign: Campaign) -> list[psutil.Process]:
+    return [child for runner in campaign.processes("runner.main()") for child in runner.children()]
+
+
+def signal_job(campaign: Campaign, number: signal.Signals) -> bool:
+    found = jobs_of_runners(campaign)
+    if not found:
+        return False
+    campaign.random.choice(found).send_signal(number)
+    return True
+
+
+@fault
+def client_killed(campaign: Campaign) -> bool:
+    return signal_job(campaign, signal.SIGKILL)
+
+
+@fault
+def client_terminated(campaign: Campaign) -> bool:
+    return signal_job(campaign, signal.SIGTERM)
+
+
+@fault
+def client_interrupted(campaign: Campaign) -> bool:
+    return signal_job(campaign, signal.SIGINT)
+
+
+@fault
+def sampler_killed(campaign: Campaign) -> bool:
+    return campaign.signal_one("servegrid.telemetry.sampler", signal.SIGKILL)
+
+
+@fault
+def reaper_killed(campaign: Campaign) -> bool:
+    return campaign.signal_one("servegrid.node.reaper", signal.SIGKILL)
+
+
+@fault
+def mock_server_killed(campaign: Campaign) -> bool:
+    return campaign.signal_one("servegrid.mock_server", signal.SIGKILL)
+
+
+# Slurm
+
+
+@fault
+def job_cancelled(campaign: Campaign) -> bool:
+    job = campaign.running_job()
+    return job is not None and campaign.cluster.call("scancel", job) is not None
+
+
+@fault
+def job_killed_by_slurm(campaign: Campaign) -> bool:
+    job = campaign.running_job()
+    return job is not None and campaign.cluster.call("scancel", "-s", "KILL", "-f", job) is not None
+
+
+@fault
+def job_requeued(campaign: Campaign) -> bool:
+    return campaign.scontrol("requeue", "JOB")
+
+
+@fault
+def job_requeued_and_held(campaign: Campaign) -> bool:
+    job = campaign.running_job()
+    if job is None:
+        return False
+    campaign.cluster.call("scontrol", "requeuehold", job)
+    time.sleep(4)
+    campaign.cluster.call("scontrol", "release", job, check=False)
+    return True
+
+
+@fault
+def job_suspended_for_a_while(campaign: Campaign) -> bool:
+    job = campaign.running_job()
+    if job is None:
+        return False
+    campaign.cluster.call("scontrol", "suspend", job)
+    time.sleep(3)
+    campaign.cluster.call("scontrol", "resume", job, check=False)
+    return True
+
+
+@fault
+def time_limit_reached(campaign: Campaign) -> bool:
+    return campaign.scontrol("update", "JobId=JOB", "TimeLimit=1")
+
+
+@fault
+def job_preempted(campaign: Campaign) -> bool:
+    nodes = [
+        node for _, state, node in campaign.work.queue() if state == "RUNNING" and "[" not in node
+    ]
+    if not nodes:
+        return False
+    campaign.cluster.call(
+        *("sbatch", "--partition=routage", f"--nodelist={campaign.random.choice(nodes)}"),
+        *("--exclusive", "--mem=0", "--output=/dev/null", "--time=1", "--wrap=sleep 2"),
+    )
+    return True
+
+
+@fault
+def node_lost(campaign: Campaign) -> bool:
+    nodes = [
+        node for _, state, node in campaign.work.queue() if state == "RUNNING" and "[" not in node
+    ]
+    if not nodes:
+        return False
+    node = campaign.random.choice(nodes)
+    campaign.cluster.lose_node(node)
+    time.sleep(2)
+    campaign.cluster.resume_node(node)
+    return True
+
+
+@fault
+def launch_fails(campaign: Campaign) -> bool:
+    """The prolog of a node fails, so Slurm holds the job that it sends there."""
+    node = campaign.random.choice(["sirocco14", "sirocco15", "sirocco21", "sirocco22"])
+    campaign.cluster.spoil_node(node)
+    job = campaign.running_job()
+    if job is not None:
+        campaign.cluster.call("scancel", job, check=False)
+    time.sleep(5)
+    (campaign.cluster.folder / f"spoilt-{node}").unlink()
+    campaign.cluster.call("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+    return True
+
+
+@fault
+def controller_restarted(campaign: Campaign) -> bool:
+    campaign.cluster.lose_controller()
+    time.sleep(3)
+    campaign.cluster.return_controller()
+    return True
+
+
+@fault
+def squeue_fails(campaign: Campaign) -> bool:
+    return campaign.break_command("squeue", 10)
+
+
+@fault
+def sbatch_fails(campaign: Campaign) -> bool:
+    return campaign.break_command("sbatch")
+
+
+@fault
+def scontrol_fails(campaign: Campaign) -> bool:
+    return campaign.break_command("scontrol")
+
+
+@fault
+def scancel_fails(campaign: Campaign) -> bool:
+    return campaign.break_command("scancel")
+
+
+# files
+
+
+@fault
+def record_truncated(campaign: Campaign) -> bool:
+    return campaign.damage(lambda path: os.truncate(path, path.stat().st_size // 2))
+
+
+@fault
+def record_emptied(campaign: Campaign) -> bool:
+    return campaign.damage(lambda path: os.truncate(path, 0))
+
+
+@fault
+def record_bit_flipped(campaign: Campaign) -> bool:
+    def flip(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[campaign.random.randrange(4, len(data) // 4)] ^= 1 << campaign.random.randrange(8)
+        path.write_bytes(data)
+
+    return campaign.damage(flip)
+
+
+@fault
+def record_deleted(campaign: Campaign) -> bool:
+    return campaign.damage(Path.unlink)
+
+
+@fault
+def half_written_record_left(campaign: Campaign) -> bool:
+    """As a killed job leaves it. It must disturb nothing."""
+    if not campaign.digests:
+        return False
+    trial = campaign.random.choice(sorted(campaign.digests))
+    name = f".requests.parquet.{campaign.random.randrange(10**6)}"
+    (campaign.work.folder / "results/cells" / trial / name).write_bytes(b"PAR1half")
+    campaign.planted.add(name)
+    return True
+
+
+@fault
+def journal_damaged(campaign: Campaign) -> bool:
+    journals = sorted(campaign.work.folder.glob(".snakemake/submitit/*/*/journal.jsonl"))
+    if not journals:
+        return False
+    with campaign.random.choice(journals).open("ab") as file:
+        file.write(b'{"event": "job_fin\n\xff\xfe[]\nnull\n')
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S + STUDY_LIMIT_S)
+@with_options(Options(slurmd_timeout_s=20))
+def test_a_campaign_of_faults_loses_nothing(work: Workspace) -> None:
+    campaign = Campaign(work)
+    began = time.monotonic()
+    try:
+        campaign.run()
+    finally:
+        campaign.restore()
+        print(f"\n{report(campaign, time.monotonic() - began)}")
+
+
+def report(campaign: Campaign, seconds: float) -> str:
+    rows = [
+        f"| {kind} | {len(lost)} | {statistics.median(lost):.1f} | {max(lost):.1f} |"
+        for kind, lost in campaign.lost_s.items()
+        if lost
+    ]
+    return "\n".join(
+        [
+            f"seed {SEED}: {campaign.injected()} faults of {len(rows)} kinds in {seconds / 60:.0f} "
+            f"min, {campaign.studies} studies of {len(campaign.trials)} cells",
+            "",
+            "| fault | times | median s without a cell | longest |",
+            "|---|---:|---:|---:|",
+            *sorted(rows),
+        ]
+    )
