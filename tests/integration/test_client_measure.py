@@ -532,13 +532,13 @@ def test_the_command_says_in_one_line_why_it_measured_nothing(
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--url", "localhost:8000", "is not http"),
-        ("--url", "unix://", "is not http"),
+        ("--url", "localhost:8000", "is not a URL"),
+        ("--url", "unix://", "is not a URL"),
         ("--concurrency", "0", "is not an integer above 0"),
         ("--warmup-waves", "-1", "is not an integer"),
         ("--idle-timeout", "nan", "is not a number above 0"),
         ("--timeout", "0", "is not a number above 0"),
-        ("--salt", "a\nb", "has other characters"),
+        ("--salt", "a\nb", "must be 1 to 64 letters"),
     ],
 )
 def test_a_wrong_option_is_an_error_that_names_it(

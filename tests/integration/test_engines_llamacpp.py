@@ -193,7 +193,7 @@ def test_a_context_longer_than_the_models_context_is_refused(
     with (
         pytest.raises(
             ConfigError,
-            match="max_model_len 8448 is longer than the model's context length, 8192 tokens",
+            match="max_model_len 8448 is more than the model's context length, 8192 tokens",
         ),
         start_engine(long, site(demo_model)),
     ):

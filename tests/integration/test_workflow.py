@@ -22,6 +22,8 @@ import yaml
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
 
+pytestmark = pytest.mark.crowded
+
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "tiny_q4_1_llamacpp_cpu"
 STUDY: dict[str, Any] = {

@@ -72,6 +72,7 @@ class Campaign:
         self.lost_s: dict[str, list[float]] = defaultdict(list)
         self.digests: dict[str, str] = {}
         self.planted: set[str] = set()
+        self.damaged: dict[str, str] = {}
         self.studies = 0
         self.main: subprocess.Popen[bytes] | None = None
 
@@ -134,10 +135,10 @@ class Campaign:
             self.check_complete()
             self.main = None
             return False
-        for remedy in re.findall(r"rm -r (results/cells/\S+)", self.output()):
+        for trial in set(re.findall(r"rm -r results/cells/(\S+)", self.output())):
             # What the message says about a damaged cell.
-            assert remedy.removeprefix("results/cells/") not in self.finished()
-            shutil.rmtree(self.work.folder / remedy)
+            assert trial in self.damaged and trial not in self.finished(), trial
+            shutil.rmtree(self.work.folder / "results/cells" / trial)
         subprocess.run(UNLOCK, cwd=self.work.folder, env=self.cluster.env, capture_output=True)
         self.main = self.rehearsal.start()
         return True
@@ -149,8 +150,10 @@ class Campaign:
             files = [root / trial / f"{name}.parquet" for name in ("requests", "telemetry")]
             with contextlib.suppress(FileNotFoundError):
                 times = [file.stat().st_mtime for file in files]
-                if max(times) < time.time() - 0.5:  # both files belong to the same measurement
-                    self.digests[trial] = self.digest(trial)
+                digest = self.digest(trial)
+                is_settled = max(times) < time.time() - 0.5  # both files are of one measurement
+                if is_settled and digest != self.damaged.get(trial):
+                    self.digests[trial] = digest
         return set(self.digests)
 
     def digest(self, trial: str) -> str:
@@ -166,6 +169,8 @@ class Campaign:
         assert len(cells) + len(drift_checks) == len(self.trials)
         assert not cells["spec_digest"].duplicated().any()
         assert set(cells["verdict"]) == {"ok"}
+        for trial, digest in self.damaged.items():
+            assert self.digest(trial) != digest, f"{trial} is damaged and was accepted"
         for trial, digest in self.digests.items():
             assert self.digest(trial) == digest, f"{trial} was measured again or changed"
         self.wait_until(lambda: not self.work.queue_alive(), "a job is left")
@@ -180,6 +185,7 @@ class Campaign:
         self.studies += 1
         self.digests.clear()
         self.planted.clear()
+        self.damaged.clear()
         for name in ("results", ".snakemake"):
             shutil.rmtree(self.work.folder / name)
 
@@ -261,6 +267,8 @@ class Campaign:
         name = self.random.choice(["requests", "telemetry"])
         del self.digests[trial]
         change(self.work.folder / "results" / "cells" / trial / f"{name}.parquet")
+        with contextlib.suppress(FileNotFoundError):
+            self.damaged[trial] = self.digest(trial)
         return True
 
 

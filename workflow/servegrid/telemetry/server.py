@@ -25,7 +25,7 @@ GAUGES_PATH = f"/metrics/?{urlencode([('name[]', name) for name in counters.GAUG
 MODELS_PATH = "/v1/models"
 NOT_FOUND_STATUSES = (http.HTTPStatus.NOT_FOUND, http.HTTPStatus.METHOD_NOT_ALLOWED)
 HTTP_TIMEOUT_S = 5.0
-MAX_BODY_BYTES = 2**24
+MAX_BODY_BYTES = 2**28
 SETTLED_S = 1.0
 """Time for a server to count the requests that it has finished."""
 _POLL_S = 0.02
