@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,3 +190,21 @@ def test_a_full_disk_is_reported_for_text_files(tmp_path: Path) -> None:
     ):
         temporary.write_text("x" * 1000)
     assert names(tmp_path / "new") == []
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    """A writer that is killed cannot remove its temporary file itself."""
+    program = (
+        "import os, sys; from pathlib import Path; from servegrid.records import parquet\n"
+        "with parquet.atomic_write(Path(sys.argv[1])) as file:\n"
+        "    file.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    path = tmp_path / "requests.parquet"
+    subprocess.run([sys.executable, "-c", program, str(path)])
+    assert len(list(tmp_path.iterdir())) == 1
+    path.write_text("whole")
+    (tmp_path / "telemetry.parquet").write_text("whole")
+    parquet.remove_half_written(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        *("requests.parquet", "telemetry.parquet")
+    ]

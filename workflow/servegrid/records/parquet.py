@@ -91,6 +91,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove_half_written(folder: Path) -> None:
+    """Remove what killed writers have left in `folder`. No other writer may use it meanwhile."""
+    for path in folder.glob(".*.parquet.*"):
+        path.unlink(missing_ok=True)
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a Parquet file, without reading its rows.
 

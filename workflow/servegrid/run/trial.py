@@ -39,6 +39,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             "Run the same command again after that allocation has ended."
         )
     parquet.check_writable(requests.parent)
+    parquet.remove_half_written(requests.parent)
     offset = sampler.end_offset(info.telemetry)
     # An open loop has no fixed concurrency: it gets all processes of the client.
     concurrency = trial.workload.concurrency
