@@ -140,10 +140,13 @@ def test_an_unknown_argument_is_refused_with_similar_names() -> None:
         ("tensor_parallel_size", "own key `gpu_count`"),
         ("api_key", "servegrid"),
         ("port", "servegrid"),
+        ("api-key", "servegrid"),
     ],
 )
 def test_arguments_that_servegrid_sets_itself_are_refused(key: str, instead: str) -> None:
-    with pytest.raises(ConfigError, match=rf"engine_args\.{key} is set by .*{instead}"):
+    with pytest.raises(
+        ConfigError, match=rf"engine_args.{key.replace('-', '_')} is set by .*{instead}"
+    ):
         rendered(ON_CPU, **{key: "x"})
 
 
@@ -155,6 +158,12 @@ SMOLLM2 = {
     "head_dim": 64,
     "hidden_size": 576,
 }
+
+
+@pytest.mark.parametrize("value", ["--api-key=x", "-x", ["fine", "--port"]])
+def test_a_value_that_would_be_an_option_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"engine_args\.dtype: .* begins with a hyphen"):
+        rendered(ON_CPU, dtype=value)
 
 
 def test_the_kv_cache_holds_all_requests_if_they_are_small() -> None:

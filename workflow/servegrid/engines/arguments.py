@@ -48,8 +48,9 @@ def format_arguments(
     Raises ConfigError with the key if servegrid sets this argument itself, or if vLLM `version`
     does not know it.
     """
-    for key in deployment.engine_args:
+    for key, value in deployment.engine_args.items():
         _check_allowed(deployment, key)
+        _check_no_option(deployment, key, value)
         if not _is_known(key, options):
             raise ConfigError(_unknown_argument(deployment, key, options, version))
     settings = {key: value for key, value in defaults.items() if _is_known(key, options)}
@@ -114,7 +115,18 @@ def kv_cache_bytes(
     return max(per_request, min(limit, per_request * deployment.max_num_seqs))
 
 
+def _check_no_option(deployment: Deployment, key: str, value: Any) -> None:
+    """A value that begins with a hyphen would be an option of its own for vLLM's parser."""
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(each, str) and each.startswith("-"):
+            raise ConfigError(
+                f"deployment `{deployment.name}`: engine_args.{key}: {each!r} begins with a "
+                "hyphen, so vLLM would take it for an option. Correct the value."
+            )
+
+
 def _check_allowed(deployment: Deployment, key: str) -> None:
+    key = key.replace("-", "_")  # vLLM takes both
     if key in _DEPLOYMENT_KEYS:
         raise ConfigError(
             f"deployment `{deployment.name}`: engine_args.{key} is set by the deployment's "
