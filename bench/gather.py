@@ -112,7 +112,7 @@ def make_record(trial: Trial) -> dict[str, Any]:
         "client": {"window_ns": [10**13, 10**13 + 10**10], "cpu_s_busiest": 0.1, "cpu_s": 0.1},
         "engine": {"engine": "vllm", "version": "0", "prefix_caching": False},
         "environment": {"allocation": "a", "started": "then", "packages": packages},
-        "self_check": None,
+        "calibration": None,
         "metrics_before": {},
         "metrics_after": {},
     }

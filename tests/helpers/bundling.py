@@ -74,7 +74,7 @@ def make_record(trial: Trial) -> dict[str, Any]:
             "python": "3.11.7",
             "packages": {"vllm": "0.32.0"},
         },
-        "self_check": None,
+        "calibration": None,
         "metrics_before": None,
         "metrics_after": None,
     }

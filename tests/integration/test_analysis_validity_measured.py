@@ -97,7 +97,7 @@ def measure_case(case: Case, folder: Path) -> Evidence:
         "reason": reason,
         "client": measurement.facts,
         "engine": {"max_num_seqs": 4, "prefix_caching": False, **case.engine},
-        "self_check": PERFECT_CALIBRATION,
+        "calibration": PERFECT_CALIBRATION,
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }

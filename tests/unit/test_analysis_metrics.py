@@ -72,7 +72,7 @@ def cell(
         "verdict_detail": None if verdict == "ok" else "the evidence",
         "engine": {"engine": "emulated", "version": "0.32.0"},
         "client": {"window_ns": [START, START + 1000 * MS], "token_chunks": 5, "processes": 1},
-        "self_check": {
+        "calibration": {
             "arrival_error_s_p99": 1e-5,
             "ttft_error_s_p50": 1e-3,
             "itl_error_s_p99": 2e-5,

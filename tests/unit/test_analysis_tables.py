@@ -52,7 +52,7 @@ def make_record(trial: Trial, **changes: Any) -> dict[str, Any]:
         "engine": {"engine": "vllm", "version": "0.32.0"},
         "client": {"window_ns": [0, 10**9], "cpu_s_busiest": 0.1, "token_chunks": 2},
         "environment": {"allocation": f"{trial.deployment.name}.1", "started": "now"},
-        "self_check": None,
+        "calibration": None,
         "metrics_before": None,
         "metrics_after": None,
     } | changes

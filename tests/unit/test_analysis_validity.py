@@ -76,7 +76,7 @@ def evidence(
             "clock_offset_after_ns": 0,
         }
         | (client or {}),
-        "self_check": {
+        "calibration": {
             "arrival_error_s_p99": 0.01,
             "ttft_error_s_p50": 0.02,
             "itl_error_s_p99": 0.001,
@@ -306,7 +306,7 @@ def test_a_template_may_add_tokens_to_every_prompt_and_they_may_be_cached() -> N
 
 
 def test_a_cell_without_a_calibration_can_be_valid() -> None:
-    assert check_validity(evidence(self_check=None)) == Validity(True, [], [])
+    assert check_validity(evidence(calibration=None)) == Validity(True, [], [])
 
 
 def test_a_cell_of_a_server_without_counters_can_be_valid() -> None:

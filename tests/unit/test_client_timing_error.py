@@ -77,5 +77,5 @@ def test_no_complete_request_is_an_error() -> None:
 
 @pytest.mark.parametrize("check", [None, {"concurrency": 8, "error": "no connection"}])
 def test_without_a_calibration_the_columns_are_null(check: dict[str, Any] | None) -> None:
-    record = {"self_check": check, "client": {"window_ns": [0, 1], "token_chunks": 1}}
+    record = {"calibration": check, "client": {"window_ns": [0, 1], "token_chunks": 1}}
     assert set(client_columns(record).values()) == {None}

@@ -12,7 +12,7 @@ def client_columns(record: Mapping[str, Any]) -> dict[str, float | None]:
     The errors are those of the calibration before the engine started. All values are None if there
     was no calibration, as with an emulated engine, or if it failed.
     """
-    calibration = record["self_check"] or {}
+    calibration = record["calibration"] or {}
     return {
         "client_arrival_error_s_p99": calibration.get("arrival_error_s_p99"),
         "client_ttft_error_s_p50": calibration.get("ttft_error_s_p50"),
@@ -27,7 +27,7 @@ def client_headroom(record: Mapping[str, Any]) -> float | None:
     The maximum assumes that all processes of the client work without a pause. None if there is no
     successful calibration, or if the cell received no chunk.
     """
-    calibration, client = record["self_check"] or {}, record["client"]
+    calibration, client = record["calibration"] or {}, record["client"]
     if "cpu_s_per_1000_events" not in calibration or not client["token_chunks"]:
         return None
     start_ns, end_ns = client["window_ns"]

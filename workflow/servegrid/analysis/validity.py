@@ -216,7 +216,7 @@ def _check_client_cpu(evidence: Evidence) -> str | None:
 
 
 def _check_timing_error(evidence: Evidence) -> str | None:
-    calibration, rows = evidence.record["self_check"], evidence.requests
+    calibration, rows = evidence.record["calibration"], evidence.requests
     if calibration is None:
         return None
     if "error" in calibration:

@@ -96,7 +96,7 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
         "engine": {"engine": engine},
         "environment": {"allocation": result.source, "started": result.started},
         "client": {},
-        "self_check": None,
+        "calibration": None,
         "metrics_before": None,
         "metrics_after": None,
     }

@@ -14,13 +14,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
 
 from servegrid.node import processes
+from servegrid.node.folders import temporary_folder
 
 GRACE_S = 5.0
 PARENT_CHECK_S = 2.0
@@ -66,8 +66,8 @@ class Reaper:
 @contextlib.contextmanager
 def start_reaper() -> Iterator[Reaper]:
     """A reaper for the block, with a new temporary folder for the engine's files."""
-    with tempfile.TemporaryDirectory(prefix="servegrid-", ignore_cleanup_errors=True) as folder:
-        reaper = Reaper(Path(folder))
+    with temporary_folder() as folder:
+        reaper = Reaper(folder)
         try:
             yield reaper
         finally:

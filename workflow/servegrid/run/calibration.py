@@ -61,7 +61,7 @@ def measure_mock_server(
     server: MockServer, workload: Workload, cpu_sets: Sequence[Collection[int]] = ()
 ) -> TimingError:
     """The client's timing error under `workload`, on a mock server with TTFT_S and ITL_S."""
-    measurement = measure(server.endpoint, workload, None, "self-check", cpu_sets=cpu_sets)
+    measurement = measure(server.endpoint, workload, None, "calibration", cpu_sets=cpu_sets)
     log = server.log()
     cpu_s = measurement.facts["cpu_s"]
     return measure_timing_error(measurement.requests, log.sent, log.read, TTFT_S, cpu_s)

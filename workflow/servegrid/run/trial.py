@@ -73,7 +73,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "client": measurement.facts,
         "engine": info.engine,
         "environment": info.environment,
-        "self_check": info.calibration,
+        "calibration": info.calibration,
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
