@@ -1,8 +1,8 @@
 """A campaign of random faults while the article's study is rehearsed on a real Slurm.
 
-`make chaos SEED=1 FAULTS=500` runs it; `make test` does not, because it takes long. After every fault
-and at the end of every study the invariants of `Campaign` hold. A table shows the faults by kind,
-how many there were, and the time without a finished cell after them.
+`make chaos SEED=1 FAULTS=500` runs it; `make test` does not, because it takes long. After every
+fault and at the end of every study the invariants of `Campaign` hold. A table shows the faults by
+kind, how many there were, and the time without a finished cell after them.
 """
 
 from __future__ import annotations
