@@ -1,4 +1,4 @@
-"""Draws docs/images/architecture.svg: which room does what, and where data flow."""
+"""Draws docs/images/architecture.svg: which subpackage does what, and where data flow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 
 @dataclass(frozen=True)
 class Box:
-    """A room with what it does; `x` and `y` are its centre, `color` its border."""
+    """A subpackage with what it does; `x` and `y` are its centre, `color` its border."""
 
     title: str
     text: str
@@ -82,7 +82,7 @@ ARROWS = (
 
 
 def draw() -> Figure:
-    """The picture, in inches: rooms as boxes, data flow as arrows."""
+    """The picture, in inches: subpackages as boxes, data flow as arrows."""
     figure = Figure(figsize=(12.4, 6.1))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_xlim(-0.1, 12.4)
