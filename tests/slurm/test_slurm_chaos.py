@@ -40,6 +40,9 @@ LIMIT_S = 60.0 * float(os.environ.get("MINUTES", "12"))
 STUDY_LIMIT_S = 900.0
 SILENCE_LIMIT_S = 240.0
 """The longest time without a finished cell. Slurm itself needs a minute to notice a lost node."""
+SETTLED_S = 10.0
+"""A cell counts as finished this long after its files were written. Its job must also record that
+it has finished; if it is killed before, the cell is measured again, as it must be."""
 UNLOCK = (sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock")
 
 Fault = Callable[["Campaign"], bool]
@@ -89,12 +92,12 @@ class Campaign:
             kind = self.choose()
             if kind is None:
                 continue
-            before, began = len(self.finished()), time.monotonic()
+            before, began = self.measured(), time.monotonic()
             done = self.wait_for_cells(1)
             self.restore()
             gap = time.monotonic() - began
             self.lost_s[kind].append(max(0.0, gap - statistics.median(gaps)))
-            if done and len(self.finished()) > before:
+            if done and self.measured() > before:
                 gaps.append(min(gap, 2.0))
         while self.main is not None:
             self.wait_for_cells(10**6)
@@ -111,11 +114,17 @@ class Campaign:
                     return kind
         return None
 
+    def measured(self) -> int:
+        """The number of cells whose files are there. Checks the finished ones."""
+        self.finished()
+        root = self.work.folder / "results" / "cells"
+        return sum((root / trial / "requests.parquet").exists() for trial in self.trials)
+
     def wait_for_cells(self, count: int) -> bool:
-        """Until `count` more cells are finished. False if the study ended before."""
-        wanted = len(self.finished()) + count
-        silent_since, known = time.monotonic(), len(self.finished())
-        while (now := len(self.finished())) < wanted:
+        """Until `count` more cells are measured. False if the study ended before."""
+        wanted = self.measured() + count
+        silent_since, known = time.monotonic(), self.measured()
+        while (now := self.measured()) < wanted:
             if now != known:
                 silent_since, known = time.monotonic(), now
             silence = time.monotonic() - silent_since
@@ -158,7 +167,7 @@ class Campaign:
             with contextlib.suppress(FileNotFoundError):
                 times = [file.stat().st_mtime for file in files]
                 digest = self.digest(trial)
-                is_settled = max(times) < time.time() - 0.5  # both files are of one measurement
+                is_settled = max(times) < time.time() - SETTLED_S
                 if is_settled and digest != self.damaged.get(trial):
                     self.digests[trial] = digest
         return set(self.digests)
