@@ -64,6 +64,7 @@ def modification_times(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
     tmp_path: Path,
 ) -> None:

@@ -22,8 +22,6 @@ import yaml
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
 
-pytestmark = pytest.mark.crowded
-
 ROOT = Path(__file__).parents[2]
 DEPLOYMENT = "tiny_q4_1_llamacpp_cpu"
 STUDY: dict[str, Any] = {
@@ -154,6 +152,7 @@ def workspace(tmp_path: Path) -> Iterator[Workspace]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_only_missing_new_and_changed_cells_are_measured_again(workspace: Workspace) -> None:
     output = workspace.run()
     first = workspace.cells()
