@@ -20,7 +20,12 @@ SPEC = RequestSpec("cell/0", 2, prompt_tokens=7, completion_tokens=4)
 Reads = Sequence[tuple[int, bytes]]
 
 
-def row(reads: Reads, failure: Failure | None = None, spec: RequestSpec = SPEC) -> dict[str, Any]:
+def row(
+    reads: Reads,
+    failure: Failure | None = None,
+    spec: RequestSpec = SPEC,
+    key: str | None = None,
+) -> dict[str, Any]:
     raw, received = b"", []
     for _, data in reads:
         raw += data
@@ -38,7 +43,7 @@ def row(reads: Reads, failure: Failure | None = None, spec: RequestSpec = SPEC) 
         failure=failure,
         resent=False,
     )
-    return request_row(exchange, spec)
+    return request_row(exchange, spec, key)
 
 
 def usage(completion: int, prompt: int = 7) -> dict[str, int]:
@@ -197,6 +202,13 @@ def test_a_response_without_chunks_is_parsed_the_same_way() -> None:
 
 ERROR = json.dumps({"error": {"message": "out of\nmemory", "code": 500}})
 PLAIN = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 38\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", range(150, 230, 7))
+def test_no_part_of_a_key_that_a_server_quotes_is_in_a_row(before: int) -> None:
+    body = b"x" * before + b" sk-secret"
+    result = row([(100, b"HTTP/1.1 401 X\r\n\r\n" + body)], key="sk-secret")
+    assert "sk" not in result["error"]
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def _error_message(exchange: Exchange) -> str:
         body = b"".join(exchange.raw[start:end] for start, end in exchange.body_spans())
     except HttpSyntaxError:
         body = b""
-    return parse_error_body(body, None)
+    return _find_error_text(body)
 
 
 def parse_error_body(body: bytes, key: str | None) -> str:
@@ -165,11 +165,15 @@ def parse_error_body(body: bytes, key: str | None) -> str:
 
     Some servers quote the API key that they refuse, so `key` is taken out.
     """
+    return _shorten(_find_error_text(body), key)
+
+
+def _find_error_text(body: bytes) -> str:
+    """The message in full: only who removes the API key may shorten it."""
     try:
-        text = _find_message(json.loads(body))
+        return _find_message(json.loads(body))
     except (ValueError, RecursionError):
-        text = body.decode(errors="replace")
-    return _shorten(text, key)
+        return _decode(body)
 
 
 def _find_message(data: Any) -> str:
