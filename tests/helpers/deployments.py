@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from servegrid.study.deployment import Deployment
 
 SMALL_VLLM = Deployment(
@@ -18,16 +21,25 @@ SMALL_VLLM = Deployment(
 )
 """Not a real model: no engine can start it."""
 
-DEMO_VLLM = Deployment(
+DEMO_VLLM = replace(
+    SMALL_VLLM,
     name="smollm2-135m-instruct_bf16_vllm_cpu",
     model="smollm2-135m-instruct",
     checkpoint="demo:smollm2-135m-instruct",
     tokenizer="demo:smollm2-135m-instruct",
-    quantization="bf16",
-    engine="vllm",
-    gpu="cpu",
-    gpu_count=0,
     max_model_len=512,
     max_num_seqs=8,
 )
 """The demo's model, which vLLM and llama.cpp can start on any machine."""
+
+EMULATED_ENTRY: dict[str, Any] = {
+    "model": "mistral-7b",
+    "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",
+    "quantization": "fp16",
+    "engine": "emulated",
+    "gpu": "v100-16gb",
+    "gpu_count": 2,
+    "max_model_len": 4096,
+    "engine_args": {"timing": "inria-2024", "time_scale": 0.001},
+}
+"""A deployment as a study has it. The emulated engine needs no model and no GPU."""

@@ -13,24 +13,15 @@ from typing import Any
 
 import pytest
 
+from helpers.deployments import EMULATED_ENTRY
+
 pytestmark = pytest.mark.crowded
 
 ROOT = Path(__file__).parents[2]
 STUDY: dict[str, Any] = {
     "study": "small",
     "workload": {"concurrency": [1, 2], "input_len": [31], "output_len": 10, "trials": 2},
-    "deployments": [
-        {
-            "model": "mistral-7b",
-            "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",
-            "quantization": "fp16",
-            "engine": "emulated",
-            "gpu": "v100-16gb",
-            "gpu_count": 2,
-            "max_model_len": 4096,
-            "engine_args": {"timing": "inria-2024", "time_scale": 0.001},
-        }
-    ],
+    "deployments": [EMULATED_ENTRY],
 }
 
 

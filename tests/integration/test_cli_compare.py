@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from helpers.deployments import EMULATED_ENTRY
 from servegrid.analysis.comparison import compare
 from servegrid.bundle.cells import load_cells
 
@@ -26,20 +27,7 @@ STUDY: dict[str, Any] = {
         "trials": 2,
         "drift_checks": False,
     },
-    "deployments": [
-        {
-            "name": name,
-            "model": "mistral-7b",
-            "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",
-            "quantization": "fp16",
-            "engine": "emulated",
-            "gpu": "v100-16gb",
-            "gpu_count": 2,
-            "max_model_len": 4096,
-            "engine_args": ARGUMENTS,
-        }
-        for name in NAMES
-    ],
+    "deployments": [EMULATED_ENTRY | {"name": name, "engine_args": ARGUMENTS} for name in NAMES],
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.deployments import EMULATED_ENTRY
 from helpers.processes import console_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.crowded]
@@ -25,18 +26,7 @@ MODULES = (
 STUDY = {
     "study": "small",
     "workload": {"concurrency": [1, 2], "input_len": 31, "output_len": 10},
-    "deployments": [
-        {
-            "model": "mistral-7b",
-            "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",
-            "quantization": "fp16",
-            "engine": "emulated",
-            "gpu": "v100-16gb",
-            "gpu_count": 2,
-            "max_model_len": 4096,
-            "engine_args": {"timing": "inria-2024", "time_scale": 0.001},
-        }
-    ],
+    "deployments": [EMULATED_ENTRY],
 }
 
 

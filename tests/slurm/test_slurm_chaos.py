@@ -265,6 +265,22 @@ class Campaign:
         jobs = [job for job, state, _ in self.work.queue() if state == "RUNNING"]
         return self.random.choice(jobs) if jobs else None
 
+    def busy_node(self) -> str | None:
+        """The node of a running job that has one node."""
+        queue = self.work.queue()
+        nodes = [node for _, state, node in queue if state == "RUNNING" and "[" not in node]
+        return self.random.choice(nodes) if nodes else None
+
+    def pause_job(self, stop: str, resume: str, seconds: float) -> bool:
+        """Stop a running job with one command of scontrol and continue it with another."""
+        job = self.running_job()
+        if job is None:
+            return False
+        self.cluster.call("scontrol", stop, job)
+        time.sleep(seconds)
+        self.cluster.call("scontrol", resume, job, check=False)
+        return True
+
     def scontrol(self, *words: str) -> bool:
         job = self.running_job()
         if job is None:
@@ -430,24 +446,12 @@ def job_requeued(campaign: Campaign) -> bool:
 
 @fault
 def job_requeued_and_held(campaign: Campaign) -> bool:
-    job = campaign.running_job()
-    if job is None:
-        return False
-    campaign.cluster.call("scontrol", "requeuehold", job)
-    time.sleep(4)
-    campaign.cluster.call("scontrol", "release", job, check=False)
-    return True
+    return campaign.pause_job("requeuehold", "release", 4)
 
 
 @fault
 def job_suspended_for_a_while(campaign: Campaign) -> bool:
-    job = campaign.running_job()
-    if job is None:
-        return False
-    campaign.cluster.call("scontrol", "suspend", job)
-    time.sleep(3)
-    campaign.cluster.call("scontrol", "resume", job, check=False)
-    return True
+    return campaign.pause_job("suspend", "resume", 3)
 
 
 @fault
@@ -457,13 +461,11 @@ def time_limit_reached(campaign: Campaign) -> bool:
 
 @fault
 def job_preempted(campaign: Campaign) -> bool:
-    nodes = [
-        node for _, state, node in campaign.work.queue() if state == "RUNNING" and "[" not in node
-    ]
-    if not nodes:
+    node = campaign.busy_node()
+    if node is None:
         return False
     campaign.cluster.call(
-        *("sbatch", "--partition=routage", f"--nodelist={campaign.random.choice(nodes)}"),
+        *("sbatch", "--partition=routage", f"--nodelist={node}"),
         *("--exclusive", "--mem=0", "--output=/dev/null", "--time=1", "--wrap=sleep 2"),
     )
     return True
@@ -471,12 +473,9 @@ def job_preempted(campaign: Campaign) -> bool:
 
 @fault
 def node_lost(campaign: Campaign) -> bool:
-    nodes = [
-        node for _, state, node in campaign.work.queue() if state == "RUNNING" and "[" not in node
-    ]
-    if not nodes:
+    node = campaign.busy_node()
+    if node is None:
         return False
-    node = campaign.random.choice(nodes)
     campaign.cluster.lose_node(node)
     time.sleep(2)
     campaign.cluster.resume_node(node)
