@@ -29,10 +29,10 @@ test: .venv/.dev model  ## lint, type-check and run all tests
 test-steps:
 	tests/install.sh
 	$(MAKE) --no-print-directory lint
-	$(PYTHON) -m pytest -n 2 tests/unit
-	$(PYTHON) -m pytest -n 2 -m crowded tests/integration
+	$(PYTHON) -m pytest -n 2 --dist worksteal tests/unit tests/simulation
+	$(PYTHON) -m pytest -n 3 --dist worksteal -m crowded tests/integration
 	$(PYTHON) -m pytest -m "not crowded" tests/integration  # timed tests get the machine to themselves
-	$(PYTHON) -m pytest -n 3 -m "not chaos" tests/slurm  # each waits for its own Slurm most of the time
+	$(PYTHON) -m pytest -n 4 --dist worksteal -m "not chaos" tests/slurm  # each waits for its own Slurm
 	@if PATH="$(CURDIR)/.venv/bin:$$PATH" tests/unpack_slurm.sh trixie $(NEWER_SLURM); then \
 		echo "The same with $$($(NEWER_SLURM)/wrap/sinfo -V):"; \
 		UNPACKED_SLURM=$(NEWER_SLURM) $(PYTHON) -m pytest -n 2 -k "$(ON_BOTH)" tests/slurm; \
@@ -49,15 +49,17 @@ lint: .venv/.dev  ## ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/snakefmt --check Snakefile workflow/rules
 	.venv/bin/snakemake --lint
 
-bench: .venv/.ready model  ## measure the cost of measuring (PEERS=1: compare with other clients)
+bench: .venv/.ready model  ## measure the cost of measuring (PEERS=1: other clients, SCALE=1: to 50,000 cells)
 	$(PYTHON) bench/machinery.py
 	$(PYTHON) bench/gather.py
 	$(PYTHON) bench/client.py $(if $(PEERS),--peers)
+	$(if $(SCALE),$(PYTHON) bench/scale.py)
 
 chaos: .venv/.dev model  ## random faults during a rehearsal on a private Slurm (SEED, FAULTS, MINUTES)
 	tests/install.sh
 	SEED=$(or $(SEED),1) FAULTS=$(or $(FAULTS),500) MINUTES=$(or $(MINUTES),90) \
 		$(PYTHON) -m pytest -s tests/slurm/test_slurm_chaos.py
+	$(PYTHON) -m pytest -s -m chaos tests/slurm
 
 format: .venv/.dev  ## run the formatters
 	.venv/bin/ruff check --fix $(CHECKED)

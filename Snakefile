@@ -30,7 +30,7 @@ report: "workflow/report/study.rst"
 
 wildcard_constraints:
     deployment="|".join(re.escape(deployment.name) for deployment in study.deployments),
-    trial=r"\d+",
+    trial=r"\d+(?:-bring_up-\d+)?",
 
 
 localrules:

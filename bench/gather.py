@@ -58,9 +58,11 @@ def make_study(cells: int) -> Study:
     return Study(study.name, study.trials[:cells])
 
 
-def make_requests(rng: np.random.Generator) -> pa.Table:
+def make_requests(
+    rng: np.random.Generator, requests: int = REQUESTS, tokens: int = TOKENS
+) -> pa.Table:
     """The requests of one cell, with times as irregular as real ones."""
-    gaps = rng.integers(15 * MS, 25 * MS, (REQUESTS, TOKENS))
+    gaps = rng.integers(15 * MS, 25 * MS, (requests, tokens))
     arrivals = 10**13 + np.cumsum(gaps, axis=1)
     rows = [
         {
@@ -71,21 +73,21 @@ def make_requests(rng: np.random.Generator) -> pa.Table:
             "sent_ns": 10**13 + 10_000 * number,
             "first_token_ns": int(token_ns[0]),
             "token_ns": token_ns.tolist(),
-            "chunk_tokens": [1] * TOKENS,
+            "chunk_tokens": [1] * tokens,
             "chunk_tokens_estimated": False,
             "done_ns": int(token_ns[-1]) + 50_000,
             "status": 200,
             "prompt_tokens": 31,
-            "completion_tokens": TOKENS,
-            "requested_tokens": TOKENS,
+            "completion_tokens": tokens,
+            "requested_tokens": tokens,
         }
         for number, token_ns in enumerate(arrivals)
     ]
     return parquet.arrow_table(columns.REQUESTS, rows)
 
 
-def make_telemetry() -> pa.Table:
-    """Ten seconds of four GPUs, ten samples per second."""
+def make_telemetry(samples: int = 100) -> pa.Table:
+    """Samples of four GPUs, ten per second."""
     rows = [
         {
             "time_ns": 10**13 + 100 * MS * sample,
@@ -94,7 +96,7 @@ def make_telemetry() -> pa.Table:
             "power_w": 300.0 + gpu,
             "energy_j": 1000.0 + 30 * sample,
         }
-        for sample in range(100)
+        for sample in range(samples)
         for gpu in range(4)
     ]
     return parquet.arrow_table(columns.TELEMETRY, rows)

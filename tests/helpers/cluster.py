@@ -157,12 +157,22 @@ class Cluster:
 
     def lose_controller(self) -> None:
         """Kill the controller. `return_controller` starts it again."""
-        (self.folder / "no-controller").touch()
-        self.daemon("slurmctld").kill()
+        self._lose("slurmctld")
 
     def return_controller(self) -> None:
-        (self.folder / "no-controller").unlink()
+        (self.folder / "no-slurmctld").unlink()
         wait_for(self._answers, 60, lambda: "the controller did not come back")
+
+    def lose_database(self) -> None:
+        """Kill slurmdbd. `return_database` starts it again."""
+        self._lose("slurmdbd")
+
+    def return_database(self) -> None:
+        (self.folder / "no-slurmdbd").unlink()
+
+    def _lose(self, daemon: str) -> None:
+        (self.folder / f"no-{daemon}").touch()
+        self.daemon(daemon).kill()
 
     def _answers(self) -> bool:
         with contextlib.suppress(subprocess.SubprocessError):
@@ -414,6 +424,7 @@ def supervise(plan_file: Path) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     env = os.environ | plan["env"]
     pids: dict[str, int] = {}
+    restarted: dict[str, list[str]] = {}
     try:
         for command in plan["prepare"]:
             subprocess.run([program(command[0]) or command[0], *command[1:]], check=True, env=env)
@@ -423,17 +434,17 @@ def supervise(plan_file: Path) -> None:
                 retry(words, env)
                 continue
             launch(name, words, folder, env, pids)
-            if name == "slurmctld":
-                controller = [word for word in words if word != "-i"]
+            if name in ("slurmctld", "slurmdbd"):
+                restarted[name] = [word for word in words if word != "-i"]
             if path:
                 wait_for(Path(path).exists, 30, lambda name=name: name)  # type: ignore[misc]
         while True:
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
-            gone = not psutil.pid_exists(pids["slurmctld"])
-            if gone and not (folder / "no-controller").exists():
-                launch("slurmctld", controller, folder, env, pids)
+            for name, words in restarted.items():
+                if not psutil.pid_exists(pids[name]) and not (folder / f"no-{name}").exists():
+                    launch(name, words, folder, env, pids)
             time.sleep(0.1)
     finally:
         kill_descendants()

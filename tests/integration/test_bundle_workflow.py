@@ -1,4 +1,8 @@
-"""The workflow bundles an emulated study, which is verified and continued elsewhere."""
+"""The workflow bundles an emulated study, which is verified and continued elsewhere.
+
+Nothing in the working directories is imported, whatever its name is: the files of a stranger's
+bundle, or of another member of a group, can be there.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import Any
 import pytest
 
 from helpers.deployments import EMULATED_ENTRY
+from helpers.processes import console_script
 
 pytestmark = pytest.mark.crowded
 
@@ -25,11 +30,39 @@ STUDY: dict[str, Any] = {
 }
 
 
-def run(folder: Path, *command: str, home: Path | None = None, status: int = 0) -> str:
-    """Run a module of this Python in `folder`, with `home` as the home folder."""
+MODULES = (
+    *("servegrid", "snakemake", "submitit", "snakemake_executor_plugin_submitit"),
+    *("psutil", "numpy", "pandas", "pyarrow", "yaml", "uvicorn", "tokenizers", "matplotlib"),
+    *("pickle", "json", "argparse", "subprocess", "socket", "selectors", "ssl", "sitecustomize"),
+)
+
+
+@pytest.fixture
+def imported(tmp_path: Path) -> Path:
+    """The file in which the modules that `set_trap` wrote say that they were imported."""
+    return tmp_path / "imported"
+
+
+def set_trap(folder: Path, imported: Path) -> None:
+    """Write modules with names of real ones into `folder`."""
+    folder.mkdir()
+    for name in MODULES:
+        text = f"open({str(imported)!r}, 'a').write({name!r} + '\\n')\n"
+        (folder / f"{name}.py").write_text(text)
+
+
+def test_the_trap_works(tmp_path: Path, imported: Path) -> None:
+    set_trap(tmp_path / "site", imported)
+    command = [sys.executable, "-c", "import psutil"]
+    subprocess.run(command, cwd=tmp_path / "site", check=True)
+    assert imported.read_text().split() == ["psutil"]
+
+
+def run(folder: Path, script: str, *arguments: str, home: Path | None = None) -> str:
+    """Run a command of this environment in `folder`, with `home` as the home folder."""
     env = os.environ | ({"HOME": str(home)} if home else {})
     done = subprocess.run(
-        [sys.executable, "-m", *command],
+        [console_script(script), *arguments],
         cwd=folder,
         env=env,
         capture_output=True,
@@ -37,7 +70,7 @@ def run(folder: Path, *command: str, home: Path | None = None, status: int = 0) 
         timeout=240,
     )
     output = done.stdout + done.stderr
-    assert done.returncode == status, output
+    assert done.returncode == 0, output
     return output
 
 
@@ -57,10 +90,10 @@ def modification_times(folder: Path) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
-    tmp_path: Path,
+    tmp_path: Path, imported: Path
 ) -> None:
     site = tmp_path / "site"
-    site.mkdir()
+    set_trap(site, imported)
     config = site / "study.json"
     config.write_text(json.dumps(STUDY))
 
@@ -73,23 +106,24 @@ def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
     assert hashlib.sha256(bundle.read_bytes()).hexdigest() == first
 
     elsewhere, home = tmp_path / "elsewhere", tmp_path / "home"
-    elsewhere.mkdir()
+    set_trap(elsewhere, imported)
+    before = set(elsewhere.iterdir())
     home.mkdir()
-    verify = ("servegrid.cli.main", "verify", str(bundle))
+    verify = ("servegrid", "verify", str(bundle))
     output = run(elsewhere, *verify, home=home)
     assert [line.split()[0] for line in output.splitlines()] == ["PASS"] * 6
     assert "4 of 4 trials" in output
-    assert list(elsewhere.iterdir()) == []
+    assert set(elsewhere.iterdir()) == before
 
     again = ("--replicate", "1", "--profile", str(ROOT / "profiles/local"))
     output = run(elsewhere, *verify, *again, home=home)
-    (replicated,) = elsewhere.iterdir()
+    (replicated,) = set(elsewhere.iterdir()) - before
     assert replicated.name == bundle.name.removesuffix(".tar.gz") + "-replicated"
     assert f"# {replicated.name} compared with the bundle" in output
     assert len(list(replicated.glob("results/cells/**/requests.parquet"))) == 2
     shutil.rmtree(replicated)
 
-    run(elsewhere, "servegrid.cli.main", "unpack", str(bundle), "study", home=home)
+    run(elsewhere, "servegrid", "unpack", str(bundle), "study", home=home)
     unpacked = elsewhere / "study"
     sums = ["sha256sum", "--check", "--strict", "--quiet", "manifest-sha256.txt"]
     assert subprocess.run(sums, cwd=unpacked).returncode == 0
@@ -107,8 +141,9 @@ def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
 
     # The continued study is another, complete bundle.
     (larger,) = (unpacked / "results" / "bundles").iterdir()
-    output = run(elsewhere, "servegrid.cli.main", "verify", str(larger))
+    output = run(elsewhere, "servegrid", "verify", str(larger))
     assert "6 of 6 trials" in output
+    assert not imported.exists()
 
 
 @pytest.mark.slow
@@ -119,7 +154,7 @@ def test_a_partial_study_can_be_bundled(tmp_path: Path) -> None:
     assert "1 of 4 trials" in snakemake(tmp_path, config, "bundle_partial")
     (bundle,) = (tmp_path / "results" / "bundles").iterdir()
     assert bundle.name.startswith("small-partial-")
-    output = run(tmp_path, "servegrid.cli.main", "verify", str(bundle))
+    output = run(tmp_path, "servegrid", "verify", str(bundle))
     assert "PASS  completeness  1 of 4 trials; the bundle says that it is partial" in output
     assert f"{trial_folder(2).removeprefix('results/cells/')}: not measured" in output
 

@@ -21,10 +21,10 @@ ARGUMENTS = {"timing": "inria-2024", "time_scale": 0.1}
 STUDY: dict[str, Any] = {
     "study": "compared",
     "workload": {
-        "concurrency": [1, 4, 16],
+        "concurrency": [1, 8],
         "input_len": 31,
         "output_len": 100,
-        "trials": 2,
+        "bring_ups": 3,
         "drift_checks": False,
     },
     "deployments": [EMULATED_ENTRY | {"name": name, "engine_args": ARGUMENTS} for name in NAMES],
@@ -54,7 +54,11 @@ def test_only_the_deployment_that_is_a_tenth_slower_is_reported(tmp_path: Path) 
     slower = copy.deepcopy(STUDY)
     slower["deployments"][1]["engine_args"] = ARGUMENTS | {"slowdown": 1.1}
     first, second = measure_study(STUDY, tmp_path / "a"), measure_study(slower, tmp_path / "b")
-    found = compare(load_cells(first), load_cells(second))
+    cells = load_cells(first)
+    # Each bring-up of a deployment is an allocation of its own.
+    assert cells.groupby("deployment")["allocation"].nunique().tolist() == [3, 3]
+    assert cells.groupby("allocation")["bring_up"].nunique().tolist() == [1] * 6
+    found = compare(cells, load_cells(second))
     assert [each.name for each in found.deployments] == [*NAMES]
     verdicts = [each.verdict for each in found.deployments]
     assert verdicts == ["no evidence", "slower"], found

@@ -31,7 +31,7 @@ from servegrid.telemetry.server import counter_reader
 BLOCKED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 DEPLOYMENT = DEMO_VLLM
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.crowded, pytest.mark.timeout(900)]
 
 
 def blocked_signals(pid: int) -> set[int]:
@@ -68,21 +68,21 @@ def metric(client: httpx.Client, name: str) -> float:
 def check_server_metrics(
     endpoint: Endpoint, pids: list[int], demo_model: DemoModel, folder: Path
 ) -> None:
-    """Two waves of eight requests: vLLM's metrics agree with the client's."""
-    workload = Workload("burst", concurrency=8, input_len=31, output_len=40, requests=16)
+    """Two waves of four requests: vLLM's metrics agree with the client's."""
+    workload = Workload("burst", concurrency=4, input_len=31, output_len=20, requests=8)
     file = folder / "telemetry.jsonl"
     with Sampler(pids, file, endpoint):
         counters = counter_reader(endpoint)
         measured = measure(endpoint, workload, demo_model.folder, "a trial", counters)
-    assert measured.errors == [None] * 16
+    assert measured.errors == [None] * 8
     before, after = measured.counters_before, measured.counters_after
     assert before and after
     for name, counted in {
-        "time_to_first_token_seconds_count": 16,
-        "e2e_request_latency_seconds_count": 16,
-        "inter_token_latency_seconds_count": 16 * 39,
-        "prompt_tokens_total": 16 * 31,
-        "generation_tokens_total": 16 * 40,
+        "time_to_first_token_seconds_count": 8,
+        "e2e_request_latency_seconds_count": 8,
+        "inter_token_latency_seconds_count": 8 * 19,
+        "prompt_tokens_total": 8 * 31,
+        "generation_tokens_total": 8 * 20,
     }.items():
         assert after[f"vllm:{name}"] - before[f"vllm:{name}"] == counted
 
@@ -93,8 +93,8 @@ def check_server_metrics(
     row = server_columns(record, measured.requests, samples)
     assert None not in row.values()
     assert 0 < row["ttft_client_overhead_s"] < row["server_ttft_s_mean"] < row["server_e2el_s_mean"]
-    assert 0 < row["server_itl_s_mean"] < row["server_e2el_s_mean"] / 39
-    assert 0 < row["running_mean"] <= 8
+    assert 0 < row["server_itl_s_mean"] < row["server_e2el_s_mean"] / 19
+    assert 0 < row["running_mean"] <= 4
     assert 0 < row["kv_cache_usage_max"] < 1
     assert (row["preemptions"], row["prefix_hit_tokens"]) == (0, 0)
 

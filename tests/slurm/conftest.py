@@ -53,10 +53,14 @@ class Workspace:
             *("--jobs", "100", "--keep-going", "--nocolor", "--rerun-incomplete", *arguments),
         )
 
+    @staticmethod
+    def command(*arguments: str) -> list[str]:
+        return [sys.executable, "-m", "snakemake", *arguments]
+
     def launch(self, *arguments: str) -> subprocess.Popen[bytes]:
         with self.log.open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", *arguments],
+                self.command(*arguments),
                 cwd=self.folder,
                 env=self.cluster.env | {"PYTHONPATH": str(TOY)} | self.env,
                 stdout=log,

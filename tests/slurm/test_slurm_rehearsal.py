@@ -25,6 +25,8 @@ import yaml
 from slurm.conftest import Workspace
 
 ROOT = Path(__file__).parents[2]
+MEASURED = "results/tables/cells.parquet"
+"""A target that needs all cells, and not the figures and the page."""
 LIMIT_S = 900.0
 RESUMES = 4
 ALL = 392 + 7 * 3
@@ -48,12 +50,17 @@ class Rehearsal:
         kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
         work.kinds(**kinds)
 
-    def start(self, *arguments: str, profile: str = "plafrim") -> subprocess.Popen[bytes]:
-        return self.work.launch(
+    def start(
+        self, *arguments: str, profile: str = "plafrim", target: str = "all"
+    ) -> subprocess.Popen[bytes]:
+        return self.work.launch(target, *self.arguments(profile), *arguments)
+
+    @staticmethod
+    def arguments(profile: str = "plafrim") -> list[str]:
+        return [
             *("--snakefile", str(ROOT / "Snakefile"), "--configfile", "study.yaml", "--nocolor"),
             *("--profile", str(ROOT / "profiles" / profile), "--submitit-kinds", "kinds.yaml"),
-            *arguments,
-        )
+        ]
 
     def end(self, run: subprocess.Popen[bytes]) -> None:
         run.wait(timeout=LIMIT_S)
@@ -101,8 +108,8 @@ class Rehearsal:
         paths = self.work.folder.glob("results/logs/allocations/*.json")
         return [json.loads(path.read_text()) for path in paths]
 
-    def assert_nothing_to_do(self, profile: str = "plafrim") -> None:
-        run = self.start("--dry-run", profile=profile)
+    def assert_nothing_to_do(self, profile: str = "plafrim", target: str = MEASURED) -> None:
+        run = self.start("--dry-run", profile=profile, target=target)
         self.end(run)
         assert "Nothing to be done" in self.work.log.read_text()
 
@@ -144,16 +151,18 @@ def test_without_faults(rehearsal: Rehearsal) -> None:
     assert set(cells["time_scale"]) == {0.005}
     page = rehearsal.work.folder / "results/tables/mistral-7b_fp16_emulated_2xv100-16gb.md"
     assert "Emulated, times × 0.005: these figures do not come from hardware." in page.read_text()
-    rehearsal.assert_nothing_to_do()
+    assert len(list(page.parent.glob("*_emulated_*.md"))) == rehearsal.deployments
+    rehearsal.assert_nothing_to_do(target="all")
     # A profile changes no result: another one has nothing to do, either.
-    rehearsal.assert_nothing_to_do(profile="local")
+    rehearsal.assert_nothing_to_do(profile="local", target="all")
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_a_node_is_lost(rehearsal: Rehearsal) -> None:
     def run() -> None:
-        process = rehearsal.start()
+        process = rehearsal.start(target=MEASURED)
         rehearsal.wait_finished(rehearsal.cells // 4)
         busy = next(node for _, state, node in rehearsal.work.queue() if state == "RUNNING")
         node = busy.partition("[")[0] if "[" not in busy else "sirocco21"
@@ -170,6 +179,7 @@ def test_a_node_is_lost(rehearsal: Rehearsal) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_two_nodes_are_preempted(rehearsal: Rehearsal) -> None:
     work = rehearsal.work
@@ -177,7 +187,7 @@ def test_two_nodes_are_preempted(rehearsal: Rehearsal) -> None:
     work.kinds(**{name: kind | {"slurm_partition": "preempt"} for name, kind in kinds.items()})
 
     def run() -> None:
-        process = rehearsal.start()
+        process = rehearsal.start(target=MEASURED)
         rehearsal.wait_finished(rehearsal.cells // 4)
         for node in ("sirocco14", "sirocco22"):
             work.cluster.call(
@@ -202,7 +212,7 @@ def test_the_time_limit_is_too_short(rehearsal: Rehearsal) -> None:
     def run() -> None:
         # A deployment stops after two allocations without a finished cell: resume, as a user would.
         for _ in range(RESUMES):
-            process = rehearsal.start(*limit)
+            process = rehearsal.start(*limit, target=MEASURED)
             if process.wait(timeout=LIMIT_S) == 0:
                 return
         rehearsal.end(process)
@@ -218,16 +228,17 @@ def test_the_time_limit_is_too_short(rehearsal: Rehearsal) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_the_main_process_is_killed_and_restarted(rehearsal: Rehearsal) -> None:
     def run() -> None:
-        process = rehearsal.start()
+        process = rehearsal.start(target=MEASURED)
         rehearsal.wait_finished(rehearsal.cells // 4)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         unlock = [sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock"]
         subprocess.run(unlock, check=True, cwd=rehearsal.work.folder)
-        rehearsal.end(rehearsal.start())
+        rehearsal.end(rehearsal.start(target=MEASURED))
 
     seconds = timed(run)
     counts = rehearsal.report("main process killed", seconds)

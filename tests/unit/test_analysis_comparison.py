@@ -1,5 +1,6 @@
 """The comparison of two studies: tests agree with tables, and errors have the stated rates."""
 
+import itertools
 import math
 import random
 from pathlib import Path
@@ -14,7 +15,7 @@ from servegrid.analysis.comparison import (
     Ratio,
     apply_fdr,
     compare,
-    compare_trials,
+    compare_cell,
     detectable_slowdown,
     find_regressions,
     power_analysis,
@@ -43,6 +44,8 @@ def trial(speed: float, **other: Any) -> dict[str, Any]:
         "input_len": 31,
         "output_len": 100,
         "trial": 1,
+        "bring_up": 1,
+        "allocation": "a",
         "verdict": "ok",
         "valid": True,
         "requests": 8,
@@ -57,27 +60,34 @@ def study(*rows: dict[str, Any]) -> pd.DataFrame:
 
 
 def noisy(
-    generator: random.Random, slower: str | None = None, trials: int = 3, scatter: float = 0.03
+    generator: random.Random,
+    slower: str | None = None,
+    bring_ups: int = 3,
+    between: float = 0.02,
+    within: float = 0.02,
 ) -> pd.DataFrame:
-    """Four deployments with twelve cells each. The deployment `slower` is 10% slower."""
-    return study(
-        *(
+    """Four deployments with twelve cells each. The deployment `slower` is 10% slower.
+
+    `between` and `within` are the standard deviations of the logarithms between bring-ups, and of
+    the trials within one.
+    """
+    rows = []
+    for place, bring_up in itertools.product(range(4), range(1, bring_ups + 1)):
+        shift = generator.gauss(0, between) + math.log(0.9 if f"d{place}" == slower else 1.0)
+        rows += [
             trial(
-                (100.0 + concurrency)
-                * (0.9 if f"d{place}" == slower else 1.0)
-                * math.exp(generator.gauss(0, scatter)),
+                (100.0 + concurrency) * math.exp(shift + generator.gauss(0, within)),
                 deployment=f"d{place}",
                 concurrency=concurrency,
                 input_len=length,
                 requests=concurrency,
-                trial=number,
+                bring_up=bring_up,
+                allocation=f"d{place}.{bring_up}",
             )
-            for place in range(4)
             for length in (31, 119, 296)
             for concurrency in (1, 2, 4, 8)
-            for number in range(1, trials + 1)
-        )
-    )
+        ]
+    return study(*rows)
 
 
 @pytest.mark.parametrize(
@@ -100,10 +110,16 @@ def test_verdicts_control_the_false_discovery_rate() -> None:
     assert sorted(found) == values[:4]
 
 
-def test_a_cell_with_two_trials_each_by_hand() -> None:
-    first = study(trial(100.0), trial(100.0 * math.exp(0.02), trial=2))
-    second = study(trial(80.0), trial(80.0 * math.exp(0.02), trial=2))
-    (cell,) = compare(first, second).cells
+def two_bring_ups(speed: float, **other: Any) -> pd.DataFrame:
+    """A cell in two bring-ups whose speeds differ by 2%."""
+    return study(
+        trial(speed, allocation="a", **other),
+        trial(speed * math.exp(0.02), allocation="b", bring_up=2, **other),
+    )
+
+
+def test_a_cell_with_two_bring_ups_each_by_hand() -> None:
+    (cell,) = compare(two_bring_ups(100.0), two_bring_ups(80.0)).cells
     assert cell.ratio == pytest.approx(0.8)
     # Both variances are 0.0002: standard error sqrt(2 × 0.0001), 2 degrees of freedom.
     error = math.sqrt(0.0002)
@@ -112,65 +128,66 @@ def test_a_cell_with_two_trials_each_by_hand() -> None:
     # With two degrees of freedom, p is 1 - t / sqrt(2 + t²).
     assert cell.p == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-6)
     assert cell.verdict == "slower"
+    assert cell.stdev == pytest.approx(math.sqrt(0.0002))
 
 
-def test_a_cell_with_one_trial_each_has_a_ratio_but_no_verdict() -> None:
-    (cell,) = compare(study(trial(100.0)), study(trial(50.0))).cells
-    assert (cell.ratio, cell.p, cell.verdict) == (pytest.approx(0.5), None, "no evidence")
-
-
-@pytest.mark.parametrize("trials", [1, 3])
-def test_equal_studies_rarely_have_a_verdict(trials: int) -> None:
-    generator = random.Random(1)
-    wrong = sum(
-        any(
-            each.verdict != "no evidence"
-            for each in compare(
-                noisy(generator, None, trials), noisy(generator, None, trials)
-            ).deployments
-        )
-        for _ in range(40)
+def test_the_trials_of_one_bring_up_are_one_sample() -> None:
+    first, second = (
+        study(*(trial(speed, trial=number, allocation="a") for number in range(1, 9)))
+        for speed in (100.0, 50.0)
     )
-    # The rate is at most 5%. At exactly 5%, more than five of forty have a probability of 3%.
-    assert wrong <= 5
+    found = compare(first, second)
+    for ratio in (*found.cells, *found.deployments):
+        assert (ratio.ratio, ratio.count) == (pytest.approx(0.5), 1)
+        assert (ratio.low, ratio.high, ratio.p, ratio.verdict) == (None, None, None, "not tested")
+    text = render_comparison_markdown(["a", "b"], found)
+    assert "Not tested: a study with fewer than 2 bring-ups cannot show" in text
+    assert "set `bring_ups: 3`" in text
+    assert "| 2.0% (assumed) |" in text
 
 
-@pytest.mark.parametrize("trials", [1, 3])
-def test_only_the_slower_deployment_gets_a_verdict(trials: int) -> None:
+def test_bring_ups_that_measured_different_cells_are_compared() -> None:
+    # The first study measured each cell in another bring-up. Both are twice as fast in the second.
+    first = study(
+        trial(100.0, allocation="a", concurrency=1, requests=1),
+        trial(300.0, allocation="b", concurrency=8),
+    )
+    second = study(
+        *(trial(200.0, allocation=each, concurrency=1, requests=1) for each in "cd"),
+        *(trial(600.0, allocation=each, concurrency=8) for each in "cd"),
+    )
+    (ratio,) = compare(first, second).deployments
+    assert (ratio.ratio, ratio.count) == (pytest.approx(2.0), 2)
+    assert ratio.stdev == pytest.approx(0, abs=1e-9)
+
+
+def test_only_the_slower_deployment_gets_a_verdict() -> None:
     generator = random.Random(2)
     for _ in range(10):
-        found = compare(noisy(generator, None, trials), noisy(generator, "d2", trials))
-        assert [each.verdict == "slower" for each in found.deployments] == [
-            False,
-            False,
-            True,
-            False,
-        ]
-        assert [each.name for each in find_regressions(found, 0.05)] == ["d2"]
+        found = compare(noisy(generator), noisy(generator, "d2"))
+        verdicts = [each.verdict for each in found.deployments]
+        assert verdicts.count("slower") <= 1
+        assert [each.name for each in find_regressions(found, 0.05)] in (["d2"], [])
         assert find_regressions(found, 0.2) == []
 
 
 def test_the_detectable_slowdown_agrees_with_a_simulation() -> None:
-    # Twelve ratios with standard deviation 0.03 × sqrt(2).
-    least = detectable_slowdown(0.03 * math.sqrt(2), 12)
+    least = detectable_slowdown(0.02, 3)
     assert least is not None
+    assert detectable_slowdown(0.02, 1) is None
     generator = random.Random(3)
     hits = 0
-    for _ in range(200):
+    for _ in range(2000):
         first, second = (
-            study(
-                *(
-                    trial(100 * by * math.exp(generator.gauss(0, 0.03)), concurrency=n, requests=n)
-                    for n in range(1, 13)
-                )
-            )
+            {str(n): [by * math.exp(generator.gauss(0, 0.02))] for n in range(3)}
             for by in (1.0, 1 - least)
         )
-        hits += compare(first, second).deployments[0].verdict == "slower"
-    assert hits / 200 == pytest.approx(0.8, abs=0.09)  # three standard deviations
-    shrunk = power_analysis(compare(noisy(generator, trials=1), noisy(generator, trials=1)))["d0"]
-    assert shrunk[1] is not None and shrunk[3] is not None and shrunk[5] is not None
-    assert shrunk[1] > shrunk[3] > shrunk[5] > 0.02
+        found = compare_cell("cell", first, second)
+        hits += found.p is not None and found.p < 0.05 and found.ratio < 1
+    assert hits / 2000 == pytest.approx(0.8, abs=0.027)  # three standard deviations
+    power = power_analysis(compare(noisy(generator), noisy(generator)))["d0"]
+    assert power[2] is not None and power[3] is not None and power[5] is not None
+    assert power[2] > power[3] > power[5] > 0.02
 
 
 def test_cells_that_cannot_be_compared_are_left_out_with_a_reason() -> None:
@@ -241,12 +258,12 @@ def test_the_command_fails_on_a_slowdown_above_the_limit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = random.Random(4)
-    first = saved(noisy(generator), tmp_path / "a")
-    second = saved(noisy(generator, "d1"), tmp_path / "b")
+    first = saved(noisy(generator, between=0.005), tmp_path / "a")
+    second = saved(noisy(generator, "d1", between=0.005), tmp_path / "b")
     assert main(["compare", first, second]) == 0
     printed = capsys.readouterr().out
     (line,) = [each for each in printed.splitlines() if each.startswith("| d1 |")][:1]
-    assert line.split(" | ")[1] == "12"
+    assert line.split(" | ")[1] == "3"
     assert line.endswith("| slower |")
     assert main(["compare", first, second, "--fail-on", "slower:20%"]) == 0
     file = tmp_path / "page.html"
@@ -295,10 +312,13 @@ def test_a_p_value_and_its_interval_never_contradict_each_other(
         scatter = generator.choice([0.002, 0.01, 0.05]), generator.choice([0.002, 0.01, 0.05])
         change = generator.choice([0.0, 0.02, -0.06, 0.2])
         first, second = (
-            [math.exp(generator.gauss(mean, deviation)) for _ in range(generator.choice([2, 3]))]
+            {
+                str(number): [math.exp(generator.gauss(mean, deviation))]
+                for number in range(generator.choice([2, 3]))
+            }
             for mean, deviation in zip((0.0, change), scatter, strict=True)
         )
-        ratio = compare_trials("cell", first, second)
+        ratio = compare_cell("cell", first, second)
         assert ratio.p is not None and ratio.low is not None and ratio.high is not None
         assert ratio.low <= ratio.ratio <= ratio.high
         excluded = ratio.low > 1 + min_effect or ratio.high < 1 / (1 + min_effect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -25,15 +26,42 @@ def test_the_power_of_all_gpus_is_added() -> None:
     both = power(
         (0, "GPU-a", 100, 5000),
         (1, "GPU-a", 300, 5200),
-        (3, "GPU-a", 100, 5800),  # 800 J in 3 s; 200 J + 400 J in 3 s
+        (3, "GPU-a", 100, 5800),  # 600 J in the 2 s between two steps; 200 J + 400 J in 3 s
         (0, "GPU-b", 50, 10),
-        (2, "GPU-b", 70, 110),  # 100 J in 2 s; 120 J in 2 s
+        (1, "GPU-b", 60, 60),
+        (2, "GPU-b", 70, 110),  # 50 J in 1 s; 120 J in 2 s
         (1, "engine", None, None),
     )
-    assert both.counter_w == pytest.approx(800 / 3 + 50)
+    assert both.counter_w == pytest.approx(300 + 50)
     assert both.sampled_w == pytest.approx(200 + 60)
-    assert both.mean_w == both.counter_w
-    assert both.disagreement == pytest.approx(260 / (800 / 3 + 50) - 1)
+    assert both.disagreement == pytest.approx(260 / 350 - 1)
+    # The last step of GPU-a happened at any time within 2 s.
+    assert (both.counted_s, both.needs_s) == (1, pytest.approx(100))
+    assert both.mean_w is None
+
+
+def test_a_long_cell_has_the_power_of_its_counters() -> None:
+    long = power(*((number / 10, "GPU-a", 90, 10 * number) for number in range(60)))
+    assert long.needs_s == pytest.approx(5)
+    assert long.counted_s == pytest.approx(5.8)
+    assert long.mean_w == pytest.approx(100)
+
+
+@pytest.mark.parametrize("step_s", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("seconds", [2.0, 6.0, 20.0])
+def test_energy_is_exact_to_2_percent_or_unknown(step_s: float, seconds: float) -> None:
+    """300 W, read ten times per second. The counter shows what was used until its last step."""
+    for phase in range(50):
+        start = phase * 0.0137
+        times = [start + number / 10 for number in range(int(seconds * 10) + 1)]
+        rows = [
+            (time - start, "GPU-a", 300.0, 300 * step_s * math.floor(time / step_s))
+            for time in times
+        ]
+        found = power(*rows).mean_w
+        assert (found is None) == (seconds < 5)
+        if found is not None:
+            assert found == pytest.approx(300, rel=0.02)
 
 
 def test_without_a_counter_the_sampled_power_is_used() -> None:
@@ -101,4 +129,4 @@ def test_gpu_columns_cover_all_samples_of_all_gpus() -> None:
 
 def test_samples_need_not_be_in_order() -> None:
     rows = [(2, "GPU-a", 100, 300), (0, "GPU-a", 100, 100), (1, "GPU-a", 100, 200)]
-    assert power(*rows) == Power(100, 100)
+    assert power(*rows) == Power(100, 100, counted_s=1, needs_s=50)

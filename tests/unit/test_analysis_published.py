@@ -11,6 +11,8 @@ from servegrid.analysis.published import (
     method_differences,
     published_summary,
 )
+from servegrid.analysis.tables import cast_columns
+from servegrid.records import columns
 from servegrid.reference.published import load_published
 from servegrid.report.findings_report import (
     NO_PUBLISHED_DATA,
@@ -75,12 +77,15 @@ def test_emulated_figures_are_compared_on_request_and_at_unscaled_time() -> None
 
 
 def test_the_report_lists_differences_in_method_or_says_that_nothing_is_comparable() -> None:
-    cells = pd.DataFrame({"engine": ["vllm"], "engine_version": ["0.32.0"], "trial": [3]})
+    names = [column.name for column in columns.CELLS]
+    rows = [{"engine": "vllm", "engine_version": "0.32.0", "trial": n} for n in (1, 2, 3)]
+    cells = cast_columns(pd.DataFrame(rows, columns=names), columns.CELLS)
     differences = method_differences(cells, ["distinct", "distinct"], INRIA)
     pairs = compare_with_published(measured(1), INRIA)
     sentences, table = describe_comparison(pairs, {}), published_table(pairs, {})
     text = render_published_comparison("A citation", sentences, table, differences, [])
     assert "| prompts | distinct | the article does not say" in text
+    assert "3 trials per cell" in text
     assert "| software | vllm 0.32.0 | vLLM; the article" in text
     assert "Published: A citation." in text
     assert "| 1.11 [1.08, 1.14] |" in text

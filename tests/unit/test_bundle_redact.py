@@ -98,11 +98,11 @@ def test_other_words_stay(text: str) -> None:
 
 
 def test_the_time_grows_with_the_length_only() -> None:
-    """A log of 1 MB without spaces took minutes: the time grew with the square of the length."""
-    for text in ("a-" * 500_000, "token" * 200_000, "password_" * 100_000, "://a:" * 200_000):
+    """The time grew with the square of the length: 1 MB without spaces took minutes."""
+    for text in ("a-" * 125_000, "token" * 50_000, "password_" * 25_000, "://a:" * 50_000):
         started = time.process_time()
         REDACTOR.redact_text(text)
-        assert time.process_time() - started < 20
+        assert time.process_time() - started < 5
 
 
 def test_a_range_of_a_billion_hosts_is_left_as_it_is() -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -26,9 +28,15 @@ THREE = copy.deepcopy(STUDY)
 THREE["deployments"] = [THREE["deployments"][0] | {"name": name} for name in "abc"]
 
 
-def test_cells_are_drawn_from_as_many_deployments_as_possible(tmp_path: Path) -> None:
-    write_results(tmp_path, THREE)
-    bundle = make_bundle(tmp_path, THREE)
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of three deployments."""
+    folder = tmp_path_factory.mktemp("three")
+    write_results(folder, THREE)
+    return make_bundle(folder, THREE)
+
+
+def test_cells_are_drawn_from_as_many_deployments_as_possible(bundle: Path) -> None:
     for count, deployments, cells in ((1, 1, 1), (3, 3, 3), (4, 3, 4), (100, 3, 6)):
         sample = sample_cells(bundle, count)
         study = parse_study(sample.config)
@@ -39,9 +47,7 @@ def test_cells_are_drawn_from_as_many_deployments_as_possible(tmp_path: Path) ->
         assert {trial.digest for trial in study.trials} == set(sample.cells["spec_digest"])
 
 
-def test_everybody_draws_the_same_cells_from_a_bundle(tmp_path: Path) -> None:
-    write_results(tmp_path, THREE)
-    bundle = make_bundle(tmp_path, THREE)
+def test_everybody_draws_the_same_cells_from_a_bundle(bundle: Path) -> None:
     assert sample_cells(bundle, 2).config == sample_cells(bundle, 2).config
 
 
@@ -75,19 +81,38 @@ UNTRUSTED = {
 }
 
 
-@pytest.mark.parametrize("what", UNTRUSTED)
-def test_a_bundle_cannot_make_a_replication_trust_it(tmp_path: Path, what: str) -> None:
-    entry = STUDY["deployments"][0] | {"name": "bad"} | UNTRUSTED[what]
-    if entry["engine"] == "external":
-        del entry["checkpoint"]
+def study_with(*changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The small study with one changed deployment per item of `changes`."""
     study = copy.deepcopy(STUDY)
-    study["deployments"] = [entry]
+    study["deployments"] = []
+    for number, change in enumerate(changes):
+        entry = STUDY["deployments"][0] | {"name": f"bad-{number}"} | change
+        if entry["engine"] == "external":
+            del entry["checkpoint"]
+        study["deployments"].append(entry)
+    return study
+
+
+def is_a_study(study: Mapping[str, Any]) -> bool:
     try:
-        (deployment,) = parse_study(study).deployments
+        parse_study(study)
     except ConfigError:
-        return  # no bundle can have it
-    assert not is_replicable(deployment)
-    study["deployments"].append(STUDY["deployments"][0] | {"name": "good"})
+        return False
+    return True
+
+
+@pytest.mark.parametrize("what", UNTRUSTED)
+def test_a_deployment_that_needs_trust_is_not_replicable(what: str) -> None:
+    study = study_with(UNTRUSTED[what])
+    if is_a_study(study):  # otherwise, no bundle can have it
+        (deployment,) = parse_study(study).deployments
+        assert not is_replicable(deployment)
+
+
+def test_a_bundle_cannot_make_a_replication_trust_it(tmp_path: Path) -> None:
+    bad = [change for change in UNTRUSTED.values() if is_a_study(study_with(change))]
+    assert len(bad) > 5
+    study = study_with(*bad, {"name": "good"})
     write_results(tmp_path, study)
     sample = sample_cells(make_bundle(tmp_path, study), 100)
     assert {each.deployment.name for each in parse_study(sample.config).trials} == {"good"}

@@ -26,7 +26,13 @@ from snakemake_logger_plugin_servegrid.progress import RunProgress
 def cell(
     verdict: str = OK, valid: bool | None = True, rules: list[str] | None = None, trial: int = 1
 ) -> dict[str, Any]:
-    return {"trial": trial, "verdict": verdict, "valid": valid, "invalid_rules": rules}
+    return {
+        "trial": trial,
+        "bring_up": 1,
+        "verdict": verdict,
+        "valid": valid,
+        "invalid_rules": rules,
+    }
 
 
 def test_every_verdict_and_every_rule_of_validity_has_a_remedy() -> None:

@@ -119,7 +119,7 @@ def test_the_svg_is_reproducible_and_takes_the_text_colour_of_the_page() -> None
 
 def comparison(**other: Any) -> Comparison:
     deployments = [Ratio("d", 0.9, 0.85, 0.95, 0.001, 4, 0.05, SLOWER)]
-    cells = [Ratio("d, burst, 8 at once", 0.9, 0.8, 1.0, 0.02, 3, 0.05)]
+    cells = [Ratio("d, burst, 8 at once", 0.9, 0.8, 1.0, 0.02, 3, 0.05, NO_EVIDENCE)]
     return Comparison(deployments, cells, **{"left_out": [], **other})
 
 
@@ -128,11 +128,12 @@ def test_markdown_has_ratios_verdicts_and_power() -> None:
     assert text.startswith(f"# new compared with old\n\n{METHOD}\n\n")
     assert "| d | 4 | 0.900 [0.850, 0.950] | 0.001 | slower |" in text
     assert "| burst, 8 at once | 3 | 0.900 [0.800, 1.000] | 0.02 | no evidence |" in text
-    # With t(3, 97.5%) = 3.182 over 4 cells of scatter 0.05: 1 - exp(-4.022 × 0.025) × 0.98.
-    power = 1 - math.exp(-(3.182 + 0.84) * 0.05 / 2) * 0.98
+    # Three bring-ups per study with 5% between them. From tables of power: with three per group, a
+    # two-sided test at 5% finds a difference of 3.07 standard deviations in 80%.
+    power = 1 - math.exp(-3.07 * 0.05) * 0.98
     (row,) = [line for line in text.splitlines() if line.startswith("| d | ") and "%" in line]
-    assert f" {power:.1%} |" in row
-    assert "with 1 trial | with 3 trials | with 5 trials" in text
+    assert " | 5.0% | " in row and f" | {power:.1%} | " in row
+    assert "with 2 bring-ups | with 3 bring-ups | with 5 bring-ups" in text
 
 
 def test_markdown_lists_at_most_twenty_cells_that_are_left_out() -> None:

@@ -176,7 +176,9 @@ def test_a_cell_shows_the_median_of_its_served_trials() -> None:
     text = markdown(frame)
     # Logarithms of 1, 2 and 5: mean 0.7675, s 0.8073; ± 4.303 × 0.8073 / sqrt(3) = 2.0056.
     assert "|           8 | 2.0 [0.29, 16.0]* | 3.0 [3.0, 3.0] |\n" in text
-    expected = "median of 4 trials [95% interval, Student's t on the logarithms]."
+    expected = (
+        "median of 4 trials [95% interval within one bring-up, Student's t on the logarithms]."
+    )
     assert f"per request, {expected}" in text
     assert text.endswith(
         "\\*: median without the trials that were not served or not valid "

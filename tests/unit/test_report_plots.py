@@ -142,7 +142,7 @@ def test_several_trials_are_drawn_as_median_and_interval(tmp_path: Path) -> None
     assert none == []  # one trial alone
     caption = (
         "Burst, 100 output tokens per request. "
-        "Median of 3 trials, bars: 95% interval, Student's t on the logarithms."
+        "Median of 3 trials, bars: 95% interval within one bring-up, Student's t on the logarithms."
     )
     assert caption in " ".join(svg_texts(figure, tmp_path))
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_poisson_workload_has_a_rate_and_no_concurrency() -> None:
     ]
     assert {
         (workload.concurrency, workload.requests, workload.think_time_s) for workload in workloads
-    } == {(None, 128, 0.0)}
+    } == {(None, 2000, 0.0)}
 
 
 def test_a_study_can_have_several_protocols() -> None:
@@ -181,7 +182,7 @@ def test_defaults_are_the_same_in_schema_and_code() -> None:
     workload = parse_study(TWO).trials[0].workload
     actual = {key: getattr(workload, key) for key in defaults if hasattr(workload, key)}
     assert actual == {key: defaults[key] for key in actual} | {"output_len": 100}
-    assert set(defaults) - set(actual) == {"trials"}
+    assert set(defaults) - set(actual) == {"trials", "bring_ups"}
 
 
 def test_include_and_exclude_filter_the_trials() -> None:
@@ -254,8 +255,40 @@ def test_an_engine_argument_changes_digest_and_allocation_but_not_the_id() -> No
     )
     assert [t.id for t in before.trials] == [t.id for t in after.trials]
     assert before.trials[0].digest != after.trials[0].digest
-    assert before.deployments[0].allocation != after.deployments[0].allocation
-    assert before.deployments[1].allocation == after.deployments[1].allocation
+    assert before.trials[0].allocation != after.trials[0].allocation
+    assert before.trials[-1].allocation == after.trials[-1].allocation
+
+
+def test_each_bring_up_has_all_trials_and_an_allocation_of_its_own() -> None:
+    before = parse_study(TWO)
+    after = parse_study(changed_config(lambda c: c["workload"].update(bring_ups=3)))
+    known = {trial.id: (trial.digest, trial.allocation) for trial in before.trials}
+    found = {trial.id: (trial.digest, trial.allocation) for trial in after.trials}
+    assert known.items() <= found.items()  # more bring-ups only add trials
+    assert len(after.trials) == 3 * len(before.trials)
+    assert len({trial.digest for trial in after.trials}) == len(after.trials)
+    for deployment in after.deployments:
+        own = [each for each in after.trials if each.deployment == deployment]
+        names = {each.allocation for each in own}
+        assert len(names) == 3
+        for name in names:
+            group = [each for each in own if each.allocation == name]
+            assert {each.cell for each in group} == {each.cell for each in own}
+            positions = sorted(after.position(each) for each in group)
+            assert positions == list(range(len(group)))
+    last = after.trials[-1]
+    assert (last.bring_up, last.id.rpartition("/")[2]) == (3, f"trial-{last.number}-bring_up-3")
+    assert Trial.from_spec(json.loads(last.spec_json)) == last
+    assert after.trial(*last.id.replace("/trial-", "/").split("/")) == last
+
+
+def test_each_bring_up_has_drift_checks() -> None:
+    study = parse_study(
+        changed_config(lambda c: c["workload"].update(bring_ups=2, drift_checks=True))
+    )
+    by_allocation = Counter(each.allocation for each in study.drift_checks)
+    assert set(by_allocation.values()) == {3}
+    assert set(by_allocation) == {each.allocation for each in study.trials}
 
 
 REFUSED = [

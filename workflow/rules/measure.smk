@@ -10,7 +10,7 @@ rule measure:
     conda:
         "../envs/cpu.yaml"
     resources:
-        allocation=lambda wildcards: trial_of(wildcards).deployment.allocation,
+        allocation=lambda wildcards: trial_of(wildcards).allocation,
         kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
         gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
         environment=lambda wildcards: trial_of(wildcards).deployment.environment,

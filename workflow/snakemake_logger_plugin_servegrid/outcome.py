@@ -86,13 +86,13 @@ def _describe_run(progress: RunProgress) -> str:
 
 
 def read_cells(table: Path) -> list[dict[str, Any]]:
-    """Trial, verdict and validity of each row of the table of cells; none if it cannot be read."""
+    """Trial, bring-up, verdict and validity of the table's rows; none if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         rows: list[dict[str, Any]] = pq.read_table(
-            table, columns=["trial", "verdict", "valid", "invalid_rules"]
+            table, columns=["trial", "bring_up", "verdict", "valid", "invalid_rules"]
         ).to_pylist()
     except (OSError, pa.ArrowException, KeyError):
         return []
@@ -102,13 +102,13 @@ def read_cells(table: Path) -> list[dict[str, Any]]:
 def describe_validity(cells: Iterable[Mapping[str, Any]], table: str) -> list[str]:
     """How many cells are valid, and per verdict and rule how many are not, with the remedy.
 
-    `cells` have the keys trial, verdict, valid and invalid_rules, a row per trial of a cell;
-    `table` is where their evidence is.
+    `cells` have the keys trial, bring_up, verdict, valid and invalid_rules, a row per trial of a
+    cell; `table` is where their evidence is.
     """
     cells = list(cells)
     if not cells:
         return []
-    noun = "trials" if any(each["trial"] > 1 for each in cells) else "cells"
+    noun = "trials" if any(each["trial"] > 1 or each["bring_up"] > 1 for each in cells) else "cells"
     valid = sum(each["valid"] is True for each in cells)
     counted = f"Valid {noun}: {valid} of {len(cells)}."
     if valid == len(cells):

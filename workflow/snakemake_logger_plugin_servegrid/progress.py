@@ -60,14 +60,18 @@ class Job:
 
     @property
     def deployment(self) -> str | None:
-        return self.wildcards.get("deployment") if self.rule == MEASURE else None
+        """The name of the deployment, with that of a later bring-up: `d.bring_up-2`."""
+        if self.rule != MEASURE or "deployment" not in self.wildcards:
+            return None
+        bring_up = self.wildcards.get("trial", "").partition("-")[2]
+        return ".".join(filter(None, [self.wildcards["deployment"], bring_up]))
 
     @property
     def target(self) -> str:
         """What the job works on: the path of a trial, or the wildcards' values."""
         if self.deployment:
             trial = f"trial-{self.wildcards.get('trial', 1)}"
-            return f"{self.deployment}/{self.wildcards.get('cell')}/{trial}"
+            return f"{self.wildcards['deployment']}/{self.wildcards.get('cell')}/{trial}"
         return ", ".join(f"{key}={value}" for key, value in self.wildcards.items())
 
 

@@ -15,15 +15,14 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import tables
-from servegrid.analysis.queueing import (
-    Curve,
-    isotonic_fit,
-    max_in_flight,
-    mean_in_flight,
-    requests_per_s,
-    users_carried,
+from servegrid.analysis.latency_curves import (
+    LatencyCurves,
+    Rows,
+    allowed_in_flight,
+    latency_curves,
+    weighted_mean,
 )
-from servegrid.analysis.titles import nearest_length
+from servegrid.analysis.queueing import mean_in_flight, requests_per_s, users_carried
 from servegrid.records import columns
 from servegrid.study import config
 from servegrid.study.deployment import EMULATED
@@ -31,13 +30,11 @@ from servegrid.study.grid import CONCURRENCY_PROTOCOLS
 
 HARDWARE_SCHEMA = config.SCHEMA.with_name("hardware.yaml")
 
-SHARE_USED = 0.9
-"""A replica gets this share of the users that it can carry. Near the limit, some 15% more users
-reduce the share of requests that meet the SLO from 99% to less than 50%."""
+SHARE_USED, SHARE_USED_MIXED = 0.9, 0.85
+"""A replica gets this share of the users that it can carry: near the limit, some 15% more users
+reduce the share of requests that meet the SLO from 99% to less than 50%. With prompts of several
+lengths it is less, because how they slow each other down is modelled, not measured."""
 _HOUR_S, _YEAR_H, _KWH_J = 3600.0, 8766.0, 3.6e6
-
-_Rows = Sequence[Sequence[float]]
-"""One row per prompt length, with the values at 1, 2, … requests in flight."""
 
 
 @dataclass(frozen=True)
@@ -81,27 +78,6 @@ class HardwarePrices:
     prices: Mapping[str, float]
     electricity_per_kwh: float | None = None
     years_in_use: float | None = None
-
-
-@dataclass(frozen=True)
-class LatencyCurves:
-    """The measured latencies of one deployment under one protocol and output length.
-
-    `shares` has the share of each prompt length in all requests. `seconds`, `fast` and `slow` have
-    one row per prompt length, with the seconds per request at 1, 2, … requests in flight: the
-    medians and both ends of their 95% intervals. `fast` and `slow` are None if an interval is not
-    known. `joules` is the energy per output token at 1, 2, … requests in flight, if it is known.
-    `untested_above` says that no higher concurrency was measured.
-    """
-
-    prompt_tokens: str
-    output_len: int
-    shares: Sequence[float]
-    seconds: _Rows
-    fast: _Rows | None
-    slow: _Rows | None
-    joules: Sequence[float] | None
-    untested_above: bool
 
 
 def parse_demand(study: Mapping[str, Any]) -> Demand:
@@ -161,69 +137,20 @@ def plan_capacity(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrice
     return plan.sort_values(order, kind="stable", na_position="last", ignore_index=True)
 
 
-def latency_curves(
-    cells: pd.DataFrame, prompt_shares: Mapping[int, float] | None
-) -> LatencyCurves | str:
-    """The latency curves of one deployment, protocol and output length; or why there are none.
-
-    `cells` are rows of `columns.SUMMARY`. `prompt_shares` are prompt lengths with their shares;
-    None means all measured lengths, equally frequent. How requests of different lengths slow each
-    other down is not measured. A curve ends below the lowest concurrency that was not served.
-    """
-    valid = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
-    default = 1.0 if prompt_shares is None else 0.0
-    shares = dict.fromkeys(cells["input_len"].unique().tolist(), default)
-    for length, share in (prompt_shares or {}).items():
-        nearest = nearest_length(list(shares), length)
-        if nearest is None:
-            return f"prompts of about {length} tokens were not measured"
-        shares[nearest] += share
-    wanted = [length for length, share in shares.items() if share]
-    cells, valid = (table[table["input_len"].isin(wanted)] for table in (cells, valid))
-    failed = cells[cells["trials_served"] == 0].groupby("input_len")["concurrency"].min()
-    end = valid["input_len"].map(failed).astype(float).fillna(math.inf)
-    valid = valid[valid["concurrency"] < end]
-    if valid.empty:
-        return "there is no valid cell"
-    lacking = sorted(set(cells["input_len"]) - set(valid["input_len"]))
-    if lacking:
-        return f"there is no valid cell with prompts of {lacking[0]} tokens"
-    by_length = [rows.sort_values("concurrency") for _, rows in valid.groupby("input_len")]
-    limit = min(int(rows["concurrency"].max()) for rows in by_length)
-    tested_above = cells.loc[cells["concurrency"] > limit, "input_len"]
-    shortest = {
-        int(rows["input_len"].iloc[0]) for rows in by_length if rows["concurrency"].max() == limit
-    }
-    lengths = sorted(int(length) for length in valid["input_len"].unique())
-    normalised = [shares[length] / sum(shares.values()) for length in lengths]
-    return LatencyCurves(
-        prompt_tokens=" to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))),
-        output_len=int(cells["output_len"].iloc[0]),
-        shares=normalised,
-        seconds=_seconds(by_length, "seconds_per_100_tokens", limit) or [],
-        fast=_seconds(by_length, "seconds_per_100_tokens_low", limit),
-        slow=_seconds(by_length, "seconds_per_100_tokens_high", limit),
-        joules=_joules(by_length, normalised, limit),
-        untested_above=not shortest & set(tested_above),
-    )
-
-
 def size_deployment(
     curves: LatencyCurves, demand: Demand, hardware: HardwarePrices, gpu: str, gpu_count: int
 ) -> dict[str, Any]:
     """How much hardware the demand needs on one deployment, by names of `columns.CAPACITY_PLAN`."""
     limit_s = curves.output_len / demand.tokens_per_s_per_user
-    seconds = _weighted_mean(curves.seconds, curves.shares)
-    highest = min(max_in_flight(row, limit_s) for row in curves.seconds)
+    seconds = weighted_mean(curves.seconds, curves.shares)
+    highest = min(allowed_in_flight(curves.seconds, curves.shares, limit_s))
 
-    def carried(rows: _Rows | None, slo_attainment: float = demand.slo_attainment) -> int | None:
+    def carried(rows: Rows | None, slo_attainment: float = demand.slo_attainment) -> int | None:
         if rows is None:
             return None
-        allowed = [
-            (max_in_flight(row, limit_s), share)
-            for row, share in zip(rows, curves.shares, strict=True)
-        ]
-        mean = _weighted_mean(rows, curves.shares)
+        limits = allowed_in_flight(rows, curves.shares, limit_s)
+        allowed = list(zip(limits, curves.shares, strict=True))
+        mean = weighted_mean(rows, curves.shares)
         return users_carried(mean, allowed, demand.think_time_s, slo_attainment)
 
     users, low, high = map(carried, (curves.seconds, curves.slow, curves.fast))
@@ -236,7 +163,8 @@ def size_deployment(
         "users_at_50pct_slo": carried(curves.seconds, 0.5),
     }
     safe = users if low is None else low
-    users_per_replica = max(1, math.floor(SHARE_USED * safe)) if safe else 0
+    share_used = SHARE_USED if len(curves.shares) == 1 else SHARE_USED_MIXED
+    users_per_replica = max(1, math.floor(share_used * safe)) if safe else 0
     if not users_per_replica:
         return size | {"reason": "the SLO may be missed even at the lowest measured concurrency"}
     wanted = demand.concurrent_users
@@ -267,44 +195,6 @@ def size_deployment(
             joules * 1e6 / _KWH_J * hardware.electricity_per_kwh
         )
     return size
-
-
-def _seconds(by_length: Sequence[pd.DataFrame], column: str, limit: int) -> _Rows | None:
-    """Non-decreasing seconds per request at 1, 2, … `limit` in flight, one row per prompt length.
-
-    None if the column is not known for every cell.
-    """
-    if any(cells[column].isna().any() for cells in by_length):
-        return None
-    rows = []
-    for cells in by_length:
-        known_scale = cells["time_scale"].iloc[0]  # an emulation runs faster than real time
-        scale = 1.0 if pd.isna(known_scale) else float(known_scale)
-        factor = float(cells["output_len"].iloc[0]) / 100 / scale
-        fitted = isotonic_fit([float(value) * factor for value in cells[column]])
-        curve = Curve(tuple(cells["concurrency"].astype(int)), tuple(fitted))
-        rows.append(curve.interpolated()[:limit])
-    return rows
-
-
-def _joules(
-    by_length: Sequence[pd.DataFrame], shares: Sequence[float], limit: int
-) -> Sequence[float] | None:
-    column = "energy_j_per_output_token"
-    if any(cells[column].isna().any() for cells in by_length):
-        return None
-    curves = [
-        Curve(tuple(cells["concurrency"].astype(int)), tuple(cells[column].astype(float)))
-        for cells in by_length
-    ]
-    return _weighted_mean([curve.interpolated()[:limit] for curve in curves], shares)
-
-
-def _weighted_mean(rows: _Rows, shares: Sequence[float]) -> list[float]:
-    return [
-        sum(value * share for value, share in zip(values, shares, strict=True))
-        for values in zip(*rows, strict=True)
-    ]
 
 
 def _interpolate(values: Sequence[float], position: float) -> float:

@@ -1,10 +1,15 @@
-"""Compares two studies, with tests that account for the trials. Pure.
+"""Compares two studies, with tests whose unit is the bring-up. Pure.
 
-The tests use logarithms of speed, because a slower server changes all speeds by a factor. A cell's
-ratio is tested with Welch's t over its trials, if both studies have at least two. A deployment's
-ratio is tested with Student's t over the ratios of its cells, which differ by chance and by
-workload. Verdicts control the false discovery rate (Benjamini and Hochberg, 1995), separately for
-deployments and for cells.
+Two bring-ups of the same deployment differ: in the node, the memory layout, the autotuning. All
+cells and trials of one share that, so however many there are, they are one sample. A deployment's
+ratio is tested with Student's t over the means of its bring-ups in both studies, a cell's ratio
+over its bring-ups. The test takes it that bring-ups vary alike in both studies: with two or three,
+their two variances cannot be told apart. With one bring-up in a study there is a ratio and no
+verdict.
+
+The tests use logarithms of speed, because a slower server changes all speeds by a factor. Verdicts
+control the false discovery rate (Benjamini and Hochberg, 1995), separately for deployments and for
+cells.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import brentq
 from scipy.special import stdtr
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, nct
 
 from servegrid.analysis.intervals import t_quantile
 from servegrid.analysis.metrics import SERVEGRID_ORIGIN
@@ -30,9 +36,17 @@ from servegrid.study.deployment import EMULATED
 FALSE_DISCOVERY_RATE = 0.05
 """On average, at most this fraction of the verdicts `faster` and `slower` is wrong."""
 MIN_EFFECT = 0.02
-"""A change of up to this fraction counts as no change: two bring-ups differ by as much."""
+"""A change of up to this fraction counts as no change."""
+MIN_BRING_UPS = 2
+"""A ratio is tested if both studies have at least this many bring-ups."""
+ASSUMED_STDEV = 0.02
+"""The standard deviation between bring-ups (of the logarithms) if it was not measured. Identical
+GPUs of one cluster differed by 8% on average, and by up to 22%, in a study of five clusters (Sinha
+et al., Not All GPUs Are Created Equal, SC 2022)."""
+POWER = 0.8
 METRIC = "output_tokens_per_s"
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
+NOT_TESTED = "not tested"
 
 _CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 _SETTINGS = ("requests", "prompts", "think_time_s", "output_spread")
@@ -47,9 +61,9 @@ class Ratio:
     `low` and `high` are the ends of its 95% interval. `p` is the probability of such a ratio if
     the true change is at most MIN_EFFECT. All three come from the same standard error and degrees
     of freedom, so p < 0.05 if and only if the interval lies outside 1 / (1 + MIN_EFFECT) to
-    1 + MIN_EFFECT. They are None if there is nothing to test. `count` is the number of trials in
-    the study that has fewer, or the number of cells. `log_stdev` is the standard deviation of the
-    logarithms.
+    1 + MIN_EFFECT. They are None if a study has fewer than MIN_BRING_UPS. `count` is the number of
+    bring-ups in the study that has fewer. `stdev` is the standard deviation of the logarithms
+    between bring-ups.
     """
 
     name: str
@@ -58,8 +72,8 @@ class Ratio:
     high: float | None
     p: float | None
     count: int
-    log_stdev: float | None
-    verdict: str = NO_EVIDENCE
+    stdev: float | None
+    verdict: str = NOT_TESTED
 
 
 @dataclass(frozen=True)
@@ -93,7 +107,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False
         *(f"{_format_cell(key)}: only in the first study" for key in ours if key not in theirs),
         *(f"{_format_cell(key)}: only in the second study" for key in theirs if key not in ours),
     ]
-    ratios: dict[str, list[Ratio]] = {}
+    pairs: dict[str, dict[str, tuple[Speeds, Speeds]]] = {}
     for key in (key for key in ours if key in theirs):
         one, other = ours[key], theirs[key]
         empty = [which for which, cell in (("first", one), ("second", other)) if not cell.speeds]
@@ -102,16 +116,19 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False
         elif difference := _describe_difference(one, other):
             left_out.append(f"{_format_cell(key)}: {difference}")
         else:
-            ratio = compare_trials(_format_cell(key), one.speeds, other.speeds)
-            ratios.setdefault(one.deployment, []).append(ratio)
-    if not ratios:
+            pairs.setdefault(one.deployment, {})[_format_cell(key)] = one.speeds, other.speeds
+    if not pairs:
         reasons = "\n  ".join(left_out[:10]) or "neither study has a cell"
         raise ComparisonError(
             f"the studies have no cell that can be compared:\n  {reasons}\nCompare "
             "studies of the same deployments and workloads."
         )
-    cells = apply_fdr(ratio for group in ratios.values() for ratio in group)
-    deployments = apply_fdr(_compare_cells(name, group) for name, group in ratios.items())
+    cells = apply_fdr(
+        compare_cell(name, *speeds) for group in pairs.values() for name, speeds in group.items()
+    )
+    deployments = apply_fdr(
+        compare_deployment(name, list(group.values())) for name, group in pairs.items()
+    )
     return Comparison(deployments, cells, left_out, _notes(first, second))
 
 
@@ -120,42 +137,41 @@ def apply_fdr(ratios: Iterable[Ratio]) -> list[Ratio]:
     found = list(ratios)
     p_values = [ratio.p for ratio in found if ratio.p is not None]
     adjusted = iter(false_discovery_control(p_values) if p_values else ())
-    return [
-        replace(ratio, verdict=FASTER if ratio.ratio > 1 else SLOWER)
-        if ratio.p is not None and next(adjusted) <= FALSE_DISCOVERY_RATE
-        else ratio
-        for ratio in found
-    ]
+    judged = []
+    for ratio in found:
+        verdict = NOT_TESTED
+        if ratio.p is not None:
+            direction = FASTER if ratio.ratio > 1 else SLOWER
+            verdict = direction if next(adjusted) <= FALSE_DISCOVERY_RATE else NO_EVIDENCE
+        judged.append(replace(ratio, verdict=verdict))
+    return judged
 
 
-def detectable_slowdown(log_stdev: float, count: int) -> float | None:
-    """The smallest slow-down, as a fraction, that a test over `count` ratios detects in 80% of
-    the cases; None if there are fewer than two.
+def detectable_slowdown(stdev: float, bring_ups: int) -> float | None:
+    """The smallest slow-down, as a fraction, that the test detects with the probability POWER.
 
-    One-sided power of 80% at a two-sided level of 5%: (t_0.975 + t_0.8) standard errors beyond
-    MIN_EFFECT, with 0.84 for t_0.8. `log_stdev` is the standard deviation of the logarithms.
+    `stdev` is the standard deviation between bring-ups (of the logarithms), `bring_ups` their
+    number in each study; None if there are fewer than MIN_BRING_UPS. A two-sided test at 5%, with
+    the noncentral t distribution for the power (J. Cohen, Statistical Power Analysis, 1988).
     """
-    if count < 2:
+    if bring_ups < MIN_BRING_UPS:
         return None
-    reach = (t_quantile(count - 1) + 0.84) * log_stdev / math.sqrt(count)
+    degrees = 2 * (bring_ups - 1)
+    critical = t_quantile(degrees)
+    errors = brentq(lambda shift: nct.sf(critical, degrees, shift) - POWER, 0.0, 100.0)
+    reach = errors * stdev * math.sqrt(2 / bring_ups)
     return 1 - math.exp(-reach) * (1 - MIN_EFFECT)
 
 
 def power_analysis(comparison: Comparison) -> Mapping[str, Mapping[int, float | None]]:
-    """For each deployment, the slow-down that 1, 3 and 5 trials per cell can detect.
+    """For each deployment, the slow-down that 2, 3 and 5 bring-ups per study can detect.
 
-    A ratio's standard deviation is taken as proportional to 1 / √trials. This is true for the part
-    that comes from the trials; another part may come from the workloads.
+    Where the standard deviation between bring-ups is unknown, it is taken as ASSUMED_STDEV.
     """
-    trials = max((ratio.count for ratio in comparison.cells), default=1)
     return {
         ratio.name: {
-            wanted: None
-            if ratio.log_stdev is None
-            else detectable_slowdown(
-                ratio.log_stdev * math.sqrt(max(trials, 1) / wanted), ratio.count
-            )
-            for wanted in (1, 3, 5)
+            count: detectable_slowdown(ASSUMED_STDEV if ratio.stdev is None else ratio.stdev, count)
+            for count in (2, 3, 5)
         }
         for ratio in comparison.deployments
     }
@@ -175,27 +191,56 @@ def two_sided_p(t: float, degrees: float) -> float:
     return float(2 * stdtr(degrees, -abs(t)))
 
 
-def compare_trials(name: str, first: Sequence[float], second: Sequence[float]) -> Ratio:
-    """The ratio of a cell from the speeds of its trials in both studies, by Welch's t."""
-    one, other = ([math.log(speed) for speed in speeds] for speeds in (first, second))
-    change = statistics.fmean(other) - statistics.fmean(one)
+Speeds = Mapping[str, Sequence[float]]
+"""The speeds of a cell's trials by the bring-up (its allocation) that they were measured in."""
+
+
+def compare_cell(name: str, first: Speeds, second: Speeds) -> Ratio:
+    """The ratio of a cell from the speeds of its trials in both studies."""
+    return compare_deployment(name, [(first, second)])
+
+
+def compare_deployment(name: str, cells: Sequence[tuple[Speeds, Speeds]]) -> Ratio:
+    """The ratio over the cells of a deployment, with Student's t over its bring-ups.
+
+    The ratio is the geometric mean of the cells' ratios. A bring-up's value is the mean, over its
+    cells, of the logarithm of its speed relative to the other study's: so bring-ups that measured
+    different cells can be compared.
+    """
+    changes: list[float] = []
+    values: tuple[dict[str, list[float]], ...] = ({}, {})
+    for sides in cells:
+        logs = [
+            {bring_up: statistics.fmean(map(math.log, speeds)) for bring_up, speeds in side.items()}
+            for side in sides
+        ]
+        means = [statistics.fmean(side.values()) for side in logs]
+        changes.append(means[1] - means[0])
+        for side, other_mean, found in zip(logs, reversed(means), values, strict=True):
+            for bring_up, value in side.items():
+                found.setdefault(bring_up, []).append(value - other_mean)
+    change = statistics.fmean(changes)
+    one, other = ([statistics.fmean(each) for each in found.values()] for found in values)
+    return _student(name, change, one, other)
+
+
+def _student(name: str, change: float, one: Sequence[float], other: Sequence[float]) -> Ratio:
+    """The ratio of a change, with Student's t over two samples with one variance."""
     count = min(len(one), len(other))
-    if count < 2:
+    if count < MIN_BRING_UPS:
         return Ratio(name, math.exp(change), None, None, None, count, None)
-    parts = [statistics.variance(logs) / len(logs) for logs in (one, other)]
-    error = math.sqrt(sum(parts))
-    # The degrees of freedom of Welch and Satterthwaite.
-    divisor = sum(part**2 / (len(logs) - 1) for part, logs in zip(parts, (one, other), strict=True))
-    degrees = sum(parts) ** 2 / divisor if divisor else 1.0
-    log_stdev = math.sqrt(sum(statistics.variance(logs) for logs in (one, other)) / 2)
-    return _test(name, change, error, degrees, count, log_stdev)
+    degrees = len(one) + len(other) - 2
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in (one, other))
+    stdev = math.sqrt(squares / degrees)
+    error = stdev * math.sqrt(1 / len(one) + 1 / len(other))
+    return _test(name, change, error, degrees, count, stdev)
 
 
 @dataclass(frozen=True)
 class _Cell:
     deployment: str
     settings: Mapping[str, Any]
-    speeds: list[float]
+    speeds: dict[str, list[float]]
 
 
 def _group_cells(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ...], _Cell]:
@@ -213,6 +258,7 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ..
         for wanted in (keys, _SETTINGS)
     )
     protocols = cells["protocol"].tolist()
+    bring_ups = cells["allocation"].fillna("").astype(str).tolist()
     grouped: dict[tuple[Any, ...], _Cell] = {}
     for row, key in enumerate(zip(*key_values, strict=True)):
         cell_settings = {
@@ -220,9 +266,9 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ..
         }
         if protocols[row] != "burst":  # with duration_s, the number of requests is a result
             cell_settings["requests"] = None
-        cell = grouped.setdefault(key, _Cell(str(names[row]), cell_settings, []))
+        cell = grouped.setdefault(key, _Cell(str(names[row]), cell_settings, {}))
         if is_usable[row]:
-            cell.speeds.append(float(speeds[row]))
+            cell.speeds.setdefault(bring_ups[row], []).append(float(speeds[row]))
     return grouped
 
 
@@ -234,19 +280,8 @@ def _describe_difference(one: _Cell, other: _Cell) -> str | None:
     return None
 
 
-def _compare_cells(name: str, cells: Sequence[Ratio]) -> Ratio:
-    """The ratio of a deployment from the ratios of its cells, by Student's t."""
-    changes = [math.log(cell.ratio) for cell in cells]
-    change, count = statistics.fmean(changes), len(changes)
-    if count < 2:
-        only = cells[0]
-        return Ratio(name, only.ratio, only.low, only.high, only.p, 1, None)
-    log_stdev = statistics.stdev(changes)
-    return _test(name, change, log_stdev / math.sqrt(count), count - 1, count, log_stdev)
-
-
 def _test(
-    name: str, change: float, error: float, degrees: float, count: int, log_stdev: float
+    name: str, change: float, error: float, degrees: float, count: int, stdev: float
 ) -> Ratio:
     """The ratio of a change of the logarithm with its standard error and degrees of freedom."""
     beyond = abs(change) - math.log1p(MIN_EFFECT)
@@ -255,7 +290,7 @@ def _test(
     # The interval uses the error and the degrees of p, so that the two never contradict.
     reach = t_quantile(degrees) * error
     low, high = math.exp(change - reach), math.exp(change + reach)
-    return Ratio(name, math.exp(change), low, high, p, count, log_stdev)
+    return Ratio(name, math.exp(change), low, high, p, count, stdev)
 
 
 def _check_same_kind(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool) -> None:

@@ -1,22 +1,24 @@
-"""The findings of a study: the concurrency that meets the SLO, and how latency grows. Pure."""
+"""The findings of a study: the load that meets the SLO, and how latency grows. Pure."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from servegrid.analysis import tables
+from servegrid.analysis.intervals import Interval, t_quantile
+from servegrid.analysis.latency_curves import latency_curves, requests_in_flight, time_scale
+from servegrid.analysis.queueing import Curve, isotonic_fit, max_in_flight
 from servegrid.records import columns
 from servegrid.study.grid import CONCURRENCY_PROTOCOLS
 
-LINEAR_EXPONENT = math.log2(1.8)
-"""From this exponent on, time counts as linear in the concurrency. Work that is strictly shared has
-the exponent 1, a factor of 2 per doubling; a tenth less can be noise."""
+MAX_RESIDUAL = 0.10
+"""A straight line fits if no measured time differs from it by more than this fraction."""
 
 
 @dataclass(frozen=True)
@@ -48,32 +50,71 @@ def parse_slo(study: Mapping[str, Any]) -> Slo:
 def compute_frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
     """A table of `columns.FRONTIER`, one row per deployment, workload and prompt length.
 
-    `summary` is a table of `columns.SUMMARY`. A cell that is not valid counts as served, but does
-    not meet the SLO.
+    `summary` is a table of `columns.SUMMARY`. The number of requests in flight that meets the SLO
+    is interpolated as in the capacity plan, so it is the same number there.
     """
     keys = ["deployment", "engine", "protocol", "output_len", "input_len"]
     cells = summary[summary["protocol"].isin(CONCURRENCY_PROTOCOLS)]
     rows = [
-        dict(zip(keys, key, strict=True)) | _limits(rows.sort_values("concurrency"), slo)
+        dict(zip(keys, key, strict=True))
+        | _max_served(rows)
+        | _max_within_slo(rows, slo)
+        | _n_half(rows)
         for key, rows in cells.groupby(keys, sort=False)
     ]
     return tables.from_rows(rows, columns.FRONTIER)
 
 
-def knee(times: Mapping[int, float]) -> int | None:
-    """The concurrency from which on time grows linearly; None if there is none.
+@dataclass(frozen=True)
+class LinearFit:
+    """T(n) = `base_s` + `slope_s` n, the time of a request with n in flight.
 
-    `times` are seconds by concurrency. The knee is the lowest concurrency from which every further
-    step has d log(time) / d log(concurrency) of at least LINEAR_EXPONENT.
+    `n_half` is `base_s / slope_s`: with so many in flight, the server has half of the throughput
+    that it approaches with more, 1 / `slope_s` (R. W. Hockney's n½ and r∞, 1982). `interval` is
+    its 95% interval; an end is infinite if the slope may be 0. `residual` is the largest relative
+    difference between a measured time and the line.
     """
-    levels = sorted(times)
-    found = None
-    for lower, higher in reversed(list(itertools.pairwise(levels))):
-        exponent = math.log(times[higher] / times[lower]) / math.log(higher / lower)
-        if exponent < LINEAR_EXPONENT:
-            break
-        found = lower
-    return found
+
+    base_s: float
+    slope_s: float
+    n_half: float
+    interval: Interval
+    residual: float
+
+
+def fit_line(in_flight: Sequence[float], seconds: Sequence[float]) -> LinearFit | None:
+    """The line through times by load; None for fewer than three loads or a slope that is not > 0.
+
+    Least squares of the relative differences, because noise changes times by a factor. The interval
+    of the ratio is Fieller's (Some problems in interval estimation, 1954), with Student's t at two
+    degrees of freedom fewer than points.
+    """
+    if len(set(in_flight)) < 3:
+        return None
+    n, times = np.array(in_flight, float), np.array(seconds, float)
+    design = np.column_stack([1 / times, n / times])
+    (base, slope), *_ = np.linalg.lstsq(design, np.ones_like(times), rcond=None)
+    if slope <= 0:
+        return None
+    differences = 1 - design @ [base, slope]
+    degrees = len(times) - 2
+    covariance = float(differences @ differences) / degrees * np.linalg.inv(design.T @ design)
+    interval = _fieller(float(base), float(slope), covariance, t_quantile(degrees))
+    residual = float(np.abs(differences).max())
+    return LinearFit(float(base), float(slope), float(base / slope), interval, residual)
+
+
+def _fieller(top: float, bottom: float, covariance: Any, t: float) -> Interval:
+    """The positive part of the interval of top / bottom: all x with |top - x bottom| within t
+    standard errors of 0, so a x² - 2 b x + c ≤ 0. It has no upper end if `bottom` may be 0.
+    """
+    a = bottom**2 - t**2 * covariance[1, 1]
+    b = top * bottom - t**2 * covariance[0, 1]
+    c = top**2 - t**2 * covariance[0, 0]
+    root = math.sqrt(max(b**2 - a * c, 0.0))
+    if a > 0:
+        return max(0.0, (b - root) / a), (b + root) / a
+    return (b - root) / a if a < 0 < c else 0.0, math.inf
 
 
 def describe_findings(
@@ -103,54 +144,82 @@ def describe_findings(
     return texts
 
 
-def _limits(cells: pd.DataFrame, slo: Slo) -> dict[str, Any]:
-    """The values of one row of the frontier. `cells` are sorted by concurrency."""
-    levels = cells["concurrency"].astype(int).tolist()
+def _max_served(cells: pd.DataFrame) -> dict[str, Any]:
     served = cells.loc[cells["trials_served"] > 0, "concurrency"]
-    max_served = None if served.empty else int(served.max())
-    meets_slo = _meets_slo(cells, slo).tolist()
-    first_failure = meets_slo.index(False) if False in meets_slo else len(meets_slo)
-    max_within_slo = levels[first_failure - 1] if first_failure else None
-    known = cells.dropna(subset="seconds_per_100_tokens")
-    times = dict(
-        zip(
-            known["concurrency"].astype(int),
-            known["seconds_per_100_tokens"].astype(float),
-            strict=True,
-        )
+    if served.empty:
+        return {}
+    highest = int(served.max())
+    is_bound = highest == int(cells["concurrency"].max())
+    return {"max_served": highest, "max_served_is_lower_bound": is_bound}
+
+
+def _max_within_slo(cells: pd.DataFrame, slo: Slo) -> dict[str, Any]:
+    """The load that meets the SLO, of the cells of one prompt length."""
+    curves = latency_curves(cells, None)
+    if isinstance(curves, str):
+        return {}
+    limit_s = curves.output_len / slo.tokens_per_s_per_user
+    highest = len(curves.seconds[0])
+    others = [
+        _within(cells, column, maximum, highest)
+        for column, maximum in (("ttft_s_p50", slo.ttft_s), ("e2el_s_p50", slo.e2el_s))
+        if maximum is not None
+    ]
+    found, low, high = (
+        None if rows is None else min([max_in_flight(rows[0], limit_s), *others])
+        for rows in (curves.seconds, curves.slow, curves.fast)
     )
     return {
-        "max_served": max_served,
-        "max_served_is_lower_bound": None if max_served is None else max_served == levels[-1],
-        "max_within_slo": max_within_slo,
-        "max_within_slo_is_lower_bound": None
-        if max_within_slo is None
-        else max_within_slo == levels[-1],
-        "knee": knee(times),
+        "max_within_slo": found or None,
+        "max_within_slo_low": low,
+        "max_within_slo_high": high,
+        "max_within_slo_is_lower_bound": (found == highest and curves.untested_above)
+        if found
+        else None,
     }
 
 
-def _meets_slo(cells: pd.DataFrame, slo: Slo) -> pd.Series[bool]:
-    meets = cells["trials_valid"] > 0
-    scale = cells["time_scale"].fillna(1.0).astype(float)
-    speed = cells["output_tokens_per_s_per_user"].astype(float) * scale
-    meets &= speed.ge(slo.tokens_per_s_per_user)
-    for column, maximum in (("ttft_s_p50", slo.ttft_s), ("e2el_s_p50", slo.e2el_s)):
-        if maximum is not None:
-            meets &= (cells[column].astype(float) / scale).le(maximum)
-    return meets.astype(bool)
+def _within(cells: pd.DataFrame, column: str, maximum: float, highest: int) -> int:
+    """The highest load up to `highest` at which a latency is at most `maximum`."""
+    known = cells[cells["trials_valid"] > 0].dropna(subset=column)
+    if known.empty:
+        return 0
+    known = known.assign(in_flight=requests_in_flight(known)).sort_values("in_flight")
+    latencies = isotonic_fit((known[column].astype(float) / time_scale(cells)).tolist())
+    curve = Curve(tuple(known["in_flight"]), tuple(latencies))
+    return max_in_flight(curve.interpolated()[:highest], maximum)
+
+
+def _n_half(cells: pd.DataFrame) -> dict[str, Any]:
+    known = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
+    loads = requests_in_flight(known).tolist()
+    fit = fit_line(loads, known["seconds_per_100_tokens"].astype(float).tolist())
+    if fit is None:
+        return {}
+    row: dict[str, Any] = {"linear_fit_residual": fit.residual}
+    if fit.residual <= MAX_RESIDUAL:
+        ends = dict(zip(("n_half_low", "n_half_high"), fit.interval, strict=True))
+        row |= {"n_half": fit.n_half, **ends}
+    return row
 
 
 def _describe_limits(limits: pd.DataFrame, slo: Slo) -> str:
-    """The highest concurrency that meets the SLO, for the shortest and the longest prompts."""
+    """The load that meets the SLO, for the shortest and the longest prompts."""
     parts = []
-    for row in (limits.iloc[0], limits.iloc[-1]) if len(limits) > 1 else (limits.iloc[0],):
-        highest = row["max_within_slo"]
-        text = "none" if pd.isna(highest) else str(highest)
-        if not pd.isna(highest) and row["max_within_slo_is_lower_bound"]:
-            text = f"at least {text}"
-        parts.append(f"{text} with prompts of {row['input_len']} tokens")
-    return f"Highest concurrency that meets the SLO ({slo}): {', '.join(parts)}."
+    rows = limits.to_dict("records")
+    for row in (rows[0], rows[-1]) if len(rows) > 1 else rows:
+        parts.append(f"{format_max_within_slo(row)} with prompts of {row['input_len']} tokens")
+    return f"Most requests in flight that meet the SLO ({slo}): {', '.join(parts)}."
+
+
+def format_max_within_slo(row: Mapping[Any, Any]) -> str:
+    """`118 [112, 124]`, `at least 128`, or `none`, from a row of `columns.FRONTIER`."""
+    highest, low, high = (row[f"max_within_slo{end}"] for end in ("", "_low", "_high"))
+    if pd.isna(highest):
+        return "none"
+    if row["max_within_slo_is_lower_bound"]:
+        return f"at least {highest}"
+    return f"{highest}" if pd.isna(low) or pd.isna(high) else f"{highest} [{low}, {high}]"
 
 
 def _describe_growth(times: pd.DataFrame, limits: pd.DataFrame) -> str:
@@ -158,17 +227,31 @@ def _describe_growth(times: pd.DataFrame, limits: pd.DataFrame) -> str:
     seconds = times[length].dropna().astype(float)
     if len(seconds) < 2:
         return ""
-    bend = limits.set_index("input_len")["knee"].get(length)
-    linear = (
-        "The growth is not linear at the highest concurrency."
-        if bend is None or pd.isna(bend)
-        else f"The growth is linear from concurrency {bend} on."
-    )
-    return (
+    (row,) = limits[limits["input_len"] == length].to_dict("records")
+    text = (
         f"With prompts of {length} tokens, the time grows by a factor of "
         f"{seconds.iloc[-1] / seconds.iloc[0]:.2g} from concurrency {seconds.index[0]} to "
-        f"{seconds.index[-1]}. {linear}"
+        f"{seconds.index[-1]}."
     )
+    if not pd.isna(row["n_half"]):
+        text += (
+            " It grows on a straight line: the throughput reaches half of its limit with "
+            f"{format_n_half(row)} requests in flight."
+        )
+    elif not pd.isna(row["linear_fit_residual"]):
+        text += (
+            " It does not grow on a straight line: measured times differ from it by up to "
+            f"{row['linear_fit_residual']:.0%}."
+        )
+    return text
+
+
+def format_n_half(row: Mapping[Any, Any]) -> str:
+    """`24 [20, 29]`, from a row of `columns.FRONTIER`; `–` if it is not known."""
+    if pd.isna(row["n_half"]):
+        return "–"
+    high = "∞" if math.isinf(row["n_half_high"]) else f"{row['n_half_high']:.2g}"
+    return f"{row['n_half']:.2g} [{row['n_half_low']:.2g}, {high}]"
 
 
 def _describe_prompts(times: pd.DataFrame) -> str:

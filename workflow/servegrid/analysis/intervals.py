@@ -1,5 +1,9 @@
 """The 95% interval of a figure that was measured several times. Pure.
 
+If the trials come from several bring-ups, the unit is the bring-up: the trials of one share what
+makes it differ from the next (node, memory layout, autotuning), so they say little about it. With a
+single bring-up, the unit is the trial, and the interval holds within that bring-up only.
+
 A cell's figure is the median over its trials. Its interval is Student's t on the trials'
 logarithms: exp(mean ± t s / √k), with t the 97.5% quantile at k - 1 degrees of freedom. This
 assumes normally distributed logarithms. That suits times and rates: they are positive, and
@@ -17,7 +21,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Iterable
 
 from scipy.special import stdtrit
 
@@ -25,6 +29,16 @@ _ROUNDING = 1e-9
 """If all trials are equal, the mean of the logarithms differs from them only in the last digits."""
 
 Interval = tuple[float, float]
+
+
+def bring_up_medians(values: Iterable[float], bring_ups: Iterable[Hashable]) -> list[float]:
+    """The median of the values of each bring-up; the values themselves if there is only one."""
+    groups: dict[Hashable, list[float]] = {}
+    for value, bring_up in zip(values, bring_ups, strict=True):
+        groups.setdefault(bring_up, []).append(value)
+    if len(groups) < 2:
+        return [value for group in groups.values() for value in group]
+    return [statistics.median(group) for group in groups.values()]
 
 
 def interval(values: Collection[float]) -> Interval | None:

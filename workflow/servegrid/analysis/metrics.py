@@ -73,6 +73,9 @@ def cell_row(
     itl, coalesced = _itl_s(inside)
     tokens = _total(served["completion_tokens"]) if use_all else _tokens_in(served, window)
     tokens_per_s = _ratio(tokens, window_s)
+    in_flight = in_flight_mean(requests, window, makespan if use_all else None)
+    # Users who think are not served, so their number says nothing about the speed of one.
+    served_at_once = in_flight if workload.think_time_s else workload.concurrency
     samples = samples_in(telemetry, window)
     power = mean_power(samples)
     ok = record["verdict"] == OK
@@ -96,6 +99,7 @@ def cell_row(
         "prompts": workload.prompts,
         "think_time_s": workload.think_time_s,
         "trial": trial.number,
+        "bring_up": trial.bring_up,
         "verdict": record["verdict"],
         "verdict_detail": record["verdict_detail"],
         "requests": requests.num_rows,
@@ -104,16 +108,17 @@ def cell_row(
         "seconds_per_100_tokens": _per_100_tokens(workload, makespan, waves, e2el) if ok else None,
         "window_s": window_s,
         "requests_in_window": None if window_s is None else inside.num_rows,
-        "in_flight_mean": in_flight_mean(requests, window, makespan if use_all else None),
+        "in_flight_mean": in_flight,
         **_latencies("ttft", ttft),
         **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
         **_latencies("itl", itl),
         **_latencies("e2el", e2el),
         "coalesced_chunk_fraction": coalesced,
         "output_tokens_per_s": tokens_per_s,
-        "output_tokens_per_s_per_user": _ratio(tokens_per_s, workload.concurrency),
+        "output_tokens_per_s_per_user": _ratio(tokens_per_s, served_at_once),
         "memory_peak_bytes": memory_peak_bytes(telemetry),
         "power_w_mean": power.mean_w,
+        "energy_needs_s": power.needs_s,
         "power_disagreement": power.disagreement,
         "power_suspect": power.is_suspect,
         "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),

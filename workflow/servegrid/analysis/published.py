@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from servegrid.analysis import tables
+from servegrid.analysis.summary import count_trials
 from servegrid.records import columns
 from servegrid.reference.published import PublishedData
 from servegrid.study.deployment import EMULATED
@@ -107,7 +108,7 @@ def method_differences(
             if not pd.isna(version)
         }
     )
-    trials = "–" if cells.empty else pluralize(int(cells["trial"].max()), "trial")
+    trials = "–" if cells.empty else pluralize(count_trials(cells)[0], "trial")
     measured = {
         "prompts": " and ".join(sorted(set(prompts))),
         "software": ", ".join(engines) or "not known",

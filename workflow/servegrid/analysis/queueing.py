@@ -31,7 +31,7 @@ class Curve:
     `in_flight` is ascending; `values` has the same length.
     """
 
-    in_flight: tuple[int, ...]
+    in_flight: tuple[float, ...]
     values: tuple[float, ...]
 
     def at(self, requests: int) -> float:
@@ -50,7 +50,7 @@ class Curve:
 
     def interpolated(self) -> list[float]:
         """The values at 1, 2, … requests in flight, up to the highest measured number."""
-        return [self.at(requests) for requests in range(1, self.in_flight[-1] + 1)]
+        return [self.at(requests) for requests in range(1, math.floor(self.in_flight[-1]) + 1)]
 
 
 def isotonic_fit(seconds: Sequence[float]) -> list[float]:

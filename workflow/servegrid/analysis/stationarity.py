@@ -7,6 +7,7 @@ requests arrive faster than the server can answer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,19 @@ NEGLIGIBLE_SHIFT = 0.01
 """A transient that shifts the mean by at most this fraction is not cut."""
 MAX_CHANGE = 0.10
 """The mean latency of the second half may differ from the first by this fraction."""
-STANDARD_ERRORS = 2.0
-"""A difference of at most this many standard errors is not drift, because chance can make it."""
+STANDARD_ERRORS = {"closed_loop": 2.3, "poisson": 4.0}
+"""A difference of at most this many standard errors is not drift, because chance can make it.
+
+2.3 is Student's t for eight degrees of freedom. In an open loop near its capacity, latencies stay
+alike for longer than a batch, so the standard error is too small."""
+BATCHES = 5
+"""Batches per half from which the standard error of its mean latency is estimated."""
+WARM_UP = 0.2
+"""This share of an open loop's arrivals comes before the stationary part: the server starts empty,
+and the latencies of the first requests to end do not show that yet."""
+MAX_GROWTH, GROWTH_DEVIATIONS = 0.03, 3.0
+"""The number of requests in flight may grow by this fraction of the arrivals, and always by this
+many square roots of its mean, as a Poisson number varies."""
 
 REQUEST_COLUMNS = ("user", "scheduled_ns", "sent_ns", "done_ns", "error")
 """The columns of `columns.REQUESTS` that `find_window` needs."""
@@ -56,25 +68,30 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
 
     It ends when the last request is due, because fewer requests are in flight after that. It starts
     after the first response to every user of a closed loop, because all users start at the same
-    time, and after the start transient of the end-to-end latencies in the order of their ends. The
-    transient is found with MSER-5 (White, Cobb and Spratt, 2000): cut d of the n batch means so
-    that the sum of (x - mean)² over the others, divided by (n - d)², is minimal. If a shorter cut
-    changes the mean by at most NEGLIGIBLE_SHIFT, it is used instead, because the minimum can be
-    anywhere if all latencies are almost equal. There is no stationary part if the cut is longer
-    than half of the series, or if the mean latencies of the two halves of the rest differ by more
-    than MAX_CHANGE and by more than STANDARD_ERRORS.
+    time. It also starts after the start transient of the end-to-end latencies in the order of their
+    ends, in an open loop at least after WARM_UP. The transient is found with MSER-5 (White, Cobb
+    and Spratt, 2000): cut d of the n batch means so that the sum of (x - mean)² over the others,
+    divided by (n - d)², is minimal. If a shorter cut changes the mean by at most NEGLIGIBLE_SHIFT,
+    it is used instead, because the minimum can be anywhere if all latencies are almost equal. At
+    most half of the series of an open loop is cut.
+
+    There is no stationary part if in an open loop the arrivals exceed the ends by more than
+    MAX_GROWTH and GROWTH_DEVIATIONS allow, if the cut is longer than half of the series, or if the
+    mean latencies of the two halves of the rest differ by more than MAX_CHANGE and by more than
+    STANDARD_ERRORS. The latencies of neighbouring requests are alike, so the standard error comes
+    from the means of BATCHES batches (Law and Kelton, Simulation Modeling and Analysis, chapter 9).
     """
     served = requests.filter(pc.is_null(requests["error"]))
     due = pc.drop_null(requests["scheduled_ns"]).to_numpy()
     if served.num_rows == 0 or due.size == 0:
         return "no request was served"
     start, end = int(due.min()), int(due.max())
+    is_open = workload.protocol == "poisson"
     done = served["done_ns"].to_numpy()
-    scheduled = served["scheduled_ns"].to_numpy()
     if workload.protocol == "closed_loop":
         users = served["user"].to_numpy()
         start = max(int(done[users == user].min()) for user in np.unique(users))
-    begin = scheduled if workload.protocol == "poisson" else served["sent_ns"].to_numpy()
+    begin = served["scheduled_ns" if is_open else "sent_ns"].to_numpy()
     order = np.argsort(done, kind="stable")
     order = order[(done[order] > start) & (done[order] <= end)]
     latencies, ends = (done - begin)[order] / 1e9, done[order]
@@ -83,21 +100,45 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
             f"{len(order)} requests ended between the initial transient and the end; at least "
             f"{MIN_REQUESTS} are needed"
         )
-    cut = _transient(latencies)
-    if cut > len(latencies) / 2:
+    cut = _transient(latencies, at_most=len(latencies) // 2 if is_open else len(latencies))
+    if is_open:
+        warm_up_ends = np.quantile(due, WARM_UP)
+        cut = max(cut, int(np.searchsorted(ends, warm_up_ends, side="right")))
+    window = Window(int(ends[cut - 1]) if cut else start, end)
+    if is_open and (growth := _describe_growth(requests, window)):
+        return growth
+    if not is_open and cut > len(latencies) / 2:
         return "the latency did not settle in the first half of the workload"
-    if drift := _describe_drift(latencies[cut:]):
-        return drift
-    return Window(int(ends[cut - 1]) if cut else start, end)
+    return _describe_drift(latencies[cut:], STANDARD_ERRORS[workload.protocol]) or window
 
 
-def _transient(latencies: _Floats) -> int:
+def _describe_growth(requests: pa.Table, window: Window) -> str | None:
+    """By how much more requests arrived in the window than ended; None if flow is balanced."""
+    arrived, ended = (
+        pc.drop_null(requests[name]).to_numpy() for name in ("scheduled_ns", "done_ns")
+    )
+    before = int((arrived <= window.start_ns).sum() - (ended <= window.start_ns).sum())
+    arrivals, ends = (int(window.contains(times).sum()) for times in (arrived, ended))
+    inside = (np.clip(times, window.start_ns, window.end_ns) for times in (arrived, ended))
+    # Integrate the number in flight: each arrival adds one from then on, each end removes one.
+    since_arrival, since_end = (float((window.end_ns - times).sum()) for times in inside)
+    mean = (since_arrival - since_end) / 1e9 / window.seconds
+    if arrivals - ends <= max(MAX_GROWTH * arrivals, GROWTH_DEVIATIONS * math.sqrt(max(mean, 0.0))):
+        return None
+    return (
+        f"{arrivals} requests arrived and {ends} ended in {window.seconds:.0f} s, so the number in "
+        f"flight grew from {before} to {before + arrivals - ends}. Either the request rate is more "
+        "than the server can complete, or the run is too short for the number in flight to settle"
+    )
+
+
+def _transient(latencies: _Floats, at_most: int) -> int:
     """The number of values to cut: MSER-5's cut, or a shorter one with almost the same mean."""
     batches = latencies[: len(latencies) // BATCH_SIZE * BATCH_SIZE]
     batches = batches.reshape(-1, BATCH_SIZE).mean(axis=1)
     count = len(batches)
     # The last few batches alone can vary little by chance.
-    candidates = range(max(count - BATCH_SIZE, 1))
+    candidates = range(max(min(count - BATCH_SIZE, at_most // BATCH_SIZE), 1))
     errors = [batches[cut:].var() / (count - cut) for cut in candidates]
     longest = int(np.argmin(errors))
     settled = batches[longest:].mean()
@@ -107,12 +148,18 @@ def _transient(latencies: _Floats) -> int:
     )
 
 
-def _describe_drift(latencies: _Floats) -> str | None:
+def _describe_drift(latencies: _Floats, standard_errors: float) -> str | None:
     """The drift between the halves of a series; None if there is none."""
-    first, second = np.array_split(latencies, 2)
-    difference = float(second.mean() - first.mean())
-    error = float(np.sqrt(first.var(ddof=1) / first.size + second.var(ddof=1) / second.size))
-    change = difference / float(first.mean())
-    if abs(change) <= MAX_CHANGE or abs(difference) <= STANDARD_ERRORS * error:
+    halves = np.array_split(latencies, 2)
+    first, second = (float(half.mean()) for half in halves)
+    error = math.hypot(*map(_standard_error, halves))
+    change = (second - first) / first
+    if abs(change) <= MAX_CHANGE or abs(second - first) <= standard_errors * error:
         return None
     return f"the mean latency changed by {change:+.0%} from the first half to the second"
+
+
+def _standard_error(latencies: _Floats) -> float:
+    """The standard error of the mean of a series whose neighbours are alike, by batch means."""
+    batches = np.array_split(latencies, min(BATCHES, latencies.size))
+    return float(np.std([batch.mean() for batch in batches], ddof=1) / math.sqrt(len(batches)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ import numpy.typing as npt
 import pandas as pd
 
 from servegrid.analysis import tables
-from servegrid.analysis.intervals import Interval, interval
+from servegrid.analysis.intervals import Interval, bring_up_medians, interval
 from servegrid.records import columns
 from servegrid.records.verdict import OK
+
+_CELL_KEYS = (
+    *("deployment", "protocol", "concurrency", "request_rate", "input_len", "output_len"),
+)
 
 
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
@@ -27,6 +32,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     metrics = (
         cells[list(columns.SUMMARY_METRICS)].astype("Float64").to_numpy(float, na_value=math.nan)
     )
+    allocations = _allocations(cells)
     is_served = (cells["verdict"] == OK).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     first_rows, figures = [], []
@@ -34,12 +40,27 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     for trials in sorted(row_groups, key=lambda rows: int(rows[0])):
         served, valid = trials[is_served[trials]], trials[is_valid[trials]]
         first_rows.append(trials[0])
-        counts = {"trials": len(trials), "trials_served": len(served), "trials_valid": len(valid)}
-        figures.append(counts | _medians(metrics[valid if valid.size else served]))
+        used = valid if valid.size else served
+        counts = {
+            "trials": len(trials),
+            "trials_served": len(served),
+            "trials_valid": len(valid),
+            "bring_ups": len({allocations[row] for row in used}),
+        }
+        figures.append(counts | _medians(metrics[used], [allocations[row] for row in used]))
     names = [column.name for column in columns.SUMMARY[len(keys) :]]
     key_values = cells[keys].iloc[first_rows].reset_index(drop=True)
     table = pd.concat([key_values, pd.DataFrame(figures, columns=names)], axis=1)
     return tables.cast_columns(table, columns.SUMMARY)
+
+
+def count_trials(cells: pd.DataFrame) -> tuple[int, int]:
+    """The largest numbers of trials and of bring-ups of a cell in a table of `columns.CELLS`."""
+    if cells.empty:
+        return 0, 0
+    groups = cells.groupby(list(_CELL_KEYS), sort=False, dropna=False)
+    bring_ups = groups["allocation"].nunique().max() if "allocation" in cells else 1
+    return int(groups.size().max()), max(1, int(bring_ups))
 
 
 def served_trials(trials: pd.DataFrame) -> pd.DataFrame:
@@ -60,10 +81,9 @@ def usable_trials(trials: pd.DataFrame) -> pd.DataFrame:
 
 def trial_median(trials: pd.DataFrame, column: str) -> tuple[float | None, Interval | None]:
     """The median of a column over one cell's usable trials, and its 95% interval."""
-    values = usable_trials(trials)[column].dropna().astype(float).tolist()
-    if not values:
-        return None, None
-    return float(pd.Series(values).median()), interval(values)
+    known = usable_trials(trials).dropna(subset=column)
+    values = bring_up_medians(known[column].astype(float), _allocations(known))
+    return (statistics.median(values), interval(values)) if values else (None, None)
 
 
 def write_summary(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
@@ -71,14 +91,21 @@ def write_summary(summary: pd.DataFrame, parquet: Path, csv: Path) -> None:
     tables.save_table(summary, columns.SUMMARY, parquet, csv)
 
 
-def _medians(trials: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """The medians and intervals of one cell.
+def _allocations(trials: pd.DataFrame) -> list[Any]:
+    """The allocation of each trial; the same for all if the table has no such column."""
+    return trials["allocation"].tolist() if "allocation" in trials else [None] * len(trials)
+
+
+def _medians(trials: npt.NDArray[np.float64], allocations: Sequence[Any]) -> dict[str, Any]:
+    """The medians and intervals of one cell, over bring-ups if there are several.
 
     `trials` has one row per trial and one column per metric of SUMMARY_METRICS; NaN is unknown.
+    `allocations` has the allocation of each trial.
     """
     row: dict[str, Any] = {}
     for name, column in zip(columns.SUMMARY_METRICS, trials.T, strict=True):
-        values = column[~np.isnan(column)].tolist()
+        known = np.flatnonzero(~np.isnan(column))
+        values = bring_up_medians(column[known].tolist(), [allocations[index] for index in known])
         low, high = interval(values) or (None, None)
         median = statistics.median(values) if values else None
         row |= {name: median, f"{name}_low": low, f"{name}_high": high}

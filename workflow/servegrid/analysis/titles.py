@@ -20,7 +20,12 @@ PROTOCOL_DESCRIPTIONS = {
 SAME_PROMPT_FACTOR = 1.5
 """Prompt lengths that differ by up to this factor are compared with each other."""
 
-INTERVAL_TITLE = "95% interval, Student's t on the logarithms"
+
+def interval_title(bring_ups: int) -> str:
+    """What a 95% interval covers, by the number of bring-ups of a cell."""
+    covers = f"between {bring_ups} bring-ups" if bring_ups > 1 else "within one bring-up"
+    return f"95% interval {covers}, Student's t on the logarithms"
+
 
 _ENGINE_TITLES = {"vllm": "vLLM", "llamacpp": "llama.cpp", EMULATED: "emulated by servegrid"}
 

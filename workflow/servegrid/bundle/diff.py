@@ -45,6 +45,8 @@ def describe_row(row: Mapping[Any, Any]) -> str:
     intensity = intensity or f"c{known.get('concurrency', '?')}"
     workload = f"{known['protocol']}-{intensity}-i{known['input_len']}-o{known['output_len']}"
     trial = f"/trial-{known['trial']}" if "trial" in known else ""
+    if known.get("bring_up", 1) > 1:
+        trial += f"-bring_up-{known['bring_up']}"
     return f"{known['deployment']}/{workload}{trial}"
 
 

@@ -31,15 +31,15 @@ _DETECTORS = (
 )
 """Detectors of detect-secrets that find nothing in ordinary logs and numbers."""
 TOKENS = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
-    "a GitLab token": r"\bglpat-[\w-]{20,}",
-    "an AWS key": r"\bAKIA[0-9A-Z]{16}\b",
     "a bearer token": r"(?i:\bbearer )[A-Za-z0-9._~+/=-]{16,}",
-    "a JSON Web Token": r"\beyJ[\w=-]{8,}\.[\w=-]{4,}(?:\.[\w.+/=-]*)?",
     "basic credentials": r"(?i:\bauthorization[\"']?\s*[:=]\s*[\"']?basic )[A-Za-z0-9+/=]{6,}",
     "a password in a URL": r"(?<=://)[^\s/:@]*:[^\s/@]+(?=@)",
+    "a Hugging Face token": r"hf_(?<=\bhf_)[A-Za-z0-9]{16,}",
+    "an API key": r"sk-(?<=\bsk-)[A-Za-z0-9_-]{20,}",
+    "a GitHub token": r"g(?<=\bg)(?:h[pousr]_[A-Za-z0-9]{30,}|ithub_pat_\w{30,})",
+    "a GitLab token": r"glpat-(?<=\bglpat-)[\w-]{20,}",
+    "an AWS key": r"AKIA(?<=\bAKIA)[0-9A-Z]{16}\b",
+    "a JSON Web Token": r"eyJ(?<=\beyJ)[\w=-]{8,}\.[\w=-]{4,}(?:\.[\w.+/=-]*)?",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"(?s:.*?)(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
     **{
@@ -48,7 +48,12 @@ TOKENS = {
         for number, pattern in enumerate(detector.denylist, 1)
     },
 }
-"""Kinds of secrets that have a pattern of their own."""
+"""Kinds of secrets that have a pattern of their own.
+
+A pattern that begins with plain text is searched several times as fast as one that begins with
+`\\b`, so the word boundary is checked afterwards. One pattern after another is faster than one
+pattern of all alternatives. The first three come first, because they include others.
+"""
 
 # The prefix is bounded: without a bound, the time would grow with the square of a line's length.
 _SECRET_KEY = (
@@ -64,7 +69,7 @@ _PASSWORD = re.compile(
 )
 """A password can be short, and a sentence seldom has a colon after the word."""
 _SECRET_NAME = re.compile(rf"(?i)(?:--)?{_SECRET_KEY}")
-_TOKEN = re.compile("|".join(f"(?P<k{n}>{pattern})" for n, pattern in enumerate(TOKENS.values())))
+_TOKENS = {kind: re.compile(pattern) for kind, pattern in TOKENS.items()}
 _HOME = re.compile(r"(/(?:home|Users)/)(?!user(?![\w.-]))([^\s/\"'`<>:,;()\[\]{}*]+)")
 _PSEUDONYM = re.compile(r"node-\d+")
 _MAX_RANGE = 100_000
@@ -106,7 +111,8 @@ class Redactor:
 
     def redact_text(self, text: str) -> str:
         """`text` without tokens, names of users in paths, and hosts."""
-        text = _TOKEN.sub(lambda match: f"[{_kind(match)}]", text)
+        for kind, pattern in _TOKENS.items():
+            text = pattern.sub(f"[{kind}]", text)
         text = _ASSIGNMENT.sub(r"\1[a secret]", text)
         text = _PASSWORD.sub(r"\1[a secret]", text)
         text = _HOME.sub(r"\1user", text)
@@ -163,8 +169,7 @@ class Redactor:
 
 def find_secrets(text: str) -> Iterator[str]:
     """The kinds of secrets in `text`; the secrets themselves are not repeated."""
-    kinds = dict.fromkeys(_kind(match) for match in _TOKEN.finditer(text))
-    yield from kinds
+    yield from (kind for kind, pattern in _TOKENS.items() if pattern.search(text))
     if _HOME.search(text):
         yield "a user name in a path"
 
@@ -178,11 +183,6 @@ def find_secrets_in_data(data: Any) -> Iterator[str]:
 
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-
-
-def _kind(match: re.Match[str]) -> str:
-    assert match.lastgroup is not None
-    return list(TOKENS)[int(match.lastgroup[1:])]
 
 
 def _compile_words(words: Iterable[str], before: str, after: str) -> re.Pattern[str]:

@@ -10,7 +10,9 @@ import pandas as pd
 from markupsafe import Markup
 
 from servegrid.analysis.comparison import (
+    ASSUMED_STDEV,
     FALSE_DISCOVERY_RATE,
+    MIN_BRING_UPS,
     MIN_EFFECT,
     Comparison,
     Ratio,
@@ -24,14 +26,12 @@ MAX_LEFT_OUT = 20
 """Maximum number of cells that Markdown lists as left out."""
 
 METHOD = (
-    "Ratio: output tokens/s of the second study divided by the first, with its 95% interval. A "
-    "deployment is tested with Student's t over the ratios of its cells. A cell is tested with "
-    "Welch's t over its trials, if both studies have at least two. Changes of up to "
-    f"{MIN_EFFECT:.0%} count as no change, because two starts of the same deployment differ by "
-    "as much. On average, at most "
-    f"{FALSE_DISCOVERY_RATE:.0%} of the verdicts are wrong (false discovery rate, Benjamini and "
-    "Hochberg). A study has one or a few engine starts per deployment. If two differ by more "
-    "than that, the test reports it as a difference between the studies."
+    "Ratio: output tokens/s of the second study divided by the first, with its 95% interval. The "
+    "unit of the tests is the bring-up: all cells and trials of one start of the engine share its "
+    "node and its memory, so they are one sample. Deployments and cells are tested with "
+    f"Student's t over their bring-ups. Changes of up to {MIN_EFFECT:.0%} count as no change. On "
+    f"average, at most {FALSE_DISCOVERY_RATE:.0%} of the verdicts are wrong (false discovery rate, "
+    "Benjamini and Hochberg)."
 )
 
 FIGURE_CAPTION = (
@@ -40,13 +40,19 @@ FIGURE_CAPTION = (
     f"1/{MAX_RATIO:g} and {MAX_RATIO:g} are drawn at the edge."
 )
 
+NOT_TESTED_NOTE = (
+    f"Not tested: a study with fewer than {MIN_BRING_UPS} bring-ups cannot show how much bring-ups "
+    "of the same deployment differ. For a verdict, set `bring_ups: 3` under `workload` in both "
+    "studies and run them again. Only the new bring-ups are measured."
+)
+
 _POWER = "Smallest slowdown that the test detects with a power of 80%"
 
 
 def render_comparison_markdown(names: Sequence[str], comparison: Comparison) -> str:
     """The comparison as Markdown. `names` are the names of the two studies."""
     blocks = [f"# {names[1]} compared with {names[0]}", METHOD]
-    blocks += [f"**{note}**" for note in comparison.notes]
+    blocks += [f"**{note}**" for note in _notes(comparison)]
     for title, table in _tables(comparison).items():
         blocks += [f"## {title}", as_markdown(table).rstrip()]
     return "\n\n".join([*blocks, *_left_out(comparison)]) + "\n"
@@ -60,7 +66,7 @@ def render_comparison_page(names: Sequence[str], comparison: Comparison) -> str:
         title=f"{names[1]} compared with {names[0]}",
         style=Markup((folder / "style.css").read_text(encoding="utf-8")),
         method=METHOD,
-        notes=comparison.notes,
+        notes=_notes(comparison),
         figure=Markup(forest_plot_svg(comparison.deployments, MIN_EFFECT)),
         caption=FIGURE_CAPTION,
         tables=_tables(comparison),
@@ -68,36 +74,49 @@ def render_comparison_page(names: Sequence[str], comparison: Comparison) -> str:
     )
 
 
+def _notes(comparison: Comparison) -> list[str]:
+    untested = any(each.p is None for each in comparison.deployments)
+    return [*comparison.notes, *([NOT_TESTED_NOTE] if untested else [])]
+
+
 def _tables(comparison: Comparison) -> Mapping[str, pd.DataFrame]:
     tables = {
-        "Deployments": pd.DataFrame([_row(each, "cells") for each in comparison.deployments]),
+        "Deployments": pd.DataFrame([_row(each) for each in comparison.deployments]),
         _POWER: _power_table(comparison),
     }
     cells: dict[str, list[dict[str, str]]] = {}
     for each in comparison.cells:
         deployment, _, workload = each.name.partition(", ")
-        cells.setdefault(deployment, []).append(_row(each, "trials", workload))
+        cells.setdefault(deployment, []).append(_row(each, workload))
     return tables | {f"Cells of {name}": pd.DataFrame(rows) for name, rows in cells.items()}
 
 
 def _power_table(comparison: Comparison) -> pd.DataFrame:
+    power = power_analysis(comparison)
     return pd.DataFrame(
         [
-            {"deployment": name}
-            | {
-                f"with {pluralize(trials, 'trial')}": "–" if slowdown is None else f"{slowdown:.1%}"
-                for trials, slowdown in by_trials.items()
+            {
+                "deployment": each.name,
+                "standard deviation between bring-ups": f"{ASSUMED_STDEV:.1%} (assumed)"
+                if each.stdev is None
+                else f"{each.stdev:.1%}",
             }
-            for name, by_trials in power_analysis(comparison).items()
+            | {
+                f"with {pluralize(count, 'bring-up')}": "–"
+                if slowdown is None
+                else f"{slowdown:.1%}"
+                for count, slowdown in power[each.name].items()
+            }
+            for each in comparison.deployments
         ]
     )
 
 
-def _row(each: Ratio, unit: str, workload: str | None = None) -> dict[str, str]:
+def _row(each: Ratio, workload: str | None = None) -> dict[str, str]:
     interval = "" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]"
     return {
         "deployment" if workload is None else "workload": workload or each.name,
-        unit: str(each.count),
+        "bring-ups": str(each.count),
         "ratio [95% interval]": f"{each.ratio:.3f}{interval}",
         "p": "–" if each.p is None else f"{each.p:.2g}",
         "verdict": each.verdict,

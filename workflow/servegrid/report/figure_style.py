@@ -24,8 +24,8 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import ScaledTranslation
 
-from servegrid.analysis.summary import served_trials, trial_median, valid_trials
-from servegrid.analysis.titles import INTERVAL_TITLE, emulation_label
+from servegrid.analysis.summary import count_trials, served_trials, trial_median, valid_trials
+from servegrid.analysis.titles import emulation_label, interval_title
 from servegrid.records import parquet
 
 PNG_DPI = 150
@@ -293,8 +293,9 @@ def text_width(text: str) -> float:
 
 def trials_note(cells: pd.DataFrame) -> str:
     """Number of trials per point, and the meaning of the bars."""
-    trials = cells["trial"].nunique()
-    return "1 trial." if trials == 1 else f"Median of {trials} trials, bars: {INTERVAL_TITLE}."
+    trials, bring_ups = count_trials(cells)
+    title = interval_title(bring_ups)
+    return "1 trial." if trials == 1 else f"Median of {trials} trials, bars: {title}."
 
 
 def create_figure(title: str, caption: str, layout: Layout) -> tuple[Figure, Any]:

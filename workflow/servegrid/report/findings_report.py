@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis.findings import Slo
+from servegrid.analysis.findings import Slo, format_max_within_slo, format_n_half
 from servegrid.analysis.titles import workload_title
 from servegrid.report.latency_table import format_seconds
 from servegrid.report.markup import as_markdown, bullets
@@ -31,9 +31,10 @@ PUBLISHED_TITLE = "Comparison with published data"
 def frontier_caption(slo: Slo) -> str:
     """The caption of the frontier."""
     return (
-        "Highest concurrency that was served, and highest concurrency at which users get "
-        f"{slo}. From the concurrency in the last column on, the time grows at least 1.8-fold per "
-        "doubling of the concurrency (linear growth)."
+        "Highest concurrency that was served, and most requests in flight with which users get "
+        f"{slo}, interpolated between measured loads. In the last column, the number of requests "
+        "in flight with which the throughput is half of its limit: n½ = a / b, if the time is "
+        "a + b·n (– if no line fits). In brackets, 95% intervals."
     )
 
 
@@ -53,9 +54,9 @@ def frontier_table(frontier: pd.DataFrame, titles: Mapping[str, str]) -> pd.Data
             "deployment": titles.get(row["deployment"], row["deployment"]),
             "workload": workload_title(row["protocol"], int(row["output_len"])),
             "prompt tokens": str(row["input_len"]),
-            "max. concurrency served": _format_max(row, "served"),
-            "max. concurrency within SLO": _format_max(row, "within_slo"),
-            "linear growth from": "–" if pd.isna(row["knee"]) else str(row["knee"]),
+            "max. concurrency served": _format_max_served(row),
+            "max. in flight within SLO": _format_within_slo(row),
+            "n½": format_n_half(row),
         }
         for row in frontier.to_dict("records")
     ]
@@ -64,8 +65,8 @@ def frontier_table(frontier: pd.DataFrame, titles: Mapping[str, str]) -> pd.Data
         "workload",
         "prompt tokens",
         "max. concurrency served",
-        "max. concurrency within SLO",
-        "linear growth from",
+        "max. in flight within SLO",
+        "n½",
     ]
     return pd.DataFrame(rows, columns=head)
 
@@ -143,8 +144,13 @@ def render_published_comparison(
     )
 
 
-def _format_max(row: Mapping[Any, Any], which: str) -> str:
-    value = row[f"max_{which}"]
+def _format_max_served(row: Mapping[Any, Any]) -> str:
+    value = row["max_served"]
     if pd.isna(value):
         return "–"
-    return f"≥ {value}" if row[f"max_{which}_is_lower_bound"] else str(value)
+    return f"≥ {value}" if row["max_served_is_lower_bound"] else str(value)
+
+
+def _format_within_slo(row: Mapping[Any, Any]) -> str:
+    text = format_max_within_slo(row)
+    return "–" if text == "none" else text.replace("at least", "≥")

@@ -18,13 +18,13 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from servegrid.analysis.summary import served_trials, trial_median, valid_trials
+from servegrid.analysis.summary import count_trials, served_trials, trial_median, valid_trials
 from servegrid.analysis.titles import (
-    INTERVAL_TITLE,
     PROTOCOL_DESCRIPTIONS,
     deployment_title,
     emulation_notes,
     intensity_title,
+    interval_title,
     protocol_title,
     with_intensity,
 )
@@ -72,6 +72,7 @@ class LatencyTable:
     protocol: str
     output_len: int
     trials: int
+    bring_ups: int
     entries: Mapping[CellKey, Entry]
 
     @property
@@ -187,10 +188,12 @@ def _as_arrow(tables: Sequence[LatencyTable]) -> pa.Table:
 
 def _table(rows: pd.DataFrame) -> LatencyTable:
     cells: Any = rows.groupby(["intensity", "input_len"])
+    trials_per_cell, bring_ups = count_trials(rows)
     return LatencyTable(
         protocol=rows["protocol"].iloc[0],
         output_len=int(rows["output_len"].iloc[0]),
-        trials=rows["trial"].nunique(),
+        trials=trials_per_cell,
+        bring_ups=bring_ups,
         entries={(float(level), int(length)): _entry(trials) for (level, length), trials in cells},
     )
 
@@ -226,7 +229,7 @@ def _row_title(table: LatencyTable) -> str:
 def _workload_note(table: LatencyTable) -> str:
     trials = ", 1 trial"
     if table.trials > 1:
-        trials = f", median of {table.trials} trials [{INTERVAL_TITLE}]"
+        trials = f", median of {table.trials} trials [{interval_title(table.bring_ups)}]"
     protocol = protocol_title(table.protocol).capitalize()
     description = PROTOCOL_DESCRIPTIONS[table.protocol]
     tokens = pluralize(table.output_len, "output token")

@@ -62,11 +62,6 @@ class Deployment:
         return digest_json(self.spec)
 
     @property
-    def allocation(self) -> str:
-        """The name of its allocations. It changes with every change of the deployment."""
-        return f"{self.name}.{self.digest[:8]}"
-
-    @property
     def environment(self) -> str:
         """The Python environment of its jobs: of the main process, or of the kind of node."""
         return "main" if self.engine in (EMULATED, EXTERNAL) else "kind"

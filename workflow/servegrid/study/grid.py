@@ -82,6 +82,20 @@ class Trial:
     workload: Workload
     number: int
     drift_check: bool = False
+    bring_up: int = 1
+    """The engine is started anew, in an allocation of its own, for each of these numbers."""
+
+    @property
+    def label(self) -> str:
+        """Its number, and that of its bring-up from the second one on: `1`, `1-bring_up-2`."""
+        return f"{self.number}" + (f"-bring_up-{self.bring_up}" if self.bring_up > 1 else "")
+
+    @property
+    def allocation(self) -> str:
+        """The name of its allocations. It changes with every change of the deployment."""
+        name = self.deployment.name
+        bring_up = f".bring_up-{self.bring_up}" if self.bring_up > 1 else ""
+        return f"{name}{bring_up}.{self.deployment.digest[:8]}"
 
     @property
     def cell(self) -> str:
@@ -91,12 +105,16 @@ class Trial:
     @property
     def id(self) -> str:
         """Its identity in the study, and its folder in `results/cells/`."""
-        return f"{self.deployment.name}/{self.cell}/trial-{self.number}"
+        return f"{self.deployment.name}/{self.cell}/trial-{self.label}"
 
     @property
     def spec(self) -> dict[str, Any]:
-        """Everything that affects the result, as plain JSON data."""
-        return {
+        """Everything that affects the result, as plain JSON data.
+
+        The first bring-up is not named, so more bring-ups change no trial that was measured.
+        """
+        bring_up = {"bring_up": self.bring_up} if self.bring_up > 1 else {}
+        return bring_up | {
             "format": SPEC_FORMAT,
             "deployment": self.deployment.spec,
             "workload": asdict(self.workload),
@@ -119,7 +137,8 @@ class Trial:
         """The inverse of `spec`."""
         deployment = Deployment.from_spec(spec["deployment"])
         workload = Workload(**spec["workload"])
-        return cls(deployment, workload, spec["trial"], spec["drift_check"])
+        bring_up = spec.get("bring_up", 1)
+        return cls(deployment, workload, spec["trial"], spec["drift_check"], bring_up)
 
 
 @dataclass(frozen=True)
@@ -140,12 +159,12 @@ class Study:
         """The deployments that have at least one trial, in the order of the configuration."""
         return tuple({trial.deployment.name: trial.deployment for trial in self.trials}.values())
 
-    def trial(self, deployment: str, cell: str, number: int | str) -> Trial:
+    def trial(self, deployment: str, cell: str, label: int | str) -> Trial:
         """The trial with these names. Raises KeyError if the study does not contain it."""
-        return self._by_id[f"{deployment}/{cell}/trial-{number}"]
+        return self._by_id[f"{deployment}/{cell}/trial-{label}"]
 
     def position(self, trial: Trial) -> int:
-        """The position of `trial` in the order of its deployment, from 0.
+        """The position of `trial` in the order of its bring-up, from 0.
 
         The order is random, with the drift checks in between, so that changes over time (the
         temperature, other jobs on the node) do not look like effects of the workload. The seed
@@ -171,24 +190,30 @@ class Study:
     @cached_property
     def _positions(self) -> dict[str, int]:
         positions: dict[str, int] = {}
-        for deployment in self.deployments:
-            trials, drift_checks = (
-                [each for each in group if each.deployment.name == deployment.name]
-                for group in (self.trials, self.drift_checks)
-            )
-            seed = f"{self.name}/{deployment.name}/{trials[0].workload.seed}"
-            order = random.Random(seed).sample(trials, len(trials))
-            for number, drift_check in enumerate(drift_checks):
-                order.insert(number * len(trials) // (DRIFT_CHECKS - 1) + number, drift_check)
+        trials, drift_checks = (_by_bring_up(group) for group in (self.trials, self.drift_checks))
+        for (deployment, bring_up), group in trials.items():
+            seed = f"{self.name}/{deployment}/{group[0].workload.seed}"
+            seed += f"/{bring_up}" if bring_up > 1 else ""
+            order = random.Random(seed).sample(group, len(group))
+            for number, drift_check in enumerate(drift_checks.get((deployment, bring_up), [])):
+                order.insert(number * len(group) // (DRIFT_CHECKS - 1) + number, drift_check)
             positions |= {trial.id: position for position, trial in enumerate(order)}
         return positions
 
 
+def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
+    """The trials by deployment and bring-up."""
+    groups: dict[tuple[str, int], list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault((trial.deployment.name, trial.bring_up), []).append(trial)
+    return groups
+
+
 MAX_TRIALS = 1_000_000
 DRIFT_CHECKS = 3
-"""Drift checks per deployment: one at the start, one in the middle, one at the end."""
+"""Drift checks per bring-up: one at the start, one in the middle, one at the end."""
 DRIFT_CHECK_MIN_TRIALS = 9
-"""A deployment with at least this many trials has drift checks by default."""
+"""A bring-up with at least this many trials has drift checks by default."""
 
 
 def _check_size(config: Mapping[str, Any]) -> None:
@@ -196,7 +221,7 @@ def _check_size(config: Mapping[str, Any]) -> None:
     total = 0
     for entry in config["deployments"]:
         keys = {**config["workload"], **entry.get("workload", {})}
-        product: int = keys.get("trials", 1)
+        product: int = keys.get("trials", 1) * keys.get("bring_ups", 1)
         for key in ("protocol", "output_len", "input_len"):
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
         levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
@@ -232,9 +257,11 @@ def expand(config: Mapping[str, Any]) -> Study:
                 "Remove one of the two, or give one a different `name`."
             )
         _check_prompts_fit(deployment, workloads, where)
-        numbers = range(1, keys.get("trials", 1) + 1)
         trials += [
-            Trial(deployment, workload, number) for workload in workloads for number in numbers
+            Trial(deployment, workload, number, bring_up=bring_up)
+            for bring_up in range(1, keys.get("bring_ups", 1) + 1)
+            for workload in workloads
+            for number in range(1, keys.get("trials", 1) + 1)
         ]
         with_drift_checks[deployment.name] = keys.get("drift_checks")
     kept = tuple(trial for trial in trials if _is_selected(trial, config))
@@ -247,28 +274,25 @@ def expand(config: Mapping[str, Any]) -> Study:
     study = Study(config["study"], kept)
     drift_checks = (
         drift_check
-        for deployment in study.deployments
-        for drift_check in _drift_checks(deployment, kept, with_drift_checks[deployment.name])
+        for (deployment, _), group in _by_bring_up(kept).items()
+        for drift_check in _drift_checks(group, with_drift_checks[deployment])
     )
     return replace(study, drift_checks=tuple(drift_checks))
 
 
-def _drift_checks(
-    deployment: Deployment, trials: Sequence[Trial], wanted: bool | None
-) -> Iterator[Trial]:
-    """The workload in the middle of the deployment's grid, by prompt length, then intensity."""
-    candidates = [trial for trial in trials if trial.deployment.name == deployment.name]
-    if wanted or (wanted is None and len(candidates) >= DRIFT_CHECK_MIN_TRIALS):
-        first = candidates[0].workload
+def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Trial]:
+    """The workload in the middle of a bring-up's grid, by prompt length, then intensity."""
+    if wanted or (wanted is None and len(trials) >= DRIFT_CHECK_MIN_TRIALS):
+        first = trials[0].workload
         workloads = {
             (each.workload.input_len, each.workload.intensity): each.workload
-            for each in candidates
+            for each in trials
             if (each.workload.protocol, each.workload.output_len)
             == (first.protocol, first.output_len)
         }
         middle = workloads[sorted(workloads)[(len(workloads) - 1) // 2]]
         for number in range(1, DRIFT_CHECKS + 1):
-            yield Trial(deployment, middle, number, drift_check=True)
+            yield replace(trials[0], workload=middle, number=number, drift_check=True)
 
 
 def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
@@ -297,6 +321,9 @@ def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
 MIN_STATIONARY_REQUESTS = 64
 """Default number of requests between the first and the last one of each user. The 90th
 percentile needs this many samples."""
+OPEN_LOOP_REQUESTS = 2000
+"""Default number of requests of an open loop. With fewer, a load of 90% of the server's capacity
+often looks like overload (docs/statistics.md)."""
 
 
 def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> int | None:
@@ -306,7 +333,7 @@ def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> 
     if keys.get("duration_s") is not None:
         return None
     if protocol == "poisson":
-        return 2 * MIN_STATIONARY_REQUESTS
+        return OPEN_LOOP_REQUESTS
     if "requests_per_user" in keys:
         return int(intensity) * int(keys["requests_per_user"])
     return 2 * int(intensity) + max(MIN_STATIONARY_REQUESTS, 6 * int(intensity))

@@ -79,7 +79,8 @@ CELLS = (
         "s",
         "Mean time between a response and the same user's next request",
     ),
-    Column("trial", pa.int32(), "", "Number of the trial of this cell, from 1"),
+    Column("trial", pa.int32(), "", "Number of the trial of this cell in its bring-up, from 1"),
+    Column("bring_up", pa.int32(), "", "Number of the bring-up that the study asks for, from 1"),
     Column("verdict", pa.string(), "", "`ok`, or why the workload was not served"),
     Column("verdict_detail", pa.string(), "", "Evidence for the verdict; null if ok"),
     Column(
@@ -171,8 +172,8 @@ CELLS = (
         "output_tokens_per_s_per_user",
         pa.float64(),
         "tokens/s",
-        "output_tokens_per_s / concurrency: the token rate of one user, including the time to "
-        "first token; null for poisson",
+        "output_tokens_per_s / concurrency (with think time: / in_flight_mean): the token rate of "
+        "one user, including the time to first token; null for poisson",
     ),
     Column(
         "memory_peak_bytes",
@@ -184,7 +185,15 @@ CELLS = (
         "power_w_mean",
         pa.float64(),
         "W",
-        "Mean power of all GPUs, from their energy counters, else from power samples",
+        "Mean power of all GPUs, from their energy counters, else from power samples; null if the "
+        "cell is shorter than energy_needs_s",
+    ),
+    Column(
+        "energy_needs_s",
+        pa.float64(),
+        "s",
+        "How long a cell must last so that the energy counters are exact to 2%: their steps are "
+        "seen one sample late",
     ),
     Column(
         "power_disagreement",

@@ -25,7 +25,7 @@ SUMMARY_KEYS = _from_cells(
 
 SUMMARY_METRICS = (
     *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
-    *("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+    *("in_flight_mean", "ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
     *("memory_peak_bytes", "power_w_mean", "energy_j_per_output_token"),
 )
 """The columns of CELLS that a summary contains as median over the trials with an interval."""
@@ -33,9 +33,18 @@ SUMMARY_METRICS = (
 
 def _with_interval(name: str) -> list[Column]:
     unit, number = _CELL_COLUMNS[name].unit, pa.float64()
-    interval = "end of the 95% interval; null for a single trial"
+    interval = (
+        "end of the 95% interval over the bring-ups, or over the trials of a single one; null for "
+        "a single trial"
+    )
     return [
-        Column(name, number, unit, "Median over the valid trials; if none, over the served ones"),
+        Column(
+            name,
+            number,
+            unit,
+            "Median over the valid trials (if none, over the served ones); with several bring-ups, "
+            "the median of their medians",
+        ),
         Column(f"{name}_low", number, unit, f"Lower {interval}"),
         Column(f"{name}_high", number, unit, f"Upper {interval}"),
     ]
@@ -46,6 +55,13 @@ SUMMARY = (
     Column("trials", pa.int32(), "", "Trials of the cell"),
     Column("trials_served", pa.int32(), "", "Trials with the verdict `ok`"),
     Column("trials_valid", pa.int32(), "", "Valid trials; if 0, the figures are not valid"),
+    Column(
+        "bring_ups",
+        pa.int32(),
+        "",
+        "Bring-ups whose trials the figures come from. From 2 on, an interval covers what differs "
+        "between bring-ups; with 1, only what differs within it",
+    ),
     *(column for name in SUMMARY_METRICS for column in _with_interval(name)),
 )
 """One row per cell."""
@@ -85,8 +101,22 @@ FRONTIER = (
         "max_within_slo",
         pa.int32(),
         "requests",
-        "Highest concurrency up to which all measured concurrencies meet the SLO; null if the "
-        "lowest one does not",
+        "Highest number of requests in flight that meets the SLO, interpolated between measured "
+        "loads; null if the lowest load does not meet it",
+    ),
+    Column(
+        "max_within_slo_low",
+        pa.int32(),
+        "requests",
+        "max_within_slo with all times at the slow end of their 95% intervals; null if an interval "
+        "is unknown",
+    ),
+    Column(
+        "max_within_slo_high",
+        pa.int32(),
+        "requests",
+        "max_within_slo with all times at the fast end of their 95% intervals; null if an interval "
+        "is unknown",
     ),
     Column(
         "max_within_slo_is_lower_bound",
@@ -95,11 +125,24 @@ FRONTIER = (
         "True if it could be higher: no higher concurrency was measured",
     ),
     Column(
-        "knee",
-        pa.int32(),
+        "n_half",
+        pa.float64(),
         "requests",
-        "Concurrency from which on seconds_per_100_tokens grows linearly with the concurrency: at "
-        "least 1.8-fold per doubling in every later step; null if it grows less in the last step",
+        "Hockney's n½ = a / b of the line time = a + b × requests in flight: there, the throughput "
+        "is half of its limit; null if no line with a positive slope fits",
+    ),
+    Column("n_half_low", pa.float64(), "requests", "Lower end of the 95% interval of n_half"),
+    Column(
+        "n_half_high",
+        pa.float64(),
+        "requests",
+        "Upper end of the 95% interval of n_half; infinite if the slope may be 0",
+    ),
+    Column(
+        "linear_fit_residual",
+        pa.float64(),
+        "",
+        "Largest relative difference between a measured time and the line; the line fits up to 0.1",
     ),
 )
 """One row per deployment, protocol (burst or closed_loop), output length and prompt length."""

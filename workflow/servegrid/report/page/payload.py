@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis.capacity import Demand, HardwarePrices
+from servegrid.analysis.latency_curves import requests_in_flight
 from servegrid.analysis.titles import (
     deployment_titles,
     emulation_notes,
@@ -102,7 +103,9 @@ def build_payload(
         ],
         "cells": [
             _cell(row, indices, workloads, ratios)
-            for row in with_intensity(summary).to_dict(orient="records")
+            for row in with_intensity(summary)
+            .assign(in_flight=requests_in_flight(summary))
+            .to_dict(orient="records")
         ],
         "demand": asdict(demand),
         "hardware": asdict(hardware),
@@ -175,6 +178,7 @@ def _cell(
         "deployment": indices[row["deployment"]],
         "workload": workloads.index((row["protocol"], row["output_len"])),
         "intensity": _known(row["intensity"]),
+        "in_flight": _known(row["in_flight"]),
         "input_len": int(row["input_len"]),
         "trials": [int(row["trials_valid"]), int(row["trials_served"]), int(row["trials"])],
         "state": _state(row),

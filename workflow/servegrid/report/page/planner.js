@@ -2,6 +2,7 @@
 // The capacity plan, computed like servegrid.analysis.capacity and servegrid.analysis.queueing.
 // tests/integration/test_report_page.py compares both.
 const SHARE_USED = 0.9;
+const SHARE_USED_MIXED = 0.85;
 const SAME_PROMPT_FACTOR = 1.5;
 const MAX_USERS = 1e6;
 const YEAR_S = 8766 * 3600;
@@ -22,10 +23,10 @@ function isotonicFit(seconds) {
   return pools.flatMap(([mean, count]) => Array(count).fill(mean));
 }
 
-function interpolateCurve(concurrencies, values, requests) {
-  if (requests <= concurrencies[0]) return values[0];
-  const above = concurrencies.findIndex((n) => n >= requests);
-  const [n, m] = [concurrencies[above - 1], concurrencies[above]];
+function interpolateCurve(loads, values, requests) {
+  if (requests <= loads[0]) return values[0];
+  const above = loads.findIndex((n) => n >= requests);
+  const [n, m] = [loads[above - 1], loads[above]];
   const [s, t] = [values[above - 1], values[above]];
   return s + ((t - s) * (requests - n)) / (m - n);
 }
@@ -103,22 +104,23 @@ function latencyCurves(cells, outputLen, timeScale, prompts) {
   const lengths = lengthsIn(valid);
   const lacking = lengthsIn(cells).filter((length) => !lengths.includes(length));
   if (lacking.length) return `there is no valid cell with prompts of ${lacking[0]} tokens`;
-  const byLength = lengths.map((length) => valid.filter((cell) => cell.input_len === length).sort((a, b) => a.intensity - b.intensity));
+  const byLength = lengths.map((length) => valid.filter((cell) => cell.input_len === length).sort((a, b) => a.in_flight - b.in_flight));
   const total = [...shares.values()].reduce((a, b) => a + b);
   const normalised = lengths.map((length) => shares.get(length) / total);
-  const highest = (row) => row.at(-1).intensity;
+  const highest = (row) => Math.floor(row.at(-1).in_flight);
   const limit = Math.min(...byLength.map(highest));
+  if (limit < 1) return "fewer than one request was in flight on average";
   const factor = outputLen / 100 / timeScale;
   const curves = (metric, index, isTime) => {
     if (byLength.some((row) => row.some((cell) => cell[metric]?.[index] === undefined))) return null;
     return byLength.map((row) => {
       const values = row.map((cell) => cell[metric][index] * (isTime ? factor : 1));
-      const curve = [row.map((cell) => cell.intensity), isTime ? isotonicFit(values) : values];
+      const curve = [row.map((cell) => cell.in_flight), isTime ? isotonicFit(values) : values];
       return Array.from({ length: limit }, (_, n) => interpolateCurve(...curve, n + 1));
     });
   };
   const joules = curves("energy_j_per_output_token", 0, false);
-  const shortest = byLength.filter((row) => highest(row) === limit).map((row) => row[0].input_len);
+  const ends = new Map(byLength.filter((row) => highest(row) === limit).map((row) => [row[0].input_len, Math.max(...row.map((cell) => cell.intensity))]));
   return {
     promptTokens: [...new Set([lengths[0], lengths.at(-1)])].join(" to "),
     outputLen,
@@ -127,7 +129,7 @@ function latencyCurves(cells, outputLen, timeScale, prompts) {
     fast: curves("seconds_per_100_tokens", 1, true),
     slow: curves("seconds_per_100_tokens", 2, true),
     joules: joules && weightedMean(joules, normalised),
-    untestedAbove: !cells.some((cell) => cell.intensity > limit && shortest.includes(cell.input_len)),
+    untestedAbove: !cells.some((cell) => cell.intensity > ends.get(cell.input_len)),
   };
 }
 
@@ -147,7 +149,10 @@ function concurrentUsers(demand) {
 function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
   const limit = curves.outputLen / demand.tokens_per_s_per_user;
   const seconds = weightedMean(curves.seconds, curves.shares);
-  const allowed = (times) => times.map((each, index) => [maxInFlight(each, limit), curves.shares[index]]);
+  const allowed = (times) => {
+    const mixed = weightedMean(times, curves.shares);
+    return times.map((row, index) => [maxInFlight(mixed.map((mean) => mean + (row[0] - mixed[0])), limit), curves.shares[index]]);
+  };
   const most = Math.min(...allowed(curves.seconds).map(([each]) => each));
   const carried = (times, sloAttainment) =>
     times && usersCarried(weightedMean(times, curves.shares), allowed(times), demand.think_time_s, sloAttainment);
@@ -161,7 +166,8 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
     users_at_50pct_slo: carried(curves.seconds, 0.5),
   };
   const safe = low ?? users;
-  const usersPerReplica = safe ? Math.max(1, Math.floor(SHARE_USED * safe)) : 0;
+  const shareUsed = curves.shares.length === 1 ? SHARE_USED : SHARE_USED_MIXED;
+  const usersPerReplica = safe ? Math.max(1, Math.floor(shareUsed * safe)) : 0;
   if (!usersPerReplica) return { ...row, reason: "the SLO may be missed even at the lowest measured concurrency" };
   const wanted = concurrentUsers(demand);
   const replicas = Math.ceil(wanted / usersPerReplica);

@@ -1,0 +1,184 @@
+"""Measures time and memory while a study grows to 50,000 cells: `make bench SCALE=1`.
+
+The records are artificial and small. The steps are those of a user who has measured everything:
+plan, all tables, figures and the page, bundle, verify. A second table is about the main process
+while an executor runs many short jobs on 200 allocations. `growth` is the time or memory per cell,
+divided by that of the smallest study: 1.0 is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import string
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import yaml
+
+import gather as records
+from servegrid.records import parquet
+from servegrid.study.config import load_study
+
+ROOT = Path(__file__).parents[1]
+TOY = ROOT / "tests/integration/executor"
+CELLS_PER_DEPLOYMENT = 250
+ALLOCATIONS, AT_A_TIME = 200, 4
+REQUESTS, TOKENS = 4, 8
+SIZES = (1_000, 10_000, 50_000)
+JOBS = (1_000, 5_000)
+
+
+def study_config(cells: int) -> dict[str, Any]:
+    """A study of one deployment per 250 cells."""
+    deployment = {
+        "model": "m",
+        "checkpoint": "m",
+        "quantization": "q",
+        "engine": "vllm",
+        "gpu": "a100-40gb",
+        "max_model_len": 100_000,
+    }
+    return {
+        "study": "scale",
+        "workload": {
+            "protocol": "burst",
+            "concurrency": [REQUESTS + number for number in range(25)],
+            "input_len": [100 * (number + 1) for number in range(10)],
+            "output_len": TOKENS,
+            "drift_checks": False,
+        },
+        "deployments": [
+            deployment | {"name": f"deployment-{number}"}
+            for number in range(cells // CELLS_PER_DEPLOYMENT)
+        ],
+    }
+
+
+def write_records(folder: Path) -> None:
+    """Write a record of every trial of the study."""
+    rng = np.random.default_rng(0)
+    telemetry = records.make_telemetry(samples=4)
+    for trial in load_study(folder / "study.yaml").all_trials:
+        record = {parquet.RECORD_KEY: json.dumps(records.make_record(trial)).encode()}
+        trial_folder = folder / "results/cells" / trial.id
+        trial_folder.mkdir(parents=True)
+        tables = {"requests": records.make_requests(rng, REQUESTS, TOKENS), "telemetry": telemetry}
+        for name, table in tables.items():
+            pq.write_table(
+                table.replace_schema_metadata(record),
+                trial_folder / f"{name}.parquet",
+                compression="zstd",
+                write_page_checksum=True,
+            )
+
+
+def measure(*arguments: str) -> tuple[float, float]:
+    """Run a Python command. Returns its seconds, and the MiB of its largest process."""
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(
+            [sys.executable, *arguments], stdout=output, stderr=output, cwd=ROOT
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            output.seek(0)
+            sys.exit(output.read().decode()[-5000:])
+    return time.monotonic() - started, usage.ru_maxrss / 1024
+
+
+def measure_study(cells: int) -> dict[str, tuple[float, float]]:
+    """Seconds and MiB of each step."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "study.yaml").write_text(yaml.safe_dump(study_config(cells)))
+        write_records(folder)
+        snakemake = (
+            *("-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", name),
+            *("--profile", str(ROOT / "profiles/local"), "--configfile", f"{name}/study.yaml"),
+        )
+        steps = {
+            "plan (snakemake -n)": measure(*snakemake, "all", "--dry-run"),
+            "tables, figures and page": measure(*snakemake, "all"),
+            "nothing to do": measure(*snakemake, "all"),
+            "bundle": measure(*snakemake, "bundle"),
+        }
+        (archive,) = folder.glob("results/bundles/*")
+        steps["verify"] = measure("-m", "servegrid.cli.main", "verify", str(archive))
+        return steps
+
+
+def measure_executor(jobs: int) -> tuple[float, float]:
+    """Seconds, and the MiB of Snakemake's main process at the end."""
+    names = ("".join(letters) for letters in product(string.ascii_lowercase, repeat=2))
+    groups = dict.fromkeys(islice(names, ALLOCATIONS), jobs // ALLOCATIONS)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "acts").mkdir()
+        (folder / "plan.json").write_text(json.dumps({"out": groups}))
+        (folder / "kinds.yaml").write_text("toy: {}\n")
+        started = time.monotonic()
+        with (folder / "output.log").open("wb") as output:
+            main = psutil.Popen(
+                [
+                    *(sys.executable, "-m", "snakemake", "--snakefile", str(TOY / "Snakefile")),
+                    *("--executor", "submitit", "--submitit-cluster", "local"),
+                    *("--submitit-service", "toy_service:serve", "--submitit-kinds", "kinds.yaml"),
+                    *("--submitit-max-allocations", str(AT_A_TIME)),
+                    *("--submitit-idle-timeout", "0", "--jobs", "100000", "--quiet", "all"),
+                ],
+                cwd=folder,
+                env=os.environ | {"PYTHONPATH": str(TOY)},
+                stdout=output,
+                stderr=output,
+            )
+            mib = 0.0
+            while main.poll() is None:
+                mib = main.memory_info().rss / 2**20 or mib
+                time.sleep(0.2)
+        if main.returncode:
+            sys.exit((folder / "output.log").read_text()[-5000:])
+        return time.monotonic() - started, mib
+
+
+def report(title: str, sizes: tuple[int, ...], rows: dict[str, list[tuple[float, float]]]) -> None:
+    print(f"\n{title}")
+    heads = "".join(f"{f'{size:,}':>18}" for size in sizes)
+    print(f"  {'':<28}{heads}{'growth':>16}")
+    for step, values in rows.items():
+        cells = "".join(f"{f'{seconds:.1f} s {mib:,.0f} MiB':>18}" for seconds, mib in values)
+        scale = sizes[-1] / sizes[0]
+        growth = [last / first / scale for first, last in zip(values[0], values[-1], strict=True)]
+        print(f"  {step:<28}{cells}{f'{growth[0]:.2f} s {growth[1]:.2f} MiB':>16}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--jobs", type=int, nargs="+", default=list(JOBS))
+    options = parser.parse_args()
+    studies = [measure_study(cells) for cells in options.cells]
+    report(
+        f"studies by their number of cells, {CELLS_PER_DEPLOYMENT} per deployment",
+        tuple(options.cells),
+        {step: [study[step] for study in studies] for step in studies[0]},
+    )
+    report(
+        f"{ALLOCATIONS} allocations, at most {AT_A_TIME} at a time, by their number of jobs",
+        tuple(options.jobs),
+        {"main process": [measure_executor(jobs) for jobs in options.jobs]},
+    )
+
+
+if __name__ == "__main__":
+    main()

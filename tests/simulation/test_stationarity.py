@@ -1,0 +1,48 @@
+"""Open loops on a server of known capacity: stable loads are accepted, overload is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from servegrid.analysis.stationarity import find_window
+from servegrid.study.grid import Workload
+from simulation.server import Server, poisson_load
+
+REQUESTS, RUNS = 2000, 60
+SERVERS = {
+    "batching": Server(base_s=1.0, slope_s=0.05, max_num_seqs=64),
+    "one at a time": Server(base_s=0.0, slope_s=1.0, max_num_seqs=1),
+}
+
+
+def accepted(server: Server, utilisation: float, requests: int, runs: int) -> float:
+    """The share of simulated runs that have a stationary part."""
+    rate = utilisation * server.capacity
+    workload = Workload("poisson", None, 31, 2, requests, request_rate=rate)
+    found = 0
+    for seed in range(runs):
+        table = poisson_load(server, utilisation, requests, np.random.default_rng(seed))
+        found += not isinstance(find_window(table, workload), str)
+    return found / runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize(
+    ("utilisation", "low", "high"),
+    [(0.6, 0.95, 1.0), (0.9, 0.85, 1.0), (1.05, 0.0, 0.7), (1.2, 0.0, 0.01), (2.0, 0.0, 0.01)],
+)
+def test_stable_loads_are_accepted_and_overload_is_not(
+    name: str, utilisation: float, low: float, high: float
+) -> None:
+    share = accepted(SERVERS[name], utilisation, REQUESTS, RUNS)
+    print(f"{name}, utilisation {utilisation}: accepted {share:.0%}")
+    assert low <= share <= high
+
+
+@pytest.mark.slow
+def test_a_short_overload_is_not_accepted() -> None:
+    """Of 500 requests at twice the capacity, up to 97% were accepted by the latencies alone."""
+    for server in SERVERS.values():
+        assert accepted(server, 2.0, 500, RUNS) == 0.0

@@ -1,0 +1,158 @@
+"""Latency by the number of requests in flight, from measured cells. Pure.
+
+The page computes the same in planner.js; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from servegrid.analysis.queueing import Curve, isotonic_fit, max_in_flight
+from servegrid.analysis.titles import nearest_length
+from servegrid.analysis.validity import MIN_IN_FLIGHT
+
+Rows = Sequence[Sequence[float]]
+"""One row per prompt length, with the values at 1, 2, … requests in flight."""
+
+
+@dataclass(frozen=True)
+class LatencyCurves:
+    """The measured latencies of one deployment under one protocol and output length.
+
+    `shares` has the share of each prompt length in all requests. `seconds`, `fast` and `slow` have
+    one row per prompt length, with the seconds per request at 1, 2, … requests in flight: the
+    medians and both ends of their 95% intervals. `fast` and `slow` are None if an interval is not
+    known. `joules` is the energy per output token at 1, 2, … requests in flight, if it is known.
+    `untested_above` says that no higher concurrency was measured.
+    """
+
+    prompt_tokens: str
+    output_len: int
+    shares: Sequence[float]
+    seconds: Rows
+    fast: Rows | None
+    slow: Rows | None
+    joules: Sequence[float] | None
+    untested_above: bool
+
+
+def requests_in_flight(cells: pd.DataFrame) -> pd.Series[float]:
+    """The load of each cell, rows of `columns.SUMMARY`: the number of requests in flight.
+
+    It is the concurrency, unless the mean that was measured is below MIN_IN_FLIGHT of it. Then the
+    load is not what the label says, as with users who think, and it is the measured mean.
+    """
+    labels = cells["concurrency"].astype(float)
+    measured = cells["in_flight_mean"].astype(float)
+    return labels.where(~(measured < MIN_IN_FLIGHT * labels), measured)
+
+
+def latency_curves(
+    cells: pd.DataFrame, prompt_shares: Mapping[int, float] | None
+) -> LatencyCurves | str:
+    """The latency curves of one deployment, protocol and output length; or why there are none.
+
+    `cells` are rows of `columns.SUMMARY`. `prompt_shares` are prompt lengths with their shares;
+    None means all measured lengths, equally frequent. A curve ends below the lowest concurrency
+    that was not served.
+    """
+    valid = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
+    default = 1.0 if prompt_shares is None else 0.0
+    shares = dict.fromkeys(cells["input_len"].unique().tolist(), default)
+    for length, share in (prompt_shares or {}).items():
+        nearest = nearest_length(list(shares), length)
+        if nearest is None:
+            return f"prompts of about {length} tokens were not measured"
+        shares[nearest] += share
+    wanted = [length for length, share in shares.items() if share]
+    cells, valid = (table[table["input_len"].isin(wanted)] for table in (cells, valid))
+    failed = cells[cells["trials_served"] == 0].groupby("input_len")["concurrency"].min()
+    end = valid["input_len"].map(failed).astype(float).fillna(math.inf)
+    valid = valid[valid["concurrency"] < end]
+    if valid.empty:
+        return "there is no valid cell"
+    valid = valid.assign(in_flight=requests_in_flight(valid))
+    lacking = sorted(set(cells["input_len"]) - set(valid["input_len"]))
+    if lacking:
+        return f"there is no valid cell with prompts of {lacking[0]} tokens"
+    by_length = [rows.sort_values("in_flight") for _, rows in valid.groupby("input_len")]
+    limit = min(math.floor(rows["in_flight"].max()) for rows in by_length)
+    if limit < 1:
+        return "fewer than one request was in flight on average"
+    # The concurrency up to which the lengths that end at the limit were measured.
+    ends = {
+        int(rows["input_len"].iloc[0]): rows["concurrency"].max()
+        for rows in by_length
+        if math.floor(rows["in_flight"].max()) == limit
+    }
+    tested_above = cells["concurrency"] > cells["input_len"].map(ends).astype(float)
+    lengths = sorted(int(length) for length in valid["input_len"].unique())
+    normalised = [shares[length] / sum(shares.values()) for length in lengths]
+    return LatencyCurves(
+        prompt_tokens=" to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))),
+        output_len=int(cells["output_len"].iloc[0]),
+        shares=normalised,
+        seconds=_seconds(by_length, "seconds_per_100_tokens", limit) or [],
+        fast=_seconds(by_length, "seconds_per_100_tokens_low", limit),
+        slow=_seconds(by_length, "seconds_per_100_tokens_high", limit),
+        joules=_joules(by_length, normalised, limit),
+        untested_above=not tested_above.any(),
+    )
+
+
+def allowed_in_flight(rows: Rows, shares: Sequence[float], limit_s: float) -> list[int]:
+    """For each prompt length, the highest number of requests in flight that meets the limit.
+
+    Requests of all lengths share each step of the engine, so in a crowd of n the time of a step is
+    that of the mix: a request of length i takes as much longer than alone as the mean request does,
+    T_mix(n) + T_i(1) - T_mix(1). A simulation of the steps shows how far that holds
+    (docs/statistics.md).
+    """
+    mixed = weighted_mean(rows, shares)
+    return [max_in_flight([mean + (row[0] - mixed[0]) for mean in mixed], limit_s) for row in rows]
+
+
+def weighted_mean(rows: Rows, shares: Sequence[float]) -> list[float]:
+    """The mean of `rows` at 1, 2, … requests in flight, by the shares of the prompt lengths."""
+    return [
+        sum(value * share for value, share in zip(values, shares, strict=True))
+        for values in zip(*rows, strict=True)
+    ]
+
+
+def time_scale(cells: pd.DataFrame) -> float:
+    """By which factor the times of a deployment's cells differ from real time; 1 if measured."""
+    known = cells["time_scale"].iloc[0]
+    return 1.0 if pd.isna(known) else float(known)
+
+
+def _seconds(by_length: Sequence[pd.DataFrame], column: str, limit: int) -> Rows | None:
+    """Non-decreasing seconds per request at 1, 2, … `limit` in flight, one row per prompt length.
+
+    None if the column is not known for every cell.
+    """
+    if any(cells[column].isna().any() for cells in by_length):
+        return None
+    rows = []
+    for cells in by_length:
+        factor = float(cells["output_len"].iloc[0]) / 100 / time_scale(cells)
+        fitted = isotonic_fit([float(value) * factor for value in cells[column]])
+        curve = Curve(tuple(cells["in_flight"]), tuple(fitted))
+        rows.append(curve.interpolated()[:limit])
+    return rows
+
+
+def _joules(
+    by_length: Sequence[pd.DataFrame], shares: Sequence[float], limit: int
+) -> Sequence[float] | None:
+    column = "energy_j_per_output_token"
+    if any(cells[column].isna().any() for cells in by_length):
+        return None
+    curves = [
+        Curve(tuple(cells["in_flight"]), tuple(cells[column].astype(float))) for cells in by_length
+    ]
+    return weighted_mean([curve.interpolated()[:limit] for curve in curves], shares)
