@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
+"""Instead of a time: see utimensat(2)."""
 LATE_S = 3.0
 SLOW_S = 0.02
 FAULTS = ("full", "read-only", "slow", "late")
@@ -223,7 +225,14 @@ def serve(backing: Path, mount: Path, control: Path) -> None:
 
         def utimens(self, path: str, times: tuple[int, int] | None = None) -> int:
             self.begin(writes=True)
-            os.utime(real(path), ns=times, follow_symlinks=False)
+            known = os.lstat(real(path))
+            before = known.st_atime_ns, known.st_mtime_ns
+            special = {UTIME_NOW: time.time_ns()}
+            new = [
+                old if each == UTIME_OMIT else special.get(each, each)
+                for each, old in zip(times or (UTIME_NOW, UTIME_NOW), before, strict=True)
+            ]
+            os.utime(real(path), ns=(new[0], new[1]), follow_symlinks=False)
             return 0
 
         def own(self, path: str) -> int:

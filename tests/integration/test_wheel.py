@@ -141,7 +141,7 @@ def test_a_bundle_is_verified_compared_and_unpacked(
 ) -> None:
     lines = servegrid("verify", bundle).stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["PASS"] * 6
-    assert "no evidence" in servegrid("compare", bundle, bundle).stdout
+    assert "not tested" in servegrid("compare", bundle, bundle).stdout
     assert "PATH-OF-SERVEGRID/Snakefile" in servegrid("unpack", bundle, tmp_path / "study").stdout
 
 

@@ -152,7 +152,11 @@ def workspace(tmp_path: Path) -> Iterator[Workspace]:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     work.wait_until_gone()
-    assert abandoned_shared_memory() <= shared_memory
+    # Engines of other tests also start and end: a segment of theirs is abandoned for a moment.
+    deadline = time.monotonic() + 60
+    while left := abandoned_shared_memory() - shared_memory:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
 
 
 @pytest.mark.slow
@@ -176,7 +180,7 @@ def test_only_missing_new_and_changed_cells_are_measured_again(workspace: Worksp
 
     lost = sorted(first)[0]
     (workspace.folder / lost / "requests.parquet").unlink()
-    workspace.run(MEASURED)
+    workspace.run()
     second = workspace.cells()
     assert {trial for trial in second if second[trial] != first[trial]} == {lost}
 

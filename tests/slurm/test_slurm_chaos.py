@@ -31,14 +31,15 @@ import yaml
 from servegrid.node.folders import remove_abandoned
 from servegrid.study.config import load_study
 from slurm.conftest import Workspace, with_options
-from slurm.test_slurm_rehearsal import ROOT, Rehearsal
+from slurm.test_slurm_rehearsal import MEASURED, ROOT, Rehearsal
 
 from helpers.cluster import Cluster, Options  # isort: skip
 from helpers.faulty_folder import LATE_S, FaultyFolder, faulty_folder  # isort: skip
 from helpers.stepped_clock import SteppedClock  # isort: skip
 
 SEED = int(os.environ.get("SEED", "1"))
-FAULTS = int(os.environ.get("FAULTS", "12"))
+FAULTS = int(os.environ.get("FAULTS", "8"))
+IS_SHORT = FAULTS <= 50
 LIMIT_S = 60.0 * float(os.environ.get("MINUTES", "12"))
 STUDY_LIMIT_S = 900.0
 SILENCE_LIMIT_S = 240.0
@@ -115,7 +116,7 @@ class Campaign:
         self.random = random.Random(SEED)
         self.work = work
         self.cluster = work.cluster
-        self.rehearsal = Rehearsal(work, full=FAULTS > 50)
+        self.rehearsal = Rehearsal(work, full=not IS_SHORT, concurrency=(1, 2, 4, 8, 16, 32, 64))
         kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
         work.kinds(**{name: kind | {"slurm_partition": "preempt"} for name, kind in kinds.items()})
         self.trials = {each.id for each in load_study(work.folder / "study.yaml").all_trials}
@@ -153,6 +154,9 @@ class Campaign:
                 gaps.append(min(gap, 2.0))
         while self.main is not None:
             self.wait_for_cells(10**6)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        return self.rehearsal.start(target=MEASURED if IS_SHORT else "all")
 
     def injected(self) -> int:
         return sum(map(len, self.lost_s.values()))
@@ -194,7 +198,7 @@ class Campaign:
     def continue_study(self) -> bool:
         """Start the same command again if it has ended. False if the study is complete."""
         if self.main is None:
-            self.main = self.rehearsal.start()
+            self.main = self.start()
         status = self.main.poll()
         if status is None:
             return True
@@ -202,7 +206,7 @@ class Campaign:
         if status == 0 and self.unnoticed() and not self.asked_again:
             # Damaged after the tables were made. The next run must notice it.
             self.asked_again = True
-            self.main = self.rehearsal.start()
+            self.main = self.start()
             return True
         if status == 0:
             self.check_complete()
@@ -213,7 +217,7 @@ class Campaign:
             assert trial in self.damaged and trial not in self.finished(), trial
             shutil.rmtree(self.work.folder / "results/cells" / trial)
         subprocess.run(UNLOCK, cwd=self.work.folder, env=self.cluster.env, capture_output=True)
-        self.main = self.rehearsal.start()
+        self.main = self.start()
         return True
 
     def finished(self) -> set[str]:
@@ -402,7 +406,7 @@ def second_main_process(campaign: Campaign) -> bool:
     log = campaign.work.log
     first = log.with_suffix(".first")
     log.rename(first)  # the first process keeps writing to it
-    second = campaign.rehearsal.start()
+    second = campaign.start()
     status = second.wait(timeout=60)
     text = log.read_text()
     first.rename(log)

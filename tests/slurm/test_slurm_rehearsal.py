@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,17 @@ FEW = ["mistral-7b", "mixtral-8x22b", "llama-3-70b"]
 class Rehearsal:
     """One run of the study, with its journals."""
 
-    def __init__(self, work: Workspace, full: bool) -> None:
+    def __init__(
+        self, work: Workspace, full: bool, concurrency: Sequence[int] = (1, 8, 32)
+    ) -> None:
         self.work = work
         study = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
         if not full:
-            study["include"] = [{"concurrency": [1, 8, 32], "input_len": [31, 21]}]
+            study["include"] = [{"concurrency": [*concurrency], "input_len": [31, 21]}]
             study["deployments"] = [each for each in study["deployments"] if each["model"] in FEW]
         self.deployments = len(study["deployments"])
         (work.folder / "study.yaml").write_text(yaml.safe_dump(study))
-        self.cells = ALL if full else 3 * self.deployments
+        self.cells = ALL if full else len(concurrency) * self.deployments
         kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
         work.kinds(**kinds)
 
