@@ -47,8 +47,8 @@ SILENCE_LIMIT_S = 240.0
 SETTLED_S = 10.0
 """A cell counts as finished this long after its files were written. Its job must also record that
 it has finished; if it is killed before, the cell is measured again, as it must be."""
-EACH_KIND = 3
-"""A kind is injected this often first. After that, kinds that take less time come more often."""
+EACH_KIND = 1
+"""Each kind is injected this often first. After that, kinds that take less time come more often."""
 UNLOCK = (sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock")
 
 Fault = Callable[["Campaign"], bool]
