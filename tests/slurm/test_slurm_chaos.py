@@ -81,6 +81,11 @@ class Study(Workspace):
     def log(self) -> Path:
         return self.folder.parent / "output.log"
 
+    @property
+    def stored(self) -> Path:
+        """The same files without the faults of the file system, and without its overhead."""
+        return self.folder if self.faulty is None else self.faulty.path.parent / "backing"
+
     def break_disk(self, fault: str, seconds: float) -> bool:
         """The file system has this fault for a while."""
         if self.faulty is None:
@@ -178,7 +183,7 @@ class Campaign:
     def measured(self) -> int:
         """The number of cells whose files are there. Checks the finished ones."""
         self.finished()
-        root = self.work.folder / "results" / "cells"
+        root = self.work.stored / "results" / "cells"
         return sum((root / trial / "requests.parquet").exists() for trial in self.trials)
 
     def wait_for_cells(self, count: int) -> bool:
@@ -192,7 +197,7 @@ class Campaign:
             assert silence < SILENCE_LIMIT_S, f"no cell for {silence:.0f} s: {self.output()}"
             if not self.continue_study():
                 return False
-            time.sleep(0.05)
+            time.sleep(0.2)
         return True
 
     def continue_study(self) -> bool:
@@ -222,7 +227,7 @@ class Campaign:
 
     def finished(self) -> set[str]:
         """The finished cells. A cell that was finished before must be as it was."""
-        root = self.work.folder / "results" / "cells"
+        root = self.work.stored / "results" / "cells"
         for trial in self.trials - self.digests.keys():
             files = [root / trial / f"{name}.parquet" for name in ("requests", "telemetry")]
             with contextlib.suppress(FileNotFoundError):
@@ -234,7 +239,7 @@ class Campaign:
         return set(self.digests)
 
     def digest(self, trial: str) -> str:
-        root = self.work.folder / "results" / "cells" / trial
+        root = self.work.stored / "results" / "cells" / trial
         data = b"".join(
             (root / f"{name}.parquet").read_bytes() for name in ("requests", "telemetry")
         )
