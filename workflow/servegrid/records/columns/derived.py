@@ -199,7 +199,7 @@ CAPACITY_PLAN = (
         pa.int32(),
         "users",
         "Users that the plan puts on one replica: 90% of users_carried_low, or of users_carried "
-        "if that is null",
+        "if that is null; 85% with prompts of several lengths",
     ),
     Column("replicas", pa.int32(), "", "Replicas for all users, who are split evenly"),
     Column("gpus", pa.int32(), "", "GPUs of all replicas"),
@@ -216,7 +216,14 @@ CAPACITY_PLAN = (
         "purchase_per_million_tokens",
         pa.float64(),
         _MONEY,
-        "purchase / millions of output tokens in `years_in_use`, at a constant output_tokens_per_s",
+        "purchase / millions of output tokens in `years_in_use`, at `load_factor` × "
+        "output_tokens_per_s on average",
+    ),
+    Column(
+        "purchase_per_million_tokens_at_peak",
+        pa.float64(),
+        _MONEY,
+        "The same if it were the busiest time around the clock",
     ),
     Column(
         "energy_j_per_output_token",

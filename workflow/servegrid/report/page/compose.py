@@ -165,6 +165,13 @@ def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices)
             7200,
         ),
         FormField(
+            "load_factor",
+            "Load factor: mean load / load at the busiest time, %",
+            _text(100 * demand.load_factor),
+            0.1,
+            100,
+        ),
+        FormField(
             "tokens_per_s_per_user",
             "SLO: output tokens/s per user",
             _text(demand.tokens_per_s_per_user),
