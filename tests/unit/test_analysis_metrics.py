@@ -148,8 +148,10 @@ def test_a_burst_of_two() -> None:
         "requests_in_window": 2,
         "in_flight_mean": pytest.approx(0.401 + 0.998),
         **latencies("ttft", 0.15, 0.15),
+        **latencies("ttft_from_sent", 0.15, 0.15),
         **latencies("tpot", 0.15, 0.15),
         **latencies("itl", 0.15, 0.2),  # 0.05 twice, 0.2; 0.2 three times
+        **latencies("itl_per_chunk", 0.3, 0.2),  # 0.1, 0.2 and 0.6
         **latencies("e2el", 0.6, 0.6),
         "coalesced_chunk_fraction": 0.0,
         "output_tokens_per_s": 8.0,
@@ -203,7 +205,7 @@ def test_latencies_are_null_if_all_requests_failed() -> None:
     row = cell([FAILED], verdict="timeout")
     speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "coalesced")
     latencies = [name for name in row if name.startswith(speeds)]
-    assert len(latencies) == 4 * 5 + 4
+    assert len(latencies) == 6 * 5 + 4
     assert [row[name] for name in latencies] == [None] * len(latencies)
     assert row["makespan_s"] == 1.5
 
@@ -269,6 +271,7 @@ def test_figures_of_a_closed_loop_come_from_its_stationary_part() -> None:
 def test_latencies_of_poisson_start_at_the_due_time() -> None:
     row = loop(30, protocol="poisson", request_rate=10.0) | {"spec_digest": ""}
     assert row["ttft_s_mean"] == pytest.approx(0.045)
+    assert row["ttft_from_sent_s_mean"] == pytest.approx(0.04)
     assert row["e2el_s_p50"] == pytest.approx(0.105)
     assert row["request_rate"] == 10.0
 
@@ -276,7 +279,7 @@ def test_latencies_of_poisson_start_at_the_due_time() -> None:
 def test_without_a_steady_state_there_are_no_figures() -> None:
     row = cell(TWO, protocol="closed_loop")
     known = {name for name, value in row.items() if value is not None}
-    latencies = ("ttft_s", "tpot_s", "itl_s", "e2el_s", "output_tokens")
+    latencies = ("ttft_", "tpot_s", "itl_", "e2el_s", "output_tokens")
     assert not [name for name in known if name.startswith(latencies)]
     for name in ("window_s", "requests_in_window", "in_flight_mean", "seconds_per_100_tokens"):
         assert row[name] is None

@@ -69,8 +69,9 @@ def cell_row(
     window_s = makespan if use_all else None if window is None else window.seconds
     due = inside["scheduled_ns" if workload.protocol == "poisson" else "sent_ns"]
     ttft = _seconds(due, inside["first_token_ns"])
+    from_sent = _seconds(inside["sent_ns"], inside["first_token_ns"])
     e2el = _seconds(due, last_token_ns(inside))
-    itl, coalesced = _itl_s(inside)
+    itl, per_chunk, coalesced = _itl_s(inside)
     tokens = _total(served["completion_tokens"]) if use_all else _tokens_in(served, window)
     tokens_per_s = _ratio(tokens, window_s)
     in_flight = in_flight_mean(requests, window, makespan if use_all else None)
@@ -110,8 +111,10 @@ def cell_row(
         "requests_in_window": None if window_s is None else inside.num_rows,
         "in_flight_mean": in_flight,
         **_latencies("ttft", ttft),
+        **_latencies("ttft_from_sent", from_sent),
         **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
         **_latencies("itl", itl),
+        **_latencies("itl_per_chunk", per_chunk),
         **_latencies("e2el", e2el),
         "coalesced_chunk_fraction": coalesced,
         "output_tokens_per_s": tokens_per_s,
@@ -235,8 +238,9 @@ def _tokens_in(served: pa.Table, window: Window | None) -> int | None:
     return int(served["chunk_tokens"].combine_chunks().flatten().to_numpy()[arrived].sum())
 
 
-def _itl_s(requests: pa.Table) -> tuple[_Floats, float | None]:
-    """Inter-token latencies in s, and the fraction of chunks that were read with the previous one.
+def _itl_s(requests: pa.Table) -> tuple[_Floats, _Floats, float | None]:
+    """Inter-token latencies and times between chunks in s, and the fraction of chunks that were
+    read with the previous one.
 
     A chunk with several tokens is sent when all of them are ready, so the time since the previous
     chunk is divided evenly among them.
@@ -245,13 +249,14 @@ def _itl_s(requests: pa.Table) -> tuple[_Floats, float | None]:
     times = stamps.flatten().to_numpy()
     tokens = requests["chunk_tokens"].combine_chunks().flatten().to_numpy()
     if not times.size:
-        return np.empty(0), None
+        return np.empty(0), np.empty(0), None
     first = np.zeros(times.size, dtype=bool)
     starts = stamps.offsets.to_numpy()[:-1] - stamps.offsets[0].as_py()
     first[starts[starts < times.size]] = True
     gaps = np.diff(times, prepend=times[0])[~first]
     counts = tokens[~first]
-    return np.repeat(gaps / 1e9 / counts, counts), float((gaps == 0).sum() / times.size)
+    seconds = gaps / 1e9
+    return np.repeat(seconds / counts, counts), seconds, float((gaps == 0).sum() / times.size)
 
 
 def _latencies(name: str, values: _Floats) -> dict[str, float | None]:

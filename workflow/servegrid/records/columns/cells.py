@@ -144,11 +144,20 @@ CELLS = (
         "Time to first token: from sending the request (poisson: from its due time) to the first "
         "token",
     ),
+    *_latencies(
+        "ttft_from_sent",
+        "Time to first token from sending the request; differs from ttft for poisson only",
+    ),
     *_latencies("tpot", "Time per output token after the first: (e2el - ttft) / (tokens - 1)"),
     *_latencies(
         "itl",
         "Inter-token latency: time between two chunks with tokens, divided by the tokens of the "
         "later chunk",
+    ),
+    *_latencies(
+        "itl_per_chunk",
+        "Time between two chunks with tokens, not divided by their tokens: what `vllm bench` "
+        "calls itl",
     ),
     *_latencies(
         "e2el",
