@@ -13,8 +13,9 @@ import pytest
 
 from helpers.browsing import browser, open_page
 from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
-from servegrid.analysis.findings import Slo, compute_frontier
+from servegrid.analysis.findings import compute_frontier
 from servegrid.analysis.published import compare_with_published
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.summary import summarise
 from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns

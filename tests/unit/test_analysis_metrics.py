@@ -8,6 +8,7 @@ import pytest
 
 from helpers.deployments import SMALL_VLLM
 from servegrid.analysis.metrics import cell_row
+from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.records import columns, parquet
 from servegrid.study.grid import Trial, Workload
 
@@ -62,6 +63,7 @@ def cell(
     rows: list[dict[str, Any]],
     samples: list[Mapping[str, Any]] | None = None,
     verdict: str = "ok",
+    slo: Slo = DEFAULT_SLO,
     **workload: Any,
 ) -> dict[str, Any]:
     trial = make_trial(**workload)
@@ -86,6 +88,7 @@ def cell(
         record,
         parquet.arrow_table(columns.REQUESTS, rows),
         parquet.arrow_table(columns.TELEMETRY, samples or []),
+        slo=slo,
     )
 
 
@@ -156,6 +159,9 @@ def test_a_burst_of_two() -> None:
         "coalesced_chunk_fraction": 0.0,
         "output_tokens_per_s": 8.0,
         "output_tokens_per_s_per_user": 4.0,
+        # 4 tokens in 0.4 s and in 0.8 s: both more than 5 tokens/s.
+        "goodput_requests_per_s": 2.0,
+        "slo_attainment": 1.0,
         "memory_peak_bytes": None,
         "power_w_mean": None,
         "energy_needs_s": None,
@@ -168,6 +174,22 @@ def test_a_burst_of_two() -> None:
         "client_itl_error_s_p99": 2e-5,
         "client_headroom": 20000.0,  # 100,000 chunks/s, and 5 in 1 s
     }
+
+
+def test_goodput_counts_the_requests_that_meet_every_limit() -> None:
+    # Four tokens each, in 0.4 s and 0.8 s after 0.1 s and 0.2 s, and one that failed; 1.5 s in all.
+    requests = [*TWO, FAILED]
+    for slo, met in (
+        (Slo(5.0), 2),
+        (Slo(10.0), 1),  # 10 and 5 tokens/s
+        (Slo(11.0), 0),
+        (Slo(1.0, ttft_s=0.1), 1),
+        (Slo(1.0, e2el_s=0.5), 1),
+        (Slo(1.0, ttft_s=0.05), 0),
+    ):
+        row = cell(requests, slo=slo, verdict="timeout")
+        assert row["goodput_requests_per_s"] == pytest.approx(met / 1.5), slo
+        assert row["slo_attainment"] == pytest.approx(met / 3), slo
 
 
 def test_the_median_is_not_the_mean() -> None:

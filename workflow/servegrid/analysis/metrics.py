@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from servegrid.analysis import client_error, energy, server_metrics, stationarity
 from servegrid.analysis.energy import ENGINE_DEVICE, gpu_columns, mean_power
+from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import OK
@@ -50,13 +51,15 @@ def cell_row(
     requests: pa.Table,
     telemetry: pa.Table,
     use_all_requests: bool | None = None,
+    slo: Slo = DEFAULT_SLO,
 ) -> dict[str, Any]:
     """One row of `columns.CELLS`, without the columns about validity and drift.
 
     `requests` and `telemetry` have one row per request and per sample, with at least
     REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens come from the successful
     requests: from all of them for a burst, or if `use_all_requests`; otherwise from those in the
-    stationary part. The makespan always covers all requests. Raises KeyError if a column or a key
+    stationary part. The makespan always covers all requests. Goodput counts the requests that meet
+    `slo`. Raises KeyError if a column or a key
     of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
@@ -77,6 +80,8 @@ def cell_row(
     in_flight = in_flight_mean(requests, window, makespan if use_all else None)
     # Users who think are not served, so their number says nothing about the speed of one.
     served_at_once = in_flight if workload.think_time_s else workload.concurrency
+    met = _count_within(slo, inside, ttft, e2el, record["engine"].get("time_scale"))
+    failed = requests.num_rows - served.num_rows
     samples = samples_in(telemetry, window)
     power = mean_power(samples)
     ok = record["verdict"] == OK
@@ -104,7 +109,7 @@ def cell_row(
         "verdict": record["verdict"],
         "verdict_detail": record["verdict_detail"],
         "requests": requests.num_rows,
-        "failed_requests": requests.num_rows - served.num_rows,
+        "failed_requests": failed,
         "makespan_s": makespan,
         "seconds_per_100_tokens": _per_100_tokens(workload, makespan, waves, e2el) if ok else None,
         "window_s": window_s,
@@ -119,6 +124,8 @@ def cell_row(
         "coalesced_chunk_fraction": coalesced,
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": _ratio(tokens_per_s, served_at_once),
+        "goodput_requests_per_s": None if window_s is None else _ratio(met, window_s),
+        "slo_attainment": None if window_s is None else _ratio(met, inside.num_rows + failed),
         "memory_peak_bytes": memory_peak_bytes(telemetry),
         "power_w_mean": power.mean_w,
         "energy_needs_s": power.needs_s,
@@ -221,6 +228,15 @@ def memory_peak_bytes(telemetry: pa.Table) -> int | None:
         latest = np.searchsorted(samples["time_ns"].to_numpy(), times, side="right") - 1
         total += samples["memory_bytes"].to_numpy()[np.maximum(latest, 0)]
     return int(total.max())
+
+
+def _count_within(
+    slo: Slo, requests: pa.Table, ttft: _Floats, e2el: _Floats, time_scale: float | None
+) -> int:
+    """The number of served requests that meet the SLO, in real time if they were emulated."""
+    scale = time_scale or 1.0
+    tokens = _floats(requests["completion_tokens"])
+    return int(slo.is_met(ttft / scale, e2el / scale, tokens).sum())
 
 
 def _per_100_tokens(

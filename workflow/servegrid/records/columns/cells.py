@@ -185,6 +185,18 @@ CELLS = (
         "one user, including the time to first token; null for poisson",
     ),
     Column(
+        "goodput_requests_per_s",
+        pa.float64(),
+        "requests/s",
+        "Requests that met the SLO of the study, each by itself / window_s",
+    ),
+    Column(
+        "slo_attainment",
+        pa.float64(),
+        "0 to 1",
+        "Requests that met the SLO / requests that ended in the window or failed",
+    ),
+    Column(
         "memory_peak_bytes",
         pa.int64(),
         "bytes",

@@ -26,6 +26,7 @@ SUMMARY_KEYS = _from_cells(
 SUMMARY_METRICS = (
     *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
     *("in_flight_mean", "ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+    *("goodput_requests_per_s", "slo_attainment"),
     *("memory_peak_bytes", "power_w_mean", "energy_j_per_output_token"),
 )
 """The columns of CELLS that a summary contains as median over the trials with an interval."""
