@@ -103,15 +103,19 @@ def measure_study(cells: int) -> dict[str, tuple[float, float]]:
         folder = Path(name)
         (folder / "study.yaml").write_text(yaml.safe_dump(study_config(cells)))
         write_records(folder)
-        snakemake = (
-            *("-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", name),
-            *("--profile", str(ROOT / "profiles/local"), "--configfile", f"{name}/study.yaml"),
-        )
+
+        def snakemake(*arguments: str) -> tuple[float, float]:
+            return measure(
+                *("-m", "snakemake", *arguments, "--snakefile", str(ROOT / "Snakefile")),
+                *("--directory", name, "--profile", str(ROOT / "profiles/local")),
+                *("--configfile", f"{name}/study.yaml"),
+            )
+
         steps = {
-            "plan (snakemake -n)": measure(*snakemake, "all", "--dry-run"),
-            "tables, figures and page": measure(*snakemake, "all"),
-            "nothing to do": measure(*snakemake, "all"),
-            "bundle": measure(*snakemake, "bundle"),
+            "plan (snakemake -n)": snakemake("all", "--dry-run"),
+            "tables, figures and page": snakemake("all"),
+            "nothing to do": snakemake("all"),
+            "bundle": snakemake("bundle"),
         }
         (archive,) = folder.glob("results/bundles/*")
         steps["verify"] = measure("-m", "servegrid.cli.main", "verify", str(archive))

@@ -13,8 +13,9 @@ import pytest
 
 from helpers.browsing import browser, open_page
 from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
-from servegrid.analysis.findings import Slo, compute_frontier
+from servegrid.analysis.findings import compute_frontier
 from servegrid.analysis.published import compare_with_published
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.summary import summarise
 from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns
@@ -223,6 +224,7 @@ ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
     ({}, Demand()),
     ({"users": "50000", "logged_in": "25"}, Demand(users=50_000, logged_in=0.25)),
     ({"think_time_s": "5", "slo_attainment": "99"}, Demand(think_time_s=5.0, slo_attainment=0.99)),
+    ({"load_factor": "50"}, Demand(load_factor=0.5)),
     ({"tokens_per_s_per_user": "12.5"}, Demand(tokens_per_s_per_user=12.5)),
     ({"tokens_per_s_per_user": "300"}, Demand(tokens_per_s_per_user=300.0)),
     ({"input_len": "119", "users": "7"}, Demand(input_len=119, users=7)),

@@ -82,7 +82,9 @@ def test_costs_per_million_tokens_follow_from_energy_and_years_in_use() -> None:
     assert row["energy_j_per_output_token"] == pytest.approx(7.2)
     assert row["energy_cost_per_million_tokens"] == pytest.approx(2.0 * 0.5)
     # 100 tokens every 20 s are 18000 per hour; the price is 2 × 8766, for 10 years of 8766 hours.
-    assert row["purchase_per_million_tokens"] == pytest.approx(0.2 / 18_000 * 1e6)
+    assert row["purchase_per_million_tokens_at_peak"] == pytest.approx(0.2 / 18_000 * 1e6)
+    # A week has 0.3 of the load of its busiest time, and so 0.3 of the tokens.
+    assert row["purchase_per_million_tokens"] == pytest.approx(0.2 / (0.3 * 18_000) * 1e6)
 
 
 def test_users_per_replica_follow_from_the_slow_end_of_the_intervals() -> None:
@@ -168,7 +170,7 @@ def test_the_plan_for_1000_users_from_the_articles_figures() -> None:
     # By mean value analysis of the same system with 600 digits, the share of requests that meet the
     # SLO is 0.506 with 472 users and 0.487 with 473.
     assert mixtral["users_at_50pct_slo"] == 472
-    # One replica gets up to 0.9 × 437 = 393 users, so one with two GPUs is enough for 100.
+    # With prompts of one length, a replica gets up to 0.9 × 437 = 393 users: two GPUs are enough.
     assert (mixtral["replicas"], mixtral["purchase"]) == (1, 17_000)
     # 118 × 100 tokens in 11.6 + 9.9 × 54 / 64 = 19.953 s.
     assert mixtral["purchase_per_token_per_s"] == pytest.approx(17_000 * 19.953125 / 11_800)
@@ -203,7 +205,7 @@ def test_a_prompt_mix_gives_the_mean_time_and_one_limit_per_length() -> None:
 
 
 def test_the_demand_comes_from_the_study_or_from_defaults() -> None:
-    assert parse_demand({}) == Demand(1000, 0.1, 60.0, 0.95, 5.0, None)
+    assert parse_demand({}) == Demand(1000, 0.1, 60.0, 0.3, 0.95, 5.0, None)
     study = {"slo": {"tokens_per_s_per_user": 8}, "capacity": {"users": 50, "input_len": 31}}
     assert parse_demand(study) == Demand(users=50, tokens_per_s_per_user=8, input_len=31)
     mix = [{"input_len": 31, "share": 3}, {"input_len": 119, "share": 1}]

@@ -7,15 +7,10 @@ import pandas as pd
 import pytest
 
 from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
-from servegrid.analysis.findings import (
-    Slo,
-    compute_frontier,
-    describe_findings,
-    fit_line,
-    parse_slo,
-)
+from servegrid.analysis.findings import compute_frontier, describe_findings, fit_line
 from servegrid.analysis.published import published_summary
 from servegrid.analysis.queueing import Curve
+from servegrid.analysis.slo import Slo, parse_slo
 from servegrid.reference.published import load_published
 
 PUBLISHED = published_summary(load_published("inria-2024"))

@@ -8,6 +8,7 @@ import pytest
 
 from helpers.deployments import SMALL_VLLM
 from servegrid.analysis.metrics import cell_row
+from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.records import columns, parquet
 from servegrid.study.grid import Trial, Workload
 
@@ -62,6 +63,7 @@ def cell(
     rows: list[dict[str, Any]],
     samples: list[Mapping[str, Any]] | None = None,
     verdict: str = "ok",
+    slo: Slo = DEFAULT_SLO,
     **workload: Any,
 ) -> dict[str, Any]:
     trial = make_trial(**workload)
@@ -86,6 +88,7 @@ def cell(
         record,
         parquet.arrow_table(columns.REQUESTS, rows),
         parquet.arrow_table(columns.TELEMETRY, samples or []),
+        slo=slo,
     )
 
 
@@ -148,12 +151,17 @@ def test_a_burst_of_two() -> None:
         "requests_in_window": 2,
         "in_flight_mean": pytest.approx(0.401 + 0.998),
         **latencies("ttft", 0.15, 0.15),
+        **latencies("ttft_from_sent", 0.15, 0.15),
         **latencies("tpot", 0.15, 0.15),
         **latencies("itl", 0.15, 0.2),  # 0.05 twice, 0.2; 0.2 three times
+        **latencies("itl_per_chunk", 0.3, 0.2),  # 0.1, 0.2 and 0.6
         **latencies("e2el", 0.6, 0.6),
         "coalesced_chunk_fraction": 0.0,
         "output_tokens_per_s": 8.0,
         "output_tokens_per_s_per_user": 4.0,
+        # 4 tokens in 0.4 s and in 0.8 s: both more than 5 tokens/s.
+        "goodput_requests_per_s": 2.0,
+        "slo_attainment": 1.0,
         "memory_peak_bytes": None,
         "power_w_mean": None,
         "energy_needs_s": None,
@@ -166,6 +174,22 @@ def test_a_burst_of_two() -> None:
         "client_itl_error_s_p99": 2e-5,
         "client_headroom": 20000.0,  # 100,000 chunks/s, and 5 in 1 s
     }
+
+
+def test_goodput_counts_the_requests_that_meet_every_limit() -> None:
+    # Four tokens each, in 0.4 s and 0.8 s after 0.1 s and 0.2 s, and one that failed; 1.5 s in all.
+    requests = [*TWO, FAILED]
+    for slo, met in (
+        (Slo(5.0), 2),
+        (Slo(10.0), 1),  # 10 and 5 tokens/s
+        (Slo(11.0), 0),
+        (Slo(1.0, ttft_s=0.1), 1),
+        (Slo(1.0, e2el_s=0.5), 1),
+        (Slo(1.0, ttft_s=0.05), 0),
+    ):
+        row = cell(requests, slo=slo, verdict="timeout")
+        assert row["goodput_requests_per_s"] == pytest.approx(met / 1.5), slo
+        assert row["slo_attainment"] == pytest.approx(met / 3), slo
 
 
 def test_the_median_is_not_the_mean() -> None:
@@ -203,7 +227,7 @@ def test_latencies_are_null_if_all_requests_failed() -> None:
     row = cell([FAILED], verdict="timeout")
     speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "coalesced")
     latencies = [name for name in row if name.startswith(speeds)]
-    assert len(latencies) == 4 * 5 + 4
+    assert len(latencies) == 6 * 5 + 4
     assert [row[name] for name in latencies] == [None] * len(latencies)
     assert row["makespan_s"] == 1.5
 
@@ -269,6 +293,7 @@ def test_figures_of_a_closed_loop_come_from_its_stationary_part() -> None:
 def test_latencies_of_poisson_start_at_the_due_time() -> None:
     row = loop(30, protocol="poisson", request_rate=10.0) | {"spec_digest": ""}
     assert row["ttft_s_mean"] == pytest.approx(0.045)
+    assert row["ttft_from_sent_s_mean"] == pytest.approx(0.04)
     assert row["e2el_s_p50"] == pytest.approx(0.105)
     assert row["request_rate"] == 10.0
 
@@ -276,7 +301,7 @@ def test_latencies_of_poisson_start_at_the_due_time() -> None:
 def test_without_a_steady_state_there_are_no_figures() -> None:
     row = cell(TWO, protocol="closed_loop")
     known = {name for name, value in row.items() if value is not None}
-    latencies = ("ttft_s", "tpot_s", "itl_s", "e2el_s", "output_tokens")
+    latencies = ("ttft_", "tpot_s", "itl_", "e2el_s", "output_tokens")
     assert not [name for name in known if name.startswith(latencies)]
     for name in ("window_s", "requests_in_window", "in_flight_mean", "seconds_per_100_tokens"):
         assert row[name] is None

@@ -26,6 +26,7 @@ rule gather:
         "../envs/analysis.yaml"
     params:
         specs=[trial.digest for trial in study.all_trials],
+        slo=config.get("slo", {}),
     script:
         "../scripts/gather.py"
 

@@ -42,15 +42,17 @@ class Demand:
     """The demand that the plan is for.
 
     At the busiest time the share `logged_in` of all `users` is logged in. Each of them thinks for
-    `think_time_s` seconds on average between a response and the next request. The share
-    `slo_attainment` of the requests must get `tokens_per_s_per_user`. Prompts have `input_len`
-    tokens; if it is None, they have lengths in the shares of `prompt_mix`; if that is None too, all
-    measured lengths are equally frequent.
+    `think_time_s` seconds on average between a response and the next request. `load_factor` is the
+    mean load of a week divided by that of the busiest time: 0.3 are ten busy hours on five days.
+    The share `slo_attainment` of the requests must get `tokens_per_s_per_user`. Prompts have
+    `input_len` tokens; if it is None, they have lengths in the shares of `prompt_mix`; if that is
+    None too, all measured lengths are equally frequent.
     """
 
     users: int = 1000
     logged_in: float = 0.1
     think_time_s: float = 60.0
+    load_factor: float = 0.3
     slo_attainment: float = 0.95
     tokens_per_s_per_user: float = 5.0
     input_len: int | None = None
@@ -189,7 +191,9 @@ def size_deployment(
     }
     if purchase is not None and hardware.years_in_use is not None:
         in_use_s = hardware.years_in_use * _YEAR_H * _HOUR_S
-        size["purchase_per_million_tokens"] = purchase / in_use_s / tokens_per_s * 1e6
+        at_peak = purchase / in_use_s / tokens_per_s * 1e6
+        size["purchase_per_million_tokens_at_peak"] = at_peak
+        size["purchase_per_million_tokens"] = at_peak / demand.load_factor
     if joules is not None and hardware.electricity_per_kwh is not None:
         size["energy_cost_per_million_tokens"] = (
             joules * 1e6 / _KWH_J * hardware.electricity_per_kwh

@@ -14,37 +14,12 @@ from servegrid.analysis import tables
 from servegrid.analysis.intervals import Interval, t_quantile
 from servegrid.analysis.latency_curves import latency_curves, requests_in_flight, time_scale
 from servegrid.analysis.queueing import Curve, isotonic_fit, max_in_flight
+from servegrid.analysis.slo import Slo
 from servegrid.records import columns
 from servegrid.study.grid import CONCURRENCY_PROTOCOLS
 
 MAX_RESIDUAL = 0.10
 """A straight line fits if no measured time differs from it by more than this fraction."""
-
-
-@dataclass(frozen=True)
-class Slo:
-    """The service level objective: what every user must get.
-
-    `tokens_per_s_per_user` is a minimum and includes the time to first token. `ttft_s` and `e2el_s`
-    are maxima of the median latencies; None means no limit.
-    """
-
-    tokens_per_s_per_user: float = 5.0
-    ttft_s: float | None = None
-    e2el_s: float | None = None
-
-    def __str__(self) -> str:
-        parts = [f"{self.tokens_per_s_per_user:g} tokens/s"]
-        if self.ttft_s is not None:
-            parts.append(f"the first token within {self.ttft_s:g} s")
-        if self.e2el_s is not None:
-            parts.append(f"the last token within {self.e2el_s:g} s")
-        return ", ".join(parts)
-
-
-def parse_slo(study: Mapping[str, Any]) -> Slo:
-    """The SLO in a study's configuration, which matches the schema."""
-    return Slo(**study.get("slo", {}))
 
 
 def compute_frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from servegrid.analysis import client_error, energy, server_metrics, stationarity
 from servegrid.analysis.energy import ENGINE_DEVICE, gpu_columns, mean_power
+from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import OK
@@ -50,13 +51,15 @@ def cell_row(
     requests: pa.Table,
     telemetry: pa.Table,
     use_all_requests: bool | None = None,
+    slo: Slo = DEFAULT_SLO,
 ) -> dict[str, Any]:
     """One row of `columns.CELLS`, without the columns about validity and drift.
 
     `requests` and `telemetry` have one row per request and per sample, with at least
     REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens come from the successful
     requests: from all of them for a burst, or if `use_all_requests`; otherwise from those in the
-    stationary part. The makespan always covers all requests. Raises KeyError if a column or a key
+    stationary part. The makespan always covers all requests. Goodput counts the requests that meet
+    `slo`. Raises KeyError if a column or a key
     of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
@@ -69,13 +72,16 @@ def cell_row(
     window_s = makespan if use_all else None if window is None else window.seconds
     due = inside["scheduled_ns" if workload.protocol == "poisson" else "sent_ns"]
     ttft = _seconds(due, inside["first_token_ns"])
+    from_sent = _seconds(inside["sent_ns"], inside["first_token_ns"])
     e2el = _seconds(due, last_token_ns(inside))
-    itl, coalesced = _itl_s(inside)
+    itl, per_chunk, coalesced = _itl_s(inside)
     tokens = _total(served["completion_tokens"]) if use_all else _tokens_in(served, window)
     tokens_per_s = _ratio(tokens, window_s)
     in_flight = in_flight_mean(requests, window, makespan if use_all else None)
     # Users who think are not served, so their number says nothing about the speed of one.
     served_at_once = in_flight if workload.think_time_s else workload.concurrency
+    met = _count_within(slo, inside, ttft, e2el, record["engine"].get("time_scale"))
+    failed = requests.num_rows - served.num_rows
     samples = samples_in(telemetry, window)
     power = mean_power(samples)
     ok = record["verdict"] == OK
@@ -103,19 +109,23 @@ def cell_row(
         "verdict": record["verdict"],
         "verdict_detail": record["verdict_detail"],
         "requests": requests.num_rows,
-        "failed_requests": requests.num_rows - served.num_rows,
+        "failed_requests": failed,
         "makespan_s": makespan,
         "seconds_per_100_tokens": _per_100_tokens(workload, makespan, waves, e2el) if ok else None,
         "window_s": window_s,
         "requests_in_window": None if window_s is None else inside.num_rows,
         "in_flight_mean": in_flight,
         **_latencies("ttft", ttft),
+        **_latencies("ttft_from_sent", from_sent),
         **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
         **_latencies("itl", itl),
+        **_latencies("itl_per_chunk", per_chunk),
         **_latencies("e2el", e2el),
         "coalesced_chunk_fraction": coalesced,
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": _ratio(tokens_per_s, served_at_once),
+        "goodput_requests_per_s": None if window_s is None else _ratio(met, window_s),
+        "slo_attainment": None if window_s is None else _ratio(met, inside.num_rows + failed),
         "memory_peak_bytes": memory_peak_bytes(telemetry),
         "power_w_mean": power.mean_w,
         "energy_needs_s": power.needs_s,
@@ -220,6 +230,15 @@ def memory_peak_bytes(telemetry: pa.Table) -> int | None:
     return int(total.max())
 
 
+def _count_within(
+    slo: Slo, requests: pa.Table, ttft: _Floats, e2el: _Floats, time_scale: float | None
+) -> int:
+    """The number of served requests that meet the SLO, in real time if they were emulated."""
+    scale = time_scale or 1.0
+    tokens = _floats(requests["completion_tokens"])
+    return int(slo.is_met(ttft / scale, e2el / scale, tokens).sum())
+
+
 def _per_100_tokens(
     workload: Workload, makespan: float | None, waves: int, e2el: _Floats
 ) -> float | None:
@@ -235,8 +254,9 @@ def _tokens_in(served: pa.Table, window: Window | None) -> int | None:
     return int(served["chunk_tokens"].combine_chunks().flatten().to_numpy()[arrived].sum())
 
 
-def _itl_s(requests: pa.Table) -> tuple[_Floats, float | None]:
-    """Inter-token latencies in s, and the fraction of chunks that were read with the previous one.
+def _itl_s(requests: pa.Table) -> tuple[_Floats, _Floats, float | None]:
+    """Inter-token latencies and times between chunks in s, and the fraction of chunks that were
+    read with the previous one.
 
     A chunk with several tokens is sent when all of them are ready, so the time since the previous
     chunk is divided evenly among them.
@@ -245,13 +265,14 @@ def _itl_s(requests: pa.Table) -> tuple[_Floats, float | None]:
     times = stamps.flatten().to_numpy()
     tokens = requests["chunk_tokens"].combine_chunks().flatten().to_numpy()
     if not times.size:
-        return np.empty(0), None
+        return np.empty(0), np.empty(0), None
     first = np.zeros(times.size, dtype=bool)
     starts = stamps.offsets.to_numpy()[:-1] - stamps.offsets[0].as_py()
     first[starts[starts < times.size]] = True
     gaps = np.diff(times, prepend=times[0])[~first]
     counts = tokens[~first]
-    return np.repeat(gaps / 1e9 / counts, counts), float((gaps == 0).sum() / times.size)
+    seconds = gaps / 1e9
+    return np.repeat(seconds / counts, counts), seconds, float((gaps == 0).sum() / times.size)
 
 
 def _latencies(name: str, values: _Floats) -> dict[str, float | None]:

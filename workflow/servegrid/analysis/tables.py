@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from servegrid.analysis import metrics, validity
+from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.validity import Evidence, check_validity
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
@@ -40,27 +41,32 @@ _PANDAS_TYPES = {
 """Types with null. Without them, pandas turns integers into floats and booleans into objects."""
 
 
-def gather_study(study: Study, folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def gather_study(
+    study: Study, folder: Path, slo: Slo = DEFAULT_SLO
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The cells and the drift checks of a study from `folder`: two tables of `columns.CELLS`.
 
     Raises RecordError like `gather_trials`.
     """
-    drift_checks = gather_trials(study.drift_checks, folder)
+    drift_checks = gather_trials(study.drift_checks, folder, slo=slo)
     drifts = drift_by_allocation(drift_checks)
-    return gather_trials(study.trials, folder, drifts), drift_checks
+    return gather_trials(study.trials, folder, drifts, slo), drift_checks
 
 
 def gather_trials(
-    trials: Sequence[Trial], folder: Path, drifts: Mapping[str, float] | None = None
+    trials: Sequence[Trial],
+    folder: Path,
+    drifts: Mapping[str, float] | None = None,
+    slo: Slo = DEFAULT_SLO,
 ) -> pd.DataFrame:
     """A table of `columns.CELLS`, one row per trial, in the order of `trials`.
 
     `folder` has each trial's `requests.parquet` and `telemetry.parquet` in a folder named after its
-    id. `drifts` has the drift of each allocation (see `drift_by_allocation`). Raises RecordError if
-    a record is missing, damaged or from another specification. The error lists these trials and
-    says how to measure only them again.
+    id. `slo` decides which requests count as goodput. `drifts` has the drift of each allocation
+    (see `drift_by_allocation`). Raises RecordError if a record is missing, damaged or from another
+    specification. The error lists these trials and says how to measure only them again.
     """
-    read = partial(_row_or_error, folder=folder, drifts=drifts or {})
+    read = partial(_row_or_error, folder=folder, drifts=drifts or {}, slo=slo)
     with _readers(len(trials)) as pool:
         gathered = list(pool.map(read, trials, chunksize=_CHUNK))
     rows = [row for row in gathered if not isinstance(row, RecordError)]
@@ -182,15 +188,15 @@ def _readers(trials: int) -> Executor:
 
 
 def _row_or_error(
-    trial: Trial, folder: Path, drifts: Mapping[str, float]
+    trial: Trial, folder: Path, drifts: Mapping[str, float], slo: Slo
 ) -> dict[str, Any] | RecordError:
     try:
-        return _row(trial, folder / trial.id, drifts)
+        return _row(trial, folder / trial.id, drifts, slo)
     except RecordError as error:
         return error
 
 
-def _row(trial: Trial, folder: Path, drifts: Mapping[str, float]) -> dict[str, Any]:
+def _row(trial: Trial, folder: Path, drifts: Mapping[str, float], slo: Slo) -> dict[str, Any]:
     record, requests = _read(folder / "requests.parquet", _REQUEST_COLUMNS)
     if record.get("spec_digest") != trial.digest:
         raise RecordError(_describe_staleness(record, trial))
@@ -203,7 +209,7 @@ def _row(trial: Trial, folder: Path, drifts: Mapping[str, float]) -> dict[str, A
     if other_record != record:
         raise RecordError("telemetry.parquet and requests.parquet are from different measurements")
     try:
-        row = metrics.cell_row(record, requests, telemetry)
+        row = metrics.cell_row(record, requests, telemetry, slo=slo)
         drift = drifts.get(row["allocation"])
         cell_validity = check_validity(Evidence(record, requests, telemetry, drift))
         return row | {"allocation_drift": drift} | asdict(cell_validity)

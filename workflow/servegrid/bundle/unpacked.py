@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from servegrid.analysis import tables
+from servegrid.analysis.slo import parse_slo
 from servegrid.analysis.tables import gather_study
 from servegrid.bundle.derive import AnalysisInputs, write_tables
 from servegrid.bundle.layout import (
@@ -90,7 +91,8 @@ class UnpackedBundle:
             for group in (self.study.trials, self.study.drift_checks)
         )
         try:
-            return gather_study(Study(self.study.name, trials, drift_checks), self.tree / CELLS)
+            study = Study(self.study.name, trials, drift_checks)
+            return gather_study(study, self.tree / CELLS, parse_slo(self.config))
         except RecordError as error:
             # The other lines say how to measure again, which does not apply to a bundle.
             lines = [line.strip() for line in str(error).splitlines() if line[:2] == "  "]

@@ -50,6 +50,12 @@ def add_capacity(subcommands: Any) -> None:
         help="mean seconds between a response and the same user's next request",
     )
     add(
+        "--load-factor",
+        type=arguments.fraction,
+        metavar="X",
+        help="mean load of a week as a fraction of that at the busiest time, for costs per token",
+    )
+    add(
         "--slo-attainment",
         type=arguments.fraction_below_one,
         metavar="X",

@@ -18,12 +18,14 @@ from servegrid.study.grid import Deployment
 class ModelShape:
     """The properties of a model that limit its speed.
 
-    `params` is the number of parameters, `active_params` the number that one token uses. A dense
+    `params` is the number of parameters, `active_params` the number that one token uses,
+    `embedding_params` the number in the input embedding, of which a token uses one row. A dense
     model has one expert, which all tokens use. Sizes are in bytes.
     """
 
     params: float
     active_params: float
+    embedding_params: float
     experts: int
     active_experts: int
     kv_bytes_per_token: float
@@ -66,11 +68,13 @@ class Latencies:
 def latency_bound(
     shape: ModelShape, hardware: Hardware, concurrency: float, input_len: int
 ) -> Latencies:
-    """Lower bounds of the latencies of `concurrency` requests with prompts of `input_len` tokens.
+    """The roofline's latencies of `concurrency` requests with prompts of `input_len` tokens.
 
     Each parameter costs two FLOP per token. Prefill processes all prompts together and reads the
     weights at least once. A decoding step reads the weights that its tokens use, and the KV cache
-    of every request. Only the prompt's KV cache counts; the generated tokens add to it.
+    of every request. Only the prompt's KV cache counts; the generated tokens add to it. This is not
+    a strict bound: tokens can use fewer experts than on average, and phases can overlap. See
+    `burst_bound`.
     """
     flop_per_token = 2 * shape.active_params
     prompt_tokens = concurrency * input_len
@@ -81,6 +85,29 @@ def latency_bound(
     read = shape.read_bytes(concurrency) + prompt_tokens * shape.kv_bytes_per_token
     itl = max(read / hardware.bandwidth, concurrency * flop_per_token / hardware.flops)
     return Latencies(ttft, itl)
+
+
+def burst_bound(
+    shape: ModelShape, hardware: Hardware, concurrency: float, input_len: int, output_len: int
+) -> float:
+    """The seconds that no engine can undercut: until all requests of a burst have ended.
+
+    Prefill, decoding, reading and arithmetic may all overlap, so the bound is the larger of two
+    sums. Arithmetic: two FLOP per parameter and token, without the input embedding; the output
+    layer, which is as large, only for output tokens. Reading: the weights at least once per output
+    token, without the input embedding in 16 bits, and with the experts of a single token, because
+    equal prompts can use the same ones; and the KV cache of each prompt in 16 bits, once per output
+    token after the first. It does not hold if prompts share their KV cache.
+    """
+    tokens = concurrency * (input_len + output_len - 1)
+    flop = 2 * (shape.active_params - 2 * shape.embedding_params) * tokens
+    flop += 2 * shape.embedding_params * concurrency * output_len
+    weights = shape.read_bytes(1) - 2 * shape.embedding_params
+    kv_cache = concurrency * (output_len - 1) * input_len * shape.kv_bytes_per_token
+    return max(
+        flop / hardware.flops,
+        (output_len * weights + kv_cache) / hardware.bandwidth,
+    )
 
 
 def model_shape(deployment: Deployment) -> ModelShape:
@@ -100,6 +127,7 @@ def model_shape(deployment: Deployment) -> ModelShape:
     return ModelShape(
         params=row["params_b"] * 1e9,
         active_params=row["active_params_b"] * 1e9,
+        embedding_params=row["embedding_params_b"] * 1e9,
         experts=int(row["experts"]),
         active_experts=int(row["active_experts"]),
         kv_bytes_per_token=row["kv_kib_per_token"] * 1024,
@@ -123,6 +151,7 @@ def deployment_hardware(deployment: Deployment) -> Hardware:
 
 
 _OTHER_COLUMNS = {
-    *("params_b", "active_params_b", "experts", "active_experts", "kv_kib_per_token"),
+    *("params_b", "active_params_b", "embedding_params_b"),
+    *("experts", "active_experts", "kv_kib_per_token"),
 }
 """The columns of `data.models()` that are not the weights with a quantization."""

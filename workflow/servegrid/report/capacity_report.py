@@ -22,7 +22,7 @@ HEAD = (
     "GPUs",
     "price",
     "price per token/s",
-    "price per million tokens",
+    "price per million tokens (at peak load)",
     "energy cost per million tokens",
 )
 
@@ -40,12 +40,15 @@ number of requests in flight. For the interval in brackets, all times are at the
 intervals at once.
 - **Users at which 50% of requests meet the SLO**: if this is close to the number of users per \
 replica, a few more users slow down many requests.
-- **Replicas**: each replica gets nine tenths of the users that it can carry (of the low end of \
-the interval, if there is one). Users are split evenly among replicas.
+- **Replicas**: each replica gets 90% of the users that it can carry (of the low end of the \
+interval, if there is one), and 85% with prompts of several lengths. Users are split evenly among \
+replicas.
+- **Price per million tokens**: the price of the GPUs over the tokens of their years in use. The \
+load factor says how much of the busiest time's load a week has on average.
 
-Between two measured concurrencies, times are interpolated linearly. Nothing is assumed about \
-concurrencies above the highest measured one. Requests of all prompt lengths arrive mixed; how \
-they slow each other down is not measured."""
+Between two measured loads, times are interpolated linearly. Nothing is assumed about loads above \
+the highest measured one. Requests of all prompt lengths arrive mixed and share each step of the \
+engine: a request takes as much longer than alone as the mean request does."""
 
 
 BIONIC_ASSUMPTIONS = """\
@@ -104,7 +107,8 @@ def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
         prompts = f"Prompts have several lengths: {', '.join(parts)} tokens"
     return (
         f"{demand.users} registered users. At the busiest time, a share of {demand.logged_in:.4g} "
-        f"is logged in ({demand.concurrent_users} users). On average, {demand.think_time_s:g} s "
+        f"is logged in ({demand.concurrent_users} users). A week's mean load is "
+        f"{demand.load_factor:g} of that. On average, {demand.think_time_s:g} s "
         f"pass between a response and the next request of the same user. {prompts}. "
         f"{100 * demand.slo_attainment:g}% of requests must get at least "
         f"{demand.tokens_per_s_per_user:g} output tokens/s, including the time to first token. "
@@ -121,14 +125,18 @@ def _row(row: Mapping[Any, Any]) -> list[str]:
     if not pd.isna(row["users_carried_low"]):
         interval = f" [{row['users_carried_low']}, {row['users_carried_high']}]"
     figures = ("replicas", "gpus", "purchase", "purchase_per_token_per_s")
-    costs = ("purchase_per_million_tokens", "energy_cost_per_million_tokens")
+    per_million = _format_number(row["purchase_per_million_tokens"])
+    if not pd.isna(row["purchase_per_million_tokens_at_peak"]):
+        per_million += f" ({_format_number(row['purchase_per_million_tokens_at_peak'])})"
     return [
         name,
         str(row["prompt_tokens"]),
         f"{at_least}{row['max_in_flight']}",
         f"{at_least}{row['users_carried']}{interval}",
         f"{at_least}{row['users_at_50pct_slo']}",
-        *(_format_number(row[figure]) for figure in (*figures, *costs)),
+        *(_format_number(row[figure]) for figure in figures),
+        per_million,
+        _format_number(row["energy_cost_per_million_tokens"]),
     ]
 
 

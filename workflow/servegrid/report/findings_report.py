@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis.findings import Slo, format_max_within_slo, format_n_half
+from servegrid.analysis.findings import format_max_within_slo, format_n_half
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import workload_title
 from servegrid.report.latency_table import format_seconds
 from servegrid.report.markup import as_markdown, bullets

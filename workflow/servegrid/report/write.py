@@ -19,6 +19,7 @@ from servegrid.analysis.published import (
     describe_comparison,
     method_differences,
 )
+from servegrid.analysis.slo import parse_slo
 from servegrid.records import columns
 from servegrid.reference.published import load_published, published_from_config
 from servegrid.report import capacity_report, findings_report, markup, provenance
@@ -36,7 +37,7 @@ def write_findings(
     study names no published data. Raises RecordError if a file cannot be written, and ConfigError
     if the published data cannot be read.
     """
-    slo, names = findings.parse_slo(config), titles.deployment_titles(cells)
+    slo, names = parse_slo(config), titles.deployment_titles(cells)
     notes = titles.emulation_notes(cells)
     frontier = findings.compute_frontier(summary, slo)
     tables.save_table(frontier, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
@@ -126,7 +127,7 @@ def write_study_page(
         summary,
         frontier,
         pairs,
-        findings.parse_slo(config),
+        parse_slo(config),
         published_from_config(config),
         [trial.workload.prompts for trial in study.trials],
         provenance.describe_allocations(study.trials, cells, records),
@@ -147,7 +148,7 @@ def write_published_page(config: Mapping[str, Any], name: str, hardware: Path, p
 
     text = compose.render_published_page(
         load_published(name),
-        findings.parse_slo(config),
+        parse_slo(config),
         parse_demand(config),
         load_prices(hardware),
     )

@@ -144,11 +144,20 @@ CELLS = (
         "Time to first token: from sending the request (poisson: from its due time) to the first "
         "token",
     ),
+    *_latencies(
+        "ttft_from_sent",
+        "Time to first token from sending the request; differs from ttft for poisson only",
+    ),
     *_latencies("tpot", "Time per output token after the first: (e2el - ttft) / (tokens - 1)"),
     *_latencies(
         "itl",
         "Inter-token latency: time between two chunks with tokens, divided by the tokens of the "
         "later chunk",
+    ),
+    *_latencies(
+        "itl_per_chunk",
+        "Time between two chunks with tokens, not divided by their tokens: what `vllm bench` "
+        "calls itl",
     ),
     *_latencies(
         "e2el",
@@ -174,6 +183,18 @@ CELLS = (
         "tokens/s",
         "output_tokens_per_s / concurrency (with think time: / in_flight_mean): the token rate of "
         "one user, including the time to first token; null for poisson",
+    ),
+    Column(
+        "goodput_requests_per_s",
+        pa.float64(),
+        "requests/s",
+        "Requests that met the SLO of the study, each by itself / window_s",
+    ),
+    Column(
+        "slo_attainment",
+        pa.float64(),
+        "0 to 1",
+        "Requests that met the SLO / requests that ended in the window or failed",
     ),
     Column(
         "memory_peak_bytes",

@@ -26,6 +26,7 @@ SUMMARY_KEYS = _from_cells(
 SUMMARY_METRICS = (
     *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
     *("in_flight_mean", "ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+    *("goodput_requests_per_s", "slo_attainment"),
     *("memory_peak_bytes", "power_w_mean", "energy_j_per_output_token"),
 )
 """The columns of CELLS that a summary contains as median over the trials with an interval."""
@@ -199,7 +200,7 @@ CAPACITY_PLAN = (
         pa.int32(),
         "users",
         "Users that the plan puts on one replica: 90% of users_carried_low, or of users_carried "
-        "if that is null",
+        "if that is null; 85% with prompts of several lengths",
     ),
     Column("replicas", pa.int32(), "", "Replicas for all users, who are split evenly"),
     Column("gpus", pa.int32(), "", "GPUs of all replicas"),
@@ -216,7 +217,14 @@ CAPACITY_PLAN = (
         "purchase_per_million_tokens",
         pa.float64(),
         _MONEY,
-        "purchase / millions of output tokens in `years_in_use`, at a constant output_tokens_per_s",
+        "purchase / millions of output tokens in `years_in_use`, at `load_factor` × "
+        "output_tokens_per_s on average",
+    ),
+    Column(
+        "purchase_per_million_tokens_at_peak",
+        pa.float64(),
+        _MONEY,
+        "The same if it were the busiest time around the clock",
     ),
     Column(
         "energy_j_per_output_token",

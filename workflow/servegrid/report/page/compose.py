@@ -10,13 +10,14 @@ import pandas as pd
 
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.engine_comparison import compare_engines
-from servegrid.analysis.findings import Slo, compute_frontier, describe_findings
+from servegrid.analysis.findings import compute_frontier, describe_findings
 from servegrid.analysis.published import (
     compare_with_published,
     describe_comparison,
     method_differences,
     published_summary,
 )
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles, hardware_title, workload_title
 from servegrid.reference.published import PublishedData
 from servegrid.report.findings_report import frontier_table
@@ -163,6 +164,13 @@ def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices)
             _text(demand.think_time_s),
             0.1,
             7200,
+        ),
+        FormField(
+            "load_factor",
+            "Load factor: mean load / load at the busiest time, %",
+            _text(100 * demand.load_factor),
+            0.1,
+            100,
         ),
         FormField(
             "tokens_per_s_per_user",

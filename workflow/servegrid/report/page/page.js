@@ -294,7 +294,7 @@ function readDemand() {
   const prices = Object.fromEntries(Object.entries(entries).filter(([name]) => name.startsWith("price:")).map(([name, value]) => [name.slice(6), value]));
   return {
     workload: entries.plan_workload,
-    demand: { ...entries, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: entries.logged_in / 100, slo_attainment: entries.slo_attainment / 100 },
+    demand: { ...entries, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: entries.logged_in / 100, load_factor: entries.load_factor / 100, slo_attainment: entries.slo_attainment / 100 },
     hardware: { ...payload.hardware, prices, electricity_per_kwh: entries.electricity_per_kwh, years_in_use: entries.years_in_use },
   };
 }
@@ -312,6 +312,7 @@ const PLAN_COLUMNS = [
   ["price", (row) => formatNumber(row.purchase)],
   ["price per token/s", (row) => formatNumber(row.purchase_per_token_per_s)],
   ["price per million tokens", (row) => formatNumber(row.purchase_per_million_tokens)],
+  ["at peak load", (row) => formatNumber(row.purchase_per_million_tokens_at_peak)],
   ["J per output token", (row) => formatNumber(row.energy_j_per_output_token)],
   ["energy cost per million tokens", (row) => formatNumber(row.energy_cost_per_million_tokens)],
 ];

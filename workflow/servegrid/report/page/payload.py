@@ -58,6 +58,8 @@ METRICS = (
     PageMetric("tpot_s_p50", "Time per output token, median", "ms", False, 1e3),
     PageMetric("itl_s_p50", "Inter-token latency, median", "ms", False, 1e3),
     PageMetric("e2el_s_p50", "End-to-end latency, median", "s", False),
+    PageMetric("goodput_requests_per_s", "Goodput: requests that meet the SLO", "requests/s", True),
+    PageMetric("slo_attainment", "Requests that meet the SLO", "%", True, 100.0),
     PageMetric("memory_peak_bytes", "Peak memory", "GiB", False, 2.0**-30),
     PageMetric("power_w_mean", "Mean power of the GPUs", "W", False),
     PageMetric("energy_j_per_output_token", "Energy per output token", "J", False),

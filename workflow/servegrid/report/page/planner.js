@@ -179,6 +179,7 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
   const purchase = price === null ? null : price * Math.max(1, gpuCount) * replicas;
   const joules = curves.joules && interpolate(curves.joules, busy);
   const ifKnown = (value, ...inputs) => (inputs.some((input) => input === null || input === undefined) ? null : value());
+  const perMillion = ifKnown(() => (purchase / (hardware.years_in_use * YEAR_S) / tokens) * 1e6, purchase, hardware.years_in_use);
   return {
     ...row,
     users_per_replica: usersPerReplica,
@@ -189,9 +190,8 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
     purchase,
     purchase_per_token_per_s: ifKnown(() => purchase / capacity, purchase, capacity),
     energy_j_per_output_token: joules,
-    purchase_per_million_tokens: ifKnown(
-      () => (purchase / (hardware.years_in_use * YEAR_S) / tokens) * 1e6, purchase, hardware.years_in_use
-    ),
+    purchase_per_million_tokens: perMillion && perMillion / demand.load_factor,
+    purchase_per_million_tokens_at_peak: perMillion,
     energy_cost_per_million_tokens: ifKnown(
       () => ((joules * 1e6) / KWH_J) * hardware.electricity_per_kwh, joules, hardware.electricity_per_kwh
     ),

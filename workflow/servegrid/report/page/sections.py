@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis.findings import Slo
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles
 from servegrid.records.verdict import OK
 from servegrid.report.findings_report import (
