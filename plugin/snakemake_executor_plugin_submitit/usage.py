@@ -68,8 +68,9 @@ class UsageStats:
             self._work_end = None
             return
         start, end = span
-        self.work_s += end - start
-        if self._work_end is not None:
+        # A clock that was stepped meanwhile gives negative times, which say nothing.
+        self.work_s += max(0.0, end - start)
+        if self._work_end is not None and start >= self._work_end:
             self.gaps_s.append(start - self._work_end)
         self._work_end = end
 

@@ -191,7 +191,7 @@ class Campaign:
         wanted = self.measured() + count
         silent_since, known = time.monotonic(), self.measured()
         while (now := self.measured()) < wanted:
-            if now != known:
+            if now != known or now == len(self.trials):  # then the tables and figures are made
                 silent_since, known = time.monotonic(), now
             silence = time.monotonic() - silent_since
             assert silence < SILENCE_LIMIT_S, f"no cell for {silence:.0f} s: {self.output()}"
@@ -217,7 +217,8 @@ class Campaign:
             self.check_complete()
             self.main = None
             return False
-        for trial in set(re.findall(r"rm -r results/cells/(\S+)", self.output())):
+        damaged = " ".join(re.findall(r"rm -r (.+)", self.output())).split()
+        for trial in {path.removeprefix("results/cells/") for path in damaged}:
             # What the message says about a damaged cell.
             assert trial in self.damaged and trial not in self.finished(), trial
             shutil.rmtree(self.work.folder / "results/cells" / trial)

@@ -50,6 +50,19 @@ def test_times_are_added_up_per_use() -> None:
     assert (usage.starts, usage.repeated_starts) == (4, 1)
 
 
+def test_a_clock_that_is_stepped_gives_no_negative_times() -> None:
+    """Found by `make chaos`: a run reported -134% work."""
+    usage = usage_of(
+        ("started", 100.0, {}),
+        ("job_started", 101.0, {"ticket": "1-x"}),
+        ("job_finished", 103.0, {"ticket": "1-x", "work_span": [191.0, 102.0]}),
+        ("job_started", 103.0, {"ticket": "2-y"}),
+        ("job_finished", 106.0, {"ticket": "2-y", "work_span": [15.0, 17.0]}),
+    )
+    assert usage.work_s == pytest.approx(2)
+    assert usage.gaps_s == []
+
+
 def test_the_summary_says_what_is_left_and_how_to_resume() -> None:
     usage = usage_of(*RUN)
     usage.failed = {"y"}
