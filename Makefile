@@ -7,6 +7,7 @@ PYTHON := .venv/bin/python
 NEWER_SLURM := $(HOME)/.cache/servegrid/slurm-trixie
 # What differs between versions of Slurm: records, lost nodes, jobs that Slurm holds.
 ON_BOTH := slurm_s_record or loss_of_a_node or slurm_holds or again_and_again
+CAMPAIGN := tests/slurm/test_slurm_chaos.py
 CHECKED := workflow plugin tests docs bench
 
 # pip's advice is of no use for an environment that is made from a complete list.
@@ -32,7 +33,8 @@ test-steps:
 	$(PYTHON) -m pytest -n 2 --dist worksteal tests/unit tests/simulation
 	$(PYTHON) -m pytest -n 3 --dist worksteal -m crowded tests/integration
 	$(PYTHON) -m pytest -m "not crowded" tests/integration  # timed tests get the machine to themselves
-	$(PYTHON) -m pytest -n 4 --dist worksteal -m "not chaos" tests/slurm  # each waits for its own Slurm
+	$(PYTHON) -m pytest -n 4 --dist worksteal -m "not chaos" --ignore $(CAMPAIGN) tests/slurm
+	$(PYTHON) -m pytest -s $(CAMPAIGN)  # it looks for what is left behind, so it runs alone
 	@if PATH="$(CURDIR)/.venv/bin:$$PATH" tests/unpack_slurm.sh trixie $(NEWER_SLURM); then \
 		echo "The same with $$($(NEWER_SLURM)/wrap/sinfo -V):"; \
 		UNPACKED_SLURM=$(NEWER_SLURM) $(PYTHON) -m pytest -n 2 -k "$(ON_BOTH)" tests/slurm; \
@@ -58,7 +60,7 @@ bench: .venv/.ready model  ## measure the cost of measuring (PEERS=1: other clie
 chaos: .venv/.dev model  ## random faults during a rehearsal on a private Slurm (SEED, FAULTS, MINUTES)
 	tests/install.sh
 	SEED=$(or $(SEED),1) FAULTS=$(or $(FAULTS),500) MINUTES=$(or $(MINUTES),90) \
-		$(PYTHON) -m pytest -s tests/slurm/test_slurm_chaos.py
+		$(PYTHON) -m pytest -s $(CAMPAIGN)
 	$(PYTHON) -m pytest -s -m chaos tests/slurm
 
 format: .venv/.dev  ## run the formatters
