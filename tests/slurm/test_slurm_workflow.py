@@ -15,6 +15,8 @@ from helpers.cluster import Cluster
 from servegrid.study import models
 from slurm.conftest import KIND, Workspace
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[2]
 REHEARSAL = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
 FEW = {"include": [{"concurrency": [1, 8], "input_len": [31, 21]}]}
@@ -32,7 +34,7 @@ class Study(Workspace):
             *("--submitit-kinds", str(ROOT / "profiles/plafrim/kinds.yaml")),
         ]
         process = self.launch(*options, *arguments)
-        process.wait(timeout=280)
+        process.wait(timeout=800)
         output = self.log.read_text()
         return f"{output}\nstatus {process.returncode}"
 
