@@ -312,7 +312,7 @@ const PLAN_COLUMNS = [
   ["price", (row) => formatNumber(row.purchase)],
   ["price per token/s", (row) => formatNumber(row.purchase_per_token_per_s)],
   ["price per million tokens", (row) => formatNumber(row.purchase_per_million_tokens)],
-  ["at peak load", (row) => formatNumber(row.purchase_per_million_tokens_at_peak)],
+  ["price per million tokens at peak load", (row) => formatNumber(row.purchase_per_million_tokens_at_peak)],
   ["J per output token", (row) => formatNumber(row.energy_j_per_output_token)],
   ["energy cost per million tokens", (row) => formatNumber(row.energy_cost_per_million_tokens)],
 ];
