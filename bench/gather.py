@@ -28,6 +28,14 @@ from servegrid.study.grid import Study, Trial
 
 REQUESTS, TOKENS = 128, 100
 MS = 1_000_000
+DEPLOYMENT = {
+    "model": "m",
+    "checkpoint": "m",
+    "quantization": "q",
+    "engine": "vllm",
+    "gpu": "a100-40gb",
+    "max_model_len": 100_000,
+}
 
 
 def make_study(cells: int) -> Study:
@@ -43,16 +51,7 @@ def make_study(cells: int) -> Study:
                 "output_len": TOKENS,
                 "drift_checks": False,
             },
-            "deployments": [
-                {
-                    "model": "m",
-                    "checkpoint": "m",
-                    "quantization": "q",
-                    "engine": "vllm",
-                    "gpu": "a100-40gb",
-                    "max_model_len": 100_000,
-                }
-            ],
+            "deployments": [DEPLOYMENT],
         }
     )
     return Study(study.name, study.trials[:cells])
@@ -125,16 +124,21 @@ def write_records(study: Study, folder: Path) -> None:
     rng = np.random.default_rng(0)
     requests, telemetry = [make_requests(rng) for _ in range(8)], make_telemetry()
     for number, trial in enumerate(study.trials):
-        record = {parquet.RECORD_KEY: json.dumps(make_record(trial), sort_keys=True).encode()}
-        trial_folder = folder / trial.id
-        trial_folder.mkdir(parents=True)
-        for name, table in (("requests", requests[number % 8]), ("telemetry", telemetry)):
-            pq.write_table(
-                table.replace_schema_metadata(record),
-                trial_folder / f"{name}.parquet",
-                compression="zstd",
-                write_page_checksum=True,
-            )
+        write_trial(trial, folder, requests[number % 8], telemetry)
+
+
+def write_trial(trial: Trial, folder: Path, requests: pa.Table, telemetry: pa.Table) -> None:
+    """Write both files of a trial, each with the trial's record."""
+    record = {parquet.RECORD_KEY: json.dumps(make_record(trial), sort_keys=True).encode()}
+    trial_folder = folder / trial.id
+    trial_folder.mkdir(parents=True)
+    for name, table in (("requests", requests), ("telemetry", telemetry)):
+        pq.write_table(
+            table.replace_schema_metadata(record),
+            trial_folder / f"{name}.parquet",
+            compression="zstd",
+            write_page_checksum=True,
+        )
 
 
 def plain_read(study: Study, folder: Path) -> None:

@@ -22,11 +22,9 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import yaml
 
 import gather as records
-from servegrid.records import parquet
 from servegrid.study.config import load_study
 
 ROOT = Path(__file__).parents[1]
@@ -40,14 +38,6 @@ JOBS = (1_000, 5_000)
 
 def study_config(cells: int) -> dict[str, Any]:
     """A study of one deployment per 250 cells."""
-    deployment = {
-        "model": "m",
-        "checkpoint": "m",
-        "quantization": "q",
-        "engine": "vllm",
-        "gpu": "a100-40gb",
-        "max_model_len": 100_000,
-    }
     return {
         "study": "scale",
         "workload": {
@@ -58,7 +48,7 @@ def study_config(cells: int) -> dict[str, Any]:
             "drift_checks": False,
         },
         "deployments": [
-            deployment | {"name": f"deployment-{number}"}
+            records.DEPLOYMENT | {"name": f"deployment-{number}"}
             for number in range(cells // CELLS_PER_DEPLOYMENT)
         ],
     }
@@ -69,17 +59,8 @@ def write_records(folder: Path) -> None:
     rng = np.random.default_rng(0)
     telemetry = records.make_telemetry(samples=4)
     for trial in load_study(folder / "study.yaml").all_trials:
-        record = {parquet.RECORD_KEY: json.dumps(records.make_record(trial)).encode()}
-        trial_folder = folder / "results/cells" / trial.id
-        trial_folder.mkdir(parents=True)
-        tables = {"requests": records.make_requests(rng, REQUESTS, TOKENS), "telemetry": telemetry}
-        for name, table in tables.items():
-            pq.write_table(
-                table.replace_schema_metadata(record),
-                trial_folder / f"{name}.parquet",
-                compression="zstd",
-                write_page_checksum=True,
-            )
+        requests = records.make_requests(rng, REQUESTS, TOKENS)
+        records.write_trial(trial, folder / "results/cells", requests, telemetry)
 
 
 def measure(*arguments: str) -> tuple[float, float]:

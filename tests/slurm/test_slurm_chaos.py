@@ -356,7 +356,7 @@ class Campaign:
         self.cluster.call("scontrol", *(word.replace("JOB", job) for word in words))
         return True
 
-    def break_command(self, name: str, seconds: float = 6) -> bool:
+    def break_command(self, name: str, seconds: float) -> bool:
         """A command of Slurm fails for a while, as if the controller did not answer."""
         path = self.cluster.folder / "bin" / name
         text = path.read_text()
@@ -573,36 +573,25 @@ def controller_restarted(campaign: Campaign) -> bool:
 
 
 @fault
-def squeue_fails(campaign: Campaign) -> bool:
-    return campaign.break_command("squeue", 10)
-
-
-@fault
-def sbatch_fails(campaign: Campaign) -> bool:
-    return campaign.break_command("sbatch")
-
-
-@fault
-def scontrol_fails(campaign: Campaign) -> bool:
-    return campaign.break_command("scontrol")
-
-
-@fault
-def scancel_fails(campaign: Campaign) -> bool:
-    return campaign.break_command("scancel")
-
-
-@fault
-def sacct_fails(campaign: Campaign) -> bool:
-    return campaign.break_command("sacct")
-
-
-@fault
 def database_lost(campaign: Campaign) -> bool:
     campaign.cluster.lose_database()
     time.sleep(3)
     campaign.cluster.return_database()
     return True
+
+
+def break_command(command: str, seconds: float) -> Fault:
+    return lambda campaign: campaign.break_command(command, seconds)
+
+
+for command, seconds in {
+    "squeue": 10,
+    "sbatch": 6,
+    "scontrol": 6,
+    "scancel": 6,
+    "sacct": 6,
+}.items():
+    KINDS[f"{command} fails"] = break_command(command, seconds)
 
 
 # users and clocks
@@ -641,33 +630,26 @@ def clock_stepped(campaign: Campaign) -> bool:
 # files and file systems
 
 
-@fault
-def disk_full_for_a_while(campaign: Campaign) -> bool:
-    return campaign.work.break_disk("full", 4)
+def break_disk(disk_fault: str, seconds: float) -> Fault:
+    return lambda campaign: campaign.work.break_disk(disk_fault, seconds)
 
 
-@fault
-def disk_read_only_for_a_while(campaign: Campaign) -> bool:
-    return campaign.work.break_disk("read-only", 4)
-
-
-@fault
-def disk_slow_for_a_while(campaign: Campaign) -> bool:
-    return campaign.work.break_disk("slow", 6)
-
-
-@fault
-def new_files_seen_late(campaign: Campaign) -> bool:
-    return campaign.work.break_disk("late", 3 * LATE_S)
+KINDS |= {
+    "disk full for a while": break_disk("full", 4),
+    "disk read only for a while": break_disk("read-only", 4),
+    "disk slow for a while": break_disk("slow", 6),
+    "new files seen late": break_disk("late", 3 * LATE_S),
+}
 
 
 @fault
 def socket_left(campaign: Campaign) -> bool:
     """A killed process leaves its temporary folder with a socket. The next one removes it."""
     script = (
-        "import os, socket, tempfile; from servegrid.node import folders; "
-        "path = tempfile.mkdtemp(prefix=f'{folders._prefix()}-'); "
-        "socket.socket(socket.AF_UNIX).bind(f'{path}/s'); os.kill(os.getpid(), 9)"
+        "import os, socket; from servegrid.node.folders import temporary_folder\n"
+        "with temporary_folder() as folder:\n"
+        "    socket.socket(socket.AF_UNIX).bind(f'{folder}/s')\n"
+        "    os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", script], timeout=60)
     return True

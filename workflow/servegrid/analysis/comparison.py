@@ -28,6 +28,7 @@ from scipy.stats import false_discovery_control, nct
 
 from servegrid.analysis.intervals import t_quantile
 from servegrid.analysis.metrics import SERVEGRID_ORIGIN
+from servegrid.analysis.summary import CELL_KEYS
 from servegrid.analysis.titles import emulation_notes
 from servegrid.errors import ComparisonError
 from servegrid.records.verdict import OK
@@ -48,7 +49,6 @@ METRIC = "output_tokens_per_s"
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 NOT_TESTED = "not tested"
 
-_CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 _SETTINGS = ("requests", "prompts", "think_time_s", "output_spread")
 """Columns in which two cells must be equal to be compared, if both studies know them."""
 _DEPLOYMENT_KEYS = ("model", "quantization", "gpu", "gpu_count")
@@ -101,7 +101,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False
     """
     _check_same_kind(first, second, allow_mixed)
     shared = set(first["deployment"]) & set(second["deployment"])
-    keys = ["deployment", *_CELL_KEYS] if shared else [*_DEPLOYMENT_KEYS, *_CELL_KEYS]
+    keys = ["deployment", *CELL_KEYS] if shared else [*_DEPLOYMENT_KEYS, *CELL_KEYS]
     ours, theirs = (_group_cells(cells, keys) for cells in (first, second))
     left_out = [
         *(f"{_format_cell(key)}: only in the first study" for key in ours if key not in theirs),

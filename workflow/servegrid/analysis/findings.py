@@ -12,8 +12,13 @@ import pandas as pd
 
 from servegrid.analysis import tables
 from servegrid.analysis.intervals import Interval, t_quantile
-from servegrid.analysis.latency_curves import latency_curves, requests_in_flight, time_scale
-from servegrid.analysis.queueing import Curve, isotonic_fit, max_in_flight
+from servegrid.analysis.latency_curves import (
+    interpolated_latency,
+    latency_curves,
+    requests_in_flight,
+    time_scale,
+)
+from servegrid.analysis.queueing import max_in_flight
 from servegrid.analysis.slo import Slo
 from servegrid.records import columns
 from servegrid.study.grid import CONCURRENCY_PROTOCOLS
@@ -44,17 +49,20 @@ def compute_frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
 class LinearFit:
     """T(n) = `base_s` + `slope_s` n, the time of a request with n in flight.
 
-    `n_half` is `base_s / slope_s`: with so many in flight, the server has half of the throughput
-    that it approaches with more, 1 / `slope_s` (R. W. Hockney's n½ and r∞, 1982). `interval` is
-    its 95% interval; an end is infinite if the slope may be 0. `residual` is the largest relative
-    difference between a measured time and the line.
+    `interval` is the 95% interval of `n_half`; its upper end is infinite if the slope may be 0.
+    `residual` is the largest relative difference between a measured time and the line.
     """
 
     base_s: float
     slope_s: float
-    n_half: float
     interval: Interval
     residual: float
+
+    @property
+    def n_half(self) -> float:
+        """With so many in flight, the server has half of the throughput that it approaches with
+        more, 1 / `slope_s` (R. W. Hockney's n½ and r∞, 1982)."""
+        return self.base_s / self.slope_s
 
 
 def fit_line(in_flight: Sequence[float], seconds: Sequence[float]) -> LinearFit | None:
@@ -76,7 +84,7 @@ def fit_line(in_flight: Sequence[float], seconds: Sequence[float]) -> LinearFit 
     covariance = float(differences @ differences) / degrees * np.linalg.inv(design.T @ design)
     interval = _fieller(float(base), float(slope), covariance, t_quantile(degrees))
     residual = float(np.abs(differences).max())
-    return LinearFit(float(base), float(slope), float(base / slope), interval, residual)
+    return LinearFit(float(base), float(slope), interval, residual)
 
 
 def _fieller(top: float, bottom: float, covariance: Any, t: float) -> Interval:
@@ -160,9 +168,8 @@ def _within(cells: pd.DataFrame, column: str, maximum: float, highest: int) -> i
     if known.empty:
         return 0
     known = known.assign(in_flight=requests_in_flight(known)).sort_values("in_flight")
-    latencies = isotonic_fit((known[column].astype(float) / time_scale(cells)).tolist())
-    curve = Curve(tuple(known["in_flight"]), tuple(latencies))
-    return max_in_flight(curve.interpolated()[:highest], maximum)
+    latencies = interpolated_latency(known, column, 1 / time_scale(cells))
+    return max_in_flight(latencies[:highest], maximum)
 
 
 def _n_half(cells: pd.DataFrame) -> dict[str, Any]:

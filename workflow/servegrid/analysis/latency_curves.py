@@ -124,6 +124,15 @@ def weighted_mean(rows: Rows, shares: Sequence[float]) -> list[float]:
     ]
 
 
+def interpolated_latency(cells: pd.DataFrame, column: str, factor: float) -> list[float]:
+    """`column` × `factor` at 1, 2, … requests in flight, non-decreasing.
+
+    `cells` are of one prompt length, with the column `in_flight` in ascending order.
+    """
+    fitted = isotonic_fit([float(value) * factor for value in cells[column]])
+    return Curve(tuple(cells["in_flight"]), tuple(fitted)).interpolated()
+
+
 def time_scale(cells: pd.DataFrame) -> float:
     """By which factor the times of a deployment's cells differ from real time; 1 if measured."""
     known = cells["time_scale"].iloc[0]
@@ -140,9 +149,7 @@ def _seconds(by_length: Sequence[pd.DataFrame], column: str, limit: int) -> Rows
     rows = []
     for cells in by_length:
         factor = float(cells["output_len"].iloc[0]) / 100 / time_scale(cells)
-        fitted = isotonic_fit([float(value) * factor for value in cells[column]])
-        curve = Curve(tuple(cells["in_flight"]), tuple(fitted))
-        rows.append(curve.interpolated()[:limit])
+        rows.append(interpolated_latency(cells, column, factor)[:limit])
     return rows
 
 

@@ -17,9 +17,8 @@ from servegrid.analysis.intervals import Interval, bring_up_medians, interval
 from servegrid.records import columns
 from servegrid.records.verdict import OK
 
-_CELL_KEYS = (
-    *("deployment", "protocol", "concurrency", "request_rate", "input_len", "output_len"),
-)
+CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
+"""The columns that identify a cell of a deployment."""
 
 
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
@@ -58,7 +57,7 @@ def count_trials(cells: pd.DataFrame) -> tuple[int, int]:
     """The largest numbers of trials and of bring-ups of a cell in a table of `columns.CELLS`."""
     if cells.empty:
         return 0, 0
-    groups = cells.groupby(list(_CELL_KEYS), sort=False, dropna=False)
+    groups = cells.groupby(["deployment", *CELL_KEYS], sort=False, dropna=False)
     bring_ups = groups["allocation"].nunique().max() if "allocation" in cells else 1
     return int(groups.size().max()), max(1, int(bring_ups))
 
