@@ -4,7 +4,7 @@ Two bring-ups of the same deployment differ: in the node, the memory layout, the
 cells and trials of one share that, so however many there are, they are one sample. A deployment's
 ratio is tested with Student's t over the means of its bring-ups in both studies, a cell's ratio
 over its bring-ups. The test takes it that bring-ups vary alike in both studies: with two or three,
-their two variances cannot be told apart. With one bring-up in a study there is a ratio and no
+their two variances cannot be distinguished. With one bring-up in a study there is a ratio and no
 verdict.
 
 The tests use logarithms of speed, because a slower server changes all speeds by a factor. Verdicts
