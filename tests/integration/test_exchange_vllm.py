@@ -26,7 +26,8 @@ outputs = [
                       ttft=ttft, itl=itl, latency=latency, start_time=start)
     for error, prompt, output, ttft, itl, latency, start in zip(*(exported[key] for key in lists))
 ]
-found, lengths = calculate_metrics([], outputs, exported["duration"], None, [99.0], {})
+found, lengths = calculate_metrics([], outputs, exported["duration"], None, [99.0],
+                                   {"ttft": 75, "e2el": 1000})
 found = dataclasses.asdict(found)
 found["output_lens"] = lengths
 json.dump(found, open(sys.argv[2], "w"), default=float)
@@ -55,14 +56,17 @@ def make_irregular(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.crowded
 def test_an_export_has_the_metrics_that_vllm_computes(tmp_path: Path) -> None:
-    study = {**STUDY, "workload": STUDY["workload"] | {"concurrency": 5, "trials": 1}}
+    workload = STUDY["workload"] | {"concurrency": 5, "trials": 1}
+    slo = {"tokens_per_s_per_user": 0.1, "ttft_s": 0.075, "e2el_s": 1}
+    study = {**STUDY, "workload": workload, "slo": slo}
     write_results(tmp_path, study)
+    configfile = tmp_path / "study.json"
+    configfile.write_text(json.dumps(study))
     trial = "d/burst-c5-i31-o10/trial-1"
     make_irregular(tmp_path / "results/cells" / trial / "requests.parquet")
     output = tmp_path / "exported"
-    assert (
-        main(["export", str(tmp_path), "--format", "vllm-bench", "--output-dir", str(output)]) == 0
-    )
+    options = ("--output-dir", str(output), "--configfile", str(configfile))
+    assert main(["export", str(tmp_path), "--format", "vllm-bench", *options]) == 0
     file, found = output / f"{trial.replace('/', '.')}.json", tmp_path / "found.json"
     done = subprocess.run(
         [sys.executable, "-c", VLLM_METRICS, str(file), str(found)],
@@ -85,4 +89,6 @@ def test_an_export_has_the_metrics_that_vllm_computes(tmp_path: Path) -> None:
         1,
         [10, 10, 10, 1, 0],
     )
-    assert compared == 4 * 4 + 8  # four statistics of each latency, and all counts
+    # By hand: only the second request has its first token within 75 ms and its last within 1 s.
+    assert exported["request_goodput"] == pytest.approx(1 / exported["duration"])
+    assert compared == 4 * 4 + 9  # four statistics of each latency, and all counts

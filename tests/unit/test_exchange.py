@@ -204,9 +204,10 @@ def results(tmp_path: Path) -> Path:
     return tmp_path / "results"
 
 
-def export_results(results: Path, kind: str) -> dict[str, Any]:
+def export_results(results: Path, kind: str, *options: str) -> dict[str, Any]:
     output = results.parent / kind
-    assert main(["export", str(results), "--format", kind, "--output-dir", str(output)]) == 0
+    command = ["export", str(results), "--format", kind, "--output-dir", str(output)]
+    assert main([*command, *options]) == 0
     files = {path.name: json.loads(path.read_text()) for path in output.iterdir()}
     assert files.keys() == {f"{trial.replace('/', '.')}.json" for trial in TRIALS}
     return files
@@ -225,6 +226,26 @@ def test_a_trial_is_exported_in_the_format_of_vllm_bench(results: Path) -> None:
     assert exported["median_e2el_ms"] == pytest.approx(2000)
     assert exported["date"] == "20260101-000000"
     assert "generated_texts" not in exported
+
+
+@pytest.mark.parametrize(
+    ("slo", "goodput"),
+    [
+        ({}, 1.0),  # 10 tokens in 2 s are 5 tokens/s, the default
+        ({"tokens_per_s_per_user": 5.1}, 0.0),
+        ({"ttft_s": 0.1}, 1.0),
+        ({"ttft_s": 0.099}, 0.0),
+        ({"e2el_s": 1.9}, 0.0),
+    ],
+)
+def test_an_export_counts_the_requests_that_meet_the_slo_of_a_study(
+    results: Path, slo: dict[str, float], goodput: float
+) -> None:
+    study = results / "study.json"
+    study.write_text(json.dumps({**STUDY, "slo": slo}))
+    exported = export_results(results, "vllm-bench", "--configfile", str(study))
+    # Two requests in 2 s, each with the first token after 0.1 s and the last one after 2 s.
+    assert exported["d.burst-c2-i31-o10.trial-1.json"]["request_goodput"] == goodput
 
 
 def test_an_exported_result_can_be_imported(results: Path) -> None:

@@ -89,9 +89,7 @@ def _capacity(options: argparse.Namespace) -> int:
     from servegrid.report import capacity_report
     from servegrid.study import config
 
-    study = {} if options.configfile is None else config.load_mapping(options.configfile)
-    if study:
-        config.parse_study(study, [options.configfile])
+    study = config.load_settings(options.configfile)
     given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
     if options.prompt_mix:  # instead of the study's one length
         study = {**study, "capacity": {**study.get("capacity", {}), "input_len": None}}

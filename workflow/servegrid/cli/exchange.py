@@ -23,6 +23,7 @@ def add_export(subcommands: Any) -> None:
     add("results", type=Path, metavar="RESULTS", help="a folder of results")
     add("--format", choices=FORMATS, required=True)
     add("--output-dir", type=Path, metavar="DIR", required=True, help="folder for the files")
+    add("--configfile", type=Path, metavar="FILE", help="a study; its slo is used for goodput")
     parser.set_defaults(run=_export)
 
 
@@ -49,8 +50,11 @@ def add_import(subcommands: Any) -> None:
 def _export(options: argparse.Namespace) -> int:
     import pyarrow.parquet as pq
 
+    from servegrid.analysis.slo import parse_slo
     from servegrid.exchange import llmd, trials, vllm_bench
+    from servegrid.study import config
 
+    slo = parse_slo(config.load_settings(options.configfile))
     folder = trials.find_records_folder(options.results)
     written = 0
     for trial, record, row in trials.read_trials(folder):
@@ -60,7 +64,7 @@ def _export(options: argparse.Namespace) -> int:
             continue
         else:
             requests = pq.read_table(folder / trial.id / "requests.parquet")
-            exported = vllm_bench.format_result(record, requests)
+            exported = vllm_bench.format_result(record, requests, slo)
         _write_json(exported, options.output_dir / f"{trial.id.replace('/', '.')}.json")
         written += 1
     print(f"{written} files in {options.output_dir}")

@@ -43,10 +43,7 @@ def _report(options: argparse.Namespace) -> int:
     from servegrid.report.write import write_published_page
     from servegrid.study import config
 
-    study: dict[str, Any] = {}
-    if options.configfile is not None:
-        study = config.load_mapping(options.configfile)
-        config.parse_study(study, [options.configfile])
+    study = config.load_settings(options.configfile)
     page = options.output or Path(f"{Path(options.published).name.removesuffix('.csv')}.html")
     write_published_page(study, options.published, options.hardware or find_hardware_file(), page)
     print(page)

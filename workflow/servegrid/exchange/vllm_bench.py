@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from servegrid.analysis.slo import Slo
 from servegrid.errors import ExchangeError
 from servegrid.exchange.imported import (
     ImportedResult,
@@ -165,10 +166,12 @@ def _parse_metrics(
     return metrics
 
 
-def format_result(record: Mapping[str, Any], requests: pa.Table) -> dict[str, Any]:
+def format_result(record: Mapping[str, Any], requests: pa.Table, slo: Slo) -> dict[str, Any]:
     """A trial like `vllm bench serve --save-detailed` would save it, but without texts.
 
-    `requests` has the columns of `columns.REQUESTS`. Raises ExchangeError if no request was sent.
+    `requests` has the columns of `columns.REQUESTS`. Goodput counts the requests that meet `slo`,
+    with latencies from sending on, as vLLM counts them; those of an emulated engine in real time.
+    Raises ExchangeError if no request was sent.
     """
     trial = Trial.from_spec(record["spec"])
     workload, deployment = trial.workload, trial.deployment
@@ -179,6 +182,11 @@ def format_result(record: Mapping[str, Any], requests: pa.Table) -> dict[str, An
     served = [row for row in rows if row["error"] is None]
     prompts = sum(row["prompt_tokens"] or workload.input_len for row in served)
     tokens = sum(row["completion_tokens"] for row in served)
+    scale = record["engine"].get("time_scale") or 1.0
+    good = sum(
+        slo.is_met(_ttft(row) / scale, _latency(row) / scale, row["completion_tokens"])
+        for row in served
+    )
     api = record["engine"].get("api")
     backend = "openai-chat" if api == "chat" else "openai"
     return {
@@ -198,7 +206,7 @@ def format_result(record: Mapping[str, Any], requests: pa.Table) -> dict[str, An
         "total_input_tokens": prompts,
         "total_output_tokens": tokens,
         "request_throughput": len(served) / duration,
-        "request_goodput": None,
+        "request_goodput": good / duration,
         "output_throughput": tokens / duration,
         "total_token_throughput": (prompts + tokens) / duration,
         "input_lens": [row["prompt_tokens"] or workload.input_len for row in rows],

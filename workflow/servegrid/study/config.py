@@ -90,6 +90,15 @@ def load_study(file: Path) -> Study:
     return parse_study(load_mapping(file), [file])
 
 
+def load_settings(file: Path | None) -> dict[str, Any]:
+    """The keys of a study, such as `slo`; none without a file. Raises ConfigError, as above."""
+    if file is None:
+        return {}
+    study = load_mapping(file)
+    parse_study(study, [file])
+    return study
+
+
 def load_mapping(file: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError if the file does not contain one."""
     try:
