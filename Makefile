@@ -59,7 +59,7 @@ bench: .venv/.ready model  ## measure the cost of measuring (PEERS=1: other clie
 
 chaos: .venv/.dev model  ## random faults during a rehearsal on a private Slurm (SEED, FAULTS, MINUTES)
 	tests/install.sh
-	SEED=$(or $(SEED),1) FAULTS=$(or $(FAULTS),500) MINUTES=$(or $(MINUTES),90) \
+	SEED=$(or $(SEED),1) FAULTS=$(or $(FAULTS),500) MINUTES=$(or $(MINUTES),180) \
 		$(PYTHON) -m pytest -s $(CAMPAIGN)
 	$(PYTHON) -m pytest -s -m chaos tests/slurm
 

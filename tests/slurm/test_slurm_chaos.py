@@ -143,7 +143,7 @@ class Campaign:
         gaps = [0.3]
         while self.injected() < FAULTS:
             assert time.monotonic() < deadline, f"only {self.injected()} faults in {LIMIT_S:g} s"
-            self.wait_for_cells(self.random.randint(1, 4))
+            self.wait_for_cells(self.random.randint(0, 2))
             chosen = time.monotonic()
             kind = self.choose()
             if kind is None:
