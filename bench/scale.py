@@ -2,13 +2,15 @@
 
 The records are artificial and small. The steps are those of a user who has measured everything:
 plan, all tables, figures and the page, bundle, verify. A second table is about the main process
-while an executor runs many short jobs on 200 allocations. `growth` is the time or memory per cell,
-divided by that of the smallest study: 1.0 is linear.
+while an executor runs many short jobs on 200 allocations. Times are CPU seconds, because other work
+on the machine changes them less. `growth` is the time or memory per cell, divided by that of the
+smallest study: 1.0 is linear.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import string
@@ -64,8 +66,7 @@ def write_records(folder: Path) -> None:
 
 
 def measure(*arguments: str) -> tuple[float, float]:
-    """Run a Python command. Returns its seconds, and the MiB of its largest process."""
-    started = time.monotonic()
+    """Run a Python command. Returns its CPU seconds, and the MiB of its largest process."""
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
             [sys.executable, *arguments], stdout=output, stderr=output, cwd=ROOT
@@ -75,11 +76,11 @@ def measure(*arguments: str) -> tuple[float, float]:
         if child.returncode:
             output.seek(0)
             sys.exit(output.read().decode()[-5000:])
-    return time.monotonic() - started, usage.ru_maxrss / 1024
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def measure_study(cells: int) -> dict[str, tuple[float, float]]:
-    """Seconds and MiB of each step."""
+    """CPU seconds and MiB of each step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "study.yaml").write_text(yaml.safe_dump(study_config(cells)))
@@ -104,7 +105,7 @@ def measure_study(cells: int) -> dict[str, tuple[float, float]]:
 
 
 def measure_executor(jobs: int) -> tuple[float, float]:
-    """Seconds, and the MiB of Snakemake's main process at the end."""
+    """CPU seconds and MiB of Snakemake's main process at the end."""
     names = ("".join(letters) for letters in product(string.ascii_lowercase, repeat=2))
     groups = dict.fromkeys(islice(names, ALLOCATIONS), jobs // ALLOCATIONS)
     with tempfile.TemporaryDirectory() as name:
@@ -112,7 +113,6 @@ def measure_executor(jobs: int) -> tuple[float, float]:
         (folder / "acts").mkdir()
         (folder / "plan.json").write_text(json.dumps({"out": groups}))
         (folder / "kinds.yaml").write_text("toy: {}\n")
-        started = time.monotonic()
         with (folder / "output.log").open("wb") as output:
             main = psutil.Popen(
                 [
@@ -127,13 +127,16 @@ def measure_executor(jobs: int) -> tuple[float, float]:
                 stdout=output,
                 stderr=output,
             )
-            mib = 0.0
+            seconds = mib = 0.0
             while main.poll() is None:
-                mib = main.memory_info().rss / 2**20 or mib
+                with contextlib.suppress(psutil.Error):  # it has just ended
+                    mib = main.memory_info().rss / 2**20 or mib
+                    times = main.cpu_times()
+                    seconds = times.user + times.system
                 time.sleep(0.2)
         if main.returncode:
             sys.exit((folder / "output.log").read_text()[-5000:])
-        return time.monotonic() - started, mib
+        return seconds, mib
 
 
 def report(title: str, sizes: tuple[int, ...], rows: dict[str, list[tuple[float, float]]]) -> None:
