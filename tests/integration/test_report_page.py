@@ -207,6 +207,8 @@ REPEATED = [
         energy_j_per_output_token=0.5 + 4 / concurrency,
         seconds_per_100_tokens=noise * (2 + index + concurrency / (3 if index else 8))
         + length / 99,
+        ttft_s_p50=noise * concurrency / 10 + length / 1000,
+        e2el_s_p50=noise * (1 + concurrency / 4) + index,
         valid=None if (index, concurrency) in NOT_SERVED else (index, concurrency) != (2, 8),
         verdict="timeout" if (index, concurrency) in NOT_SERVED else "ok",
     )
@@ -227,6 +229,8 @@ ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
     ({"load_factor": "50"}, Demand(load_factor=0.5)),
     ({"tokens_per_s_per_user": "12.5"}, Demand(tokens_per_s_per_user=12.5)),
     ({"tokens_per_s_per_user": "300"}, Demand(tokens_per_s_per_user=300.0)),
+    ({"ttft_s": "1.05"}, Demand(ttft_s=1.05)),
+    ({"ttft_s": "3", "e2el_s": "6"}, Demand(ttft_s=3.0, e2el_s=6.0)),
     ({"input_len": "119", "users": "7"}, Demand(input_len=119, users=7)),
     ({"input_len": "prompt_mix"}, Demand(prompt_mix=MIX)),
 ]

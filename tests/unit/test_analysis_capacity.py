@@ -1,5 +1,6 @@
 """The capacity plan agrees with calculations by hand and with the article's tables."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from servegrid.analysis.capacity import (
     parse_demand,
     plan_capacity,
 )
+from servegrid.analysis.findings import compute_frontier, format_max_within_slo
 from servegrid.analysis.published import published_summary
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.tables import fill_nulls
 from servegrid.cli.main import main
 from servegrid.errors import ConfigError
@@ -100,15 +103,38 @@ def test_users_per_replica_follow_from_the_slow_end_of_the_intervals() -> None:
     assert row["max_in_flight_is_lower_bound"]
 
 
+@pytest.mark.parametrize(("slo", "limit"), [("ttft_s", 4.0), ("e2el_s", 7.0)])
+def test_limits_on_latencies_bound_the_plan_as_they_bound_the_frontier(
+    slo: str, limit: float
+) -> None:
+    # Both latencies grow by 1 s per request in flight: ttft from 1 s, e2el from 4 s.
+    rows = summary(
+        *(cell(n, 5.0, ttft_s_p50=float(n), e2el_s_p50=3.0 + n) for n in (1, 2, 8)),
+    )
+    demand = replace(Demand(), **{slo: limit})
+    row = only(plan_capacity(rows, demand, HARDWARE))
+    assert row["max_in_flight"] == 4
+    assert only(compute_frontier(rows, demand.slo))["max_within_slo"] == 4
+    assert row["users_carried"] < only(plan_capacity(rows, Demand(), HARDWARE))["users_carried"]
+
+
+def test_an_slo_on_a_latency_that_is_not_known_gives_no_plan() -> None:
+    rows = summary(cell(1, 5.0), cell(2, 6.0))
+    reason = "the SLO limits the time to first token, which is not known for every cell"
+    assert only(plan_capacity(rows, Demand(ttft_s=1.0), HARDWARE))["reason"] == reason
+    frontier = only(compute_frontier(rows, Slo(ttft_s=1.0)))
+    assert format_max_within_slo(frontier) == f"unknown ({reason})"
+
+
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
         ([cell(1, 1.0, trials_valid=0)], "there is no valid cell"),
         ([cell(1, None, trials_served=0, trials_valid=0)], "there is no valid cell"),
-        ([cell(1, 60.0)], "the SLO may be missed even at the lowest measured concurrency"),
+        ([cell(1, 60.0)], "too few requests meet the SLO, even with one user"),
         (
             [cell(64, 30.0), cell(128, 40.0)],
-            "the SLO may be missed even at the lowest measured concurrency",
+            "too few requests meet the SLO, even with one user",
         ),
         (
             [cell(1, 1.0), cell(1, None, input_len=63, trials_valid=0)],
@@ -154,7 +180,7 @@ def test_emulated_times_are_divided_by_the_time_scale() -> None:
     rows = summary(cell(1, 0.05, engine="emulated", time_scale=0.005))
     row = only(plan_capacity(rows, Demand(tokens_per_s_per_user=11.0), HARDWARE))
     assert row["emulated"]
-    assert row["reason"] == "the SLO may be missed even at the lowest measured concurrency"
+    assert row["reason"] == "too few requests meet the SLO, even with one user"
     assert (
         only(plan_capacity(rows, Demand(tokens_per_s_per_user=9.0), HARDWARE))["max_in_flight"] == 1
     )
@@ -281,14 +307,25 @@ def test_the_command_accepts_a_prompt_mix(capsys: pytest.CaptureFixture[str]) ->
     assert (
         "Prompts have several lengths: 0.75 of 31, 0.25 of 119 tokens." in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [("31", "'31' must be LENGTH:SHARE,…"), ("31:1,31:2", "'31:1,31:2' has a length twice")],
+)
+def test_the_command_refuses_a_prompt_mix_that_is_not_clear(
+    mix: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        run("--published", "inria-2024", "--prompt-mix", "31")
+        run("--published", "inria-2024", "--prompt-mix", mix)
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_names_a_missing_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--tables", str(tmp_path)) == 2
-    assert "Run the study first" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "summary.parquet: the table cannot be read (no such file). Run" in message
     assert main(["capacity", "--hardware", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: cannot be read" in capsys.readouterr().err

@@ -268,8 +268,19 @@ def test_the_command_fails_on_a_slowdown_above_the_limit(
     assert main(["compare", first, second, "--fail-on", "slower:20%"]) == 0
     file = tmp_path / "page.html"
     assert main(["compare", first, second, "--fail-on", "slower:5%", "--page", str(file)]) == 1
-    assert "Slower by more than 0.05: d1" in capsys.readouterr().out
+    assert "Slower by more than 5%: d1" in capsys.readouterr().out
     assert "<td>slower</td>" in file.read_text()
+
+
+def test_a_limit_that_cannot_be_tested_is_not_passed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (
+        saved(study(trial(speed)), tmp_path / name) for name, speed in (("a", 1.0), ("b", 0.5))
+    )
+    assert main(["compare", first, second]) == 0
+    assert main(["compare", first, second, "--fail-on", "slower:5%"]) == 2
+    assert "--fail-on: d0 cannot be tested" in capsys.readouterr().err
 
 
 def test_comparisons_of_emulated_figures_have_a_note() -> None:

@@ -64,6 +64,14 @@ def test_energy_is_exact_to_2_percent_or_unknown(step_s: float, seconds: float) 
             assert found == pytest.approx(300, rel=0.02)
 
 
+@pytest.mark.parametrize("joules", [(1, 1, 1, 1), (1, 1, 51, 51)])
+def test_with_fewer_than_two_steps_of_a_counter_the_power_is_unknown(
+    joules: tuple[float, ...],
+) -> None:
+    found = power(*((number / 10, "GPU-a", 80, counted) for number, counted in enumerate(joules)))
+    assert (found.mean_w, found.sampled_w) == (None, pytest.approx(80))
+
+
 def test_without_a_counter_the_sampled_power_is_used() -> None:
     sampled = power((0, "GPU-a", 100, None), (2, "GPU-a", 200, None))
     assert (sampled.counter_w, sampled.mean_w, sampled.disagreement) == (None, 150, None)
@@ -84,12 +92,14 @@ def test_without_a_counter_the_sampled_power_is_used() -> None:
     ],
 )
 def test_the_power_is_unknown_if_one_gpu_is_unknown(rows: list[Any]) -> None:
-    assert power(*rows) == Power(None, None)
+    found = power(*rows)
+    assert (found.mean_w, found.counter_w, found.sampled_w) == (None, None, None)
 
 
 def test_a_counter_that_ran_backwards_is_not_used() -> None:
     rows = [(0, "GPU-a", 100, 500), (1, "GPU-a", 100, 3), (2, "GPU-a", 100, 900)]
-    assert power(*rows) == Power(None, 100)
+    found = power(*rows)
+    assert (found.mean_w, found.counter_w, found.sampled_w) == (None, None, 100)
 
 
 @pytest.mark.parametrize(
@@ -129,4 +139,4 @@ def test_gpu_columns_cover_all_samples_of_all_gpus() -> None:
 
 def test_samples_need_not_be_in_order() -> None:
     rows = [(2, "GPU-a", 100, 300), (0, "GPU-a", 100, 100), (1, "GPU-a", 100, 200)]
-    assert power(*rows) == Power(100, 100, counted_s=1, needs_s=50)
+    assert power(*rows) == Power(100, 100, counted_s=1, needs_s=50, has_counters=True)

@@ -143,7 +143,7 @@ def test_findings_are_sentences_about_the_figures() -> None:
     assert text == (
         "Mixtral, burst: Most requests in flight that meet the SLO (5 tokens/s): at least 128 with "
         "prompts of 31 tokens, 16 with prompts of 2193 tokens. With prompts of 31 tokens, the time "
-        "grows by a factor of 6 from concurrency 1 to 128. It grows on a straight line: the "
+        "grows by a factor of 6 from concurrency 1 to 128. It grows linearly: the "
         "throughput reaches half of its limit with 27 [22, 33] requests in flight. "
         "Prompts of 2193 tokens take 1.3 × the time of prompts of 31 tokens at concurrency 1, and "
         "3.6 × at concurrency 16."

@@ -226,6 +226,7 @@ def test_a_trial_is_exported_in_the_format_of_vllm_bench(results: Path) -> None:
     assert exported["median_e2el_ms"] == pytest.approx(2000)
     assert exported["date"] == "20260101-000000"
     assert "generated_texts" not in exported
+    assert (exported["servegrid"]["valid"], exported["servegrid"]["emulated"]) == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +247,14 @@ def test_an_export_counts_the_requests_that_meet_the_slo_of_a_study(
     exported = export_results(results, "vllm-bench", "--configfile", str(study))
     # Two requests in 2 s, each with the first token after 0.1 s and the last one after 2 s.
     assert exported["d.burst-c2-i31-o10.trial-1.json"]["request_goodput"] == goodput
+
+
+def test_a_report_of_llm_d_has_no_goodput(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["export", str(results), "--format", "llm-d", "--output-dir", str(results / "out")]
+    assert main([*command, "--configfile", str(results / "study.json")]) == 2
+    assert "have no goodput" in capsys.readouterr().err
 
 
 def test_an_exported_result_can_be_imported(results: Path) -> None:

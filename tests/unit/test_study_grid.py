@@ -360,6 +360,20 @@ REFUSED = [
         lambda c: c.update(capacity={"think_time_s": float("inf")}),
         ["capacity.think_time_s: inf is not of type number", "Mean time"],
     ),
+    (
+        lambda c: c.update(
+            capacity={"input_len": 31, "prompt_mix": [{"input_len": 31, "share": 1}]}
+        ),
+        ["capacity: `input_len` and `prompt_mix` exclude each other", "Remove one"],
+    ),
+    (
+        lambda c: c.update(capacity={"prompt_mix": [{"input_len": 31, "share": 1}] * 2}),
+        ["capacity.prompt_mix: an `input_len` occurs twice"],
+    ),
+    (
+        lambda c: c["workload"].update(bring_ups=101),
+        ["workload.bring_ups: 101 is more than 100."],
+    ),
 ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from servegrid.analysis.latency_curves import (
     weighted_mean,
 )
 from servegrid.analysis.queueing import mean_in_flight, requests_per_s, users_carried
+from servegrid.analysis.slo import Slo, parse_slo
 from servegrid.records import columns
 from servegrid.study import config
 from servegrid.study.deployment import EMULATED
@@ -44,7 +45,8 @@ class Demand:
     At the busiest time the share `logged_in` of all `users` is logged in. Each of them thinks for
     `think_time_s` seconds on average between a response and the next request. `load_factor` is the
     mean load of a week divided by that of the busiest time: 0.3 are ten busy hours on five days.
-    The share `slo_attainment` of the requests must get `tokens_per_s_per_user`. Prompts have
+    The share `slo_attainment` of the requests must meet the SLO: `tokens_per_s_per_user`, `ttft_s`
+    and `e2el_s` (see `Slo`). Prompts have
     `input_len` tokens; if it is None, they have lengths in the shares of `prompt_mix`; if that is
     None too, all measured lengths are equally frequent.
     """
@@ -55,8 +57,15 @@ class Demand:
     load_factor: float = 0.3
     slo_attainment: float = 0.95
     tokens_per_s_per_user: float = 5.0
+    ttft_s: float | None = None
+    e2el_s: float | None = None
     input_len: int | None = None
     prompt_mix: Mapping[int, float] | None = None
+
+    @property
+    def slo(self) -> Slo:
+        """The service level objective."""
+        return Slo(self.tokens_per_s_per_user, self.ttft_s, self.e2el_s)
 
     @property
     def prompt_shares(self) -> Mapping[int, float] | None:
@@ -84,13 +93,12 @@ class HardwarePrices:
 
 def parse_demand(study: Mapping[str, Any]) -> Demand:
     """The demand in a study's configuration, which matches the schema."""
-    rate = study.get("slo", {}).get("tokens_per_s_per_user", Demand.tokens_per_s_per_user)
     capacity = dict(study.get("capacity", {}))
     if "prompt_mix" in capacity:
         capacity["prompt_mix"] = {
             each["input_len"]: each["share"] for each in capacity["prompt_mix"]
         }
-    return Demand(tokens_per_s_per_user=rate, **capacity)
+    return Demand(**asdict(parse_slo(study)), **capacity)
 
 
 def load_prices(file: Path) -> HardwarePrices:
@@ -127,7 +135,7 @@ def plan_capacity(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrice
             "protocol": protocol,
             "output_len": int(str(output_len)),
         }
-        curves = latency_curves(cells, demand.prompt_shares)
+        curves = latency_curves(cells, demand.prompt_shares, demand.slo)
         if isinstance(curves, str):
             rows.append(row | {"reason": curves})
         else:
@@ -143,14 +151,13 @@ def size_deployment(
     curves: LatencyCurves, demand: Demand, hardware: HardwarePrices, gpu: str, gpu_count: int
 ) -> dict[str, Any]:
     """How much hardware the demand needs on one deployment, by names of `columns.CAPACITY_PLAN`."""
-    limit_s = curves.output_len / demand.tokens_per_s_per_user
     seconds = weighted_mean(curves.seconds, curves.shares)
-    highest = min(allowed_in_flight(curves.seconds, curves.shares, limit_s))
+    highest = min(allowed_in_flight(curves, curves.seconds, demand.slo))
 
     def carried(rows: Rows | None, slo_attainment: float = demand.slo_attainment) -> int | None:
         if rows is None:
             return None
-        limits = allowed_in_flight(rows, curves.shares, limit_s)
+        limits = allowed_in_flight(curves, rows, demand.slo)
         allowed = list(zip(limits, curves.shares, strict=True))
         mean = weighted_mean(rows, curves.shares)
         return users_carried(mean, allowed, demand.think_time_s, slo_attainment)
@@ -168,7 +175,7 @@ def size_deployment(
     share_used = SHARE_USED if len(curves.shares) == 1 else SHARE_USED_MIXED
     users_per_replica = max(1, math.floor(share_used * safe)) if safe else 0
     if not users_per_replica:
-        return size | {"reason": "the SLO may be missed even at the lowest measured concurrency"}
+        return size | {"reason": "too few requests meet the SLO, even with one user"}
     wanted = demand.concurrent_users
     replicas = math.ceil(wanted / users_per_replica)
     users_each = math.ceil(wanted / replicas)

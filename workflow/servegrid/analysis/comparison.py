@@ -63,7 +63,7 @@ class Ratio:
     of freedom, so p < 0.05 if and only if the interval lies outside 1 / (1 + MIN_EFFECT) to
     1 + MIN_EFFECT. They are None if a study has fewer than MIN_BRING_UPS. `count` is the number of
     bring-ups in the study that has fewer. `stdev` is the standard deviation of the logarithms
-    between bring-ups.
+    between bring-ups; None if no study has two.
     """
 
     name: str
@@ -227,11 +227,15 @@ def compare_deployment(name: str, cells: Sequence[tuple[Speeds, Speeds]]) -> Rat
 def _student(name: str, change: float, one: Sequence[float], other: Sequence[float]) -> Ratio:
     """The ratio of a change, with Student's t over two samples with one variance."""
     count = min(len(one), len(other))
-    if count < MIN_BRING_UPS:
-        return Ratio(name, math.exp(change), None, None, None, count, None)
     degrees = len(one) + len(other) - 2
-    squares = sum((len(values) - 1) * statistics.variance(values) for values in (one, other))
-    stdev = math.sqrt(squares / degrees)
+    squares = sum(
+        (len(values) - 1) * statistics.variance(values)
+        for values in (one, other)
+        if len(values) > 1
+    )
+    stdev = math.sqrt(squares / degrees) if degrees else None
+    if count < MIN_BRING_UPS or stdev is None:
+        return Ratio(name, math.exp(change), None, None, None, count, stdev)
     error = stdev * math.sqrt(1 / len(one) + 1 / len(other))
     return _test(name, change, error, degrees, count, stdev)
 

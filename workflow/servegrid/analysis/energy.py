@@ -52,19 +52,21 @@ class Power:
 
     A value is None if there is no GPU, or if for one of them there are fewer than two samples or a
     gap of more than MAX_GAP_S, or if its counter ran backwards or shows fewer than two steps.
-    `needs_s` is how long a cell must last so that `counter_w` is exact to MAX_COUNTER_ERROR, and
-    `counted_s` how long it was counted.
+    `needs_s` is the time from the first to the last step that makes `counter_w` exact to
+    MAX_COUNTER_ERROR, and `counted_s` the time that there was. `has_counters` says whether all GPUs
+    have an energy counter.
     """
 
     counter_w: float | None
     sampled_w: float | None
     counted_s: float | None = None
     needs_s: float | None = None
+    has_counters: bool = False
 
     @property
     def mean_w(self) -> float | None:
         """The power from the counters, if they are exact enough; from samples without counters."""
-        if self.counter_w is None:
+        if not self.has_counters:
             return self.sampled_w
         is_exact = not self.needs_s or (self.counted_s or 0.0) >= self.needs_s
         return self.counter_w if is_exact else None
@@ -88,12 +90,22 @@ def mean_power(telemetry: pa.Table) -> Power:
     sampled = _each_gpu(telemetry, "power_w", _time_average)
     sampled_w = None if sampled is None else math.fsum(sampled)
     if counted is None:
-        return Power(None, sampled_w)
+        return Power(None, sampled_w, has_counters=_has_counters(telemetry))
     return Power(
         counter_w=math.fsum(each.watts for each in counted),
         sampled_w=sampled_w,
         counted_s=min(each.seconds for each in counted),
         needs_s=max(each.gap_s for each in counted) / MAX_COUNTER_ERROR,
+        has_counters=True,
+    )
+
+
+def _has_counters(telemetry: pa.Table) -> bool:
+    """Whether there are GPUs, and each of them has a reading of its energy counter."""
+    gpus = telemetry.filter(pc.not_equal(telemetry["device"], ENGINE_DEVICE))
+    counted = gpus.filter(pc.is_valid(gpus["energy_j"]))
+    return gpus.num_rows > 0 and set(gpus["device"].unique().to_pylist()) == set(
+        counted["device"].unique().to_pylist()
     )
 
 

@@ -13,12 +13,10 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.intervals import Interval, t_quantile
 from servegrid.analysis.latency_curves import (
-    interpolated_latency,
+    allowed_in_flight,
     latency_curves,
     requests_in_flight,
-    time_scale,
 )
-from servegrid.analysis.queueing import max_in_flight
 from servegrid.analysis.slo import Slo
 from servegrid.records import columns
 from servegrid.study.grid import CONCURRENCY_PROTOCOLS
@@ -138,18 +136,12 @@ def _max_served(cells: pd.DataFrame) -> dict[str, Any]:
 
 def _max_within_slo(cells: pd.DataFrame, slo: Slo) -> dict[str, Any]:
     """The load that meets the SLO, of the cells of one prompt length."""
-    curves = latency_curves(cells, None)
+    curves = latency_curves(cells, None, slo)
     if isinstance(curves, str):
-        return {}
-    limit_s = curves.output_len / slo.tokens_per_s_per_user
+        return {"reason": curves}
     highest = len(curves.seconds[0])
-    others = [
-        _within(cells, column, maximum, highest)
-        for column, maximum in (("ttft_s_p50", slo.ttft_s), ("e2el_s_p50", slo.e2el_s))
-        if maximum is not None
-    ]
     found, low, high = (
-        None if rows is None else min([max_in_flight(rows[0], limit_s), *others])
+        None if rows is None else allowed_in_flight(curves, rows, slo)[0]
         for rows in (curves.seconds, curves.slow, curves.fast)
     )
     return {
@@ -160,16 +152,6 @@ def _max_within_slo(cells: pd.DataFrame, slo: Slo) -> dict[str, Any]:
         if found
         else None,
     }
-
-
-def _within(cells: pd.DataFrame, column: str, maximum: float, highest: int) -> int:
-    """The highest load up to `highest` at which a latency is at most `maximum`."""
-    known = cells[cells["trials_valid"] > 0].dropna(subset=column)
-    if known.empty:
-        return 0
-    known = known.assign(in_flight=requests_in_flight(known)).sort_values("in_flight")
-    latencies = interpolated_latency(known, column, 1 / time_scale(cells))
-    return max_in_flight(latencies[:highest], maximum)
 
 
 def _n_half(cells: pd.DataFrame) -> dict[str, Any]:
@@ -195,7 +177,10 @@ def _describe_limits(limits: pd.DataFrame, slo: Slo) -> str:
 
 
 def format_max_within_slo(row: Mapping[Any, Any]) -> str:
-    """`118 [112, 124]`, `at least 128`, or `none`, from a row of `columns.FRONTIER`."""
+    """`118 [112, 124]`, `at least 128`, `none` or `unknown (reason)`, from a row of
+    `columns.FRONTIER`."""
+    if not pd.isna(row["reason"]):
+        return f"unknown ({row['reason']})"
     highest, low, high = (row[f"max_within_slo{end}"] for end in ("", "_low", "_high"))
     if pd.isna(highest):
         return "none"
@@ -217,12 +202,12 @@ def _describe_growth(times: pd.DataFrame, limits: pd.DataFrame) -> str:
     )
     if not pd.isna(row["n_half"]):
         text += (
-            " It grows on a straight line: the throughput reaches half of its limit with "
+            " It grows linearly: the throughput reaches half of its limit with "
             f"{format_n_half(row)} requests in flight."
         )
     elif not pd.isna(row["linear_fit_residual"]):
         text += (
-            " It does not grow on a straight line: measured times differ from it by up to "
+            " It does not grow linearly: measured times differ from a straight line by up to "
             f"{row['linear_fit_residual']:.0%}."
         )
     return text

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from servegrid.analysis.queueing import Curve, isotonic_fit, max_in_flight
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import nearest_length
 from servegrid.analysis.validity import MIN_IN_FLIGHT
 
@@ -26,7 +27,8 @@ class LatencyCurves:
     `shares` has the share of each prompt length in all requests. `seconds`, `fast` and `slow` have
     one row per prompt length, with the seconds per request at 1, 2, … requests in flight: the
     medians and both ends of their 95% intervals. `fast` and `slow` are None if an interval is not
-    known. `joules` is the energy per output token at 1, 2, … requests in flight, if it is known.
+    known. `ttft` and `e2el` are the median latencies in the same form; None if one is not known.
+    `joules` is the energy per output token at 1, 2, … requests in flight, if it is known.
     `untested_above` says that no higher concurrency was measured.
     """
 
@@ -36,6 +38,8 @@ class LatencyCurves:
     seconds: Rows
     fast: Rows | None
     slow: Rows | None
+    ttft: Rows | None
+    e2el: Rows | None
     joules: Sequence[float] | None
     untested_above: bool
 
@@ -52,13 +56,13 @@ def requests_in_flight(cells: pd.DataFrame) -> pd.Series[float]:
 
 
 def latency_curves(
-    cells: pd.DataFrame, prompt_shares: Mapping[int, float] | None
+    cells: pd.DataFrame, prompt_shares: Mapping[int, float] | None, slo: Slo
 ) -> LatencyCurves | str:
     """The latency curves of one deployment, protocol and output length; or why there are none.
 
     `cells` are rows of `columns.SUMMARY`. `prompt_shares` are prompt lengths with their shares;
     None means all measured lengths, equally frequent. A curve ends below the lowest concurrency
-    that was not served.
+    that was not served. There are no curves if `slo` limits a latency that is not known.
     """
     valid = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
     default = 1.0 if prompt_shares is None else 0.0
@@ -91,6 +95,12 @@ def latency_curves(
     }
     tested_above = cells["concurrency"] > cells["input_len"].map(ends).astype(float)
     lengths = sorted(int(length) for length in valid["input_len"].unique())
+    ttft = _latencies(by_length, "ttft_s_p50", limit)
+    e2el = _latencies(by_length, "e2el_s_p50", limit)
+    if slo.ttft_s is not None and ttft is None:
+        return "the SLO limits the time to first token, which is not known for every cell"
+    if slo.e2el_s is not None and e2el is None:
+        return "the SLO limits the end-to-end latency, which is not known for every cell"
     normalised = [shares[length] / sum(shares.values()) for length in lengths]
     return LatencyCurves(
         prompt_tokens=" to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))),
@@ -99,17 +109,38 @@ def latency_curves(
         seconds=_seconds(by_length, "seconds_per_100_tokens", limit) or [],
         fast=_seconds(by_length, "seconds_per_100_tokens_low", limit),
         slow=_seconds(by_length, "seconds_per_100_tokens_high", limit),
+        ttft=ttft,
+        e2el=e2el,
         joules=_joules(by_length, normalised, limit),
         untested_above=not tested_above.any(),
     )
 
 
-def allowed_in_flight(rows: Rows, shares: Sequence[float], limit_s: float) -> list[int]:
-    """For each prompt length, the highest number of requests in flight that meets the limit.
+def allowed_in_flight(curves: LatencyCurves, seconds: Rows, slo: Slo) -> list[int]:
+    """For each prompt length, the highest number of requests in flight that meets the SLO.
 
-    Requests of all lengths share each step of the engine, so in a crowd of n the time of a step is
-    that of the mix: a request of length i takes as much longer than alone as the mean request does,
-    T_mix(n) + T_i(1) - T_mix(1). A simulation of the steps shows how far that holds
+    `seconds` are the seconds per request, one of the rows of `curves`: they decide on the token
+    rate. The limits of `slo` on latencies are held against `ttft` and `e2el`.
+    """
+    limits = (
+        (seconds, curves.output_len / slo.tokens_per_s_per_user),
+        (curves.ttft, slo.ttft_s),
+        (curves.e2el, slo.e2el_s),
+    )
+    allowed = [
+        _allowed(rows, curves.shares, limit_s)
+        for rows, limit_s in limits
+        if rows is not None and limit_s is not None
+    ]
+    return [min(each) for each in zip(*allowed, strict=True)]
+
+
+def _allowed(rows: Rows, shares: Sequence[float], limit_s: float) -> list[int]:
+    """For each prompt length, the highest number of requests in flight within a limit.
+
+    Requests of all lengths share each step of the engine. So with n in flight, a request of length
+    i takes T_mix(n) + T_i(1) - T_mix(1): the time of the mean request with n in flight, and what
+    this length takes more when it is alone. A simulation of the steps shows how far that holds
     (docs/statistics.md).
     """
     mixed = weighted_mean(rows, shares)
@@ -140,17 +171,23 @@ def time_scale(cells: pd.DataFrame) -> float:
 
 
 def _seconds(by_length: Sequence[pd.DataFrame], column: str, limit: int) -> Rows | None:
-    """Non-decreasing seconds per request at 1, 2, … `limit` in flight, one row per prompt length.
+    """Seconds per request, from a column of seconds per 100 output tokens; see `_latencies`."""
+    return _latencies(by_length, column, limit, float(by_length[0]["output_len"].iloc[0]) / 100)
+
+
+def _latencies(
+    by_length: Sequence[pd.DataFrame], column: str, limit: int, factor: float = 1.0
+) -> Rows | None:
+    """Non-decreasing seconds × `factor` at 1, 2, … `limit` in flight, one row per prompt length.
 
     None if the column is not known for every cell.
     """
     if any(cells[column].isna().any() for cells in by_length):
         return None
-    rows = []
-    for cells in by_length:
-        factor = float(cells["output_len"].iloc[0]) / 100 / time_scale(cells)
-        rows.append(interpolated_latency(cells, column, factor)[:limit])
-    return rows
+    return [
+        interpolated_latency(cells, column, factor / time_scale(cells))[:limit]
+        for cells in by_length
+    ]
 
 
 def _joules(

@@ -124,8 +124,9 @@ def load_table(path: Path) -> pd.DataFrame:
     try:
         return _to_pandas(pq.read_table(path))
     except (OSError, pa.ArrowException) as error:
+        cause = "no such file" if isinstance(error, FileNotFoundError) else error
         raise RecordError(
-            f"{path}: the table cannot be read ({error}). Run the study first, or name the folder "
+            f"{path}: the table cannot be read ({cause}). Run the study first, or name the folder "
             "of its tables."
         ) from error
 

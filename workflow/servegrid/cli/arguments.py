@@ -36,7 +36,7 @@ def fraction(text: str) -> float:
     """A number above 0, at most 1."""
     number = positive_float(text)
     if number > 1:
-        raise ArgumentTypeError(f"{text!r} is above 1; give a number from 0 to 1")
+        raise ArgumentTypeError(f"{text!r} is above 1; give a number above 0, at most 1")
     return number
 
 
@@ -54,7 +54,12 @@ def prompt_mix(text: str) -> dict[int, float]:
     {31: 3.0, 119: 1.0}
     """
     parts = [part.partition(":") for part in text.split(",")]
-    return {positive_int(length): positive_float(share) for length, _, share in parts}
+    if not all(share for _, _, share in parts):
+        raise ArgumentTypeError(f"{text!r} must be LENGTH:SHARE,…, such as 31:3,119:1")
+    mix = {positive_int(length): positive_float(share) for length, _, share in parts}
+    if len(mix) < len(parts):
+        raise ArgumentTypeError(f"{text!r} has a length twice; give each length one share")
+    return mix
 
 
 def server_url(text: str) -> str:

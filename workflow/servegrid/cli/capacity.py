@@ -67,6 +67,20 @@ def add_capacity(subcommands: Any) -> None:
         metavar="V",
         help="the SLO: minimum output tokens/s of each user, including the time to first token",
     )
+    add(
+        "--ttft",
+        type=arguments.positive_float,
+        dest="ttft_s",
+        metavar="S",
+        help="the SLO: maximum median time to first token in seconds; default: no limit",
+    )
+    add(
+        "--e2el",
+        type=arguments.positive_float,
+        dest="e2el_s",
+        metavar="S",
+        help="the SLO: maximum median end-to-end latency in seconds; default: no limit",
+    )
     prompts = parser.add_mutually_exclusive_group().add_argument
     prompts(
         "--input-len",
@@ -91,12 +105,10 @@ def _capacity(options: argparse.Namespace) -> int:
 
     study = config.load_settings(options.configfile)
     given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
-    if options.prompt_mix:  # instead of the study's one length
-        study = {**study, "capacity": {**study.get("capacity", {}), "input_len": None}}
-    demand = replace(
-        capacity.parse_demand(study),
-        **{name: value for name, value in given.items() if value is not None},
-    )
+    demand = capacity.parse_demand(study)
+    if options.prompt_mix or options.input_len:  # instead of the study's prompts
+        demand = replace(demand, input_len=None, prompt_mix=None)
+    demand = replace(demand, **{name: value for name, value in given.items() if value is not None})
     hardware = capacity.load_prices(options.hardware or find_hardware_file())
     if options.published:
         summary = published.published_summary(load_published(options.published))

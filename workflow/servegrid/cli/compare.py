@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.cli import arguments
+from servegrid.errors import ComparisonError
 
 SLOWER = 1
 """The exit status if --fail-on holds."""
@@ -17,8 +18,9 @@ def add_compare(subcommands: Any) -> None:
         "compare",
         help="test whether one study is faster or slower than another",
         description="Compare the output tokens/s of two studies per cell and per deployment, and "
-        "report for each: faster, slower or no evidence. A study is a folder of results or a "
-        "bundle. Exit status: 0, or 1 if --fail-on holds, or 2 if the studies cannot be compared.",
+        "report for each: faster, slower, no evidence or not tested. A study is a folder of "
+        "results or a bundle. Exit status: 0; 1 if --fail-on holds; 2 if the studies cannot be "
+        "compared, or if --fail-on is given and a deployment cannot be tested.",
     )
     add = parser.add_argument
     add("first", type=Path, metavar="A", help="the baseline")
@@ -39,7 +41,7 @@ def add_compare(subcommands: Any) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from servegrid.analysis.comparison import compare, find_regressions
+    from servegrid.analysis.comparison import MIN_BRING_UPS, compare, find_regressions
     from servegrid.bundle.cells import load_cells
     from servegrid.report import markup
     from servegrid.report.comparison_report import (
@@ -56,6 +58,15 @@ def _compare(options: argparse.Namespace) -> int:
     if options.fail_on is None:
         return 0
     failed = find_regressions(comparison, options.fail_on)
+    limit = f"{100 * options.fail_on:.3g}%"
     for ratio in failed:
-        print(f"Slower by more than {options.fail_on:.3g}: {ratio.name}, {ratio.ratio:.3f} ×")
-    return SLOWER if failed else 0
+        print(f"Slower by more than {limit}: {ratio.name}, {ratio.ratio:.3f} ×")
+    if failed:
+        return SLOWER
+    untested = [ratio.name for ratio in comparison.deployments if ratio.p is None]
+    if untested:
+        raise ComparisonError(
+            f"--fail-on: {', '.join(untested)} cannot be tested, because a study has fewer than "
+            f"{MIN_BRING_UPS} bring-ups. Set `bring_ups: 3` under `workload` in both studies."
+        )
+    return 0

@@ -28,6 +28,7 @@ from servegrid.exchange.imported import (
     to_ns,
 )
 from servegrid.records.tokens import split_tokens
+from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Protocol, Trial
 
 ORIGIN = "vllm bench serve"
@@ -166,10 +167,14 @@ def _parse_metrics(
     return metrics
 
 
-def format_result(record: Mapping[str, Any], requests: pa.Table, slo: Slo) -> dict[str, Any]:
+def format_result(
+    record: Mapping[str, Any], cell: Mapping[str, Any], requests: pa.Table, slo: Slo
+) -> dict[str, Any]:
     """A trial like `vllm bench serve --save-detailed` would save it, but without texts.
 
-    `requests` has the columns of `columns.REQUESTS`. Goodput counts the requests that meet `slo`,
+    `cell` is its row of `columns.CELLS`, with None for null. `requests` has the columns of
+    `columns.REQUESTS`. The key `servegrid` says what vLLM's keys cannot: whether the trial is valid
+    and whether it is emulated. Goodput counts the requests that meet `slo`,
     with latencies from sending on, as vLLM counts them; those of an emulated engine in real time.
     Raises ExchangeError if no request was sent.
     """
@@ -194,6 +199,13 @@ def format_result(record: Mapping[str, Any], requests: pa.Table, slo: Slo) -> di
         "endpoint_type": backend,
         "backend": backend,
         "label": trial.id,
+        "servegrid": {
+            "version": record.get("servegrid"),
+            "valid": cell["valid"],
+            "invalid_rules": cell["invalid_rules"],
+            "emulated": cell["engine"] == EMULATED,
+            "time_scale": cell["time_scale"],
+        },
         "model_id": deployment.checkpoint or deployment.model,
         "tokenizer_id": deployment.tokenizer or deployment.checkpoint,
         "num_prompts": len(rows),

@@ -11,6 +11,7 @@ from servegrid.analysis import rule_of_thumb
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.titles import workload_title
 from servegrid.report.markup import as_markdown
+from servegrid.study.text import pluralize
 
 HEAD = (
     "deployment",
@@ -33,22 +34,23 @@ NO_USERS = (
 
 METHOD = """\
 - **Max. requests in flight within SLO**: requests that one replica can process so that each \
-of them gets the token rate of the SLO, for every prompt length.
-- **Users per replica**: the most logged-in users at which the required share of requests gets \
-this token rate. The model is the machine repairman model, with a service rate that depends on the \
-number of requests in flight. For the interval in brackets, all times are at the ends of their 95% \
-intervals at once.
+of them meets the SLO, for every prompt length. Limits on latencies apply to the median.
+- **Users per replica**: the most logged-in users at which the required share of requests meets \
+the SLO. The model is a finite-population queue (machine repairman model). Its service rate \
+depends on the number of requests in flight. For the range in brackets, all times are at the ends \
+of their 95% intervals at once, so it is wider than a 95% interval.
 - **Users at which 50% of requests meet the SLO**: if this is close to the number of users per \
 replica, a few more users slow down many requests.
 - **Replicas**: each replica gets 90% of the users that it can carry (of the low end of the \
-interval, if there is one), and 85% with prompts of several lengths. Users are split evenly among \
+range, if there is one), or 85% with prompts of several lengths. Users are split evenly among \
 replicas.
-- **Price per million tokens**: the price of the GPUs over the tokens of their years in use. The \
-load factor says how much of the busiest time's load a week has on average.
+- **Price per million tokens**: the price of the GPUs divided by the tokens that they produce in \
+their years in use, with the mean load of a week. In brackets, as if the busiest time lasted all \
+week.
 
 Between two measured loads, times are interpolated linearly. Nothing is assumed about loads above \
 the highest measured one. Requests of all prompt lengths arrive mixed and share each step of the \
-engine: a request takes as much longer than alone as the mean request does."""
+engine: others slow each request by the same number of seconds as the mean request."""
 
 
 BIONIC_ASSUMPTIONS = """\
@@ -103,15 +105,27 @@ def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
         prompts = f"Prompts have about {demand.input_len} tokens"
     elif demand.prompt_mix is not None:
         total = sum(demand.prompt_mix.values())
-        parts = (f"{share / total:.3g} of {length}" for length, share in demand.prompt_mix.items())
-        prompts = f"Prompts have several lengths: {', '.join(parts)} tokens"
+        parts = [f"{share / total:.3g} of {length}" for length, share in demand.prompt_mix.items()]
+        prompts = f"Prompts have about {next(iter(demand.prompt_mix))} tokens"
+        if len(parts) > 1:
+            prompts = f"Prompts have several lengths: {', '.join(parts)} tokens"
+    limits = [
+        f"{name} at most {limit:g} s (median)"
+        for name, limit in (
+            ("the time to first token is", demand.ttft_s),
+            ("the end-to-end latency is", demand.e2el_s),
+        )
+        if limit is not None
+    ]
     return (
-        f"{demand.users} registered users. At the busiest time, a share of {demand.logged_in:.4g} "
-        f"is logged in ({demand.concurrent_users} users). A week's mean load is "
-        f"{demand.load_factor:g} of that. On average, {demand.think_time_s:g} s "
+        f"{pluralize(demand.users, 'registered user')}. At the busiest time, a share of "
+        f"{demand.logged_in:.4g} is logged in ({pluralize(demand.concurrent_users, 'user')}). The "
+        f"mean load of a week is {demand.load_factor:g} of that. On average, "
+        f"{demand.think_time_s:g} s "
         f"pass between a response and the next request of the same user. {prompts}. "
         f"{100 * demand.slo_attainment:g}% of requests must get at least "
-        f"{demand.tokens_per_s_per_user:g} output tokens/s, including the time to first token. "
+        f"{demand.tokens_per_s_per_user:g} output tokens/s, including the time to first token"
+        f"{''.join(f', and {limit}' for limit in limits)}. "
         f"Prices are for GPUs only, in {hardware.currency}."
     )
 

@@ -116,7 +116,7 @@ def _row(each: Ratio, workload: str | None = None) -> dict[str, str]:
     interval = "" if each.low is None else f" [{each.low:.3f}, {each.high:.3f}]"
     return {
         "deployment" if workload is None else "workload": workload or each.name,
-        "bring-ups": str(each.count),
+        "bring-ups (the fewer)": str(each.count),
         "ratio [95% interval]": f"{each.ratio:.3f}{interval}",
         "p": "–" if each.p is None else f"{each.p:.2g}",
         "verdict": each.verdict,

@@ -35,7 +35,8 @@ def frontier_caption(slo: Slo) -> str:
         "Highest concurrency that was served, and most requests in flight with which users get "
         f"{slo}, interpolated between measured loads. In the last column, the number of requests "
         "in flight with which the throughput is half of its limit: n½ = a / b, if the time is "
-        "a + b·n (– if no line fits). In brackets, 95% intervals."
+        "a + b·n (– if no line fits). In brackets, the range if all times are at the ends of their "
+        "95% intervals, and for n½ its 95% interval."
     )
 
 
@@ -153,5 +154,4 @@ def _format_max_served(row: Mapping[Any, Any]) -> str:
 
 
 def _format_within_slo(row: Mapping[Any, Any]) -> str:
-    text = format_max_within_slo(row)
-    return "–" if text == "none" else text.replace("at least", "≥")
+    return format_max_within_slo(row).replace("at least", "≥")

@@ -234,6 +234,19 @@ def _check_size(config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_prompt_mix(capacity: Mapping[str, Any]) -> None:
+    """Raise ConfigError if it is not clear which prompts the plan's users send."""
+    lengths = [each["input_len"] for each in capacity.get("prompt_mix", ())]
+    if lengths and "input_len" in capacity:
+        raise ConfigError(
+            "capacity: `input_len` and `prompt_mix` exclude each other. Remove one of the two."
+        )
+    if len(set(lengths)) < len(lengths):
+        raise ConfigError(
+            "capacity.prompt_mix: an `input_len` occurs twice. Give each length one share."
+        )
+
+
 def expand(config: Mapping[str, Any]) -> Study:
     """All trials and drift checks of a configuration that matches the schema.
 
@@ -242,6 +255,7 @@ def expand(config: Mapping[str, Any]) -> Study:
     `exclude` leave no cell. The error names the key.
     """
     _check_size(config)
+    _check_prompt_mix(config.get("capacity", {}))
     trials: list[Trial] = []
     names: dict[str, int] = {}
     with_drift_checks: dict[str, bool | None] = {}

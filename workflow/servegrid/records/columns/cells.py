@@ -194,7 +194,7 @@ CELLS = (
         "slo_attainment",
         pa.float64(),
         "0 to 1",
-        "Requests that met the SLO / requests that ended in the window or failed",
+        "Fraction: requests that met the SLO / requests that ended in the window or failed",
     ),
     Column(
         "memory_peak_bytes",
@@ -206,15 +206,15 @@ CELLS = (
         "power_w_mean",
         pa.float64(),
         "W",
-        "Mean power of all GPUs, from their energy counters, else from power samples; null if the "
-        "cell is shorter than energy_needs_s",
+        "Mean power of all GPUs, from their energy counters; null if the counters' first and last "
+        "step are less than energy_needs_s apart. From power samples if a GPU has no counter",
     ),
     Column(
         "energy_needs_s",
         pa.float64(),
         "s",
-        "How long a cell must last so that the energy counters are exact to 2%: their steps are "
-        "seen one sample late",
+        "Time from the first to the last step of the energy counters that makes them exact to 2%, "
+        "because a step is detected up to one sample late",
     ),
     Column(
         "power_disagreement",

@@ -103,8 +103,9 @@ FRONTIER = (
         pa.int32(),
         "requests",
         "Highest number of requests in flight that meets the SLO, interpolated between measured "
-        "loads; null if the lowest load does not meet it",
+        "loads; null if the lowest load does not meet it, or if it is unknown",
     ),
+    Column("reason", pa.string(), "", "Why max_within_slo is unknown; null if it is known"),
     Column(
         "max_within_slo_low",
         pa.int32(),

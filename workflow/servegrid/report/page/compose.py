@@ -179,6 +179,12 @@ def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices)
             0.01,
         ),
         FormField(
+            "ttft_s", "SLO: median time to first token, s", _text(demand.ttft_s), 0, required=False
+        ),
+        FormField(
+            "e2el_s", "SLO: median end-to-end latency, s", _text(demand.e2el_s), 0, required=False
+        ),
+        FormField(
             "slo_attainment",
             "Requests that must meet the SLO, %",
             _text(100 * demand.slo_attainment),

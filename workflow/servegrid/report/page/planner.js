@@ -88,7 +88,7 @@ function weightedMean(rows, shares) {
 const lengthsIn = (cells) => [...new Set(cells.map((cell) => cell.input_len))].sort((a, b) => a - b);
 
 // The latency curves of the cells of one deployment and workload, or a text that says why there are none.
-function latencyCurves(cells, outputLen, timeScale, prompts) {
+function latencyCurves(cells, outputLen, timeScale, prompts, slo) {
   let valid = cells.filter((cell) => cell.trials[0] > 0 && cell.seconds_per_100_tokens);
   const shares = new Map(lengthsIn(cells).map((length) => [length, prompts === null ? 1 : 0]));
   for (const [length, share] of Object.entries(prompts ?? {})) {
@@ -110,24 +110,29 @@ function latencyCurves(cells, outputLen, timeScale, prompts) {
   const highest = (row) => Math.floor(row.at(-1).in_flight);
   const limit = Math.min(...byLength.map(highest));
   if (limit < 1) return "fewer than one request was in flight on average";
-  const factor = outputLen / 100 / timeScale;
-  const curves = (metric, index, isTime) => {
+  const curves = (metric, index, factor, fit) => {
     if (byLength.some((row) => row.some((cell) => cell[metric]?.[index] === undefined))) return null;
     return byLength.map((row) => {
-      const values = row.map((cell) => cell[metric][index] * (isTime ? factor : 1));
-      const curve = [row.map((cell) => cell.in_flight), isTime ? isotonicFit(values) : values];
+      const curve = [row.map((cell) => cell.in_flight), fit(row.map((cell) => cell[metric][index] * factor))];
       return Array.from({ length: limit }, (_, n) => interpolateCurve(...curve, n + 1));
     });
   };
-  const joules = curves("energy_j_per_output_token", 0, false);
+  const seconds = (index) => curves("seconds_per_100_tokens", index, outputLen / 100 / timeScale, isotonicFit);
+  const latencies = (metric) => curves(metric, 0, 1 / timeScale, isotonicFit);
+  const joules = curves("energy_j_per_output_token", 0, 1, (values) => values);
+  const [ttft, e2el] = [latencies("ttft_s_p50"), latencies("e2el_s_p50")];
+  if (slo.ttft_s !== null && ttft === null) return "the SLO limits the time to first token, which is not known for every cell";
+  if (slo.e2el_s !== null && e2el === null) return "the SLO limits the end-to-end latency, which is not known for every cell";
   const ends = new Map(byLength.filter((row) => highest(row) === limit).map((row) => [row[0].input_len, Math.max(...row.map((cell) => cell.intensity))]));
   return {
     promptTokens: [...new Set([lengths[0], lengths.at(-1)])].join(" to "),
     outputLen,
     shares: normalised,
-    seconds: curves("seconds_per_100_tokens", 0, true),
-    fast: curves("seconds_per_100_tokens", 1, true),
-    slow: curves("seconds_per_100_tokens", 2, true),
+    seconds: seconds(0),
+    fast: seconds(1),
+    slow: seconds(2),
+    ttft,
+    e2el,
     joules: joules && weightedMean(joules, normalised),
     untestedAbove: !cells.some((cell) => cell.intensity > ends.get(cell.input_len)),
   };
@@ -147,11 +152,15 @@ function concurrentUsers(demand) {
 
 // How much hardware the demand needs on one deployment, by the names of the columns of the plan.
 function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
-  const limit = curves.outputLen / demand.tokens_per_s_per_user;
   const seconds = weightedMean(curves.seconds, curves.shares);
+  const within = (rows, limit) => {
+    const mixed = weightedMean(rows, curves.shares);
+    return rows.map((row) => maxInFlight(mixed.map((mean) => mean + (row[0] - mixed[0])), limit));
+  };
   const allowed = (times) => {
-    const mixed = weightedMean(times, curves.shares);
-    return times.map((row, index) => [maxInFlight(mixed.map((mean) => mean + (row[0] - mixed[0])), limit), curves.shares[index]]);
+    const limits = [[times, curves.outputLen / demand.tokens_per_s_per_user], [curves.ttft, demand.ttft_s], [curves.e2el, demand.e2el_s]];
+    const found = limits.filter(([, limit]) => limit !== null).map(([rows, limit]) => within(rows, limit));
+    return curves.shares.map((share, index) => [Math.min(...found.map((each) => each[index])), share]);
   };
   const most = Math.min(...allowed(curves.seconds).map(([each]) => each));
   const carried = (times, sloAttainment) =>
@@ -168,7 +177,7 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
   const safe = low ?? users;
   const shareUsed = curves.shares.length === 1 ? SHARE_USED : SHARE_USED_MIXED;
   const usersPerReplica = safe ? Math.max(1, Math.floor(shareUsed * safe)) : 0;
-  if (!usersPerReplica) return { ...row, reason: "the SLO may be missed even at the lowest measured concurrency" };
+  if (!usersPerReplica) return { ...row, reason: "too few requests meet the SLO, even with one user" };
   const wanted = concurrentUsers(demand);
   const replicas = Math.ceil(wanted / usersPerReplica);
   const usersEach = Math.ceil(wanted / replicas);
@@ -205,7 +214,7 @@ function planCapacity(payload, workload, demand, hardware) {
   const rows = payload.deployments.flatMap((deployment, index) => {
     const cells = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
     if (!cells.length) return [];
-    const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts);
+    const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand);
     const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated };
     if (typeof curves === "string") return [{ ...head, reason: curves }];
     const size = sizeDeployment(curves, demand, hardware, deployment.gpu, deployment.gpu_count);
