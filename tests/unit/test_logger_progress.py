@@ -18,6 +18,7 @@ from helpers.log_records import (
     log_record,
     run_info,
 )
+from snakemake_logger_plugin_servegrid.failures import read_tail
 from snakemake_logger_plugin_servegrid.messages import Level
 from snakemake_logger_plugin_servegrid.progress import RunProgress
 
@@ -135,6 +136,18 @@ def test_a_failed_cell_is_shown_with_the_end_of_its_log(tmp_path: Path) -> None:
     ]
     assert statuses(progress)["small"] == (0, 2, "pending, 1 failed")
     assert progress.failures(older_than_s=0.0) == []
+
+
+def test_no_path_in_a_long_line_is_cut(tmp_path: Path) -> None:
+    paths = [f"results/cells/deployment/burst-c{number}-i31-o100/trial-1" for number in range(100)]
+    log = tmp_path / "log"
+    log.write_text(f"  rm -r {' '.join(paths[:3])}\n  rm -r {' '.join(paths)}\n{'x' * 9000}\n")
+    few, many, one = read_tail(log)
+    assert few.split() == ["rm", "-r", *paths[:3]]
+    *shown, mark = many.split()[2:]
+    assert (shown, mark) == (paths[: len(shown)], "…")
+    assert 10 < len(shown) < 100
+    assert one == f"{'x' * 2000} …"
 
 
 def test_the_log_is_named_if_it_is_missing_or_not_wanted(tmp_path: Path) -> None:

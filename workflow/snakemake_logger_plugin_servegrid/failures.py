@@ -8,7 +8,8 @@ from pathlib import Path
 LOG_LINES = 12
 """Lines of a log that are shown."""
 LOG_BYTES = 64_000
-LINE_LENGTH = 200
+LINE_LENGTH = 2000
+"""A longer line ends with `…` after a whole word: a path that is cut could name another folder."""
 
 _SNAKEMAKE_LINES = (
     "Building DAG of jobs...",
@@ -48,8 +49,16 @@ def read_tail(log: Path) -> list[str]:
             text = file.read().decode(errors="replace")
     except OSError:
         return []
-    lines = [line.rstrip()[:LINE_LENGTH] for line in text.splitlines() if line.strip()]
+    lines = [shorten(line.rstrip()) for line in text.splitlines() if line.strip()]
     return (without_snakemake_lines(lines) or lines)[-LOG_LINES:]
+
+
+def shorten(line: str) -> str:
+    """The line, cut after the last word that ends within LINE_LENGTH."""
+    if len(line) <= LINE_LENGTH:
+        return line
+    words, _, _ = line[: LINE_LENGTH + 1].rpartition(" ")
+    return f"{words or line[:LINE_LENGTH]} …"
 
 
 def without_snakemake_lines(lines: Sequence[str]) -> list[str]:
