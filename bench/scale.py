@@ -82,7 +82,7 @@ def measure_study(cells: int) -> dict[str, tuple[float, float]]:
     """Seconds and MiB of each step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "study.yaml").write_text(yaml.safe_dump(study_config(cells)))
+        (folder / "study.yaml").write_text(yaml.safe_dump(study_config(cells)), encoding="utf-8")
         write_records(folder)
 
         def snakemake(*arguments: str) -> tuple[float, float]:
@@ -110,8 +110,8 @@ def measure_executor(jobs: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "acts").mkdir()
-        (folder / "plan.json").write_text(json.dumps({"out": groups}))
-        (folder / "kinds.yaml").write_text("toy: {}\n")
+        (folder / "plan.json").write_text(json.dumps({"out": groups}), encoding="utf-8")
+        (folder / "kinds.yaml").write_text("toy: {}\n", encoding="utf-8")
         started = time.monotonic()
         with (folder / "output.log").open("wb") as output:
             main = psutil.Popen(
@@ -132,7 +132,7 @@ def measure_executor(jobs: int) -> tuple[float, float]:
                 mib = main.memory_info().rss / 2**20 or mib
                 time.sleep(0.2)
         if main.returncode:
-            sys.exit((folder / "output.log").read_text()[-5000:])
+            sys.exit((folder / "output.log").read_text(encoding="utf-8")[-5000:])
         return time.monotonic() - started, mib
 
 

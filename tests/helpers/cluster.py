@@ -213,7 +213,9 @@ def free_ports(count: int) -> list[int]:
 
     Otherwise, a connection could get the port before the daemon that it is for.
     """
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    lowest = int(
+        Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0]
+    )
     found: list[int] = []
     while len(found) < count:
         port = 10_000 + secrets.randbelow(lowest - 10_000)
@@ -417,7 +419,7 @@ def daemons(cluster: Cluster) -> dict[str, object]:
 
 def supervise(plan_file: Path) -> None:
     """Start the daemons, reap their children, and kill every descendant on SIGTERM."""
-    plan = json.loads(plan_file.read_text())
+    plan = json.loads(plan_file.read_text(encoding="utf-8"))
     folder = Path(plan["folder"])
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")

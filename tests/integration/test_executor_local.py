@@ -159,7 +159,7 @@ def test_a_failing_job_does_not_affect_others(work: Workspace) -> None:
     assert work.started().count("a1") == 2
     assert (work.folder / "logs" / "a1.log").read_text().count("measuring a1") == 1
     log = next(word for word in output.split() if word.endswith(".log") and "/logs/0" in word)
-    assert "measuring x0" in Path(log).read_text()
+    assert "measuring x0" in Path(log).read_text(encoding="utf-8")
 
     kept = work.outputs()
     work.set_acts(a1="0", x0="0")
@@ -224,7 +224,7 @@ def test_a_service_that_does_not_start_is_one_error(work: Workspace) -> None:
     assert "Error in rule" not in output
     assert "Traceback" not in output
     (log,) = {line.split()[-1] for line in output.splitlines() if line.strip().startswith("Log: ")}
-    assert "Traceback" in Path(log).read_text()
+    assert "Traceback" in Path(log).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

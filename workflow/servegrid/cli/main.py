@@ -16,7 +16,7 @@ from servegrid.cli.fetch import add_fetch
 from servegrid.cli.load import add_load
 from servegrid.cli.report import add_report
 from servegrid.errors import ServegridError
-from servegrid.node.environment import use_safe_path
+from servegrid.node.environment import use_safe_path, use_utf8
 
 SUBCOMMANDS = (
     *(add_load, add_capacity, add_report, add_compare),
@@ -39,9 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
     for add_subcommand in SUBCOMMANDS:
         add_subcommand(subcommands)
-    options = parser.parse_args(arguments)
     use_safe_path()
     try:
+        use_utf8()
+        options = parser.parse_args(arguments)
         status: int = options.run(options)
     except ServegridError as error:
         print(f"servegrid: {error}", file=sys.stderr)
