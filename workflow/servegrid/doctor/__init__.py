@@ -68,17 +68,27 @@ def _check_slurm(
     if responses[0].status is Status.FAIL:
         yield slurm.CONTROLLER.skip("kinds, settings", "the controller does not answer")
         return
-    facts = slurm.query_facts(run)
+    facts = {None: slurm.query_facts(run)}
     for request in requests:
-        yield from kinds.check_kind(request, facts, file)
+        cluster = request.clusters
+        several = cluster is not None and "," in cluster
+        if several:
+            group = Group(f"kind {request.kind}")
+            yield group.skip("nodes", f"Slurm chooses one of the clusters {cluster}")
+        else:
+            if cluster not in facts:
+                facts[cluster] = slurm.query_facts(run, cluster)
+            yield from kinds.check_kind(request, facts[cluster], file)
         yield kinds.check_test_submission(
             request,
             run(["sbatch", "--test-only", *request.sbatch_options(), "--wrap=true"]),
-            kinds.are_nodes_out(request, facts),
+            not several and kinds.are_nodes_out(request, facts[cluster]),
         )
-    partitions = [kinds.used_partitions(request, facts) for request in requests]
-    names = dict.fromkeys(partition.name for used in partitions for partition in used)
-    yield from slurm.check_settings(facts, list(names))
+    for cluster, known in facts.items():
+        on_it = [request for request in requests if request.clusters == cluster]
+        partitions = [kinds.used_partitions(request, known) for request in on_it]
+        names = dict.fromkeys(partition.name for used in partitions for partition in used)
+        yield from slurm.check_settings(known, list(names))
 
 
 def _uses_slurm(profile: Profile) -> bool:

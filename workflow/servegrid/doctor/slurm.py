@@ -51,14 +51,23 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-def query_facts(run: RunCommand) -> SlurmFacts:
-    """Query the controller and the accounting."""
-    settings = run(["scontrol", "show", "config"])
-    partitions = run(["scontrol", "--all", "--oneliner", "show", "partition"])
-    nodes = run(["scontrol", "--all", "--oneliner", "show", "node"])
-    accounts = run(
-        ["sacctmgr", "-n", "-P", "show", "assoc", f"user={user_name()}", "format=account,qos"]
-    )
+def user_filter() -> list[str]:
+    """The option that limits squeue to this process's user, if the machine knows this user."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return []
+    return ["-u", str(os.getuid())]
+
+
+def query_facts(run: RunCommand, cluster: str | None = None) -> SlurmFacts:
+    """Query the controller and the accounting; `cluster` is not the one of this machine."""
+    scontrol = ["scontrol", *([f"--clusters={cluster}"] if cluster else [])]
+    settings = run([*scontrol, "show", "config"])
+    partitions = run([*scontrol, "--all", "--oneliner", "show", "partition"])
+    nodes = run([*scontrol, "--all", "--oneliner", "show", "node"])
+    where = [f"user={user_name()}", *([f"cluster={cluster}"] if cluster else [])]
+    accounts = run(["sacctmgr", "-n", "-P", "show", "assoc", *where, "format=account,qos"])
     results = {"settings": settings, "partitions": partitions, "nodes": nodes, "accounts": accounts}
     return SlurmFacts(
         settings=parse_settings(settings.stdout) if settings.ok else {},
@@ -148,7 +157,7 @@ def query_responses(
     """The results of `scontrol ping`, squeue and sacct; None if sacct is not installed."""
     return (
         run(["scontrol", "ping"]),
-        run(["squeue", "-h", "-r", "-t", "all", "-u", user_name(), "-o", "%i|%T|%N"]),
+        run(["squeue", "-h", "-r", "-t", "all", *user_filter(), "-o", "%i|%T|%N"]),
         run(["sacct", "-X", "-n", "-P", "-S", "now-1hours", "-o", "jobid"])
         if which("sacct")
         else None,
