@@ -52,8 +52,7 @@ def use_utf8() -> None:
         else:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     for handler in logging.getLogger("snakemake.logging").handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.encoding, handler.errors = "utf-8", "surrogateescape"
+        if isinstance(handler, logging.FileHandler) and handler.stream:
             handler.stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     check_folder_name(Path.cwd(), sys.getfilesystemencoding())
 
