@@ -338,31 +338,34 @@ class _Usage:
         cls, hardware: _Hardware, nodes: Sequence[Node], limits: Mapping[str, Limit]
     ) -> _Usage:
         cpus, memory_mb = min(node.cpus for node in nodes), min(node.memory_mb for node in nodes)
-        total = hardware.gpus.count if hardware.gpus else 0
-        gpus, by = 1 if hardware.is_slice else total, ""
+        if hardware.is_slice:
+            slices = max(sum(gpus.count for gpus in node.gpus) for node in nodes)
+            why = "a slice is a part of a node, and others may use the rest meanwhile"
+            return cls._share(1, 1 / slices, cpus, memory_mb, "one MIG slice", why)
+        total = gpus = hardware.gpus.count if hardware.gpus else 0
+        allowed, by = cpus, ""
         for name, limit in limits.items():
             if limit.gpus is not None and limit.gpus < gpus:
                 gpus, by = limit.gpus, name
-        allowed_cpus = cpus
-        for name, limit in limits.items():
-            if limit.cpus is not None and limit.cpus < allowed_cpus:
-                allowed_cpus, by = limit.cpus, by or name
-        if gpus == total and allowed_cpus == cpus:
+            if limit.cpus is not None and limit.cpus < allowed:
+                allowed, by = limit.cpus, by or name
+        if not by:
             return cls(
                 *(True, gpus, cpus, "0", "other jobs on the node would disturb the measurement"),
                 *("all that every one of these nodes has", "all memory of the node"),
             )
-        share = gpus / total if total else allowed_cpus / cpus
-        part = "one MIG slice" if hardware.is_slice else "this part of the node"
-        why = (
-            "a slice is shared hardware: others may use the rest of the node meanwhile"
-            if hardware.is_slice
-            else f"{by} does not allow a whole node; other jobs may disturb the measurement"
-        )
+        part = min(gpus / total if total else 1.0, allowed / cpus)
+        why = f"{by} does not allow a whole node; other jobs may disturb the measurement"
+        return cls._share(gpus, part, cpus, memory_mb, "this part of the node", why, by)
+
+    @classmethod
+    def _share(
+        cls, gpus: int, part: float, cpus: int, memory_mb: int, name: str, why: str, by: str = ""
+    ) -> _Usage:
+        """A part of a node, with as much of its CPUs and memory."""
         return cls(
-            *(False, gpus, max(1, min(allowed_cpus, int(cpus * share)))),
-            *(f"{int(memory_mb * share)}M", why, f"the share of {part} in {cpus} CPUs"),
-            *(f"the share of {part} in {memory_mb} MiB", by),
+            *(False, gpus, max(1, int(cpus * part)), f"{int(memory_mb * part)}M", why),
+            *(f"the share of {name} in {cpus} CPUs", f"the share of {name} in {memory_mb} MiB", by),
         )
 
     def exclusive_choice(self, partition: Partition) -> Choice:
