@@ -4,7 +4,7 @@ import re
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from servegrid.node.environment import use_safe_path
+from servegrid.node.environment import use_safe_path, use_utf8
 from servegrid.reference.published import published_from_config
 from servegrid.study.config import from_snakemake
 from servegrid.run.preflight import check_ready
@@ -20,6 +20,7 @@ if not config:
 
 
 with reraise_as(WorkflowError):
+    use_utf8()
     study = from_snakemake(config, workflow.configfiles)
     # An unknown data set is refused now, not after the benchmark.
     published_from_config(config, workflow.configfiles)

@@ -200,7 +200,7 @@ def _run(task: str, cells: int, folder: Path) -> tuple[float, float]:
     """Run one task in a new process. Returns its seconds and MiB."""
     command = [sys.executable, __file__, "--cells", str(cells), "--task", task]
     done = subprocess.run(
-        [*command, "--folder", str(folder)], check=True, stdout=subprocess.PIPE, text=True
+        [*command, "--folder", str(folder)], check=True, stdout=subprocess.PIPE, encoding="utf-8"
     )
     seconds, mib = json.loads(done.stdout)
     return seconds, mib

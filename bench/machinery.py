@@ -23,7 +23,9 @@ from snakemake_executor_plugin_submitit.spool import JournalReader
 from snakemake_executor_plugin_submitit.usage import UsageStats
 
 ROOT = Path(__file__).parents[1]
-REHEARSAL: dict[str, Any] = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
+REHEARSAL: dict[str, Any] = yaml.safe_load(
+    (ROOT / "config/rehearsal.yaml").read_text(encoding="utf-8")
+)
 WAVES = 2
 """A cell sends its workload twice: as warm-up, and for the measurement."""
 
@@ -49,7 +51,7 @@ def rehearse(
     study: dict[str, Any], allocations: int, folder: Path
 ) -> tuple[float, list[UsageStats]]:
     """Run the workflow until all cells are measured. Returns its seconds, and the usage."""
-    (folder / "study.yaml").write_text(yaml.safe_dump(study))
+    (folder / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     several = ("--submitit-max-allocations", str(allocations), "--submitit-idle-timeout", "0")
     took = run_timed(*workflow(folder, "all"), "--until", "measure", *several)
     usages = []
@@ -121,7 +123,9 @@ def published_seconds(usages: list[UsageStats]) -> float:
 
 def run_timed(*arguments: str) -> float:
     started = time.monotonic()
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, encoding="utf-8", cwd=ROOT
+    )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return time.monotonic() - started

@@ -73,7 +73,7 @@ def read_servegrid(folder: Path) -> list[ReportedRequest]:
 
 def read_vllm(folder: Path) -> list[ReportedRequest]:
     """`result.json` of `vllm bench serve --save-result --save-detailed` (0.32)."""
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return [
         _from_gaps(f"{VLLM_PREFIX}{number}", ttft, gaps)
         for number, (ttft, gaps, error) in enumerate(
@@ -85,7 +85,7 @@ def read_vllm(folder: Path) -> list[ReportedRequest]:
 
 def read_guidellm(folder: Path) -> list[ReportedRequest]:
     """`result.json` of `guidellm run --output kind=json` (0.8.1)."""
-    (benchmark,) = json.loads((folder / "result.json").read_text())["benchmarks"]
+    (benchmark,) = json.loads((folder / "result.json").read_text(encoding="utf-8"))["benchmarks"]
     return [
         ReportedRequest(
             json.loads(request["request_args"])["body"]["prompt"],
@@ -100,7 +100,7 @@ def read_guidellm(folder: Path) -> list[ReportedRequest]:
 
 def read_aiperf(folder: Path) -> list[ReportedRequest]:
     """`profile_export.jsonl` of `aiperf profile` (0.13)."""
-    lines = (folder / "profile_export.jsonl").read_text().splitlines()
+    lines = (folder / "profile_export.jsonl").read_text(encoding="utf-8").splitlines()
     return [
         _from_gaps(
             record["metadata"]["x_request_id"],

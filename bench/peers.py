@@ -266,7 +266,7 @@ def _children_cpu_s() -> float:
 
 
 def _last_line(output: Path) -> str:
-    lines = output.read_text(errors="replace").split("\n")
+    lines = output.read_text(errors="replace", encoding="utf-8").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
@@ -279,7 +279,7 @@ def _install(client: Client) -> Path:
     ready = folder / ".ready"
     if not ready.exists() or ready.stat().st_mtime < packages.stat().st_mtime:
         create = [ROOT / "workflow/envs/create.sh", folder, packages]
-        done = subprocess.run(create, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(create, stdout=sys.stderr, stderr=subprocess.PIPE, encoding="utf-8")
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
             raise PeerError(f"its environment cannot be created: {lines[-1] if lines else create}")

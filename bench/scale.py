@@ -83,7 +83,7 @@ def measure_study(cells: int) -> dict[str, tuple[float, float]]:
     """CPU seconds and MiB of each step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "study.yaml").write_text(yaml.safe_dump(study_config(cells)))
+        (folder / "study.yaml").write_text(yaml.safe_dump(study_config(cells)), encoding="utf-8")
         write_records(folder)
 
         def snakemake(*arguments: str) -> tuple[float, float]:
@@ -111,8 +111,8 @@ def measure_executor(jobs: int) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "acts").mkdir()
-        (folder / "plan.json").write_text(json.dumps({"out": groups}))
-        (folder / "kinds.yaml").write_text("toy: {}\n")
+        (folder / "plan.json").write_text(json.dumps({"out": groups}), encoding="utf-8")
+        (folder / "kinds.yaml").write_text("toy: {}\n", encoding="utf-8")
         with (folder / "output.log").open("wb") as output:
             main = psutil.Popen(
                 [
@@ -135,7 +135,7 @@ def measure_executor(jobs: int) -> tuple[float, float]:
                     seconds = times.user + times.system
                 time.sleep(0.2)
         if main.returncode:
-            sys.exit((folder / "output.log").read_text()[-5000:])
+            sys.exit((folder / "output.log").read_text(encoding="utf-8")[-5000:])
         return seconds, mib
 
 

@@ -94,10 +94,10 @@ def documents() -> dict[Path, str]:
     config = ROOT / "config" / "README.md"
     return {
         ROOT / "docs" / "columns.md": render_columns(),
-        config: render_config_readme(config.read_text()),
+        config: render_config_readme(config.read_text(encoding="utf-8")),
     }
 
 
 if __name__ == "__main__":
     for path, text in documents().items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")

@@ -8,6 +8,9 @@ other job is submitted alone.
 # No `from __future__ import annotations`, and Optional instead of `| None`: Snakemake reads the
 # types of the settings at run time.
 import asyncio
+import contextlib
+import signal
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +38,9 @@ from snakemake_executor_plugin_submitit.progress import Progress
 from snakemake_executor_plugin_submitit.spool import Task
 from snakemake_executor_plugin_submitit.submission import (
     Parameters,
+    check_folder,
     check_function_name,
+    check_python,
     choose_cluster,
     import_function,
     load_kinds,
@@ -43,6 +48,21 @@ from snakemake_executor_plugin_submitit.submission import (
 )
 from snakemake_executor_plugin_submitit.tracking import AllocationSpec, Failure, QueuedJob
 from snakemake_executor_plugin_submitit.unlock import record_lock_holder
+
+
+def _interrupt_on_sigterm() -> None:
+    """Let SIGTERM end the main process as Ctrl-C does, with all allocations.
+
+    Snakemake's own handler, set after the executor was created, waits for all jobs that were
+    handed to the executor. Whoever has sent the signal does not wait that long.
+    """
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # nothing may interrupt the cancelling
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 @dataclass
@@ -132,8 +152,11 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
                 f"submitit-max-allocations: {settings.max_allocations} is less than 1. "
                 "Use 1 or more."
             )
+        check_python(sys.executable)
         self._cluster = choose_cluster(settings.cluster)
+        folder = Path(settings.folder).absolute()
         if self._cluster == "slurm":
+            check_folder(folder)
             self._poll_s = 2.0  # there may be hundreds of journals on a shared file system
         self._service = check_function_name(settings.service, "submitit-service")
         check = check_function_name(settings.check, "submitit-check")
@@ -143,7 +166,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self._kinds_path = self._start / settings.kinds if settings.kinds else None
         self._kinds = load_kinds(self._kinds_path) if self._kinds_path else {}
         self._manager: AllocationManager[JobExecutorInterface] = AllocationManager(
-            Path(settings.folder).absolute(),
+            folder,
             self._cluster,
             max_allocations=settings.max_allocations or (1 if self._cluster == "local" else None),
             idle_timeout=settings.idle_timeout,
@@ -165,6 +188,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self.run_jobs([job])
 
     def run_jobs(self, jobs: list[JobExecutorInterface]) -> None:
+        _interrupt_on_sigterm()
         for job in jobs:  # before one of them is submitted
             self._kind_parameters(job)
         batch = []

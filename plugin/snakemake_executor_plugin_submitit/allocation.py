@@ -236,7 +236,7 @@ def _raise_on_signals() -> None:
 
 def _read_work_span(report: Path) -> list[float] | None:
     try:
-        start, end = map(float, report.read_text().split())
+        start, end = map(float, report.read_text(encoding="utf-8").split())
         report.unlink()
     except (OSError, ValueError):
         return None

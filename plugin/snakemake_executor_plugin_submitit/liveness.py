@@ -7,14 +7,15 @@ preemption or the loss of a node.
 
 from __future__ import annotations
 
-import getpass
 import re
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+from snakemake_executor_plugin_submitit.slurm import Answer, ask, user_filter
+from snakemake_executor_plugin_submitit.usage import format_duration
 
 END_STATES = frozenset(
     (
@@ -32,6 +33,9 @@ HELD = "LAUNCH_FAILED"
 _HELD_REASON = re.compile(r"requeued[ _]held$|^jobholdmaxrequeue$", re.IGNORECASE)
 """The reasons with which Slurm itself holds a job until somebody releases it: a launch that failed
 (all versions), a limit of such failures (23.02), an environment that was not found (25.05)."""
+SILENT_S = 120.0
+"""After this time without an answer of squeue, people are told."""
+TELL_AGAIN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,8 @@ class Submission:
 
     Job ids and process ids are reused. So `job_name` contains a random part, and `start_ticks`
     is the start time of the local process in clock ticks since boot (None on Slurm). `submitted`
-    is in seconds since the epoch. `host` submitted the job.
+    is in seconds since the epoch. `host` submitted the job. `clusters` is another cluster than
+    that of this machine.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Submission:
     submitted: float
     log: str
     start_ticks: int | None = None
+    clusters: str | None = None
 
 
 class Liveness(Protocol):
@@ -63,6 +69,9 @@ class Liveness(Protocol):
     def describe(self, submission: Submission) -> str:
         """The job's state as the scheduler reports it; empty if unknown."""
 
+    def news(self) -> list[str]:
+        """What people should know about the scheduler and have not been told yet."""
+
 
 class LocalLiveness:
     """Liveness of processes on this machine."""
@@ -74,9 +83,36 @@ class LocalLiveness:
     def describe(self, submission: Submission) -> str:
         return ""
 
+    def news(self) -> list[str]:
+        return []
+
+
+@dataclass
+class _Queue:
+    """What squeue has said about the jobs of one cluster.
+
+    `states` is None without an answer; then squeue has been silent since `silent_since`, for the
+    reason `error`. People were told at `told`. Times are those of the clock.
+    """
+
+    states: dict[tuple[str, str], tuple[str, str]] | None = None
+    asked: float = float("-inf")
+    suspected: dict[tuple[str, str], float] = field(default_factory=dict)
+    silent_since: float | None = None
+    error: str = ""
+    told: float | None = None
+
+    def update(self, answer: Answer, now: float) -> None:
+        self.error = answer.error
+        if answer.text is None:
+            self.states = None
+            self.silent_since = now if self.silent_since is None else self.silent_since
+        else:
+            self.states, self.silent_since = parse_squeue(answer.text), None
+
 
 class SlurmLiveness:
-    """Asks squeue once for all jobs, at most every `period` seconds.
+    """Asks squeue once for all jobs of a cluster, at most every `period` seconds.
 
     If a job seems to have ended, squeue is asked again after `confirmation` seconds. Urgent jobs
     are also asked about every `confirmation` seconds.
@@ -84,60 +120,73 @@ class SlurmLiveness:
 
     def __init__(
         self,
-        ask: Callable[[], str | None] | None = None,
+        ask: Callable[[str | None], Answer] | None = None,
         clock: Callable[[], float] = time.monotonic,
         period: float = 30.0,
         confirmation: float = 8.0,
     ) -> None:
         self._ask, self._clock = ask or ask_squeue, clock
         self._period, self._confirmation = period, confirmation
-        self._states: dict[tuple[str, str], tuple[str, str]] | None = None
-        self._asked = float("-inf")
-        self._suspected: dict[tuple[str, str], float] = {}
+        self._queues: dict[str | None, _Queue] = {}
 
     def end_state(self, submission: Submission, urgent: bool = False) -> str | None:
         key = (submission.job_id, submission.job_name)
-        since = self._clock() - self._asked
-        if since >= (self._confirmation if self._suspected or urgent else self._period):
-            self._asked = self._clock()
-            answer = self._ask()
-            self._states = None if answer is None else parse_squeue(answer)
-        if self._states is None:
+        queue = self._queues.setdefault(submission.clusters, _Queue())
+        since = self._clock() - queue.asked
+        if since >= (self._confirmation if queue.suspected or urgent else self._period):
+            queue.asked = self._clock()
+            queue.update(self._ask(submission.clusters), queue.asked)
+        if queue.states is None:
             return None
-        state, reason = self._states.get(key, (GONE, ""))
+        state, reason = queue.states.get(key, (GONE, ""))
         if _HELD_REASON.search(reason):
             state = HELD
         if state != GONE and state not in END_STATES:
-            self._suspected.pop(key, None)
+            queue.suspected.pop(key, None)
             return None
-        first = self._suspected.setdefault(key, self._asked)
-        if state in DEFINITE_END_STATES or self._asked - first >= self._confirmation:
-            del self._suspected[key]
+        first = queue.suspected.setdefault(key, queue.asked)
+        if state in DEFINITE_END_STATES or queue.asked - first >= self._confirmation:
+            del queue.suspected[key]
             return state
         return None
 
     def describe(self, submission: Submission) -> str:
-        found = (self._states or {}).get((submission.job_id, submission.job_name))
+        queue = self._queues.get(submission.clusters, _Queue())
+        if self._silence(queue) >= SILENT_S:
+            return "in an unknown state (squeue does not answer)"
+        found = (queue.states or {}).get((submission.job_id, submission.job_name))
         if found is None:
             return ""
         state, reason = found
         shown = state.lower()
         return f"{shown} ({reason})" if reason not in ("", "None", "none") else shown
 
+    def news(self) -> list[str]:
+        lines, now = [], self._clock()
+        for clusters, queue in self._queues.items():
+            which = f"squeue for {clusters}" if clusters else "squeue"
+            silence = self._silence(queue)
+            if queue.told is not None and not silence:
+                queue.told = None
+                lines.append(f"{which} answers again.")
+            elif silence >= SILENT_S and (queue.told is None or now - queue.told >= TELL_AGAIN_S):
+                queue.told = now
+                lines.append(
+                    f"{which} has not answered for {format_duration(silence)}: {queue.error}. "
+                    "Allocations continue; an end that they cannot report themselves is noticed "
+                    "when it answers again."
+                )
+        return lines
 
-def ask_squeue() -> str | None:
-    """The user's jobs, one `id|state|reason|name` per line; None if squeue does not answer."""
-    command = ["squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%j"]
-    try:
-        return subprocess.run(
-            [*command, "--user", getpass.getuser()],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
+    def _silence(self, queue: _Queue) -> float:
+        """Seconds since the first of the questions that squeue has not answered."""
+        return 0.0 if queue.silent_since is None else self._clock() - queue.silent_since
+
+
+def ask_squeue(clusters: str | None) -> Answer:
+    """The user's jobs, one `id|state|reason|name` per line."""
+    options = ("--noheader", "--states=all", "--format=%i|%T|%r|%j")
+    return ask("squeue", *options, *user_filter(), clusters=clusters)
 
 
 def parse_squeue(text: str) -> dict[tuple[str, str], tuple[str, str]]:
@@ -160,10 +209,11 @@ def start_ticks(pid: int) -> int | None:
     A zombie counts as no process.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # The name of a program, in parentheses, can be any bytes.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def is_running(pid: int, ticks: int) -> bool:

@@ -132,6 +132,8 @@ class AllocationManager(Generic[Job]):
                     del self._live[live.name]
                     outcomes += self._handle_end(live, state)
             self._dispatch()
+            for line in self._liveness.news():
+                self._report(line)
             self._progress.update(self._current_progress())
             return outcomes
 
@@ -153,8 +155,7 @@ class AllocationManager(Generic[Job]):
             live.spool.clear()
             live.spool.close()
             if cancelled:
-                cancel(live.submission)
-                self._report(f"Allocation {live.name}: cancelled.")
+                self._cancel(live)
             elif self._cluster == "slurm" and live.assigned:
                 self._report(f"Allocation {live.name}: ending; {_describe_jobs(live)}.")
         if self._cluster == "local":
@@ -165,6 +166,18 @@ class AllocationManager(Generic[Job]):
         seconds = time.monotonic() - self._started
         if lines := summarise(self._usage.values(), seconds, shlex.join(sys.argv)):
             self._report("\n    ".join(["Allocations:", *lines]))
+
+    def _cancel(self, live: AllocationState[Job]) -> None:
+        error = cancel(live.submission)
+        if error is None:
+            self._report(f"Allocation {live.name}: cancelled.")
+            return
+        submission = live.submission
+        clusters = f"--clusters={submission.clusters} " if submission.clusters else ""
+        self._report(
+            f"Allocation {live.name}: could not be cancelled ({error}). It ends when its running "
+            f"job has ended. To end it now: scancel {clusters}{submission.job_id}"
+        )
 
     def _wait_for_local_ends(self) -> None:
         deadline = time.monotonic() + LOCAL_EXIT_S

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from snakemake_executor_plugin_submitit import spool as events
+from snakemake_executor_plugin_submitit.slurm import ask
 from snakemake_executor_plugin_submitit.spool import write_atomically
 from snakemake_executor_plugin_submitit.tracking import AllocationState
 
-TIMEOUT_S = 30.0
 SACCT_FIELDS = (
     *("JobID", "JobName", "Partition", "Account", "NodeList", "AllocTRES", "Submit", "Start"),
     *("End", "Elapsed", "Timelimit", "State", "ExitCode", "Restarts"),
@@ -43,21 +42,19 @@ def write_record(path: Path, live: AllocationState[Any], state: str | None) -> N
         ],
     }
     if live.submission.cluster == "slurm":
-        record["slurm"] = fetch_slurm_record(live.submission.job_id)
+        record["slurm"] = fetch_slurm_record(live.submission.job_id, live.submission.clusters)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(record, indent=2) + "\n")
 
 
-def fetch_slurm_record(job_id: str) -> dict[str, str] | None:
+def fetch_slurm_record(job_id: str, clusters: str | None = None) -> dict[str, str] | None:
     """The job's record from scontrol, else from sacct; None if neither knows the job."""
-    text = _query("scontrol", "--oneliner", "show", "job", job_id)
+    text = ask("scontrol", "--oneliner", "show", "job", job_id, clusters=clusters).text
     if text and (record := parse_scontrol(text)):
         return record
     for fields in (SACCT_FIELDS, SACCT_FIELDS_BEFORE_24_11):
-        text = _query(
-            "sacct", "--parsable2", "--allocations", f"--jobs={job_id}",
-            f"--format={','.join(fields)}",
-        )  # fmt: skip
+        options = ("--parsable2", "--allocations", f"--jobs={job_id}")
+        text = ask("sacct", *options, f"--format={','.join(fields)}", clusters=clusters).text
         if text:
             return parse_sacct(text)
     return None
@@ -76,11 +73,3 @@ def parse_sacct(text: str) -> dict[str, str] | None:
     if not lines:
         return None
     return dict(zip(header.split("|"), lines[-1].split("|"), strict=False))
-
-
-def _query(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -35,7 +36,7 @@ class Registry:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, spool: Spool) -> None:
-        (self._folder / spool.root.name).write_text(str(spool.root))
+        (self._folder / spool.root.name).write_bytes(os.fsencode(spool.root))
 
     def remove(self, spool: Spool) -> None:
         (self._folder / spool.root.name).unlink(missing_ok=True)
@@ -47,7 +48,7 @@ class Registry:
         adopted: Adopted[Job] = Adopted()
         started = psutil.Process().create_time()
         for entry in sorted(self._folder.iterdir()):
-            spool = Spool(Path(entry.read_text()))
+            spool = Spool(Path(os.fsdecode(entry.read_bytes())))
             with contextlib.suppress(FileNotFoundError):
                 check_private(spool.root)
             with contextlib.suppress(FileNotFoundError):
@@ -93,7 +94,7 @@ def write_submission(spool: Spool, submission: Submission, has_service: bool) ->
 
 def _read_submission(spool: Spool) -> tuple[Submission, bool] | None:
     try:
-        data = json.loads((spool.root / "allocation.json").read_text())
+        data = json.loads((spool.root / "allocation.json").read_text(encoding="utf-8"))
         return Submission(**data["submission"]), bool(data["has_service"])
     except (FileNotFoundError, KeyError, TypeError, ValueError):
         return None

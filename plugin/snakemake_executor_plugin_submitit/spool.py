@@ -144,7 +144,7 @@ class Spool:
             with contextlib.suppress(FileNotFoundError):
                 claimed = (self._todo / ticket).rename(self._doing / ticket)
                 try:
-                    data = json.loads(claimed.read_text())
+                    data = json.loads(claimed.read_text(encoding="utf-8"))
                     return ticket, Task(**data | {"argv": tuple(data["argv"])})
                 except (ValueError, KeyError, TypeError, RecursionError):
                     self.finish(ticket, status=1)  # the file is damaged: report it as failed
@@ -177,7 +177,7 @@ class Spool:
                 path.unlink()
             else:
                 path.rename(self._todo / path.name)
-        with (self.root / "journal.jsonl").open("a") as file:
+        with (self.root / "journal.jsonl").open("a", encoding="utf-8") as file:
             if file.tell():
                 file.write("\n")  # an incomplete last line must not spoil the next one
         return not any(event.kind == ENDED for event in events)
@@ -219,5 +219,5 @@ def ticket_key(ticket: str) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the complete text or no file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -26,6 +26,7 @@ from submitit.helpers import clean_env
 
 from snakemake_executor_plugin_submitit.kinds import validate_kind
 from snakemake_executor_plugin_submitit.liveness import Submission, is_running, start_ticks
+from snakemake_executor_plugin_submitit.slurm import ask
 
 CLUSTERS = ("slurm", "local")
 SLURM_PROGRAMS = ("sbatch", "squeue", "scancel")
@@ -90,7 +91,7 @@ def load_kinds(path: Path) -> dict[str, dict[str, Any]]:
     valid.
     """
     try:
-        kinds = yaml.safe_load(path.read_text())
+        kinds = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise WorkflowError(
             f"submitit-kinds: {path} cannot be read: {error}. Correct the path or the file."
@@ -185,6 +186,12 @@ class Parameters:
             values["timeout_min"] = _LOCAL_TIME_LIMIT_MIN
         return cls(values)
 
+    @property
+    def clusters(self) -> str | None:
+        """The clusters of Slurm, separated by commas; None: that of this machine."""
+        found = (self.values.get("slurm_additional_parameters") or {}).get("clusters")
+        return str(found) if found else None
+
     def for_slurm(self) -> dict[str, Any]:
         """The parameters of submitit's SlurmExecutor."""
         values = dict(self.values)
@@ -223,8 +230,44 @@ class Parameters:
         }
 
 
+def check_python(path: str) -> None:
+    """Raise WorkflowError if Snakemake cannot run scripts with this Python.
+
+    It puts the path into a shell command as it is.
+    """
+    if re.search(r"[^\w@%+=:,./-]", path):
+        raise WorkflowError(
+            f"{path}: Snakemake cannot run scripts with this Python, because its path has a space "
+            "or another character that the shell interprets. Create the environment in a folder "
+            "whose path has only letters, digits and the characters _ - . / + , : = @ %."
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise WorkflowError if Slurm and submitit would change the names of log files in it."""
+    if "%" in str(folder):
+        raise WorkflowError(
+            f"submitit-folder: {folder} contains `%`, which Slurm replaces in the names of log "
+            "files. Use a working directory without it, or set submitit-folder to another folder "
+            "on the shared file system."
+        )
+
+
 class SchedulerUnavailable(Exception):
     """The scheduler did not answer. It has neither accepted nor refused the job."""
+
+
+class _SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+    """Remembers which one of several clusters has taken the job."""
+
+    taken_by: str | None = None
+
+    def _get_job_id_from_submission_command(self, string: bytes | str) -> str:
+        text = string if isinstance(string, str) else string.decode(errors="replace")
+        if found := re.search(r"on cluster (\S+)", text):
+            self.taken_by = found[1]
+        job_id: str = submitit.SlurmExecutor._get_job_id_from_submission_command(text)
+        return job_id
 
 
 _UNAVAILABLE = re.compile(
@@ -253,7 +296,7 @@ def submit(
     python = shlex.join([parameters.values.get("python") or sys.executable, "-P"])
     try:
         if cluster == "slurm":
-            executor = submitit.SlurmExecutor(folder, python=python)
+            executor = _SlurmExecutor(folder, python=python)
             executor.update_parameters(job_name=job_name, **parameters.for_slurm())
         else:
             executor = submitit.LocalExecutor(folder, python=python)
@@ -274,20 +317,22 @@ def submit(
         submitted=time.time(),
         log=str(handle.paths.stdout),
         start_ticks=start_ticks(int(handle.job_id)) if cluster == "local" else None,
+        clusters=parameters.clusters and (executor.taken_by or parameters.clusters),
     )
     return submission, handle
 
 
-def cancel(submission: Submission) -> None:
-    """Ask a submitted job to end. It first stops its service."""
+def cancel(submission: Submission) -> str | None:
+    """Ask a submitted job to end. It first stops its service. Returns why that failed, or None."""
     if submission.cluster == "slurm":
         # With its name, because Slurm reuses job ids.
-        command = ["scancel", f"--name={submission.job_name}", submission.job_id]
-        subprocess.run(command, capture_output=True, timeout=60)
-        return
+        name = f"--name={submission.job_name}"
+        answer = ask("scancel", name, submission.job_id, clusters=submission.clusters)
+        return None if answer.text is not None else answer.error
     pid = int(submission.job_id)
     if submission.start_ticks is not None and is_running(pid, submission.start_ticks):
         os.kill(pid, signal.SIGTERM)
+    return None
 
 
 @contextlib.contextmanager

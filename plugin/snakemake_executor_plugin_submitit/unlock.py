@@ -34,7 +34,7 @@ def remove_stale_locks() -> int:
     A lock that is younger than the record of its holder belongs to another process and stays.
     """
     try:
-        holder = json.loads(HOLDER.read_text())
+        holder = json.loads(HOLDER.read_text(encoding="utf-8"))
         recorded = HOLDER.stat().st_mtime_ns
     except (FileNotFoundError, ValueError):
         return 0

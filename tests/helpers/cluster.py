@@ -43,6 +43,12 @@ class Node:
     gpus: int = 0
     cpus: int = 32
     memory_mb: int = 190_000
+    slices: tuple[tuple[str, int], ...] = ()
+    """MIG slices, or GPUs of a second type: their types and numbers."""
+
+    @property
+    def gres(self) -> list[tuple[str, int]]:
+        return [*([(self.gpu, self.gpus)] if self.gpus else []), *self.slices]
 
 
 PLAFRIM = (
@@ -69,6 +75,8 @@ class Options:
     slurmd_timeout_s: int = 10
     min_job_age_s: int = 600
     parameters: dict[str, str] = field(default_factory=dict)
+    partitions: tuple[str, ...] = ()
+    """Lines of slurm.conf instead of the partitions `routage` and `preempt`."""
 
 
 def missing(options: Options) -> list[str]:
@@ -136,8 +144,9 @@ class Cluster:
         if self.supervisor is not None and self.supervisor.poll() is not None:
             raise RuntimeError(f"the supervisor ended: {self.log()}")
         with contextlib.suppress(subprocess.SubprocessError):
-            states = self.call("sinfo", "-h", "-N", "-p", "routage", "-o", "%T").split()
-            return states.count("idle") == len(self.options.nodes)
+            lines = self.call("sinfo", "-h", "-N", "-o", "%N %T").splitlines()
+            idle = {line.split()[0] for line in lines if line.endswith(" idle")}
+            return len(idle) == len(self.options.nodes)
         return False
 
     def log(self) -> str:
@@ -213,7 +222,9 @@ def free_ports(count: int) -> list[int]:
 
     Otherwise, a connection could get the port before the daemon that it is for.
     """
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    lowest = int(
+        Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0]
+    )
     found: list[int] = []
     while len(found) < count:
         port = 10_000 + secrets.randbelow(lowest - 10_000)
@@ -300,18 +311,23 @@ def write_configuration(cluster: Cluster) -> None:
             f"NodeName={node.name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
             f"CPUs={node.cpus} RealMemory={node.memory_mb} Feature={node.features} State=UNKNOWN"
         )
-        if node.gpus:
-            line += f" Gres=gpu:{node.gpu}:{node.gpus}"
+        if node.gres:
+            types = (":".join(filter(None, ("gpu", kind, str(n)))) for kind, n in node.gres)
+            line += f" Gres={','.join(types)}"
             devices = folder / "devices" / node.name
             devices.mkdir()
-            for index in range(node.gpus):
-                # Only with a character device does Slurm set CUDA_VISIBLE_DEVICES.
-                (devices / f"nvidia{index}").symlink_to("/dev/null")
-            files = f"{devices}/nvidia[0-{node.gpus - 1}]"
-            gres.append(f"NodeName={node.name} Name=gpu Type={node.gpu} File={files}")
+            first = 0
+            for kind, count in node.gres:
+                for index in range(first, first + count):
+                    # Only with a character device does Slurm set CUDA_VISIBLE_DEVICES.
+                    (devices / f"nvidia{index}").symlink_to("/dev/null")
+                files = f"{devices}/nvidia[{first}-{first + count - 1}]"
+                typed = f"Type={kind} " if kind else ""
+                gres.append(f"NodeName={node.name} Name=gpu {typed}File={files}")
+                first += count
         nodes.append(line)
         (spool / node.name).mkdir(parents=True)
-    partitions = [
+    partitions = list(options.partitions) or [
         "PartitionName=routage Nodes=ALL Default=YES MaxTime=3-00:00:00 DefaultTime=01:00:00 "
         "PriorityTier=10 PreemptMode=OFF State=UP",
         "PartitionName=preempt Nodes=ALL Default=NO MaxTime=INFINITE DefaultTime=01:00:00 "
@@ -417,7 +433,7 @@ def daemons(cluster: Cluster) -> dict[str, object]:
 
 def supervise(plan_file: Path) -> None:
     """Start the daemons, reap their children, and kill every descendant on SIGTERM."""
-    plan = json.loads(plan_file.read_text())
+    plan = json.loads(plan_file.read_text(encoding="utf-8"))
     folder = Path(plan["folder"])
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")

@@ -57,4 +57,4 @@ result = {
         "init_state": required(api.init_state),
     },
 }
-Path(sys.argv[2]).write_text(json.dumps(result))
+Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

@@ -55,7 +55,7 @@ def test_the_trap_works(tmp_path: Path, imported: Path) -> None:
     set_trap(tmp_path / "site", imported)
     command = [sys.executable, "-c", "import psutil"]
     subprocess.run(command, cwd=tmp_path / "site", check=True)
-    assert imported.read_text().split() == ["psutil"]
+    assert imported.read_text(encoding="utf-8").split() == ["psutil"]
 
 
 def run(folder: Path, script: str, *arguments: str, home: Path | None = None) -> str:

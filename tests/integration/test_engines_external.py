@@ -145,7 +145,7 @@ def test_cells_of_an_external_endpoint_are_measured_without_telemetry(
             folder = tmp_path / trial.id
             requests, samples = folder / "requests.parquet", folder / "telemetry.parquet"
             assert measure_trial(trial, requests, samples, last_attempt=True) == "ok"
-        assert KEY not in info.read_text()
+        assert KEY not in info.read_text(encoding="utf-8")
     assert httpx.get(f"{urls[locked]}/health").status_code == 200, "the server still runs"
 
     rows = tables.gather_trials(external_study.trials, tmp_path)

@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.crowded, pytest.ma
 
 def blocked_signals(pid: int) -> set[int]:
     """The signals that the main thread of `pid` has blocked; see proc(5)."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     mask = int(status.partition("SigBlk:")[2].split()[0], 16)
     return {number for number in range(1, 65) if mask >> (number - 1) & 1}
 

@@ -22,6 +22,11 @@ TOY = Path(__file__).parent / "executor"
 HANG_S = 90
 
 
+def toy_path() -> str:
+    """The toy workflow's modules, before those that this process was told of."""
+    return os.pathsep.join(filter(None, (str(TOY), os.environ.get("PYTHONPATH"))))
+
+
 class Workspace:
     """A folder in which the toy workflow runs."""
 
@@ -37,9 +42,11 @@ class Workspace:
         for cell, act in acts.items():
             (self.folder / "acts" / cell).write_text(act)
 
-    def start(self, *arguments: str, idle_timeout: int = 20) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, idle_timeout: int = 20, python: Path | str = sys.executable
+    ) -> subprocess.Popen[bytes]:
         command = [
-            *(sys.executable, "-m", "snakemake", "--snakefile", str(TOY / "Snakefile")),
+            *(str(python), "-m", "snakemake", "--snakefile", str(TOY / "Snakefile")),
             *("--executor", "submitit", "--submitit-cluster", "local"),
             *("--submitit-service", "toy_service:serve"),
             *("--submitit-idle-timeout", str(idle_timeout)),
@@ -49,7 +56,7 @@ class Workspace:
             process = subprocess.Popen(
                 command,
                 cwd=self.folder,
-                env=os.environ | {"PYTHONPATH": str(TOY)},
+                env=os.environ | {"PYTHONPATH": toy_path()},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -159,7 +166,7 @@ def test_a_failing_job_does_not_affect_others(work: Workspace) -> None:
     assert work.started().count("a1") == 2
     assert (work.folder / "logs" / "a1.log").read_text().count("measuring a1") == 1
     log = next(word for word in output.split() if word.endswith(".log") and "/logs/0" in word)
-    assert "measuring x0" in Path(log).read_text()
+    assert "measuring x0" in Path(log).read_text(encoding="utf-8")
 
     kept = work.outputs()
     work.set_acts(a1="0", x0="0")
@@ -224,7 +231,7 @@ def test_a_service_that_does_not_start_is_one_error(work: Workspace) -> None:
     assert "Error in rule" not in output
     assert "Traceback" not in output
     (log,) = {line.split()[-1] for line in output.splitlines() if line.strip().startswith("Log: ")}
-    assert "Traceback" in Path(log).read_text()
+    assert "Traceback" in Path(log).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
@@ -256,12 +263,16 @@ def test_after_the_time_limit_another_allocation_continues(work: Workspace) -> N
 
 
 @pytest.mark.slow
-def test_an_interrupt_stops_everything(work: Workspace) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_everything(work: Workspace, number: signal.Signals) -> None:
     work.plan(out={"a": 3}, alone={"x": 1})
     work.set_acts(a1="spawn")
     process = work.start()
     work.wait(lambda: "a1" in work.started())
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)  # as a batch system or systemd does
     output = work.end(process, 1)
     assert "Allocation a: cancelled." in output
     assert work.survivors() == []
@@ -283,6 +294,17 @@ def test_a_terminated_allocation_stops_its_service_and_job(work: Workspace) -> N
     assert "Allocation a: was stopped by SIGTERM; 0 of 2 jobs done" in output
     assert len(work.notes("service", "down")) == 1
     assert work.outputs() == {}
+
+
+def test_a_python_in_a_path_with_spaces_is_refused_before_anything_runs(work: Workspace) -> None:
+    environment = work.folder / "my env"
+    environment.symlink_to(sys.prefix)
+    work.plan(out={"a": 1})
+    process = work.start(python=environment / "bin" / "python")
+    output = work.end(process, 1)
+    assert "my env/bin/python: Snakemake cannot run scripts with this Python" in output
+    assert "Create the environment in a folder whose path has only" in output
+    assert work.started() == []
 
 
 def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None:

@@ -45,7 +45,7 @@ def python(tmp_path: Path) -> Path:
     ).stdout.strip()
     # Python does not read the .pth files in a folder that a .pth file adds. They contain the
     # editable installations.
-    Path(site_packages, "packages.pth").write_text(f"{PACKAGES}\n")
+    Path(site_packages, "packages.pth").write_text(f"{PACKAGES}\n", encoding="utf-8")
     run(
         *(sys.executable, "-m", "pip", "--python", python, "install"),
         *("--no-deps", "--no-index", "--ignore-installed", wheel),

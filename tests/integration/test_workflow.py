@@ -138,7 +138,7 @@ def abandoned_shared_memory() -> set[str]:
     mapped = ""
     for process in psutil.process_iter():
         with contextlib.suppress(OSError):
-            mapped += Path(f"/proc/{process.pid}/maps").read_text()
+            mapped += Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
     return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
 
 

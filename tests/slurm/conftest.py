@@ -24,6 +24,11 @@ KIND = {"slurm_partition": "routage", "slurm_exclusive": True, "slurm_mem": "0"}
 GPU = KIND | {"slurm_constraint": "sirocco"}
 
 
+def toy_path() -> str:
+    """The toy workflow's modules, before those that this process was told of."""
+    return os.pathsep.join(filter(None, (str(TOY), os.environ.get("PYTHONPATH"))))
+
+
 class Workspace:
     """A folder in which the toy workflow of the executor's tests runs on a cluster."""
 
@@ -62,7 +67,7 @@ class Workspace:
             process = subprocess.Popen(
                 self.command(*arguments),
                 cwd=self.folder,
-                env=self.cluster.env | {"PYTHONPATH": str(TOY)} | self.env,
+                env=self.cluster.env | {"PYTHONPATH": toy_path()} | self.env,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

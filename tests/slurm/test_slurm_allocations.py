@@ -184,13 +184,19 @@ def test_a_cancelled_allocation_is_not_continued_in_the_same_run(work: Workspace
     assert work.started().count("a0") == work.started().count("b1") == 1
 
 
-def test_ctrl_c_leaves_nothing_in_the_queue(work: Workspace) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_leave_nothing_in_the_queue(
+    work: Workspace, number: signal.Signals
+) -> None:
     work.plan(out={"a": 2, "b": 2})
     work.set_acts(a0="wait", b0="wait")
     run = work.start()
     work.wait_started("a0")
     work.wait_started("b0")
-    work.interrupt(run)
+    if number == signal.SIGINT:
+        work.interrupt(run)
+    else:
+        run.send_signal(number)
     began = time.monotonic()
     run.wait(timeout=60)
     assert run.returncode != 0

@@ -200,3 +200,17 @@ def test_accounts_and_qos_are_compared(site: Path, tmp_path: Path) -> None:
     assert any("account and QoS users normal" in line for line in after(lines, "OK", "kind cpu"))
     assert "`nobody` is not one of yours" in after(lines, "FAIL", "kind v100-16gb")[0]
     assert "`forever` is not one of yours" in after(lines, "FAIL", "kind a100-40gb")[0]
+
+
+def test_an_option_that_submitit_adds_is_tested(site: Path, tmp_path: Path) -> None:
+    """submitit gives every job the wckey `submitit`, which a site can refuse."""
+    enforced = {"TrackWCKey": "yes", "AccountingStorageEnforce": "associations,wckeys"}
+    options = Options(accounting=True, parameters=enforced)
+    if lacking := missing(options):
+        pytest.skip(f"{', '.join(lacking)} missing: apt install slurmdbd mariadb-server")
+    with private_cluster(tmp_path / "own", options) as cluster:
+        status, lines = doctor(cluster.env, site)
+    assert status == 1
+    (refused,) = after(lines, "FAIL", "kind cpu")
+    assert "Invalid wckey specification" in refused
+    assert "--wckey=submitit" in refused

@@ -111,6 +111,9 @@ def test_a_required_account_must_exist() -> None:
         {"slurm_gres": "gpu:v100:2", "gpus_of_node": 2},
         {"mem_gb": 2.5, "slurm_mem": False, "slurm_exclude": "a[1-2]"},
         {"slurm_additional_parameters": {"hint": "nomultithread"}, "nodes": 2},
+        {"slurm_additional_parameters": {"clusters": "gpu", "wckey": "b"}, "slurm_wckey": "a"},
+        {"slurm_wckey": "project", "signal_delay_s": 120, "timeout_min": 3},
+        {"timeout_min": 2},
     ],
 )
 @pytest.mark.parametrize("engine", ["vllm", "emulated"])
@@ -127,16 +130,16 @@ def test_the_options_of_sbatch_are_those_of_submitit(
         if line.startswith("#SBATCH ")
         for word in shlex.split(line.removeprefix("#SBATCH "))
     ]
-    common = ("--job-name=", "--output=", "--open-mode=", "--signal=", "--wckey=")
+    of_each_job = ("--job-name=", "--output=")
     options = build_request(profile, "v100", study(2, engine).deployments).sbatch_options()
-    assert set(options) == {line for line in written if not line.startswith(common)}
+    assert set(options) == {line for line in written if not line.startswith(of_each_job)}
 
 
 def test_the_study_s_gpus_are_requested_by_default() -> None:
     profile = Profile(Path("config.yaml"), {}, None, {"v100": {"gpus_of_node": 2}})
     emulated = build_request(profile, "v100", study(4, "emulated").deployments)
     assert emulated.gpus == Gpus(None, 2)
-    assert emulated.sbatch_options() == ["--nodes=2", "--cpus-per-task=1", "--gpus-per-node=2"]
+    assert {"--nodes=2", "--cpus-per-task=1", "--gpus-per-node=2"} < set(emulated.sbatch_options())
 
 
 def test_slurm_s_own_message_is_shown() -> None:
@@ -147,5 +150,6 @@ def test_slurm_s_own_message_is_shown() -> None:
     )
     assert bad.status is Status.FAIL
     assert "Invalid qos" in bad.found
-    assert "sbatch --test-only --nodes=1" in bad.remedy
+    assert "sbatch --test-only " in bad.remedy
+    assert " --nodes=1 " in bad.remedy
     assert "'--constraint=sirocco&v100'" in bad.remedy

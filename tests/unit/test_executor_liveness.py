@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
+import pwd
+import stat
 import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from snakemake_executor_plugin_submitit import slurm
 from snakemake_executor_plugin_submitit.liveness import (
     GONE,
     HELD,
+    SILENT_S,
+    TELL_AGAIN_S,
     LocalLiveness,
     SlurmLiveness,
     Submission,
+    ask_squeue,
     is_running,
     parse_squeue,
     start_ticks,
 )
+from snakemake_executor_plugin_submitit.slurm import Answer
 
 SQUEUE = """\
 101|RUNNING|None|alpha-1f
@@ -49,9 +58,9 @@ class Cluster:
         self.answer, self.now, self.asked = answer, 0.0, 0
         self.liveness = SlurmLiveness(self.ask, lambda: self.now, period=30, confirmation=8)
 
-    def ask(self) -> str | None:
+    def ask(self, clusters: str | None) -> Answer:
         self.asked += 1
-        return self.answer
+        return Answer(self.answer, "" if self.answer is not None else "Socket timed out")
 
     def end(self, after: float = 0.0, job: str = "101") -> str | None:
         self.now += after
@@ -160,3 +169,119 @@ def test_state_and_reason_are_described() -> None:
     assert cluster.liveness.describe(submission("101")) == "pending (Resources)"
     assert cluster.liveness.describe(submission("102")) == "running"
     assert cluster.liveness.describe(submission("103")) == ""
+
+
+def test_each_cluster_has_its_own_squeue() -> None:
+    asked = []
+
+    def ask(clusters: str | None) -> Answer:
+        asked.append(clusters)
+        return Answer("101|RUNNING|None|alpha-1f\n" if clusters else "")
+
+    now = 0.0
+    liveness = SlurmLiveness(ask, lambda: now)
+    here, there = submission("101"), replace(submission("101"), clusters="gpu")
+    assert [liveness.end_state(here), liveness.end_state(there)] == [None, None]
+    now = 30.0
+    assert [liveness.end_state(here), liveness.end_state(there)] == [GONE, None]
+    assert asked == [None, "gpu"] * 2
+    assert liveness.describe(there) == "running"
+
+
+def test_a_silent_squeue_is_told_once_and_so_is_its_return() -> None:
+    cluster = Cluster("101|RUNNING|None|alpha-1f\n")
+    news = cluster.liveness.news
+    cluster.end()
+    cluster.answer = None
+    cluster.end(30)
+    assert news() == []
+    cluster.end(SILENT_S)
+    [line] = news()
+    assert line.startswith("squeue has not answered for 2 min: Socket timed out.")
+    assert cluster.liveness.describe(submission("101")).endswith("(squeue does not answer)")
+    cluster.end(30)
+    assert news() == []
+    cluster.end(TELL_AGAIN_S)
+    assert news()[0].startswith("squeue has not answered for 12 min 30 s")
+    cluster.answer = "101|RUNNING|None|alpha-1f\n"
+    cluster.end(30)
+    assert news() == ["squeue answers again."]
+    assert news() == []
+    assert cluster.liveness.describe(submission("101")) == "running"
+
+
+def test_a_short_silence_is_not_told() -> None:
+    cluster = Cluster(None)
+    cluster.end()
+    cluster.end(SILENT_S - 1)
+    cluster.answer = ""
+    cluster.end(30)
+    assert cluster.liveness.news() == []
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A squeue that records its arguments and environment and prints bytes that are no UTF-8."""
+    path = tmp_path / "squeue"
+    path.write_text(f"#!/bin/sh\necho \"$@\" >{path}.args\nenv >{path}.env\nprintf '1|a|\\351|b'\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return path
+
+
+@pytest.mark.parametrize("user", [None, "somebody-else", "no such user"])
+def test_squeue_is_asked_for_the_user_id_whatever_user_says(
+    squeue: Path, monkeypatch: pytest.MonkeyPatch, user: str | None
+) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+        if user is not None:
+            monkeypatch.setenv(name, user)
+    monkeypatch.setenv("SQUEUE_PARTITION", "debug")
+    monkeypatch.setenv("SLURM_CLUSTERS", "another")
+    monkeypatch.setenv("SLURM_CONF", "/somewhere/slurm.conf")
+    assert ask_squeue(None) == Answer("1|a|\N{REPLACEMENT CHARACTER}|b")
+    arguments = Path(f"{squeue}.args").read_text(encoding="utf-8").split()
+    assert arguments[-1] == f"--user={os.getuid()}"
+    assert not any("clusters" in argument for argument in arguments)
+    environment = Path(f"{squeue}.env").read_text(encoding="utf-8")
+    assert "SLURM_CONF=/somewhere/slurm.conf" in environment
+    assert "SQUEUE_PARTITION" not in environment
+    assert "SLURM_CLUSTERS" not in environment
+
+
+def test_a_user_id_without_a_name_is_no_filter(
+    squeue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    ask_squeue("gpu")
+    text = Path(f"{squeue}.args").read_text(encoding="utf-8")
+    assert "--user" not in text
+    assert text.startswith("--clusters=gpu ")
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("echo 'slurm_load_jobs error: Invalid user' >&2; exit 1", "load_jobs error: Invalid user"),
+        ("exit 3", "squeue: exit status 3"),
+        (None, "squeue: cannot be run (No such file or directory)"),
+        ("sleep 9", "squeue: no answer within 0 s"),
+    ],
+)
+def test_the_reason_for_no_answer_is_kept(
+    squeue: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, error: str
+) -> None:
+    squeue.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    if script is None:
+        squeue.unlink()
+        monkeypatch.setenv("PATH", str(squeue.parent))
+    elif "sleep" in script:
+        squeue.write_text("#!/bin/sh\nexec sleep 9\n", encoding="utf-8")
+        monkeypatch.setattr(slurm, "TIMEOUT_S", 0.3)
+    answer = ask_squeue(None)
+    assert answer.text is None
+    assert answer.error.endswith(error)

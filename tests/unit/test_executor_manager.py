@@ -15,6 +15,7 @@ from snakemake_executor_plugin_submitit import liveness, manager
 from snakemake_executor_plugin_submitit.liveness import Submission
 from snakemake_executor_plugin_submitit.manager import AllocationManager
 from snakemake_executor_plugin_submitit.progress import Progress
+from snakemake_executor_plugin_submitit.slurm import Answer
 from snakemake_executor_plugin_submitit.spool import (
     ENDED,
     JOB_FINISHED,
@@ -98,10 +99,10 @@ class SlurmRun:
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
-        self.squeue = ""
+        self.squeue: str | None = ""
         self.error: Exception | None = None
         self.reports: list[tuple[str, Progress | None]] = []
-        monkeypatch.setattr(liveness, "ask_squeue", lambda: self.squeue)
+        monkeypatch.setattr(liveness, "ask_squeue", lambda _: Answer(self.squeue, "no route"))
         monkeypatch.setattr(manager, "submit", self._submit)
         self.manager: AllocationManager[str] = AllocationManager(
             folder, "slurm", max_allocations=None, idle_timeout=1, report=self._report
@@ -218,3 +219,36 @@ def test_without_an_answer_of_slurm_the_allocation_stays_pending(run: SlurmRun) 
     assert text == ("Allocation a: slurm does not answer (Socket timed out). Next attempt in 20 s.")
     [(_, pending)] = run.poll()
     assert pending == data("pending", 0, 1, reason="slurm does not answer")
+
+
+def test_a_squeue_that_fails_for_minutes_is_reported(
+    run: SlurmRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(run.manager._liveness, "_clock", lambda: now)
+    run.start("x")
+    run.poll()
+    run.squeue = None
+    for seconds in (60, 60):
+        now += seconds
+        run.poll()
+    assert not [text for text, _ in run.reports if "squeue" in text]
+    now += 60
+    run.poll()
+    told = [text for text, _ in run.reports if text.startswith("squeue")]
+    assert told[0].startswith("squeue has not answered for 2 min: no route. Allocations continue")
+    assert len(told) == 1
+    (progress,) = run.manager._current_progress()
+    assert progress.reason == "squeue does not answer"
+
+
+def test_a_failed_scancel_is_reported_with_the_command(
+    run: SlurmRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "cancel", lambda _: "Unable to contact slurm controller")
+    monkeypatch.setattr(manager, "SLURM_EXIT_S", 0.0)
+    run.start("x")
+    run.manager.cancel()
+    (text,) = [text for text, _ in run.reports if "cancelled" in text]
+    assert "could not be cancelled (Unable to contact slurm controller)" in text
+    assert text.endswith("To end it now: scancel 7")

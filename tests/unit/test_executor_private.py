@@ -62,7 +62,7 @@ def replace_by_link(path: Path) -> None:
 
 def replace_by_file(path: Path) -> None:
     path.rmdir()
-    path.write_text("")
+    path.write_text("", encoding="utf-8")
 
 
 TAMPERED = {

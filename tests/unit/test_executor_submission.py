@@ -20,7 +20,9 @@ from snakemake_executor_plugin_submitit.manager import slug
 from snakemake_executor_plugin_submitit.submission import (
     Parameters,
     cancel,
+    check_folder,
     check_function_name,
+    check_python,
     choose_cluster,
     import_function,
     load_kinds,
@@ -296,3 +298,49 @@ def test_submitting_does_not_change_the_signal_mask(slurm: Path, tmp_path: Path)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     submit("tiny", "slurm", "tiny-1", tmp_path / "submitit", build({}), print)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+@pytest.mark.parametrize(
+    ("answer", "clusters"),
+    [("Submitted batch job 4711", "gpu,cpu"), ("Submitted batch job 4711 on cluster cpu", "cpu")],
+)
+def test_the_cluster_that_took_the_job_is_asked_from_then_on(
+    slurm: Path, tmp_path: Path, answer: str, clusters: str
+) -> None:
+    (slurm / "sbatch").write_text(f"#!/bin/sh\ncp $1 {slurm}/sbatch.file\necho {answer}\n")
+    kind = {"slurm_additional_parameters": {"clusters": "gpu,cpu"}}
+    submission, _ = submit("a", "slurm", "a-1", tmp_path / "submitit", build({}, kind), print)
+    assert "#SBATCH --clusters=gpu,cpu\n" in (slurm / "sbatch.file").read_text()
+    assert (submission.job_id, submission.clusters) == ("4711", clusters)
+    assert cancel(submission) is None
+    expected = f"--clusters={clusters} --name=a-1 4711\n"
+    assert (slurm / "scancel.args").read_text() == expected
+
+
+def test_without_clusters_the_machine_s_own_is_asked(slurm: Path, tmp_path: Path) -> None:
+    (slurm / "sbatch").write_text("#!/bin/sh\necho Submitted batch job 4711 on cluster here\n")
+    submission, _ = submit("a", "slurm", "a-1", tmp_path / "submitit", build({}), print)
+    assert submission.clusters is None
+
+
+def test_a_failed_scancel_gives_its_reason(slurm: Path, tmp_path: Path) -> None:
+    submission, _ = submit("a", "slurm", "a-1", tmp_path / "submitit", build({}), print)
+    (slurm / "scancel").write_text("#!/bin/sh\necho 'Socket timed out' >&2\nexit 1\n")
+    assert cancel(submission) == "Socket timed out"
+
+
+@pytest.mark.parametrize("path", ["/my envs/bin/python", "/a$b/python", "/it's/python"])
+def test_a_python_that_a_shell_would_not_find_is_refused(path: str) -> None:
+    with pytest.raises(WorkflowError, match="Create the environment in a folder whose path has"):
+        check_python(path)
+
+
+@pytest.mark.parametrize("path", ["/opt/py-3.12+x/bin/python3", "/home/josé/.venv/bin/python"])
+def test_other_pythons_are_accepted(path: str) -> None:
+    check_python(path)
+
+
+def test_a_folder_with_a_percent_sign_is_refused() -> None:
+    with pytest.raises(WorkflowError, match="/50%true/x contains `%`, which Slurm replaces"):
+        check_folder(Path("/50%true/x"))
+    check_folder(Path("/50/x"))

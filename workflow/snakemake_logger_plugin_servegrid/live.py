@@ -53,7 +53,9 @@ class LiveDisplay:
     @classmethod
     def on_terminal(cls, stream: TextIO, color: bool) -> LiveDisplay:
         """A display on the terminal of `stream`."""
-        terminal = os.fdopen(os.dup(stream.fileno()), "w", buffering=1)
+        terminal = os.fdopen(
+            os.dup(stream.fileno()), "w", buffering=1, encoding=stream.encoding, errors="replace"
+        )
         console = Console(file=terminal, force_terminal=True, no_color=not color, highlight=False)
         return cls(console, tuple(each for each in (1, 2) if os.isatty(each)))
 

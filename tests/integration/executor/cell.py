@@ -30,7 +30,7 @@ print(f"measuring {output.name}")
 
 
 def note(**more: object) -> None:
-    with Path("cells.jsonl").open("a") as file:
+    with Path("cells.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry | more) + "\n")
 
 
@@ -49,4 +49,4 @@ while act == "wait" and not Path("go").exists():
     time.sleep(0.02)
 time.sleep(float(act) if act[0].isdigit() else 0)
 note(event="end", end=time.monotonic())
-output.write_text(f"{snakemake.params.get('version', 1)}\n")  # noqa: F821
+output.write_text(f"{snakemake.params.get('version', 1)}\n", encoding="utf-8")  # noqa: F821

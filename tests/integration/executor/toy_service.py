@@ -19,7 +19,7 @@ class Toy:
 
 def note(event: str, name: str, **more: Any) -> None:
     entry = {"event": event, "name": name, "pid": os.getpid(), "time": time.monotonic()}
-    with Path("service.jsonl").open("a") as file:
+    with Path("service.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry | more) + "\n")
 
 
@@ -31,7 +31,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     try:
         refusal = Path(f"refuse-{params['group']}")
         if refusal.exists():
-            raise RuntimeError(f"no such model: {refusal.read_text()}")
+            raise RuntimeError(f"no such model: {refusal.read_text(encoding='utf-8')}")
         time.sleep(params.get("start_s", 0))
         health.touch()
         note("up", name)

@@ -73,9 +73,9 @@ def _diff_parquet(shipped: Path, derived: Path) -> Iterator[str]:
 
 
 def _diff_csv(shipped: Path, derived: Path) -> Iterator[str]:
-    with shipped.open(newline="") as file:
+    with shipped.open(newline="", encoding="utf-8") as file:
         found = list(csv.reader(file))
-    with derived.open(newline="") as file:
+    with derived.open(newline="", encoding="utf-8") as file:
         header, *expected = list(csv.reader(file))
     if not found or found[0] != header:
         yield "has other columns"
@@ -92,8 +92,8 @@ def _diff_csv(shipped: Path, derived: Path) -> Iterator[str]:
 
 
 def _diff_text(shipped: Path, derived: Path) -> Iterator[str]:
-    found = shipped.read_text(errors="replace").splitlines()
-    expected = derived.read_text().splitlines()
+    found = shipped.read_text(errors="replace", encoding="utf-8").splitlines()
+    expected = derived.read_text(encoding="utf-8").splitlines()
     for number, (line_found, line_expected) in enumerate(zip(found, expected, strict=False), 1):
         if line_found != line_expected:
             yield _format_difference(f"line {number}", line_found, line_expected)

@@ -173,7 +173,7 @@ def _read_allocations(folder: Path) -> Iterator[Any]:
     """The records of allocations: Slurm's and the executor's."""
     for path in sorted((folder / LOGS / "allocations").glob("*.json")):
         try:
-            yield json.loads(path.read_text())
+            yield json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BundleError(f"{path}: is not JSON ({error}). Delete it.") from error
 

@@ -128,13 +128,13 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
     snakefile = require_workflow()
     config = folder / CONFIGURATION
     text = json.dumps(sample.config, indent=2, sort_keys=True) + "\n"
-    if folder.exists() and not (config.is_file() and config.read_text() == text):
+    if folder.exists() and not (config.is_file() and config.read_text(encoding="utf-8") == text):
         raise BundleError(
             f"{folder}: is not a replication of these cells. Name a new folder with --output-dir."
         )
     if not config.exists():
         with parquet.atomic_write(config) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
     done = subprocess.run(
         [
             *(sys.executable, "-P", "-m", "snakemake"),

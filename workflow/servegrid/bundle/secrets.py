@@ -69,7 +69,7 @@ def _scan_file(path: Path, name: str) -> Iterator[str]:
     for text in _read_texts(path):
         yield from find_secrets(text)
     if name == CONFIGURATION:
-        yield from find_secrets_in_data(json.loads(path.read_text()))
+        yield from find_secrets_in_data(json.loads(path.read_text(encoding="utf-8")))
     elif path.suffix == ".parquet":
         yield from find_secrets_in_data(_read_record(path))
 

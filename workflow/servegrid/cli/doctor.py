@@ -6,8 +6,12 @@ import argparse
 import itertools
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from servegrid.doctor.report import Finding
 
 
 def add_doctor(subcommands: Any) -> None:
@@ -32,11 +36,17 @@ def add_doctor(subcommands: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from servegrid.doctor import report, run_checks
+    from servegrid.doctor import run_checks
+
+    return print_findings(run_checks(options.profile, options.configfile, options.directory))
+
+
+def print_findings(checks: Iterator[Finding]) -> int:
+    """Print each group of findings as soon as it is complete. Returns the exit status."""
+    from servegrid.doctor import report
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     findings = []
-    checks = run_checks(options.profile, options.configfile, options.directory)
     for _, of_group in itertools.groupby(checks, key=lambda finding: finding.group):
         group = list(of_group)
         findings += group

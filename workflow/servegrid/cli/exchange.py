@@ -108,4 +108,4 @@ def _write_json(data: Any, path: Path) -> None:
     from servegrid.records import parquet
 
     with parquet.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -13,15 +13,16 @@ from servegrid.cli.compare import add_compare
 from servegrid.cli.doctor import add_doctor
 from servegrid.cli.exchange import add_export, add_import
 from servegrid.cli.fetch import add_fetch
+from servegrid.cli.init_profile import add_init_profile
 from servegrid.cli.load import add_load
 from servegrid.cli.report import add_report
 from servegrid.errors import ServegridError
-from servegrid.node.environment import use_safe_path
+from servegrid.node.environment import use_safe_path, use_utf8
 
 SUBCOMMANDS = (
     *(add_load, add_capacity, add_report, add_compare),
     *(add_verify, add_unpack, add_export, add_import),
-    *(add_doctor, add_fetch),
+    *(add_init_profile, add_doctor, add_fetch),
 )
 """In the order of `servegrid --help`. Each adds its parser and sets `run`, which gets the parsed
 options and returns the exit status."""
@@ -39,9 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subcommands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
     for add_subcommand in SUBCOMMANDS:
         add_subcommand(subcommands)
-    options = parser.parse_args(arguments)
     use_safe_path()
     try:
+        use_utf8()
+        options = parser.parse_args(arguments)
         status: int = options.run(options)
     except ServegridError as error:
         print(f"servegrid: {error}", file=sys.stderr)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from servegrid.doctor import environments, files, kinds, models, slurm
 from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study
+from servegrid.doctor.proposal import Proposal, propose
 from servegrid.doctor.report import Finding, Group, Status
 from servegrid.doctor.resources import ResourceRequest, build_request
 from servegrid.doctor.shell import RunCommand, run_command
+from servegrid.errors import ConfigError
 from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment, Study
 
-__all__ = ["run_checks"]
+__all__ = ["propose_profile", "run_checks"]
 
 ENGINE_PACKAGES = {"vllm": "vllm", "llamacpp": "xllamacpp"}
 
@@ -30,6 +32,29 @@ def run_checks(profile_folder: Path, study_file: Path | None, directory: Path) -
     profile = Profile.load(profile_folder)
     study = load_study(study_file) if study_file else None
     return _run_checks(profile, study, study_file or Path(), directory)
+
+
+def propose_profile() -> Proposal:
+    """Kinds of nodes for the cluster of this machine, from what its Slurm says.
+
+    Raises ConfigError if Slurm is missing, does not answer, or shows no node.
+    """
+    tools = list(slurm.check_programs(run_command))
+    failed = [finding for finding in tools if finding.status is Status.FAIL]
+    if not failed:
+        responses = slurm.check_responses(*slurm.query_responses(run_command))
+        failed = [finding for finding in responses if finding.status is Status.FAIL]
+    if failed:
+        raise ConfigError(f"{failed[0].subject}: {failed[0].found}. {failed[0].remedy}")
+    facts = slurm.query_facts(run_command)
+    proposal = propose(facts, slurm.query_rights(run_command))
+    if not proposal.kinds:
+        why = "; ".join((*facts.errors.values(), *proposal.notes))
+        raise ConfigError(
+            f"Slurm shows no node that you can use ({why}). Ask the administrators which "
+            "partition you can use, and copy profiles/plafrim/."
+        )
+    return proposal
 
 
 def _run_checks(
@@ -68,17 +93,27 @@ def _check_slurm(
     if responses[0].status is Status.FAIL:
         yield slurm.CONTROLLER.skip("kinds, settings", "the controller does not answer")
         return
-    facts = slurm.query_facts(run)
+    facts: dict[str | None, slurm.SlurmFacts] = {None: slurm.query_facts(run)}
     for request in requests:
-        yield from kinds.check_kind(request, facts, file)
+        cluster = request.clusters
+        several = cluster is not None and "," in cluster
+        if several:
+            group = Group(f"kind {request.kind}")
+            yield group.skip("nodes", f"Slurm chooses one of the clusters {cluster}")
+        else:
+            if cluster not in facts:
+                facts[cluster] = slurm.query_facts(run, cluster)
+            yield from kinds.check_kind(request, facts[cluster], file)
         yield kinds.check_test_submission(
             request,
             run(["sbatch", "--test-only", *request.sbatch_options(), "--wrap=true"]),
-            kinds.are_nodes_out(request, facts),
+            not several and kinds.are_nodes_out(request, facts[cluster]),
         )
-    partitions = [kinds.used_partitions(request, facts) for request in requests]
-    names = dict.fromkeys(partition.name for used in partitions for partition in used)
-    yield from slurm.check_settings(facts, list(names))
+    for cluster, known in facts.items():
+        on_it = [request for request in requests if request.clusters == cluster]
+        partitions = [kinds.used_partitions(request, known) for request in on_it]
+        names = dict.fromkeys(partition.name for used in partitions for partition in used)
+        yield from slurm.check_settings(known, list(names))
 
 
 def _uses_slurm(profile: Profile) -> bool:

@@ -81,6 +81,16 @@ def environment_remedy(python: str) -> str:
     return "Create an environment that contains servegrid, or correct `python` in the kinds file."
 
 
+def check_main_python(python: str) -> Iterator[Finding]:
+    """Check that Snakemake can run scripts: it puts this path into shell commands as it is."""
+    if re.search(r"[^\w@%+=:,./-]", python):
+        yield GROUP.fail(
+            "main process",
+            f"{python}: Snakemake cannot run scripts with a Python in such a path",
+            "Create the environment in a folder whose path has no spaces and no quotes.",
+        )
+
+
 def check_environments(
     pythons: Mapping[str, str | None], engines: Mapping[str, Sequence[str]]
 ) -> Iterator[Finding]:
@@ -88,6 +98,7 @@ def check_environments(
 
     A relative path starts in the current folder, as it does for the executor.
     """
+    yield from check_main_python(sys.executable)
     results: dict[str, CommandResult] = {}
     for kind, path in pythons.items():
         python = str(Path(path).expanduser()) if path else sys.executable

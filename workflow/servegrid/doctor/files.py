@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -110,7 +111,7 @@ def check_files(directory: Path, shared: bool) -> Iterator[Finding]:
 def read_mounts() -> list[Mount]:
     """The mounts of this machine; empty if they cannot be read."""
     try:
-        return parse_mounts(MOUNTS.read_text())
+        return parse_mounts(os.fsdecode(MOUNTS.read_bytes()))
     except OSError:
         return []
 

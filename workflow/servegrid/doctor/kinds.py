@@ -196,9 +196,13 @@ def _check_size(
 
 def check_gpus(group: Group, request: ResourceRequest, nodes: Sequence[Node], file: str) -> Finding:
     """Compare the kind's GPUs with those that Slurm manages in the nodes."""
-    counts = {sum(gpus.count for gpus in node.gpus) for node in nodes if node.gpus}
+    counts = {count for node in nodes if (count := _count_gpus(node, request.gpus))}
     stated = request.values.get("gpus_of_node")
-    if stated and counts and stated not in counts:
+    # On a shared node, a limit of the user can be lower.
+    fits = stated in counts or (
+        bool(counts) and not request.values.get("slurm_exclusive") and stated in range(max(counts))
+    )
+    if stated and counts and not fits:
         return group.warn(
             "GPUs",
             f"gpus_of_node is {stated}, but Slurm manages {_range(sorted(counts))} per node",
@@ -269,6 +273,12 @@ def _check_account(
 def _nodes_in(nodes: Sequence[Node], partitions: Sequence[Partition]) -> list[Node]:
     names = {partition.name for partition in partitions}
     return [node for node in nodes if not names or node.partitions & names]
+
+
+def _count_gpus(node: Node, requested: Gpus | None) -> int:
+    """The GPUs of a node that are of the requested type, if one is requested."""
+    wanted = requested.type if requested else None
+    return sum(gpus.count for gpus in node.gpus if wanted in (None, gpus.type))
 
 
 def _has_gpus(available: Sequence[Gpus], requested: Gpus) -> bool:

@@ -214,7 +214,7 @@ def get_number(parameters: Mapping[str, Any], key: str, default: float) -> float
 
 def _load_mapping(file: Path, key: str) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(file.read_text())
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             f"{key}: {file} cannot be read ({error.strerror}). Correct the path; it is relative "

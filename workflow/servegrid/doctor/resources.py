@@ -14,6 +14,9 @@ from servegrid.study.grid import Deployment
 
 RULE = "measure"
 COPIED = ("nodes", "cpus_per_task", "slurm_partition", "slurm_account", "slurm_constraint")
+MEMORY = {"mem_gb", "slurm_mem", "slurm_mem_per_cpu", "slurm_mem_per_gpu"}
+SUBMITIT = {"open-mode": "append", "wckey": "submitit"}
+"""Options that submitit adds to every job unless the kind has others."""
 UNITS_MB = {"K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 
@@ -67,15 +70,27 @@ class ResourceRequest:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", str(self.values.get("slurm_mem", 0)))
         return float(found[1]) * UNITS_MB[found[2] or "M"] if found else 0.0
 
+    @property
+    def clusters(self) -> str | None:
+        """The clusters of Slurm, separated by commas; None: that of this machine."""
+        additional = self.values.get("slurm_additional_parameters")
+        found = additional.get("clusters") if isinstance(additional, dict) else None
+        return str(found) if found else None
+
     def _text(self, key: str) -> str | None:
         return str(self.values[key]) if self.values.get(key) else None
 
     def sbatch_options(self) -> list[str]:
         """The options of sbatch that submitit would write into the batch script."""
         values = self.values
-        options = {"nodes": values.get("nodes", self.max_nodes), "cpus-per-task": self.cpus}
+        options = SUBMITIT | {
+            "nodes": values.get("nodes", self.max_nodes),
+            "cpus-per-task": self.cpus,
+        }
         if self.minutes is not None:
             options["time"] = math.ceil(self.minutes)
+            delay = values.get("signal_delay_s", min(60, self.minutes * 60 / 4))
+            options["signal"] = f"USR2@{int(delay)}"
         if "mem_gb" in values:
             options["mem"] = f"{round(self.memory_mb)}M"
         if values.get("gpus_per_node"):
@@ -108,6 +123,8 @@ def build_request(
     values = {key: resources[key] for key in (*COPIED, "slurm_qos") if key in resources}
     if "runtime" in resources:
         values["timeout_min"] = resources["runtime"]
+    if "mem_mb" in resources and not MEMORY & parameters.keys():
+        values["slurm_mem"] = f"{resources['mem_mb']}M"
     values |= parameters
     per_node = [math.ceil(each.node_gpus / count_nodes(each, values)) for each in deployments]
     needs_gpus = any(per_node) if deployments else kind != CPU

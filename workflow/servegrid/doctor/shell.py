@@ -9,7 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TIMEOUT_S = 20.0
-INHERITED = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
+INHERITED = (
+    *("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_"),
+    *("SACCT_", "SCANCEL_", "SINFO_", "SQUEUE_"),
+)
+"""What a Slurm job inherits, and what changes the output of Slurm's programs."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def run_command(command: Sequence[str], timeout_s: float = TIMEOUT_S) -> Command
             env=env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
             timeout=timeout_s,
         )

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from servegrid.doctor.report import Finding, Group
 from servegrid.doctor.shell import CommandResult, RunCommand
 from servegrid.doctor.slurm_output import (
+    Account,
+    Limit,
     Node,
     Partition,
     parse_accounts,
+    parse_associations,
     parse_nodes,
     parse_partitions,
+    parse_qos,
     parse_seconds,
     parse_settings,
     parse_version,
@@ -43,6 +47,16 @@ class SlurmFacts:
     errors: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Rights:
+    """What this user may use; None if Slurm does not say it. `qos` has the limits of each QoS."""
+
+    accounts: Mapping[str, Account] | None = None
+    default_account: str | None = None
+    qos: Mapping[str, Limit] = field(default_factory=dict)
+    groups: frozenset[str] | None = None
+
+
 def user_name() -> str:
     """The name of this process's user in Slurm."""
     try:
@@ -51,14 +65,23 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-def query_facts(run: RunCommand) -> SlurmFacts:
-    """Query the controller and the accounting."""
-    settings = run(["scontrol", "show", "config"])
-    partitions = run(["scontrol", "--all", "--oneliner", "show", "partition"])
-    nodes = run(["scontrol", "--all", "--oneliner", "show", "node"])
-    accounts = run(
-        ["sacctmgr", "-n", "-P", "show", "assoc", f"user={user_name()}", "format=account,qos"]
-    )
+def user_filter() -> list[str]:
+    """The option that limits squeue to this process's user, if the machine knows this user."""
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        return []
+    return ["-u", str(os.getuid())]
+
+
+def query_facts(run: RunCommand, cluster: str | None = None) -> SlurmFacts:
+    """Query the controller and the accounting; `cluster` is not the one of this machine."""
+    scontrol = ["scontrol", *([f"--clusters={cluster}"] if cluster else [])]
+    settings = run([*scontrol, "show", "config"])
+    partitions = run([*scontrol, "--all", "--oneliner", "show", "partition"])
+    nodes = run([*scontrol, "--all", "--oneliner", "show", "node"])
+    where = [f"user={user_name()}", *([f"cluster={cluster}"] if cluster else [])]
+    accounts = run(["sacctmgr", "-n", "-P", "show", "assoc", *where, "format=account,qos"])
     results = {"settings": settings, "partitions": partitions, "nodes": nodes, "accounts": accounts}
     return SlurmFacts(
         settings=parse_settings(settings.stdout) if settings.ok else {},
@@ -66,6 +89,23 @@ def query_facts(run: RunCommand) -> SlurmFacts:
         nodes=parse_nodes(nodes.stdout) if nodes.ok else (),
         accounts=parse_accounts(accounts.stdout) if accounts.ok else None,
         errors={name: result.message for name, result in results.items() if not result.ok},
+    )
+
+
+def query_rights(run: RunCommand) -> Rights:
+    """Query the accounting and this machine for what this user may use."""
+    show = ["sacctmgr", "-n", "-P", "show"]
+    accounts = run(
+        [*show, "assoc", f"user={user_name()}", "format=account,qos,defaultqos,maxwall,maxtres"]
+    )
+    user = run([*show, "user", user_name(), "format=defaultaccount"])
+    qos = run([*show, "qos", "format=name,maxwall,maxtres,maxtrespu"])
+    groups = run(["id", "-Gn"])
+    return Rights(
+        accounts=parse_associations(accounts.stdout) if accounts.ok else None,
+        default_account=user.stdout.strip() or None if user.ok else None,
+        qos=parse_qos(qos.stdout) if qos.ok else {},
+        groups=frozenset(groups.stdout.split()) if groups.ok else None,
     )
 
 
@@ -148,7 +188,7 @@ def query_responses(
     """The results of `scontrol ping`, squeue and sacct; None if sacct is not installed."""
     return (
         run(["scontrol", "ping"]),
-        run(["squeue", "-h", "-r", "-t", "all", "-u", user_name(), "-o", "%i|%T|%N"]),
+        run(["squeue", "-h", "-r", "-t", "all", *user_filter(), "-o", "%i|%T|%N"]),
         run(["sacct", "-X", "-n", "-P", "-S", "now-1hours", "-o", "jobid"])
         if which("sacct")
         else None,
@@ -184,13 +224,20 @@ def check_settings(facts: SlurmFacts, partitions: Sequence[str]) -> Iterator[Fin
     yield SETTINGS.ok("MaxJobCount", f"at most {max_jobs} jobs of all users together")
 
 
+def preempt_mode(settings: Mapping[str, str], partition: Partition) -> str | None:
+    """What preemption does to jobs of a partition, such as `REQUEUE`; None: there is none."""
+    by = settings.get("PreemptType", "(null)").rpartition("/")[2]
+    mode = partition.preempt_mode or settings.get("PreemptMode", "OFF")
+    return None if by in ("none", "(null)", "") or (by != "qos" and mode == "OFF") else mode
+
+
 def check_preemption(settings: Mapping[str, str], partition: Partition) -> Finding:
     """Check what preemption in a partition does to its allocations."""
     subject = f"preemption in {partition.name}"
-    by = settings.get("PreemptType", "(null)").rpartition("/")[2]
-    mode = partition.preempt_mode or settings.get("PreemptMode", "OFF")
-    if by in ("none", "(null)", "") or (by != "qos" and mode == "OFF"):
+    mode = preempt_mode(settings, partition)
+    if mode is None:
         return SETTINGS.ok(subject, "none")
+    by = settings["PreemptType"].rpartition("/")[2]
     text = f"by {by}, {mode}"
     if {"SUSPEND", "GANG"} & set(mode.split(",")):
         return SETTINGS.warn(

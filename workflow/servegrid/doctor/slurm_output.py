@@ -24,7 +24,11 @@ UNLIMITED = frozenset({"UNLIMITED", "INFINITE", "NONE"})
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition. `max_minutes` is None without a time limit."""
+    """A partition. `max_minutes` is None without a time limit.
+
+    `allow_accounts`, `allow_qos` and `allow_groups` are None if all can use it. `qos` has limits
+    for all its jobs.
+    """
 
     name: str
     is_default: bool
@@ -32,6 +36,31 @@ class Partition:
     max_minutes: float | None
     preempt_mode: str
     grace_s: int
+    allow_accounts: frozenset[str] | None = None
+    deny_accounts: frozenset[str] = frozenset()
+    allow_qos: frozenset[str] | None = None
+    allow_groups: frozenset[str] | None = None
+    root_only: bool = False
+    qos: str | None = None
+    over_subscribe: str = "NO"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one job, or all jobs of one user, can have; None: no limit."""
+
+    minutes: float | None = None
+    gpus: int | None = None
+    cpus: int | None = None
+
+
+@dataclass(frozen=True)
+class Account:
+    """An account of a user: its QoS, the default one, and its limits."""
+
+    qos: frozenset[str]
+    default_qos: str | None = None
+    limit: Limit = Limit()
 
 
 @dataclass(frozen=True)
@@ -98,6 +127,13 @@ def parse_partitions(text: str) -> dict[str, Partition]:
             max_minutes=parse_time_limit(fields.get("MaxTime", "")),
             preempt_mode=fields.get("PreemptMode", ""),
             grace_s=int(fields.get("GraceTime", "0")),
+            allow_accounts=_parse_allowed(fields.get("AllowAccounts", "ALL")),
+            deny_accounts=_parse_list(fields.get("DenyAccounts", "")),
+            allow_qos=_parse_allowed(fields.get("AllowQos", "ALL")),
+            allow_groups=_parse_allowed(fields.get("AllowGroups", "ALL")),
+            root_only=fields.get("RootOnly") == "YES",
+            qos=fields.get("QoS") if fields.get("QoS") not in ("N/A", "(null)", "") else None,
+            over_subscribe=fields.get("OverSubscribe", "NO").partition(":")[0],
         )
         for fields in found
         if "PartitionName" in fields
@@ -132,6 +168,43 @@ def parse_accounts(text: str) -> dict[str, set[str]]:
     return found
 
 
+def parse_associations(text: str) -> dict[str, Account]:
+    """By account, from `sacctmgr show assoc format=account,qos,defaultqos,maxwall,maxtres`."""
+    found: dict[str, Account] = {}
+    for line in text.splitlines():
+        name, qos, default, wall, tres = (*line.strip().split("|"), *[""] * 5)[:5]
+        if name:
+            before = found.get(name, Account(frozenset()))
+            names = before.qos | _parse_list(qos)
+            default_qos = before.default_qos or default or None
+            found[name] = Account(names, default_qos, parse_limit(wall, tres))
+    return found
+
+
+def parse_qos(text: str) -> dict[str, Limit]:
+    """By QoS, from `sacctmgr show qos format=name,maxwall,maxtres,maxtrespu`."""
+    found = {}
+    for line in text.splitlines():
+        name, wall, *tres = (*line.strip().split("|"), *[""] * 4)[:4]
+        if name:
+            found[name] = parse_limit(wall, *tres)
+    return found
+
+
+def parse_limit(wall: str, *tres: str) -> Limit:
+    """A limit such as `2-00:00:00` and `cpu=64,gres/gpu=2,mem=1T`; the smallest number counts."""
+    numbers: dict[str, list[int]] = {"gres/gpu": [], "cpu": []}
+    for word in ",".join(tres).split(","):
+        name, _, number = word.partition("=")
+        if name in numbers and number.isdecimal():
+            numbers[name].append(int(number))
+    return Limit(
+        parse_time_limit(wall),
+        min(numbers["gres/gpu"], default=None),
+        min(numbers["cpu"], default=None),
+    )
+
+
 def is_simple(constraint: str) -> bool:
     """Whether a constraint only joins features with & and |, without groups and counts."""
     return re.fullmatch(r"[\w.:=-]+([&|][\w.:=-]+)*", constraint.replace(" ", "")) is not None
@@ -163,3 +236,7 @@ def _parse_fields(line: str) -> dict[str, str]:
 
 def _parse_list(text: str) -> frozenset[str]:
     return frozenset(() if text == "(null)" else filter(None, text.split(",")))
+
+
+def _parse_allowed(text: str) -> frozenset[str] | None:
+    return None if text in ("ALL", "") else _parse_list(text)

@@ -135,7 +135,7 @@ def check_compatibility(
     needs = requirements_for(
         deployment,
         defaults,
-        json.loads(config.read_text()) if config.exists() else {},
+        json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
         hardware.weight_bytes(checkpoint),
         hardware.required_capability,
     )

@@ -49,7 +49,7 @@ def weight_bytes(checkpoint: Path) -> int | None:
     """
     index = checkpoint / "model.safetensors.index.json"
     if index.exists():
-        names = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
         files = [checkpoint / name for name in names]
     else:
         found = list(checkpoint.glob("*.safetensors"))

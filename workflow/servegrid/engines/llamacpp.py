@@ -186,7 +186,7 @@ class _Server:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                text=True,
+                encoding="utf-8",
                 errors="replace",
                 # The GPU order of NVML, which samples them.
                 env=os.environ | {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"},

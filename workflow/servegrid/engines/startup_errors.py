@@ -29,7 +29,10 @@ class ErrorFileHandler(logging.Handler):
             "message": record.getMessage(),
             "exception": describe_failure(error) if error else None,
         }
-        with contextlib.suppress(KeyError, OSError), Path(os.environ[FILE_VARIABLE]).open("a") as f:
+        with (
+            contextlib.suppress(KeyError, OSError),
+            Path(os.environ[FILE_VARIABLE]).open("a", encoding="utf-8") as f,
+        ):
             f.write(json.dumps(line) + "\n")
 
 
@@ -52,7 +55,8 @@ def logging_variables(folder: Path) -> dict[str, str]:
                     "vllm": {"handlers": ["log", "errors"], "level": "INFO", "propagate": False}
                 },
             }
-        )
+        ),
+        encoding="utf-8",
     )
     return {
         "VLLM_LOGGING_CONFIG_PATH": str(config),
@@ -63,7 +67,7 @@ def logging_variables(folder: Path) -> dict[str, str]:
 def first_error(folder: Path) -> str | None:
     """The first error in `folder` with an exception; later errors are consequences of it."""
     try:
-        lines = (folder / "errors.jsonl").read_text().splitlines()
+        lines = (folder / "errors.jsonl").read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return None
     errors = [json.loads(line) for line in lines]

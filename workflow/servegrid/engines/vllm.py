@@ -194,7 +194,7 @@ def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.VllmAp
         config = checkpoint / "config.json"
         kv_cache = arguments.kv_cache_bytes(
             deployment,
-            json.loads(config.read_text()) if config.exists() else {},
+            json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
             psutil.virtual_memory().total,
         )
     defaults = arguments.default_arguments(deployment, str(checkpoint), kv_cache)

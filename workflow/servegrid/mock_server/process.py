@@ -64,7 +64,7 @@ def start_mock_server(
             env=os.environ | ({KEY_VARIABLE: api_key} if api_key else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
     assert process.stdin is not None and process.stdout is not None
     try:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import locale
+import logging
 import os
 import platform
 import socket
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from servegrid.errors import ConfigError
 
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
 
@@ -21,6 +28,44 @@ def use_safe_path() -> None:
     files of a stranger's bundle, or of another member of a group.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def use_utf8() -> None:
+    """Let this process read and write text as UTF-8, whatever its locale says.
+
+    servegrid names the encoding of each file that it opens. This is for the libraries that it
+    calls, for Snakemake's log, and for standard output: a file or a pipe gets UTF-8, and a terminal
+    gets `?` for what it cannot show.
+
+    The names of files keep the locale's encoding, as in the processes that this one starts. Arrow
+    takes them for UTF-8. Raises ConfigError if it would look for the working directory elsewhere.
+    """
+    if locale.getencoding().lower() not in ("utf-8", "utf8"):
+        # Python reads this setting whenever it opens a file.
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if stream.isatty():
+            stream.reconfigure(errors="replace")
+        else:
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for handler in logging.getLogger("snakemake.logging").handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream:
+            handler.stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    check_folder_name(Path.cwd(), sys.getfilesystemencoding())
+
+
+def check_folder_name(folder: Path, encoding: str) -> None:
+    """Raise ConfigError if not all programs find `folder` where names of files are `encoding`."""
+    if not str(folder).isascii() and encoding != "utf-8":
+        name = os.fsencode(folder).decode(errors="replace")
+        raise ConfigError(
+            f"{name}: this path has characters other than ASCII, but the locale's encoding is "
+            f"{encoding}, so not all programs find it. Set PYTHONUTF8=1, and run the same command "
+            "again."
+        )
 
 
 def describe_node() -> dict[str, Any]:
@@ -41,7 +86,7 @@ def describe_node() -> dict[str, Any]:
 
 
 def _cpu_model() -> str | None:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Collection, Iterable, Iterator
@@ -79,7 +80,7 @@ def shared_memory_files(processes: Iterable[psutil.Process]) -> set[Path]:
 def _mapped_inodes(pid: int) -> Iterator[int]:
     # Compare inodes, not names: the creator of a semaphore maps it under a temporary name.
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        for line in os.fsdecode(Path(f"/proc/{pid}/maps").read_bytes()).splitlines():
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[5].startswith(f"{SHARED_MEMORY}/"):
                 yield int(fields[4])

@@ -36,7 +36,7 @@ class Reaper:
         # A new session: a signal that kills the job's process group does not reach the reaper.
         with processes.block_signals():
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, text=True, start_new_session=True
+                command, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True
             )
 
     def watch(self, engine: Iterable[psutil.Process]) -> None:

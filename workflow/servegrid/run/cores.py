@@ -50,7 +50,7 @@ def hardware_threads(core: int) -> frozenset[int]:
     """The hardware threads on the same physical core as `core`; only `core` if unknown."""
     found = {core}
     with contextlib.suppress(OSError, ValueError):
-        for part in Path(_TOPOLOGY.format(core)).read_text().strip().split(","):
+        for part in Path(_TOPOLOGY.format(core)).read_text(encoding="utf-8").strip().split(","):
             first, _, last = part.partition("-")
             found |= {*range(int(first), int(last or first) + 1)}
     return frozenset(found)

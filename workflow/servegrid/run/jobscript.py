@@ -27,7 +27,7 @@ def report_work_span() -> Iterator[None]:
     began = time.time()
     yield
     if report := os.environ.get("SUBMITIT_TASK_REPORT"):
-        Path(report).write_text(f"{began} {time.time()}")
+        Path(report).write_text(f"{began} {time.time()}", encoding="utf-8")
 
 
 @contextlib.contextmanager

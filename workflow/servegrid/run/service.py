@@ -66,7 +66,9 @@ class AllocationInfo:
             paths["tokenizer"] = str(self.tokenizer)
         endpoint = replace(self.endpoint, api_key=None) if self.api_key_env else self.endpoint
         data = asdict(self) | paths | {"endpoint": asdict(endpoint)}
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        with os.fdopen(
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+        ) as file:
             json.dump(data, file)
 
     @classmethod
@@ -76,7 +78,7 @@ class AllocationInfo:
         Raises EngineError if it runs in no allocation, or if the endpoint's API key is missing.
         """
         try:
-            data = json.loads(Path(os.environ[INFO_VARIABLE]).read_text())
+            data = json.loads(Path(os.environ[INFO_VARIABLE]).read_text(encoding="utf-8"))
         except KeyError:
             raise EngineError(
                 "There is no engine, because this process does not run in an allocation. "
@@ -139,6 +141,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     must start). It also contains `max_concurrency`, the highest number of requests in flight in
     the study.
     """
+    environment.use_utf8()
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
     site = Site(
         socket=resources.get("socket", "tcp"),

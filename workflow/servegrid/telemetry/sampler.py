@@ -60,7 +60,7 @@ class Sampler:
         self._file.touch()
         with processes.block_signals():
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, text=True, start_new_session=True
+                self._command, stdin=subprocess.PIPE, encoding="utf-8", start_new_session=True
             )
         assert self._process.stdin
         # Not on the command line: other users can read it, and the endpoint contains the API key.
@@ -190,13 +190,15 @@ def _ticks(hz: float) -> Iterator[int]:
 
 def _status(path: Path) -> dict[str, int]:
     """The fields of /proc/PID/status that are in kB."""
-    fields = (line.split() for line in path.read_text().splitlines())
+    fields = (
+        line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
     return {f[0].rstrip(":"): int(f[1]) for f in fields if len(f) == 3 and f[2] == "kB"}
 
 
 def _cpu_s(path: Path) -> float:
     """User and system time of /proc/PID/stat, including threads that have ended."""
-    fields = path.read_text().rpartition(")")[2].split()
+    fields = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
 

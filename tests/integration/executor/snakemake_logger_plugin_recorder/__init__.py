@@ -16,5 +16,5 @@ class LogHandler(LogHandlerBase):
 
     def emit(self, record: logging.LogRecord) -> None:
         if allocation := getattr(record, "allocation", None):
-            with Path("allocations.jsonl").open("a") as file:
+            with Path("allocations.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(allocation) + "\n")
