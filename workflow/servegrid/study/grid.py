@@ -184,10 +184,10 @@ class Study:
     def max_concurrency(self, deployment: Deployment) -> int:
         """The highest concurrency of the deployment's workloads.
 
-        `poisson` workloads count as `max_num_seqs`: the engine runs no more requests at once.
+        `poisson` workloads count as `max_running`: the engine runs no more requests at once.
         """
         return max(
-            trial.workload.concurrency or deployment.max_num_seqs
+            trial.workload.concurrency or deployment.max_running
             for trial in self.trials
             if trial.deployment.name == deployment.name
         )
