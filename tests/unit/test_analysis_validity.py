@@ -272,6 +272,11 @@ def test_the_broken_rule_is_named_with_evidence(what: str) -> None:
     assert check_validity(make()) == Validity(False, [rule], [detail])
 
 
+def test_every_copy_of_the_model_runs_max_num_seqs_requests() -> None:
+    copies = {"max_num_seqs": 1, "data_parallel_size": 2}
+    assert check_validity(evidence(engine=copies)).valid
+
+
 def test_every_rule_has_a_case() -> None:
     assert {reason.partition(":")[0] for _, reason in BROKEN.values()} == set(RULES)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers.doctoring import GROUP, result, study
+from helpers.tokenizing import make_tokenizer
 from servegrid.doctor import environments, files, models
 from servegrid.doctor.report import Finding, Status
 from servegrid.errors import ModelError
@@ -129,10 +130,19 @@ def test_interpreters_are_run(tmp_path: Path) -> None:
 
 def test_models_are_looked_up(tmp_path: Path) -> None:
     (deployment,) = study().deployments
-    (found,) = models.check_deployment_models(
-        deployment, lambda *_: tmp_path, tmp_path, Path("s.yaml")
-    )
-    assert (found.status, found.found) == (Status.OK, f"checkpoint {tmp_path}")
+
+    def check() -> list[tuple[Status, str]]:
+        found = models.check_deployment_models(
+            deployment, lambda *_: tmp_path, tmp_path, Path("s.yaml")
+        )
+        return [(each.status, each.found) for each in found]
+
+    found, without_tokenizer = check()
+    assert found == (Status.OK, f"checkpoint {tmp_path}")
+    assert without_tokenizer[0] is Status.FAIL
+    assert "tokenizer.json: this file does not exist" in without_tokenizer[1]
+    make_tokenizer(tmp_path)
+    assert check()[1] == (Status.OK, "tokenizer encodes text")
 
     def refuse(name: str, _: Path) -> Path:
         raise ModelError(name)

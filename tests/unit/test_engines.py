@@ -104,12 +104,14 @@ def test_a_vllm_config_becomes_plain_data() -> None:
             num_gpu_blocks=364, block_size=128, cache_dtype="auto", enable_prefix_caching=False
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=2048),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(tensor_parallel_size=4, data_parallel_size=2),
     )
     facts = resolved_config(config)
     assert facts["dtype"] == "bfloat16"
     assert facts["kv_capacity_tokens"] == 46_592
     assert facts["prefix_caching"] is False
+    assert (facts["tensor_parallel_size"], facts["data_parallel_size"]) == (4, 2)
+    assert facts["expert_parallel"] is None
     assert facts["chunked_prefill"] is None  # this version has no such setting
     config.cache_config.num_gpu_blocks = None
     assert resolved_config(config)["kv_capacity_tokens"] is None

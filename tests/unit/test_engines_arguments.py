@@ -37,6 +37,13 @@ OPTIONS = {
     "--middleware",
     "--max-num-batched-tokens",
 }
+PARALLEL = {
+    "--pipeline-parallel-size",
+    "--data-parallel-size",
+    "--prefill-context-parallel-size",
+    "--decode-context-parallel-size",
+    "--enable-expert-parallel",
+}
 LACKING = {"--shutdown-timeout", "--kv-cache-memory-bytes", "--generation-config"}
 
 
@@ -83,6 +90,34 @@ def test_a_gpu_deployment_uses_tensor_parallelism_and_a_fraction_of_the_memory()
         "--tensor-parallel-size": ["2"],
         "--gpu-memory-utilization": ["0.9"],
     }
+
+
+@pytest.mark.parametrize(
+    ("gpu_count", "engine_args", "tensor"),
+    [
+        (16, {"data_parallel_size": 4}, 4),
+        (16, {"data-parallel-size": 4}, 4),
+        (8, {"pipeline_parallel_size": 2}, 4),
+        (16, {"pipeline_parallel_size": 2, "data_parallel_size": 4}, 2),
+        (8, {"data_parallel_size": 8, "enable_expert_parallel": True}, 1),
+        (8, {"enable_expert_parallel": True}, 8),
+        (8, {"prefill_context_parallel_size": 2}, 4),
+        (8, {"decode_context_parallel_size": 2}, 8),  # uses the GPUs of tensor parallel again
+        (4, {"data_parallel_size": None}, 4),
+    ],
+)
+def test_tensor_parallelism_uses_what_the_other_dimensions_leave(
+    gpu_count: int, engine_args: dict[str, Any], tensor: int
+) -> None:
+    flags = rendered(replace(ON_GPUS, gpu_count=gpu_count), OPTIONS | PARALLEL, **engine_args)
+    assert flags["--tensor-parallel-size"] == [str(tensor)]
+    copies = next((value for key, value in engine_args.items() if key.startswith("data")), None)
+    assert flags.get("--data-parallel-size") == (None if copies is None else [str(copies)])
+
+
+def test_a_cpu_has_no_gpus_to_share() -> None:
+    flags = rendered(ON_CPU, OPTIONS | PARALLEL, data_parallel_size=2)
+    assert (flags["--tensor-parallel-size"], flags["--data-parallel-size"]) == (["1"], ["2"])
 
 
 def test_defaults_that_an_older_vllm_lacks_are_left_out() -> None:
@@ -132,6 +167,11 @@ def test_an_unknown_argument_is_refused_with_similar_names() -> None:
         rendered(ON_GPUS, zzz=1)
 
 
+def test_a_file_of_arguments_is_refused_because_no_record_shows_it() -> None:
+    with pytest.raises(ConfigError, match=r"engine_args\.config .* Write them into engine_args"):
+        rendered(ON_GPUS, OPTIONS | {"--config"}, config="vllm.yaml")
+
+
 @pytest.mark.parametrize(
     ("key", "instead"),
     [
@@ -140,6 +180,8 @@ def test_an_unknown_argument_is_refused_with_similar_names() -> None:
         ("tensor_parallel_size", "own key `gpu_count`"),
         ("api_key", "servegrid"),
         ("port", "servegrid"),
+        ("uds", "servegrid"),
+        ("tensor-parallel-size", "own key `gpu_count`"),
         ("api-key", "servegrid"),
     ],
 )

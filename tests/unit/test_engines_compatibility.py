@@ -96,6 +96,12 @@ def quantized(method: str) -> dict[str, Any]:
         (needs(kv_cache_dtype="fp8"), [V100], FOR_V100),  # vLLM's V0 engine converts it
         (needs(), [L40S], FOR_A100),  # code for 8.6 runs on it
         (needs(weights=41.5, gpu_count=2), [A100, A100], FOR_A100),
+        (needs(weights=100, gpu_count=4, pipeline_parallel_size=2), [A100] * 4, FOR_A100),
+        (  # Experts are shared by all ranks.
+            needs({"num_local_experts": 8}, 100, gpu_count=4, data_parallel_size=2),
+            [A100] * 4,
+            FOR_A100,
+        ),
         (needs(weights=13.5), [A100, V100], FOR_A100),  # the second is not used
         (needs({"dtype": "float32"}, weights=27), [V100], FOR_V100),  # halved while loading
         (needs(weights=100, cpu_offload_gb=90), [A100], FOR_A100),
@@ -126,7 +132,19 @@ def test_a_deployment_that_may_run_is_accepted(
             FOR_V100,
             ["GPUs needed: 2, visible here: 1", "CUDA_VISIBLE_DEVICES"],
         ),
-        (needs(pipeline_parallel_size=2), [V100], FOR_V100, ["GPUs needed: 2"]),
+        (
+            needs(gpu_count=2, pipeline_parallel_size=2),
+            [V100],
+            FOR_V100,
+            ["GPUs needed: 2, visible here: 1"],
+        ),
+        (needs(gpu_count=4, data_parallel_size=2), [A100] * 2, FOR_A100, ["GPUs needed: 4"]),
+        (  # Each of the two copies has 2 × 40 × 0.9 GiB.
+            needs(weights=100, gpu_count=4, data_parallel_size=2),
+            [A100] * 4,
+            FOR_A100,
+            ["the weights take 100.0 GiB", "may use only 72.0 GiB: 2 GPUs"],
+        ),
         (
             needs(),
             [A100],

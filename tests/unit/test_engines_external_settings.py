@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from helpers.tokenizing import make_tokenizer
 from servegrid.client.requests import http_client, sent_key
 from servegrid.doctor.models import check_deployment_models
 from servegrid.doctor.profile import Profile, count_nodes
@@ -80,10 +81,9 @@ def test_the_load_client_runs_on_a_node_without_gpus_with_the_main_python() -> N
 
 def test_the_doctor_checks_the_tokenizer_and_requests_no_gpu(tmp_path: Path) -> None:
     (deployment,) = study().deployments
-    found = list(
-        check_deployment_models(deployment, lambda name, _: Path(name), tmp_path, tmp_path)
-    )
-    assert [each.found for each in found] == ["tokenizer models/mistral-7b"]
+    make_tokenizer(tmp_path)
+    found = list(check_deployment_models(deployment, lambda *_: tmp_path, tmp_path, tmp_path))
+    assert [each.found for each in found] == [f"tokenizer {tmp_path}", "tokenizer encodes text"]
     kinds = {"cpu": {"gpus_of_node": 1}}
     assert count_nodes(deployment, kinds["cpu"]) == 1
     profile = Profile(Path("p/config.yaml"), {}, None, kinds)
@@ -198,7 +198,7 @@ def test_a_study_cannot_send_any_variable_of_the_environment_to_its_own_server()
 def test_a_missing_api_key_is_reported_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "tokenizer.json").touch()
+    make_tokenizer(tmp_path)
     keyed_study = study(
         tokenizer=str(tmp_path), endpoint=ENTRY["endpoint"] | {"api_key_env": "SGLANG_KEY"}
     )

@@ -7,6 +7,7 @@ metrics in these files are the expected values.
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ def test_files_with_the_same_workload_are_trials_of_a_cell(tmp_path: Path) -> No
         ({"max_concurrency": None}, "burst", 12, None),
         ({"max_concurrency": 12}, "burst", 12, None),
         ({"request_rate": 5.0, "max_concurrency": None}, "poisson", None, 5.0),
+        ({"request_rate": 5.0, "burstiness": math.inf}, "constant", None, 5.0),
     ],
 )
 def test_the_protocol_follows_from_the_options_of_vllm_bench(
@@ -149,15 +151,19 @@ def strategy(kind: str) -> Any:
     ("result", "message"),
     [
         ("{", "is not JSON"),
-        ("{}\n{}", "put each result into its own file"),
+        ("{}\n{", "Check that the client finished writing"),
+        ("{}\n{}", "result-0.json[1]: was not written by vllm bench serve or guidellm"),
         ("[]", "was not written by vllm bench serve or guidellm"),
+        ("[{}, []]", "result-0.json[0]: was not written by vllm bench serve or guidellm"),
         (VLLM | {"request_rate": 2.0, "burstiness": 0.5}, "burstiness is 0.5"),
+        (VLLM | {"ramp_up_strategy": "linear"}, "its request rate rose during the run"),
         (VLLM | {"ttfts": VLLM["ttfts"][:-1]}, "ttfts 11"),
         (VLLM | {"itls": [None] * 12}, "has an unexpected structure"),
         (VLLM | {"errors": ["no"] * 12}, "no request succeeded"),
         (GUIDELLM | {"benchmarks": []}, "has no benchmarks"),
         (GUIDELLM | {"benchmarks": [None]}, "benchmarks[0]: is empty"),
-        (strategy("constant"), "the strategy 'constant' has no equivalent"),
+        (GUIDELLM | {"benchmarks": {}}, "`benchmarks` a list"),
+        (strategy("trace"), "the strategy 'trace' has no equivalent"),
     ],
 )
 def test_a_file_that_cannot_be_imported_is_refused_by_name(
@@ -167,6 +173,150 @@ def test_a_file_that_cannot_be_imported_is_refused_by_name(
     error = capsys.readouterr().err
     assert "result-0.json" in error
     assert message in error
+
+
+def guidellm_request(due: float, start: float) -> dict[str, Any]:
+    """Tokens 0.2 and 0.3 s after `start`: five, the first alone."""
+    timings = {
+        "targeted_start": due,
+        "request_start": start,
+        "first_token_iteration": start + 0.2,
+        "last_token_iteration": start + 0.3,
+        "request_end": start + 0.3,
+    }
+    return {
+        "info": {"status": "completed", "timings": timings, "error": None},
+        "input_metrics": {"text_tokens": 256},
+        "output_metrics": {"text_tokens": 5},
+    }
+
+
+def guidellm_benchmark(
+    strategy: dict[str, Any], requests: list[dict[str, Any]], cut_off: int = 0
+) -> dict[str, Any]:
+    benchmark = copy.deepcopy(GUIDELLM["benchmarks"][0])
+    benchmark["config"]["strategy"] = strategy
+    incomplete = [guidellm_request(1e9, 1e9) for _ in range(cut_off)]
+    benchmark["requests"] = {"successful": requests, "errored": [], "incomplete": incomplete}
+    return benchmark
+
+
+def sweep_report() -> dict[str, Any]:
+    """As the profile `sweep` writes it: synchronous, throughput, then rates in between.
+
+    The server sends the first token 0.2 s after the request. The client sends each request of the
+    open loop 0.05 s late.
+    """
+    one_by_one = [guidellm_request(1e9 + n, 1e9 + n) for n in range(3)]
+    at_once = [guidellm_request(1e9, 1e9) for _ in range(30)]
+    at_a_rate = [guidellm_request(1e9 + n / 4, 1e9 + n / 4 + 0.05) for n in range(80)]
+    benchmarks = [
+        guidellm_benchmark({"type_": "synchronous"}, one_by_one),
+        guidellm_benchmark({"type_": "throughput", "max_concurrency": 512}, at_once, cut_off=10),
+        guidellm_benchmark({"type_": "constant", "rate": 4.0, "max_concurrency": 512}, at_a_rate),
+        guidellm_benchmark({"type_": "constant", "rate": 4.0, "max_concurrency": 2}, at_a_rate),
+        guidellm_benchmark({"type_": "constant", "rate": 9.0, "max_concurrency": 512}, []),
+    ]
+    return GUIDELLM | {"benchmarks": benchmarks}
+
+
+def test_a_sweep_of_guidellm_is_imported_and_what_cannot_be_taken_is_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = import_results(tmp_path, sweep_report())
+    assert cells["protocol"].tolist() == ["closed_loop", "burst", "constant", "constant"]
+    # 30 requests ended and 10 were cut off, so 40 were in flight at the same time.
+    assert cells["concurrency"].tolist()[:2] == [1, 40]
+    assert cells["request_rate"].tolist()[2:] == [4.0, 4.0]
+    notes = cells["invalid_evidence"].tolist()
+    assert "10 requests cut off at the end and left out" in notes[1]
+    rate = cells.iloc[2]
+    assert rate["ttft_s_mean"] == pytest.approx(0.25, abs=1e-6), "from the due time"
+    assert rate["ttft_from_sent_s_mean"] == pytest.approx(0.2, abs=1e-6)
+    assert rate["tpot_s_mean"] == pytest.approx(0.1 / 4, abs=1e-6)
+    assert rate["in_flight_mean"] == pytest.approx(4 * 0.3, rel=0.05), "Little's law"
+    assert notes[2] == ["validity not checked: measured by guidellm 0.8.1"], "stationary"
+    assert any("limit of 2 requests in flight was reached" in note for note in notes[3])
+    printed = capsys.readouterr()
+    assert "4 trials in" in printed.out
+    assert "left out: 1 of 5 benchmarks" in printed.err
+    assert "result-0.json, benchmarks[4]: no request succeeded" in printed.err
+
+
+def test_a_load_that_rises_is_no_burst(tmp_path: Path) -> None:
+    at_once = [guidellm_request(1e9, 1e9 + n / 10) for n in range(30)]
+    rising = {"type_": "throughput", "max_concurrency": 512, "rampup_duration": 3.0}
+    report = GUIDELLM | {"benchmarks": [guidellm_benchmark(rising, at_once)]}
+    (row,) = import_results(tmp_path, report).to_dict("records")
+    assert (row["protocol"], row["concurrency"]) == ("closed_loop", 30)
+    assert "the load rose during the first 3 s" in row["invalid_evidence"]
+
+
+def sweep_runs(count: int, **parameters: Any) -> list[dict[str, Any]]:
+    """The list that `vllm bench sweep serve` writes to summary.json, for one combination."""
+    bare = {key: value for key, value in VLLM.items() if key not in DETAILS}
+    return [
+        bare | {"duration": 0.6 + number / 10, "run_number": number} | parameters
+        for number in range(count)
+    ]
+
+
+def test_a_list_as_vllm_bench_sweep_writes_it_is_imported(tmp_path: Path) -> None:
+    runs = sweep_runs(3, max_concurrency=4, random_input_len=46)
+    cells = import_results(tmp_path, runs)
+    assert cells["trial"].tolist() == [1, 2, 3]
+    assert cells["makespan_s"].tolist() == [0.6, 0.7, 0.8]
+    assert cells["allocation"].str.startswith("result-0.json[0] ").tolist() == [True, False, False]
+    assert set(cells["deployment"]) == {"scripted_awq_vllm_2xa100-40gb"}
+
+
+def test_a_run_of_a_sweep_that_is_in_two_files_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = sweep_runs(2)
+    cells = import_results(tmp_path, runs, runs[1])
+    assert cells["trial"].tolist() == [1, 2]
+    printed = capsys.readouterr().err
+    assert "left out: 1 of 3 benchmarks" in printed
+    assert "result-1.json: the same run of the sweep as result-0.json[1]" in printed
+
+
+def test_servers_that_a_sweep_started_with_other_parameters_are_other_deployments(
+    tmp_path: Path,
+) -> None:
+    runs = [sweep_runs(2, max_num_seqs=size, random_input_len=46) for size in (32, 64)]
+    runs[1][0]["seed"] = 1  # another trial, no other server
+    cells = import_results(tmp_path, *runs)
+    assert cells[["deployment", "trial"]].to_numpy().tolist() == [
+        ["scripted_awq_vllm_2xa100-40gb_max_num_seqs-32", 1],
+        ["scripted_awq_vllm_2xa100-40gb_max_num_seqs-32", 2],
+        ["scripted_awq_vllm_2xa100-40gb_max_num_seqs-64", 1],
+        ["scripted_awq_vllm_2xa100-40gb_max_num_seqs-64", 2],
+    ]
+
+
+def test_one_result_that_cannot_be_taken_leaves_the_others_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failure = {
+        "run_number": 1,
+        "error_type": "CalledProcessError",
+        "error": "exit status 1",
+        "serve_overrides": {},
+        "bench_overrides": {"max_concurrency": 8},
+    }
+    bursty = VLLM | {"request_rate": 2.0, "burstiness": 0.5}
+    appended = "\n".join(map(json.dumps, (VLLM, bursty, VLLM | {"itls": [None] * 12})))
+    cells = import_results(tmp_path, appended, failure, VLLM)
+    assert cells["trial"].tolist() == [1, 2]
+    printed = capsys.readouterr().err
+    assert "left out: 3 of 5 benchmarks" in printed
+    for reason in (
+        "result-0.json[1]: burstiness is 0.5",
+        "result-0.json[2]: has an unexpected structure",
+        "result-1.json: this run of vllm bench sweep failed (CalledProcessError: exit status 1)",
+    ):
+        assert reason in printed
 
 
 def test_an_existing_table_is_not_overwritten(

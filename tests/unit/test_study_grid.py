@@ -173,6 +173,15 @@ def test_max_concurrency_of_a_deployment() -> None:
     assert {opened.max_concurrency(each) for each in opened.deployments} == {256}
 
 
+def test_every_copy_of_the_model_runs_max_num_seqs_requests() -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["workload"].update(protocol="poisson", request_rate=1)
+        config["deployments"][0]["engine_args"] = {"data_parallel_size": 2}
+
+    study = parse_study(changed_config(change))
+    assert [study.max_concurrency(each) for each in study.deployments] == [512, 256]
+
+
 def test_defaults_are_the_same_in_schema_and_code() -> None:
     defaults = {
         key: value["default"]
@@ -329,6 +338,27 @@ REFUSED = [
     (
         lambda c: c["deployments"][1].update(gpu_count=1),
         ["deployments[1].gpu_count: 1 is not valid with gpu `cpu`", "Use 0 for `cpu`"],
+    ),
+    (
+        lambda c: c["deployments"][0].update(gpu_count=4, engine_args={"data_parallel_size": 3}),
+        [
+            "deployments[0]: gpu_count 4 is not a multiple of 3 (data_parallel_size 3",
+            "Set it to 3 times the GPUs of tensor parallelism",
+        ],
+    ),
+    (
+        lambda c: c["deployments"][0].update(engine_args={"pipeline-parallel-size": "2"}),
+        ["deployments[0]: engine_args.pipeline_parallel_size: '2' is not valid", "whole number"],
+    ),
+    (
+        lambda c: c["deployments"][0].update(engine_args={"tensor_parallel_size": None}),
+        ["deployments[0]: engine_args.tensor_parallel_size is set by", "`gpu_count`"],
+    ),
+    (
+        lambda c: c["deployments"][0].update(
+            engine_args={"data_parallel_size": 2, "data_parallel_size_local": 1}
+        ),
+        ["deployments[0]: engine_args.data_parallel_size_local spreads", "Remove the argument"],
     ),
     (lambda c: c["deployments"][0].update(gpu_count=0), ["deployments[0].gpu_count", "at least 1"]),
     (

@@ -70,7 +70,7 @@ def cell_row(
     window = None if use_all else stationary_window(requests, workload)
     inside = served if use_all else completed_in(served, window)
     window_s = makespan if use_all else None if window is None else window.seconds
-    due = inside["scheduled_ns" if workload.protocol == "poisson" else "sent_ns"]
+    due = inside["scheduled_ns" if workload.is_open_loop else "sent_ns"]
     ttft = _seconds(due, inside["first_token_ns"])
     from_sent = _seconds(inside["sent_ns"], inside["first_token_ns"])
     e2el = _seconds(due, last_token_ns(inside))
@@ -140,7 +140,7 @@ def cell_row(
 
 
 def stationary_window(requests: pa.Table, workload: Workload) -> Window | None:
-    """The stationary part of a closed loop or a poisson workload; None if there is none."""
+    """The stationary part of a closed or an open loop; None if there is none."""
     window = find_window(requests, workload)
     return None if isinstance(window, str) else window
 

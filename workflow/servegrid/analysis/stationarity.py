@@ -1,6 +1,6 @@
 """Finds the stationary part of a workload, or says why there is none. Pure.
 
-A closed loop or a poisson workload starts with an idle server, and the server runs dry at the end.
+A closed or an open loop starts with an idle server, and the server runs dry at the end.
 Neither shows the long-term performance. The part in between must not drift either, as it does if
 requests arrive faster than the server can answer.
 """
@@ -26,7 +26,7 @@ NEGLIGIBLE_SHIFT = 0.01
 """A transient that shifts the mean by at most this fraction is not cut."""
 MAX_CHANGE = 0.10
 """The mean latency of the second half may differ from the first by this fraction."""
-STANDARD_ERRORS = {"closed_loop": 2.3, "poisson": 4.0}
+STANDARD_ERRORS, OPEN_LOOP_STANDARD_ERRORS = 2.3, 4.0
 """A difference of at most this many standard errors is not drift, because chance can make it.
 
 2.3 is Student's t for eight degrees of freedom. In an open loop near its capacity, latencies stay
@@ -64,7 +64,7 @@ class Window:
 
 
 def find_window(requests: pa.Table, workload: Workload) -> Window | str:
-    """The stationary part of a closed loop or a poisson workload, or why there is none.
+    """The stationary part of a closed or an open loop, or why there is none.
 
     It ends when the last request is due, because fewer requests are in flight after that. It starts
     after the first response to every user of a closed loop, because all users start at the same
@@ -86,7 +86,7 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
     if served.num_rows == 0 or due.size == 0:
         return "no request was served"
     start, end = int(due.min()), int(due.max())
-    is_open = workload.protocol == "poisson"
+    is_open = workload.is_open_loop
     done = served["done_ns"].to_numpy()
     if workload.protocol == "closed_loop":
         users = served["user"].to_numpy()
@@ -109,7 +109,8 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
         return growth
     if not is_open and cut > len(latencies) / 2:
         return "the latency did not settle in the first half of the workload"
-    return _describe_drift(latencies[cut:], STANDARD_ERRORS[workload.protocol]) or window
+    allowed = OPEN_LOOP_STANDARD_ERRORS if is_open else STANDARD_ERRORS
+    return _describe_drift(latencies[cut:], allowed) or window
 
 
 def _describe_growth(requests: pa.Table, window: Window) -> str | None:

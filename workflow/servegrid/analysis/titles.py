@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import pandas as pd
 
 from servegrid.study.deployment import EMULATED
+from servegrid.study.grid import OPEN_LOOPS
 from servegrid.study.text import pluralize
 
 PROTOCOL_DESCRIPTIONS = {
     "burst": "all requests sent at once; time until the last one has finished",
     "closed_loop": "every user sends the next request when the response is complete",
     "poisson": "requests arrive at random times, at a given rate",
+    "constant": "requests arrive at equal intervals, at a given rate",
 }
 
 SAME_PROMPT_FACTOR = 1.5
@@ -78,11 +80,11 @@ def emulation_notes(cells: pd.DataFrame) -> list[str]:
 
 def intensity_title(protocol: str) -> str:
     """The title of an axis that shows `intensity`."""
-    return "requests per second" if protocol == "poisson" else "concurrent requests"
+    return "requests per second" if protocol in OPEN_LOOPS else "concurrent requests"
 
 
 def with_intensity(cells: pd.DataFrame) -> pd.DataFrame:
-    """`cells` with the column `intensity`: the concurrency, or the request rate of poisson."""
+    """`cells` with the column `intensity`: the concurrency, or the request rate."""
     intensity = cells["concurrency"].astype("Float64").fillna(cells["request_rate"])
     return cells.assign(intensity=intensity.astype(float))
 

@@ -164,8 +164,12 @@ def _check_queue(evidence: Evidence) -> str | None:
     max_num_seqs = evidence.record["engine"].get("max_num_seqs") or trial.deployment.max_num_seqs
     if workload.concurrency is None:
         return None
-    if workload.concurrency > max_num_seqs:
-        return f"max_num_seqs {max_num_seqs} is less than concurrency {workload.concurrency}"
+    copies = evidence.record["engine"].get("data_parallel_size") or 1
+    if workload.concurrency > max_num_seqs * copies:
+        of_each = f" of each of {copies} copies" if copies > 1 else ""
+        return (
+            f"max_num_seqs {max_num_seqs}{of_each} is less than concurrency {workload.concurrency}"
+        )
     window = stationary_window(evidence.requests, workload)
     if workload.protocol != "closed_loop" or window is None:
         return None

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from servegrid.errors import ExchangeError
+from servegrid.study.text import pluralize
 
 FORMATS = ("llm-d", "vllm-bench")
 
@@ -36,7 +39,13 @@ def add_import(subcommands: Any) -> None:
         "Files with the same workload become trials of one cell.",
     )
     add = parser.add_argument
-    add("files", type=Path, nargs="+", metavar="FILE", help="a JSON file of either client")
+    add(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="a JSON file of either client; also a list, as vllm bench sweep writes it",
+    )
     add("--output-dir", type=Path, metavar="DIR", required=True, help="a new folder of results")
     add("--gpu", required=True, help="kind of GPU that the server used, or cpu")
     add("--gpu-count", type=int, default=1, metavar="N", help="GPUs of the server; default: 1")
@@ -76,13 +85,21 @@ def _export(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from servegrid.analysis import tables
     from servegrid.exchange.files import load_results
-    from servegrid.exchange.imported import imported_cells
+    from servegrid.exchange.imported import drop_repeated, imported_cells
     from servegrid.study.deployment import Deployment
 
     table = options.output_dir / "tables" / "cells.parquet"
     if table.exists():
         raise ExchangeError(f"{table}: already exists. Name a new folder with --output-dir.")
-    results = [result for file in options.files for result in load_results(file)]
+    results, left_out = [], []
+    for file in options.files:
+        taken, refused = load_results(file)
+        results += taken
+        left_out += refused
+    results, repeated = drop_repeated(results)
+    left_out += repeated
+    if not results:
+        raise ExchangeError(_list_reasons(left_out))
     # The user describes the deployment, because no file does. What remains is unknown.
     deployment = Deployment(
         name=options.deployment,
@@ -100,8 +117,19 @@ def _import(options: argparse.Namespace) -> int:
     tables.write_cells(cells, table, table.with_suffix(".csv"))
     for row in cells.to_dict("records"):
         print(f"{row['deployment']}, trial {row['trial']}: {'; '.join(row['invalid_evidence'])}")
-    print(f"{len(cells)} trials in {table}")
+    print(f"{pluralize(len(cells), 'trial')} in {table}")
+    if left_out:
+        total = len(results) + len(left_out)
+        print(
+            f"left out: {len(left_out)} of {pluralize(total, 'benchmark')}\n"
+            + _list_reasons(left_out),
+            file=sys.stderr,
+        )
     return 0
+
+
+def _list_reasons(reasons: Sequence[str]) -> str:
+    return "\n".join(reasons)
 
 
 def _write_json(data: Any, path: Path) -> None:

@@ -14,10 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
-from tokenizers import Tokenizer
-
-from servegrid.errors import LoadError
+from servegrid.errors import LoadError, ModelError
 from servegrid.study.grid import Workload
+from servegrid.study.tokenizer import TextTokenizer, open_tokenizer
 
 DISTINCT_TOKENS = 16
 """Two distinct prompts differ within this many tokens: the smallest block of vLLM's prefix
@@ -46,8 +45,8 @@ def make_token_prompts(
     """`count` prompts of `workload.input_len` token ids each.
 
     The same seed, salt, length and tokenizer give the same prompts on every machine, and the
-    first prompts do not depend on `count`. `tokenizer` is a folder with a tokenizer.json, or that
-    file. Without a tokenizer, random ids from ORDINARY_IDS are used.
+    first prompts do not depend on `count`. `tokenizer` is a folder or a file that
+    `study.tokenizer` reads. Without a tokenizer, random ids from ORDINARY_IDS are used.
 
     Distinct prompts must share no prefix that a server could cache. Each starts with a few tokens
     of text from one position of the corpus and continues with text from another. The first tokens
@@ -116,7 +115,7 @@ def _random_ids(rng: random.Random, length: int) -> Iterator[list[int]]:
 class _Corpus(NamedTuple):
     """The corpus with its token ids, the tokens' offsets in the text, and where words start."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     text: str
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -151,44 +150,47 @@ def _corpus_texts(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[
         yield f"{repeated[begin:end].strip()} {following}"
 
 
-def _truncate(tokenizer: Tokenizer, text: str, length: int) -> tuple[list[int], str] | None:
+def _truncate(tokenizer: TextTokenizer, text: str, length: int) -> tuple[list[int], str] | None:
     """The first `length` tokens of `text`, as ids and as text. None if that does not work.
 
     A text that was cut at the end of a token need not have the same tokens on its own.
     """
-    offsets = tokenizer.encode(text, add_special_tokens=False).offsets
+    offsets = tokenizer.encode(text).offsets
     if len(offsets) < length:
         return None
     prefix = text[: offsets[length - 1][1]]
-    ids = tokenizer.encode(prefix, add_special_tokens=False).ids
+    ids = tokenizer.encode(prefix).ids
     return (ids, prefix) if len(ids) == length and prefix == prefix.strip() else None
 
 
-def _tokenize_corpus(tokenizer: Path) -> _Corpus:
-    file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
-    if not file.is_file():
-        raise LoadError(
-            f"{file}: this file does not exist. Name a folder with a tokenizer.json, or use no "
-            "tokenizer: random token ids are sent then."
-        )
+def check_tokenizer(tokenizer: Path) -> None:
+    """Raise ModelError if prompts cannot be made with this tokenizer."""
     try:
-        loaded = Tokenizer.from_file(str(file))
-    except Exception as error:  # The library raises nothing more specific.
-        raise LoadError(f"{file}: not a tokenizer ({error}). Download it again.") from error
-    loaded.no_truncation()
-    loaded.no_padding()
+        _tokenize_corpus(tokenizer)
+    except LoadError as error:
+        if isinstance(error.__cause__, ModelError):
+            raise error.__cause__ from None
+        raise ModelError(str(error)) from None
+
+
+def _tokenize_corpus(tokenizer: Path) -> _Corpus:
     text = load_corpus()
-    encoded = loaded.encode(text, add_special_tokens=False)
-    offsets = encoded.offsets
+    try:
+        loaded = open_tokenizer(tokenizer)
+        encoded = loaded.encode(text)
+    except ModelError as error:
+        raise LoadError(str(error)) from error
     starts = [
-        number for number, (start, end) in enumerate(offsets) if _starts_word(text, start, end)
+        number
+        for number, (start, end) in enumerate(encoded.offsets)
+        if _starts_word(text, start, end)
     ]
     if not starts:
         raise LoadError(
-            f"{file}: this tokenizer has no tokens for English and French words. Use the "
+            f"{tokenizer}: this tokenizer has no tokens for English and French words. Use the "
             "model's own tokenizer."
         )
-    return _Corpus(loaded, text, encoded.ids, offsets, starts)
+    return _Corpus(loaded, text, encoded.ids, encoded.offsets, starts)
 
 
 def _starts_word(text: str, start: int, end: int) -> bool:

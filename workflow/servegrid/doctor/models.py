@@ -10,7 +10,7 @@ from pathlib import Path
 from servegrid.doctor.files import Mount, check_shared
 from servegrid.doctor.report import Finding, Group
 from servegrid.errors import ModelError
-from servegrid.study import models
+from servegrid.study import models, tokenizer
 from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment
 
@@ -42,6 +42,23 @@ def check_deployment_models(
             yield GROUP.skip(deployment.name, f"{key} `{name}` cannot be looked up: {error}")
         else:
             yield GROUP.ok(deployment.name, f"{key} {path}")
+            if name == deployment.tokenizer:
+                yield from _check_tokenizer(deployment, path)
+
+
+def _check_tokenizer(deployment: Deployment, path: Path) -> Iterator[Finding]:
+    try:
+        tokenizer.check_tokenizer(path)
+    except tokenizer.MissingPackageError as error:
+        if deployment.environment == "main":
+            yield GROUP.fail(deployment.name, error.problem, error.remedy)
+        else:
+            found = "tokenizer not tried: this Python lacks its package, the job's may have it"
+            yield GROUP.skip(deployment.name, found)
+    except tokenizer.TokenizerError as error:
+        yield GROUP.fail(deployment.name, error.problem, error.remedy)
+    else:
+        yield GROUP.ok(deployment.name, "tokenizer encodes text")
 
 
 def _model_names(deployment: Deployment) -> list[str]:

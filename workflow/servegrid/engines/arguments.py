@@ -26,7 +26,6 @@ _DEPLOYMENT_KEYS = {
     "served_model_name": "model",
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",
-    "tensor_parallel_size": "gpu_count",
 }
 """Arguments of vLLM that a deployment sets with another key, and that key."""
 
@@ -76,7 +75,7 @@ def default_arguments(
         "served_model_name": deployment.model,
         "max_model_len": deployment.max_model_len,
         "max_num_seqs": deployment.max_num_seqs,
-        "tensor_parallel_size": max(1, deployment.gpu_count),
+        "tensor_parallel_size": deployment.parallelism.tensor,
         "seed": 0,
         "generation_config": "vllm",
         "enable_prefix_caching": False,
@@ -131,6 +130,11 @@ def _check_allowed(deployment: Deployment, key: str) -> None:
         raise ConfigError(
             f"deployment `{deployment.name}`: engine_args.{key} is set by the deployment's "
             f"own key `{_DEPLOYMENT_KEYS[key]}`. Set that key and remove the argument."
+        )
+    if key == "config":
+        raise ConfigError(
+            f"deployment `{deployment.name}`: engine_args.config would take arguments from a file "
+            "that no record shows. Write them into engine_args."
         )
     if key in _SITE_KEYS:
         raise ConfigError(

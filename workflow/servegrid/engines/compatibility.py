@@ -46,7 +46,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a deployment needs from its GPUs.
+    """What a deployment needs from its GPUs. `gpus_per_copy` share one copy of the weights.
 
     `quantization_capability` is the compute capability that the installed vLLM needs for the method
     `quantization`.
@@ -54,6 +54,7 @@ class Requirements:
 
     deployment: str
     gpu_count: int
+    gpus_per_copy: int
     dtype: str
     quantization: str | None
     quantization_capability: Capability | None
@@ -115,7 +116,8 @@ def requirements_for(
         weight_bytes //= 2  # vLLM loads float32 weights as 16 bits unless a flag says otherwise
     return Requirements(
         deployment=deployment.name,
-        gpu_count=deployment.gpu_count * int(settings.get("pipeline_parallel_size") or 1),
+        gpu_count=deployment.gpu_count,
+        gpus_per_copy=_gpus_per_copy(deployment, model_config),
         dtype=str(dtype).lower(),
         quantization=method,
         quantization_capability=_highest(capability_for(method), SCHEME_CAPABILITY.get(method))
@@ -224,7 +226,7 @@ def _no_dtype(
 
 
 def _too_large(needs: Requirements, gpus: Sequence[Gpu] | None) -> str | None:
-    sizes = [gpu.memory_bytes for gpu in (gpus or [])[: needs.gpu_count]]
+    sizes = [gpu.memory_bytes for gpu in (gpus or [])[: needs.gpus_per_copy]]
     known = [size for size in sizes if size is not None]
     if needs.weight_bytes is None or not known or len(known) < len(sizes):
         return None
@@ -237,6 +239,13 @@ def _too_large(needs: Requirements, gpus: Sequence[Gpu] | None) -> str | None:
         f"gpu_memory_utilization {needs.gpu_memory_utilization:g}. Raise `gpu_count`, or use "
         "larger GPUs, or a checkpoint quantized to fewer bits."
     )
+
+
+def _gpus_per_copy(deployment: Deployment, model_config: Mapping[str, Any]) -> int:
+    """Data parallel ranks have a copy each. Only experts are shared by all ranks of a model."""
+    if any("expert" in key for key in model_config):
+        return deployment.gpu_count
+    return deployment.gpu_count // deployment.parallelism.data
 
 
 def _is_supported(capability: Capability, architectures: Sequence[str]) -> bool:

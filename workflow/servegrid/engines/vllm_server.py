@@ -143,6 +143,7 @@ class VllmServer:
 def resolved_config(config: Any) -> dict[str, Any]:
     """The settings of a `VllmConfig` as plain data; null if this version of vLLM lacks one."""
     model, cache, scheduler = config.model_config, config.cache_config, config.scheduler_config
+    parallel = config.parallel_config
     blocks = getattr(cache, "num_gpu_blocks", None)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -155,7 +156,10 @@ def resolved_config(config: Any) -> dict[str, Any]:
         "kv_cache_dtype": str(cache.cache_dtype),
         "kv_block_tokens": cache.block_size,
         "kv_capacity_tokens": blocks * cache.block_size if blocks else None,
-        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "pipeline_parallel_size": getattr(parallel, "pipeline_parallel_size", None),
+        "data_parallel_size": getattr(parallel, "data_parallel_size", None),
+        "expert_parallel": getattr(parallel, "enable_expert_parallel", None),
         "enforce_eager": model.enforce_eager,
         "seed": model.seed,
     }

@@ -7,8 +7,9 @@ between, so inter-token latencies are unknown.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from servegrid.errors import ExchangeError
@@ -16,43 +17,50 @@ from servegrid.exchange.imported import (
     ImportedResult,
     assign_users,
     closed_protocol,
+    limit_notes,
     mean_lengths,
     to_ns,
 )
-from servegrid.study.grid import Protocol
+from servegrid.study.grid import OPEN_LOOPS, Protocol
+from servegrid.study.text import pluralize
 
 KEYS = ("metadata", "benchmarks")
 """The keys that identify such a file."""
 
 
-def parse_report(report: Mapping[str, Any], source: str) -> list[ImportedResult]:
-    """One result per benchmark of a report. Raises ExchangeError, which names `source`.
+def find_benchmarks(
+    report: Mapping[str, Any], source: str
+) -> Iterator[tuple[str, Callable[[], ImportedResult]]]:
+    """Each benchmark of a report: its place, and a function that parses it.
 
-    Requests that were cut off at the end of the benchmark are left out, as guidellm does.
+    A report of the profile `sweep` has about ten. The function raises ExchangeError, which names
+    the place. So does this one, if there are no benchmarks.
     """
-    version = report["metadata"].get("guidellm_version", "")
-    results = []
+    if not isinstance(report["metadata"], Mapping) or not isinstance(report["benchmarks"], list):
+        raise ExchangeError(
+            f"{source}: `metadata` must be a mapping and `benchmarks` a list. servegrid reads the "
+            "JSON of guidellm 0.8."
+        )
+    if not report["benchmarks"]:
+        raise ExchangeError(f"{source}: has no benchmarks. Leave this file out.")
+    origin = f"guidellm {report['metadata'].get('guidellm_version', '')}".strip()
     for position, benchmark in enumerate(report["benchmarks"]):
         where = f"{source}, benchmarks[{position}]"
-        if not isinstance(benchmark, Mapping):
-            raise ExchangeError(
-                f"{where}: is empty. Check that guidellm finished writing the file."
-            )
-        results.append(_parse_benchmark(benchmark, where, f"guidellm {version}".strip()))
-    if not results:
-        raise ExchangeError(f"{source}: has no benchmarks. Leave this file out.")
-    return results
+        yield where, partial(_parse_benchmark, benchmark, where, origin)
 
 
-def _parse_benchmark(benchmark: Mapping[str, Any], where: str, origin: str) -> ImportedResult:
-    successful, errored = (benchmark["requests"][kind] or [] for kind in ("successful", "errored"))
-    sent = [
-        request for request in errored if request["info"]["timings"]["request_start"] is not None
-    ]
-    strategy, count = benchmark["config"]["strategy"], len(successful) + len(sent)
+def _parse_benchmark(benchmark: Any, where: str, origin: str) -> ImportedResult:
+    """A benchmark. Requests that were cut off at its end are left out, as guidellm does."""
+    if not isinstance(benchmark, Mapping):
+        raise ExchangeError(f"{where}: is empty. Check that guidellm finished writing the file.")
+    successful, errored, cut_off = (
+        benchmark["requests"].get(kind) or [] for kind in ("successful", "errored", "incomplete")
+    )
+    sent, started = _sent(errored), len(_sent(cut_off))
+    strategy, count = benchmark["config"]["strategy"], len(successful) + len(sent) + started
     protocol, concurrency, rate = _parse_strategy(strategy, count, where)
     requests = [
-        _request_row(request, error, protocol == "poisson")
+        _request_row(request, error, protocol in OPEN_LOOPS)
         for request, error in [
             *((request, None) for request in successful),
             *((request, _format_error(request)) for request in sent),
@@ -65,13 +73,19 @@ def _parse_benchmark(benchmark: Mapping[str, Any], where: str, origin: str) -> I
         where,
     )
     if len(sent) < len(errored):
-        notes.append(f"{len(errored) - len(sent)} requests were never sent")
-    started = datetime.fromtimestamp(benchmark["start_time"], UTC)
+        notes.append(f"{pluralize(len(errored) - len(sent), 'request')} never sent")
+    if started:
+        notes.append(f"{pluralize(started, 'request')} cut off at the end and left out")
+    if ramp_up := strategy.get("rampup_duration"):
+        notes.append(f"the load rose during the first {ramp_up:g} s")
+    if protocol in OPEN_LOOPS:
+        notes += limit_notes(requests, strategy.get("max_concurrency"))
+    began = datetime.fromtimestamp(benchmark["start_time"], UTC)
     return ImportedResult(
         source=where,
         origin=origin,
         model=str(benchmark["config"]["backend"].get("model") or ""),
-        started=started.isoformat(timespec="seconds"),
+        started=began.isoformat(timespec="seconds"),
         protocol=protocol,
         concurrency=concurrency,
         request_rate=rate,
@@ -84,21 +98,27 @@ def _parse_benchmark(benchmark: Mapping[str, Any], where: str, origin: str) -> I
     )
 
 
+def _sent(requests: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [each for each in requests if each["info"]["timings"]["request_start"] is not None]
+
+
 def _parse_strategy(
     strategy: Mapping[str, Any], requests: int, where: str
 ) -> tuple[Protocol, int | None, float | None]:
     """Protocol, concurrency and request rate."""
     kind = strategy["type_"]
-    if kind == "poisson":
-        return "poisson", None, float(strategy["rate"])
+    if kind in OPEN_LOOPS:
+        return kind, None, float(strategy["rate"])
     if kind == "synchronous":
         return "closed_loop", 1, None
     if kind in ("concurrent", "throughput"):
         limit = strategy.get("streams") or strategy.get("max_concurrency")
+        if strategy.get("rampup_duration"):  # The first requests do not start together.
+            return "closed_loop", min(limit or requests, requests), None
         return *closed_protocol(limit, requests), None
     raise ExchangeError(
         f"{where}: the strategy {kind!r} has no equivalent in servegrid. Import a benchmark with "
-        "the strategy synchronous, concurrent, throughput or poisson."
+        "the strategy synchronous, concurrent, throughput, constant or poisson."
     )
 
 

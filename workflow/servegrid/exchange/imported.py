@@ -6,8 +6,10 @@ not report are null, and `valid` is always null.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -26,6 +28,9 @@ _NS = 1_000_000_000
 IMPORTED = "imported"
 """The entry of `invalid_rules` for each note about an imported cell."""
 
+_TRIAL_PARAMETERS = frozenset({"run_number", "seed"})
+"""Parameters of a sweep that make another trial of the same cell."""
+
 
 @dataclass(frozen=True)
 class ImportedResult:
@@ -35,7 +40,8 @@ class ImportedResult:
     no requests, `requests` is None, and `metrics` are columns of `columns.CELLS` that the client
     computed. `input_len` and `output_len` are tokens per request; if requests differ, they are
     rounded means and `notes` say so. `itl_known` is False if the client reports no times between
-    tokens. `started` is a text in the client's own format.
+    tokens. `started` is a text in the client's own format. `parameters` are those of a sweep, with
+    the number of the run.
     """
 
     source: str
@@ -51,21 +57,48 @@ class ImportedResult:
     metrics: Mapping[str, Any]
     notes: Sequence[str] = ()
     itl_known: bool = True
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def drop_repeated(results: Sequence[ImportedResult]) -> tuple[list[ImportedResult], list[str]]:
+    """The results without those of a sweep that are there twice, and a reason for each of these.
+
+    A sweep writes every run into a file of its own, and again into the list of its runs.
+    """
+    kept: list[ImportedResult] = []
+    repeated = []
+    for result in results:
+        same = next(
+            (
+                each
+                for each in kept
+                if each.parameters and replace(each, source=result.source) == result
+            ),
+            None,
+        )
+        if same is None:
+            kept.append(result)
+        else:
+            repeated.append(f"{result.source}: the same run of the sweep as {same.source}.")
+    return kept, repeated
 
 
 def imported_cells(
     results: Sequence[ImportedResult], deployment: Deployment, engine: str | None
 ) -> pd.DataFrame:
-    """A dataframe of `columns.CELLS`, one row per result. Equal workloads become trials."""
+    """A dataframe of `columns.CELLS`, one row per result. Equal workloads become trials.
+
+    Results of equal workloads that a sweep measured with different parameters, for example of the
+    server, are no trials of each other: these parameters become part of the deployment's name.
+    """
+    varied = _varied_parameters(results)
     numbers: dict[tuple[Any, ...], int] = {}
     rows = []
     for result in results:
         served = replace(deployment, model=deployment.model or result.model)
-        served = replace(served, name=served.name or _deployment_name(served, result.origin))
-        key = (
-            *(served.name, result.origin, result.protocol, result.concurrency),
-            *(result.request_rate, result.input_len, result.output_len),
-        )
+        name = served.name or _deployment_name(served, result.origin)
+        served = replace(served, name=name + _format_parameters(result, varied))
+        key = (served.name, *_workload_key(result))
         numbers[key] = numbers.get(key, 0) + 1
         trial = Trial(served, _workload(result), numbers[key])
         rows.append(imported_cell_row(result, trial, engine))
@@ -122,6 +155,17 @@ def closed_protocol(max_concurrency: int | None, requests: int) -> tuple[Protoco
     return "closed_loop", max_concurrency
 
 
+def limit_notes(requests: Sequence[Mapping[str, Any]], limit: int | None) -> list[str]:
+    """A note if an open loop had to wait, because `limit` requests were in flight."""
+    if limit is None:
+        return []
+    changes = [(row["sent_ns"], 1) for row in requests] + [(row["done_ns"], -1) for row in requests]
+    in_flight = itertools.accumulate(change for _, change in sorted(changes))
+    if max(in_flight, default=0) < limit:
+        return []
+    return [f"the client's limit of {limit} requests in flight was reached, so requests waited"]
+
+
 def assign_users(requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The requests with a `user` each: the user who has been idle longest, or a new one."""
     idle: list[tuple[int, int]] = []
@@ -157,7 +201,7 @@ def mean_lengths(
 def nothing_to_import(source: str) -> ExchangeError:
     """The error for a result without a successful request."""
     return ExchangeError(
-        f"{source}: no request succeeded, so there is nothing to import. Leave this file out."
+        f"{source}: no request succeeded, so there is nothing to import. Measure it again."
     )
 
 
@@ -169,6 +213,28 @@ def to_ns(seconds: float) -> int:
 def has_enough_samples(percentile: int, samples: int) -> bool:
     """Whether `samples` are enough for the percentile, by servegrid's own rule."""
     return samples >= PERCENTILES[percentile]
+
+
+def _workload_key(result: ImportedResult) -> tuple[Any, ...]:
+    return (
+        *(result.model, result.origin, result.protocol, result.concurrency),
+        *(result.request_rate, result.input_len, result.output_len),
+    )
+
+
+def _varied_parameters(results: Sequence[ImportedResult]) -> list[str]:
+    """The parameters that differ between results of equal workloads, but for those of trials."""
+    values: dict[tuple[Any, ...], set[str]] = {}
+    for result in results:
+        for name in {name for each in results for name in each.parameters} - _TRIAL_PARAMETERS:
+            key = (name, *_workload_key(result))
+            values.setdefault(key, set()).add(str(result.parameters.get(name)))
+    return sorted({key[0] for key, found in values.items() if len(found) > 1})
+
+
+def _format_parameters(result: ImportedResult, names: Sequence[str]) -> str:
+    words = (f"_{name}-{result.parameters[name]}" for name in names if name in result.parameters)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "".join(words))
 
 
 def _workload(result: ImportedResult) -> Workload:

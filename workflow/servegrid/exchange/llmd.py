@@ -35,7 +35,7 @@ def format_report(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str
                 "description": f"{trial.id}: {_describe_validity(row)}",
             },
             "scenario": {
-                "stack": [_format_engine(trial.deployment, row)],
+                "stack": [_format_engine(trial.deployment, record["engine"], row)],
                 "load": _format_load(trial.workload, row["origin"]),
             },
             "results": {"request_performance": {"aggregate": _format_metrics(trial.workload, row)}},
@@ -44,7 +44,9 @@ def format_report(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str
     return report
 
 
-def _format_engine(deployment: Deployment, row: Mapping[str, Any]) -> dict[str, Any]:
+def _format_engine(
+    deployment: Deployment, engine: Mapping[str, Any], row: Mapping[str, Any]
+) -> dict[str, Any]:
     on_gpus = deployment.gpu != "cpu"
     return {
         "metadata": {"label": deployment.name, "cfg_id": deployment.digest},
@@ -58,10 +60,21 @@ def _format_engine(deployment: Deployment, row: Mapping[str, Any]) -> dict[str, 
             "accelerator": {
                 "model": deployment.gpu,
                 "count": deployment.gpu_count if on_gpus else 0,
-                "parallelism": {"tp": deployment.gpu_count if on_gpus else 1},
+                "parallelism": _format_parallelism(deployment, engine),
             },
         },
         "native": {"config": deployment.spec},
+    }
+
+
+def _format_parallelism(deployment: Deployment, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What vLLM has recorded; for other engines, all GPUs are taken for tensor parallel."""
+    copies = engine.get("data_parallel_size")
+    return {
+        "tp": engine.get("tensor_parallel_size") or max(1, deployment.gpu_count),
+        "pp": engine.get("pipeline_parallel_size"),
+        "dp": copies,
+        "dp_local": copies,
     }
 
 

@@ -23,17 +23,20 @@ from servegrid.exchange.imported import (
     assign_users,
     closed_protocol,
     has_enough_samples,
+    limit_notes,
     mean_lengths,
     nothing_to_import,
     to_ns,
 )
 from servegrid.records.tokens import split_tokens
 from servegrid.study.deployment import EMULATED
-from servegrid.study.grid import Protocol, Trial
+from servegrid.study.grid import OPEN_LOOPS, Protocol, Trial
 
 ORIGIN = "vllm bench serve"
 KEYS = ("model_id", "num_prompts", "request_rate", "completed", "duration", "output_throughput")
 """The keys that identify such a file."""
+FAILURE_KEYS = ("error_type", "error", "serve_overrides", "bench_overrides")
+"""The keys of the file that `vllm bench sweep` writes about a run that failed."""
 _DETAILS = ("input_lens", "output_lens", "ttfts", "itls", "start_times", "errors")
 _DATE = "%Y%m%d-%H%M%S"
 _LATENCIES = ("ttft", "tpot", "itl", "e2el")
@@ -45,26 +48,19 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
     In the second case the throughput covers the whole run. Raises ExchangeError, which names
     `source` and the key, for example if the arrivals are not a Poisson process.
     """
-    rate = float(result["request_rate"])
-    if math.isfinite(rate) and result.get("burstiness", 1.0) != 1.0:
-        raise ExchangeError(
-            f"{source}: burstiness is {result['burstiness']}, but the protocol `poisson` of "
-            "servegrid has burstiness 1. Import a result with burstiness 1."
-        )
-    protocol: Protocol = "poisson"
-    concurrency, limit = None, result.get("max_concurrency")
-    if math.isinf(rate):
-        protocol, concurrency = closed_protocol(limit, int(result["num_prompts"]))
+    protocol, concurrency, rate = _parse_load(result, source)
     detailed = all(result.get(key) for key in _DETAILS)
     requests, metrics = None, {}
     if detailed:
-        requests = _request_rows(result, source, protocol == "poisson")
+        requests = _request_rows(result, source, protocol in OPEN_LOOPS)
         served = [row for row in requests if row["error"] is None]
         input_len, output_len, notes = mean_lengths(
             [row["prompt_tokens"] for row in served],
             [row["completion_tokens"] for row in served],
             source,
         )
+        if protocol in OPEN_LOOPS:
+            notes += limit_notes(requests, result.get("max_concurrency"))
     else:
         input_len, output_len, notes = _lengths_from_totals(result, source)
         metrics = _parse_metrics(result, protocol, concurrency, output_len)
@@ -75,13 +71,53 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
         started=str(result.get("date", "")),
         protocol=protocol,
         concurrency=concurrency,
-        request_rate=rate if protocol == "poisson" else None,
+        request_rate=rate,
         input_len=input_len,
         output_len=output_len,
         requests=requests,
         metrics=metrics,
         notes=notes,
+        parameters=_sweep_parameters(result),
     )
+
+
+def refuse_failure(failure: Mapping[str, Any], source: str) -> ImportedResult:
+    """Raise ExchangeError: `vllm bench sweep --continue-on-error` describes a failed run here."""
+    raise ExchangeError(
+        f"{source}: this run of vllm bench sweep failed ({failure['error_type']}: "
+        f"{failure['error']}). Repeat the sweep, which runs only what is missing."
+    )
+
+
+def _parse_load(
+    result: Mapping[str, Any], source: str
+) -> tuple[Protocol, int | None, float | None]:
+    """Protocol, concurrency and request rate. A burstiness of infinity means equal intervals."""
+    if result.get("ramp_up_strategy"):
+        raise ExchangeError(
+            f"{source}: its request rate rose during the run (ramp_up_strategy "
+            f"{result['ramp_up_strategy']}), so it has no stationary part. Import a result without "
+            "a ramp-up."
+        )
+    rate, burstiness = float(result["request_rate"]), float(result.get("burstiness", 1.0))
+    if math.isinf(rate):
+        limit = result.get("max_concurrency")
+        return *closed_protocol(limit, int(result["num_prompts"])), None
+    if burstiness == 1:
+        return "poisson", None, rate
+    if math.isinf(burstiness):
+        return "constant", None, rate
+    raise ExchangeError(
+        f"{source}: burstiness is {result['burstiness']}. Servegrid's protocol `poisson` has "
+        "burstiness 1, and `constant` has `inf`. Import a result with one of these."
+    )
+
+
+def _sweep_parameters(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What `vllm bench sweep` adds: the number of the run, then parameters of server and client."""
+    names = list(result)
+    first = names.index("run_number") if "run_number" in result else len(names)
+    return {name: result[name] for name in names[first:]}
 
 
 def _request_rows(result: Mapping[str, Any], source: str, open_loop: bool) -> list[dict[str, Any]]:

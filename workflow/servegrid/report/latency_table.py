@@ -37,6 +37,7 @@ from servegrid.report.failure_notes import (
     serving_failures,
     validity_failures,
 )
+from servegrid.study.grid import OPEN_LOOPS
 from servegrid.study.text import pluralize
 
 NOT_SERVED = "-"
@@ -223,7 +224,7 @@ def _format_grid(table: LatencyTable) -> str:
 
 
 def _row_title(table: LatencyTable) -> str:
-    return "Requests/s" if table.protocol == "poisson" else "Concurrency"
+    return "Requests/s" if table.protocol in OPEN_LOOPS else "Concurrency"
 
 
 def _workload_note(table: LatencyTable) -> str:

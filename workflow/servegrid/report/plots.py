@@ -43,6 +43,7 @@ from servegrid.report.figure_style import (
     text_width,
     trials_note,
 )
+from servegrid.study.grid import OPEN_LOOPS
 
 _HANDLE_IN = 0.7
 """Width of a legend handle plus the gap to the next column."""
@@ -62,7 +63,7 @@ class FigureMetric:
     per_user: bool = False
 
     def applies_to(self, protocol: str) -> bool:
-        return not (self.per_user and protocol == "poisson")
+        return not (self.per_user and protocol in OPEN_LOOPS)
 
 
 PER_USER = FigureMetric("output_tokens_per_s_per_user", "output tokens/s per user", per_user=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from servegrid.client import prompts
 from servegrid.engines import EMULATED, EXTERNAL
 from servegrid.errors import ModelError
 from servegrid.study import models
 from servegrid.study.grid import Deployment, Study
+from servegrid.study.tokenizer import MissingPackageError
 
 
 def check_ready(study: Study, cells: str | Path) -> None:
     """Raise an error if this machine can already see that a deployment of the study will fail.
 
-    ModelError: a model is missing. ConfigError: the arguments of an emulated deployment are wrong.
-    EngineError: the API key of an external deployment is missing. Deployments whose records in the
-    folder `cells` are complete are not checked.
+    ModelError: a model is missing, or prompts cannot be made with its tokenizer. ConfigError: the
+    arguments of an emulated deployment are wrong. EngineError: the API key of an external
+    deployment is missing. Deployments whose records in the folder `cells` are complete are not
+    checked.
     """
     to_measure = {
         trial.deployment.name: trial.deployment
@@ -36,8 +39,18 @@ def check_ready(study: Study, cells: str | Path) -> None:
 
 
 def _check_models(deployment: Deployment) -> None:
-    for key in ("checkpoint", "tokenizer") if deployment.endpoint is None else ("tokenizer",):
-        try:
-            models.locate(getattr(deployment, key), models.default_folder())
-        except ModelError as error:
-            raise ModelError(f"deployment `{deployment.name}`: {error}") from None
+    folder = models.default_folder()
+    try:
+        if deployment.engine != EXTERNAL:
+            models.locate(deployment.checkpoint, folder)
+        prompts.check_tokenizer(models.locate(deployment.tokenizer, folder))
+    except MissingPackageError as error:
+        # The job's own Python, which has the engine, may have the package.
+        if deployment.environment == "main":
+            raise _named(deployment, error) from None
+    except ModelError as error:
+        raise _named(deployment, error) from None
+
+
+def _named(deployment: Deployment, error: ModelError) -> ModelError:
+    return ModelError(f"deployment `{deployment.name}`: {error}")

@@ -10,9 +10,11 @@ from typing import Any, Self
 
 from servegrid.errors import ConfigError
 from servegrid.study.endpoint import ExternalEndpoint
+from servegrid.study.parallelism import Parallelism, read_parallelism
 
 EMULATED = "emulated"
 """The engine that needs no hardware and no model."""
+VLLM = "vllm"
 EXTERNAL = "external"
 """The engine of an endpoint that somebody else has started."""
 CPU = "cpu"
@@ -76,6 +78,18 @@ class Deployment:
         """The number of GPUs for its allocations."""
         return 0 if self.engine == EXTERNAL else self.gpu_count
 
+    @property
+    def parallelism(self) -> Parallelism:
+        """How its GPUs work together. Raises ConfigError if its `engine_args` contradict them."""
+        if self.engine != VLLM:
+            return Parallelism(tensor=max(1, self.gpu_count))
+        return read_parallelism(self.engine_args, self.gpu_count, f"deployment `{self.name}`")
+
+    @property
+    def max_running(self) -> int:
+        """The most requests that it runs at once: vLLM applies `max_num_seqs` to each copy."""
+        return self.max_num_seqs * self.parallelism.data
+
 
 def canonical_json(data: Any) -> str:
     """JSON with sorted keys and no spaces: equal data gives equal text on every machine."""
@@ -90,8 +104,9 @@ def digest_json(data: Any) -> str:
 def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
     """The deployment of an entry that matches the schema. Errors name its place `where`.
 
-    Raises ConfigError if gpu_count does not match the kind of GPU, if the entry has only one of
-    `engine: external` and `endpoint`, or if the weights or the tokenizer are missing.
+    Raises ConfigError if gpu_count does not match the kind of GPU or vLLM's parallel sizes, if the
+    entry has only one of `engine: external` and `endpoint`, or if the weights or the tokenizer are
+    missing.
     """
     on_cpu = entry["gpu"] == CPU
     gpu_count = entry.get("gpu_count", 0 if on_cpu else 1)
@@ -102,6 +117,8 @@ def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
         )
     external = entry["engine"] == EXTERNAL
     (_check_external_keys if external else _check_managed_keys)(entry, where)
+    if entry["engine"] == VLLM:
+        read_parallelism(entry.get("engine_args", {}), gpu_count, where)
     endpoint = ExternalEndpoint(**entry["endpoint"]) if external else None
     gpus = CPU if on_cpu else f"{gpu_count}x{entry['gpu']}"
     engine = f"{EXTERNAL}-{endpoint.engine}" if endpoint else entry["engine"]

@@ -17,11 +17,14 @@ __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest
 SPEC_FORMAT = 3
 """Raise this number when the meaning of a specification changes. Older cells are then stale."""
 
-Protocol = Literal["burst", "closed_loop", "poisson"]
+Protocol = Literal["burst", "closed_loop", "poisson", "constant"]
+"""`constant` exists only in imported results of other clients; a study cannot name it."""
 Prompts = Literal["distinct", "identical"]
 
 CONCURRENCY_PROTOCOLS: tuple[Protocol, ...] = ("burst", "closed_loop")
 """The protocols whose workloads have a concurrency; the others have a request rate."""
+OPEN_LOOPS: tuple[Protocol, ...] = ("poisson", "constant")
+"""The protocols whose requests are due at a rate, no matter how many requests are in flight."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,10 @@ class Workload:
     `burst` sends waves of `concurrency` requests; each wave starts when the last one has ended.
     `closed_loop` keeps `concurrency` users active; each sends the next request after a think time
     (exponential, mean `think_time_s`). `poisson` sends at `request_rate`, no matter how many
-    requests are in flight. `requests` is the number of measured requests; if it is None, requests
-    are sent for `duration_s`. `output_len` is the mean output length; the lengths of a cell vary
-    by up to the fraction `output_spread`. Times are in seconds.
+    requests are in flight; `constant` does so at equal intervals. `requests` is the number of
+    measured requests; if it is None, requests are sent for `duration_s`. `output_len` is the mean
+    output length; the lengths of a cell vary by up to the fraction `output_spread`. Times are in
+    seconds.
     """
 
     protocol: Protocol
@@ -52,8 +56,13 @@ class Workload:
     idle_timeout_s: float = 120.0
 
     @property
+    def is_open_loop(self) -> bool:
+        """Whether requests are due at a rate; their latencies then start when they are due."""
+        return self.protocol in OPEN_LOOPS
+
+    @property
     def intensity(self) -> float:
-        """The concurrency, or for `poisson` the request rate."""
+        """The concurrency, or for an open loop the request rate."""
         value = self.concurrency if self.request_rate is None else self.request_rate
         assert value is not None
         return value
@@ -175,10 +184,10 @@ class Study:
     def max_concurrency(self, deployment: Deployment) -> int:
         """The highest concurrency of the deployment's workloads.
 
-        `poisson` workloads count as `max_num_seqs`: the engine runs no more requests at once.
+        `poisson` workloads count as `max_running`: the engine runs no more requests at once.
         """
         return max(
-            trial.workload.concurrency or deployment.max_num_seqs
+            trial.workload.concurrency or deployment.max_running
             for trial in self.trials
             if trial.deployment.name == deployment.name
         )

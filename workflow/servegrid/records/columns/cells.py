@@ -56,14 +56,18 @@ CELLS = (
         "Factor by which an emulated engine scales all times; null for a real engine",
     ),
     Column("allocation", pa.string(), "", "Allocation that measured the trial, and its start time"),
-    Column("protocol", pa.string(), "", "`burst`, `closed_loop` or `poisson`"),
+    Column(
+        "protocol", pa.string(), "", "`burst`, `closed_loop` or `poisson`; imported also `constant`"
+    ),
     Column(
         "concurrency",
         pa.int32(),
         "requests",
-        "Simultaneous requests (burst) or users (closed_loop); null for poisson",
+        "Simultaneous requests (burst) or users (closed_loop); null for open loops",
     ),
-    Column("request_rate", pa.float64(), "requests/s", "Request rate; null unless poisson"),
+    Column(
+        "request_rate", pa.float64(), "requests/s", "Request rate; null unless poisson or constant"
+    ),
     Column("input_len", pa.int32(), "tokens", "Prompt length"),
     Column("output_len", pa.int32(), "tokens", "Output length: the mean over the requests"),
     Column(
@@ -141,12 +145,12 @@ CELLS = (
     Column("in_flight_mean", pa.float64(), "requests", "Requests in flight, mean over the window"),
     *_latencies(
         "ttft",
-        "Time to first token: from sending the request (poisson: from its due time) to the first "
-        "token",
+        "Time to first token: from sending the request (open loops: from its due time) to the "
+        "first token",
     ),
     *_latencies(
         "ttft_from_sent",
-        "Time to first token from sending the request; differs from ttft for poisson only",
+        "Time to first token from sending the request; differs from ttft for open loops only",
     ),
     *_latencies("tpot", "Time per output token after the first: (e2el - ttft) / (tokens - 1)"),
     *_latencies(
@@ -161,7 +165,7 @@ CELLS = (
     ),
     *_latencies(
         "e2el",
-        "End-to-end latency: from sending the request (poisson: from its due time) to the last "
+        "End-to-end latency: from sending the request (open loops: from its due time) to the last "
         "token",
     ),
     Column(
@@ -182,7 +186,7 @@ CELLS = (
         pa.float64(),
         "tokens/s",
         "output_tokens_per_s / concurrency (with think time: / in_flight_mean): the token rate of "
-        "one user, including the time to first token; null for poisson",
+        "one user, including the time to first token; null for open loops",
     ),
     Column(
         "goodput_requests_per_s",
