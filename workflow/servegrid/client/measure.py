@@ -23,7 +23,7 @@ import httpx
 import pyarrow as pa
 
 from servegrid.client import prompts, schedule
-from servegrid.client.parse import RequestSpec, request_row
+from servegrid.client.parse import ParsedExchange, RequestSpec, parse_exchange
 from servegrid.client.prompts import Prompt
 from servegrid.client.requests import RequestBuilder, http_client, negotiate, sent_key
 from servegrid.client.transport import MeasuringTransport, WaveResult
@@ -54,6 +54,7 @@ class Measurement:
     - `processes` of the client; `cpu_s`: CPU time of all of them during the measurement,
       `cpu_s_busiest`: of the one that used most, `parse_cpu_s`: of parsing the responses
       afterwards; `reads`: reads with data; `token_chunks`: chunks with tokens
+    - `events_skipped`: events of the streams that are no chunks, for example pings of a gateway
     - `continuous_usage`: whether usage per chunk was requested; `keys_refused`: keys that the
       server refuses and that the requests therefore omit
     - `prompt_form`: how prompts were sent, `ids`, `text` or `messages`; `prompt_tokens_added`: by
@@ -127,7 +128,8 @@ def measure(
             after_wave=None if progress is None else lambda ended: progress(ended, total or 0),
         )
     before_parsing = time.process_time()
-    rows = sent.rows()
+    parsed = sent.parse()
+    rows = [exchange.row for exchange in parsed]
     parse_cpu_s = time.process_time() - before_parsing
     omitted = sender.builder.omitted_keys
     facts = {
@@ -139,10 +141,11 @@ def measure(
         "prompt_tokens_added": _prompt_tokens_added(rows, workload),
         **_wave_facts(sent.waves),
         **_send_lag(rows),
+        "events_skipped": sum(exchange.events_skipped for exchange in parsed),
         "token_chunks": sum(len(row["token_ns"]) for row in rows),
         "parse_cpu_s": parse_cpu_s,
         "warmup_s": warmup.duration_s,
-        "warmup_errors": dict(Counter(row["error"] for row in warmup.rows() if row["error"])),
+        "warmup_errors": warmup.errors(),
         "left": count - len(rows),
     }
     completed = sum(row["error"] is None for row in rows)
@@ -222,11 +225,16 @@ class _Sent:
     duration_s: float
     client: httpx.Client
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per request that was due."""
+    def errors(self) -> dict[str, int]:
+        """The failures, with their number."""
+        rows = (exchange.row for exchange in self.parse())
+        return dict(Counter(row["error"] for row in rows if row["error"]))
+
+    def parse(self) -> list[ParsedExchange]:
+        """The requests that were due, in the order in which they were prepared."""
         key = sent_key(self.client)
         return [
-            request_row(exchange, specs[exchange.number], key)
+            parse_exchange(exchange, specs[exchange.number], key)
             for wave, specs in zip(self.waves, self.specs, strict=True)
             for exchange in wave.exchanges
         ]
