@@ -191,10 +191,13 @@ def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:
 
 
 def _format_summary(measurement: Measurement) -> str:
+    from servegrid.analysis.buffering import describe_buffering
+
     rows = measurement.requests.to_pylist()
     served = [row for row in rows if row["error"] is None]
     start_ns, end_ns = measurement.facts["window_ns"]
     tokens = sum(row["completion_tokens"] for row in served)
+    buffered = describe_buffering(measurement.requests)
     ttft = [row["first_token_ns"] - row["sent_ns"] for row in served]
     e2el = [row["token_ns"][-1] - row["sent_ns"] for row in served]
     tpot = [
@@ -205,11 +208,13 @@ def _format_summary(measurement: Measurement) -> str:
     lines = [
         ("requests", f"{len(rows)}"),
         ("failed", f"{len(rows) - len(served)}"),
-        ("ttft, median", _format_median_ms(ttft)),
-        ("tpot, median", _format_median_ms(tpot)),
+        ("ttft, median", "-" if buffered else _format_median_ms(ttft)),
+        ("tpot, median", "-" if buffered else _format_median_ms(tpot)),
         ("e2el, median", _format_median_ms(e2el)),
         ("output tokens", f"{tokens / (end_ns - start_ns) * 1e9:.1f} /s"),
     ]
+    if buffered:
+        lines.append(("buffered", f"{buffered}, so ttft, tpot and itl are unknown"))
     failures = sorted(set(filter(None, measurement.errors)))
     lines += [("failure", failure) for failure in failures[:3]]
     return "\n".join(f"{name:<14} {value}" for name, value in lines)
