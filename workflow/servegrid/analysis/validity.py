@@ -331,8 +331,8 @@ RULES: Mapping[str, Rule] = {
         f"{buffering.MAX_COALESCED:.0%} of the chunks are read together with the previous one "
         f"(unless they follow each other within {1e3 * buffering.MIN_CHUNK_S:.0f} ms), and at most "
         f"{buffering.MAX_WHOLE:.0%} of the responses arrive in one piece with "
-        f"{buffering.MIN_TOKENS} or more tokens. Otherwise the cell has no ttft, tpot and itl; e2el "
-        "and tokens/s stay",
+        f"{buffering.MIN_TOKENS} or more tokens. Otherwise the cell has no ttft, tpot and itl; "
+        "e2el and tokens/s stay",
         _check_buffering,
     ),
     "clock_step": Rule(

@@ -15,7 +15,7 @@ from servegrid import __version__
 from servegrid.cli import arguments
 from servegrid.cli.progress import show_progress
 from servegrid.errors import LoadError
-from servegrid.study.endpoint import Endpoint, normalize_base_url, read_api_key
+from servegrid.study.endpoint import Endpoint, check_extras, read_api_key, split_url
 from servegrid.study.grid import Workload
 
 if TYPE_CHECKING:
@@ -68,6 +68,21 @@ def add_load(subcommands: Any) -> None:
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; default: random token ids")
     add("--api-key-env", metavar="VAR", help="environment variable with the API key")
     add(
+        "--extra-body",
+        type=arguments.json_object,
+        default={},
+        metavar="JSON",
+        help="further keys of every request",
+    )
+    add(
+        "--extra-header",
+        type=arguments.header,
+        action="append",
+        default=[],
+        metavar="'NAME: VALUE'",
+        help="a further HTTP header of every request; can be repeated",
+    )
+    add(
         "--prompts",
         choices=["distinct", "identical"],
         default="distinct",
@@ -107,8 +122,14 @@ def _load(options: argparse.Namespace) -> int:
     from servegrid.client import measure
     from servegrid.records import columns, parquet
 
-    endpoint = replace(_endpoint(options.url, options.model, options.api_key_env), api=options.api)
     _validate(options)
+    endpoint = replace(
+        _endpoint(options.url, options.model, options.api_key_env),
+        api=options.api,
+        extra_body=options.extra_body,
+        extra_headers=dict(options.extra_header),
+    )
+    check_extras(endpoint.extra_body, endpoint.extra_headers)
     workload = Workload(
         protocol=options.protocol,
         concurrency=options.concurrency,
@@ -145,7 +166,13 @@ def _load(options: argparse.Namespace) -> int:
         "servegrid": __version__,
         "workload": asdict(workload),
         "facts": measurement.facts,
-        "endpoint": {"url": options.url, "model": endpoint.model, "api": endpoint.api},
+        "endpoint": {
+            "url": options.url,
+            "model": endpoint.model,
+            "api": endpoint.api,
+            "extra_body": endpoint.extra_body,
+            "extra_headers": endpoint.extra_headers,
+        },
     }
     schema = parquet.arrow_schema(columns.REQUESTS, record)
     parquet.write_table(
@@ -187,7 +214,8 @@ def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:
             )
     if url.startswith("unix://"):
         return Endpoint("http://localhost", model, key, socket=url.removeprefix("unix://"))
-    return Endpoint(normalize_base_url(url), model, key)
+    base_url, api_path = split_url(url)
+    return Endpoint(base_url, model, key, api_path=api_path)
 
 
 def _format_summary(measurement: Measurement) -> str:

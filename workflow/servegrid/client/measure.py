@@ -25,7 +25,7 @@ import pyarrow as pa
 from servegrid.client import prompts, schedule
 from servegrid.client.parse import ParsedExchange, RequestSpec, parse_exchange
 from servegrid.client.prompts import Prompt
-from servegrid.client.requests import RequestBuilder, http_client, negotiate, sent_key
+from servegrid.client.requests import Probe, RequestBuilder, http_client, negotiate, sent_key
 from servegrid.client.transport import MeasuringTransport, WaveResult
 from servegrid.errors import LoadError
 from servegrid.records import columns, parquet
@@ -56,7 +56,8 @@ class Measurement:
       afterwards; `reads`: reads with data; `token_chunks`: chunks with tokens
     - `events_skipped`: events of the streams that are no chunks, for example pings of a gateway
     - `continuous_usage`: whether usage per chunk was requested; `keys_refused`: keys that the
-      server refuses and that the requests therefore omit
+      server refuses and that the requests therefore omit; `length_key`: the key with the number of
+      output tokens, `max_tokens`, or `max_completion_tokens` if the server refuses it
     - `prompt_form`: how prompts were sent, `ids`, `text` or `messages`; `prompt_tokens_added`: by
       how many the server's count of prompt tokens exceeds `input_len`, because its template adds
       tokens to a text; None if requests differ in this
@@ -90,7 +91,7 @@ def measure(
 ) -> Measurement:
     """Send `workload` to `endpoint` and keep one row per request, also of failed ones.
 
-    First, a request for one token shows whether the server accepts such requests. Then
+    First, a request with the workload's largest output shows what the server accepts. Then
     `workload.warmup_waves` waves warm it up. A wave has `workload.concurrency` requests, or as
     many as an open loop sends in a second. `timeout_s` and `idle_timeout_s` apply to the warm-up
     and to the measurement separately; with a duration, `timeout_s` starts at its end. Prompts are
@@ -109,7 +110,7 @@ def measure(
     arrivals = schedule.arrival_times(workload, salt)
     transport = MeasuringTransport(endpoint.socket)
     with http_client(endpoint, transport) as client:
-        builder = RequestBuilder(client, endpoint.model, salt)
+        builder = RequestBuilder(client, endpoint, salt)
         sender = _Sender(transport, builder, workload, cpu_sets)
         sender, warmup = _warm_up(sender, endpoint, tokenizer)
         total = len(arrivals or ()) or workload.requests
@@ -137,6 +138,7 @@ def measure(
         "salt": salt,
         "continuous_usage": "continuous_usage_stats" not in omitted,
         "keys_refused": sorted(omitted),
+        "length_key": sender.builder.length_key,
         "prompt_form": sender.builder.form,
         "prompt_tokens_added": _prompt_tokens_added(rows, workload),
         **_wave_facts(sent.waves),
@@ -181,8 +183,11 @@ def _warm_up(sender: _Sender, endpoint: Endpoint, tokenizer: Path | None) -> tup
     ids = [] if chat else prompts.make_token_prompts(workload, count or 1, tokenizer, salt)
     accepted = negotiate(
         replace(builder, form="messages" if chat else "ids"),
-        token=ids[0][0] if ids else 0,
-        timeout_s=workload.idle_timeout_s,
+        Probe(
+            token=ids[0][0] if ids else 0,
+            output_len=1 if endpoint.started_here else workload.max_output_len,
+            timeout_s=workload.idle_timeout_s,
+        ),
         allow_text=tokenizer is not None,
     )
     sender = replace(sender, builder=accepted)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, NamedTuple
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from servegrid.client.failures import Failure, FailureKind
 from servegrid.client.http1 import HttpSyntaxError
@@ -161,6 +162,9 @@ def _parse_response(exchange: Exchange, response: _Response, chat: bool) -> None
     if head is None:
         return
     if head.status != HTTPStatus.OK:
+        if (location := head.header(b"location")) is not None and 300 <= head.status < 400:
+            target = redirect_target("", location.decode("latin-1"))
+            raise _ResponseError("http_status", f"{head.status} redirects to {target}")
         raise _ResponseError("http_status", f"{head.status} {_error_message(exchange)}")
     media_type = (head.header(b"content-type") or b"").split(b";")[0].strip().lower()
     if media_type != b"text/event-stream":
@@ -195,6 +199,21 @@ def parse_error_body(body: bytes, key: str | None) -> str:
     Some servers quote the API key that they refuse, so `key` is taken out.
     """
     return _shorten(_find_error_text(body), key)
+
+
+def redirect_target(url: str, location: str) -> str:
+    """The target of a redirect from `url`: printable, without query and user, which may be secret.
+
+    >>> redirect_target("http://host/v1", "https://me:secret@host/v1?token=x")
+    'https://host/v1'
+    """
+    try:
+        parts = urlsplit(urljoin(url, location))
+        host = parts.netloc.rpartition("@")[2]
+        target = urlunsplit((parts.scheme, host, parts.path, "", ""))
+    except ValueError:
+        target = ""
+    return _shorten(target, None) or "an unknown target"
 
 
 def _find_error_text(body: bytes) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from servegrid.errors import ConfigError
-from servegrid.study.endpoint import ExternalEndpoint
+from servegrid.study.endpoint import ExternalEndpoint, check_extras
 
 EMULATED = "emulated"
 """The engine that needs no hardware and no model."""
@@ -46,6 +46,8 @@ class Deployment:
         spec = asdict(self)
         if self.endpoint is None:
             del spec["endpoint"]
+        else:
+            spec["endpoint"] = self.endpoint.spec
         return spec
 
     @classmethod
@@ -145,6 +147,11 @@ def _check_external_keys(entry: Mapping[str, Any], where: str) -> None:
             raise ConfigError(
                 f"{where}: the engine `{EXTERNAL}` needs `{key}`. Add the key: {purpose}."
             )
+    endpoint = entry["endpoint"]
+    try:
+        check_extras(endpoint.get("extra_body", {}), endpoint.get("extra_headers", {}))
+    except ConfigError as error:
+        raise ConfigError(f"{where}.endpoint.{error}") from None
     for key in ("checkpoint", "engine_args"):
         if key in entry:
             raise ConfigError(
