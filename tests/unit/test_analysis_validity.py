@@ -43,6 +43,7 @@ ROW = {
     "scheduled_ns": 0,
     "sent_ns": 1 * MS,
     "first_token_ns": 101 * MS,
+    "token_ns": [101 * MS, 301 * MS],
     "chunk_tokens": [1, 2],
     "prompt_tokens": 7,
     "completion_tokens": 3,
@@ -249,6 +250,10 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
     "a failed calibration": (
         lambda: evidence(check={"error": "no connection"}),
         "client_timing_error: the calibration failed: no connection",
+    ),
+    "a gateway that holds responses back": (
+        lambda: evidence(row={"token_ns": [301 * MS] * 4}),
+        "buffered: 50% of the chunks with tokens were read together with the previous one",
     ),
     "a clock that was changed": (
         lambda: evidence(client={"clock_offset_after_ns": -2 * MS}),

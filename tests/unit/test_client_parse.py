@@ -11,7 +11,7 @@ import pytest
 
 from servegrid.client.failures import FAILURE_KINDS, Failure, FailureKind
 from servegrid.client.http1 import parse_head
-from servegrid.client.parse import RequestSpec, request_row
+from servegrid.client.parse import RequestSpec, parse_exchange
 from servegrid.client.prompts import PromptForm
 from servegrid.client.transport import Exchange
 
@@ -43,7 +43,7 @@ def row(
         failure=failure,
         resent=False,
     )
-    return request_row(exchange, spec, key)
+    return parse_exchange(exchange, spec, key).row
 
 
 def usage(completion: int, prompt: int = 7) -> dict[str, int]:
@@ -229,9 +229,14 @@ def test_no_part_of_a_key_that_a_server_quotes_is_in_a_row(before: int) -> None:
         (stream(*CONTINUOUS[:2]), "truncated: the stream ended without finish_reason and [DONE]"),
         ([(100, HEAD + b"0\r\n\r\n")], "truncated: the stream ended without"),
         (stream(CONTINUOUS[0], '{"choices": ['), 'malformed: an event is not JSON: {"choices": ['),
-        (stream(CONTINUOUS[0], "[1]"), "malformed: an event is not a JSON object: [1]"),
         (stream('{"choices": [{"delta": {}}]}'), "malformed: an event is not a completion chunk"),
-        (stream('{"id": "x"}'), "malformed: an event is not a completion chunk"),
+        (
+            stream('{"id": "x"}'),
+            "truncated: the stream ended without finish_reason and [DONE]; an event that is no "
+            'chunk: {"id": "x"}',
+        ),
+        (stream('{"choices": [1]}'), "malformed: an event is not a completion chunk"),
+        (stream('{"choices": [{"text": 1}]}'), "malformed: an event is not a completion chunk"),
         (
             stream('{"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": "4"}}'),
             "malformed: an event is not a completion chunk",

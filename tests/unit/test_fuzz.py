@@ -23,7 +23,7 @@ from snakemake_interface_common.exceptions import WorkflowError
 from helpers.bundling import write_tar
 from servegrid.bundle import tarball
 from servegrid.client.http1 import Framing, HttpSyntaxError, parse_head
-from servegrid.client.parse import RequestSpec, parse_error_body, request_row
+from servegrid.client.parse import RequestSpec, parse_error_body, parse_exchange
 from servegrid.client.transport import Exchange
 from servegrid.errors import BundleError, ConfigError, ExchangeError
 from servegrid.exchange.files import load_results
@@ -169,7 +169,9 @@ def test_all_bytes_become_a_row(raw: bytes, chat: bool) -> None:
 def check_row(raw: bytes, chat: bool) -> None:
     if (parsed := exchange(raw)) is None:
         return
-    row = request_row(parsed, RequestSpec("r", 0, 7, 1, "messages" if chat else "ids"), "secret")
+    row = parse_exchange(
+        parsed, RequestSpec("r", 0, 7, 1, "messages" if chat else "ids"), "secret"
+    ).row
     assert row["error"] is None or row["error"].isprintable()
     table = parquet.arrow_table(columns.REQUESTS, [row])
     pa.BufferOutputStream().write(table.to_batches()[0].serialize())  # every value can be stored

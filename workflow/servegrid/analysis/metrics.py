@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from servegrid.analysis import client_error, energy, server_metrics, stationarity
+from servegrid.analysis import buffering, client_error, energy, server_metrics, stationarity
 from servegrid.analysis.energy import ENGINE_DEVICE, gpu_columns, mean_power
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
@@ -25,6 +25,7 @@ from servegrid.study.grid import Trial, Workload
 
 REQUEST_COLUMNS = (
     *stationarity.REQUEST_COLUMNS,
+    *buffering.REQUEST_COLUMNS,
     "wave",
     "first_token_ns",
     "token_ns",
@@ -59,8 +60,8 @@ def cell_row(
     REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens come from the successful
     requests: from all of them for a burst, or if `use_all_requests`; otherwise from those in the
     stationary part. The makespan always covers all requests. Goodput counts the requests that meet
-    `slo`. Raises KeyError if a column or a key
-    of the record is missing.
+    `slo`. If responses were held back on their way (see `buffering`), what depends on the arrival
+    of single tokens is None. Raises KeyError if a column or a key of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
     deployment, workload = trial.deployment, trial.workload
@@ -84,8 +85,9 @@ def cell_row(
     failed = requests.num_rows - served.num_rows
     samples = samples_in(telemetry, window)
     power = mean_power(samples)
+    held_back = buffering.describe_buffering(requests) is not None
     ok = record["verdict"] == OK
-    return {
+    row = {
         "deployment": deployment.name,
         "model": deployment.model,
         "quantization": deployment.quantization,
@@ -137,6 +139,15 @@ def cell_row(
         **client_error.client_columns(record),
         "spec_digest": record["spec_digest"],
     }
+    return row | _withheld(row, slo) if held_back else row
+
+
+def _withheld(row: Mapping[str, Any], slo: Slo) -> dict[str, None]:
+    """Null for every figure that depends on when single tokens arrived."""
+    prefixes = ("ttft_", "tpot_", "itl_") + (
+        ("goodput_requests_per_s", "slo_attainment") if slo.ttft_s is not None else ()
+    )
+    return {name: None for name in row if name.startswith(prefixes)}
 
 
 def stationary_window(requests: pa.Table, workload: Workload) -> Window | None:

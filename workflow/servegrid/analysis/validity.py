@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from servegrid.analysis import stationarity
+from servegrid.analysis import buffering, stationarity
 from servegrid.analysis.client_error import client_headroom
 from servegrid.analysis.metrics import in_flight_mean, samples_in, stationary_window
 from servegrid.analysis.stationarity import find_window
@@ -90,6 +90,7 @@ class Validity:
 
 REQUEST_COLUMNS = (
     *stationarity.REQUEST_COLUMNS,
+    *buffering.REQUEST_COLUMNS,
     *("first_token_ns", "chunk_tokens", "prompt_tokens", "completion_tokens", "requested_tokens"),
 )
 """The columns of `columns.REQUESTS` that the rules need."""
@@ -246,6 +247,10 @@ def _check_timing_error(evidence: Evidence) -> str | None:
     return None
 
 
+def _check_buffering(evidence: Evidence) -> str | None:
+    return buffering.describe_buffering(evidence.requests)
+
+
 def _check_clock(evidence: Evidence) -> str | None:
     client = evidence.record["client"]
     before, after = client.get("clock_offset_before_ns"), client.get("clock_offset_after_ns")
@@ -324,6 +329,15 @@ RULES: Mapping[str, Rule] = {
         f"{MAX_TIMING_ERROR:.0%} of the cell's (at least {1e3 * MIN_ITL_ERROR_S:.0f} ms). The "
         f"client can receive {MIN_HEADROOM:g} times the chunks/s of the cell",
         _check_timing_error,
+    ),
+    "buffered": Rule(
+        "Nothing between the server and the client holds tokens back: at most "
+        f"{buffering.MAX_COALESCED:.0%} of the chunks are read together with the previous one "
+        f"(unless they follow each other within {1e3 * buffering.MIN_CHUNK_S:.0f} ms), and at most "
+        f"{buffering.MAX_WHOLE:.0%} of the responses arrive in one piece with "
+        f"{buffering.MIN_TOKENS} or more tokens. Otherwise the cell has no ttft, tpot and itl; "
+        "e2el and tokens/s stay",
+        _check_buffering,
     ),
     "clock_step": Rule(
         f"The system clock did not move by more than {1e3 * MAX_CLOCK_STEP_S:.0f} ms",

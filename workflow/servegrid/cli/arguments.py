@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from argparse import ArgumentTypeError
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -68,6 +70,31 @@ def server_url(text: str) -> str:
     if parts.scheme not in ("http", "https", "unix") or not target:
         raise ArgumentTypeError(f"{text!r} is not a URL: http://…, https://… or unix:///path")
     return text
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """
+    >>> json_object('{"top_k": 1}')
+    {'top_k': 1}
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ArgumentTypeError(f'{text!r} is not a JSON object such as {{"top_k": 1}}')
+    return value
+
+
+def header(text: str) -> tuple[str, str]:
+    """
+    >>> header("X-Tenant: lab")
+    ('X-Tenant', 'lab')
+    """
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip():
+        raise ArgumentTypeError(f"{text!r} does not have the form 'Name: value'")
+    return name.strip(), value.strip()
 
 
 def salt(text: str) -> str:

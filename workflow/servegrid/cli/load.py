@@ -15,7 +15,7 @@ from servegrid import __version__
 from servegrid.cli import arguments
 from servegrid.cli.progress import show_progress
 from servegrid.errors import LoadError
-from servegrid.study.endpoint import Endpoint, normalize_base_url, read_api_key
+from servegrid.study.endpoint import Endpoint, check_extras, read_api_key, split_url
 from servegrid.study.grid import Workload
 
 if TYPE_CHECKING:
@@ -68,6 +68,21 @@ def add_load(subcommands: Any) -> None:
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json; default: random token ids")
     add("--api-key-env", metavar="VAR", help="environment variable with the API key")
     add(
+        "--extra-body",
+        type=arguments.json_object,
+        default={},
+        metavar="JSON",
+        help="further keys of every request",
+    )
+    add(
+        "--extra-header",
+        type=arguments.header,
+        action="append",
+        default=[],
+        metavar="'NAME: VALUE'",
+        help="a further HTTP header of every request; can be repeated",
+    )
+    add(
         "--prompts",
         choices=["distinct", "identical"],
         default="distinct",
@@ -107,8 +122,14 @@ def _load(options: argparse.Namespace) -> int:
     from servegrid.client import measure
     from servegrid.records import columns, parquet
 
-    endpoint = replace(_endpoint(options.url, options.model, options.api_key_env), api=options.api)
     _validate(options)
+    endpoint = replace(
+        _endpoint(options.url, options.model, options.api_key_env),
+        api=options.api,
+        extra_body=options.extra_body,
+        extra_headers=dict(options.extra_header),
+    )
+    check_extras(endpoint.extra_body, endpoint.extra_headers)
     workload = Workload(
         protocol=options.protocol,
         concurrency=options.concurrency,
@@ -145,7 +166,13 @@ def _load(options: argparse.Namespace) -> int:
         "servegrid": __version__,
         "workload": asdict(workload),
         "facts": measurement.facts,
-        "endpoint": {"url": options.url, "model": endpoint.model, "api": endpoint.api},
+        "endpoint": {
+            "url": options.url,
+            "model": endpoint.model,
+            "api": endpoint.api,
+            "extra_body": endpoint.extra_body,
+            "extra_headers": endpoint.extra_headers,
+        },
     }
     schema = parquet.arrow_schema(columns.REQUESTS, record)
     parquet.write_table(
@@ -187,14 +214,18 @@ def _endpoint(url: str, model: str, key_variable: str | None) -> Endpoint:
             )
     if url.startswith("unix://"):
         return Endpoint("http://localhost", model, key, socket=url.removeprefix("unix://"))
-    return Endpoint(normalize_base_url(url), model, key)
+    base_url, api_path = split_url(url)
+    return Endpoint(base_url, model, key, api_path=api_path)
 
 
 def _format_summary(measurement: Measurement) -> str:
+    from servegrid.analysis.buffering import describe_buffering
+
     rows = measurement.requests.to_pylist()
     served = [row for row in rows if row["error"] is None]
     start_ns, end_ns = measurement.facts["window_ns"]
     tokens = sum(row["completion_tokens"] for row in served)
+    buffered = describe_buffering(measurement.requests)
     ttft = [row["first_token_ns"] - row["sent_ns"] for row in served]
     e2el = [row["token_ns"][-1] - row["sent_ns"] for row in served]
     tpot = [
@@ -205,11 +236,13 @@ def _format_summary(measurement: Measurement) -> str:
     lines = [
         ("requests", f"{len(rows)}"),
         ("failed", f"{len(rows) - len(served)}"),
-        ("ttft, median", _format_median_ms(ttft)),
-        ("tpot, median", _format_median_ms(tpot)),
+        ("ttft, median", "-" if buffered else _format_median_ms(ttft)),
+        ("tpot, median", "-" if buffered else _format_median_ms(tpot)),
         ("e2el, median", _format_median_ms(e2el)),
         ("output tokens", f"{tokens / (end_ns - start_ns) * 1e9:.1f} /s"),
     ]
+    if buffered:
+        lines.append(("buffered", f"{buffered}, so ttft, tpot and itl are unknown"))
     failures = sorted(set(filter(None, measurement.errors)))
     lines += [("failure", failure) for failure in failures[:3]]
     return "\n".join(f"{name:<14} {value}" for name, value in lines)

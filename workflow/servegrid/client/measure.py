@@ -23,9 +23,9 @@ import httpx
 import pyarrow as pa
 
 from servegrid.client import prompts, schedule
-from servegrid.client.parse import RequestSpec, request_row
+from servegrid.client.parse import ParsedExchange, RequestSpec, parse_exchange
 from servegrid.client.prompts import Prompt
-from servegrid.client.requests import RequestBuilder, http_client, negotiate, sent_key
+from servegrid.client.requests import Probe, RequestBuilder, http_client, negotiate, sent_key
 from servegrid.client.transport import MeasuringTransport, WaveResult
 from servegrid.errors import LoadError
 from servegrid.records import columns, parquet
@@ -54,8 +54,10 @@ class Measurement:
     - `processes` of the client; `cpu_s`: CPU time of all of them during the measurement,
       `cpu_s_busiest`: of the one that used most, `parse_cpu_s`: of parsing the responses
       afterwards; `reads`: reads with data; `token_chunks`: chunks with tokens
+    - `events_skipped`: events of the streams that are no chunks, for example pings of a gateway
     - `continuous_usage`: whether usage per chunk was requested; `keys_refused`: keys that the
-      server refuses and that the requests therefore omit
+      server refuses and that the requests therefore omit; `length_key`: the key with the number of
+      output tokens, `max_tokens`, or `max_completion_tokens` if the server refuses it
     - `prompt_form`: how prompts were sent, `ids`, `text` or `messages`; `prompt_tokens_added`: by
       how many the server's count of prompt tokens exceeds `input_len`, because its template adds
       tokens to a text; None if requests differ in this
@@ -89,7 +91,7 @@ def measure(
 ) -> Measurement:
     """Send `workload` to `endpoint` and keep one row per request, also of failed ones.
 
-    First, a request for one token shows whether the server accepts such requests. Then
+    First, a request with the workload's largest output shows what the server accepts. Then
     `workload.warmup_waves` waves warm it up. A wave has `workload.concurrency` requests, or as
     many as an open loop sends in a second. `timeout_s` and `idle_timeout_s` apply to the warm-up
     and to the measurement separately; with a duration, `timeout_s` starts at its end. Prompts are
@@ -108,7 +110,7 @@ def measure(
     arrivals = schedule.arrival_times(workload, salt)
     transport = MeasuringTransport(endpoint.socket)
     with http_client(endpoint, transport) as client:
-        builder = RequestBuilder(client, endpoint.model, salt)
+        builder = RequestBuilder(client, endpoint, salt)
         sender = _Sender(transport, builder, workload, cpu_sets)
         sender, warmup = _warm_up(sender, endpoint, tokenizer)
         total = len(arrivals or ()) or workload.requests
@@ -127,7 +129,8 @@ def measure(
             after_wave=None if progress is None else lambda ended: progress(ended, total or 0),
         )
     before_parsing = time.process_time()
-    rows = sent.rows()
+    parsed = sent.parse()
+    rows = [exchange.row for exchange in parsed]
     parse_cpu_s = time.process_time() - before_parsing
     omitted = sender.builder.omitted_keys
     facts = {
@@ -135,14 +138,16 @@ def measure(
         "salt": salt,
         "continuous_usage": "continuous_usage_stats" not in omitted,
         "keys_refused": sorted(omitted),
+        "length_key": sender.builder.length_key,
         "prompt_form": sender.builder.form,
         "prompt_tokens_added": _prompt_tokens_added(rows, workload),
         **_wave_facts(sent.waves),
         **_send_lag(rows),
+        "events_skipped": sum(exchange.events_skipped for exchange in parsed),
         "token_chunks": sum(len(row["token_ns"]) for row in rows),
         "parse_cpu_s": parse_cpu_s,
         "warmup_s": warmup.duration_s,
-        "warmup_errors": dict(Counter(row["error"] for row in warmup.rows() if row["error"])),
+        "warmup_errors": warmup.errors(),
         "left": count - len(rows),
     }
     completed = sum(row["error"] is None for row in rows)
@@ -178,8 +183,11 @@ def _warm_up(sender: _Sender, endpoint: Endpoint, tokenizer: Path | None) -> tup
     ids = [] if chat else prompts.make_token_prompts(workload, count or 1, tokenizer, salt)
     accepted = negotiate(
         replace(builder, form="messages" if chat else "ids"),
-        token=ids[0][0] if ids else 0,
-        timeout_s=workload.idle_timeout_s,
+        Probe(
+            token=ids[0][0] if ids else 0,
+            output_len=1 if endpoint.started_here else workload.max_output_len,
+            timeout_s=workload.idle_timeout_s,
+        ),
         allow_text=tokenizer is not None,
     )
     sender = replace(sender, builder=accepted)
@@ -222,11 +230,16 @@ class _Sent:
     duration_s: float
     client: httpx.Client
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per request that was due."""
+    def errors(self) -> dict[str, int]:
+        """The failures, with their number."""
+        rows = (exchange.row for exchange in self.parse())
+        return dict(Counter(row["error"] for row in rows if row["error"]))
+
+    def parse(self) -> list[ParsedExchange]:
+        """The requests that were due, in the order in which they were prepared."""
         key = sent_key(self.client)
         return [
-            request_row(exchange, specs[exchange.number], key)
+            parse_exchange(exchange, specs[exchange.number], key)
             for wave, specs in zip(self.waves, self.specs, strict=True)
             for exchange in wave.exchanges
         ]

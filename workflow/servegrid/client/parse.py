@@ -1,8 +1,10 @@
 """Parses a response into a row of `columns.REQUESTS`, after the measurement.
 
-Events are parsed as the WHATWG HTML standard defines server-sent events, and chunks as OpenAI's
-completions and chat completions APIs define them. vLLM's usage per chunk is used if the server
-sends it. In a chat, the reasoning texts of vLLM and llama.cpp count as text too.
+Events are parsed as the WHATWG HTML standard defines server-sent events (section 9.2.6), and chunks
+as OpenAI's completions and chat completions APIs define them. Servers and gateways also send events
+that are no chunks, for example pings: these are skipped and counted. What could make the counts of
+tokens wrong fails the request. vLLM's usage per chunk is used if the server sends it. In a chat,
+the reasoning texts of vLLM and llama.cpp count as text too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, NamedTuple
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from servegrid.client.failures import Failure, FailureKind
 from servegrid.client.http1 import HttpSyntaxError
@@ -21,13 +24,15 @@ from servegrid.client.transport import Exchange
 from servegrid.records.tokens import split_tokens
 from servegrid.study.text import printable
 
-_EVENT_END = re.compile(rb"\n\n|\r\n\r\n|\r\r")
+# Atomic groups: a line end of CR and LF must not count as two line ends.
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r){2}")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_BOM = b"\xef\xbb\xbf"
 _DONE = b"[DONE]"
 _READ, _SHOWN = 4096, 200
 _MAX_COUNT = 2**31 - 1
 """The columns of token counts have 32 bits."""
-_CHAT_TEXT_KEYS = ("content", "reasoning_content", "reasoning")
+_CHAT_TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,14 @@ class _ResponseError(Exception):
         self.failure = Failure(kind, detail)
 
 
+class _Event(NamedTuple):
+    """The name and the data of one event, and the arrival of the read that completed it."""
+
+    arrival_ns: int
+    name: bytes
+    data: bytes
+
+
 class _Chunk(NamedTuple):
     """One chunk with a choice: its arrival, and the server's count of tokens so far."""
 
@@ -69,10 +82,21 @@ class _Response:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     done: bool = False
+    finished: bool = False
+    """Whether a chunk had a finish_reason."""
+    skipped: list[bytes] = field(default_factory=list)
+    """The data of the events that are no chunks."""
 
 
-def request_row(exchange: Exchange, spec: RequestSpec, key: str | None = None) -> dict[str, Any]:
-    """The row of `columns.REQUESTS` of one exchange.
+class ParsedExchange(NamedTuple):
+    """The row of `columns.REQUESTS` of one exchange, and how many events were no chunks."""
+
+    row: dict[str, Any]
+    events_skipped: int
+
+
+def parse_exchange(exchange: Exchange, spec: RequestSpec, key: str | None = None) -> ParsedExchange:
+    """Parse one exchange.
 
     A failed exchange keeps what arrived before the failure. `error` says why it failed, without the
     API `key`.
@@ -85,7 +109,7 @@ def request_row(exchange: Exchange, spec: RequestSpec, key: str | None = None) -
         failure = failure or error.failure
     token_ns, chunk_tokens, estimated = _token_arrivals(response)
     failure = failure or _check_response(response, spec)
-    return {
+    row = {
         "request_id": spec.request_id,
         "user": exchange.user,
         "wave": spec.wave,
@@ -102,6 +126,7 @@ def request_row(exchange: Exchange, spec: RequestSpec, key: str | None = None) -
         "completion_tokens": response.completion_tokens,
         "requested_tokens": spec.completion_tokens,
     }
+    return ParsedExchange(row, len(response.skipped))
 
 
 def _describe_failure(failure: Failure, key: str | None) -> str:
@@ -110,8 +135,11 @@ def _describe_failure(failure: Failure, key: str | None) -> str:
 
 def _check_response(response: _Response, spec: RequestSpec) -> Failure | None:
     """The failure of a response that arrived completely, or None."""
-    if not response.done and not any(chunk.finished for chunk in response.chunks):
-        return Failure("truncated", "the stream ended without finish_reason and [DONE]")
+    if not response.done and not response.finished:
+        detail = "the stream ended without finish_reason and [DONE]"
+        if response.skipped:
+            detail += f"; an event that is no chunk: {_decode(response.skipped[-1])}"
+        return Failure("truncated", detail)
     if response.completion_tokens is None or response.prompt_tokens is None:
         return Failure("usage_missing", "the stream has no usage, although it was requested")
     if response.completion_tokens and not response.chunks:
@@ -134,21 +162,26 @@ def _parse_response(exchange: Exchange, response: _Response, chat: bool) -> None
     if head is None:
         return
     if head.status != HTTPStatus.OK:
+        if (location := head.header(b"location")) is not None and 300 <= head.status < 400:
+            target = redirect_target("", location.decode("latin-1"))
+            raise _ResponseError("http_status", f"{head.status} redirects to {target}")
         raise _ResponseError("http_status", f"{head.status} {_error_message(exchange)}")
     media_type = (head.header(b"content-type") or b"").split(b";")[0].strip().lower()
     if media_type != b"text/event-stream":
         shown = media_type.decode("latin-1") or "no content type"
         raise _ResponseError("malformed", f"the response is not an event stream, but {shown}")
-    coding = (head.header(b"content-encoding") or b"identity").decode("latin-1")
+    coding = (head.header(b"content-encoding") or b"identity").decode("latin-1").lower()
     if coding != "identity":
         raise _ResponseError(
             "malformed", f"the stream is encoded as {coding}, which was not requested"
         )
-    for arrival_ns, data in _events(exchange):
-        if data == _DONE:
+    for event in _events(exchange):
+        if event.data.strip() == _DONE:
             response.done = True
+        elif (chunk := _parse_chunk(event)) is None:
+            response.skipped.append(event.data)
         else:
-            _add_chunk(response, arrival_ns, _parse_json_object(data), chat)
+            _add_chunk(response, event.arrival_ns, chunk, chat)
 
 
 def _error_message(exchange: Exchange) -> str:
@@ -168,6 +201,21 @@ def parse_error_body(body: bytes, key: str | None) -> str:
     return _shorten(_find_error_text(body), key)
 
 
+def redirect_target(url: str, location: str) -> str:
+    """The target of a redirect from `url`: printable, without query and user, which may be secret.
+
+    >>> redirect_target("http://host/v1", "https://me:secret@host/v1?token=x")
+    'https://host/v1'
+    """
+    try:
+        parts = urlsplit(urljoin(url, location))
+        host = parts.netloc.rpartition("@")[2]
+        target = urlunsplit((parts.scheme, host, parts.path, "", ""))
+    except ValueError:
+        target = ""
+    return _shorten(target, None) or "an unknown target"
+
+
 def _find_error_text(body: bytes) -> str:
     """The message in full: only who removes the API key may shorten it."""
     try:
@@ -183,9 +231,10 @@ def _find_message(data: Any) -> str:
     return message if isinstance(message, str) else json.dumps(data)
 
 
-def _events(exchange: Exchange) -> Iterator[tuple[int, bytes]]:
-    """The data of each event, with the arrival of the read that completed it.
+def _events(exchange: Exchange) -> Iterator[_Event]:
+    """The events that have data.
 
+    As in the standard, an event that no blank line ends is none. Only the final marker may lack it.
     Raises _ResponseError at a damaged chunk of the transfer coding.
     """
     starts: list[int] = []
@@ -200,42 +249,61 @@ def _events(exchange: Exchange) -> Iterator[tuple[int, bytes]]:
     except HttpSyntaxError as error:
         damage = error
     arrival_ns, received = exchange.arrival_ns, exchange.received
-    event_start = piece = read = 0
-    for match in _EVENT_END.finditer(body):
+    event_start = len(_BOM) if body.startswith(_BOM) else 0
+    piece = read = 0
+    for match in _EVENT_END.finditer(body, event_start):
         length = match.end()
         while lengths[piece] < length:
             piece += 1
         raw_length = starts[piece] + length - (lengths[piece - 1] if piece else 0)
         while received[read] < raw_length:
             read += 1
-        data = _event_data(bytes(body[event_start : match.start()]))
+        named = _parse_event(bytes(body[event_start : match.start()]))
         event_start = length
-        if data is not None:
-            yield arrival_ns[read], data
+        if named is not None:
+            yield _Event(arrival_ns[read], *named)
     if damage is not None:
         raise _ResponseError("malformed", f"not an HTTP response: {damage}")
+    named = _parse_event(bytes(body[event_start:]))
+    if named is not None and named[1].strip() == _DONE:
+        yield _Event(arrival_ns[-1], *named)
 
 
-def _event_data(event: bytes) -> bytes | None:
-    """The data of an event; None if it has none (a comment that keeps the connection open)."""
+def _parse_event(event: bytes) -> tuple[bytes, bytes] | None:
+    """The name and the data of an event; None if it has no data, for example only a comment."""
     if event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event:
-        return event[6:]
-    lines = [
-        line[5:].removeprefix(b" ") for line in _LINE_END.split(event) if line.startswith(b"data:")
-    ]
-    return b"\n".join(lines) if lines else None
+        return b"", event[6:]
+    name, data = b"", []
+    for line in _LINE_END.split(event):
+        field_name, _, value = line.partition(b":")
+        if field_name == b"data":
+            data.append(value.removeprefix(b" "))
+        elif field_name == b"event":
+            name = value.removeprefix(b" ")
+    return (name, b"\n".join(data)) if data else None
 
 
-def _parse_json_object(data: bytes) -> dict[str, Any]:
+def _parse_chunk(event: _Event) -> dict[str, Any] | None:
+    """The completion chunk of an event, or None if it is something else, for example a ping.
+
+    Raises _ResponseError if the event is an error, or JSON that is cut off or damaged: it could be
+    a chunk.
+    """
+    data = event.data.strip()
+    if event.name == b"error":
+        raise _ResponseError("mid_stream_error", _find_error_text(data))
+    if not data.startswith((b"{", b"[")):
+        return None
     try:
-        parsed = json.loads(data)
+        parsed = json.loads(data.decode(errors="replace"))
     except (ValueError, RecursionError):
         raise _ResponseError("malformed", f"an event is not JSON: {_decode(data)}") from None
     if not isinstance(parsed, dict):
-        raise _ResponseError("malformed", f"an event is not a JSON object: {_decode(data)}")
-    if parsed.get("error") is not None or parsed.get("object") == "error":
+        return None
+    if parsed.get("error") or parsed.get("object") == "error":
         raise _ResponseError("mid_stream_error", _find_message(parsed))
-    return parsed
+    is_chunk = parsed.get("choices") is not None or parsed.get("usage") is not None
+    return parsed if is_chunk else None
 
 
 def _decode(data: bytes) -> str:
@@ -259,30 +327,56 @@ def _add_chunk(response: _Response, arrival_ns: int, chunk: dict[str, Any], chat
     try:
         so_far = None
         if (usage := chunk.get("usage")) is not None:
-            response.prompt_tokens = _parse_count(usage["prompt_tokens"])
-            response.completion_tokens = so_far = _parse_count(usage["completion_tokens"])
-        if choices := chunk["choices"]:
+            so_far = _parse_count(usage.get("completion_tokens"))
+            response.prompt_tokens = _latest(usage.get("prompt_tokens"), response.prompt_tokens)
+            response.completion_tokens = _latest(so_far, response.completion_tokens)
+        if choices := chunk.get("choices"):
             choice = choices[0]
             finished = choice.get("finish_reason") is not None
-            has_text = _has_text(choice["delta"]) if chat else bool(choice["text"])
-            # The first chunk of a chat only names the role and carries no token.
-            names_role = chat and not (response.chunks or has_text or finished or so_far)
-            if not names_role:
+            has_text = _has_text(choice, chat)
+            # The first chunk of a chat only names the role and carries no token. Some gateways
+            # send the usage after the last chunk, with an empty choice.
+            is_opening = chat and not (response.chunks or has_text or finished or so_far)
+            is_closing = response.finished and not has_text
+            if not is_opening and not is_closing:
                 response.chunks.append(_Chunk(arrival_ns, has_text, finished, so_far))
+            response.finished = response.finished or finished
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
         shown = json.dumps(chunk)
         raise _ResponseError("malformed", f"an event is not a completion chunk: {shown}") from None
 
 
-def _has_text(delta: dict[str, Any]) -> bool:
-    """Whether a chunk of a chat has text, of the reasoning or of the answer."""
-    return any(delta.get(key) for key in _CHAT_TEXT_KEYS)
+def _has_text(choice: dict[str, Any], chat: bool) -> bool:
+    """Whether a choice has text; in a chat, of the reasoning or of the answer.
+
+    Text and delta may be missing or null. Raises ValueError if the choice is of the other API, and
+    TypeError or AttributeError if a value has another type.
+    """
+    own, other = ("delta", "text") if chat else ("text", "delta")
+    content = choice.get(own)
+    if content is None:
+        if choice.get(other) is not None:
+            raise ValueError
+        return False
+    if chat:
+        return any(content.get(key) for key in _CHAT_TEXT_KEYS)
+    if not isinstance(content, str):
+        raise TypeError
+    return bool(content)
 
 
-def _parse_count(value: Any) -> int:
+def _latest(value: Any, before: int | None) -> int | None:
+    count = _parse_count(value)
+    return before if count is None else count
+
+
+def _parse_count(value: Any) -> int | None:
+    """A count of tokens; None if the usage lacks it. Raises ValueError if it is no count."""
+    if value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_COUNT:
         raise ValueError
-    return value
+    return int(value)
 
 
 def _token_arrivals(response: _Response) -> tuple[list[int], list[int] | None, bool | None]:

@@ -107,6 +107,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[EmulatedEngine]
             model=deployment.model,
             api_key=key,
             socket=str(path) if path else None,
+            started_here=True,
         )
         server = EmulatedServer(listener, timing, faults, endpoint)
         stack.callback(server.stop)

@@ -21,7 +21,7 @@ from servegrid.engines.base import Site
 from servegrid.errors import ConfigError, EngineError, LoadError
 from servegrid.study import models
 from servegrid.study.deployment import Deployment
-from servegrid.study.endpoint import Endpoint, ExternalEndpoint, api_key_for, normalize_base_url
+from servegrid.study.endpoint import Endpoint, ExternalEndpoint, api_key_for, split_url
 from servegrid.study.grid import Workload
 from servegrid.telemetry.server import MODELS_PATH, NOT_FOUND_STATUSES, http_get, is_healthy
 
@@ -81,7 +81,16 @@ def resolve_endpoint(deployment: Deployment) -> Endpoint:
             key = api_key_for(external.url, external.api_key_env, os.environ)
         except ConfigError as error:
             raise EngineError(f"deployment `{deployment.name}`: {error}") from None
-    return Endpoint(normalize_base_url(external.url), external.model, key, api=external.api)
+    base_url, api_path = split_url(external.url)
+    return Endpoint(
+        base_url,
+        external.model,
+        key,
+        api=external.api,
+        api_path=api_path,
+        extra_body=external.extra_body or {},
+        extra_headers=external.extra_headers or {},
+    )
 
 
 def _external(deployment: Deployment) -> ExternalEndpoint:

@@ -86,6 +86,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
                 model=deployment.model,
                 api_key=key,
                 socket=str(socket) if socket else None,
+                started_here=True,
             )
             wait_until(lambda: is_healthy(endpoint), started + site.startup_s, deployment.name)
             facts = {

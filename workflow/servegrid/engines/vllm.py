@@ -96,6 +96,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
                 model=deployment.model,
                 api_key=secrets.token_urlsafe(24),
                 socket=str(path) if path else None,
+                started_here=True,
             )
             parsed = api.parse([*words, *_worker_extension(api)], deployment.name)
             clock.lap("import")

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import metrics, tables
+from servegrid.analysis.buffering import describe_buffering
 from servegrid.analysis.stationarity import find_window
 from servegrid.errors import ExchangeError
 from servegrid.records import columns, parquet
@@ -138,6 +139,8 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
     if not result.itl_known:
         row |= {name: None for name in row if name.startswith("itl_")}
         row["coalesced_chunk_fraction"] = None
+    if (buffered := describe_buffering(requests)) is not None:
+        notes.append(f"no ttft, tpot and itl: {buffered}")
     row |= result.metrics
     if verdict == OK and row.get("failed_requests"):
         row |= {

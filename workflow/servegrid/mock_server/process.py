@@ -78,7 +78,9 @@ def start_mock_server(
         scheme = "http" if script.certificate is None else "https"
         port = first_line.strip()
         url = f"{scheme}://127.0.0.1:{port}" if port else "http://localhost"
-        yield MockServer(Endpoint(url, MODEL, api_key, script.unix_socket), process)
+        yield MockServer(
+            Endpoint(url, MODEL, api_key, script.unix_socket, started_here=True), process
+        )
     finally:
         process.stdin.close()
         try:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from servegrid.errors import ConfigError
-from servegrid.study.endpoint import ExternalEndpoint
+from servegrid.study.endpoint import ExternalEndpoint, check_extras
 from servegrid.study.parallelism import Parallelism, read_parallelism
 
 EMULATED = "emulated"
@@ -48,6 +48,8 @@ class Deployment:
         spec = asdict(self)
         if self.endpoint is None:
             del spec["endpoint"]
+        else:
+            spec["endpoint"] = self.endpoint.spec
         return spec
 
     @classmethod
@@ -162,6 +164,11 @@ def _check_external_keys(entry: Mapping[str, Any], where: str) -> None:
             raise ConfigError(
                 f"{where}: the engine `{EXTERNAL}` needs `{key}`. Add the key: {purpose}."
             )
+    endpoint = entry["endpoint"]
+    try:
+        check_extras(endpoint.get("extra_body", {}), endpoint.get("extra_headers", {}))
+    except ConfigError as error:
+        raise ConfigError(f"{where}.endpoint.{error}") from None
     for key in ("checkpoint", "engine_args"):
         if key in entry:
             raise ConfigError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 from servegrid.errors import ConfigError
@@ -19,8 +20,10 @@ class Endpoint:
     """An OpenAI-compatible server.
 
     `base_url` is the part before the API's paths, such as `/v1/models`, without a trailing slash
-    (`http://127.0.0.1:4711`). `socket` is the Unix socket that the server listens on, if any;
-    `base_url` then only gives the host name in the requests.
+    (`http://127.0.0.1:4711`). `api_path` is the prefix of the API's paths. `socket` is the Unix
+    socket that the server listens on, if any; `base_url` then only gives the host name in the
+    requests. `extra_body` and `extra_headers` are added to every completion. `started_here` says
+    that servegrid has started the server, so it is known what it can be asked.
     """
 
     base_url: str
@@ -28,6 +31,15 @@ class Endpoint:
     api_key: str | None = field(default=None, repr=False)
     socket: str | None = None
     api: Api = "completions"
+    api_path: str = "/v1"
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    extra_headers: Mapping[str, str] = field(default_factory=dict)
+    started_here: bool = False
+
+    @property
+    def models_path(self) -> str:
+        """The path of the list of models, after `base_url`."""
+        return f"{self.api_path}/models"
 
     def to_json(self) -> str:
         """All fields as JSON, including the API key."""
@@ -45,6 +57,7 @@ class ExternalEndpoint:
 
     `model` is the name of the model on the server. `engine` and `version` describe the server.
     `api_key_env` is the environment variable with the API key; the key itself is never written.
+    `extra_body` and `extra_headers` are added to every completion.
     """
 
     url: str
@@ -53,11 +66,72 @@ class ExternalEndpoint:
     api: Api = "completions"
     version: str | None = None
     api_key_env: str | None = None
+    extra_body: Mapping[str, Any] | None = None
+    extra_headers: Mapping[str, str] | None = None
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All fields as plain JSON data, without those that were added later and are not set."""
+        return {key: value for key, value in asdict(self).items() if value or key not in _LATER}
+
+
+_LATER = ("extra_body", "extra_headers")
+_OPERATIONS = re.compile(r"/+(chat/+completions|completions|models)/*$")
+_VERSION = re.compile(r"v\d+\w*")
+_OWN_KEYS = frozenset(
+    "model prompt messages max_tokens max_completion_tokens min_tokens ignore_eos stream "
+    "stream_options n best_of".split()
+)
+_OWN_HEADERS = frozenset(
+    "accept accept-encoding connection content-length content-type expect host te "
+    "transfer-encoding upgrade x-request-id".split()
+)
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_SECRET_HEADER = re.compile(r"auth|cookie|key|passw|secret|token", re.IGNORECASE)
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """`base_url` and `api_path` of an endpoint's URL.
+
+    The API's paths start at the version in the URL's path (`/openai/v1`, `/api/v3`,
+    `/v1beta/openai`). Without a version they start with `/v1`. A URL of one operation
+    (`…/chat/completions`) names the API's paths exactly.
+
+    >>> split_url("https://host/openai")
+    ('https://host/openai', '/v1')
+    >>> split_url("https://host/api/v3/chat/completions")
+    ('https://host/api', '/v3')
+    """
+    scheme, separator, rest = url.partition("://")
+    operation = _OPERATIONS.search(rest)
+    host, *segments = (rest[: operation.start()] if operation else rest).rstrip("/").split("/")
+    versions = [index for index, part in enumerate(segments) if _VERSION.fullmatch(part)]
+    at = versions[-1] if versions else len(segments)
+    base = "/".join([host, *segments[:at]]).rstrip("/")
+    path = "".join(f"/{part}" for part in segments[at:] if part)
+    return f"{scheme}{separator}{base}", path or ("" if operation else "/v1")
 
 
 def normalize_base_url(url: str) -> str:
     """The `base_url` of `url`, which may end with the API's `/v1`."""
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+    return split_url(url)[0]
+
+
+def check_extras(body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+    """Raise ConfigError, which names the key, if these must not be added to a request."""
+    for key in body:
+        if key in _OWN_KEYS:
+            raise ConfigError(f"extra_body: servegrid sets the key `{key}` itself. Remove it.")
+    for name, value in headers.items():
+        where = f"extra_headers: `{name}`"
+        if not _HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
+            raise ConfigError(f"{where} is not a header of HTTP, or its value is not. Correct it.")
+        if name.lower() in _OWN_HEADERS:
+            raise ConfigError(f"{where}: servegrid sets this header itself. Remove it.")
+        if _SECRET_HEADER.search(name):
+            raise ConfigError(
+                f"{where} may carry a secret, and headers are recorded. Use `api_key_env`."
+            )
 
 
 def read_api_key(variable: str, environment: Mapping[str, str]) -> str | None:
