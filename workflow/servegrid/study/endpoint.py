@@ -79,12 +79,34 @@ _LATER = ("extra_body", "extra_headers")
 _OPERATIONS = re.compile(r"/+(chat/+completions|completions|models)/*$")
 _VERSION = re.compile(r"v\d+\w*")
 _OWN_KEYS = frozenset(
-    "model prompt messages max_tokens max_completion_tokens min_tokens ignore_eos stream "
-    "stream_options n best_of".split()
+    [
+        "model",
+        "prompt",
+        "messages",
+        "max_tokens",
+        "max_completion_tokens",
+        "min_tokens",
+        "ignore_eos",
+        "stream",
+        "stream_options",
+        "n",
+        "best_of",
+    ]
 )
 _OWN_HEADERS = frozenset(
-    "accept accept-encoding connection content-length content-type expect host te "
-    "transfer-encoding upgrade x-request-id".split()
+    [
+        "accept",
+        "accept-encoding",
+        "connection",
+        "content-length",
+        "content-type",
+        "expect",
+        "host",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+        "x-request-id",
+    ]
 )
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _SECRET_HEADER = re.compile(r"auth|cookie|key|passw|secret|token", re.IGNORECASE)
