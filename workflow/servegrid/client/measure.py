@@ -28,6 +28,7 @@ from servegrid.client.prompts import Prompt
 from servegrid.client.requests import Probe, RequestBuilder, http_client, negotiate, sent_key
 from servegrid.client.transport import MeasuringTransport, WaveResult
 from servegrid.errors import LoadError
+from servegrid.node.network import find_proxy, tls_context
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Workload
@@ -46,6 +47,8 @@ class Measurement:
 
     - `started_at`: UTC, ISO 8601; `window_ns`: start of the first wave and end of the last
       request, CLOCK_MONOTONIC; `salt`: with the workload, it determines the prompts
+    - `proxy`: host and port of the proxy, None without one; `tls_verified`: whether the server's
+      certificate was checked, None without TLS
     - `stamps`: who took the arrival timestamps, `kernel` or `reader`;
       `clock_offset_before_ns`, `clock_offset_after_ns`: CLOCK_REALTIME minus CLOCK_MONOTONIC
     - `send_lag_ns_p50`, `send_lag_ns_max`: from the time a request is due until its first byte is
@@ -108,7 +111,10 @@ def measure(
     """
     _validate_requests(workload)
     arrivals = schedule.arrival_times(workload, salt)
-    transport = MeasuringTransport(endpoint.socket)
+    encrypted = endpoint.base_url.startswith("https:")
+    tls = tls_context(endpoint.ca_file, endpoint.verify_tls) if encrypted else None
+    proxy = None if endpoint.socket is not None else find_proxy(endpoint.base_url)
+    transport = MeasuringTransport(endpoint.socket, tls)
     with http_client(endpoint, transport) as client:
         builder = RequestBuilder(client, endpoint, salt)
         sender = _Sender(transport, builder, workload, cpu_sets)
@@ -136,6 +142,8 @@ def measure(
     facts = {
         "started_at": started_at.isoformat(),
         "salt": salt,
+        "proxy": None if proxy is None else str(proxy),
+        "tls_verified": endpoint.verify_tls if encrypted else None,
         "continuous_usage": "continuous_usage_stats" not in omitted,
         "keys_refused": sorted(omitted),
         "length_key": sender.builder.length_key,

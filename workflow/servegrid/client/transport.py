@@ -32,6 +32,7 @@ from servegrid.client.sockets import (
     raise_open_file_limit,
 )
 from servegrid.client.workers import WaitForStart
+from servegrid.node.network import Proxy, find_proxy
 
 _HTTPX_ERRORS: dict[FailureKind, type[httpx.TransportError]] = {
     "connect": httpx.ConnectError,
@@ -93,7 +94,8 @@ class MeasuringTransport(httpx.BaseTransport):
 
     As the transport of an `httpx.Client` it handles single requests; `send_wave` handles a wave.
     Connections stay open in between. With `unix_socket` it connects to this socket and ignores
-    the URL's host. `tls` verifies certificates; by default the system's trusted ones are used.
+    the URL's host. `tls` verifies certificates; by default the system's trusted ones are used. It
+    uses the proxies of the environment.
     """
 
     def __init__(self, unix_socket: str | None = None, tls: ssl.SSLContext | None = None) -> None:
@@ -135,7 +137,8 @@ class MeasuringTransport(httpx.BaseTransport):
         (origin,) = origins
         due = repeat(None) if due_s is None else map(_ns, due_s)
         think = repeat(0) if think_s is None else map(_ns, think_s)
-        prepared = [_prepare(*item) for item in zip(requests, due, think, strict=False)]
+        headers = self._proxy_headers(requests[0].url)
+        prepared = [_prepare(*item, headers) for item in zip(requests, due, think, strict=False)]
         if due_s is None:
             raise_open_file_limit(users)
         else:
@@ -161,7 +164,8 @@ class MeasuringTransport(httpx.BaseTransport):
         timeout_s = request.extensions.get("timeout", {}).get("read") or inf
         timeouts = Timeouts(timeout_s, timeout_s)
         server = self._resolve(request, timeouts)
-        loop = EventLoop(server, self._user_pool(request, 1)[:1], [_prepare(request)], timeouts)
+        prepared = _prepare(request, None, 0, self._proxy_headers(request.url))
+        loop = EventLoop(server, self._user_pool(request, 1)[:1], [prepared], timeouts)
         loop.run()
         (exchange,) = _exchanges(loop, "reader")
         if exchange.failure is not None:
@@ -191,11 +195,23 @@ class MeasuringTransport(httpx.BaseTransport):
         if origin not in self._servers:
             try:
                 self._servers[origin] = ServerAddress.resolve(
-                    request.url, self._unix_socket, self._tls, timeouts.connect_s
+                    request.url,
+                    self._unix_socket,
+                    self._tls,
+                    timeouts.connect_s,
+                    self._proxy(request.url),
                 )
             except OSError as error:
                 raise httpx.ConnectError(error.strerror or str(error), request=request) from error
         return self._servers[origin]
+
+    def _proxy(self, url: httpx.URL) -> Proxy | None:
+        return None if self._unix_socket is not None else find_proxy(str(url))
+
+    def _proxy_headers(self, url: httpx.URL) -> Mapping[str, str] | None:
+        """The headers for a proxy that reads the requests; None if none does."""
+        proxy = self._proxy(url) if url.scheme == "http" else None
+        return None if proxy is None else proxy.headers
 
     def _user_pool(self, request: httpx.Request, users: int) -> list[User]:
         """The users of the request's server; there are at least `users` of them."""
@@ -263,10 +279,14 @@ def _ns(seconds: float) -> int:
 
 
 def _prepare(
-    request: httpx.Request, due_ns: int | None = None, think_ns: int = 0
+    request: httpx.Request,
+    due_ns: int | None,
+    think_ns: int,
+    proxy_headers: Mapping[str, str] | None,
 ) -> PreparedRequest:
     try:
-        return PreparedRequest(request.method, serialize_request(request), due_ns, think_ns)
+        data = serialize_request(request, proxy_headers)
+        return PreparedRequest(request.method, data, due_ns, think_ns)
     except HttpSyntaxError as error:
         raise httpx.LocalProtocolError(str(error), request=request) from error
 
