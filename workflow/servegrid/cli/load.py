@@ -199,10 +199,6 @@ def _validate(options: argparse.Namespace) -> None:
         (protocol != "poisson" and options.request_rate is not None, "use --concurrency"),
         (protocol == "burst" and options.duration is not None, "use --requests"),
         (not closed_loop and options.think_time > 0, "--think-time is only for closed_loop"),
-        (
-            closed_loop and options.duration is not None and not options.warmup_waves,
-            "--duration needs at least one warm-up wave, which shows how many requests to prepare",
-        ),
     ):
         if is_wrong:
             raise LoadError(f"--protocol {protocol}: {message}.")

@@ -43,7 +43,10 @@ def serialize_request(
         head = h11.Request(
             method=request.method,
             target=request.url.raw_path if proxy_headers is None else str(request.url),
-            headers=[*request.headers.raw, *(proxy_headers or {}).items()],
+            headers=[
+                *request.headers.raw,
+                *((name.encode(), value.encode()) for name, value in (proxy_headers or {}).items()),
+            ],
         )
         parts = [head, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
         return b"".join(connection.send(part) or b"" for part in parts)

@@ -7,7 +7,7 @@ import ipaddress
 import ssl
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 from servegrid.errors import ConfigError
 
@@ -36,7 +36,7 @@ def find_proxy(url: str) -> Proxy | None:
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
-    if not host or _is_this_machine(host) or proxy_bypass_environment(host):
+    if not host or _is_this_machine(host) or proxy_bypass(host):
         return None
     proxies = getproxies_environment()
     chosen = proxies.get(parts.scheme) or proxies.get("all")
