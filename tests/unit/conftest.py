@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+from servegrid.client.prompts import load_corpus
 from servegrid.report import figure_style, plots
 
 
@@ -43,3 +48,15 @@ def figures_of_bundles_are_drawn_once() -> Iterator[None]:
         for draw in figures:
             patch.setattr(plots, draw.__name__, postponed(draw))
         yield
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a tokenizer with one token per word of the corpus."""
+    words = dict.fromkeys(re.findall(r"\w+|[^\w\s]+", load_corpus()))
+    model = WordLevel({word: number for number, word in enumerate(["?", *words])}, unk_token="?")
+    made = Tokenizer(model)
+    made.pre_tokenizer = Whitespace()
+    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(file))
+    return file

@@ -11,14 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 
 from helpers.scripted_server import Answer, Request, completion, data, refusal, scripted_server
 from servegrid.cli.main import main
 from servegrid.client import Measurement, measure
-from servegrid.client.prompts import load_corpus
 from servegrid.errors import ConfigError, LoadError
 from servegrid.records import parquet
 from servegrid.study.endpoint import Endpoint, check_extras, split_url
@@ -28,16 +24,9 @@ BURST = Workload("burst", 2, 9, 5, 2, warmup_waves=0, timeout_s=20, idle_timeout
 ALL_KEYS = {"ignore_eos", "min_tokens", "temperature"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with one token per word of the corpus."""
-    words = dict.fromkeys(re.findall(r"\w+|[^\w\s]+", load_corpus()))
-    model = WordLevel({word: number for number, word in enumerate(["?", *words])}, unk_token="?")
-    made = Tokenizer(model)
-    made.pre_tokenizer = Whitespace()
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    made.save(str(file))
-    return file
+@pytest.fixture
+def tokenizer(word_tokenizer: Path) -> Path:
+    return word_tokenizer
 
 
 def run(

@@ -116,7 +116,6 @@ def test_a_study_can_have_several_protocols() -> None:
     ("workload", "message"),
     [
         ({"protocol": "poisson"}, "the protocol `poisson` needs `request_rate`"),
-        ({"protocol": "closed_loop", "duration_s": 9, "warmup_waves": 0}, "needs `warmup_waves`"),
         ({"output_len": 300, "output_spread": 0.5}, "plus output_len 450 is more than"),
         (
             {"protocol": ["burst", "bursts"]},

@@ -65,7 +65,17 @@ def prompt_mix(text: str) -> dict[int, float]:
 
 
 def server_url(text: str) -> str:
-    parts = urlsplit(text)
+    """A URL that can be recorded. An error about a secret does not show it."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port
+    except ValueError:
+        raise ArgumentTypeError("this is not a URL: http://…, https://… or unix:///path") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ArgumentTypeError(
+            "the URL has a user, a password or a query. URLs are recorded: give the key with "
+            "--api-key-env, and the URL without it"
+        )
     target = parts.path if parts.scheme == "unix" else parts.hostname
     if parts.scheme not in ("http", "https", "unix") or not target:
         raise ArgumentTypeError(f"{text!r} is not a URL: http://…, https://… or unix:///path")

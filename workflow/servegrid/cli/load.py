@@ -115,6 +115,12 @@ def add_load(subcommands: Any) -> None:
         metavar="S",
         help="a request fails after so many seconds without a byte; default: 120",
     )
+    add("--ca-file", metavar="FILE", help="PEM file with certificates to trust, for https")
+    add(
+        "--insecure",
+        action="store_true",
+        help="accept every certificate; anybody on the way can then read the API key",
+    )
     parser.set_defaults(run=_load)
 
 
@@ -128,6 +134,8 @@ def _load(options: argparse.Namespace) -> int:
         api=options.api,
         extra_body=options.extra_body,
         extra_headers=dict(options.extra_header),
+        ca_file=options.ca_file,
+        verify_tls=not options.insecure,
     )
     check_extras(endpoint.extra_body, endpoint.extra_headers)
     workload = Workload(
@@ -191,10 +199,6 @@ def _validate(options: argparse.Namespace) -> None:
         (protocol != "poisson" and options.request_rate is not None, "use --concurrency"),
         (protocol == "burst" and options.duration is not None, "use --requests"),
         (not closed_loop and options.think_time > 0, "--think-time is only for closed_loop"),
-        (
-            closed_loop and options.duration is not None and not options.warmup_waves,
-            "--duration needs at least one warm-up wave, which shows how many requests to prepare",
-        ),
     ):
         if is_wrong:
             raise LoadError(f"--protocol {protocol}: {message}.")

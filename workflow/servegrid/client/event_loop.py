@@ -12,7 +12,7 @@ import heapq
 import select
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import psutil
 
@@ -21,6 +21,7 @@ from servegrid.client.failures import Failure, FailureKind
 from servegrid.client.http1 import HttpSyntaxError
 from servegrid.client.inflight import InFlightRequest, PreparedRequest, Timeouts, User
 from servegrid.client.sockets import WOULD_BLOCK, Connection, ServerAddress
+from servegrid.client.supply import RequestSupply
 
 _QUEUE_RETRY_S = 0.01
 _FOREVER_NS = 10**18
@@ -37,14 +38,15 @@ class EventLoop:
 
     `run` connects the users that are not connected, starts the clock and returns when every
     request has a response or has failed. `requests` are then in the order of `prepared`, without
-    those that would be due after `timeouts.send_duration_s`. `users` may have grown.
+    those that would be due after `timeouts.send_duration_s`: `left` counts those of them that were
+    ready. `users` may have grown.
     """
 
     def __init__(
         self,
         server: ServerAddress,
         users: list[User],
-        prepared: Sequence[PreparedRequest],
+        prepared: deque[PreparedRequest] | RequestSupply,
         timeouts: Timeouts,
     ) -> None:
         self.requests: list[InFlightRequest] = []
@@ -53,8 +55,9 @@ class EventLoop:
         self.users = users
         self._server = server
         self._timeouts = timeouts
-        self._unsent = deque(prepared)
-        self._open_loop = any(request.due_ns is not None for request in prepared)
+        self.left = 0
+        self._unsent = prepared
+        self._open_loop = bool(prepared) and prepared[0].due_ns is not None
         self._in_flight = 0
         self._failed_users: deque[User] = deque()
         self._free_users: list[User] = []
@@ -65,6 +68,11 @@ class EventLoop:
         self._epoll = select.epoll()
         self._memory_left = psutil.virtual_memory().available // 2
 
+    @property
+    def waits(self) -> int:
+        """How often the next request was not ready."""
+        return self._unsent.waits if isinstance(self._unsent, RequestSupply) else 0
+
     def run(self, wait_for_start: Callable[[], int] = time.monotonic_ns) -> None:
         """`wait_for_start` returns the start time in ns of CLOCK_MONOTONIC, and may block."""
         try:
@@ -72,6 +80,7 @@ class EventLoop:
             self.offsets.sample()
             self.start_ns = wait_for_start()
             self._send_all()
+            self.left += len(self._unsent)
         finally:
             self._epoll.close()
             for user in self.users:
@@ -141,6 +150,7 @@ class EventLoop:
         due_ns = self._unsent[0].due_ns
         assert due_ns is not None
         if self.start_ns + due_ns > self._send_until_ns:
+            self.left += len(self._unsent)
             self._unsent.clear()
             return None
         return self.start_ns + due_ns
@@ -390,6 +400,8 @@ class EventLoop:
                     "the workload's timeout passed before the response was complete",
                 )
         self._thinking.clear()
+        if time.monotonic_ns() > self._send_until_ns:
+            return
         for prepared in self._unsent:
             request = InFlightRequest(prepared, None, None)
             request.failure = Failure(

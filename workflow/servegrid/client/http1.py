@@ -8,7 +8,7 @@ Sources: RFC 9112, sections 4 (status line), 6 (body length) and 7.1 (chunks).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import h11
@@ -30,15 +30,23 @@ class HttpSyntaxError(Exception):
     """The bytes are not HTTP/1.1."""
 
 
-def serialize_request(request: httpx.Request) -> bytes:
-    """The complete request as bytes. Raises HttpSyntaxError if it is not valid HTTP."""
+def serialize_request(
+    request: httpx.Request, proxy_headers: Mapping[str, str] | None = None
+) -> bytes:
+    """The complete request as bytes. Raises HttpSyntaxError if it is not valid HTTP.
+
+    With `proxy_headers`, it is for an HTTP proxy, which needs the whole URL (RFC 9112, 3.2.2).
+    """
     connection = h11.Connection(h11.CLIENT)
     body = request.read()
     try:
         head = h11.Request(
             method=request.method,
-            target=request.url.raw_path,
-            headers=request.headers.raw,
+            target=request.url.raw_path if proxy_headers is None else str(request.url),
+            headers=[
+                *request.headers.raw,
+                *((name.encode(), value.encode()) for name, value in (proxy_headers or {}).items()),
+            ],
         )
         parts = [head, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
         return b"".join(connection.send(part) or b"" for part in parts)

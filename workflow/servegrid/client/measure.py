@@ -12,10 +12,10 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ from servegrid.client.prompts import Prompt
 from servegrid.client.requests import Probe, RequestBuilder, http_client, negotiate, sent_key
 from servegrid.client.transport import MeasuringTransport, WaveResult
 from servegrid.errors import LoadError
+from servegrid.node.network import find_proxy, tls_context
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Workload
 
+MIN_AHEAD = 1000
+"""Requests that are prepared before the start of a load by time; more for more users."""
 Counters = Mapping[str, float] | None
 """The counters of a server, by name; None if it has none."""
 Progress = Callable[[int, int], None]
@@ -46,6 +49,8 @@ class Measurement:
 
     - `started_at`: UTC, ISO 8601; `window_ns`: start of the first wave and end of the last
       request, CLOCK_MONOTONIC; `salt`: with the workload, it determines the prompts
+    - `proxy`: host and port of the proxy, None without one; `tls_verified`: whether the server's
+      certificate was checked, None without TLS
     - `stamps`: who took the arrival timestamps, `kernel` or `reader`;
       `clock_offset_before_ns`, `clock_offset_after_ns`: CLOCK_REALTIME minus CLOCK_MONOTONIC
     - `send_lag_ns_p50`, `send_lag_ns_max`: from the time a request is due until its first byte is
@@ -62,8 +67,9 @@ class Measurement:
       how many the server's count of prompt tokens exceeds `input_len`, because its template adds
       tokens to a text; None if requests differ in this
     - `warmup_s`: duration of the warm-up; `warmup_errors`: its failures, with their number
-    - `left`: prepared requests that were not sent within the workload's duration. In a closed
-      loop with a duration, 0 means that too few requests were prepared
+    - `left`: prepared requests that were not sent within the workload's duration, 0 if there are
+      no further distinct prompts of this length;
+      `prepare_waits`: how often a request was due and none was prepared
 
     `counters_before` and `counters_after`: the server's counters at the start and after the end.
     """
@@ -108,25 +114,38 @@ def measure(
     """
     _validate_requests(workload)
     arrivals = schedule.arrival_times(workload, salt)
-    transport = MeasuringTransport(endpoint.socket)
+    encrypted = endpoint.base_url.startswith("https:")
+    tls = tls_context(endpoint.ca_file, endpoint.verify_tls) if encrypted else None
+    proxy = None if endpoint.socket is not None else find_proxy(endpoint.base_url)
+    transport = MeasuringTransport(endpoint.socket, tls)
     with http_client(endpoint, transport) as client:
         builder = RequestBuilder(client, endpoint, salt)
         sender = _Sender(transport, builder, workload, cpu_sets)
         sender, warmup = _warm_up(sender, endpoint, tokenizer)
         total = len(arrivals or ()) or workload.requests
-        count = total or _estimate_requests(workload, sender.users, warmup)
-        prepared = sender.make_prompts(count, tokenizer, salt)
+        waves: list[_Prompts]
+        ahead = None
+        if workload.duration_s is None:
+            assert total is not None
+            prepared = sender.make_prompts(total, tokenizer, salt)
+            waves = _split_into_waves(
+                prepared, sender.users if workload.protocol == "burst" else total
+            )
+        else:
+            ahead = max(MIN_AHEAD, 2 * sender.users)
+            waves = [prompts.iterate_prompts(workload, sender.builder.form, tokenizer, salt)]
         if progress is not None:
             progress(0, total or 0)
         counters_before = counters(0)
         started_at = datetime.now(UTC)
         sent = sender.send(
             "",
-            _split_into_waves(prepared, sender.users if workload.protocol == "burst" else count),
+            waves,
             workload.timeout_s + (workload.duration_s or 0.0),
             due_s=arrivals,
-            think_s=schedule.think_times(workload, count, salt),
+            think_s=schedule.think_times(workload, salt),
             after_wave=None if progress is None else lambda ended: progress(ended, total or 0),
+            ahead=ahead,
         )
     before_parsing = time.process_time()
     parsed = sent.parse()
@@ -136,6 +155,8 @@ def measure(
     facts = {
         "started_at": started_at.isoformat(),
         "salt": salt,
+        "proxy": None if proxy is None else str(proxy),
+        "tls_verified": endpoint.verify_tls if encrypted else None,
         "continuous_usage": "continuous_usage_stats" not in omitted,
         "keys_refused": sorted(omitted),
         "length_key": sender.builder.length_key,
@@ -148,7 +169,8 @@ def measure(
         "parse_cpu_s": parse_cpu_s,
         "warmup_s": warmup.duration_s,
         "warmup_errors": warmup.errors(),
-        "left": count - len(rows),
+        "left": sum(wave.left for wave in sent.waves),
+        "prepare_waits": sum(wave.waits for wave in sent.waves),
     }
     completed = sum(row["error"] is None for row in rows)
     return Measurement(
@@ -196,28 +218,10 @@ def _warm_up(sender: _Sender, endpoint: Endpoint, tokenizer: Path | None) -> tup
     return sender, sender.send("warmup/", waves, workload.timeout_s)
 
 
-def _estimate_requests(workload: Workload, users: int, warmup: _Sent) -> int:
-    """Requests that suffice for the whole duration, by the fastest request of the warm-up.
-
-    The warm-up sends all prompts of a wave at once. So its fastest request may have been slower
-    than those of the closed loop will be.
-    """
-    assert workload.duration_s is not None
-    times = [
-        exchange.done_ns - exchange.sent_ns
-        for wave in warmup.waves
-        for exchange in wave.exchanges
-        if exchange.sent_ns is not None and exchange.failure is None
-    ]
-    fastest_s = min(times, default=1e9 * workload.duration_s) / 1e9
-    return users * (1 + math.ceil(_MARGIN * workload.duration_s / fastest_s))
+_Prompts = Iterable[Prompt]
 
 
-_MARGIN = 3
-_Prompts = Sequence[Prompt]
-
-
-def _split_into_waves(prepared: _Prompts, size: int) -> list[_Prompts]:
+def _split_into_waves(prepared: Sequence[Prompt], size: int) -> list[_Prompts]:
     return [prepared[start : start + size] for start in range(0, len(prepared), size)]
 
 
@@ -257,7 +261,7 @@ class _Sender:
         """The concurrency; in an open loop, as many users as requests arrive in a second."""
         return self.workload.concurrency or math.ceil(self.workload.intensity)
 
-    def make_prompts(self, count: int, tokenizer: Path | None, salt: str) -> _Prompts:
+    def make_prompts(self, count: int, tokenizer: Path | None, salt: str) -> Sequence[Prompt]:
         if self.builder.form == "ids":
             return prompts.make_token_prompts(self.workload, count, tokenizer, salt)
         return prompts.make_text_prompts(self.workload, count, tokenizer, salt)
@@ -268,28 +272,28 @@ class _Sender:
         waves: list[_Prompts],
         timeout_s: float,
         due_s: list[float] | None = None,
-        think_s: list[float] | None = None,
+        think_s: Iterator[float] | None = None,
         after_wave: Callable[[int], None] | None = None,
+        ahead: int | None = None,
     ) -> _Sent:
         """Send the waves one after another, all of them within `timeout_s`.
 
-        `after_wave` takes the number of requests that have ended.
+        `after_wave` takes the number of requests that have ended. With `ahead`, there is one wave,
+        and only so many requests are prepared before its start.
         """
         started = time.monotonic()
         results: list[WaveResult] = []
         specs: list[list[RequestSpec]] = []
-        lengths = schedule.output_lengths(
-            self.workload, sum(map(len, waves)), f"{self.builder.salt}/{prefix}"
-        )
-        numbered = enumerate(lengths)
+        salt = f"{self.builder.salt}/{prefix}"
+        lengths = schedule.output_lengths(self.workload, salt)
+        # The same lengths again, for those requests that were sent.
+        asked = enumerate(schedule.output_lengths(self.workload, salt))
+        numbered = count()
         for wave, prepared in enumerate(waves):
-            named = [
-                (f"{prefix}{number}", length) for number, length in islice(numbered, len(prepared))
-            ]
-            requests = [
-                self.builder.completion(name, prompt, length)
-                for (name, length), prompt in zip(named, prepared, strict=True)
-            ]
+            requests = (
+                self.builder.completion(f"{prefix}{number}", prompt, length)
+                for prompt, number, length in zip(prepared, numbered, lengths, strict=False)
+            )
             left_s = started + timeout_s - time.monotonic()
             results.append(
                 self.transport.send_wave(
@@ -301,9 +305,16 @@ class _Sender:
                     due_s=due_s,
                     think_s=think_s,
                     cpu_sets=self.cpu_sets,
+                    ahead=ahead,
                 )
             )
-            specs.append([self._spec(name, wave, length) for name, length in named])
+            sent = 1 + max((each.number for each in results[-1].exchanges), default=-1)
+            specs.append(
+                [
+                    self._spec(f"{prefix}{number}", wave, length)
+                    for number, length in islice(asked, sent)
+                ]
+            )
             if after_wave is not None:
                 after_wave(sum(len(result.exchanges) for result in results))
         return _Sent(results, specs, time.monotonic() - started, self.builder.client)

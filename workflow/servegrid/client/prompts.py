@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from importlib import resources
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
@@ -32,7 +33,7 @@ Prompt = list[int] | str
 """Token ids, or text."""
 
 _OPENING_TOKENS = 4
-_DRAWS_PER_PROMPT = 20
+_DRAWS_PER_PROMPT, _FIRST_PROMPTS = 20, 50
 _EXTRA_CHARACTERS = 2
 """Factor on the corpus' mean characters per token, so that a text is long enough to be cut."""
 
@@ -56,12 +57,27 @@ def make_token_prompts(
     Raises LoadError if the tokenizer cannot be used, or if the prompts are too short to be
     distinct.
     """
+    return list(islice(_token_prompts(workload, tokenizer, salt), count))
+
+
+def iterate_prompts(
+    workload: Workload, form: PromptForm, tokenizer: Path | None, salt: str
+) -> Iterator[Prompt]:
+    """The prompts of `make_token_prompts` or `make_text_prompts`, without an end.
+
+    Raises LoadError as they do; for prompts that are too short, when no further one is found.
+    """
+    make = _token_prompts if form == "ids" else _text_prompts
+    return make(workload, tokenizer, salt)
+
+
+def _token_prompts(workload: Workload, tokenizer: Path | None, salt: str) -> Iterator[list[int]]:
     rng = random.Random(f"{workload.seed}/{salt}")
     if tokenizer is None:
         drawn = _random_ids(rng, workload.input_len)
     else:
         drawn = _corpus_ids(rng, workload.input_len, _tokenize_corpus(tokenizer))
-    return _select_distinct(((prompt, prompt) for prompt in drawn), workload, count)
+    return _select_distinct(((prompt, prompt) for prompt in drawn), workload)
 
 
 def make_text_prompts(
@@ -72,6 +88,10 @@ def make_text_prompts(
     Otherwise as `make_token_prompts`. No text starts or ends with white space, which chat
     templates strip. Also raises LoadError without a tokenizer.
     """
+    return list(islice(_text_prompts(workload, tokenizer, salt), count))
+
+
+def _text_prompts(workload: Workload, tokenizer: Path | None, salt: str) -> Iterator[str]:
     if tokenizer is None:
         raise LoadError(
             "Prompts are sent as text, so counting their tokens needs a tokenizer. Name the "
@@ -80,30 +100,29 @@ def make_text_prompts(
     rng = random.Random(f"{workload.seed}/{salt}")
     corpus = _tokenize_corpus(tokenizer)
     texts = _corpus_texts(rng, workload.input_len, corpus)
-    return _select_distinct(
-        (_truncate(corpus.tokenizer, text, workload.input_len) for text in texts), workload, count
-    )
+    drawn = (_truncate(corpus.tokenizer, text, workload.input_len) for text in texts)
+    return _select_distinct(drawn, workload)
 
 
 def _select_distinct(
-    drawn: Iterable[tuple[list[int], _PromptType] | None], workload: Workload, count: int
-) -> list[_PromptType]:
-    """`count` distinct prompts of those drawn, with their ids. A draw may be None: no prompt."""
-    needed = 1 if workload.prompts == "identical" else count
-    selected: dict[tuple[int, ...], _PromptType] = {}
+    drawn: Iterable[tuple[list[int], _PromptType] | None], workload: Workload
+) -> Iterator[_PromptType]:
+    """The distinct prompts of those drawn, with their ids. A draw may be None: no prompt."""
+    # Hashes need little memory. Two prompts with one hash only make the second one be left out.
+    selected: set[int] = set()
     for number, draw in enumerate(drawn):
-        if len(selected) == needed:
+        if number > _DRAWS_PER_PROMPT * (len(selected) + _FIRST_PROMPTS):
             break
-        if number == _DRAWS_PER_PROMPT * needed:
-            raise LoadError(
-                f"input_len {workload.input_len}: {count} distinct prompts of this length do not "
-                "exist. Use longer prompts, fewer requests, or identical prompts."
-            )
-        if draw is not None:
-            ids, prompt = draw
-            selected.setdefault(tuple(ids[:DISTINCT_TOKENS]), prompt)
-    prompts = list(selected.values())
-    return prompts * count if workload.prompts == "identical" else prompts
+        if draw is None or (start := hash(tuple(draw[0][:DISTINCT_TOKENS]))) in selected:
+            continue
+        selected.add(start)
+        if workload.prompts == "identical":
+            yield from repeat(draw[1])
+        yield draw[1]
+    raise LoadError(
+        f"input_len {workload.input_len}: more than {len(selected)} distinct prompts of this "
+        "length do not exist. Use longer prompts, fewer requests, or identical prompts."
+    )
 
 
 def _random_ids(rng: random.Random, length: int) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import operator
 import random
+from collections.abc import Iterator
 from functools import partial
 
 from servegrid.study.grid import Workload
@@ -29,8 +30,8 @@ def arrival_times(workload: Workload, salt: str) -> list[float] | None:
     return list(itertools.takewhile(partial(operator.gt, workload.duration_s), times)) or [0.0]
 
 
-def think_times(workload: Workload, count: int, salt: str) -> list[float] | None:
-    """How long the user thinks after the response to each of `count` requests, in s.
+def think_times(workload: Workload, salt: str) -> Iterator[float] | None:
+    """How long the user thinks after the response to each request, in s, without an end.
 
     Exponentially distributed with mean `workload.think_time_s`. None if users don't think.
     """
@@ -38,11 +39,11 @@ def think_times(workload: Workload, count: int, salt: str) -> list[float] | None
         return None
     # "rests" is part of the seed: another word would change the values.
     rng = random.Random(f"{workload.seed}/{salt}/rests")
-    return [rng.expovariate(1 / workload.think_time_s) for _ in range(count)]
+    return (rng.expovariate(1 / workload.think_time_s) for _ in itertools.count())
 
 
-def output_lengths(workload: Workload, count: int, salt: str) -> list[int]:
-    """Output tokens of each of `count` requests, uniformly distributed around their mean."""
+def output_lengths(workload: Workload, salt: str) -> Iterator[int]:
+    """Output tokens of each request, uniformly distributed around their mean, without an end."""
     spread = workload.max_output_len - workload.output_len
     rng = random.Random(f"{workload.seed}/{salt}/lengths")
-    return [workload.output_len + rng.randint(-spread, spread) for _ in range(count)]
+    return (workload.output_len + rng.randint(-spread, spread) for _ in itertools.count())

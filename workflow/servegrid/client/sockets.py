@@ -16,6 +16,7 @@ from typing import Any, Literal
 import httpx
 
 from servegrid.errors import LoadError
+from servegrid.node.network import Proxy
 
 StampSource = Literal["kernel", "reader"]
 """Who takes the arrival timestamps: the kernel, or the client when it reads."""
@@ -24,6 +25,7 @@ WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 """Nothing to read or no room to write at the moment. Catch these before OSError."""
 
 _SPARE_FILES = 64
+_SHOWN = 60
 _READ_SIZE = 65536
 _ANCILLARY_SIZE = 64
 # Python's socket module has no SO_TIMESTAMPNS. Linux numbers it 35 on every architecture except
@@ -40,20 +42,34 @@ class ServerAddress:
     family: socket.AddressFamily
     address: Any
     tls: ssl.SSLContext | None
+    tunnel: bytes | None = None
+    """The request for a tunnel to the server, if `address` is that of a proxy."""
 
     @classmethod
     def resolve(
-        cls, url: httpx.URL, unix_socket: str | None, tls: ssl.SSLContext | None, timeout_s: float
+        cls,
+        url: httpx.URL,
+        unix_socket: str | None,
+        tls: ssl.SSLContext | None,
+        timeout_s: float,
+        proxy: Proxy | None = None,
     ) -> ServerAddress:
-        """The server of `url`. Raises OSError if none of its addresses accepts a connection."""
+        """The server of `url`, or the `proxy` to it.
+
+        Raises OSError if none of its addresses accepts a connection.
+        """
         encrypted = None
         if url.scheme == "https":
             encrypted = tls or ssl.create_default_context()
         if unix_socket is not None:
             return cls(url.host, socket.AF_UNIX, unix_socket, encrypted)
         port = url.port or (80 if encrypted is None else 443)
-        with socket.create_connection((url.host, port), timeout_s) as connected:
-            return cls(url.host, connected.family, connected.getpeername(), encrypted)
+        to, tunnel = (url.host, port), None
+        if proxy is not None:
+            to = (proxy.host, proxy.port)
+            tunnel = None if encrypted is None else _tunnel_request(url.host, port, proxy)
+        with socket.create_connection(to, timeout_s) as connected:
+            return cls(url.host, connected.family, connected.getpeername(), encrypted, tunnel)
 
     def new_connection(self) -> Connection:
         """A new connection, not yet connected."""
@@ -66,6 +82,17 @@ class ServerAddress:
         """Who takes the arrival timestamps."""
         tcp = self.family != socket.AF_UNIX and self.tls is None
         return "kernel" if tcp else "reader"
+
+
+def _tunnel_request(host: str, port: int, proxy: Proxy) -> bytes:
+    """The request for a tunnel through a proxy (RFC 9110, 9.3.6)."""
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    headers = {"Host": authority, **proxy.headers}
+    lines = [
+        f"CONNECT {authority} HTTP/1.1",
+        *(f"{key}: {value}" for key, value in headers.items()),
+    ]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
 class Connection:
@@ -138,10 +165,14 @@ class TlsConnection(Connection):
         super().__init__(server)
         self._context = context
         self._tls: ssl.SSLSocket | None = None
+        self._tunnel = server.tunnel or b""
+        self._proxy_answer = b""
 
     def advance(self) -> int:
         if self._tls is None:
             super().advance()
+            if self._server.tunnel is not None and (events := self._advance_tunnel()):
+                return events
             self._socket = self._tls = self._context.wrap_socket(
                 self._socket, server_hostname=self._server.host, do_handshake_on_connect=False
             )
@@ -151,6 +182,26 @@ class TlsConnection(Connection):
             return select.EPOLLIN
         except ssl.SSLWantWriteError:
             return select.EPOLLOUT
+        return 0
+
+    def _advance_tunnel(self) -> int:
+        try:
+            while self._tunnel:
+                self._tunnel = self._tunnel[self._socket.send(self._tunnel) :]
+        except BlockingIOError:
+            return select.EPOLLOUT
+        try:
+            # The server behind the proxy waits for the client, so nothing follows the answer.
+            while b"\r\n\r\n" not in self._proxy_answer:
+                data = self._socket.recv(_READ_SIZE)
+                if not data or len(self._proxy_answer) > _READ_SIZE:
+                    raise OSError("the proxy gives no answer")
+                self._proxy_answer += data
+        except BlockingIOError:
+            return select.EPOLLIN
+        status_line = self._proxy_answer.partition(b"\r\n")[0].decode("latin-1")
+        if status_line.split(" ")[1:2] != ["200"]:
+            raise OSError(f"the proxy refuses a tunnel: {status_line[:_SHOWN]}")
         return 0
 
     def receive(self) -> tuple[int, bytes]:

@@ -6,10 +6,11 @@ import contextlib
 import gc
 import ssl
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import repeat
+from itertools import chain, islice, repeat
 from math import inf
 
 import httpx
@@ -31,7 +32,9 @@ from servegrid.client.sockets import (
     maximise_open_file_limit,
     raise_open_file_limit,
 )
+from servegrid.client.supply import RequestSupply
 from servegrid.client.workers import WaitForStart
+from servegrid.node.network import Proxy, find_proxy
 
 _HTTPX_ERRORS: dict[FailureKind, type[httpx.TransportError]] = {
     "connect": httpx.ConnectError,
@@ -77,7 +80,8 @@ class WaveResult:
 
     There are fewer exchanges than requests if the time for sending ended before the last request.
     `stamps` is who took the arrival timestamps. `offset_before_ns` and `offset_after_ns` are
-    CLOCK_REALTIME minus CLOCK_MONOTONIC. `cpu_s` is the CPU time of each process.
+    CLOCK_REALTIME minus CLOCK_MONOTONIC. `cpu_s` is the CPU time of each process. `left` is the
+    number of requests that were ready and not sent, and `waits` how often none was ready.
     """
 
     exchanges: list[Exchange]
@@ -86,6 +90,8 @@ class WaveResult:
     offset_before_ns: int
     offset_after_ns: int
     cpu_s: list[float]
+    left: int = 0
+    waits: int = 0
 
 
 class MeasuringTransport(httpx.BaseTransport):
@@ -93,7 +99,8 @@ class MeasuringTransport(httpx.BaseTransport):
 
     As the transport of an `httpx.Client` it handles single requests; `send_wave` handles a wave.
     Connections stay open in between. With `unix_socket` it connects to this socket and ignores
-    the URL's host. `tls` verifies certificates; by default the system's trusted ones are used.
+    the URL's host. `tls` verifies certificates; by default the system's trusted ones are used. It
+    uses the proxies of the environment.
     """
 
     def __init__(self, unix_socket: str | None = None, tls: ssl.SSLContext | None = None) -> None:
@@ -104,15 +111,16 @@ class MeasuringTransport(httpx.BaseTransport):
 
     def send_wave(
         self,
-        requests: Sequence[httpx.Request],
+        requests: Iterable[httpx.Request],
         users: int,
         *,
         timeout_s: float,
         idle_timeout_s: float,
         send_duration_s: float = inf,
-        due_s: Sequence[float] | None = None,
-        think_s: Sequence[float] | None = None,
+        due_s: Iterable[float] | None = None,
+        think_s: Iterable[float] | None = None,
         cpu_sets: Sequence[Collection[int]] = (),
+        ahead: int | None = None,
     ) -> WaveResult:
         """Send `requests`, all to one server, with `users` concurrent users.
 
@@ -122,6 +130,9 @@ class MeasuringTransport(httpx.BaseTransport):
         is sent at that time after the start, by additional users if all are busy. Users connect
         and requests are serialized before the start; only additional users connect later.
 
+        With `ahead`, only so many requests are prepared before the start. A process of its own
+        prepares the others during the wave (see `RequestSupply`), so `requests` may have no end.
+
         With several `cpu_sets`, one process per CPU set sends its share of the requests and users.
 
         No request is sent after `send_duration_s`. A request fails if it is not complete
@@ -129,30 +140,38 @@ class MeasuringTransport(httpx.BaseTransport):
         httpx.ConnectError if the server cannot be reached at all, httpx.LocalProtocolError if a
         request is not valid HTTP, and LoadError if the system does not allow enough open files.
         """
-        origins = {_origin(request.url) for request in requests}
-        if len(origins) != 1:
-            raise ValueError(f"a wave goes to one server, not to {len(origins)}")
-        (origin,) = origins
+        every = iter(requests)
+        first = next(every)
+        origin = _origin(first.url)
         due = repeat(None) if due_s is None else map(_ns, due_s)
         think = repeat(0) if think_s is None else map(_ns, think_s)
-        prepared = [_prepare(*item) for item in zip(requests, due, think, strict=False)]
+        headers = self._proxy_headers(first.url)
+
+        def prepare() -> Iterator[PreparedRequest]:
+            for request, due_ns, think_ns in zip(chain([first], every), due, think, strict=False):
+                if _origin(request.url) != origin:
+                    raise ValueError("a wave goes to one server")
+                yield _prepare(request, due_ns, think_ns, headers)
+
+        prepared: Iterable[PreparedRequest] = prepare() if ahead is not None else list(prepare())
         if due_s is None:
             raise_open_file_limit(users)
         else:
             maximise_open_file_limit()
             users = max(users, len(self._users.get(origin, ())))
         timeouts = Timeouts(timeout_s, idle_timeout_s, send_duration_s)
-        server = self._resolve(requests[0], timeouts)
+        server = self._resolve(first, timeouts)
         if len(cpu_sets) > 1:
             count = len(cpu_sets)
             tasks = [
-                partial(_run_share, server, prepared[index::count], users, timeouts, (index, count))
+                partial(_run_share, server, prepared, users, timeouts, (index, count), ahead)
                 for index in range(count)
             ]
             return _merge(workers.run_parallel(tasks, cpu_sets))
-        pool = self._user_pool(requests[0], users)
-        loop = EventLoop(server, pool[:users], prepared, timeouts)
-        result = _run(loop, server.stamps)
+        pool = self._user_pool(first, users)
+        with _supply(prepared, ahead) as ready:
+            loop = EventLoop(server, pool[:users], ready, timeouts)
+            result = _run(loop, server.stamps)
         pool += loop.users[users:]
         return result
 
@@ -161,7 +180,8 @@ class MeasuringTransport(httpx.BaseTransport):
         timeout_s = request.extensions.get("timeout", {}).get("read") or inf
         timeouts = Timeouts(timeout_s, timeout_s)
         server = self._resolve(request, timeouts)
-        loop = EventLoop(server, self._user_pool(request, 1)[:1], [_prepare(request)], timeouts)
+        prepared = deque([_prepare(request, None, 0, self._proxy_headers(request.url))])
+        loop = EventLoop(server, self._user_pool(request, 1)[:1], prepared, timeouts)
         loop.run()
         (exchange,) = _exchanges(loop, "reader")
         if exchange.failure is not None:
@@ -191,11 +211,23 @@ class MeasuringTransport(httpx.BaseTransport):
         if origin not in self._servers:
             try:
                 self._servers[origin] = ServerAddress.resolve(
-                    request.url, self._unix_socket, self._tls, timeouts.connect_s
+                    request.url,
+                    self._unix_socket,
+                    self._tls,
+                    timeouts.connect_s,
+                    self._proxy(request.url),
                 )
             except OSError as error:
                 raise httpx.ConnectError(error.strerror or str(error), request=request) from error
         return self._servers[origin]
+
+    def _proxy(self, url: httpx.URL) -> Proxy | None:
+        return None if self._unix_socket is not None else find_proxy(str(url))
+
+    def _proxy_headers(self, url: httpx.URL) -> Mapping[str, str] | None:
+        """The headers for a proxy that reads the requests; None if none does."""
+        proxy = self._proxy(url) if url.scheme == "http" else None
+        return None if proxy is None else proxy.headers
 
     def _user_pool(self, request: httpx.Request, users: int) -> list[User]:
         """The users of the request's server; there are at least `users` of them."""
@@ -227,22 +259,38 @@ def _run(
         offset_before_ns=loop.offsets.offsets[0].offset_ns,
         offset_after_ns=loop.offsets.offsets[-1].offset_ns,
         cpu_s=[cpu_s],
+        left=loop.left,
+        waits=loop.waits,
     )
 
 
 def _run_share(
     server: ServerAddress,
-    prepared: list[PreparedRequest],
+    prepared: Iterable[PreparedRequest],
     users: int,
     timeouts: Timeouts,
     share: _Share,
+    ahead: int | None,
     wait_for_start: WaitForStart,
 ) -> WaveResult:
     """The share of one of several processes: every `count`-th request and user from `index`."""
     index, count = share
     pool = [User(number) for number in range(len(range(index, users, count)))]
-    loop = EventLoop(server, pool, prepared, timeouts)
-    return _run(loop, server.stamps, share, wait_for_start)
+    own = islice(prepared, index, None, count)
+    with _supply(own, None if ahead is None else -(-ahead // count)) as ready:
+        loop = EventLoop(server, pool, ready, timeouts)
+        return _run(loop, server.stamps, share, wait_for_start)
+
+
+@contextlib.contextmanager
+def _supply(
+    prepared: Iterable[PreparedRequest], ahead: int | None
+) -> Iterator[RequestSupply | deque[PreparedRequest]]:
+    if ahead is None:
+        yield deque(prepared)
+    else:
+        with RequestSupply(iter(prepared), ahead) as supply:
+            yield supply
 
 
 def _merge(results: Sequence[WaveResult]) -> WaveResult:
@@ -251,6 +299,8 @@ def _merge(results: Sequence[WaveResult]) -> WaveResult:
         results[0],
         exchanges=sorted(exchanges, key=lambda exchange: exchange.number),
         cpu_s=[cpu_s for result in results for cpu_s in result.cpu_s],
+        left=sum(result.left for result in results),
+        waits=sum(result.waits for result in results),
     )
 
 
@@ -263,10 +313,14 @@ def _ns(seconds: float) -> int:
 
 
 def _prepare(
-    request: httpx.Request, due_ns: int | None = None, think_ns: int = 0
+    request: httpx.Request,
+    due_ns: int | None,
+    think_ns: int,
+    proxy_headers: Mapping[str, str] | None,
 ) -> PreparedRequest:
     try:
-        return PreparedRequest(request.method, serialize_request(request), due_ns, think_ns)
+        data = serialize_request(request, proxy_headers)
+        return PreparedRequest(request.method, data, due_ns, think_ns)
     except HttpSyntaxError as error:
         raise httpx.LocalProtocolError(str(error), request=request) from error
 

@@ -81,7 +81,7 @@ class _Worker(Generic[Result]):
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                _die_with(parent)
+                die_with(parent)
                 if cpus:
                     os.sched_setaffinity(0, cpus)
                 _run_task(task, start_reader, result_writer)
@@ -150,7 +150,7 @@ def _run_task(
     os._exit(0)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends, however that happens."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -10,6 +10,7 @@ import http
 import http.client
 import json
 import os
+import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,16 @@ from servegrid.study import models
 from servegrid.study.deployment import Deployment
 from servegrid.study.endpoint import Endpoint, ExternalEndpoint, api_key_for, split_url
 from servegrid.study.grid import Workload
-from servegrid.telemetry.server import MODELS_PATH, NOT_FOUND_STATUSES, http_get, is_healthy
+from servegrid.telemetry.server import (
+    BRING_UP_TIMEOUT_S,
+    check_health,
+    describe_failure,
+    find_health,
+    http_get,
+)
 
 KEY_STATUSES = (http.HTTPStatus.UNAUTHORIZED, http.HTTPStatus.FORBIDDEN)
-TEST_WORKLOAD = Workload("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=120.0, idle_timeout_s=60.0)
+TEST_WORKLOAD = Workload("burst", 1, 8, 4, 1, warmup_waves=0, timeout_s=60.0, idle_timeout_s=30.0)
 """One short request; it shows whether the endpoint streams and reports its token counts."""
 MAX_LISTED = 10
 
@@ -42,20 +49,25 @@ class ExternalEngine:
         return []
 
     def healthy(self) -> bool:
-        return is_healthy(self.endpoint)
+        found = check_health(self.endpoint)
+        if not found.ok:
+            print(f"{self.endpoint.base_url} is not healthy: {found}", flush=True)
+        return found.ok
 
 
 @contextlib.contextmanager
 def start_engine(deployment: Deployment, site: Site) -> Iterator[ExternalEngine]:
     """See `servegrid.engines.start_engine`. Raises EngineError if the endpoint fails a check.
 
-    The endpoint must answer, accept the API key, list the model, and stream the answer to a short
-    request with its token counts.
+    The endpoint must stream the answer to a short request with its token counts. If it lists its
+    models, the model must be among them. The way in which it shows its health now is the one that
+    counts later.
     """
     started = time.monotonic()
     external, endpoint = _external(deployment), resolve_endpoint(deployment)
-    _check_reachable(deployment, external, endpoint)
-    client = _send_test_request(deployment, external, endpoint, site)
+    models_problem = _check_reachable(deployment, external, endpoint)
+    client = _send_test_request(deployment, external, endpoint, site, models_problem)
+    endpoint = find_health(endpoint)
     facts = {
         "engine": external.engine,
         "version": external.version,
@@ -64,6 +76,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[ExternalEngine]
         "served_model": external.model,
         "api": external.api,
         "prompt_form": client["prompt_form"],
+        "health_path": endpoint.health_path,
         "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
     }
     yield ExternalEngine(endpoint, facts)
@@ -90,6 +103,8 @@ def resolve_endpoint(deployment: Deployment) -> Endpoint:
         api_path=api_path,
         extra_body=external.extra_body or {},
         extra_headers=external.extra_headers or {},
+        ca_file=external.ca_file,
+        verify_tls=external.verify_tls is not False,
     )
 
 
@@ -100,25 +115,25 @@ def _external(deployment: Deployment) -> ExternalEndpoint:
 
 def _check_reachable(
     deployment: Deployment, external: ExternalEndpoint, endpoint: Endpoint
-) -> None:
-    """Raise EngineError if it does not answer, refuses the key or does not list the model."""
+) -> str | None:
+    """Why its list of models is of no use; None if it lists the model.
+
+    Raises EngineError if the server does not answer at all, or lists only other models.
+    """
     where = f"deployment `{deployment.name}`: {external.url}"
     try:
-        status, body = http_get(endpoint, MODELS_PATH)
-    except (OSError, http.client.HTTPException) as error:
-        detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        status, body = http_get(endpoint, endpoint.models_path, BRING_UP_TIMEOUT_S)
+    except (TimeoutError, ConnectionResetError, http.client.HTTPException) as error:
+        return f"GET {endpoint.models_path}: {describe_failure(error)}"
+    except OSError as error:
+        remedy = "Start the server, or correct `endpoint.url`."
+        if isinstance(error, ssl.SSLCertVerificationError):
+            remedy = "Name the certificates of its authority in `endpoint.ca_file`."
         raise EngineError(
-            f"{where} does not answer ({detail}). Start the server, or correct `endpoint.url`."
+            f"{where} does not answer ({describe_failure(error)}). {remedy}"
         ) from error
-    if status in KEY_STATUSES:
-        raise EngineError(_key_error(deployment, external, status))
-    if status in NOT_FOUND_STATUSES and is_healthy(endpoint):
-        return
     if status != http.HTTPStatus.OK:
-        raise EngineError(
-            f"{where} is not ready: GET {MODELS_PATH} returns HTTP {status}. Wait until the server "
-            "has started, or correct `endpoint.url`."
-        )
+        return f"GET {endpoint.models_path}: HTTP {status}"
     names = _model_names(body)
     if names and external.model not in names:
         shown = ", ".join(f"`{name}`" for name in names[:MAX_LISTED])
@@ -127,6 +142,7 @@ def _check_reachable(
             f"{where} does not serve `{external.model}`. It serves {shown}{more}. "
             "Correct `endpoint.model`."
         )
+    return None
 
 
 def _model_names(body: bytes) -> list[str]:
@@ -138,7 +154,11 @@ def _model_names(body: bytes) -> list[str]:
 
 
 def _send_test_request(
-    deployment: Deployment, external: ExternalEndpoint, endpoint: Endpoint, site: Site
+    deployment: Deployment,
+    external: ExternalEndpoint,
+    endpoint: Endpoint,
+    site: Site,
+    models_problem: str | None,
 ) -> dict[str, Any]:
     """The client's facts about a short request. Raises EngineError if the request fails."""
     where = f"deployment `{deployment.name}`: {external.url}"
@@ -155,7 +175,8 @@ def _send_test_request(
     if failure is not None:
         raise EngineError(
             f"{where} answers, but a request with {TEST_WORKLOAD.input_len} prompt tokens and "
-            f"{TEST_WORKLOAD.output_len} output tokens failed: {failure}. The server must stream "
+            f"{TEST_WORKLOAD.output_len} output tokens failed: {failure}"
+            f"{f' ({models_problem})' if models_problem else ''}. The server must stream "
             "its responses, generate exactly the requested number of tokens (`ignore_eos`), and "
             "report the token usage at the end (`stream_options.include_usage`)."
         )

@@ -55,14 +55,17 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             counters=server.counter_reader(info.endpoint),
             cpu_sets=cpu_sets,
         )
-    alive = _is_alive(info, measurement)
-    if not alive:
+    lost = _lost_health(info, measurement)
+    if lost is not None:
         info.check_active()
-    verdict, detail = decide_verdict(measurement.errors, alive)
-    if verdict == SERVER_DIED and not last_attempt:
-        raise EngineError(
-            f"{trial.id}: the engine died under this workload. Retrying with a new engine."
-        )
+    verdict, detail = decide_verdict(measurement.errors, lost is None)
+    if verdict == SERVER_DIED:
+        detail = f"{detail}; {lost}"
+        if not last_attempt:
+            raise EngineError(
+                f"{trial.id}: the engine died under this workload ({lost}). Retrying with a new "
+                "engine."
+            )
     record = {
         "format": parquet.RECORD_FORMAT,
         "servegrid": __version__,
@@ -97,13 +100,14 @@ def prompt_salt(trial: Trial) -> str:
     return f"{trial.digest}-{secrets.token_hex(4)}"
 
 
-def _is_alive(info: AllocationInfo, measurement: Measurement) -> bool:
-    """Whether the server still answers. After a failed request, it is watched for a few seconds."""
+def _lost_health(info: AllocationInfo, measurement: Measurement) -> server.Health | None:
+    """What shows that the server no longer answers. After a failed request, it is watched for a few
+    seconds."""
     if not any(measurement.errors):
-        return True
+        return None
     deadline = time.monotonic() + DEATH_CONFIRMED_S
-    while server.is_healthy(info.endpoint):
+    while (health := server.check_health(info.endpoint)).ok:
         if time.monotonic() > deadline:
-            return True
+            return None
         time.sleep(0.5)
-    return False
+    return health

@@ -24,6 +24,10 @@ class Endpoint:
     socket that the server listens on, if any; `base_url` then only gives the host name in the
     requests. `extra_body` and `extra_headers` are added to every completion. `started_here` says
     that servegrid has started the server, so it is known what it can be asked.
+
+    With `https`, the certificates in `ca_file` are trusted too; with `verify_tls` false, all are.
+    GET `health_path` answers 200 within `health_timeout_s` while the server works; if it is None,
+    only a connection shows that.
     """
 
     base_url: str
@@ -35,6 +39,10 @@ class Endpoint:
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     extra_headers: Mapping[str, str] = field(default_factory=dict)
     started_here: bool = False
+    ca_file: str | None = None
+    verify_tls: bool = True
+    health_path: str | None = "/health"
+    health_timeout_s: float = 5.0
 
     @property
     def models_path(self) -> str:
@@ -57,7 +65,8 @@ class ExternalEndpoint:
 
     `model` is the name of the model on the server. `engine` and `version` describe the server.
     `api_key_env` is the environment variable with the API key; the key itself is never written.
-    `extra_body` and `extra_headers` are added to every completion.
+    `extra_body` and `extra_headers` are added to every completion. `ca_file` and `verify_tls` are
+    those of `Endpoint`.
     """
 
     url: str
@@ -68,45 +77,33 @@ class ExternalEndpoint:
     api_key_env: str | None = None
     extra_body: Mapping[str, Any] | None = None
     extra_headers: Mapping[str, str] | None = None
+    ca_file: str | None = None
+    verify_tls: bool | None = None
 
     @property
     def spec(self) -> dict[str, Any]:
         """All fields as plain JSON data, without those that were added later and are not set."""
-        return {key: value for key, value in asdict(self).items() if value or key not in _LATER}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if value is not None or key not in _LATER
+        }
 
 
-_LATER = ("extra_body", "extra_headers")
+_LATER = ("extra_body", "extra_headers", "ca_file", "verify_tls")
 _OPERATIONS = re.compile(r"/+(chat/+completions|completions|models)/*$")
 _VERSION = re.compile(r"v\d+\w*")
 _OWN_KEYS = frozenset(
-    [
-        "model",
-        "prompt",
-        "messages",
-        "max_tokens",
-        "max_completion_tokens",
-        "min_tokens",
-        "ignore_eos",
-        "stream",
-        "stream_options",
-        "n",
-        "best_of",
-    ]
+    {
+        *("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "min_tokens"),
+        *("ignore_eos", "stream", "stream_options", "n", "best_of"),
+    }
 )
 _OWN_HEADERS = frozenset(
-    [
-        "accept",
-        "accept-encoding",
-        "connection",
-        "content-length",
-        "content-type",
-        "expect",
-        "host",
-        "te",
-        "transfer-encoding",
-        "upgrade",
-        "x-request-id",
-    ]
+    {
+        *("accept", "accept-encoding", "connection", "content-length", "content-type", "expect"),
+        *("host", "te", "transfer-encoding", "upgrade", "x-request-id"),
+    }
 )
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _SECRET_HEADER = re.compile(r"auth|cookie|key|passw|secret|token", re.IGNORECASE)

@@ -372,11 +372,6 @@ def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
                 f"{where}: the protocol `{protocol}` needs `{needed}`. "
                 f"Add `{needed}` under `workload`."
             )
-    if "closed_loop" in protocols and keys.get("duration_s") and keys.get("warmup_waves", 1) == 0:
-        raise ConfigError(
-            f"{where}: `closed_loop` with `duration_s` needs `warmup_waves` of at least 1, which "
-            "shows how many requests to prepare. Raise it, or use `requests_per_user` instead."
-        )
 
 
 _COPIED = ("output_spread", "prompts", "warmup_waves", "seed", "timeout_s", "idle_timeout_s")
