@@ -9,6 +9,7 @@ other job is submitted alone.
 # types of the settings at run time.
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
 from snakemake_interface_executor_plugins.jobs import JobExecutorInterface
 from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
 
+from snakemake_executor_plugin_submitit import container
 from snakemake_executor_plugin_submitit.jobs import (
     allocation_name,
     job_key,
@@ -154,7 +156,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             )
         check_python(sys.executable)
         self._cluster = choose_cluster(settings.cluster)
-        folder = Path(settings.folder).absolute()
+        self._folder = folder = Path(settings.folder).absolute()
         if self._cluster == "slurm":
             check_folder(folder)
             self._poll_s = 2.0  # there may be hundreds of journals on a shared file system
@@ -272,9 +274,25 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
                 f"{job.name}: resources: kind `{kind}` is not in {self._kinds_path}. "
                 f"Use one of: {', '.join(self._kinds)}."
             )
-        parameters = {key: value for key, value in self._kinds[kind].items() if key != "python"}
+        resolved = ("python", "container")
+        parameters = {key: each for key, each in self._kinds[kind].items() if key not in resolved}
         location = f"{self._kinds_path}: {kind}"
-        return parameters | resolve_python(self._kinds[kind], job.resources, self._start, location)
+        parameters |= resolve_python(self._kinds[kind], job.resources, self._start, location)
+        return parameters | self._container(self._kinds[kind], job, location)
+
+    def _container(
+        self, kind: dict[str, Any], job: JobExecutorInterface, location: str
+    ) -> dict[str, Any]:
+        """The kind's container, which sees the folders of the workflow; empty without one."""
+        if "container" not in kind or job.resources.get("environment") == "main":
+            return {}
+        snakefile = Path(self.workflow.main_snakefile).absolute().parent
+        folders = (self._start, Path(self.workflow.workdir_init), self._folder, snakefile)
+        try:
+            found = container.resolve(kind["container"], self._start, folders, os.environ)
+        except container.ContainerError as error:
+            raise WorkflowError(f"{location}.container.{error}") from None
+        return {"container": found}
 
     def _report(self, text: str, progress: Optional[Progress] = None) -> None:  # noqa: UP045
         """Log a line. Logger plugins find the allocation's progress in the record."""

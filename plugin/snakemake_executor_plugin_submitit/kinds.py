@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from snakemake_executor_plugin_submitit.container import find_problem
+
 
 @dataclass(frozen=True)
 class Key:
@@ -36,6 +38,11 @@ KIND_KEYS: Mapping[str, Key] = {
     "cpus_per_task": Key((int,), "CPUs of an allocation; replaces the resource and `threads`"),
     "mem_gb": Key(_NUMBER, "memory per node in GiB; replaces `mem_mb`"),
     "python": Key(_TEXT, "Python interpreter of the allocation"),
+    "container": Key(
+        (dict,),
+        "container in which the Python runs: `image`, `runtime` (`apptainer`, `singularity`, "
+        "`pyxis`), `binds` (folders)",
+    ),
     "setup": Key((list,), "shell lines that run before the allocation's process"),
     "srun_args": Key((list,), "additional arguments of `srun`"),
     "slurm_account": Key(_TEXT, "`--account`"),
@@ -98,6 +105,8 @@ def _validate(name: str, value: Any) -> Problem | None:
             quoted = f"it in quotes, as `{name}: '2'`"
             example = quoted if key.types == _TEXT else f"`{name}: 2`"
         return Problem(name, f"{value!r} is not {expected}", f"Write {example}.")
+    if name == "container" and isinstance(value, dict) and (found := find_problem(value)):
+        return Problem(name, *found)
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float) and value < key.minimum:

@@ -24,6 +24,7 @@ import yaml
 from snakemake_interface_common.exceptions import WorkflowError
 from submitit.helpers import clean_env
 
+from snakemake_executor_plugin_submitit.container import PYTHON, PYXIS, Container
 from snakemake_executor_plugin_submitit.kinds import validate_kind
 from snakemake_executor_plugin_submitit.liveness import Submission, is_running, start_ticks
 from snakemake_executor_plugin_submitit.slurm import ask
@@ -125,7 +126,7 @@ def resolve_python(
     python = kind.get("python")
     if python is None or resources.get("environment") == "main":
         return {}
-    if "/" not in python:
+    if "/" not in python or "container" in kind:  # the node, or the image, has it
         return {"python": python}
     path = start / Path(python).expanduser()
     if not path.exists():
@@ -138,9 +139,25 @@ def resolve_python(
 
 @dataclass(frozen=True)
 class Parameters:
-    """Submission parameters, with the keys of a kinds file."""
+    """Submission parameters, with the keys of a kinds file. `gpus` are those of the whole job."""
 
     values: Mapping[str, Any]
+    gpus: int = 0
+
+    @property
+    def container(self) -> Container | None:
+        found = self.values.get("container")
+        return Container.from_values(found) if found else None
+
+    def python_command(self, workdir: Path) -> str:
+        """The shell command that starts the allocation's Python."""
+        # With -P, Python imports nothing from the working directory, where results of strangers
+        # can be.
+        python, container = self.values.get("python"), self.container
+        if container is None:
+            return shlex.join([python or sys.executable, "-P"])
+        words = container.command(python or PYTHON, self.gpus, str(workdir))
+        return shlex.join([*words, "-P"])
 
     @property
     def time_limit_s(self) -> float:
@@ -184,7 +201,12 @@ class Parameters:
                     "default-resources: runtime=… in the profile."
                 )
             values["timeout_min"] = _LOCAL_TIME_LIMIT_MIN
-        return cls(values)
+        if cluster != "slurm" and values.get("container", {}).get("runtime") == PYXIS:
+            raise WorkflowError(
+                "container: the runtime pyxis is a part of Slurm, and this cluster is "
+                f"`{cluster}`. Use apptainer or singularity."
+            )
+        return cls(values, gpus)
 
     @property
     def clusters(self) -> str | None:
@@ -199,6 +221,8 @@ class Parameters:
         # srun would start one process per CPU of an exclusive node, and one per node of several.
         # Since Slurm 22.05 it ignores the batch job's --cpus-per-task.
         arguments = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={cpus}"]
+        if (container := self.container) is not None:
+            arguments += container.srun_args(str(Path.cwd()))
         memory = {"mem": f"{round(values['mem_gb'] * 1024)}M"} if "mem_gb" in values else {}
         return {
             "time": math.ceil(values["timeout_min"]),
@@ -291,9 +315,7 @@ def submit(
     handle. Raises WorkflowError if the scheduler refuses the job, SchedulerUnavailable if it does
     not answer.
     """
-    # submitit puts this into a shell command. With -P, Python imports nothing from the working
-    # directory, where results of strangers can be.
-    python = shlex.join([parameters.values.get("python") or sys.executable, "-P"])
+    python = parameters.python_command(Path.cwd())
     try:
         if cluster == "slurm":
             executor = _SlurmExecutor(folder, python=python)

@@ -307,6 +307,40 @@ def test_a_python_in_a_path_with_spaces_is_refused_before_anything_runs(work: Wo
     assert work.started() == []
 
 
+def test_a_container_runs_the_service_and_the_jobs(
+    work: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A script in the place of apptainer notes its arguments and runs the command behind them."""
+    programs = tmp_path_factory.mktemp("programs")
+    log, image = programs / "log", programs / "engine.sif"
+    image.touch()
+    (programs / "apptainer").write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" >>{log}\nshift\n'
+        'while [ "${1#--}" != "$1" ]; do shift; done\nshift\nIN_CONTAINER=yes exec "$@"\n',
+        encoding="utf-8",
+    )
+    (programs / "apptainer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    kinds = {"toy": {"container": {"image": str(image)}, "python": sys.executable}}
+    (work.folder / "kinds.yaml").write_text(json.dumps(kinds), encoding="utf-8")
+    work.plan(out={"a": 2})
+    process = work.start("--submitit-kinds", "kinds.yaml")
+    work.end(process, 0)
+    assert sorted(work.outputs()) == ["a0", "a1"]
+    arguments = log.read_text(encoding="utf-8").splitlines()
+    assert arguments[0] == "exec"
+    assert "--nv" not in arguments
+    assert f"--bind={work.folder}" in arguments  # the results, the queue and the logs
+    assert f"--bind={TOY}" in arguments  # the Snakefile and its modules
+    assert arguments[arguments.index(str(image)) + 1] == sys.executable
+    assert arguments.count("exec") == 1  # one start for the service and both jobs
+    image.unlink()
+    work.plan(out={"b": 1})
+    output = work.end(work.start("--submitit-kinds", "kinds.yaml"), 1)
+    assert "toy.container.image: " in output
+    assert "engine.sif does not exist. Build it, or correct the path." in output
+
+
 def kill_main_process(work: Workspace, process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()

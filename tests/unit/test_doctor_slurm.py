@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from helpers.doctoring import CONFIG, FACTS, NODES, PARTITIONS, result
+from helpers.doctoring import CONFIG, FACTS, NODES, PARTITIONS, request, result
+from servegrid import doctor
 from servegrid.doctor import slurm
 from servegrid.doctor.report import Finding, Status
 from servegrid.doctor.resources import Gpus, parse_gres
@@ -209,3 +211,51 @@ def test_preemption_is_checked(
     found = slurm.check_preemption(settings, partition)
     assert found.status is status
     assert words in found.found
+
+
+@pytest.mark.parametrize(
+    ("clusters", "asked"), [(None, []), ("gpu", ["--clusters=gpu"]), ("gpu,cpu", [])]
+)
+def test_the_cluster_of_a_kind_is_asked_about_its_nodes(
+    monkeypatch: pytest.MonkeyPatch, clusters: str | None, asked: list[str]
+) -> None:
+    monkeypatch.setattr(slurm.check_programs, "__defaults__", (lambda name: name,))
+    monkeypatch.setattr(slurm.query_responses, "__defaults__", (lambda name: name,))
+    commands: list[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> CommandResult:
+        commands.append(command)
+        if "ping" in command:
+            return UP
+        text = {"node": NODES, "partition": PARTITIONS, "config": CONFIG}.get(command[-1], "")
+        return result(stdout="slurm-wlm 24.11.5" if "--version" in command else text)
+
+    extra = {"slurm_additional_parameters": {"clusters": clusters}} if clusters else {}
+    found = list(doctor._check_slurm([request(**extra)], "kinds.yaml", run))
+    nodes = [command for command in commands if command[-1] == "node"]
+    assert [word for command in nodes for word in command if "clusters" in word] == asked
+    (test,) = [command for command in commands if "--test-only" in command]
+    assert (f"--clusters={clusters}" in test) is (clusters is not None)
+    skipped = [each.found for each in found if each.subject == "nodes"]
+    several = ["Slurm chooses one of the clusters gpu,cpu"]
+    assert (skipped == several) is (clusters == "gpu,cpu")
+
+
+@pytest.mark.parametrize("uid_is_known", [True, False])
+def test_the_doctor_s_squeue_is_asked_by_user_id(
+    monkeypatch: pytest.MonkeyPatch, uid_is_known: bool
+) -> None:
+    monkeypatch.setenv("USER", "somebody-else")
+    if not uid_is_known:
+        monkeypatch.setattr(slurm.pwd, "getpwuid", {}.__getitem__)
+    commands: list[Sequence[str]] = []
+
+    def run(command: Sequence[str]) -> CommandResult:
+        commands.append(command)
+        return result()
+
+    slurm.query_responses(run, lambda name: None)
+    (squeue,) = [command for command in commands if command[0] == "squeue"]
+    assert ("-u" in squeue) is uid_is_known
+    assert "somebody-else" not in squeue
+    assert not uid_is_known or squeue[squeue.index("-u") + 1] == str(os.getuid())

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from servegrid.doctor import environments, files, kinds, models, slurm
+from servegrid.doctor import containers, environments, files, kinds, models, slurm
 from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study
 from servegrid.doctor.proposal import Proposal, propose
 from servegrid.doctor.report import Finding, Group, Status
@@ -71,10 +72,17 @@ def _run_checks(
     else:
         yield Group("slurm").skip("Slurm", "not needed: the cluster is this machine")
     yield from files.check_files(directory, shared=uses_slurm)
+    engines = {request.kind: _engine_packages(request.kind, deployments) for request in requests}
+    inside = [request for request in requests if _kind_container(request, deployments)]
     yield from environments.check_environments(
-        {request.kind: _kind_python(request, deployments) for request in requests},
-        {request.kind: _engine_packages(request.kind, deployments) for request in requests},
+        {each.kind: _kind_python(each, deployments) for each in requests if each not in inside},
+        engines,
     )
+    for request in inside:
+        run = partial(run_command, timeout_s=environments.TIMEOUT_S)
+        yield from containers.check_container(
+            request, engines[request.kind], str(profile.kinds_file), run
+        )
     if study is not None:
         mounts = files.read_mounts() if uses_slurm else None
         yield from models.check_models(study.deployments, study_file, mounts)
@@ -138,6 +146,12 @@ def _kind_python(request: ResourceRequest, deployments: Sequence[Deployment]) ->
     """The kind's own Python; None if all its deployments use the main process's Python."""
     used = {each.environment for each in deployments if each.node_kind == request.kind}
     return None if used == {"main"} else request.values.get("python")
+
+
+def _kind_container(request: ResourceRequest, deployments: Sequence[Deployment]) -> bool:
+    """Whether allocations of the kind run in a container: not with the main process's Python."""
+    used = {each.environment for each in deployments if each.node_kind == request.kind}
+    return isinstance(request.values.get("container"), dict) and used != {"main"}
 
 
 def _engine_packages(kind: str, deployments: Sequence[Deployment]) -> list[str]:

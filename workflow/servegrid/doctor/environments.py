@@ -51,15 +51,22 @@ def parse_environment(result: CommandResult) -> Environment | None:
 
 
 def check_environment(
-    kind: str, python: str, environment: Environment, engines: Sequence[str]
+    kind: str,
+    python: str,
+    environment: Environment,
+    engines: Sequence[str],
+    remedy: str | None = None,
 ) -> Finding:
-    """Check that an environment has what an allocation needs; `engines` are packages."""
+    """Check that an environment has what an allocation needs; `engines` are packages.
+
+    Without a `remedy`, the finding says how to create the environment of `python`.
+    """
     version = ".".join(map(str, environment.python))
     packages = environment.packages
     missing = [name for name in PACKAGES + tuple(engines) if packages.get(name) is None]
     present = [f"{name} {version}" for name, version in packages.items() if version]
     found = f"{python}: Python {version}, {', '.join(present) or 'none of the packages'}"
-    remedy = environment_remedy(python)
+    remedy = remedy or environment_remedy(python)
     if environment.python < MIN_PYTHON:
         oldest = ".".join(map(str, MIN_PYTHON))
         return GROUP.fail(f"kind {kind}", found, f"Python must be {oldest} or newer. {remedy}")
