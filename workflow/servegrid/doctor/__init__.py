@@ -16,6 +16,7 @@ from servegrid.doctor.resources import ResourceRequest, build_request
 from servegrid.doctor.shell import RunCommand, run_command
 from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment, Study
+from servegrid.study.revisions import read_revisions
 
 __all__ = ["run_checks"]
 
@@ -52,7 +53,8 @@ def _run_checks(
     )
     if study is not None:
         mounts = files.read_mounts() if uses_slurm else None
-        yield from models.check_models(study.deployments, study_file, mounts)
+        revisions = read_revisions(directory / "results")
+        yield from models.check_models(study.deployments, study_file, mounts, revisions)
 
 
 def _check_slurm(
