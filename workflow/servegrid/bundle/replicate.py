@@ -48,7 +48,9 @@ REPLICABLE_ARGUMENTS = frozenset(
 )
 """Engine arguments that a bundle may set for a replication. Others can load code, such as
 `tool_parser_plugin`, send data elsewhere, such as `otlp_traces_endpoint`, or open files."""
-_MODEL_NAME = re.compile(r"(demo:|[A-Za-z0-9_][\w.-]*/)[A-Za-z0-9_][\w.-]*", re.ASCII)
+_MODEL_NAME = re.compile(
+    r"(demo:|[A-Za-z0-9_][\w.-]*/)[A-Za-z0-9_][\w.-]*(@[A-Za-z0-9_][\w.-]*)?", re.ASCII
+)
 _FILTER_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 
 

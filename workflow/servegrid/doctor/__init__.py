@@ -19,6 +19,7 @@ from servegrid.doctor.shell import RunCommand, run_command
 from servegrid.errors import ConfigError
 from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment, Study
+from servegrid.study.revisions import read_revisions
 
 __all__ = ["propose_profile", "run_checks"]
 
@@ -85,7 +86,8 @@ def _run_checks(
         )
     if study is not None:
         mounts = files.read_mounts() if uses_slurm else None
-        yield from models.check_models(study.deployments, study_file, mounts)
+        revisions = read_revisions(directory / "results")
+        yield from models.check_models(study.deployments, study_file, mounts, revisions)
 
 
 def _check_slurm(

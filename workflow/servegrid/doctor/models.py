@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from servegrid.errors import ModelError
 from servegrid.study import models, tokenizer
 from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment
+from servegrid.study.hub import HubName
 
 GROUP = Group("models")
 SETTINGS = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "SERVEGRID_MODELS")
@@ -71,18 +72,26 @@ def model_remedy(name: str, key: str, study: Path) -> str:
     correct = f"correct `{key}` in {study}"
     if name.startswith(models.DEMO):
         return f"Run `make model`, or {correct}."
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if hub_name := HubName.parse(name):
+        revision = f" --revision {hub_name.revision}" if hub_name.revision else ""
         return (
-            f"On a machine with a network, run `hf download {name}` (some models need "
-            f"`hf auth login` first), or {correct}."
+            f"On a machine with a network, run `servegrid fetch --configfile {study}` or "
+            f"`hf download {hub_name.repo}{revision}` (some models need `hf auth login` first), or "
+            f"{correct}."
         )
     return f"{correct[0].upper()}{correct[1:]}."
 
 
 def check_models(
-    deployments: Sequence[Deployment], study: Path, mounts: Sequence[Mount] | None
+    deployments: Sequence[Deployment],
+    study: Path,
+    mounts: Sequence[Mount] | None,
+    revisions: Mapping[str, str] | None = None,
 ) -> Iterator[Finding]:
-    """Check all models of a study. `mounts` is None if no other machine has to see them."""
+    """Check all models of a study. `mounts` is None if no other machine has to see them.
+
+    `revisions` come from the study's lock file.
+    """
     with_model = [each for each in deployments if each.engine != EMULATED]
     if not with_model:
         yield GROUP.ok("deployments", "all are emulated and need no model")
@@ -94,8 +103,9 @@ def check_models(
     folder = models.default_folder()
     if mounts is not None:
         yield from _check_caches(with_model, folder, mounts)
+    locate = functools.partial(models.locate, revisions=revisions)
     for deployment in with_model:
-        yield from check_deployment_models(deployment, models.locate, folder, study)
+        yield from check_deployment_models(deployment, locate, folder, study)
 
 
 def _check_caches(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,10 +16,12 @@ class Site:
 
     `models` is the cache folder of the demo's models. `socket` is `tcp` (loopback, with an API key)
     or `unix` (in a folder that only this user may enter). `startup_s` is the time in seconds within
-    which the engine must start.
+    which the engine must start. `revisions` are the commits of models of the Hugging Face Hub, from
+    the study's lock file.
     """
 
     models: Path
+    revisions: Mapping[str, str] = field(default_factory=dict)
     socket: Literal["tcp", "unix"] = "tcp"
     startup_s: float = 1800.0
 

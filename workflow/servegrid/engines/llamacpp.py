@@ -71,7 +71,9 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
     """See `servegrid.engines.start_engine`."""
     started = time.monotonic()
     _check_package(deployment)
-    settings = llamacpp_settings(deployment, find_gguf(deployment, site.models), compute_threads())
+    settings = llamacpp_settings(
+        deployment, find_gguf(deployment, site.models, site.revisions), compute_threads()
+    )
     key = secrets.token_urlsafe(24)
     with start_reaper() as reaper:
         socket = socket_path(site, reaper.folder)
@@ -104,12 +106,14 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
             server.stop()
 
 
-def find_gguf(deployment: Deployment, cache: Path) -> Path:
+def find_gguf(
+    deployment: Deployment, cache: Path, revisions: Mapping[str, str] | None = None
+) -> Path:
     """The GGUF file of the deployment's checkpoint: a file, or a folder with exactly one.
 
     Raises ModelError if there is no such file.
     """
-    path = models.locate(deployment.checkpoint, cache)
+    path = models.locate(deployment.checkpoint, cache, revisions)
     if path.is_dir():
         found = sorted(path.glob("*.gguf"))
         if len(found) != 1:

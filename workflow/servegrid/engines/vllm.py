@@ -82,7 +82,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
     """See `servegrid.engines.start_engine`."""
     clock = _Clock()
     deadline = clock.started + site.startup_s
-    checkpoint = models.locate(deployment.checkpoint, site.models)
+    checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
     with contextlib.ExitStack() as stack:
         reaper = stack.enter_context(start_reaper())
         path = socket_path(site, reaper.folder)

@@ -26,10 +26,14 @@ from servegrid.run.calibration import calibrate, describe_calibration
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint, api_key_for
 from servegrid.study.grid import Deployment, Trial
+from servegrid.study.revisions import read_revisions
 from servegrid.telemetry.sampler import Sampler
 
 INFO_VARIABLE = "SERVEGRID_ALLOCATION"
 STARTUP_S = 1800.0
+RESULTS = Path("results")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""Jobs download nothing: the study's lock file says what was fetched."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         socket=resources.get("socket", "tcp"),
         startup_s=float(resources.get("startup_s", STARTUP_S)),
         models=models.default_folder(),
+        revisions=read_revisions(RESULTS),
     )
     check_allocated_gpus(deployment, os.environ)
     max_concurrency = int(resources.get("max_concurrency", 1))
@@ -156,6 +161,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     with contextlib.ExitStack() as stack:
         # The reaper removes the folder with the engine's API key even if this process is killed.
         folder = stack.enter_context(start_reaper()).folder
+        stack.enter_context(_offline())
         calibration = None
         if deployment.engine != EMULATED:
             socket = None if site.socket == "tcp" else folder / "mock"
@@ -174,7 +180,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             tokenizer=_tokenizer(deployment, site),
             telemetry=samples,
             process=(os.getpid(), psutil.Process().create_time()),
-            engine=engine.facts,
+            engine={**engine.facts, **_revisions(deployment, site)},
             environment=environment.describe_node()
             | (nvml.describe_gpus(os.environ) if deployment.node_gpus else {})
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
@@ -183,7 +189,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             api_key_env=None if deployment.endpoint is None else deployment.endpoint.api_key_env,
         )
         info.write(folder / "allocation.json")
-        yield Service({INFO_VARIABLE: str(folder / "allocation.json")}, engine.healthy)
+        yield Service({INFO_VARIABLE: str(folder / "allocation.json"), **OFFLINE}, engine.healthy)
 
 
 def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:
@@ -206,5 +212,33 @@ def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None
 
 def _tokenizer(deployment: Deployment, site: Site) -> Path | None:
     return (
-        None if deployment.engine == EMULATED else models.locate(deployment.tokenizer, site.models)
+        None
+        if deployment.engine == EMULATED
+        else models.locate(deployment.tokenizer, site.models, site.revisions)
     )
+
+
+def _revisions(deployment: Deployment, site: Site) -> dict[str, str]:
+    """For the records: the commits of checkpoint and tokenizer, if they are from the Hub."""
+    if deployment.engine == EMULATED:
+        return {}
+    found = {
+        "revision": deployment.checkpoint
+        and models.find_revision(deployment.checkpoint, site.revisions),
+        "tokenizer_revision": models.find_revision(deployment.tokenizer, site.revisions),
+    }
+    return {key: commit for key, commit in found.items() if commit}
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Set OFFLINE for this process, which starts the engine."""
+    before = {name: os.environ.get(name) for name in OFFLINE}
+    os.environ.update(OFFLINE)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

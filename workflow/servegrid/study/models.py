@@ -16,11 +16,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from servegrid.errors import ModelError
+from servegrid.study import hub
+from servegrid.study.hub import HubName
 
 DEMO = "demo:"
 DEMO_FOLDER = "smollm2-135m-instruct"
@@ -50,30 +52,44 @@ def default_folder() -> Path:
     return Path(cache).expanduser().absolute() / "servegrid" / "models"
 
 
-def locate(checkpoint: str, models: Path) -> Path:
+def locate(checkpoint: str, models: Path, revisions: Mapping[str, str] | None = None) -> Path:
     """The path of a deployment's `checkpoint` or `tokenizer`. Nothing is downloaded.
 
     `checkpoint` is `demo:NAME` (see `fetch`, which writes to the folder `models`), a path, or the
-    name `org/name` of a model in the user's Hugging Face cache. Raises ModelError if it does not
-    exist.
+    name `org/name` or `org/name@revision` of a model in the user's Hugging Face cache. Of this one,
+    the commit in `revisions` is used, else the one that the cache has for the revision. Raises
+    ModelError if it does not exist.
     """
     if checkpoint.startswith(DEMO):
         return _locate_demo(checkpoint, models)
     path = Path(checkpoint).expanduser().absolute()
     if path.exists():
         return path
-    if found := _in_hugging_face_cache(checkpoint):
-        return found
-    remedy = "Correct the path."
-    if _is_hugging_face_name(checkpoint):
-        remedy = (
-            "Correct the name, or download the model on a machine with a network: "
-            f"`hf download {checkpoint}`."
+    name = HubName.parse(checkpoint)
+    if name is None:
+        raise ModelError(
+            f"checkpoint `{checkpoint}`: there is no file or folder {path}, and this is no name of "
+            "a model in the Hugging Face cache. Correct the path."
         )
+    commit = (revisions or {}).get(checkpoint) or hub.find_commit(name)
+    if commit and (found := hub.find_snapshot(name, commit)):
+        return found
+    revision = commit or name.revision
     raise ModelError(
         f"checkpoint `{checkpoint}`: there is no file or folder {path}, and no model of this name "
-        f"in the Hugging Face cache. {remedy}"
+        f"{f'with the revision {revision} ' if revision else ''}in the Hugging Face cache. Correct "
+        "the name, or download the model on a machine with a network: `servegrid fetch "
+        f"--configfile STUDY` or `hf download {name.repo}"
+        f"{f' --revision {revision}' if revision else ''}`."
     )
+
+
+def find_revision(checkpoint: str, revisions: Mapping[str, str]) -> str | None:
+    """The commit that `locate` uses; None for a path, and for what is not in the cache."""
+    if checkpoint.startswith(DEMO) or Path(checkpoint).expanduser().exists():
+        return None
+    name = HubName.parse(checkpoint)
+    return name and (revisions.get(checkpoint) or hub.find_commit(name))
 
 
 def fetch(models: Path) -> None:
@@ -132,23 +148,6 @@ def _locate_demo(checkpoint: str, models: Path) -> Path:
             f"checkpoint `{checkpoint}`: {path} is missing. Run `make model` or `servegrid fetch`."
         )
     return path
-
-
-def _is_hugging_face_name(checkpoint: str) -> bool:
-    parts = checkpoint.split("/")
-    return len(parts) == 2 and all(part and part[0] not in ".~" for part in parts)
-
-
-def _in_hugging_face_cache(checkpoint: str) -> Path | None:
-    if not _is_hugging_face_name(checkpoint):
-        return None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(checkpoint, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
 
 
 def _is_fetched(models: Path) -> bool:
