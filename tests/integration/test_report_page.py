@@ -108,8 +108,8 @@ def chromium() -> Iterator[Any]:
         yield found
 
 
-@pytest.fixture
-def full_study(tmp_path: Path) -> tuple[pd.DataFrame, Path]:
+@pytest.fixture(scope="module")
+def full_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Path]:
     """392 cells. One was not served, one is not valid."""
     rows = [dict(row) for row in CELLS_392]
     rows[55] |= FAILED
@@ -119,7 +119,7 @@ def full_study(tmp_path: Path) -> tuple[pd.DataFrame, Path]:
         "invalid_evidence": ["3 of 64 requests waited"],
     }
     cells = study(*rows)
-    return cells, write_page(cells, tmp_path / "index.html")
+    return cells, write_page(cells, tmp_path_factory.mktemp("full") / "index.html")
 
 
 def test_the_page_opens_offline_without_messages_or_requests(
@@ -236,16 +236,24 @@ ASSUMPTIONS: list[tuple[dict[str, str], Demand]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def repeated_study(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Path, Path]:
+    """Its summary, its page, and its page with a prompt mix."""
+    cells, folder = study(*REPEATED), tmp_path_factory.mktemp("repeated")
+    mixed = write_page(cells, folder / "mixed.html", Demand(prompt_mix=MIX))
+    return summarise(cells), write_page(cells, folder / "index.html"), mixed
+
+
 @pytest.mark.parametrize(("typed_in", "demand"), ASSUMPTIONS)
 def test_the_plan_in_the_page_equals_the_plan_in_python(
-    chromium: Any, tmp_path: Path, typed_in: dict[str, str], demand: Demand
+    chromium: Any,
+    repeated_study: tuple[pd.DataFrame, Path, Path],
+    typed_in: dict[str, str],
+    demand: Demand,
 ) -> None:
-    cells = study(*REPEATED)
-    expected = plan_capacity(summarise(cells), demand, HARDWARE)
-    file = write_page(
-        cells, tmp_path / "index.html", Demand(prompt_mix=MIX) if demand.prompt_mix else None
-    )
-    with open_page(chromium, file) as found:
+    summary, page, page_with_mix = repeated_study
+    expected = plan_capacity(summary, demand, HARDWARE)
+    with open_page(chromium, page_with_mix if demand.prompt_mix else page) as found:
         for workload, protocol in enumerate(("burst", "closed_loop")):
             found.page.select_option("select[name=plan_workload]", str(workload))
             for name, value in typed_in.items():
