@@ -89,7 +89,7 @@ def find_revision(checkpoint: str, revisions: Mapping[str, str]) -> str | None:
     if checkpoint.startswith(DEMO) or Path(checkpoint).expanduser().exists():
         return None
     name = HubName.parse(checkpoint)
-    return name and (revisions.get(checkpoint) or hub.find_commit(name))
+    return None if name is None else revisions.get(checkpoint) or hub.find_commit(name)
 
 
 def fetch(models: Path) -> None:
