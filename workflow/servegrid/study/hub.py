@@ -64,8 +64,9 @@ def find_commit(name: HubName) -> str | None:
     """The commit that the cache has for the name's revision, or for `main`; None if none."""
     if name.commit:
         return name.commit
+    ref = _folder(name) / "refs" / (name.revision or "main")
     try:
-        return (_folder(name) / "refs" / (name.revision or "main")).read_text().strip() or None
+        return ref.read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
 
