@@ -30,7 +30,7 @@ REMEDIES = {
     "prefix_cache": "turn prefix caching off in the engine",
     "preempted": "lower concurrency or input_len, or give the engine more KV cache",
     "foreign_load": "use a server that serves nobody else meanwhile, then measure again",
-    "buffered": "measure without the gateway, or turn its buffering off (nginx: proxy_buffering off)",
+    "buffered": "measure without the gateway, or turn its buffering off",
     "server_queueing": "raise max_num_seqs, or lower concurrency",
     "sent_late": _SLOW_CLIENT,
     "client_busy": _SLOW_CLIENT,
