@@ -7,7 +7,9 @@ import pytest
 
 from servegrid.bundle.redact import Redactor, find_secrets, find_secrets_in_data
 from servegrid.bundle.secrets import scan_tree
+from servegrid.bundle.sources import list_source_files
 
+ROOT = Path(__file__).parents[2]
 RECORDS = [
     {"node": "sirocco14.site.example", "job": {"SLURM_JOB_NODELIST": "bora[001-002,7]"}},
     {"UserId": "alice(1000)", "AllocNode:Sid": "miriel01:4711", "NodeList": "(null)"},
@@ -144,6 +146,14 @@ def test_secrets_are_reported_by_kind_without_repeating_them() -> None:
         "a user name in a path",
     ]
     assert list(find_secrets_in_data(REDACTOR.redact_data(data))) == []
+
+
+def test_the_sources_that_go_into_a_bundle_have_no_secrets() -> None:
+    texts = {name: path.read_text(encoding="utf-8") for name, path in list_source_files(ROOT)}
+    assert len(texts) > 100
+    assert {
+        name: found for name, text in texts.items() if (found := list(find_secrets(text)))
+    } == {}
 
 
 def test_images_are_scanned_for_readable_text_only(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def parse_error_body(body: bytes, key: str | None) -> str:
 def redirect_target(url: str, location: str) -> str:
     """The target of a redirect from `url`: printable, without query and user, which may be secret.
 
-    >>> redirect_target("http://host/v1", "https://me:secret@host/v1?token=x")
+    >>> redirect_target("http://host/v1", "https://me@host/v1?query=x")
     'https://host/v1'
     """
     try:
