@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from helpers.deployments import SMALL_VLLM
-from servegrid.analysis.buffering import describe_buffering
+from servegrid.analysis.buffering import describe_buffering, held_back
 from servegrid.analysis.metrics import cell_row
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.records import columns, parquet
@@ -124,3 +124,10 @@ def test_goodput_is_withheld_if_it_needs_ttft() -> None:
     assert cell(held, slo)["goodput_requests_per_s"] is None
     assert cell(steady, slo)["slo_attainment"] == 1.0
     assert cell(held, Slo(e2el_s=2.0))["slo_attainment"] == 1.0
+
+
+def test_an_emulated_engine_has_no_gateway() -> None:
+    # 30 tokens in 3 s, all in one piece.
+    late = requests([3000.0] * 30, [1] * 30)
+    assert held_back({"engine": {"engine": "external"}}, late) is not None
+    assert held_back({"engine": {"engine": "emulated"}}, late) is None

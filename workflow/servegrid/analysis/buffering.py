@@ -7,9 +7,14 @@ latencies are 0. The end of the response and the number of tokens stay right.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from servegrid.study.deployment import EMULATED
 
 REQUEST_COLUMNS = ("sent_ns", "token_ns", "completion_tokens", "error")
 """The columns of `columns.REQUESTS` that `describe_buffering` needs."""
@@ -23,6 +28,15 @@ MIN_TOKENS = 16
 """A server may send fewer tokens than this in one chunk on purpose (speculative decoding)."""
 MAX_WHOLE = 0.5
 """The fraction of the responses that may arrive in a single read."""
+
+
+def held_back(record: Mapping[str, Any], requests: pa.Table) -> str | None:
+    """The evidence that a trial's responses were held back, from its record and its requests.
+
+    An emulated engine has no gateway in front of it. With a small time scale, its chunks follow
+    faster than a busy machine reads them.
+    """
+    return None if record["engine"].get("engine") == EMULATED else describe_buffering(requests)
 
 
 def describe_buffering(requests: pa.Table) -> str | None:

@@ -85,7 +85,7 @@ def cell_row(
     failed = requests.num_rows - served.num_rows
     samples = samples_in(telemetry, window)
     power = mean_power(samples)
-    held_back = buffering.describe_buffering(requests) is not None
+    held_back = buffering.held_back(record, requests) is not None
     ok = record["verdict"] == OK
     row = {
         "deployment": deployment.name,

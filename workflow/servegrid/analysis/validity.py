@@ -248,7 +248,7 @@ def _check_timing_error(evidence: Evidence) -> str | None:
 
 
 def _check_buffering(evidence: Evidence) -> str | None:
-    return buffering.describe_buffering(evidence.requests)
+    return buffering.held_back(evidence.record, evidence.requests)
 
 
 def _check_clock(evidence: Evidence) -> str | None:
