@@ -139,15 +139,16 @@ def test_after_a_preemption_at_most_the_running_cell_is_repeated(work: Workspace
 
 @pytest.mark.slow
 def test_after_the_time_limit_more_allocations_continue(work: Workspace) -> None:
-    # Six cells of 15 s do not fit into a minute, and Slurm warns up to a minute before its end.
-    work.plan(out={"a": 6})
-    work.set_acts(**dict.fromkeys(names("a", 6), "15"))
+    # Nine cells of 8 s do not fit into a minute. Slurm warns up to a minute before its end, and an
+    # allocation without a finished cell would end the run.
+    work.plan(out={"a": 9})
+    work.set_acts(**dict.fromkeys(names("a", 9), "8"))
     output = work.run(runtime=1)
-    assert work.outputs() == names("a", 6)
+    assert work.outputs() == names("a", 9)
     assert work.service_starts() >= 2
     assert "reached its time limit" in output
     # Each allocation that ended early has repeated one cell.
-    assert len(work.started()) <= 6 + work.service_starts() - 1
+    assert len(work.started()) <= 9 + work.service_starts() - 1
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from helpers.cluster import Cluster
+from helpers.tokenizing import make_tokenizer
 from servegrid.study import models
 from slurm.conftest import KIND, Workspace
 
@@ -48,6 +49,11 @@ class Study(Workspace):
         return {each["allocation"]["name"].rpartition(".")[0]: each for each in records}
 
 
+def model_in(folder: Path) -> dict[str, str]:
+    """The keys of a deployment for a folder that has a tokenizer and no weights."""
+    return dict.fromkeys(("checkpoint", "tokenizer"), str(make_tokenizer(folder)))
+
+
 @pytest.fixture
 def study(cluster: Cluster, tmp_path: Path) -> Iterator[Study]:
     workspace = Study(tmp_path / "work", cluster)
@@ -60,7 +66,7 @@ def study(cluster: Cluster, tmp_path: Path) -> Iterator[Study]:
 @pytest.mark.slow
 def test_a_real_engine_on_several_nodes_is_refused_before_submission(study: Study) -> None:
     four = [each for each in REHEARSAL["deployments"] if each.get("gpu_count") == 4]
-    real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in four]
+    real = [each | {"engine": "vllm"} | model_in(study.folder / "model") for each in four]
     real[0].pop("engine_args")
     study.kinds(**{"a100-40gb": KIND | {"gpus_of_node": 2}})
     output = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
@@ -73,7 +79,7 @@ def test_a_real_engine_on_several_nodes_is_refused_before_submission(study: Stud
 @pytest.mark.slow
 def test_a_missing_environment_is_refused_before_submission(study: Study) -> None:
     some = [each for each in REHEARSAL["deployments"] if each["gpu"] == "v100-16gb"][:1]
-    real = [each | {"engine": "vllm", "checkpoint": str(study.folder)} for each in some]
+    real = [each | {"engine": "vllm"} | model_in(study.folder / "model") for each in some]
     real[0].pop("engine_args")
     study.kinds(**{"v100-16gb": KIND | {"python": ".venv-none/bin/python"}})
     output = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
