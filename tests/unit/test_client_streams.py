@@ -1,7 +1,10 @@
 """Event streams: the cases of the WHATWG standard, and what servers and gateways really send.
 
-The streams of a server are written by hand after its source. Each answers a prompt of 7 tokens with
-4 output tokens.
+Each stream in STREAMS answers a prompt of 7 tokens with 4 output tokens. They are written by hand,
+not recorded. Above each stands what it was compared with: the source of the server at a commit or
+version, the types and the documentation of an API that has no public source, or issues in which
+users show what they received; and what of it is not verified. Keys that servegrid does not read may
+be missing.
 """
 
 from __future__ import annotations
@@ -209,7 +212,10 @@ def lines(*data: str, before: str = "data: ", after: str = "\n\n") -> list[bytes
 ROLE = {"role": "assistant", "content": ""}
 # One chunk of each stream per read; the second number is the read of the first token.
 STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
-    # The first chunk names the role; each chunk has a null usage and random padding.
+    # OpenAI has no public source. After the types of the package openai 3.54.0: the chunk's keys,
+    # and in its stream options a null usage in all chunks but the last, and the padding
+    # `obfuscation`. That the first chunk has the role and an empty content is
+    # not verified.
     "openai chat": (
         "messages",
         lines(
@@ -227,7 +233,8 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ),
         2,
     ),
-    # sglang: serving_completions.py, without continuous usage; null values are written.
+    # sglang, commit 004c82e0: entrypoints/openai/serving_completions.py, without continuous usage.
+    # Null values are written, except in the last chunk.
     "sglang completions": (
         "ids",
         lines(
@@ -242,20 +249,33 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ),
         1,
     ),
-    # sglang: serving_chat.py. The chunk with finish_reason is separate.
+    # sglang, commits 002897c2 and 4a55fdba: entrypoints/openai/serving_chat.py and sse_utils.py. A
+    # delta has no null values but that of reasoning_content. The chunk with finish_reason is
+    # separate.
     "sglang chat": (
         "messages",
         lines(
-            chat(delta={**ROLE, "reasoning_content": None, "tool_calls": None}, logprobs=None),
-            *[chat(delta={"role": None, "content": " a", "reasoning_content": None})] * 4,
-            chat(delta={"role": None, "content": None}, finish_reason="length", matched_stop=None),
+            *(
+                chat(
+                    delta={"reasoning_content": None, **delta},
+                    logprobs=None,
+                    finish_reason=finish,
+                    matched_stop=None,
+                )
+                for delta, finish in [
+                    (ROLE, None),
+                    *[({"content": " a"}, None)] * 4,
+                    ({}, "length"),
+                ]
+            ),
             FINAL,
             "[DONE]",
         ),
         2,
     ),
-    # text-generation-inference: axum writes no space, and comments while it waits. The first chunk
-    # with a role has a token.
+    # text-generation-inference, commit 03fe626a: router/src/chat.rs. Every chunk has the role. axum
+    # 0.6 (axum/src/response/sse.rs, commit 017e3c62) writes no space after the colon, and an empty
+    # comment after 15 s without an event.
     "tgi chat": (
         "messages",
         [
@@ -270,11 +290,14 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ],
         1,
     ),
-    # text-generation-inference: the last chunk of a completion has text, reason and usage.
+    # text-generation-inference, commit 003eaec0: router/src/server.rs. The finish_reason is an
+    # empty text until the last chunk, which has a text, the reason and the usage.
     "tgi completions": (
         "text",
         lines(
-            *[text(" a")] * 3,
+            text(" a", ""),
+            text("", ""),
+            text(" c", ""),
             f'{{"object":"text_completion","choices":[{{"index":0,"text":" d","logprobs":null,'
             f'"finish_reason":"length"}}],{USAGE}}}',
             "[DONE]",
@@ -282,8 +305,8 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ),
         1,
     ),
-    # TensorRT-LLM: postprocess_handlers.py. The first chunk has a space before the line end, and
-    # no value is null. An empty content can have a token.
+    # TensorRT-LLM, commit 01bf1923: serve/postprocess_handlers.py. The first chunk has a space
+    # before the line end, and no value is null. An empty content can have a token.
     "tensorrt-llm chat": (
         "messages",
         [
@@ -299,8 +322,8 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ],
         2,
     ),
-    # transformers serve: chat_completion.py. No value is null, the usage is in the last chunk, and
-    # there is no marker.
+    # transformers 5.19.0: cli/serving/chat_completion.py, completion.py and utils.py. No value is
+    # null, the usage is in the last chunk, and there is no marker.
     "transformers chat": (
         "messages",
         lines(
@@ -318,7 +341,8 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ),
         1,
     ),
-    # LiteLLM's proxy: chunks after the last one, with a choice.
+    # LiteLLM's proxy, from what users show in BerriAI/litellm#8450 and #28735: the usage comes
+    # after the last chunk, with a choice.
     "litellm chat": (
         "messages",
         lines(
@@ -330,7 +354,8 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ),
         1,
     ),
-    # OpenRouter: comments while a provider is chosen; the usage has a choice with the role.
+    # OpenRouter has no public source. Its documentation has the comments; that the usage has a
+    # choice with the role is not verified.
     "openrouter chat": (
         "messages",
         [
@@ -347,6 +372,12 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         4,
     ),
 }
+
+
+def test_an_empty_finish_reason_ends_no_stream() -> None:
+    """As TGI has it in every chunk: a connection that is cut later must not pass for complete."""
+    cut = parse(*events(*[text(" a", "")] * 3))
+    assert cut.row["error"].startswith("truncated: ")
 
 
 @pytest.mark.parametrize("name", STREAMS)

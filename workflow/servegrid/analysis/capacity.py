@@ -24,6 +24,7 @@ from servegrid.analysis.latency_curves import (
 )
 from servegrid.analysis.queueing import mean_in_flight, requests_per_s, users_carried
 from servegrid.analysis.slo import Slo, parse_slo
+from servegrid.analysis.titles import stops_early
 from servegrid.records import columns
 from servegrid.study import config
 from servegrid.study.deployment import EMULATED
@@ -134,6 +135,7 @@ def plan_capacity(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrice
             "emulated": first["engine"] == EMULATED,
             "protocol": protocol,
             "output_len": int(str(output_len)),
+            "output_len_exact": not stops_early(cells).any(),
         }
         curves = latency_curves(cells, demand.prompt_shares, demand.slo)
         if isinstance(curves, str):

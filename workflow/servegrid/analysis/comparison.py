@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from scipy.stats import false_discovery_control, nct
 from servegrid.analysis.intervals import t_quantile
 from servegrid.analysis.metrics import SERVEGRID_ORIGIN
 from servegrid.analysis.summary import CELL_KEYS
-from servegrid.analysis.titles import emulation_notes
+from servegrid.analysis.titles import EARLY_STOP, figure_notes, stops_early
 from servegrid.errors import ComparisonError
 from servegrid.records.verdict import OK
 from servegrid.study.deployment import EMULATED
@@ -97,16 +97,14 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False
     name, by model, quantization and GPUs. Trials that are not valid are left out. Imported trials
     are kept, although servegrid cannot certify them. Raises ComparisonError if no cell is in both
     studies. Unless `allow_mixed`, also raises it if only one study is emulated, or if the time
-    scale or the client differs.
+    scale or the client differs, and leaves out cells whose outputs may stop early in only one of
+    the studies.
     """
     _check_same_kind(first, second, allow_mixed)
     shared = set(first["deployment"]) & set(second["deployment"])
     keys = ["deployment", *CELL_KEYS] if shared else [*_DEPLOYMENT_KEYS, *CELL_KEYS]
-    ours, theirs = (_group_cells(cells, keys) for cells in (first, second))
-    left_out = [
-        *(f"{_format_cell(key)}: only in the first study" for key in ours if key not in theirs),
-        *(f"{_format_cell(key)}: only in the second study" for key in theirs if key not in ours),
-    ]
+    ours, theirs = (_group_cells(cells, keys, allow_mixed) for cells in (first, second))
+    left_out = list(_describe_unmatched(ours, theirs))
     pairs: dict[str, dict[str, tuple[Speeds, Speeds]]] = {}
     for key in (key for key in ours if key in theirs):
         one, other = ours[key], theirs[key]
@@ -247,8 +245,15 @@ class _Cell:
     speeds: dict[str, list[float]]
 
 
-def _group_cells(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ...], _Cell]:
-    """The cells by the values of `keys`, with the speeds of their usable trials."""
+_Cells = Mapping[tuple[Any, ...], _Cell]
+
+
+def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) -> _Cells:
+    """The cells by the values of `keys`, with the speeds of their usable trials.
+
+    The last item of a key says whether the outputs may stop early; it is None if `allow_mixed`, and
+    then exact and other outputs have the same key.
+    """
     speeds = cells[METRIC].astype("Float64").to_numpy(float, na_value=math.nan)
     # Imported trials cannot be valid. The user imported them in order to compare them.
     imported = np.array([origin != SERVEGRID_ORIGIN for origin in _origins(cells)], dtype=bool)
@@ -263,8 +268,9 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ..
     )
     protocols = cells["protocol"].tolist()
     bring_ups = cells["allocation"].fillna("").astype(str).tolist()
+    early = [None] * len(cells) if allow_mixed else stops_early(cells).tolist()
     grouped: dict[tuple[Any, ...], _Cell] = {}
-    for row, key in enumerate(zip(*key_values, strict=True)):
+    for row, key in enumerate(zip(*key_values, early, strict=True)):
         cell_settings = {
             name: values[row] for name, values in zip(_SETTINGS, settings, strict=True)
         }
@@ -274,6 +280,20 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str]) -> dict[tuple[Any, ..
         if is_usable[row]:
             cell.speeds.setdefault(bring_ups[row], []).append(float(speeds[row]))
     return grouped
+
+
+def _describe_unmatched(ours: _Cells, theirs: _Cells) -> Iterator[str]:
+    """One line for each cell without a counterpart in the other study, with the reason."""
+    for which, cells, others in (("first", ours, theirs), ("second", theirs, ours)):
+        for key in (key for key in cells if key not in others):
+            *same, early = key
+            if early is None or (*same, not early) not in others:
+                yield f"{_format_cell(key)}: only in the {which} study"
+            elif early:
+                yield (
+                    f"{_format_cell(key)} in the {which} study, but not in the other. To compare "
+                    "them anyway, add --allow-mixed"
+                )
 
 
 def _describe_difference(one: _Cell, other: _Cell) -> str | None:
@@ -316,12 +336,12 @@ def _check_same_kind(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: boo
 
 
 def _notes(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
-    """One note per study that is emulated or imported."""
+    """What must be known of a study: emulated, imported, outputs that may stop early."""
     by_note: dict[str, list[str]] = {}
     for study, cells in (("The first study", first), ("The second study", second)):
         others = sorted({*_origins(cells)} - {SERVEGRID_ORIGIN})
         imported = [f"Measured by {origin}: validity not checked." for origin in others]
-        for note in [*emulation_notes(cells), *imported]:
+        for note in [*figure_notes(cells), *imported]:
             by_note.setdefault(note, []).append(study)
     return [
         f"{studies[0] if len(studies) == 1 else 'Both studies'}: {note[0].lower()}{note[1:]}"
@@ -345,7 +365,8 @@ def _format_kind(kind: tuple[bool, float | None, str]) -> str:
 
 def _format_cell(key: Sequence[Any]) -> str:
     """`mistral-7b_fp16, burst, concurrency 8, 31 + 100 tokens`."""
-    *deployment, protocol, concurrency, rate, input_len, output_len = key
+    *deployment, protocol, concurrency, rate, input_len, output_len, early = key
     intensity = f"concurrency {concurrency}" if concurrency is not None else f"{rate:g} requests/s"
     name = " ".join(map(str, deployment))
-    return f"{name}, {protocol}, {intensity}, {input_len} + {output_len} tokens"
+    mark = f", {EARLY_STOP}" if early else ""
+    return f"{name}, {protocol}, {intensity}, {input_len} + {output_len} tokens{mark}"

@@ -6,7 +6,7 @@ import itertools
 
 import pandas as pd
 
-from servegrid.analysis.titles import deployment_title, workload_title
+from servegrid.analysis.titles import deployment_title, stops_early, workload_title
 
 METRIC_TITLES = {
     "output_tokens_per_s": "output tokens/s",
@@ -28,9 +28,10 @@ def compare_engines(summary: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     The values are texts, in the columns COLUMN_TITLES. The quantization may differ. A ratio is
     second / first: the median over the cells that are valid in both, with the lowest and the
     highest. `summary` and `cells` are tables of `columns.SUMMARY` and `CELLS`. Emulated cells are
-    left out.
+    left out, and cells whose outputs may stop early.
     """
-    valid = summary[(summary["trials_valid"] > 0) & summary["time_scale"].isna()]
+    comparable = summary["time_scale"].isna() & ~stops_early(summary)
+    valid = summary[(summary["trials_valid"] > 0) & comparable]
     rows = []
     keys = ["model", "gpu", "gpu_count", "protocol", "output_len"]
     for (model, gpu, gpu_count, protocol, output_len), group in valid.groupby(keys, sort=False):

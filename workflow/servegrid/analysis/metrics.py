@@ -66,6 +66,7 @@ def cell_row(
     trial = Trial.from_spec(record["spec"])
     deployment, workload = trial.deployment, trial.workload
     served = requests.filter(pc.is_null(requests["error"]))
+    exact = deployment.output_len_exact
     makespan, waves = makespan_s(requests)
     use_all = workload.protocol == "burst" if use_all_requests is None else use_all_requests
     window = None if use_all else stationary_window(requests, workload)
@@ -78,6 +79,9 @@ def cell_row(
     itl, per_chunk, coalesced = _itl_s(inside)
     tokens = _total(served["completion_tokens"]) if use_all else _tokens_in(served, window)
     tokens_per_s = _ratio(tokens, window_s)
+    mean_tokens = _mean(_floats(inside["completion_tokens"]))
+    response_s = _ratio(makespan, waves) if workload.protocol == "burst" else _mean(e2el)
+    per_token_s = _ratio(response_s, workload.output_len if exact else mean_tokens)
     in_flight = in_flight_mean(requests, window, makespan if use_all else None)
     # Users who think are not served, so their number says nothing about the speed of one.
     served_at_once = in_flight if workload.think_time_s else workload.concurrency
@@ -104,6 +108,7 @@ def cell_row(
         "input_len": workload.input_len,
         "output_len": workload.output_len,
         "output_spread": workload.output_spread,
+        "output_len_exact": exact,
         "prompts": workload.prompts,
         "think_time_s": workload.think_time_s,
         "trial": trial.number,
@@ -113,7 +118,8 @@ def cell_row(
         "requests": requests.num_rows,
         "failed_requests": failed,
         "makespan_s": makespan,
-        "seconds_per_100_tokens": _per_100_tokens(workload, makespan, waves, e2el) if ok else None,
+        "completion_tokens_mean": mean_tokens,
+        "seconds_per_100_tokens": 100 * per_token_s if ok and per_token_s is not None else None,
         "window_s": window_s,
         "requests_in_window": None if window_s is None else inside.num_rows,
         "in_flight_mean": in_flight,
@@ -248,13 +254,6 @@ def _count_within(
     scale = time_scale or 1.0
     tokens = _floats(requests["completion_tokens"])
     return int(slo.is_met(ttft / scale, e2el / scale, tokens).sum())
-
-
-def _per_100_tokens(
-    workload: Workload, makespan: float | None, waves: int, e2el: _Floats
-) -> float | None:
-    seconds = _ratio(makespan, waves) if workload.protocol == "burst" else _mean(e2el)
-    return None if seconds is None else seconds / workload.output_len * 100
 
 
 def _tokens_in(served: pa.Table, window: Window | None) -> int | None:

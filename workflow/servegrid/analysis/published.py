@@ -8,6 +8,7 @@ import pandas as pd
 
 from servegrid.analysis import tables
 from servegrid.analysis.summary import count_trials
+from servegrid.analysis.titles import stops_early
 from servegrid.records import columns
 from servegrid.reference.published import PublishedData
 from servegrid.study.deployment import EMULATED
@@ -47,14 +48,15 @@ def compare_with_published(
 ) -> pd.DataFrame:
     """Measured cells next to the published ones: one row of `columns.PUBLISHED_COMPARISON` each.
 
-    `measured` is a table of `columns.SUMMARY`. Only valid figures count, and emulated ones only if
-    `emulated`. The ratio is measured / published seconds. Its range assumes the published value
-    anywhere within its rounding, and the measured value anywhere in its 95% interval. Without
-    published data, the table has no rows.
+    `measured` is a table of `columns.SUMMARY`. Only valid figures of exact output lengths count,
+    and emulated ones only if `emulated`. The ratio is measured / published seconds. Its range
+    assumes the published value anywhere within its rounding, and the measured value anywhere in its
+    95% interval. Without published data, the table has no rows.
     """
     if published is None:
         return tables.from_rows([], columns.PUBLISHED_COMPARISON)
-    valid = measured[measured["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
+    usable = (measured["trials_valid"] > 0) & ~stops_early(measured)
+    valid = measured[usable].dropna(subset="seconds_per_100_tokens")
     is_emulated = valid["engine"] == EMULATED
     valid = valid.assign(emulated=is_emulated)[is_emulated <= emulated]
     theirs = published_summary(published).dropna(subset="seconds_per_100_tokens")

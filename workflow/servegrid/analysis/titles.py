@@ -29,6 +29,8 @@ def interval_title(bring_ups: int) -> str:
     return f"95% interval {covers}, Student's t on the logarithms"
 
 
+EARLY_STOP = "outputs may stop early"
+"""The mark of deployments whose outputs do not have the exact length."""
 _ENGINE_TITLES = {"vllm": "vLLM", "llamacpp": "llama.cpp", EMULATED: "emulated by servegrid"}
 
 
@@ -78,6 +80,43 @@ def emulation_notes(cells: pd.DataFrame) -> list[str]:
     return [f"{label.capitalize()}{scaled}: these figures do not come from hardware."]
 
 
+def stops_early(cells: pd.DataFrame) -> pd.Series[bool]:
+    """Whether the outputs of each row may stop early, so that it must not pass for an exact one.
+
+    Older tables have no such column, and only exact rows.
+    """
+    if "output_len_exact" not in cells:
+        return pd.Series(False, index=cells.index)
+    return cells["output_len_exact"].eq(False).fillna(False).astype(bool)
+
+
+def early_stop_notes(cells: pd.DataFrame) -> list[str]:
+    """One note per deployment whose outputs may stop early; it must be shown with its figures."""
+    return [
+        f"{name}: {EARLY_STOP}. Its responses had {_tokens_range(rows)} of "
+        f"{_join_lengths(rows['output_len'])} output tokens on average. Its times per token and "
+        "rates come from the tokens that came. Do not compare them with those of exact lengths."
+        for name, rows in cells[stops_early(cells)].groupby("deployment", sort=False)
+    ]
+
+
+def figure_notes(cells: pd.DataFrame) -> list[str]:
+    """All notes that must be shown with figures of these cells."""
+    return [*emulation_notes(cells), *early_stop_notes(cells)]
+
+
+def _tokens_range(rows: pd.DataFrame) -> str:
+    """`57.3`, `12 to 57.3`, or `an unknown number`."""
+    known = rows["completion_tokens_mean"].dropna().astype(float)
+    if known.empty:
+        return "an unknown number"
+    return " to ".join(dict.fromkeys(f"{each:.3g}" for each in (known.min(), known.max())))
+
+
+def _join_lengths(lengths: pd.Series[int]) -> str:
+    return " and ".join(f"{each}" for each in sorted(lengths.unique()))
+
+
 def intensity_title(protocol: str) -> str:
     """The title of an axis that shows `intensity`."""
     return "requests per second" if protocol in OPEN_LOOPS else "concurrent requests"
@@ -113,4 +152,5 @@ def _engine_title(cells: pd.DataFrame) -> str:
     for engine, rows in cells.groupby("engine", sort=False):
         versions = ", ".join(sorted(rows["engine_version"].dropna().unique()))
         titles.append(f"{_ENGINE_TITLES.get(str(engine), engine)} {versions}".strip())
-    return " + ".join(titles)
+    mark = f", {EARLY_STOP}" if stops_early(cells).any() else ""
+    return " + ".join(titles) + mark

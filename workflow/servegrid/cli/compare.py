@@ -34,7 +34,8 @@ def add_compare(subcommands: Any) -> None:
     add(
         "--allow-mixed",
         action="store_true",
-        help="allow comparing emulated or imported results with measured ones",
+        help="allow comparing emulated or imported results with measured ones, and outputs that "
+        "may stop early with exact ones",
     )
     add("--page", type=Path, metavar="FILE", help="also write an HTML page")
     parser.set_defaults(run=_compare)

@@ -27,8 +27,8 @@ def add_load(subcommands: Any) -> None:
         "load",
         help="benchmark a server under one workload",
         description="Benchmark an OpenAI-compatible server under one workload. Exit status: 0 if "
-        "every request got the requested number of tokens, 1 if a request failed, 2 if nothing "
-        "was measured.",
+        "every request was served, 1 if a request failed, for example with another number of "
+        "tokens than requested, 2 if nothing was measured.",
     )
     add = parser.add_argument
     add(
@@ -115,6 +115,11 @@ def add_load(subcommands: Any) -> None:
         metavar="S",
         help="a request fails after so many seconds without a byte; default: 120",
     )
+    add(
+        "--allow-early-stop",
+        action="store_true",
+        help="a response may have fewer tokens than requested, for servers without ignore_eos",
+    )
     add("--ca-file", metavar="FILE", help="PEM file with certificates to trust, for https")
     add(
         "--insecure",
@@ -136,6 +141,7 @@ def _load(options: argparse.Namespace) -> int:
         extra_headers=dict(options.extra_header),
         ca_file=options.ca_file,
         verify_tls=not options.insecure,
+        output_len_exact=not options.allow_early_stop,
     )
     check_extras(endpoint.extra_body, endpoint.extra_headers)
     workload = Workload(
@@ -180,6 +186,7 @@ def _load(options: argparse.Namespace) -> int:
             "api": endpoint.api,
             "extra_body": endpoint.extra_body,
             "extra_headers": endpoint.extra_headers,
+            "output_len_exact": endpoint.output_len_exact,
         },
     }
     schema = parquet.arrow_schema(columns.REQUESTS, record)
@@ -245,6 +252,8 @@ def _format_summary(measurement: Measurement) -> str:
         ("e2el, median", _format_median_ms(e2el)),
         ("output tokens", f"{tokens / (end_ns - start_ns) * 1e9:.1f} /s"),
     ]
+    if early := measurement.facts["stopped_early"]:
+        lines.append(("stopped early", f"{early} responses, with fewer tokens than requested"))
     if buffered:
         lines.append(("buffered", f"{buffered}, so ttft, tpot and itl are unknown"))
     failures = sorted(set(filter(None, measurement.errors)))

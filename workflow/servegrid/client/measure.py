@@ -59,6 +59,7 @@ class Measurement:
     - `processes` of the client; `cpu_s`: CPU time of all of them during the measurement,
       `cpu_s_busiest`: of the one that used most, `parse_cpu_s`: of parsing the responses
       afterwards; `reads`: reads with data; `token_chunks`: chunks with tokens
+    - `stopped_early`: served responses with fewer tokens than requested
     - `events_skipped`: events of the streams that are no chunks, for example pings of a gateway
     - `continuous_usage`: whether usage per chunk was requested; `keys_refused`: keys that the
       server refuses and that the requests therefore omit; `length_key`: the key with the number of
@@ -164,6 +165,11 @@ def measure(
         "prompt_tokens_added": _prompt_tokens_added(rows, workload),
         **_wave_facts(sent.waves),
         **_send_lag(rows),
+        "stopped_early": sum(
+            row["completion_tokens"] < row["requested_tokens"]
+            for row in rows
+            if row["error"] is None
+        ),
         "events_skipped": sum(exchange.events_skipped for exchange in parsed),
         "token_chunks": sum(len(row["token_ns"]) for row in rows),
         "parse_cpu_s": parse_cpu_s,
@@ -326,6 +332,7 @@ class _Sender:
             prompt_tokens=self.workload.input_len,
             completion_tokens=length,
             form=self.builder.form,
+            may_stop_early=not self.builder.endpoint.output_len_exact,
         )
 
 

@@ -32,6 +32,8 @@ _DONE = b"[DONE]"
 _READ, _SHOWN = 4096, 200
 _MAX_COUNT = 2**31 - 1
 """The columns of token counts have 32 bits."""
+_BROKEN_OFF = ("abort", "aborted", "cancelled", "canceled", "error", "timeout")
+"""Values of finish_reason of a response that is not complete, although its stream is."""
 _CHAT_TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal")
 
 
@@ -39,7 +41,8 @@ _CHAT_TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal")
 class RequestSpec:
     """What a request asked for. The server's usage must confirm both token counts.
 
-    A server may add tokens to a prompt that is not sent as token ids, and count more.
+    A server may add tokens to a prompt that is not sent as token ids, and count more. With
+    `may_stop_early`, a response may have fewer output tokens, but at least one.
     """
 
     request_id: str
@@ -47,6 +50,7 @@ class RequestSpec:
     prompt_tokens: int
     completion_tokens: int
     form: PromptForm = "ids"
+    may_stop_early: bool = False
 
 
 class _ResponseError(Exception):
@@ -84,6 +88,8 @@ class _Response:
     done: bool = False
     finished: bool = False
     """Whether a chunk had a finish_reason."""
+    broken_off: str | None = None
+    """A finish_reason that says that the server gave up."""
     skipped: list[bytes] = field(default_factory=list)
     """The data of the events that are no chunks."""
 
@@ -152,6 +158,11 @@ def _check_response(response: _Response, spec: RequestSpec) -> Failure | None:
         return Failure("wrong_prompt_tokens", detail)
     if response.completion_tokens != spec.completion_tokens:
         detail = f"{response.completion_tokens} generated, {spec.completion_tokens} requested"
+        stopped = 0 < response.completion_tokens < spec.completion_tokens
+        if response.broken_off is not None:
+            detail += f" (finish_reason {response.broken_off})"
+        elif spec.may_stop_early and stopped:
+            return None
         return Failure("wrong_completion_tokens", detail)
     return None
 
@@ -332,7 +343,11 @@ def _add_chunk(response: _Response, arrival_ns: int, chunk: dict[str, Any], chat
             response.completion_tokens = _latest(so_far, response.completion_tokens)
         if choices := chunk.get("choices"):
             choice = choices[0]
-            finished = choice.get("finish_reason") is not None
+            # TGI's completions have an empty reason until the last chunk.
+            reason = choice.get("finish_reason") or None
+            finished = reason is not None
+            if reason in _BROKEN_OFF:
+                response.broken_off = reason
             has_text = _has_text(choice, chat)
             # The first chunk of a chat only names the role and carries no token. Some gateways
             # send the usage after the last chunk, with an empty choice.

@@ -91,7 +91,11 @@ class RequestBuilder:
         return f"{self.salt}/{name}"
 
     def completion(self, name: str, prompt: Prompt, output_len: int) -> httpx.Request:
-        """A streamed completion of exactly `output_len` tokens, even if the model would stop."""
+        """A streamed completion of exactly `output_len` tokens, even if the model would stop.
+
+        An endpoint that may stop early is asked for the same: its responses are then as long as it
+        can make them.
+        """
         chat = self.form == "messages"
         content = (
             {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}

@@ -105,6 +105,7 @@ def resolve_endpoint(deployment: Deployment) -> Endpoint:
         extra_headers=external.extra_headers or {},
         ca_file=external.ca_file,
         verify_tls=external.verify_tls is not False,
+        output_len_exact=external.output_len_exact,
     )
 
 
@@ -177,10 +178,19 @@ def _send_test_request(
             f"{where} answers, but a request with {TEST_WORKLOAD.input_len} prompt tokens and "
             f"{TEST_WORKLOAD.output_len} output tokens failed: {failure}"
             f"{f' ({models_problem})' if models_problem else ''}. The server must stream "
-            "its responses, generate exactly the requested number of tokens (`ignore_eos`), and "
+            f"its responses, {_needed_tokens(endpoint)}, and "
             "report the token usage at the end (`stream_options.include_usage`)."
         )
     return measurement.facts
+
+
+def _needed_tokens(endpoint: Endpoint) -> str:
+    if not endpoint.output_len_exact:
+        return "generate at least one token and no more than requested"
+    return (
+        "generate exactly the requested number of tokens (`ignore_eos`; if it cannot, set "
+        "`endpoint.output_len_exact: false`)"
+    )
 
 
 def _key_error(deployment: Deployment, external: ExternalEndpoint, status: int) -> str:

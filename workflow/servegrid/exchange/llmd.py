@@ -11,6 +11,7 @@ from typing import Any
 
 from servegrid import __version__
 from servegrid.analysis.metrics import allocation_id
+from servegrid.analysis.titles import EARLY_STOP
 from servegrid.records.columns import PERCENTILES
 from servegrid.study.deployment import EMULATED, Deployment, digest_json
 from servegrid.study.grid import Trial, Workload
@@ -108,7 +109,7 @@ def _format_metrics(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any
             "total": row["requests"],
             "failures": row["failed_requests"],
             "input_length": {"units": "count", "mean": workload.input_len},
-            "output_length": {"units": "count", "mean": workload.output_len},
+            "output_length": {"units": "count", "mean": _output_length(workload, row)},
         },
         "latency": {
             "time_to_first_token": _format_latency("ttft", "s", row),
@@ -123,6 +124,14 @@ def _format_metrics(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def _output_length(workload: Workload, row: Mapping[str, Any]) -> float | None:
+    """The mean of what came, if that may be less than what was requested."""
+    if row["output_len_exact"]:
+        return workload.output_len
+    mean: float | None = row["completion_tokens_mean"]
+    return mean
+
+
 def _format_latency(name: str, units: str, row: Mapping[str, Any]) -> dict[str, Any] | None:
     if row[f"{name}_s_mean"] is None:
         return None
@@ -135,14 +144,16 @@ def _format_mean(units: str, value: float | None) -> dict[str, Any] | None:
 
 
 def _describe_validity(row: Mapping[str, Any]) -> str:
-    emulated = "EMULATED, no hardware was measured; " if row["engine"] == EMULATED else ""
+    mark = "EMULATED, no hardware was measured; " if row["engine"] == EMULATED else ""
+    if not row["output_len_exact"]:
+        mark += f"{EARLY_STOP}; "
     if row["valid"]:
-        return f"{emulated}valid"
+        return f"{mark}valid"
     if row["valid"] is None:
-        return f"{emulated}not served: {row['verdict_detail'] or row['verdict']}"
+        return f"{mark}not served: {row['verdict_detail'] or row['verdict']}"
     broken = zip(row["invalid_rules"], row["invalid_evidence"], strict=True)
     reasons = "; ".join(f"{rule}: {evidence}" for rule, evidence in broken)
-    return f"{emulated}not valid: {reasons}"
+    return f"{mark}not valid: {reasons}"
 
 
 def _format_duration(seconds: float | None) -> str | None:

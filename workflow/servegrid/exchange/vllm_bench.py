@@ -209,9 +209,10 @@ def format_result(
     """A trial like `vllm bench serve --save-detailed` would save it, but without texts.
 
     `cell` is its row of `columns.CELLS`, with None for null. `requests` has the columns of
-    `columns.REQUESTS`. The key `servegrid` says what vLLM's keys cannot: whether the trial is valid
-    and whether it is emulated. Goodput counts the requests that meet `slo`,
-    with latencies from sending on, as vLLM counts them; those of an emulated engine in real time.
+    `columns.REQUESTS`. The key `servegrid` says what vLLM's keys cannot: whether the trial is
+    valid, whether it is emulated, and whether its outputs have the exact length. Goodput counts the
+    requests that meet `slo`, with latencies from sending on, as vLLM counts them; those of an
+    emulated engine in real time.
     Raises ExchangeError if no request was sent.
     """
     trial = Trial.from_spec(record["spec"])
@@ -241,6 +242,7 @@ def format_result(
             "invalid_rules": cell["invalid_rules"],
             "emulated": cell["engine"] == EMULATED,
             "time_scale": cell["time_scale"],
+            "output_len_exact": cell["output_len_exact"],
         },
         "model_id": deployment.checkpoint or deployment.model,
         "tokenizer_id": deployment.tokenizer or deployment.checkpoint,

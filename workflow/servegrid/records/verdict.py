@@ -9,10 +9,12 @@ OK = "ok"
 SERVER_DIED = "server_died"
 
 VERDICTS = {
-    OK: "Every response has exactly the requested number of tokens",
+    OK: "Every response has exactly the requested number of tokens; if output_len_exact is false, "
+    "at least one and at most the requested number",
     "http_error": "Requests failed: no connection, an HTTP error or an incomplete response",
     "timeout": "Requests exceeded `timeout_s` or `idle_timeout_s`",
-    "wrong_tokens": "The server reported a different number of tokens than requested, or none",
+    "wrong_tokens": "The server reported a different number of tokens than requested, or none; if "
+    "output_len_exact is false, more than requested, or none",
     SERVER_DIED: "The engine died during the workload, and again after a restart",
 }
 """The verdicts and their meanings."""

@@ -9,7 +9,7 @@ import pandas as pd
 
 from servegrid.analysis import rule_of_thumb
 from servegrid.analysis.capacity import Demand, HardwarePrices
-from servegrid.analysis.titles import workload_title
+from servegrid.analysis.titles import EARLY_STOP, stops_early, workload_title
 from servegrid.report.markup import as_markdown
 from servegrid.study.text import pluralize
 
@@ -30,6 +30,13 @@ HEAD = (
 NO_USERS = (
     "There is no capacity plan: the study measured no burst and no closed loop, and a request rate "
     "has no number of users."
+)
+
+EARLY_STOP_NOTE = (
+    "Outputs may stop early: these responses had fewer output tokens than requested. The plan "
+    "takes it that every response has the requested number, each token in the measured time. "
+    "Limits on end-to-end latency apply to the shorter responses that were measured, so they are "
+    "easier to meet than with the requested number."
 )
 
 METHOD = """\
@@ -69,6 +76,8 @@ def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: Hardwar
         blocks.append(NO_USERS)
     if plan["emulated"].any():
         blocks.append("Emulated: these figures do not come from hardware.")
+    if stops_early(plan).any():
+        blocks.append(EARLY_STOP_NOTE)
     return "\n\n".join([*blocks, METHOD, _rule_of_thumb_note(demand)]) + "\n"
 
 
@@ -132,6 +141,8 @@ def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
 
 def _row(row: Mapping[Any, Any]) -> list[str]:
     name = f"{row['deployment']}{' (emulated)' if row['emulated'] else ''}"
+    if not row["output_len_exact"]:
+        name += f" ({EARLY_STOP})"
     if not pd.isna(row["reason"]):
         return [name, f"– ({row['reason']})", *["–"] * (len(HEAD) - 2)]
     at_least = "at least " if row["max_in_flight_is_lower_bound"] else ""

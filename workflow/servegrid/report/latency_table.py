@@ -22,7 +22,7 @@ from servegrid.analysis.summary import count_trials, served_trials, trial_median
 from servegrid.analysis.titles import (
     PROTOCOL_DESCRIPTIONS,
     deployment_title,
-    emulation_notes,
+    figure_notes,
     intensity_title,
     interval_title,
     protocol_title,
@@ -158,7 +158,7 @@ def write_latency_tables(cells: pd.DataFrame, deployment: str, paths: Mapping[st
     )
     markup.write_texts(
         {
-            paths["markdown"]: latency_markdown(title, tables, emulation_notes(selected)),
+            paths["markdown"]: latency_markdown(title, tables, figure_notes(selected)),
             paths["csv"]: latency_csv(tables),
             paths["latex"]: latex,
         }

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from servegrid.analysis.titles import (
     deployment_titles,
-    emulation_notes,
+    figure_notes,
     intensity_title,
     nearest_length,
     with_intensity,
@@ -249,5 +249,5 @@ def _caption(
         known = bool(cells[p99].notna().any(axis=None))
         dotted = ", dotted: 99th percentile" if known else ""
         sentences.append(f"Each trial contributes its median over requests or tokens{dotted}.")
-    sentences += emulation_notes(cells)
+    sentences += figure_notes(cells)
     return " ".join(sentences)

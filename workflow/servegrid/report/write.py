@@ -38,7 +38,7 @@ def write_findings(
     if the published data cannot be read.
     """
     slo, names = parse_slo(config), titles.deployment_titles(cells)
-    notes = titles.emulation_notes(cells)
+    notes = titles.figure_notes(cells)
     frontier = findings.compute_frontier(summary, slo)
     tables.save_table(frontier, columns.FRONTIER, paths["frontier"], paths["frontier_csv"])
     table = findings_report.frontier_table(frontier, names)
@@ -77,7 +77,7 @@ def _write_published(
                 describe_comparison(pairs, names),
                 table,
                 differences,
-                titles.emulation_notes(cells),
+                titles.figure_notes(cells),
             ),
             paths["published_tex"]: markup.as_latex(table, caption, "tab:published"),
         }

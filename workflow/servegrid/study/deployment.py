@@ -66,6 +66,11 @@ class Deployment:
         return digest_json(self.spec)
 
     @property
+    def output_len_exact(self) -> bool:
+        """Whether every response must have exactly as many tokens as it was asked for."""
+        return self.endpoint is None or self.endpoint.output_len_exact
+
+    @property
     def environment(self) -> str:
         """The Python environment of its jobs: of the main process, or of the kind of node."""
         return "main" if self.engine in (EMULATED, EXTERNAL) else "kind"

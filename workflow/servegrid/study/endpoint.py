@@ -27,7 +27,7 @@ class Endpoint:
 
     With `https`, the certificates in `ca_file` are trusted too; with `verify_tls` false, all are.
     GET `health_path` answers 200 within `health_timeout_s` while the server works; if it is None,
-    only a connection shows that.
+    only a connection shows that. `output_len_exact` is that of `ExternalEndpoint`.
     """
 
     base_url: str
@@ -43,6 +43,7 @@ class Endpoint:
     verify_tls: bool = True
     health_path: str | None = "/health"
     health_timeout_s: float = 5.0
+    output_len_exact: bool = True
 
     @property
     def models_path(self) -> str:
@@ -66,7 +67,8 @@ class ExternalEndpoint:
     `model` is the name of the model on the server. `engine` and `version` describe the server.
     `api_key_env` is the environment variable with the API key; the key itself is never written.
     `extra_body` and `extra_headers` are added to every completion. `ca_file` and `verify_tls` are
-    those of `Endpoint`.
+    those of `Endpoint`. If `output_len_exact` is false, a response may have fewer tokens than
+    requested: such a server ignores `ignore_eos`.
     """
 
     url: str
@@ -79,15 +81,22 @@ class ExternalEndpoint:
     extra_headers: Mapping[str, str] | None = None
     ca_file: str | None = None
     verify_tls: bool | None = None
+    output_len_exact: bool = True
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All fields as plain JSON data, without those that were added later and are not set."""
-        return {
+        """All fields as plain JSON data, without those that were added later and are not set.
+
+        So a study that does not use them keeps its identity, and its cells are not measured again.
+        """
+        spec = {
             key: value
             for key, value in asdict(self).items()
             if value is not None or key not in _LATER
         }
+        if self.output_len_exact:
+            del spec["output_len_exact"]
+        return spec
 
 
 _LATER = ("extra_body", "extra_headers", "ca_file", "verify_tls")

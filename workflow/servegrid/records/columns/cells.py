@@ -76,6 +76,14 @@ CELLS = (
         "0 to 1",
         "Output lengths vary uniformly around output_len by up to this fraction",
     ),
+    Column(
+        "output_len_exact",
+        pa.bool_(),
+        "",
+        "False if the study allows the endpoint's responses to stop early, with fewer tokens than "
+        "output_len; times per token and rates then come from the tokens that came. Null if "
+        "imported",
+    ),
     Column("prompts", pa.string(), "", "`distinct`, or `identical` in all requests"),
     Column(
         "think_time_s",
@@ -122,11 +130,20 @@ CELLS = (
         "over its waves",
     ),
     Column(
+        "completion_tokens_mean",
+        pa.float64(),
+        "tokens",
+        "Output tokens of a response, by the server's count: mean over requests_in_window",
+    ),
+    Column(
         "seconds_per_100_tokens",
         pa.float64(),
         "s",
         "Latency as in Bendi-Ouis et al. (2024): makespan of a wave (burst), else mean e2el, "
-        "divided by output_len, times 100; null unless the verdict is ok",
+        "divided by output_len, times 100; null unless the verdict is ok. If output_len_exact is "
+        "false, divided by completion_tokens_mean: the time to first token is then shared by fewer "
+        "tokens, and a wave ends with its longest response, so the value is higher than with exact "
+        "lengths",
     ),
     Column(
         "window_s",
@@ -152,7 +169,11 @@ CELLS = (
         "ttft_from_sent",
         "Time to first token from sending the request; differs from ttft for open loops only",
     ),
-    *_latencies("tpot", "Time per output token after the first: (e2el - ttft) / (tokens - 1)"),
+    *_latencies(
+        "tpot",
+        "Time per output token after the first: (e2el - ttft) / (tokens - 1), with the tokens that "
+        "came; a response of one token has none",
+    ),
     *_latencies(
         "itl",
         "Inter-token latency: time between two chunks with tokens, divided by the tokens of the "
@@ -192,7 +213,8 @@ CELLS = (
         "goodput_requests_per_s",
         pa.float64(),
         "requests/s",
-        "Requests that met the SLO of the study, each by itself / window_s",
+        "Requests that met the SLO of the study, each by itself / window_s. A response that "
+        "stopped early counts as one request; its token rate is that of the tokens that came",
     ),
     Column(
         "slo_attainment",

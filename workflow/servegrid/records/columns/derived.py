@@ -19,13 +19,14 @@ _EMULATED = Column("emulated", pa.bool_(), "", "True if the engine is emulated")
 
 SUMMARY_KEYS = _from_cells(
     *("deployment", "model", "quantization", "gpu", "gpu_count", "engine", "time_scale"),
-    *("protocol", "concurrency", "request_rate", "input_len", "output_len"),
+    *("protocol", "concurrency", "request_rate", "input_len", "output_len", "output_len_exact"),
 )
 """The columns that identify a cell."""
 
 SUMMARY_METRICS = (
     *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
-    *("in_flight_mean", "ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+    *("completion_tokens_mean", "in_flight_mean"),
+    *("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
     *("goodput_requests_per_s", "slo_attainment"),
     *("memory_peak_bytes", "power_w_mean", "energy_j_per_output_token"),
 )
@@ -154,7 +155,7 @@ _MONEY = "currency of config/hardware.yaml"
 CAPACITY_PLAN = (
     *_from_cells("deployment", "gpu", "gpu_count"),
     _EMULATED,
-    *_from_cells("protocol", "output_len"),
+    *_from_cells("protocol", "output_len", "output_len_exact"),
     Column("prompt_tokens", pa.string(), "tokens", "Range of the prompt lengths in the plan"),
     Column(
         "max_in_flight",

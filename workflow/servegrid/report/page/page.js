@@ -355,7 +355,8 @@ function headline(rows, demand, hardware) {
     `For ${users}, the ${rank} deployment is ${best.title}: ${count(best.replicas, "replica")}${gpus}${cost}. ` +
     `${formatNumber(100 * demand.slo_attainment)}% of requests get at least ${speed}. ` +
     `One replica can carry ${atLeast(best)}${withInterval(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.` +
-    (best.emulated ? " These figures are emulated: they do not come from hardware." : "")
+    (best.emulated ? " These figures are emulated: they do not come from hardware." : "") +
+    (best.output_len_exact ? "" : " Its outputs may stop early: the plan takes it that every response has the requested number of tokens, each in the measured time per token.")
   );
 }
 

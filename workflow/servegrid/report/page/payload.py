@@ -13,8 +13,9 @@ from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.latency_curves import requests_in_flight
 from servegrid.analysis.titles import (
     deployment_titles,
-    emulation_notes,
+    figure_notes,
     intensity_title,
+    stops_early,
     with_intensity,
     workload_title,
 )
@@ -94,7 +95,7 @@ def build_payload(
     workloads = list_workloads(summary)
     return {
         "study": name,
-        "notes": emulation_notes(cells),
+        "notes": figure_notes(cells),
         "metrics": [
             asdict(metric) | {"label": metric.label} for metric in metrics + [RATIO] * bool(ratios)
         ],
@@ -148,13 +149,15 @@ def _workload(protocol: str, output_len: int) -> dict[str, Json]:
 
 
 def _deployment(name: str, title: str, index: int, summary: pd.DataFrame) -> dict[str, Json]:
-    first = summary[summary["deployment"] == name].iloc[0]
+    rows = summary[summary["deployment"] == name]
+    first = rows.iloc[0]
     return {
         "name": name,
         "title": title,
         "gpu": first["gpu"],
         "gpu_count": int(first["gpu_count"]),
         "emulated": first["engine"] == EMULATED,
+        "output_len_exact": not stops_early(rows).any(),
         "time_scale": _known(first["time_scale"]),
         "colour": COLOURS[index % len(COLOURS)],
     }

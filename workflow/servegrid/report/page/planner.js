@@ -215,7 +215,7 @@ function planCapacity(payload, workload, demand, hardware) {
     const cells = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
     if (!cells.length) return [];
     const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand);
-    const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated };
+    const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact };
     if (typeof curves === "string") return [{ ...head, reason: curves }];
     const size = sizeDeployment(curves, demand, hardware, deployment.gpu, deployment.gpu_count);
     return [{ ...head, prompt_tokens: curves.promptTokens, ...size }];
