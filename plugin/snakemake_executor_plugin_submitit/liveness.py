@@ -34,8 +34,8 @@ _HELD_REASON = re.compile(r"requeued[ _]held$|^jobholdmaxrequeue$", re.IGNORECAS
 """The reasons with which Slurm itself holds a job until somebody releases it: a launch that failed
 (all versions), a limit of such failures (23.02), an environment that was not found (25.05)."""
 SILENT_S = 120.0
-"""After this time without an answer of squeue, people are told."""
-TELL_AGAIN_S = 600.0
+"""After this time without an answer of squeue, the run reports it."""
+REPORT_AGAIN_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Liveness(Protocol):
         """The job's state as the scheduler reports it; empty if unknown."""
 
     def news(self) -> list[str]:
-        """What people should know about the scheduler and have not been told yet."""
+        """What a person should know about the scheduler and the run has not reported yet."""
 
 
 class LocalLiveness:
@@ -92,7 +92,7 @@ class _Queue:
     """What squeue has said about the jobs of one cluster.
 
     `states` is None without an answer; then squeue has been silent since `silent_since`, for the
-    reason `error`. People were told at `told`. Times are those of the clock.
+    reason `error`. The run reported it at `reported`. Times are those of the clock.
     """
 
     states: dict[tuple[str, str], tuple[str, str]] | None = None
@@ -100,7 +100,7 @@ class _Queue:
     suspected: dict[tuple[str, str], float] = field(default_factory=dict)
     silent_since: float | None = None
     error: str = ""
-    told: float | None = None
+    reported: float | None = None
 
     def update(self, answer: Answer, now: float) -> None:
         self.error = answer.error
@@ -166,11 +166,13 @@ class SlurmLiveness:
         for clusters, queue in self._queues.items():
             which = f"squeue for {clusters}" if clusters else "squeue"
             silence = self._silence(queue)
-            if queue.told is not None and not silence:
-                queue.told = None
+            if queue.reported is not None and not silence:
+                queue.reported = None
                 lines.append(f"{which} answers again.")
-            elif silence >= SILENT_S and (queue.told is None or now - queue.told >= TELL_AGAIN_S):
-                queue.told = now
+            elif silence >= SILENT_S and (
+                queue.reported is None or now - queue.reported >= REPORT_AGAIN_S
+            ):
+                queue.reported = now
                 lines.append(
                     f"{which} has not answered for {format_duration(silence)}: {queue.error}. "
                     "Allocations continue; an end that they cannot report themselves is noticed "

@@ -43,3 +43,16 @@ EMULATED_ENTRY: dict[str, Any] = {
     "engine_args": {"timing": "inria-2024", "time_scale": 0.001},
 }
 """A deployment as a study has it. The emulated engine needs no model and no GPU."""
+
+EXTERNAL_ENTRY: dict[str, Any] = {
+    "model": "mistral-7b",
+    "tokenizer": "models/mistral-7b",
+    "quantization": "fp16",
+    "engine": "external",
+    "gpu": "a100-40gb",
+    "gpu_count": 2,
+    "max_model_len": 4096,
+    "max_num_seqs": 64,
+    "endpoint": {"url": "http://sirocco14:30000/v1", "model": "default", "engine": "sglang"},
+}
+"""A deployment as a study has it, of a server that somebody else has started."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.deployments import EXTERNAL_ENTRY
 from helpers.scripted_server import Answer, Request, completion, scripted_server
 from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
 from servegrid.analysis.comparison import compare
@@ -38,17 +39,7 @@ from servegrid.study.config import parse_study
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Study, Trial, Workload
 
-ENTRY: dict[str, Any] = {
-    "model": "mistral-7b",
-    "tokenizer": "models/mistral-7b",
-    "quantization": "fp16",
-    "engine": "external",
-    "gpu": "a100-40gb",
-    "gpu_count": 2,
-    "max_model_len": 4096,
-    "max_num_seqs": 64,
-    "endpoint": {"url": "http://node:30000/v1", "model": "default", "engine": "sglang"},
-}
+ENTRY = EXTERNAL_ENTRY | {"endpoint": EXTERNAL_ENTRY["endpoint"] | {"url": "http://node:30000/v1"}}
 MANAGED = {key: ENTRY[key] for key in ("model", "quantization", "gpu", "max_model_len")}
 BURST = Workload("burst", 4, 9, 5, 4, warmup_waves=0, timeout_s=20, idle_timeout_s=10)
 

@@ -20,10 +20,10 @@ import pytest
 
 from helpers.deployments import SMALL_VLLM
 from servegrid.engines import Site, listening, start_engine
-from servegrid.engines.vllm import _environment
 from servegrid.engines.vllm_server import resolved_config
 from servegrid.errors import ConfigError, EngineError
 from servegrid.node import processes, reaper
+from servegrid.node.environment import set_environment
 from servegrid.study.endpoint import Endpoint
 from servegrid.telemetry.server import is_healthy
 
@@ -84,7 +84,7 @@ def test_the_environment_is_restored_after_the_block(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("KEPT", "before")
     monkeypatch.setenv("REMOVED", "before")
     before = dict(os.environ)
-    with _environment({"KEPT": "inside", "OURS": "inside"}):
+    with set_environment({"KEPT": "inside", "OURS": "inside"}):
         assert (os.environ["KEPT"], os.environ["OURS"]) == ("inside", "inside")
         os.environ["LD_PRELOAD"] = "libsomething.so"
         del os.environ["REMOVED"]

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from helpers.deployments import EXTERNAL_ENTRY
 from helpers.tokenizing import make_tokenizer
 from servegrid.client.requests import http_client, sent_key
 from servegrid.doctor.models import check_deployment_models
@@ -31,23 +32,13 @@ from servegrid.study.endpoint import (
     Endpoint,
     ExternalEndpoint,
     api_key_for,
-    normalize_base_url,
+    split_url,
 )
 from servegrid.study.grid import Study, Trial
 from servegrid.telemetry.server import http_get, is_healthy
 
 CONFIG = Path(__file__).parents[2] / "config"
-ENTRY: dict[str, Any] = {
-    "model": "mistral-7b",
-    "tokenizer": "models/mistral-7b",
-    "quantization": "fp16",
-    "engine": "external",
-    "gpu": "a100-40gb",
-    "gpu_count": 2,
-    "max_model_len": 4096,
-    "max_num_seqs": 64,
-    "endpoint": {"url": "http://sirocco14:30000/v1", "model": "default", "engine": "sglang"},
-}
+ENTRY = EXTERNAL_ENTRY
 
 
 def study(**changes: Any) -> Study:
@@ -149,7 +140,7 @@ def test_the_example_uses_both_apis_of_one_server() -> None:
     ],
 )
 def test_a_url_may_end_with_v1(url: str, base: str) -> None:
-    assert normalize_base_url(url) == base
+    assert split_url(url)[0] == base
 
 
 def test_the_api_key_comes_from_the_named_variable(monkeypatch: pytest.MonkeyPatch) -> None:

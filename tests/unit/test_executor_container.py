@@ -18,7 +18,7 @@ from snakemake_executor_plugin_submitit.container import (
 from snakemake_executor_plugin_submitit.kinds import validate_kind
 from snakemake_executor_plugin_submitit.submission import Parameters, resolve_python
 
-CONTAINER = {"image": "/images/a b.sif", "binds": ["/work", "/data/models"]}
+CONTAINER = {"image": "/images/a b.sif", "binds": ["/project", "/data/models"]}
 
 
 def parameters(cluster: str = "slurm", gpus: int = 2, **kind: Any) -> Parameters:
@@ -28,22 +28,22 @@ def parameters(cluster: str = "slurm", gpus: int = 2, **kind: Any) -> Parameters
 @pytest.mark.parametrize("runtime", ["apptainer", "singularity"])
 def test_the_python_runs_inside_the_image_with_gpus_and_binds(runtime: str) -> None:
     found = parameters(container=CONTAINER | {"runtime": runtime}, python="/opt/env/bin/python")
-    assert found.python_command(Path("/work/study")) == (
-        f"{runtime} exec --nv --bind=/work --bind=/data/models --pwd=/work/study "
+    assert found.python_command(Path("/project/study")) == (
+        f"{runtime} exec --nv --bind=/project --bind=/data/models --pwd=/project/study "
         "'/images/a b.sif' /opt/env/bin/python -P"
     )
     assert found.for_slurm()["srun_args"] == ["--nodes=1", "--ntasks=1", "--cpus-per-task=4"]
 
 
 def test_without_gpus_there_is_no_nv() -> None:
-    command = parameters(gpus=0, container=CONTAINER).python_command(Path("/work"))
-    assert shlex.split(command)[:3] == ["apptainer", "exec", "--bind=/work"]
+    command = parameters(gpus=0, container=CONTAINER).python_command(Path("/project"))
+    assert shlex.split(command)[:3] == ["apptainer", "exec", "--bind=/project"]
     assert shlex.split(command)[-2:] == ["python3", "-P"]
 
 
 def test_gpus_of_a_whole_node_that_slurm_does_not_manage_are_visible() -> None:
     found = parameters(container=CONTAINER, gpus_per_node=0, gpus_of_node=2)
-    assert " --nv " in found.python_command(Path("/work"))
+    assert " --nv " in found.python_command(Path("/project"))
 
 
 def test_srun_starts_the_container_of_pyxis(
@@ -56,7 +56,7 @@ def test_srun_starts_the_container_of_pyxis(
     assert found.for_slurm()["srun_args"] == [
         *("--nodes=1", "--ntasks=1", "--cpus-per-task=4"),
         "--container-image=nvcr.io#nvidia/vllm:25.09",
-        "--container-mounts=/work:/work,/data/models:/data/models",
+        "--container-mounts=/project:/project,/data/models:/data/models",
         f"--container-workdir={tmp_path}",
         "--mpi=none",
     ]

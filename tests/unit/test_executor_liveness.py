@@ -15,8 +15,8 @@ from snakemake_executor_plugin_submitit import slurm
 from snakemake_executor_plugin_submitit.liveness import (
     GONE,
     HELD,
+    REPORT_AGAIN_S,
     SILENT_S,
-    TELL_AGAIN_S,
     LocalLiveness,
     SlurmLiveness,
     Submission,
@@ -201,7 +201,7 @@ def test_a_silent_squeue_is_told_once_and_so_is_its_return() -> None:
     assert cluster.liveness.describe(submission("101")).endswith("(squeue does not answer)")
     cluster.end(30)
     assert news() == []
-    cluster.end(TELL_AGAIN_S)
+    cluster.end(REPORT_AGAIN_S)
     assert news()[0].startswith("squeue has not answered for 12 min 30 s")
     cluster.answer = "101|RUNNING|None|alpha-1f\n"
     cluster.end(30)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from helpers.hub import Hub, running_hub
+from helpers.hub import Hub, Repository, running_hub
 from helpers.tokenizing import make_tokenizer
 from servegrid.cli.main import main
 from servegrid.engines.base import Site
@@ -93,6 +93,15 @@ def write_study(folder: Path, checkpoint: str = NAME, **deployment: Any) -> Path
 
 def fetch(study: Path) -> int:
     return main(["fetch", "--configfile", str(study)])
+
+
+def fetch_first(hub: Hub, folder: Path, tokenizer: bytes) -> tuple[Repository, str, Study]:
+    """Fetch the first commit of a repository for a study in `folder`."""
+    repository = hub.repository(NAME)
+    first = repository.commit(model_files(tokenizer, b"first"))
+    study = load_study(write_study(folder))
+    assert fetch(folder / "study.yaml") == 0
+    return repository, first, study
 
 
 def snapshot(folder: Path, commit: str) -> Path:
@@ -327,10 +336,8 @@ def write_cell(study: Study, results: Path, **engine: Any) -> None:
 def test_a_run_pins_the_revision_that_it_finds_and_keeps_it(
     hub: Hub, tmp_path: Path, tokenizer: bytes
 ) -> None:
-    repository, results = hub.repository(NAME), tmp_path / "results"
-    first = repository.commit(model_files(tokenizer, b"first"))
-    study = load_study(write_study(tmp_path))
-    assert fetch(tmp_path / "study.yaml") == 0
+    repository, first, study = fetch_first(hub, tmp_path, tokenizer)
+    results = tmp_path / "results"
     (results / "models.lock.json").unlink()
     refs = tmp_path / "cache/models--org--small/refs"
     refs.mkdir(exist_ok=True)
@@ -354,10 +361,8 @@ def test_a_run_pins_the_revision_that_it_finds_and_keeps_it(
 def test_cells_of_another_revision_are_not_continued(
     hub: Hub, tmp_path: Path, tokenizer: bytes
 ) -> None:
-    repository, results = hub.repository(NAME), tmp_path / "results"
-    first = repository.commit(model_files(tokenizer, b"first"))
-    study = load_study(write_study(tmp_path))
-    assert fetch(tmp_path / "study.yaml") == 0
+    _, first, study = fetch_first(hub, tmp_path, tokenizer)
+    results = tmp_path / "results"
     write_cell(study, results, revision=first, tokenizer_revision=first)
     check_ready(study, results / "cells")
     # The lock file is lost: the records know the revision.

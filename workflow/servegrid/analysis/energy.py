@@ -100,9 +100,13 @@ def mean_power(telemetry: pa.Table) -> Power:
     )
 
 
+def _of_gpus(telemetry: pa.Table) -> pa.Table:
+    return telemetry.filter(pc.not_equal(telemetry["device"], ENGINE_DEVICE))
+
+
 def _has_counters(telemetry: pa.Table) -> bool:
     """Whether there are GPUs, and each of them has a reading of its energy counter."""
-    gpus = telemetry.filter(pc.not_equal(telemetry["device"], ENGINE_DEVICE))
+    gpus = _of_gpus(telemetry)
     counted = gpus.filter(pc.is_valid(gpus["energy_j"]))
     return gpus.num_rows > 0 and set(gpus["device"].unique().to_pylist()) == set(
         counted["device"].unique().to_pylist()
@@ -111,7 +115,7 @@ def _has_counters(telemetry: pa.Table) -> bool:
 
 def gpu_columns(telemetry: pa.Table) -> dict[str, float | None]:
     """The columns of `columns.CELLS` about the state of the GPUs, over all samples of all GPUs."""
-    gpus = telemetry.filter(pc.not_equal(telemetry["device"], ENGINE_DEVICE))
+    gpus = _of_gpus(telemetry)
     return {
         "gpu_utilization_mean": pc.mean(gpus["utilization"]).as_py(),
         "gpu_temperature_c_max": pc.max(gpus["temperature_c"]).as_py(),

@@ -155,16 +155,7 @@ def weighted_mean(rows: Rows, shares: Sequence[float]) -> list[float]:
     ]
 
 
-def interpolated_latency(cells: pd.DataFrame, column: str, factor: float) -> list[float]:
-    """`column` × `factor` at 1, 2, … requests in flight, non-decreasing.
-
-    `cells` are of one prompt length, with the column `in_flight` in ascending order.
-    """
-    fitted = isotonic_fit([float(value) * factor for value in cells[column]])
-    return Curve(tuple(cells["in_flight"]), tuple(fitted)).interpolated()
-
-
-def time_scale(cells: pd.DataFrame) -> float:
+def _time_scale(cells: pd.DataFrame) -> float:
     """By which factor the times of a deployment's cells differ from real time; 1 if measured."""
     known = cells["time_scale"].iloc[0]
     return 1.0 if pd.isna(known) else float(known)
@@ -184,10 +175,12 @@ def _latencies(
     """
     if any(cells[column].isna().any() for cells in by_length):
         return None
-    return [
-        interpolated_latency(cells, column, factor / time_scale(cells))[:limit]
-        for cells in by_length
-    ]
+    rows = []
+    for cells in by_length:
+        real = factor / _time_scale(cells)
+        fitted = isotonic_fit([float(value) * real for value in cells[column]])
+        rows.append(Curve(tuple(cells["in_flight"]), tuple(fitted)).interpolated()[:limit])
+    return rows
 
 
 def _joules(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,7 @@ def _import(options: argparse.Namespace) -> int:
     results, repeated = drop_repeated(results)
     left_out += repeated
     if not results:
-        raise ExchangeError(_list_reasons(left_out))
+        raise ExchangeError("\n".join(left_out))
     # The user describes the deployment, because no file does. What remains is unknown.
     deployment = Deployment(
         name=options.deployment,
@@ -121,15 +120,10 @@ def _import(options: argparse.Namespace) -> int:
     if left_out:
         total = len(results) + len(left_out)
         print(
-            f"left out: {len(left_out)} of {pluralize(total, 'benchmark')}\n"
-            + _list_reasons(left_out),
+            f"left out: {len(left_out)} of {pluralize(total, 'benchmark')}\n" + "\n".join(left_out),
             file=sys.stderr,
         )
     return 0
-
-
-def _list_reasons(reasons: Sequence[str]) -> str:
-    return "\n".join(reasons)
 
 
 def _write_json(data: Any, path: Path) -> None:

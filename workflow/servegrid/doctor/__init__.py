@@ -146,14 +146,19 @@ def _build_requests(profile: Profile, study: Study | None) -> list[ResourceReque
 
 def _kind_python(request: ResourceRequest, deployments: Sequence[Deployment]) -> str | None:
     """The kind's own Python; None if all its deployments use the main process's Python."""
-    used = {each.environment for each in deployments if each.node_kind == request.kind}
-    return None if used == {"main"} else request.values.get("python")
+    return None if _uses_main_python(request, deployments) else request.values.get("python")
 
 
 def _kind_container(request: ResourceRequest, deployments: Sequence[Deployment]) -> bool:
     """Whether allocations of the kind run in a container: not with the main process's Python."""
+    has_container = isinstance(request.values.get("container"), dict)
+    return has_container and not _uses_main_python(request, deployments)
+
+
+def _uses_main_python(request: ResourceRequest, deployments: Sequence[Deployment]) -> bool:
+    """Whether the study has deployments of this kind, and all use the main process's Python."""
     used = {each.environment for each in deployments if each.node_kind == request.kind}
-    return isinstance(request.values.get("container"), dict) and used != {"main"}
+    return used == {"main"}
 
 
 def _engine_packages(kind: str, deployments: Sequence[Deployment]) -> list[str]:

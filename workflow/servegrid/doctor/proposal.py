@@ -226,7 +226,7 @@ def _propose_kind(
     return Kind(
         hardware.name,
         f"{describe_nodes(nodes)}: {_names(nodes)}",
-        tuple(choice for choice in choices if choice is not None),
+        tuple(choices),
     )
 
 
@@ -266,8 +266,7 @@ def _is_chosen_by_gres(hardware: _Hardware, others: Sequence[Node]) -> bool:
     gpus = hardware.gpus
     if gpus is None:
         return False
-    same = [each for node in others for each in node.gpus if gpus.type in (None, each.type)]
-    return not same
+    return not any(gpus.type in (None, each.type) for node in others for each in node.gpus)
 
 
 def _telling_features(nodes: Sequence[Node], others: Sequence[Node]) -> tuple[str, ...]:
@@ -281,9 +280,7 @@ def _telling_features(nodes: Sequence[Node], others: Sequence[Node]) -> tuple[st
     return ()
 
 
-def _gpu_choices(
-    hardware: _Hardware, nodes: Sequence[Node], usage: _Usage
-) -> Iterator[Choice | None]:
+def _gpu_choices(hardware: _Hardware, nodes: Sequence[Node], usage: _Usage) -> Iterator[Choice]:
     gpus = hardware.gpus
     if hardware.is_cpu:
         return

@@ -160,12 +160,7 @@ def parse_nodes(text: str) -> list[Node]:
 
 def parse_accounts(text: str) -> dict[str, set[str]]:
     """QoS by account, from `sacctmgr -n -P show assoc format=account,qos`."""
-    found: dict[str, set[str]] = {}
-    for line in text.splitlines():
-        account, _, qos = line.strip().partition("|")
-        if account:
-            found.setdefault(account, set()).update(filter(None, qos.split(",")))
-    return found
+    return {name: set(account.qos) for name, account in parse_associations(text).items()}
 
 
 def parse_associations(text: str) -> dict[str, Account]:

@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from servegrid.engines.listening import (
 from servegrid.engines.vllm_server import EngineExitedError, VllmServer
 from servegrid.engines.vllm_worker import WorkerExtension
 from servegrid.errors import EngineError
+from servegrid.node.environment import set_environment
 from servegrid.node.reaper import start_reaper
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
@@ -87,7 +88,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
         reaper = stack.enter_context(start_reaper())
         path = socket_path(site, reaper.folder)
         check_socket_path(reaper.folder / str(uuid.uuid4()))  # vLLM names its sockets like this
-        with _environment(engine_environment(reaper.folder)):
+        with set_environment(engine_environment(reaper.folder)):
             api = _load_api(deployment)
             words = _command_line(deployment, checkpoint, api)
             listener = stack.enter_context(_listener(path))
@@ -154,22 +155,6 @@ class _Clock:
         now = time.monotonic()
         self.laps[phase] = round(now - self._last, 3)
         self._last = now
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set `variables` for the block, and restore the environment after it.
-
-    vLLM sets variables while it starts, such as LD_PRELOAD, that no other process should inherit.
-    """
-    before = dict(os.environ)
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in set(os.environ) - set(before):
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _load_api(deployment: Deployment) -> vllm_api.VllmApi:

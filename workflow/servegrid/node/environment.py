@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,22 @@ def use_safe_path() -> None:
     files of a stranger's bundle, or of another member of a group.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
+
+
+@contextlib.contextmanager
+def set_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set `variables` for the block, and restore the environment after it.
+
+    vLLM sets variables while it starts, such as LD_PRELOAD, that no other process should inherit.
+    """
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def use_utf8() -> None:

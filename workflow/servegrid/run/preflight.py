@@ -6,10 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from servegrid.client import prompts
 from servegrid.engines import EMULATED, EXTERNAL
 from servegrid.errors import ModelError, RecordError
-from servegrid.records import parquet
 from servegrid.study import hub, models
 from servegrid.study.grid import Deployment, Study, Trial
 from servegrid.study.revisions import LOCK, add_revisions, read_revisions
@@ -71,6 +69,8 @@ def _recorded_revisions(
     """The commits with which a measured trial of the same deployment was made, by name."""
     engine: Mapping[str, str] = {}
     if measured is not None:
+        from servegrid.records import parquet
+
         with contextlib.suppress(RecordError):  # The rule that gathers the records names it.
             record = parquet.read_record(cells / measured.id / "requests.parquet")
             if record["spec"]["deployment"] == deployment.spec:
@@ -97,6 +97,9 @@ def _check_same(
 
 
 def _check_models(deployment: Deployment, revisions: Mapping[str, str]) -> None:
+    # Not at the top: every start of Snakemake imports this module, also a dry run.
+    from servegrid.client import prompts
+
     folder = models.default_folder()
     if deployment.engine != EXTERNAL:
         checkpoint = models.locate(deployment.checkpoint, folder, revisions)

@@ -161,7 +161,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     with contextlib.ExitStack() as stack:
         # The reaper removes the folder with the engine's API key even if this process is killed.
         folder = stack.enter_context(start_reaper()).folder
-        stack.enter_context(_offline())
+        stack.enter_context(environment.set_environment(OFFLINE))
         calibration = None
         if deployment.engine != EMULATED:
             socket = None if site.socket == "tcp" else folder / "mock"
@@ -228,17 +228,3 @@ def _revisions(deployment: Deployment, site: Site) -> dict[str, str]:
         "tokenizer_revision": models.find_revision(deployment.tokenizer, site.revisions),
     }
     return {key: commit for key, commit in found.items() if commit}
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Set OFFLINE for this process, which starts the engine."""
-    before = {name: os.environ.get(name) for name in OFFLINE}
-    os.environ.update(OFFLINE)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

@@ -140,11 +140,6 @@ def split_url(url: str) -> tuple[str, str]:
     return f"{scheme}{separator}{base}", path or ("" if operation else "/v1")
 
 
-def normalize_base_url(url: str) -> str:
-    """The `base_url` of `url`, which may end with the API's `/v1`."""
-    return split_url(url)[0]
-
-
 def check_extras(body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
     """Raise ConfigError, which names the key, if these must not be added to a request."""
     for key in body:

@@ -189,7 +189,7 @@ def select_files(
     ggufs = [name for name in top if name.endswith(".gguf")]
     found = usual or safetensors or bins or (ggufs if len(ggufs) == 1 else [])
     unused = () if found == bins else (".bin.index.json",)
-    return sorted({*found, *(file for file in chosen if not file.endswith(unused or "\0"))})
+    return sorted({*found, *(file for file in chosen if not file.endswith(unused))})
 
 
 def check_disk_space(downloads: Iterable[Download]) -> None:

@@ -158,27 +158,30 @@ def is_healthy(endpoint: Endpoint) -> bool:
 
 
 def _get_health(endpoint: Endpoint, path: str, timeout_s: float) -> Health:
-    started = time.monotonic()
-    status, detail = None, ""
-    try:
-        status, _ = http_get(endpoint, path, timeout_s)
-    except (OSError, http.client.HTTPException) as error:
-        detail = describe_failure(error)
-    return Health(path, status, time.monotonic() - started, detail)
+    return _time_health(path, lambda: http_get(endpoint, path, timeout_s)[0])
 
 
 def _connect_health(endpoint: Endpoint) -> Health:
-    started = time.monotonic()
-    status: int | None = http.HTTPStatus.OK
-    detail = ""
-    try:
+    def connect() -> int:
+        proxy = find_proxy(endpoint.base_url)
         with contextlib.closing(
-            _connection(endpoint, find_proxy(endpoint.base_url), endpoint.health_timeout_s)
+            _connection(endpoint, proxy, endpoint.health_timeout_s)
         ) as connection:
             connection.connect()
+        return http.HTTPStatus.OK
+
+    return _time_health(None, connect)
+
+
+def _time_health(path: str | None, ask: Callable[[], int]) -> Health:
+    """The health by the status that `ask` returns."""
+    started = time.monotonic()
+    status, detail = None, ""
+    try:
+        status = ask()
     except (OSError, http.client.HTTPException) as error:
-        status, detail = None, describe_failure(error)
-    return Health(None, status, time.monotonic() - started, detail)
+        detail = describe_failure(error)
+    return Health(path, status, time.monotonic() - started, detail)
 
 
 def describe_failure(error: Exception) -> str:
@@ -190,8 +193,8 @@ def describe_failure(error: Exception) -> str:
 def read_metrics(endpoint: Endpoint, path: str = "/metrics") -> dict[str, float] | None:
     """The engine's counters and gauges, and the sums and counts of its histograms.
 
-    None if the server has no page at `path`, does not answer, or sends something else. A page that
-    cannot be read is told once on stderr.
+    None if the server has no page at `path`, does not answer, or sends something else. Once per
+    page that cannot be read, stderr says so.
     """
     try:
         status, page = http_get(endpoint, path)
