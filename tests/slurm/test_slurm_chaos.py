@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from servegrid.node.folders import remove_abandoned
 from servegrid.study.config import load_study
 from slurm.conftest import Workspace, with_options
 from slurm.test_slurm_rehearsal import MEASURED, ROOT, Rehearsal
+from snakemake_executor_plugin_submitit.spool import JOB_FINISHED, Event, JournalReader, ticket_key
 
 from helpers.cluster import Cluster, Options  # isort: skip
 from helpers.faulty_folder import LATE_S, FaultyFolder, faulty_folder  # isort: skip
@@ -45,8 +47,8 @@ STUDY_LIMIT_S = 900.0
 SILENCE_LIMIT_S = 240.0
 """The longest time without a finished cell. Slurm itself needs a minute to notice a lost node."""
 SETTLED_S = 10.0
-"""A cell counts as finished this long after its files were written. Its job must also record that
-it has finished; if it is killed before, the cell is measured again, as it must be."""
+"""A cell counts as finished this long after its job has recorded so, if the record is on disk. The
+main process reads that record; its own notes need a moment, too."""
 EACH_KIND = 1
 """Each kind is injected this often first. After that, kinds that take less time come more often."""
 UNLOCK = (sys.executable, "-m", "snakemake_executor_plugin_submitit", "unlock")
@@ -59,6 +61,51 @@ KINDS: dict[str, Fault] = {}
 def fault(function: Fault) -> Fault:
     KINDS[function.__name__.replace("_", " ")] = function
     return function
+
+
+class Journals:
+    """What the allocations have recorded about each trial's job.
+
+    A job that is killed after it wrote its files, and before that is recorded, runs again, as it
+    must. So the files alone do not show that a cell is finished.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trials: dict[str, str] = {}
+        self.events: dict[str, list[tuple[str, Event]]] = defaultdict(list)
+        self._readers: dict[Path, JournalReader] = {}
+
+    def read(self) -> None:
+        for task in self.folder.glob("*/*/[td]o*/[!.]*"):
+            if (key := ticket_key(task.name)) not in self.trials:
+                with contextlib.suppress(FileNotFoundError):
+                    log = Path(json.loads(task.read_bytes())["log"])
+                    self.trials[key] = str(log.with_suffix("")).partition("/logs/cells/")[2]
+        for path in self.folder.glob("*/*/journal.jsonl"):
+            reader = self._readers.setdefault(path, JournalReader(path))
+            for event in reader.read_new():
+                if "ticket" in event.data:
+                    key = ticket_key(event.data["ticket"])
+                    self.events[key].append((path.parent.name, event))
+
+    def finished(self) -> Counter[str]:
+        """How often the job of each trial has succeeded."""
+        return Counter(
+            self.trials.get(key, key)
+            for key, events in self.events.items()
+            for _, event in events
+            if event.kind == JOB_FINISHED and event.data["status"] == 0
+        )
+
+    def describe(self, trial: str) -> str:
+        """The history of the trial's job."""
+        return "\n".join(
+            f"{event.data['time']:.1f} allocation {allocation}: {event.kind} {event.data}"
+            for key, events in self.events.items()
+            if self.trials.get(key) == trial
+            for allocation, event in events
+        )
 
 
 class Study(Workspace):
@@ -130,6 +177,9 @@ class Campaign:
         self.lost_s: dict[str, list[float]] = defaultdict(list)
         self.took_s: dict[str, list[float]] = defaultdict(list)
         self.digests: dict[str, str] = {}
+        self.journals = self.new_journals()
+        self.known: Counter[str] = Counter()
+        self.recorded: dict[str, float] = {}
         self.planted: set[str] = set()
         self.damaged: dict[str, str] = {}
         self.asked_again = False
@@ -226,15 +276,19 @@ class Campaign:
         self.main = self.start()
         return True
 
+    def new_journals(self) -> Journals:
+        return Journals(self.work.stored / ".snakemake" / "submitit")
+
     def finished(self) -> set[str]:
-        """The finished cells. A cell that was finished before must be as it was."""
-        root = self.work.stored / "results" / "cells"
-        for trial in self.trials - self.digests.keys():
-            files = [root / trial / f"{name}.parquet" for name in ("requests", "telemetry")]
+        """The finished cells: their jobs have recorded so since the cell was damaged, if it was."""
+        self.journals.read()
+        for trial, count in self.journals.finished().items():
+            if trial in self.digests or count <= self.known[trial]:
+                continue
+            recorded = self.recorded.setdefault(trial, time.monotonic())
             with contextlib.suppress(FileNotFoundError):
-                times = [file.stat().st_mtime for file in files]
                 digest = self.digest(trial)
-                is_settled = max(times) < time.time() - SETTLED_S
+                is_settled = time.monotonic() > recorded + SETTLED_S
                 if is_settled and digest != self.damaged.get(trial):
                     self.digests[trial] = digest
         return set(self.digests)
@@ -258,7 +312,8 @@ class Campaign:
         assert set(cells["verdict"]) == {"ok"}
         assert not self.unnoticed(), f"{self.unnoticed()} are damaged and were accepted"
         for trial, digest in self.digests.items():
-            assert self.digest(trial) == digest, f"{trial} was measured again or changed"
+            problem = f"{trial} was measured again or changed"
+            assert self.digest(trial) == digest, f"{problem}:\n{self.journals.describe(trial)}"
         self.wait_until(lambda: not self.work.queue_alive(), "a job is left")
         self.wait_until(lambda: not self.processes(""), "a process is left")
         hidden = [
@@ -272,6 +327,9 @@ class Campaign:
         self.wait_until(lambda: self.list_temporary() <= self.temporary, "a temporary file is left")
         self.studies += 1
         self.digests.clear()
+        self.journals = self.new_journals()
+        self.known.clear()
+        self.recorded.clear()
         self.planted.clear()
         self.damaged.clear()
         self.asked_again = False
@@ -372,6 +430,8 @@ class Campaign:
         trial = self.random.choice(sorted(self.digests))
         name = self.random.choice(["requests", "telemetry"])
         del self.digests[trial]
+        self.known[trial] = self.journals.finished()[trial]
+        self.recorded.pop(trial, None)
         change(self.work.folder / "results" / "cells" / trial / f"{name}.parquet")
         with contextlib.suppress(FileNotFoundError):
             self.damaged[trial] = self.digest(trial)
