@@ -81,6 +81,14 @@ class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
             "first job (default: no service)"
         },
     )
+    follower: Optional[str] = field(  # noqa: UP045
+        default=None,
+        metadata={
+            "help": "module:function that returns the context manager of the service's part on "
+            "each further node of an allocation with several nodes. Both functions then get the "
+            "nodes as fourth argument (default: only the first node runs a process)"
+        },
+    )
     check: Optional[str] = field(  # noqa: UP045
         default=None,
         metadata={
@@ -161,6 +169,7 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             check_folder(folder)
             self._poll_s = 2.0  # there may be hundreds of journals on a shared file system
         self._service = check_function_name(settings.service, "submitit-service")
+        self._follower = check_function_name(settings.follower, "submitit-follower")
         check = check_function_name(settings.check, "submitit-check")
         self._check = import_function(check, "submitit-check")
         record_lock_holder()
@@ -246,16 +255,22 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         }
         is_shared = allocation_name(job) is not None
         params = job_params(job) if is_shared else {}
+        service = self._service if is_shared else None
+        follower = self._follower if service else None
+        parameters = Parameters.build(
+            self._cluster, resources, self._kind_parameters(job), follower is not None
+        )
         spec = AllocationSpec(
             name=name,
-            service=self._service if is_shared else None,
+            service=service,
             params={
                 key: to_json_data(value, f"{job.name}: params.{key}")
                 for key, value in params.items()
             },
             resources={key: value for key, value in resources.items() if key[0] != "_"},
-            parameters=Parameters.build(self._cluster, resources, self._kind_parameters(job)),
+            parameters=parameters,
             is_reusable=is_shared,
+            follower=follower if parameters.on_all_nodes else None,
         )
         if self._check and is_shared:
             try:

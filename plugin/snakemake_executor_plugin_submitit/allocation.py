@@ -21,12 +21,14 @@ from typing import Any, Protocol
 
 from snakemake_executor_plugin_submitit import spool as events
 from snakemake_executor_plugin_submitit.liveness import start_ticks
+from snakemake_executor_plugin_submitit.nodes import Nodes, NodesError, gather, join
 from snakemake_executor_plugin_submitit.private import check_private
 from snakemake_executor_plugin_submitit.runner import Runner
 from snakemake_executor_plugin_submitit.spool import Spool, Task
 
 IDLE, CLOSED, TIME_LIMIT, PREEMPTED = "idle", "closed", "time_limit", "preempted"
 UNHEALTHY, START_FAILED, FAILED = "unhealthy", "start_failed", "failed"
+NODE_LOST = "node_lost"
 """Why an allocation has ended, as its journal records it."""
 
 REPORT_VARIABLE = "SUBMITIT_TASK_REPORT"
@@ -37,6 +39,8 @@ allocated time was work."""
 POLL_S = 0.2
 SIGNAL_SETTLE_S = 1.0
 """How long a signal that killed a job can take to reach the allocation, too."""
+FIRST_NODE_S = 5.0
+"""Slurm signals all nodes at once. The others wait this long for what the first node decides."""
 TIME_LIMIT_MARGIN_S = 90.0
 """Slurm warns up to a minute too early. An even earlier warning is a preemption."""
 
@@ -56,13 +60,14 @@ class Service(Protocol):
         """
 
 
-ServiceFactory = Callable[
-    [str, Mapping[str, Any], Mapping[str, Any]], AbstractContextManager[Service]
-]
+ServiceFactory = Callable[..., AbstractContextManager[Service]]
 """`service(name, params, resources)`: the name of the allocation, and the params and resources of
 its first job as JSON data. The context is entered once per allocation, in the main thread of the
 allocation's process. It is left whenever the allocation ends: after the last job, at the time
-limit, on SIGTERM. An exception on entering means that the service did not start."""
+limit, on SIGTERM. An exception on entering means that the service did not start.
+
+On several nodes with a follower, there is a fourth argument: the `Nodes`. The other nodes enter
+the follower, which has the same arguments."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,33 @@ class _NoService:
         return True
 
 
+@dataclass(frozen=True)
+class _Everywhere:
+    """A service on all its nodes: it works only as long as all its parts do."""
+
+    first: Service
+    nodes: Nodes | None
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        return self.first.env
+
+    def healthy(self) -> bool:
+        failure = self.nodes and self.nodes.failure
+        if failure:
+            print(failure, file=sys.stderr, flush=True)
+        return not failure and self.first.healthy()
+
+
 class _Stop(BaseException):
     """Raised in the main thread by a signal that ends the allocation."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
+
+
+class _NodeLostError(BaseException):
+    """Raised in the main thread if another node is gone; without a text if it wants us to end."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +117,9 @@ class Allocation:
     the `module:function` of a ServiceFactory. The allocation ends after `idle_timeout` seconds
     without a job. SIGUSR2 arrives `signal_delay` seconds before `time_limit` (seconds). The
     modules in `preload` are imported once for all jobs. `modules` is the folder of the Snakefile:
-    `service` and `preload` are looked for there, after the installed modules.
+    `service` and `preload` are looked for there, after the installed modules. With a `follower`,
+    each node runs this function: the first one the jobs, the others the follower. `interface` is
+    the network between them.
     """
 
     name: str
@@ -103,28 +132,37 @@ class Allocation:
     signal_delay: float
     preload: tuple[str, ...] = ()
     modules: str = ""
+    follower: str | None = None
+    interface: str = ""
 
     def __call__(self) -> None:
         started = time.monotonic()
         check_private(Path(self.folder))
         spool = Spool(Path(self.folder))
+        rank = int(os.environ.get("SLURM_PROCID", 0)) if self.follower else 0
+        if rank > 0:
+            self._follow(spool, rank)
+            return
         if not spool.restore():
             return
         if "SLURM_JOB_ID" not in os.environ:
             os.setsid()  # only the main process handles the terminal's Ctrl-C
-        pid, host = os.getpid(), os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        pid, host = os.getpid(), _host()
         spool.record(events.STARTED, pid=pid, start_ticks=start_ticks(pid), host=host)
-        _raise_on_signals()
+        interrupt = _raise_on_signals()
         try:
-            reason, detail = self._serve(spool)
+            reason, detail = self._serve(spool, interrupt)
             spool.record(events.ENDED, reason=reason, detail=detail)
+        except _NodeLostError as lost:
+            spool.record(events.ENDED, reason=NODE_LOST, detail=str(lost))
+            raise SystemExit(f"A node was lost: {lost}.") from None
         except _Stop as stop:
             self._handle_stop(spool, stop.number, time.monotonic() - started)
             raise SystemExit(f"Stopped by {stop.number.name}.") from None
         if reason in (START_FAILED, FAILED):
             raise SystemExit(1)
 
-    def _serve(self, spool: Spool) -> tuple[str, str]:
+    def _serve(self, spool: Spool, interrupt: Callable[[str], None]) -> tuple[str, str]:
         """Why the allocation has ended, with details for people."""
         with (
             contextlib.closing(Runner(self.preload, self.modules)) as runner,
@@ -132,8 +170,14 @@ class Allocation:
         ):
             started = time.monotonic()
             try:
-                service = stack.enter_context(self._create_service())
-            except _Stop:
+                nodes = self._gather(spool, stack, interrupt)
+                service = stack.enter_context(self._create_service(self.service, nodes))
+                if nodes is not None:
+                    # The others end first: the service of this node need not wait for them.
+                    stack.callback(nodes.end)
+                    if nodes.failure:
+                        raise NodesError(nodes.failure)
+            except (_Stop, _NodeLostError):
                 raise
             except BaseException as error:
                 traceback.print_exc()
@@ -142,19 +186,57 @@ class Allocation:
             try:
                 # The runner closes first: a service must not stop while a job still runs.
                 with stack, contextlib.closing(runner):
-                    return self._run_tasks(spool, runner, service)
+                    return self._run_tasks(spool, runner, _Everywhere(service, nodes))
             except Exception as error:
                 traceback.print_exc()
                 return FAILED, _format_exception(error)
 
-    def _create_service(self) -> AbstractContextManager[Service]:
-        if self.service is None:
+    def _gather(
+        self, spool: Spool, stack: contextlib.ExitStack, interrupt: Callable[[str], None]
+    ) -> Nodes | None:
+        if self.follower is None:
+            return None
+        count = int(os.environ["SLURM_NTASKS"])
+        folder = spool.root / "nodes"
+        return stack.enter_context(gather(count, _host(), self.interface, folder, interrupt))
+
+    def _follow(self, spool: Spool, rank: int) -> None:
+        """Run the follower until the first node ends it, or is gone."""
+        interrupt = _raise_on_end()
+
+        def has_ended() -> bool:
+            return any(event.kind == events.ENDED for event in spool.journal().read_new())
+
+        try:
+            with join(
+                rank, _host(), self.interface, spool.root / "nodes", interrupt, has_ended
+            ) as nodes:
+                try:
+                    with self._create_service(self.follower, nodes) as service:
+                        while service.healthy():
+                            time.sleep(POLL_S)
+                        nodes.report_failure("its service is no longer healthy")
+                except Exception as error:
+                    traceback.print_exc()
+                    nodes.report_failure(_format_exception(error))
+                    raise SystemExit(1) from None
+        except NodesError as error:
+            raise SystemExit(f"{error}.") from None
+        except _NodeLostError as lost:
+            print(f"{_host()}: {lost or 'the first node has ended the allocation'}.", flush=True)
+            raise SystemExit(1 if str(lost) else 0) from None
+
+    def _create_service(
+        self, function: str | None, nodes: Nodes | None
+    ) -> AbstractContextManager[Service]:
+        if function is None:
             return contextlib.nullcontext(_NoService({}))
         if self.modules:
             sys.path.append(self.modules)
-        module, _, function = self.service.partition(":")
-        factory: ServiceFactory = getattr(importlib.import_module(module), function)
-        return factory(self.name, self.params, self.resources)
+        module, _, name = function.partition(":")
+        factory: ServiceFactory = getattr(importlib.import_module(module), name)
+        more = () if nodes is None else (nodes,)
+        return factory(self.name, self.params, self.resources, *more)
 
     def _run_tasks(self, spool: Spool, runner: Runner, service: Service) -> tuple[str, str]:
         idle_since = time.monotonic()
@@ -204,8 +286,14 @@ class Allocation:
             spool.record(events.ENDED, reason=PREEMPTED, detail="")
 
 
-def _raise_on_signals() -> None:
+def _host() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _raise_on_signals() -> Callable[[str], None]:
     """Make the first SIGTERM, SIGINT or SIGUSR2 raise _Stop in the main thread (this one).
+
+    Returns a function that raises _NodeLostError there, with a text.
 
     Slurm sends SIGUSR2 to every process of an allocation, and a process without a handler dies.
     So SIGUSR2 is blocked here (children inherit that), and a thread waits for it. The handler is
@@ -213,18 +301,23 @@ def _raise_on_signals() -> None:
     """
     warned = threading.Event()
     stopped = threading.Event()
+    lost: list[str] = []
 
     def stop(number: int, _: FrameType | None) -> None:
         if not stopped.is_set():
             stopped.set()
+            if lost and not warned.is_set():
+                raise _NodeLostError(lost[0])
             raise _Stop(signal.SIGUSR2 if warned.is_set() else signal.Signals(number))
 
     def wait_for_warning() -> None:
         signal.sigwait({signal.SIGUSR2})
         warned.set()
-        main = threading.main_thread().ident
-        assert main is not None
-        signal.pthread_kill(main, signal.SIGTERM)
+        _signal_main_thread()
+
+    def interrupt(text: str) -> None:
+        lost.append(text)
+        _signal_main_thread()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, stop)
@@ -232,6 +325,45 @@ def _raise_on_signals() -> None:
     # submission.submit has blocked these until this process has its own session.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
     threading.Thread(target=wait_for_warning, daemon=True).start()
+    return interrupt
+
+
+def _raise_on_end() -> Callable[[str], None]:
+    """For the other nodes: a function that raises _NodeLostError in the main thread (this one).
+
+    Slurm signals all nodes of a job. What follows is the first node's decision; only without one
+    does a signal end this node, after a while. The warning before the time limit means nothing
+    here.
+    """
+    ended = threading.Event()
+    texts: list[str] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if ended.is_set():
+            return
+        if texts:
+            ended.set()
+            raise _NodeLostError(texts[0])
+        text = f"stopped by {signal.Signals(number).name}"
+        timer = threading.Timer(FIRST_NODE_S, interrupt, [text])
+        timer.daemon = True
+        timer.start()
+
+    def interrupt(text: str) -> None:
+        texts.append(text)
+        _signal_main_thread()
+
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})
+    return interrupt
+
+
+def _signal_main_thread() -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGTERM)
 
 
 def _read_work_span(report: Path) -> list[float] | None:

@@ -35,6 +35,11 @@ KIND_KEYS: Mapping[str, Key] = {
     "gpus_per_node": Key(
         (int, str), "GPUs to request per node, such as `2` or `a100:2`; `0` requests none"
     ),
+    "interface": Key(
+        _TEXT,
+        "network between the nodes of an allocation: the name of an interface, such as `ib0`, or "
+        "an IPv4 network, such as `10.7.0.0/16`",
+    ),
     "cpus_per_task": Key((int,), "CPUs of an allocation; replaces the resource and `threads`"),
     "mem_gb": Key(_NUMBER, "memory per node in GiB; replaces `mem_mb`"),
     "python": Key(_TEXT, "Python interpreter of the allocation"),

@@ -284,6 +284,8 @@ class AllocationManager(Generic[Job]):
             signal_delay=spec.parameters.signal_delay_s,
             preload=self._preload if has_service else (),
             modules=self._modules,
+            follower=spec.follower,
+            interface=str(spec.parameters.values.get("interface", "")),
         )
         tickets = {spool.put(queued.task): queued for queued in jobs}
         job_name = f"{slug(spec.name)[:80]}-{identity}"

@@ -216,8 +216,10 @@ def ticket_key(ticket: str) -> str:
     return ticket.partition("-")[2]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the complete text or no file."""
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """Readers see the complete text or no file. The umask applies to its `mode`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
     temporary.replace(path)

@@ -139,10 +139,18 @@ def resolve_python(
 
 @dataclass(frozen=True)
 class Parameters:
-    """Submission parameters, with the keys of a kinds file. `gpus` are those of the whole job."""
+    """Submission parameters, with the keys of a kinds file. `gpus` are those of the whole job.
+
+    `on_all_nodes` says whether each node runs a process, not only the first.
+    """
 
     values: Mapping[str, Any]
     gpus: int = 0
+    on_all_nodes: bool = False
+
+    @property
+    def nodes(self) -> int:
+        return int(self.values.get("nodes", 1))
 
     @property
     def container(self) -> Container | None:
@@ -170,11 +178,16 @@ class Parameters:
 
     @classmethod
     def build(
-        cls, cluster: str, resources: Mapping[str, Any], kind: Mapping[str, Any]
+        cls,
+        cluster: str,
+        resources: Mapping[str, Any],
+        kind: Mapping[str, Any],
+        on_all_nodes: bool = False,
     ) -> Parameters:
         """Parameters from a job's resources and its kind of node. The kind's values win.
 
-        Raises WorkflowError if Slurm needs a time limit and there is none.
+        Raises WorkflowError if Slurm needs a time limit and there is none, if the cluster is this
+        machine and there are several nodes, or if they need an `interface` and the kind has none.
         """
         values: dict[str, Any] = {
             key: resources[key] for key in _COPIED_RESOURCES if key in resources
@@ -190,7 +203,8 @@ class Parameters:
         values["nodes"] = nodes
         if gpus and not _GPU_KEYS & kind.keys():
             values["gpus_per_node"] = math.ceil(gpus / nodes)
-        values |= {key: value for key, value in kind.items() if key != "gpus_of_node"}
+        site = ("gpus_of_node", "interface")
+        values |= {key: value for key, value in kind.items() if key not in site}
         if values.get("gpus_per_node") == 0:
             del values["gpus_per_node"]
         if "timeout_min" not in values:
@@ -206,7 +220,11 @@ class Parameters:
                 "container: the runtime pyxis is a part of Slurm, and this cluster is "
                 f"`{cluster}`. Use apptainer or singularity."
             )
-        return cls(values, gpus)
+        if nodes > 1:
+            _check_nodes(cluster, nodes, on_all_nodes, kind)
+            if on_all_nodes:
+                values["interface"] = kind["interface"]
+        return cls(values, gpus, on_all_nodes and nodes > 1)
 
     @property
     def clusters(self) -> str | None:
@@ -220,7 +238,10 @@ class Parameters:
         cpus, nodes = values["cpus_per_task"], values.get("nodes", 1)
         # srun would start one process per CPU of an exclusive node, and one per node of several.
         # Since Slurm 22.05 it ignores the batch job's --cpus-per-task.
-        arguments = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={cpus}"]
+        tasks = nodes if self.on_all_nodes else 1
+        arguments = [f"--nodes={tasks}", f"--ntasks={tasks}", f"--cpus-per-task={cpus}"]
+        if self.on_all_nodes:
+            arguments.insert(2, "--ntasks-per-node=1")
         if (container := self.container) is not None:
             arguments += container.srun_args(str(Path.cwd()))
         memory = {"mem": f"{round(values['mem_gb'] * 1024)}M"} if "mem_gb" in values else {}
@@ -252,6 +273,20 @@ class Parameters:
             "setup": self.values.get("setup", []),
             "stderr_to_stdout": True,
         }
+
+
+def _check_nodes(cluster: str, nodes: int, on_all_nodes: bool, kind: Mapping[str, Any]) -> None:
+    if cluster != "slurm":
+        raise WorkflowError(
+            f"An allocation needs {nodes} nodes, but this machine is one. Use a kind of node that "
+            "has enough GPUs (`gpus_of_node`), or Slurm (submitit-cluster: slurm)."
+        )
+    if on_all_nodes and "interface" not in kind:
+        raise WorkflowError(
+            f"An allocation needs {nodes} nodes, but its kind of node does not say over which "
+            "network they talk. Set `interface` of the kind, to a name such as ib0 or to a "
+            "network such as 10.7.0.0/16 (`ip -br address` on a node shows both)."
+        )
 
 
 def check_python(path: str) -> None:

@@ -45,6 +45,7 @@ _END_TEXTS = {
     reasons.UNHEALTHY: "ended because its service is no longer healthy",
     reasons.START_FAILED: "its service did not start",
     reasons.FAILED: "failed",
+    reasons.NODE_LOST: "lost one of its nodes",
 }
 
 
@@ -58,6 +59,7 @@ class AllocationSpec:
     resources: dict[str, Any]
     parameters: Parameters
     is_reusable: bool = True
+    follower: str | None = None
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ class AllocationState(Generic[Job]):
             return True  # jobs arrived at the moment of the end
         if state == "CANCELLED":
             return False  # a person wants this
-        if state in CLUSTER_ENDS or self.end_reason == reasons.PREEMPTED:
+        cluster_reasons = (reasons.PREEMPTED, reasons.NODE_LOST)
+        if state in CLUSTER_ENDS or self.end_reason in cluster_reasons:
             self.usage.losses += 1
             return self.usage.losses < MAX_LOSSES
         was_already_gone = self.handle is None and self.ended is None

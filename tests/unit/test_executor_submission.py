@@ -97,6 +97,34 @@ def test_nodes_can_be_requested_without_naming_gpus() -> None:
     assert "gpus_per_node" not in values
 
 
+NETWORK = {"gpus_of_node": 2, "interface": "ib0"}
+
+
+def test_each_node_runs_a_task_if_the_service_has_a_part_there() -> None:
+    def build_all(gpus: int) -> Parameters:
+        return Parameters.build("slurm", {"runtime": 90, "gpus": gpus}, NETWORK, True)
+
+    values = build_all(4).for_slurm()
+    tasks = ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=1"]
+    assert values["srun_args"] == tasks
+    assert "interface" not in values
+    assert build_all(4).values["interface"] == "ib0"
+    assert build_all(2).for_slurm()["srun_args"] == build({}).for_slurm()["srun_args"]
+    assert (build_all(4).on_all_nodes, build_all(2).on_all_nodes) == (True, False)
+
+
+def test_nodes_without_a_network_are_refused() -> None:
+    resources = {"runtime": 90, "gpus": 4}
+    with pytest.raises(WorkflowError, match=r"needs 2 nodes.*Set `interface` of the kind"):
+        Parameters.build("slurm", resources, {"gpus_of_node": 2}, True)
+    Parameters.build("slurm", resources, {"gpus_of_node": 2}, False)
+
+
+def test_this_machine_is_one_node() -> None:
+    with pytest.raises(WorkflowError, match="needs 2 nodes, but this machine is one"):
+        Parameters.build("local", {"gpus": 4}, NETWORK, True)
+
+
 def test_a_kind_s_python_is_relative_to_the_launch_folder(tmp_path: Path) -> None:
     def python(kind: dict[str, Any], **resources: Any) -> dict[str, str]:
         return resolve_python(kind, resources, tmp_path, "kinds.yaml: v100")

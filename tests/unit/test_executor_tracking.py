@@ -85,6 +85,14 @@ def test_after_a_loss_the_allocation_is_continued_but_not_for_ever(
     assert live.should_continue(state)  # a finished job resets the count
 
 
+def test_after_the_loss_of_another_node_the_allocation_is_continued(spool: Spool) -> None:
+    live = allocation(spool, "ab", handle=object())
+    spool.record(ENDED, reason="node_lost", detail="node 1 is gone")
+    live.read_events()
+    assert [live.should_continue(None) for _ in range(6)] == [True] * 4 + [False] * 2
+    assert live.describe_end(None) == "lost one of its nodes"
+
+
 def test_a_cancelled_allocation_is_not_continued(spool: Spool) -> None:
     live = allocation(spool, "ab", handle=object())
     spool.finish(ticket_of(live, "a"), 0)

@@ -1,4 +1,4 @@
-"""A service that records its start and end, with a helper process."""
+"""A service that records its start and end, with a helper process on each of its nodes."""
 
 import contextlib
 import json
@@ -24,7 +24,9 @@ def note(event: str, name: str, **more: Any) -> None:
 
 
 @contextlib.contextmanager
-def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) -> Iterator[Toy]:
+def serve(
+    name: str, params: Mapping[str, Any], resources: Mapping[str, Any], nodes: Any = None
+) -> Iterator[Toy]:
     helper = subprocess.Popen(["sleep", "600"])
     health = Path(f"health-{os.getpid()}").absolute()
     note("enter", name, params=params, resources=resources)
@@ -34,10 +36,42 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             raise RuntimeError(f"no such model: {refusal.read_text(encoding='utf-8')}")
         time.sleep(params.get("start_s", 0))
         health.touch()
-        note("up", name)
+        more = {} if nodes is None else greet(nodes)
+        note("up", name, helper=helper.pid, **more)
         env = {"TOY_ALLOCATION": name, "TOY_PID": str(os.getpid()), "TOY_HEALTH": str(health)}
         yield Toy(env, health.exists)
     finally:
         helper.kill()
         helper.wait()
         note("down", name)
+
+
+def greet(nodes: Any) -> dict[str, Any]:
+    """Send each other node a word, and collect their answers."""
+    nodes.send({"word": "hello"})
+    answers: list[Any] = []
+    while len(answers) < len(nodes.hosts) - 1:
+        if nodes.failure:
+            raise RuntimeError(nodes.failure)
+        if received := nodes.receive(0.1):
+            answers.append(received)
+    clocks = [nodes.clock_offset_ns(rank) for rank, _ in answers]
+    return {"hosts": nodes.hosts, "answers": answers, "clocks": clocks}
+
+
+@contextlib.contextmanager
+def follow(
+    name: str, params: Mapping[str, Any], resources: Mapping[str, Any], nodes: Any
+) -> Iterator[Toy]:
+    helper = subprocess.Popen(["sleep", "600"])
+    try:
+        if Path(f"refuse-node-{nodes.rank}").exists():
+            raise RuntimeError("no disk here")
+        rank, message = nodes.receive(120)
+        nodes.send([rank, message["word"], nodes.hosts[nodes.rank]], rank=0)
+        note("joined", name, rank=nodes.rank, helper=helper.pid)
+        yield Toy({}, lambda: helper.poll() is None)
+    finally:
+        helper.kill()
+        helper.wait()
+        note("left", name, rank=nodes.rank)
