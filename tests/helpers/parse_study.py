@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from servegrid.engines import arguments, vllm_api
+from servegrid.engines import arguments, vllm_api, vllm_nodes
+from servegrid.errors import EngineError
 from servegrid.study.config import load_study
 from servegrid.study.grid import Deployment
 
@@ -30,11 +31,38 @@ PARSED = (
 )
 
 
+ON_NODES = (
+    "distributed_executor_backend",
+    "master_addr",
+    "master_port",
+    "nnodes",
+    "node_rank",
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+)
+
+
 def parse_arguments(api: vllm_api.VllmApi, deployment: Deployment) -> dict[str, Any]:
     defaults = arguments.default_arguments(deployment, "/models/any", None)
     words = arguments.format_arguments(deployment, defaults, api.options, api.version)
     namespace = api.parse([*words, "--api-key", "secret"], deployment.name)
     return {name: getattr(namespace, name, "missing") for name in PARSED}
+
+
+def parse_on_nodes(api: vllm_api.VllmApi, deployment: Deployment) -> list[dict[str, Any]] | None:
+    """The arguments of each of two nodes; None if this vLLM cannot start on several."""
+    try:
+        vllm_nodes.check_api(deployment, api)
+    except EngineError:
+        return None
+    defaults = arguments.default_arguments(deployment, "/models/any", None)
+    words = arguments.format_arguments(deployment, defaults, api.options, api.version)
+    found = []
+    for rank in range(2):
+        own = vllm_nodes.node_arguments(rank, 2, "10.7.0.1", 29500)
+        namespace = api.parse([*words, *own], deployment.name)
+        found.append({name: getattr(namespace, name) for name in ON_NODES})
+    return found
 
 
 def required(function: Callable[..., Any]) -> list[str]:
@@ -44,13 +72,12 @@ def required(function: Callable[..., Any]) -> list[str]:
 
 
 api = vllm_api.load_api()
+DEPLOYMENTS = load_study(Path(sys.argv[1])).deployments
 result = {
+    "on_nodes": parse_on_nodes(api, next(each for each in DEPLOYMENTS if each.gpu_count == 4)),
     "version": api.version,
     "device": api.device,
-    "parsed": {
-        deployment.name: parse_arguments(api, deployment)
-        for deployment in load_study(Path(sys.argv[1])).deployments
-    },
+    "parsed": {deployment.name: parse_arguments(api, deployment) for deployment in DEPLOYMENTS},
     "required": {
         "build_engine": required(api.build_engine),
         "build_app": required(api.build_app),

@@ -19,9 +19,19 @@ import yaml
 from helpers.cluster import Cluster, Options, missing, private_cluster
 
 TOY = Path(__file__).parents[1] / "integration" / "executor"
+PLAFRIM_KINDS = Path(__file__).parents[2] / "profiles" / "plafrim" / "kinds.yaml"
 HANG_S = 280
 KIND = {"slurm_partition": "routage", "slurm_exclusive": True, "slurm_mem": "0"}
 GPU = KIND | {"slurm_constraint": "sirocco"}
+
+
+def plafrim_kinds() -> dict[str, dict[str, Any]]:
+    """The kinds of PlaFRIM's profile. All nodes are this machine, which has no InfiniBand."""
+    kinds: dict[str, dict[str, Any]] = yaml.safe_load(PLAFRIM_KINDS.read_text(encoding="utf-8"))
+    for kind in kinds.values():
+        if "interface" in kind:
+            kind["interface"] = "lo"
+    return kinds
 
 
 def toy_path() -> str:

@@ -27,12 +27,11 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
-import yaml
 
 from servegrid.node.folders import remove_abandoned
 from servegrid.study.config import load_study
-from slurm.conftest import Workspace, with_options
-from slurm.test_slurm_rehearsal import MEASURED, ROOT, Rehearsal
+from slurm.conftest import Workspace, plafrim_kinds, with_options
+from slurm.test_slurm_rehearsal import MEASURED, Rehearsal
 from snakemake_executor_plugin_submitit.spool import JOB_FINISHED, Event, JournalReader, ticket_key
 
 from helpers.cluster import Cluster, Options  # isort: skip
@@ -169,7 +168,7 @@ class Campaign:
         self.work = work
         self.cluster = work.cluster
         self.rehearsal = Rehearsal(work, full=not IS_SHORT, concurrency=(1, 2, 4, 8, 16, 32, 64))
-        kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
+        kinds = plafrim_kinds()
         work.kinds(**{name: kind | {"slurm_partition": "preempt"} for name, kind in kinds.items()})
         self.trials = {each.id for each in load_study(work.folder / "study.yaml").all_trials}
         self.temporary = self.list_temporary()

@@ -22,7 +22,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from slurm.conftest import Workspace
+from slurm.conftest import Workspace, plafrim_kinds
 
 ROOT = Path(__file__).parents[2]
 MEASURED = "results/tables/cells.parquet"
@@ -49,8 +49,7 @@ class Rehearsal:
         self.deployments = len(study["deployments"])
         (work.folder / "study.yaml").write_text(yaml.safe_dump(study))
         self.cells = ALL if full else len(concurrency) * self.deployments
-        kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
-        work.kinds(**kinds)
+        work.kinds(**plafrim_kinds())
 
     def start(
         self, *arguments: str, profile: str = "plafrim", target: str = "all"

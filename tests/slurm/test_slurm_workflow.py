@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,15 +65,20 @@ def study(cluster: Cluster, tmp_path: Path) -> Iterator[Study]:
 
 
 @pytest.mark.slow
-def test_a_real_engine_on_several_nodes_is_refused_before_submission(study: Study) -> None:
+def test_an_old_vllm_on_several_nodes_is_refused_before_submission(study: Study) -> None:
+    environment = study.folder / "environment"
+    (environment / "lib/python3.11/site-packages/vllm-0.10.1.1.dist-info").mkdir(parents=True)
+    (environment / "bin").mkdir()
+    (environment / "bin/python").symlink_to(sys.executable)
     four = [each for each in REHEARSAL["deployments"] if each.get("gpu_count") == 4]
     real = [each | {"engine": "vllm"} | model_in(study.folder / "model") for each in four]
     real[0].pop("engine_args")
-    study.kinds(**{"a100-40gb": KIND | {"gpus_of_node": 2}})
+    kind = {"gpus_of_node": 2, "interface": "lo", "python": str(environment / "bin/python")}
+    study.kinds(**{"a100-40gb": KIND | kind})
     output = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
     assert output.endswith("status 1")
     assert "not submitted. deployment `mixtral-8x22b_awq-4bit_vllm_4xa100-40gb` needs 4" in output
-    assert "GPUs on 2 nodes" in output
+    assert "vLLM 0.10.1.1 of the kind `a100-40gb` cannot start on several nodes" in output
     assert study.queue() == []
 
 

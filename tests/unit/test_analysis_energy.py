@@ -77,6 +77,15 @@ def test_without_a_counter_the_sampled_power_is_used() -> None:
     assert (sampled.counter_w, sampled.mean_w, sampled.disagreement) == (None, 150, None)
 
 
+def test_the_gpus_of_all_nodes_are_added_and_an_engine_is_no_gpu() -> None:
+    sampled = power(
+        *((time, "GPU-a", 100, None) for time in (0, 2)),
+        *((time, "GPU-of-another-node", 50, None) for time in (0, 2)),
+        *((time, engine, None, None) for time in (0, 2) for engine in ("engine", "engine.1")),
+    )
+    assert sampled.mean_w == 100 + 50
+
+
 @pytest.mark.parametrize(
     "rows",
     [

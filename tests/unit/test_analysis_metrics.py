@@ -345,6 +345,13 @@ def test_the_memory_peak_is_the_peak_of_the_sum() -> None:
     assert cell(TWO, gpus[::-1])["memory_peak_bytes"] == 1 + 6
 
 
+def test_without_gpus_the_memory_peak_is_the_sum_of_the_nodes() -> None:
+    samples = [sample(10, "engine", 5), sample(20, "engine.1", 3), sample(30, "engine", 1)]
+    assert cell(TWO, samples)["memory_peak_bytes"] == 5 + 3
+    gpu = sample(15, "GPU-a", 2)
+    assert cell(TWO, [*samples, gpu])["memory_peak_bytes"] == 2
+
+
 def test_energy_per_token_is_power_divided_by_tokens_per_second() -> None:
     def reading(number: int) -> dict[str, Any]:
         energy = {"power_w": 110.0, "energy_j": 500.0 + 10 * number}

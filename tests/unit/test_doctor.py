@@ -19,7 +19,7 @@ from servegrid.errors import ConfigError
 def profile_in(
     folder: Path,
     options: str = "executor: submitit\nsubmitit-cluster: slurm\n",
-    kinds_text: str | None = "v100: {slurm_partition: routage, gpus_of_node: 2}\n",
+    kinds_text: str | None = "v100: {slurm_partition: routage, gpus_of_node: 2, interface: ib0}\n",
 ) -> Path:
     if kinds_text is not None:
         (folder / "kinds.yaml").write_text(kinds_text)
@@ -176,8 +176,10 @@ def test_a_kind_of_the_study_must_be_in_the_profile(tmp_path: Path) -> None:
     ("gpu_count", "engine", "status", "words"),
     [
         (2, "vllm", Status.OK, "one node"),
-        (3, "vllm", Status.WARN, "m_fp16_vllm_3xv100"),
+        (3, "vllm", Status.WARN, "m_fp16_vllm_3xv100"),  # 3 workers on 2 nodes
+        (4, "vllm", Status.OK, "up to 2 nodes"),
         (4, "emulated", Status.OK, "up to 2 nodes"),
+        (4, "llamacpp", Status.WARN, "on one node only"),
     ],
 )
 def test_more_gpus_than_a_node_has_are_reported(
@@ -187,6 +189,13 @@ def test_more_gpus_than_a_node_has_are_reported(
     last = list(check_study(profile, study(gpu_count, engine), Path("s.yaml")))[-1]
     assert last.status is status
     assert words in last.found
+
+
+def test_several_nodes_need_the_name_of_their_network(tmp_path: Path) -> None:
+    profile = Profile.load(profile_in(tmp_path, kinds_text="v100: {gpus_of_node: 2}"))
+    last = list(check_study(profile, study(4, "vllm"), Path("s.yaml")))[-1]
+    assert last.status is Status.FAIL
+    assert "Set `interface` of `v100`" in last.remedy
 
 
 # Programs, and the command itself

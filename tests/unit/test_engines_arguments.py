@@ -177,11 +177,9 @@ def test_a_file_of_arguments_is_refused_because_no_record_shows_it() -> None:
     [
         ("max_model_len", "own key `max_model_len`"),
         ("model", "own key `checkpoint`"),
-        ("tensor_parallel_size", "own key `gpu_count`"),
         ("api_key", "servegrid"),
         ("port", "servegrid"),
         ("uds", "servegrid"),
-        ("tensor-parallel-size", "own key `gpu_count`"),
         ("api-key", "servegrid"),
     ],
 )
@@ -190,6 +188,13 @@ def test_arguments_that_servegrid_sets_itself_are_refused(key: str, instead: str
         ConfigError, match=rf"engine_args.{key.replace('-', '_')} is set by .*{instead}"
     ):
         rendered(ON_CPU, **{key: "x"})
+
+
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "tensor-parallel-size"])
+def test_gpu_count_says_how_many_gpus_share_the_model_and_a_cpu_has_none(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size is set by .*own key `gpu_count`"):
+        rendered(ON_GPUS, **{key: 2})
+    assert rendered(ON_CPU, tensor_parallel_size=2)["--tensor-parallel-size"] == ["2"]
 
 
 GIB = 1 << 30

@@ -64,18 +64,31 @@ def needs(
     weights: float | None = 13.5,
     gpu_count: int = 1,
     capabilities: Mapping[str, Capability] = CAPABILITIES,
+    nodes: int = 1,
     **arguments: Any,
 ) -> compatibility.Requirements:
     """The requirements of a deployment with these `engine_args` and `weights` GiB of weights."""
     deployment = replace(DEPLOYMENT, gpu_count=gpu_count, engine_args=arguments)
     size = None if weights is None else int(weights * GIB)
     return compatibility.requirements_for(
-        deployment, DEFAULTS, config or {}, size, capabilities.get
+        deployment, DEFAULTS, config or {}, size, capabilities.get, nodes
     )
 
 
 def quantized(method: str) -> dict[str, Any]:
     return {"quantization_config": {"quant_method": method, "bits": 4}, "torch_dtype": "float16"}
+
+
+def test_each_of_several_nodes_needs_its_share() -> None:
+    # Two nodes with two A100 each: a node may use 2 × 40 GiB × 0.9 = 72 GiB.
+    fits, too_large = (needs(weights=each, gpu_count=4, nodes=2) for each in (140, 170))
+    assert compatibility.incompatibility(fits, [A100, A100], FOR_A100) is None
+    assert "GPUs needed: 2, visible here: 1" in str(
+        compatibility.incompatibility(fits, [A100], FOR_A100)
+    )
+    assert "the weights take 85.0 GiB, but vLLM may use only 72.0 GiB" in str(
+        compatibility.incompatibility(too_large, [A100, A100], FOR_A100)
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 ENGINE_DEVICE = "engine"
-"""The `device` of the samples of the engine's processes. All other devices are GPUs."""
+"""The `device` of the samples of the engine's processes, followed by `.N` for its N-th further
+node. All other devices are GPUs."""
 
 MAX_DISAGREEMENT = 0.10
 """If counter and samples differ by more than this fraction, the power is suspect."""
@@ -84,6 +85,11 @@ class Power:
         return None if self.disagreement is None else abs(self.disagreement) > MAX_DISAGREEMENT
 
 
+def is_engine(device: str) -> bool:
+    """Whether this `device` stands for the processes of an engine on one of its nodes."""
+    return device.startswith(ENGINE_DEVICE)
+
+
 def mean_power(telemetry: pa.Table) -> Power:
     """The mean power over the samples: one row per device and sample, with TELEMETRY_COLUMNS."""
     counted = _each_gpu(telemetry, "energy_j", _count_energy)
@@ -101,7 +107,7 @@ def mean_power(telemetry: pa.Table) -> Power:
 
 
 def _of_gpus(telemetry: pa.Table) -> pa.Table:
-    return telemetry.filter(pc.not_equal(telemetry["device"], ENGINE_DEVICE))
+    return telemetry.filter(pc.invert(pc.starts_with(telemetry["device"], ENGINE_DEVICE)))
 
 
 def _has_counters(telemetry: pa.Table) -> bool:
@@ -135,7 +141,7 @@ def _each_gpu(
     values = telemetry[column].cast(pa.float64()).to_numpy()
     order = np.argsort(times, kind="stable")
     all_times, found = times[order], []
-    gpus = sorted(set(names) - {ENGINE_DEVICE})
+    gpus = sorted(each for each in set(names) if not is_engine(each))
     for gpu in gpus:
         rows = order[(device_index[order] == names.index(gpu)) & ~np.isnan(values[order])]
         gpu_times = times[rows]

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from servegrid.analysis import buffering, client_error, energy, server_metrics, stationarity
-from servegrid.analysis.energy import ENGINE_DEVICE, gpu_columns, mean_power
+from servegrid.analysis.energy import gpu_columns, is_engine, mean_power
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records.columns import PERCENTILES
@@ -226,7 +226,7 @@ def last_token_ns(requests: pa.Table) -> pa.Array:
 
 
 def memory_peak_bytes(telemetry: pa.Table) -> int | None:
-    """The largest sum over the GPUs at one time; without GPUs, the largest value of the engine.
+    """The largest sum over the GPUs at one time; without GPUs, over the engine's nodes.
 
     The devices are sampled one after another. A sample counts until the next sample of its device,
     and the first one also counts for the time before it. None if a device has no sample with its
@@ -235,7 +235,10 @@ def memory_peak_bytes(telemetry: pa.Table) -> int | None:
     devices = set(telemetry["device"].to_pylist())
     times = np.unique(telemetry["time_ns"].to_numpy())
     total = np.zeros(len(times), dtype=np.int64)
-    for device in sorted(devices - {ENGINE_DEVICE}) or [ENGINE_DEVICE]:
+    gpus = {device for device in devices if not is_engine(device)}
+    if not devices:
+        return None
+    for device in sorted(gpus or devices):
         known = pc.and_(
             pc.equal(telemetry["device"], device), pc.is_valid(telemetry["memory_bytes"])
         )

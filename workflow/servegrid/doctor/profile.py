@@ -13,8 +13,8 @@ import yaml
 
 from servegrid.doctor.report import Finding, Group
 from servegrid.errors import ConfigError
-from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment, Study
+from servegrid.study.nodes import nodes_problem
 from servegrid.study.text import pluralize
 
 EXECUTOR = "submitit"
@@ -168,26 +168,30 @@ def check_study(profile: Profile, study: Study, file: Path) -> Iterator[Finding]
                 f"{', '.join(map(str, profile.kinds))}.",
             )
         else:
-            yield _check_node_count(group, kind, profile.kinds.get(kind, {}), deployments, file)
+            yield _check_node_count(group, profile, kind, deployments, file)
 
 
 def _check_node_count(
-    group: Group,
-    kind: str,
-    parameters: Mapping[str, Any],
-    deployments: Sequence[Deployment],
-    file: Path,
+    group: Group, profile: Profile, kind: str, deployments: Sequence[Deployment], file: Path
 ) -> Finding:
+    parameters = profile.kinds.get(kind, {})
     large = [each for each in deployments if count_nodes(each, parameters) > 1]
-    refused = [deployment.name for deployment in large if deployment.engine != EMULATED]
-    if refused:
+    problems = [nodes_problem(each, count_nodes(each, parameters)) for each in large]
+    if refused := [problem for problem in problems if problem]:
         return group.warn(
             f"kind {kind}",
-            f"one node has {parameters.get('gpus_of_node')} GPUs, fewer than these deployments "
-            f"need: {', '.join(refused)}. servegrid starts an engine on one node only, so their "
-            "cells will fail; the others will run",
-            f"Add them to `exclude` in {file}, or use a kind with more GPUs per node. If the "
-            "nodes have more, correct gpus_of_node.",
+            f"one node has {parameters.get('gpus_of_node')} GPUs: {refused[0]} Such cells will "
+            f"fail ({pluralize(len(refused), 'deployment')}); the others will run",
+            f"Add these deployments to `exclude` in {file}, or use a kind with more GPUs per "
+            "node. If the nodes have more, correct gpus_of_node.",
+        )
+    if large and "interface" not in parameters:
+        return group.fail(
+            f"kind {kind}",
+            f"{pluralize(len(large), 'deployment')} on several nodes, but the kind does not say "
+            "over which network they talk",
+            f"Set `interface` of `{kind}` in {profile.kinds_file}, to a name such as ib0 or to a "
+            "network such as 10.7.0.0/16 (`ip -br address` on a node shows both).",
         )
     if large:
         nodes = max(count_nodes(deployment, parameters) for deployment in large)

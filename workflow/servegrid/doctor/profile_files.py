@@ -28,6 +28,7 @@ CONFIG = """\
 executor: submitit
 submitit-cluster: slurm
 submitit-service: servegrid.run.service:serve
+submitit-follower: servegrid.run.service:follow
 submitit-check: servegrid.run.service:check_servable
 submitit-kinds: {kinds}
 submitit-preload: servegrid.run.trial

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from servegrid.doctor.profile import CPU, Profile, count_nodes, get_number, parse_minutes
-from servegrid.study.deployment import EMULATED
 from servegrid.study.grid import Deployment
+from servegrid.study.nodes import nodes_problem
 
 RULE = "measure"
 COPIED = ("nodes", "cpus_per_task", "slurm_partition", "slurm_account", "slurm_constraint")
@@ -135,7 +135,11 @@ def build_request(
         gpus=_requested_gpus(values, max(per_node, default=default)),
         needs_gpus=needs_gpus,
         max_nodes=max(
-            (count_nodes(each, values) for each in deployments if each.engine == EMULATED),
+            (
+                nodes
+                for each in deployments
+                if nodes_problem(each, nodes := count_nodes(each, values)) is None
+            ),
             default=1,
         ),
     )

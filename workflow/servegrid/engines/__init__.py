@@ -5,12 +5,22 @@ from __future__ import annotations
 import importlib
 from contextlib import AbstractContextManager
 
-from servegrid.engines.base import Engine, Site
+from servegrid.engines.base import Engine, EnginePart, Nodes, Site
 from servegrid.errors import ConfigError
 from servegrid.study.deployment import EMULATED, EXTERNAL
 from servegrid.study.grid import Deployment
 
-__all__ = ["EMULATED", "ENGINES", "EXTERNAL", "Engine", "Site", "start_engine"]
+__all__ = [
+    "EMULATED",
+    "ENGINES",
+    "EXTERNAL",
+    "Engine",
+    "EnginePart",
+    "Nodes",
+    "Site",
+    "start_engine",
+    "start_part",
+]
 
 ENGINES = {
     EMULATED: "servegrid.engines.emulated",
@@ -38,4 +48,14 @@ def start_engine(deployment: Deployment, site: Site) -> AbstractContextManager[E
         )
     module = importlib.import_module(ENGINES[deployment.engine])
     manager: AbstractContextManager[Engine] = module.start_engine(deployment, site)
+    return manager
+
+
+def start_part(deployment: Deployment, site: Site) -> AbstractContextManager[EnginePart]:
+    """A context manager for the other nodes: their part of the engine runs inside the block.
+
+    The first node, which is in `start_engine` meanwhile, says how. Raises the same errors.
+    """
+    module = importlib.import_module(ENGINES[deployment.engine])
+    manager: AbstractContextManager[EnginePart] = module.start_part(deployment, site)
     return manager

@@ -95,8 +95,9 @@ def requirements_for(
     model_config: Mapping[str, Any],
     weight_bytes: int | None,
     capability_for: Callable[[str], Capability | None],
+    nodes: int = 1,
 ) -> Requirements:
-    """The requirements of a deployment whose weights have `weight_bytes`.
+    """What a deployment whose weights have `weight_bytes` requires of each of its `nodes`.
 
     `defaults` comes from `arguments.default_arguments`, and `model_config` is the model's
     config.json. `capability_for` returns the compute capability that vLLM needs for a quantization
@@ -114,10 +115,12 @@ def requirements_for(
         weight_bytes = None
     elif weight_bytes is not None and _stored_dtype(model_config) == "float32":
         weight_bytes //= 2  # vLLM loads float32 weights as 16 bits unless a flag says otherwise
+    if weight_bytes is not None:
+        weight_bytes //= nodes
     return Requirements(
         deployment=deployment.name,
-        gpu_count=deployment.gpu_count,
-        gpus_per_copy=_gpus_per_copy(deployment, model_config),
+        gpu_count=deployment.gpu_count // nodes,
+        gpus_per_copy=_gpus_per_copy(deployment, model_config) // nodes,
         dtype=str(dtype).lower(),
         quantization=method,
         quantization_capability=_highest(capability_for(method), SCHEME_CAPABILITY.get(method))
@@ -130,9 +133,16 @@ def requirements_for(
 
 
 def check_compatibility(
-    deployment: Deployment, defaults: Mapping[str, Any], checkpoint: Path, vllm: str
+    deployment: Deployment,
+    defaults: Mapping[str, Any],
+    checkpoint: Path,
+    vllm: str,
+    nodes: int = 1,
 ) -> None:
-    """Raise EngineError if the deployment is sure to fail on this node's GPUs."""
+    """Raise EngineError if the deployment is sure to fail on this node's GPUs.
+
+    This node is one of `nodes`, among which the GPUs and the weights are divided evenly.
+    """
     config = checkpoint / "config.json"
     needs = requirements_for(
         deployment,
@@ -140,6 +150,7 @@ def check_compatibility(
         json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
         hardware.weight_bytes(checkpoint),
         hardware.required_capability,
+        nodes,
     )
     with nvml.open_driver() as driver:
         gpus = hardware.list_gpus(driver, os.environ) if driver else None

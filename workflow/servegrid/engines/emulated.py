@@ -123,6 +123,23 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[EmulatedEngine]
         yield EmulatedEngine(endpoint, facts, server)
 
 
+@dataclass(frozen=True)
+class EmulatedPart:
+    """The part of an emulated engine on another node: it does nothing."""
+
+    def pids(self) -> list[int]:
+        return [os.getpid()]
+
+    def healthy(self) -> bool:
+        return True
+
+
+@contextlib.contextmanager
+def start_part(deployment: Deployment, site: Site) -> Iterator[EmulatedPart]:
+    """See `servegrid.engines.start_part`."""
+    yield EmulatedPart()
+
+
 def _simulate_start(
     deployment: Deployment, settings: EmulatedSettings, faults: tuple[Fault, ...], site: Site
 ) -> None:

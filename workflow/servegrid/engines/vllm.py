@@ -21,8 +21,8 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines import arguments, compatibility, startup_errors, vllm_api
-from servegrid.engines.base import Site
+from servegrid.engines import arguments, compatibility, startup_errors, vllm_api, vllm_nodes
+from servegrid.engines.base import Nodes, Site
 from servegrid.engines.listening import (
     BACKLOG,
     LOOPBACK,
@@ -31,9 +31,11 @@ from servegrid.engines.listening import (
     socket_path,
     wait_until,
 )
+from servegrid.engines.vllm_nodes import VllmPart
 from servegrid.engines.vllm_server import EngineExitedError, VllmServer
 from servegrid.engines.vllm_worker import WorkerExtension
 from servegrid.errors import EngineError
+from servegrid.node import processes
 from servegrid.node.environment import set_environment
 from servegrid.node.reaper import start_reaper
 from servegrid.study import models
@@ -70,25 +72,27 @@ class VllmEngine:
     endpoint: Endpoint
     facts: dict[str, Any]
     server: VllmServer
+    nodes: Nodes | None = None
 
     def pids(self) -> list[int]:
         return [os.getpid(), *(child.pid for child in self.server.children if child.is_running())]
 
     def healthy(self) -> bool:
-        return self.server.is_alive() and is_healthy(self.endpoint)
+        is_whole = self.nodes is None or self.nodes.failure is None
+        return is_whole and self.server.is_alive() and is_healthy(self.endpoint)
 
 
 @contextlib.contextmanager
 def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
     """See `servegrid.engines.start_engine`."""
-    clock = _Clock()
+    clock, nodes = _Clock(), site.nodes
     deadline = clock.started + site.startup_s
     checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
     with contextlib.ExitStack() as stack:
         reaper = stack.enter_context(start_reaper())
         path = socket_path(site, reaper.folder)
         check_socket_path(reaper.folder / str(uuid.uuid4()))  # vLLM names its sockets like this
-        with set_environment(engine_environment(reaper.folder)):
+        with set_environment(engine_environment(reaper.folder, nodes)):
             api = _load_api(deployment)
             words = _command_line(deployment, checkpoint, api)
             listener = stack.enter_context(_listener(path))
@@ -99,28 +103,42 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
                 socket=str(path) if path else None,
                 started_here=True,
             )
-            parsed = api.parse([*words, *_worker_extension(api)], deployment.name)
             clock.lap("import")
-            if deployment.gpu_count:
-                defaults = arguments.default_arguments(deployment, str(checkpoint), None)
-                compatibility.check_compatibility(deployment, defaults, checkpoint, api.version)
+            _check_gpus(deployment, site, checkpoint, api)
+            shared = [*words, *_worker_extension(api)]
+            store = None
+            if nodes is not None:
+                vllm_nodes.check_api(deployment, api)
+                store = vllm_nodes.meeting_point(nodes.addresses[0])
+                nodes.send({"words": shared, "port": store.port})
+            parsed = api.parse([*shared, *_node_arguments(nodes, store)], deployment.name)
             server = VllmServer(api, parsed, listener, reaper, str(endpoint.api_key))
             stack.callback(server.stop)
+
+            def has_engine() -> bool:
+                vllm_nodes.check_parts(deployment, nodes)
+                return server.has_engine()
+
             try:
                 server.start()
-                wait_until(server.has_engine, deadline, deployment.name)
+                wait_until(has_engine, deadline, deployment.name)
                 clock.lap("engine")
-                wait_until(
-                    lambda: server.has_engine() and is_healthy(endpoint), deadline, deployment.name
-                )
+                wait_until(lambda: has_engine() and is_healthy(endpoint), deadline, deployment.name)
                 server.watch()
                 clock.lap("server")
             except EngineExitedError as error:
+                vllm_nodes.check_parts(deployment, nodes)
                 raise _startup_error(deployment, api, error, reaper.folder) from None
             except BaseException:
                 # Stop it before the environment is reset: processes that still start need it.
+                if nodes is not None:
+                    processes.terminate(server.children, grace_s=0)
                 server.stop()
                 raise
+        if nodes is not None:
+            guard = vllm_nodes.Guard(nodes, endpoint, server.children)
+            stack.callback(guard.stop)
+            guard.start()
         facts = {
             "engine": "vllm",
             "version": api.version,
@@ -130,10 +148,37 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
             "model_files": models.file_digests(checkpoint),
             "bring_up_s": clock.laps,
         }
-        yield VllmEngine(endpoint, facts, server)
+        if nodes is not None:
+            facts["nodes"] = len(nodes.hosts)
+        yield VllmEngine(endpoint, facts, server, nodes)
+        del store  # torch's processes need it until here
 
 
-def engine_environment(folder: Path) -> dict[str, str]:
+@contextlib.contextmanager
+def start_part(deployment: Deployment, site: Site) -> Iterator[VllmPart]:
+    """See `servegrid.engines.start_part`."""
+    deadline, nodes = time.monotonic() + site.startup_s, site.nodes
+    assert nodes is not None
+    checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
+    with (
+        start_reaper() as reaper,
+        set_environment(engine_environment(reaper.folder, nodes)),
+    ):
+        api = _load_api(deployment)
+        vllm_nodes.check_api(deployment, api)
+        _check_gpus(deployment, site, checkpoint, api)
+        told = vllm_nodes.receive_start(nodes, deadline, deployment.name)
+        address, port = nodes.addresses[0], told["port"]
+        own = vllm_nodes.node_arguments(nodes.rank, len(nodes.hosts), address, port)
+        parsed = api.parse([*told["words"], *own], deployment.name)
+        workers = vllm_nodes.Workers(parsed, reaper)
+        with vllm_nodes.running(
+            workers, lambda: wait_until(workers.are_up, deadline, deployment.name)
+        ) as part:
+            yield part
+
+
+def engine_environment(folder: Path, nodes: Nodes | None = None) -> dict[str, str]:
     """Environment variables for vLLM and its processes; they put their files into `folder`."""
     folders = {
         "TMPDIR": str(folder),
@@ -141,7 +186,10 @@ def engine_environment(folder: Path) -> dict[str, str]:
         # The default is a folder in /tmp with a name that every other user can predict.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "torchinductor"),
     }
-    return ENVIRONMENT | folders | startup_errors.logging_variables(folder)
+    found = ENVIRONMENT | folders | startup_errors.logging_variables(folder)
+    if nodes is not None:
+        found |= vllm_nodes.node_environment(nodes.addresses[nodes.rank], nodes.interface)
+    return found
 
 
 class _Clock:
@@ -172,6 +220,21 @@ def _load_api(deployment: Deployment) -> vllm_api.VllmApi:
             "this kind of GPU, on a node that has it."
         )
     return api
+
+
+def _check_gpus(
+    deployment: Deployment, site: Site, checkpoint: Path, api: vllm_api.VllmApi
+) -> None:
+    if deployment.gpu_count:
+        defaults = arguments.default_arguments(deployment, str(checkpoint), None)
+        nodes = 1 if site.nodes is None else len(site.nodes.hosts)
+        compatibility.check_compatibility(deployment, defaults, checkpoint, api.version, nodes)
+
+
+def _node_arguments(nodes: Nodes | None, store: Any) -> list[str]:
+    if nodes is None:
+        return []
+    return vllm_nodes.node_arguments(0, len(nodes.hosts), nodes.addresses[0], store.port)
 
 
 def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.VllmApi) -> list[str]:

@@ -33,12 +33,13 @@ def describe_allocations(
 def describe_environment(trial: Trial, record: dict[str, Any]) -> dict[str, str | None]:
     """The environment in a trial's record as texts. A value that is not recorded is None."""
     environment, engine = record.get("environment") or {}, record.get("engine") or {}
-    gpus = [gpu.get("name") for gpu in environment.get("gpus") or []]
+    nodes = [environment, *(environment.get("other_nodes") or [])]
+    gpus = [gpu.get("name") for node in nodes for gpu in node.get("gpus") or []]
     cpu, cores = environment.get("cpu"), environment.get("cpu_cores")
     return {
         "deployment": trial.deployment.name,
         "engine": f"{trial.deployment.engine} {engine.get('version') or ''}".strip(),
-        "node": environment.get("node"),
+        "node": ", ".join(node["node"] for node in nodes if node.get("node")) or None,
         "CPU": cpu and f"{cpu}, {cores} cores",
         "driver": environment.get("driver"),
         "GPUs": ", ".join(sorted({f"{gpus.count(gpu)} × {gpu}" for gpu in gpus if gpu})) or None,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -17,15 +19,27 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines import EMULATED, EXTERNAL, Site, start_engine
+from servegrid.engines import (
+    EMULATED,
+    EXTERNAL,
+    EnginePart,
+    Nodes,
+    Site,
+    start_engine,
+    start_part,
+)
+from servegrid.engines.vllm_nodes import visible_devices
 from servegrid.errors import ConfigError, EngineError
-from servegrid.node import environment, nvml
+from servegrid.node import environment
 from servegrid.node.reaper import start_reaper
 from servegrid.run import cores
+from servegrid.run import nodes as other_nodes
 from servegrid.run.calibration import calibrate, describe_calibration
 from servegrid.study import models
+from servegrid.study.deployment import VLLM
 from servegrid.study.endpoint import Endpoint, api_key_for
 from servegrid.study.grid import Deployment, Trial
+from servegrid.study.nodes import nodes_problem, version_problem, workers_per_node
 from servegrid.study.revisions import read_revisions
 from servegrid.telemetry.sampler import Sampler
 
@@ -128,31 +142,89 @@ def check_servable(
     """
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
     nodes = site.get("nodes", 1)
-    if nodes > 1 and deployment.engine != EMULATED:
-        raise ConfigError(
+    problem = nodes_problem(deployment, nodes)
+    if problem is None and nodes > 1 and "interface" not in site and deployment.engine == VLLM:
+        problem = (
             f"deployment `{deployment.name}` needs {deployment.gpu_count} GPUs on {nodes} nodes, "
-            f"but servegrid starts {deployment.engine} on one node only. Choose a kind of node "
-            "with enough GPUs, or remove the deployment with `exclude` in the study."
+            "but the profile starts a process on the first one only. Write `submitit-follower: "
+            "servegrid.run.service:follow` into its config.yaml."
         )
+    if problem is None and nodes > 1 and deployment.engine == VLLM:
+        problem = version_problem(deployment, nodes, find_vllm(site))
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def find_vllm(site: Mapping[str, Any]) -> str | None:
+    """The version of vLLM in the environment of a kind; None if it cannot be read here.
+
+    The metadata of its package is read; nothing is imported.
+    """
+    if "container" in site:
+        return None
+    python = Path(site.get("python") or sys.executable)
+    found = sorted(python.parent.parent.glob("lib/python3*/site-packages/vllm*.dist-info"))
+    named = [re.fullmatch(r"vllm(?:_\w+)?-(.+)\.dist-info", path.name) for path in found]
+    return next((match[1] for match in named if match), None)
 
 
 @contextlib.contextmanager
-def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) -> Iterator[Service]:
+def follow(
+    name: str, params: Mapping[str, Any], resources: Mapping[str, Any], nodes: Nodes
+) -> Iterator[Service]:
+    """On each node of an allocation but the first: run this node's part of the engine.
+
+    The arguments are those of `serve`, which the first node is in meanwhile.
+    """
+    environment.use_utf8()
+    deployment = Trial.from_spec(json.loads(params["spec"])).deployment
+    site = _site(resources, nodes)
+    check_allocated_gpus(deployment, os.environ)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(start_reaper()).folder
+        stack.enter_context(environment.set_environment(OFFLINE | _visible(deployment, nodes)))
+        nodes.send({"environment": other_nodes.describe(deployment)}, rank=0)
+        part: EnginePart = stack.enter_context(start_part(deployment, site))
+        samples = folder / "telemetry.jsonl"
+        stack.enter_context(Sampler(part.pids(), samples))
+        stack.enter_context(other_nodes.send_samples(nodes, samples))
+        yield Service({}, part.healthy)
+
+
+def _site(resources: Mapping[str, Any], nodes: Nodes | None) -> Site:
+    return Site(
+        socket=resources.get("socket", "tcp"),
+        startup_s=float(resources.get("startup_s", STARTUP_S)),
+        models=models.default_folder(),
+        revisions=read_revisions(RESULTS),
+        nodes=nodes,
+    )
+
+
+def _visible(deployment: Deployment, nodes: Nodes | None) -> dict[str, str]:
+    """On several nodes, the GPUs of this one that the engine uses."""
+    if nodes is None or not deployment.node_gpus or deployment.engine != VLLM:
+        return {}
+    return visible_devices(os.environ, workers_per_node(deployment, len(nodes.hosts)))
+
+
+@contextlib.contextmanager
+def serve(
+    name: str,
+    params: Mapping[str, Any],
+    resources: Mapping[str, Any],
+    nodes: Nodes | None = None,
+) -> Iterator[Service]:
     """Start the deployment that the cells of one allocation share.
 
     `params["spec"]` is the specification of any of its trials, as JSON. `resources` contains the
     settings of the site: `socket` (tcp or unix) and `startup_s` (seconds within which the engine
     must start). It also contains `max_concurrency`, the highest number of requests in flight in
-    the study.
+    the study. `nodes` is None if the allocation has one node; the others are in `follow`.
     """
     environment.use_utf8()
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
-    site = Site(
-        socket=resources.get("socket", "tcp"),
-        startup_s=float(resources.get("startup_s", STARTUP_S)),
-        models=models.default_folder(),
-        revisions=read_revisions(RESULTS),
-    )
+    site = _site(resources, nodes)
     check_allocated_gpus(deployment, os.environ)
     max_concurrency = int(resources.get("max_concurrency", 1))
     # The client gets its own cores if the engine does not compute on this CPU.
@@ -161,7 +233,8 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
     with contextlib.ExitStack() as stack:
         # The reaper removes the folder with the engine's API key even if this process is killed.
         folder = stack.enter_context(start_reaper()).folder
-        stack.enter_context(environment.set_environment(OFFLINE))
+        stack.enter_context(environment.set_environment(OFFLINE | _visible(deployment, nodes)))
+        others = other_nodes.meet(deployment, nodes)
         calibration = None
         if deployment.engine != EMULATED:
             socket = None if site.socket == "tcp" else folder / "mock"
@@ -174,6 +247,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             samples.touch()  # No process and no GPU of this node belongs to the engine.
         else:
             stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
+            stack.enter_context(other_nodes.samples_of_others(nodes, samples))
         info = AllocationInfo(
             endpoint=engine.endpoint,
             deployment_digest=deployment.digest,
@@ -181,8 +255,8 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
             telemetry=samples,
             process=(os.getpid(), psutil.Process().create_time()),
             engine={**engine.facts, **_revisions(deployment, site)},
-            environment=environment.describe_node()
-            | (nvml.describe_gpus(os.environ) if deployment.node_gpus else {})
+            environment=other_nodes.describe(deployment)
+            | ({"other_nodes": others} if others else {})
             | {"allocation": name, "started": datetime.now(UTC).isoformat()},
             cpu_sets=[sorted(cpu_set) for cpu_set in cpu_sets.client],
             calibration=calibration,

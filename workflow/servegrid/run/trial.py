@@ -16,11 +16,14 @@ from servegrid.errors import EngineError
 from servegrid.records import columns, parquet
 from servegrid.records.verdict import SERVER_DIED, decide_verdict
 from servegrid.run.jobscript import report_work_span
+from servegrid.run.nodes import device_of
 from servegrid.run.service import AllocationInfo
 from servegrid.study.deployment import EXTERNAL
 from servegrid.study.grid import Trial
 from servegrid.telemetry import sampler, server
 
+SAMPLES_LATE_S = 5.0
+"""How late the samples of other nodes can come."""
 DEATH_CONFIRMED_S = 5.0
 """Seconds that a server must keep answering after a failure to count as alive."""
 
@@ -81,6 +84,9 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "metrics_after": measurement.counters_after,
     }
     window = measurement.facts["window_ns"]
+    others = info.environment.get("other_nodes", ())
+    devices = [device_of(rank, sampler.ENGINE) for rank, _ in enumerate(others, 1)]
+    sampler.wait_for(info.telemetry, offset, window[1], devices, SAMPLES_LATE_S)
     rows = sampler.read_samples(info.telemetry, offset, *window)
     parquet.write_table(parquet.arrow_table(columns.TELEMETRY, rows, record), samples)
     table = measurement.requests

@@ -1,6 +1,7 @@
 """How the GPUs of a vLLM deployment work together. Pure.
 
-`gpu_count` counts all GPUs of a deployment, because costs and allocations depend on them. vLLM
+`gpu_count` counts all GPUs of a deployment, on all its nodes, because costs and allocations depend
+on them. A CPU has none, so there `tensor_parallel_size` says how many workers share the model. vLLM
 needs tensor × pipeline × data × prefill context parallel sizes (vLLM 0.32, ParallelConfig in
 `vllm/config/parallel.py`). Expert parallelism and decode context parallelism use the same GPUs
 again.
@@ -23,9 +24,10 @@ SEVERAL_SERVERS = frozenset(
         *("data_parallel_size_local", "data_parallel_rank", "data_parallel_start_rank"),
         *("data_parallel_address", "data_parallel_external_lb", "data_parallel_hybrid_lb"),
         *("data_parallel_multi_port_external_lb", "headless", "nnodes", "node_rank"),
+        *("master_addr", "master_port"),
     }
 )
-"""Arguments for a model that several servers or nodes share."""
+"""Arguments for a model that several servers or nodes share. servegrid sets those it needs."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Parallelism:
     data: int = 1
     prefill_context: int = 1
 
+    @property
+    def workers(self) -> int:
+        """The processes that share the work."""
+        return self.tensor * self.pipeline * self.data * self.prefill_context
+
 
 def read_parallelism(engine_args: Mapping[str, Any], gpu_count: int, where: str) -> Parallelism:
     """The parallelism of vLLM with these `engine_args` on `gpu_count` GPUs (0: a CPU).
@@ -45,7 +52,7 @@ def read_parallelism(engine_args: Mapping[str, Any], gpu_count: int, where: str)
     and the key, if that is not a whole number of GPUs, or if an argument needs several servers.
     """
     given = {key.replace("-", "_"): value for key, value in engine_args.items()}  # vLLM takes both
-    if TENSOR in given:
+    if TENSOR in given and gpu_count:
         raise ConfigError(
             f"{where}: engine_args.{TENSOR} is set by the deployment's own key `gpu_count`, which "
             "counts all GPUs. Set that key and remove the argument."
@@ -54,7 +61,8 @@ def read_parallelism(engine_args: Mapping[str, Any], gpu_count: int, where: str)
         if given[key] not in (None, False):
             raise ConfigError(
                 f"{where}: engine_args.{key} spreads the model over several servers, but servegrid "
-                f"starts one, on one node. Remove the argument. `{DATA}` starts several copies."
+                f"starts one. Remove the argument. `{DATA}` starts several copies. If a node has "
+                "too few GPUs, servegrid takes several nodes."
             )
     sizes = {key: _size(given.get(key), key, where) for key in (PIPELINE, DATA, PREFILL_CONTEXT)}
     others = sizes[PIPELINE] * sizes[DATA] * sizes[PREFILL_CONTEXT]
@@ -65,7 +73,8 @@ def read_parallelism(engine_args: Mapping[str, Any], gpu_count: int, where: str)
             "engine_args). `gpu_count` counts all GPUs of the deployment: tensor × pipeline × data "
             f"parallel. Set it to {others} times the GPUs of tensor parallelism."
         )
-    return Parallelism(max(1, gpu_count // others), *sizes.values())
+    tensor = gpu_count // others if gpu_count else _size(given.get(TENSOR), TENSOR, where)
+    return Parallelism(max(1, tensor), *sizes.values())
 
 
 def _size(value: Any, key: str, where: str) -> int:

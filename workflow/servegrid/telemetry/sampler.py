@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -94,6 +94,21 @@ def read_samples(file: Path, offset: int, start_ns: int, end_ns: int) -> list[Ro
         lines = stream.read().splitlines(keepends=True)
     rows = (json.loads(line) for line in lines if line.endswith(b"\n"))
     return [row for row in rows if start_ns <= row["time_ns"] <= end_ns]
+
+
+def wait_for(
+    file: Path, offset: int, end_ns: int, devices: Collection[str], limit_s: float
+) -> None:
+    """Wait until each of `devices` has a sample from `end_ns` on: those of other nodes come late.
+
+    After `limit_s` seconds the samples that are missing are left out.
+    """
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        found = {row["device"] for row in read_samples(file, offset, end_ns, sys.maxsize)}
+        if found >= set(devices):
+            return
+        time.sleep(0.1)
 
 
 def sample_processes(pids: Sequence[int], proc: Path = Path("/proc")) -> Row:

@@ -39,8 +39,8 @@ TELEMETRY = (
         "device",
         pa.string(),
         "",
-        "`engine` for the processes of the engine; else the UUID of the GPU, or its index if the "
-        "UUID is not known",
+        "`engine` for the processes of the engine, `engine.1` for those on its second node, and so "
+        "on; else the UUID of the GPU, or its index if the UUID is not known",
     ),
     Column(
         "memory_bytes",

@@ -1,0 +1,63 @@
+"""What a deployment can be on several nodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from helpers.deployments import SMALL_VLLM
+from servegrid.study.deployment import Deployment
+from servegrid.study.nodes import nodes_problem, version_problem, workers_per_node
+
+
+def on_gpus(count: int, engine: str = "vllm", **engine_args: Any) -> Deployment:
+    return replace(SMALL_VLLM, gpu="a100", gpu_count=count, engine=engine, engine_args=engine_args)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "nodes", "each"),
+    [
+        (on_gpus(4), 2, 2),
+        (on_gpus(8), 2, 4),
+        (on_gpus(8, pipeline_parallel_size=2), 4, 2),
+        (replace(SMALL_VLLM, engine_args={"tensor_parallel_size": 2}), 2, 1),
+    ],
+)
+def test_workers_are_divided_evenly(deployment: Deployment, nodes: int, each: int) -> None:
+    assert nodes_problem(deployment, nodes) is None
+    assert workers_per_node(deployment, nodes) == each
+
+
+@pytest.mark.parametrize(
+    ("deployment", "nodes", "words"),
+    [
+        (on_gpus(3), 2, "its 3 workers cannot be divided evenly among 2 nodes"),
+        (SMALL_VLLM, 2, "its 1 workers cannot be divided evenly among 2 nodes"),
+        (on_gpus(4, data_parallel_size=2), 2, "not data or prefill context parallelism"),
+        (on_gpus(4, "llamacpp"), 2, "starts llamacpp on one node only"),
+        (on_gpus(0, "external"), 2, "starts external on one node only"),
+        (on_gpus(4, distributed_executor_backend="ray"), 2, "supports only `mp`, not `ray`"),
+    ],
+)
+def test_what_cannot_run_on_several_nodes_runs_on_one(
+    deployment: Deployment, nodes: int, words: str
+) -> None:
+    assert words in str(nodes_problem(deployment, nodes))
+    assert nodes_problem(deployment, 1) is None
+
+
+def test_an_emulated_engine_runs_anywhere() -> None:
+    assert nodes_problem(on_gpus(3, "emulated"), 2) is None
+    assert version_problem(on_gpus(4, "emulated"), 2, "0.10.1.1") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("0.10.1.1", True), ("0.11.2", True), ("0.12.0", False), ("0.32.0+cpu", False), (None, False)],
+)
+def test_old_versions_of_vllm_are_refused(version: str | None, refused: bool) -> None:
+    problem = version_problem(on_gpus(4), 2, version)
+    assert bool(problem) is refused
+    assert version_problem(on_gpus(4), 1, version) is None

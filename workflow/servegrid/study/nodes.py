@@ -1,0 +1,69 @@
+"""What a deployment can be on several nodes. Pure.
+
+vLLM's own multi-node start (`--nnodes`) came with vLLM 0.12 (vllm#23691). Its workers are divided
+evenly among the nodes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from servegrid.study.deployment import EMULATED, VLLM, Deployment
+
+MIN_VLLM = (0, 12)
+BACKEND = "distributed_executor_backend"
+
+
+def workers_per_node(deployment: Deployment, nodes: int) -> int:
+    """The workers of a vLLM deployment on each of its `nodes`; with GPUs, each has one."""
+    return deployment.parallelism.workers // nodes
+
+
+def nodes_problem(deployment: Deployment, nodes: int) -> str | None:
+    """Why the deployment cannot run on this number of nodes, and the remedy; None if it can."""
+    if nodes == 1 or deployment.engine == EMULATED:
+        return None
+    name = f"deployment `{deployment.name}`"
+    needs = f"{name} needs {deployment.gpu_count} GPUs on {nodes} nodes"
+    remedy = (
+        "Choose a kind of node with enough GPUs, or remove the deployment with `exclude` in the "
+        "study."
+    )
+    if deployment.engine != VLLM:
+        return f"{needs}, but servegrid starts {deployment.engine} on one node only. {remedy}"
+    parallelism = deployment.parallelism
+    if parallelism.data * parallelism.prefill_context > 1:
+        return (
+            f"{needs}, but on several nodes servegrid supports tensor and pipeline parallelism "
+            f"only, not data or prefill context parallelism. {remedy}"
+        )
+    if parallelism.workers % nodes:
+        return (
+            f"{name}: its {parallelism.workers} workers cannot be divided evenly among {nodes} "
+            "nodes. Set `gpu_count` (on a CPU: engine_args.tensor_parallel_size) to a multiple of "
+            "the number of nodes."
+        )
+    backend = {key.replace("-", "_"): each for key, each in deployment.engine_args.items()}.get(
+        BACKEND
+    )
+    if backend not in (None, "mp"):
+        return (
+            f"{name}: engine_args.{BACKEND}: on several nodes servegrid supports only `mp`, not "
+            f"`{backend}`. Remove the argument."
+        )
+    return None
+
+
+def version_problem(deployment: Deployment, nodes: int, vllm: str | None) -> str | None:
+    """Why this version of vLLM cannot run on several nodes; None if it can, or is unknown."""
+    if nodes == 1 or deployment.engine != VLLM or vllm is None:
+        return None
+    found = tuple(map(int, re.findall(r"\d+", vllm)[:2]))
+    if len(found) < 2 or found >= MIN_VLLM:
+        return None
+    return (
+        f"deployment `{deployment.name}` needs {deployment.gpu_count} GPUs on {nodes} nodes, but "
+        f"vLLM {vllm} of the kind `{deployment.gpu}` cannot start on several nodes. vLLM "
+        f"{'.'.join(map(str, MIN_VLLM))} and newer can: use another environment (`python` of the "
+        "kind), a kind of node with enough GPUs, or `exclude` in the study."
+    )
