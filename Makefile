@@ -51,9 +51,10 @@ lint: .venv/.dev  ## ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/snakefmt --check Snakefile workflow/rules
 	.venv/bin/snakemake --lint
 
-bench: .venv/.ready model  ## measure the cost of measuring (PEERS=1: other clients, SCALE=1: to 50,000 cells)
+bench: .venv/.ready model  ## the cost of measuring, and the validation of predictions (PEERS=1: other clients, SCALE=1: to 50,000 cells)
 	$(PYTHON) bench/machinery.py
 	$(PYTHON) bench/gather.py
+	$(PYTHON) bench/prediction.py
 	$(PYTHON) bench/client.py $(if $(PEERS),--peers)
 	$(if $(SCALE),$(PYTHON) bench/scale.py)
 
