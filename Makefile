@@ -31,9 +31,8 @@ test-steps:
 	tests/install.sh
 	$(MAKE) --no-print-directory lint
 	$(PYTHON) -m pytest -n 2 --dist worksteal tests/unit tests/simulation
-	$(PYTHON) -m pytest -n 3 --dist worksteal -m crowded tests/integration
+	$(PYTHON) -m pytest -n 4 --dist worksteal -m "crowded and not chaos" tests/integration tests/slurm
 	$(PYTHON) -m pytest -m "not crowded" tests/integration  # timed tests get the machine to themselves
-	$(PYTHON) -m pytest -n 3 --dist worksteal -m "not chaos" --ignore $(CAMPAIGN) tests/slurm
 	$(PYTHON) -m pytest -s $(CAMPAIGN)  # it looks for what is left behind, so it runs alone
 	@if PATH="$(CURDIR)/.venv/bin:$$PATH" tests/unpack_slurm.sh trixie $(NEWER_SLURM); then \
 		echo "The same with $$($(NEWER_SLURM)/wrap/sinfo -V):"; \

@@ -16,7 +16,7 @@ from helpers.tokenizing import make_tokenizer
 from servegrid.study import models
 from slurm.conftest import KIND, Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.crowded, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 REHEARSAL = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
