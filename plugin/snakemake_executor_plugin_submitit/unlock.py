@@ -15,8 +15,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-
-from snakemake.persistence import PersistenceBase
+from typing import Any
 
 from snakemake_executor_plugin_submitit.liveness import is_running, start_ticks
 from snakemake_executor_plugin_submitit.spool import write_atomically
@@ -34,12 +33,14 @@ def record_before_locking() -> None:
     process with thousands of jobs spends seconds. If it were killed there without a record, the
     lock would stay.
     """
+    from snakemake.persistence import PersistenceBase  # it imports most of Snakemake
+
     original = PersistenceBase.lock
     if original.__module__ == __name__:
         return
 
     @contextlib.contextmanager
-    def lock(self: PersistenceBase) -> Iterator[None]:
+    def lock(self: Any) -> Iterator[None]:
         if not self.locked:
             with contextlib.suppress(OSError):  # Snakemake reports the same about its own files
                 record_lock_holder()
