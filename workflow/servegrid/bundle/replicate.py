@@ -33,7 +33,7 @@ from servegrid.run.revisions import commits_by_name
 from servegrid.study.config import parse_study
 from servegrid.study.deployment import Deployment
 from servegrid.study.grid import Study, Trial
-from servegrid.study.revisions import add_revisions
+from servegrid.study.revisions import LOCK, add_revisions, read_revisions
 
 REPLICABLE_ARGUMENTS = frozenset(
     {
@@ -149,7 +149,7 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
     if not config.exists():
         with parquet.atomic_write(config) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    add_revisions(folder / "results", sample.revisions)
+    _pin_revisions(folder / "results", sample.revisions)
     done = subprocess.run(
         [
             *(sys.executable, "-P", "-m", "snakemake"),
@@ -165,6 +165,17 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
             "the reason. Finished measurements are kept. To resume, run the same command again."
         )
     return compare(sample.cells, tables.load_table(folder / TABLES / "cells.parquet"))
+
+
+def _pin_revisions(results: Path, revisions: Mapping[str, str]) -> None:
+    """Raise BundleError if the lock file of `results` has others."""
+    for name, commit in read_revisions(results).items():
+        if revisions.get(name, commit) != commit:
+            raise BundleError(
+                f"{results / LOCK}: `{name}` has revision {commit}, but the bundle was measured "
+                f"with {revisions[name]}. Name a new folder with --output-dir."
+            )
+    add_revisions(results, revisions)
 
 
 def _one_revision_each(archive: Path, commits: Sequence[Mapping[str, set[str]]]) -> dict[str, str]:
