@@ -16,7 +16,7 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import DemoModel
+from helpers.demo_model import DemoModel
 from servegrid.analysis import tables
 from servegrid.engines import Site, start_engine
 from servegrid.errors import EngineError

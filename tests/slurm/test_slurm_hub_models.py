@@ -18,7 +18,12 @@ from servegrid.records import parquet
 from servegrid.study import models
 from slurm.conftest import Workspace, with_options
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.crowded,
+    pytest.mark.timeout(600),
+]
 
 ROOT = Path(__file__).parents[2]
 PARTITION = "PartitionName=batch Default=YES MaxTime=01:00:00 Nodes=ALL State=UP"
