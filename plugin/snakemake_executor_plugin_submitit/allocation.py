@@ -39,6 +39,10 @@ SIGNAL_SETTLE_S = 1.0
 """How long a signal that killed a job can take to reach the allocation, too."""
 TIME_LIMIT_MARGIN_S = 90.0
 """Slurm warns up to a minute too early. An even earlier warning is a preemption."""
+MAX_RESTARTS = 3
+"""After this number of preemptions in a row without a finished job, an allocation ends for good.
+Then the main process decides. Otherwise a time limit that somebody has lowered, which looks like a
+preemption, would restart the service again and again."""
 
 
 class Service(Protocol):
@@ -196,6 +200,9 @@ class Allocation:
         job = os.environ.get("SLURM_JOB_ID")
         if job is None or self.time_limit - elapsed_s <= self.signal_delay + TIME_LIMIT_MARGIN_S:
             spool.record(events.ENDED, reason=TIME_LIMIT, detail="")
+            return
+        if spool.count_stops() >= MAX_RESTARTS:
+            spool.record(events.ENDED, reason=PREEMPTED, detail="")
             return
         spool.record(events.STOPPED, reason="preemption")
         try:

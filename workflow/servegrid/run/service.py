@@ -23,10 +23,10 @@ from servegrid.node import environment, nvml
 from servegrid.node.reaper import start_reaper
 from servegrid.run import cores
 from servegrid.run.calibration import calibrate, describe_calibration
+from servegrid.run.revisions import read_pinned
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint, api_key_for
 from servegrid.study.grid import Deployment, Trial
-from servegrid.study.revisions import read_revisions
 from servegrid.telemetry.sampler import Sampler
 
 INFO_VARIABLE = "SERVEGRID_ALLOCATION"
@@ -151,7 +151,7 @@ def serve(name: str, params: Mapping[str, Any], resources: Mapping[str, Any]) ->
         socket=resources.get("socket", "tcp"),
         startup_s=float(resources.get("startup_s", STARTUP_S)),
         models=models.default_folder(),
-        revisions=read_revisions(RESULTS),
+        revisions=read_pinned(deployment, RESULTS),
     )
     check_allocated_gpus(deployment, os.environ)
     max_concurrency = int(resources.get("max_concurrency", 1))
