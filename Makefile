@@ -1,6 +1,6 @@
 # `make run` and `make test` set everything up that they need.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-steps lint bench chaos format docs model env-cpu env-v100 env-a100 lock clean
+.PHONY: help run test test-steps test-crowded test-newer-slurm lint bench chaos format docs model env-cpu env-v100 env-a100 lock clean
 
 PROFILE ?= profiles/local
 PYTHON := .venv/bin/python
@@ -13,6 +13,8 @@ CHECKED := workflow plugin tests docs bench
 # pip's advice is of no use for an environment that is made from a complete list.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
+# The tests start hundreds of Python processes. None should compile the same modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /make \1\t/p' Makefile | expand -t 16
@@ -31,13 +33,18 @@ test-steps:
 	tests/install.sh
 	$(MAKE) --no-print-directory lint
 	$(PYTHON) -m pytest -n 2 --dist worksteal tests/unit tests/simulation
-	$(PYTHON) -m pytest -n 3 --dist worksteal -m crowded tests/integration
+	$(MAKE) --no-print-directory -j 2 --output-sync=target test-crowded test-newer-slurm
 	$(PYTHON) -m pytest -m "not crowded" tests/integration  # timed tests get the machine to themselves
-	$(PYTHON) -m pytest -n 3 --dist worksteal -m "not chaos" --ignore $(CAMPAIGN) tests/slurm
 	$(PYTHON) -m pytest -s $(CAMPAIGN)  # it looks for what is left behind, so it runs alone
+
+# The + shows the output at once; that of the other target comes when it ends.
+test-crowded:
+	+$(PYTHON) -m pytest -n 4 --dist worksteal -m "crowded and not chaos" tests/integration tests/slurm
+
+test-newer-slurm:
 	@if PATH="$(CURDIR)/.venv/bin:$$PATH" tests/unpack_slurm.sh trixie $(NEWER_SLURM); then \
 		echo "The same with $$($(NEWER_SLURM)/wrap/sinfo -V):"; \
-		UNPACKED_SLURM=$(NEWER_SLURM) $(PYTHON) -m pytest -n 2 -k "$(ON_BOTH)" tests/slurm; \
+		UNPACKED_SLURM=$(NEWER_SLURM) $(PYTHON) -m pytest -k "$(ON_BOTH)" tests/slurm; \
 	else \
 		echo "The tests with a newer Slurm are left out: they need Debian on x86-64."; \
 		test -z "$$CI"; \
@@ -51,9 +58,10 @@ lint: .venv/.dev  ## ruff, mypy, snakefmt, snakemake --lint
 	.venv/bin/snakefmt --check Snakefile workflow/rules
 	.venv/bin/snakemake --lint
 
-bench: .venv/.ready model  ## measure the cost of measuring (PEERS=1: other clients, SCALE=1: to 50,000 cells)
+bench: .venv/.ready model  ## the cost of measuring, and the validation of predictions (PEERS=1: other clients, SCALE=1: to 50,000 cells)
 	$(PYTHON) bench/machinery.py
 	$(PYTHON) bench/gather.py
+	$(PYTHON) bench/prediction.py
 	$(PYTHON) bench/client.py $(if $(PEERS),--peers)
 	$(if $(SCALE),$(PYTHON) bench/scale.py)
 

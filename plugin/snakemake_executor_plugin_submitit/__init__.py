@@ -49,7 +49,7 @@ from snakemake_executor_plugin_submitit.submission import (
     resolve_python,
 )
 from snakemake_executor_plugin_submitit.tracking import AllocationSpec, Failure, QueuedJob
-from snakemake_executor_plugin_submitit.unlock import record_lock_holder
+from snakemake_executor_plugin_submitit.unlock import record_before_locking
 
 
 def _interrupt_on_sigterm() -> None:
@@ -135,6 +135,9 @@ class ExecutorSettings(ExecutorSettingsBase):  # type: ignore[misc]
         metadata={"help": "folder for the queues and logs of allocations"},
     )
 
+    def __post_init__(self) -> None:
+        record_before_locking()
+
 
 common_settings = CommonSettings(
     non_local_exec=True,
@@ -172,7 +175,6 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         self._follower = check_function_name(settings.follower, "submitit-follower")
         check = check_function_name(settings.check, "submitit-check")
         self._check = import_function(check, "submitit-check")
-        record_lock_holder()
         self._start = Path(self.workflow.rundir)  # before --directory
         self._kinds_path = self._start / settings.kinds if settings.kinds else None
         self._kinds = load_kinds(self._kinds_path) if self._kinds_path else {}

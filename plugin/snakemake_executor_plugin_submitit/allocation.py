@@ -43,6 +43,10 @@ FIRST_NODE_S = 5.0
 """Slurm signals all nodes at once. The others wait this long for what the first node decides."""
 TIME_LIMIT_MARGIN_S = 90.0
 """Slurm warns up to a minute too early. An even earlier warning is a preemption."""
+MAX_RESTARTS = 3
+"""After this number of preemptions in a row without a finished job, an allocation ends for good.
+Then the main process decides. Otherwise a time limit that somebody has lowered, which looks like a
+preemption, would restart the service again and again."""
 
 
 class Service(Protocol):
@@ -278,6 +282,9 @@ class Allocation:
         job = os.environ.get("SLURM_JOB_ID")
         if job is None or self.time_limit - elapsed_s <= self.signal_delay + TIME_LIMIT_MARGIN_S:
             spool.record(events.ENDED, reason=TIME_LIMIT, detail="")
+            return
+        if spool.count_stops() >= MAX_RESTARTS:
+            spool.record(events.ENDED, reason=PREEMPTED, detail="")
             return
         spool.record(events.STOPPED, reason="preemption")
         try:

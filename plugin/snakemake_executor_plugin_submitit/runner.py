@@ -124,6 +124,7 @@ def _take_over_standard_streams() -> tuple[IO[bytes], IO[bytes]]:
 
 
 def _preload(modules: Sequence[str]) -> None:
+    gc.disable()  # nothing that is imported becomes garbage
     for name in (*PRELOADED, *modules):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -135,6 +136,7 @@ def _preload(modules: Sequence[str]) -> None:
     get_argument_parser()  # finds and imports the plugins
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _wait(pid: int, requests: IO[bytes], wakeup: int) -> bool:

@@ -165,6 +165,15 @@ class Spool:
         self.record(JOB_FINISHED, ticket=ticket, status=status, work_span=work_span)
         (self._doing / ticket).unlink(missing_ok=True)
 
+    def count_stops(self) -> int:
+        """How often the allocation was stopped since the last job that finished."""
+        stops = 0
+        for event in self.journal().read_new():
+            if event.kind == JOB_FINISHED:
+                stops = 0
+            stops += event.kind == STOPPED
+        return stops
+
     def restore(self) -> bool:
         """Queue the tasks again that ran when this allocation was stopped.
 

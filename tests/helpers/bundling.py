@@ -130,6 +130,15 @@ def write_results(folder: Path, study: Mapping[str, Any] = STUDY) -> None:
     )
 
 
+def record_revisions(file: Path, **engine: str) -> None:
+    """Add commits to a record, as for a model of the Hugging Face Hub."""
+    for path in (file, file.with_name("telemetry.parquet")):
+        table, record = pq.read_table(path), parquet.read_record(path)
+        changed = record | {"engine": record["engine"] | engine}
+        metadata = {parquet.RECORD_KEY: json.dumps(changed, sort_keys=True).encode()}
+        parquet.write_table(table.replace_schema_metadata(metadata), path)
+
+
 def write_sources(folder: Path) -> Path:
     """Write a small repository with a profile."""
     for name in ("Snakefile", "LICENSE", "workflow/rules/all.smk", "workflow/envs/create.sh"):

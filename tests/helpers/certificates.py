@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 def write_certificate(file: Path, host: x509.GeneralName) -> Path:
     """Write a self-signed certificate for `host`, valid today, with its key; returns `file`."""
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, str(host.value))])
     now = datetime.datetime.now(datetime.UTC)
     made = (
         x509.CertificateBuilder()

@@ -23,13 +23,17 @@ class Repository:
     """Files by commit, commits by branch or tag."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    etags: dict[tuple[str, str], str] = field(default_factory=dict)
+    """By commit and file; made once, because weights are large."""
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
 
     def commit(self, files: Mapping[str, bytes], ref: str = "main") -> str:
         """Add a commit and move `ref` to it."""
-        digest = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        etags = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+        digest = hashlib.sha1(repr(sorted(etags.items())).encode()).hexdigest()
         self.commits[digest] = dict(files)
+        self.etags |= {(digest, file): etag for file, etag in etags.items()}
         self.refs[ref] = digest
         return digest
 
@@ -107,10 +111,15 @@ def running_hub() -> Iterator[Hub]:
 
         def _tree(self, name: str, revision: str) -> None:
             if found := self._find(name, revision):
-                files = found[0].commits[found[1]]
+                repository, commit = found
                 data = [
-                    {"type": "file", "path": path, "size": len(content), "oid": _etag(content)}
-                    for path, content in files.items()
+                    {
+                        "type": "file",
+                        "path": path,
+                        "size": len(content),
+                        "oid": repository.etags[commit, path],
+                    }
+                    for path, content in repository.commits[commit].items()
                 ]
                 self._send(200, json.dumps(data).encode())
 
@@ -123,7 +132,7 @@ def running_hub() -> Iterator[Hub]:
                 self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
                 return
             content = repository.commits[commit][file]
-            headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": commit}
+            headers = {"ETag": f'"{repository.etags[commit, file]}"', "X-Repo-Commit": commit}
             if not with_body:
                 headers["Content-Length"] = str(len(content))
                 self._send(200, b"", headers)
@@ -165,7 +174,3 @@ def running_hub() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
-
-
-def _etag(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()

@@ -5,23 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from helpers.demo_model import DemoModel
 from helpers.deployments import DEMO_VLLM
 from servegrid.engines import Site, start_engine
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
-
-
-class DemoModel(NamedTuple):
-    """The demo's model: its cache folder, the folder of safetensors, and the GGUF file."""
-
-    models: Path
-    folder: Path
-    gguf: Path
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ import pytest
 import peers
 from peer_results import PeerError
 
+pytestmark = pytest.mark.crowded
+
 BURN = "import time\nwhile time.process_time() < 0.5: pass"
 
 

@@ -40,6 +40,7 @@ def measure_study(study: dict[str, Any], folder: Path) -> Path:
             *(sys.executable, "-m", "snakemake", "results/tables/cells.parquet"),
             *("--snakefile", str(ROOT / "Snakefile"), "--profile", str(ROOT / "profiles/local")),
             *("--directory", str(folder), "--configfile", str(config)),
+            *("--submitit-max-allocations", "2"),
         ],
         capture_output=True,
         text=True,

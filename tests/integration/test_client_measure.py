@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from conftest import DemoModel
+from helpers.demo_model import DemoModel
 from helpers.faulty_server import MODEL, FaultScript, MockServer, start_faulty_server
 from servegrid.client import measure, schedule
 from servegrid.errors import LoadError

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer
 
-from conftest import DemoModel
+from helpers.demo_model import DemoModel
 from helpers.faulty_server import MODEL, FaultScript, start_faulty_server
 from servegrid.analysis import tables
 from servegrid.cli.main import main
@@ -34,6 +34,8 @@ from servegrid.study.grid import Deployment, Study
 VARIABLE = "LLAMACPP_KEY"
 KEY = "the-key-that-nobody-may-see"
 SERVED = "smollm2"
+
+pytestmark = pytest.mark.crowded
 
 
 @contextmanager

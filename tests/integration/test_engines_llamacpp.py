@@ -14,11 +14,13 @@ import httpx
 import psutil
 import pytest
 
-from conftest import DemoModel
+from helpers.demo_model import DemoModel
 from helpers.serving import EngineProcess, http_client
 from servegrid.engines import Site, start_engine
 from servegrid.errors import ConfigError, EngineError
 from servegrid.study.grid import Deployment
+
+pytestmark = pytest.mark.crowded
 
 
 def site(demo_model: DemoModel, **more: Any) -> Site:

@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from conftest import DemoModel
+from helpers.demo_model import DemoModel
 from helpers.deployments import DEMO_VLLM
 from helpers.serving import EngineProcess
 from servegrid.analysis.server_metrics import server_columns

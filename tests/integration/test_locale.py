@@ -26,8 +26,8 @@ STUDY: dict[str, Any] = {
 }
 CORE = (
     *("test_study_examples.py", "test_study_grid.py", "test_records_parquet.py"),
-    *("test_analysis_tables.py", "test_report_published.py", "test_exchange.py"),
-    *("test_doctor.py", "test_executor_spool.py", "test_executor_submission.py"),
+    *("test_exchange.py", "test_doctor.py", "test_executor_spool.py"),
+    "test_executor_submission.py",
 )
 
 

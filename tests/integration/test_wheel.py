@@ -131,7 +131,7 @@ def test_the_environment_has_no_engine_and_no_snakemake(environment: Path, tmp_p
 
 def test_help_lists_all_commands(servegrid: Command) -> None:
     text = servegrid("--help").stdout
-    for name in ("load", "capacity", "report", "compare", "verify", "unpack", "doctor"):
+    for name in ("plan", "load", "capacity", "report", "compare", "verify", "unpack", "doctor"):
         assert f"\n    {name} " in text
         assert servegrid(name, "--help").stdout.startswith(f"usage: servegrid {name} ")
 

@@ -13,6 +13,8 @@ import pytest
 from helpers.cluster import SCHEDULER_PARAMETERS, Options
 from slurm.conftest import GPU, KIND, Workspace, with_options
 
+pytestmark = pytest.mark.crowded
+
 PREEMPTIBLE = KIND | {"slurm_partition": "preempt", "slurm_constraint": "a100"}
 V100 = KIND | {"slurm_constraint": "sirocco&v100"}
 

@@ -17,10 +17,13 @@ ROOT = Path(__file__).parents[2]
 PLAFRIM = ROOT / "profiles" / "plafrim"
 LACKING = missing(Options())
 
-pytestmark = pytest.mark.skipif(
-    bool(LACKING),
-    reason=f"{', '.join(LACKING)} missing: apt install slurmctld slurmd slurm-client munge",
-)
+pytestmark = [
+    pytest.mark.crowded,
+    pytest.mark.skipif(
+        bool(LACKING),
+        reason=f"{', '.join(LACKING)} missing: apt install slurmctld slurmd slurm-client munge",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,8 @@ import yaml
 
 from slurm.conftest import Workspace, plafrim_kinds
 
+pytestmark = pytest.mark.crowded
+
 ROOT = Path(__file__).parents[2]
 MEASURED = "results/tables/cells.parquet"
 """A target that needs all cells, and not the figures and the page."""

@@ -14,10 +14,9 @@ import yaml
 
 from helpers.cluster import Cluster
 from helpers.tokenizing import make_tokenizer
-from servegrid.study import models
 from slurm.conftest import KIND, Workspace
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.crowded, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 REHEARSAL = yaml.safe_load((ROOT / "config/rehearsal.yaml").read_text())
@@ -108,30 +107,3 @@ def test_an_allocation_with_fewer_gpus_than_needed_is_refused_on_the_node(study:
     study.kinds(**{"v100-16gb": KIND | gres | {"slurm_gres": "gpu:v100:2"}})
     output = study.study(config, "--submitit-kinds", "kinds.yaml")
     assert output.endswith("status 0"), output[-6000:]
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-def test_the_real_vllm_runs_on_a_node_without_gpus(study: Study) -> None:
-    if not (models.default_folder() / models.DEMO_FOLDER).exists():
-        pytest.skip("the demo's model is missing: run `make model`")
-    fixed = {
-        "model": "smollm2-135m-instruct",
-        "checkpoint": "demo:smollm2-135m-instruct",
-        "quantization": "bf16",
-        "engine": "vllm",
-        "gpu": "cpu",
-    }
-    config = {
-        "study": "real",
-        "workload": {"concurrency": [1, 4], "input_len": 31, "output_len": 20},
-        "deployments": [fixed | {"name": "small", "max_model_len": 256}],
-    }
-    output = study.study(config)
-    assert output.endswith("status 0"), output[-6000:]
-    cells = study.cells()
-    assert list(cells["verdict"]) == ["ok"] * 2
-    assert set(cells["engine"]) == {"vllm"}
-    assert {record["slurm"]["NodeList"] for record in study.records_by_deployment().values()} == {
-        "bora001"
-    }

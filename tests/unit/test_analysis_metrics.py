@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.deployments import SMALL_VLLM
+from servegrid.analysis import efficiency
 from servegrid.analysis.metrics import cell_row
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.records import columns, parquet
@@ -116,7 +117,8 @@ def latencies(name: str, mean: float, median: float) -> dict[str, Any]:
 def test_a_burst_of_two() -> None:
     row = cell(TWO)
     known = [column.name for column in columns.CELLS]
-    elsewhere = ("valid", "invalid_rules", "invalid_evidence", "allocation_drift")
+    validity = ("valid", "invalid_rules", "invalid_evidence", "allocation_drift")
+    elsewhere = (*validity, *efficiency.COLUMNS)
     assert list(row) == [name for name in known if name not in elsewhere]
     digest = row.pop("spec_digest")
     assert digest == make_trial().digest

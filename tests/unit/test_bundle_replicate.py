@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 
 import servegrid
-from helpers.bundling import STUDY, make_bundle, write_results
+from helpers.bundling import STUDY, make_bundle, record_revisions, write_results
 from servegrid.bundle.replicate import (
     CellSample,
     draw_cells,
@@ -19,9 +20,12 @@ from servegrid.bundle.replicate import (
     replicate_cells,
     sample_cells,
 )
+from servegrid.bundle.unpack import unpack_bundle
 from servegrid.cli.main import main
-from servegrid.errors import BundleError, ConfigError
+from servegrid.errors import BundleError, ConfigError, ModelError
+from servegrid.run.preflight import check_ready
 from servegrid.study.config import load_study, parse_study
+from servegrid.study.revisions import add_revisions, read_revisions
 
 ROOT = Path(__file__).parents[2]
 THREE = copy.deepcopy(STUDY)
@@ -129,6 +133,74 @@ def test_a_bundle_without_a_replicable_deployment_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("config", ["demo.yaml", "inria-2024.yaml", "rehearsal.yaml"])
 def test_the_studies_of_servegrid_can_be_replicated(config: str) -> None:
     assert all(is_replicable(each) for each in load_study(ROOT / "config" / config).deployments)
+
+
+COMMIT = "2fd4e1c67a2d28fced849ee1bb76e7391b93eb12"
+OTHER = "da39a3ee5e6b4b0d3255bfef95601890afd80709"
+
+
+def bundle_with_revisions(folder: Path, first: str, others: str) -> Path:
+    """A bundle of three deployments: the commits of the first record, and of all others."""
+    study = copy.deepcopy(THREE)
+    for entry in study["deployments"]:
+        entry["tokenizer"] = "org/t@v1"
+    write_results(folder, study)
+    for number, file in enumerate(sorted(folder.rglob("requests.parquet"))):
+        commit = others if number else first
+        record_revisions(file, revision=commit, tokenizer_revision="c" * 40)
+    return make_bundle(folder, study)
+
+
+class Stopped(Exception):
+    """Raised in place of the run."""
+
+
+def test_a_replication_measures_the_revisions_of_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = sample_cells(bundle_with_revisions(tmp_path, COMMIT, COMMIT), 2)
+    folder = tmp_path / "replicated"
+
+    def run(command: list[str]) -> None:
+        # They are pinned when Snakemake starts: its checks take them from there.
+        assert read_revisions(folder / "results") == {"org/m": COMMIT, "org/t@v1": "c" * 40}
+        raise Stopped
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(Stopped):
+        replicate_cells(sample, tmp_path, folder)
+    # Without one of them in the cache, nothing is measured with another one.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    refs = tmp_path / "cache/models--org--m/refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text(OTHER)
+    (refs.parent / "snapshots" / OTHER).mkdir(parents=True)
+    study = load_study(folder / "config/study.json")
+    with pytest.raises(ModelError, match=rf"no model .* revision {COMMIT} .*`servegrid fetch"):
+        check_ready(study, folder / "results/cells")
+    # A folder whose lock file has another one is not continued.
+    (folder / "results/models.lock.json").unlink()
+    add_revisions(folder / "results", {"org/m": OTHER})
+    with pytest.raises(BundleError, match=rf"`org/m` has revision {OTHER}, but .* {COMMIT}\. Name"):
+        replicate_cells(sample, tmp_path, folder)
+
+
+def test_cells_of_two_revisions_are_not_replicated(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=rf"revisions {COMMIT} and {OTHER} of `org/m`"):
+        sample_cells(bundle_with_revisions(tmp_path, COMMIT, OTHER), 100)
+
+
+def test_an_unpacked_bundle_keeps_the_revisions_of_its_cells(tmp_path: Path) -> None:
+    bundle = bundle_with_revisions(tmp_path, COMMIT, COMMIT)
+    folder = unpack_bundle(bundle, tmp_path / "unpacked")
+    assert read_revisions(folder / "results") == {"org/m": COMMIT, "org/t@v1": "c" * 40}
+
+
+@pytest.mark.parametrize("commit", [OTHER, "../../../elsewhere"])
+def test_an_unpacked_bundle_does_not_pin_what_it_does_not_know(tmp_path: Path, commit: str) -> None:
+    bundle = bundle_with_revisions(tmp_path, COMMIT if commit == OTHER else commit, commit)
+    folder = unpack_bundle(bundle, tmp_path / "unpacked")
+    assert read_revisions(folder / "results") == {"org/t@v1": "c" * 40}
 
 
 def test_a_folder_with_another_study_is_left_unchanged(tmp_path: Path) -> None:

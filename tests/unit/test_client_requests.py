@@ -101,6 +101,13 @@ def test_a_refusal_of_everything_is_one_error_with_the_servers_reason() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_the_reason_of_a_fastapi_server_is_quoted_without_its_json() -> None:
+    detail = "Unexpected fields in the request: {'top_k'}"
+    with pytest.raises(LoadError) as caught:
+        run(lambda request: data({"detail": detail}, 422))
+    assert f"(HTTP 422: {detail})." in str(caught.value)
+
+
 def test_the_probe_asks_for_as_many_tokens_as_the_longest_request() -> None:
     """A server may refuse many tokens, or as few as one."""
     workload = replace(BURST, output_len=20, output_spread=0.5)

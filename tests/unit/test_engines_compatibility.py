@@ -16,6 +16,7 @@ from servegrid.engines import compatibility, hardware
 from servegrid.engines.hardware import Capability, Gpu, Software
 from servegrid.errors import EngineError
 from servegrid.node import nvml
+from servegrid.reference.checkpoint import weight_bytes
 
 GIB = 1 << 30
 V100 = Gpu("Tesla V100-PCIE-16GB", (7, 0), 16 * GIB)
@@ -257,18 +258,18 @@ def test_an_incompatibility_is_described_in_one_line(
 
 
 def test_only_weights_that_vllm_loads_are_counted(tmp_path: Path) -> None:
-    assert hardware.weight_bytes(tmp_path) is None
+    assert weight_bytes(tmp_path) is None
     (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"x" * 7)
     (tmp_path / "training_args.bin").write_bytes(b"x" * 100)
-    assert hardware.weight_bytes(tmp_path) == 7
+    assert weight_bytes(tmp_path) == 7
     (tmp_path / "consolidated.safetensors").write_bytes(b"x" * 50)
-    assert hardware.weight_bytes(tmp_path) == 50
+    assert weight_bytes(tmp_path) == 50
     for name, size in {"model-1": 20, "model-2": 31}.items():
         (tmp_path / f"{name}.safetensors").write_bytes(b"x" * size)
-    assert hardware.weight_bytes(tmp_path) == 51
+    assert weight_bytes(tmp_path) == 51
     index = {"weight_map": {"a": "model-2.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert hardware.weight_bytes(tmp_path) == 31
+    assert weight_bytes(tmp_path) == 31
 
 
 class NotSupportedError(Exception):

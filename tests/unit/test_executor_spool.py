@@ -11,6 +11,8 @@ from snakemake_executor_plugin_submitit.spool import (
     ENDED,
     JOB_FINISHED,
     JOB_STARTED,
+    SERVICE_STARTED,
+    STARTED,
     STOPPED,
     Spool,
     Task,
@@ -127,3 +129,10 @@ def test_an_ended_allocation_does_not_continue(spool: Spool) -> None:
     assert there.restore()
     there.record(ENDED, reason="time_limit", detail="")
     assert not other_side(spool).restore()
+
+
+def test_stops_are_counted_since_the_last_finished_job(spool: Spool) -> None:
+    assert spool.count_stops() == 0
+    for kind in (STOPPED, STOPPED, JOB_FINISHED, STARTED, STOPPED, SERVICE_STARTED):
+        spool.record(kind)
+    assert spool.count_stops() == 1

@@ -14,6 +14,7 @@ import pytest
 
 from snakemake_executor_plugin_submitit.unlock import (
     HOLDER,
+    LOCKING_S,
     LOCKS,
     record_lock_holder,
     remove_stale_locks,
@@ -70,8 +71,8 @@ def test_a_holder_is_identified_by_machine_and_start_time(
     assert remove_stale_locks() == removed
 
 
-def test_a_lock_younger_than_its_record_stays(held: list[Path]) -> None:
-    young = HOLDER.stat().st_mtime_ns + 10**9
+def test_a_lock_much_younger_than_its_record_stays(held: list[Path]) -> None:
+    young = HOLDER.stat().st_mtime_ns + int(1.1e9 * LOCKING_S)
     os.utime(held[0], ns=(young, young))
     assert remove_stale_locks() == 1
     assert [lock.exists() for lock in held] == [True, False]
@@ -81,3 +82,36 @@ def test_without_a_recorded_holder_nothing_is_removed(held: list[Path]) -> None:
     HOLDER.unlink()
     assert remove_stale_locks() == 0
     assert count_left(held) == 2
+
+
+SNAKEFILE = """
+import os
+# The first thing that Snakemake does under its lock, long before it creates an executor.
+from snakemake.dag import DAG
+DAG.postprocess = lambda *_, **__: os.kill(os.getpid(), 9)
+rule a:
+    output: "a"
+    shell: "touch {output}"
+"""
+
+
+def test_the_lock_of_a_process_killed_right_after_it_locked_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("Snakefile").write_text(SNAKEFILE, encoding="utf-8")
+    command = [sys.executable, "-m", "snakemake", "--executor", "submitit", "--jobs", "1"]
+    assert subprocess.run(command, capture_output=True).returncode == -9
+    assert len([*LOCKS.glob("*.lock")]) == 1
+    assert remove_stale_locks() == 1
+
+
+def test_a_process_that_finds_the_folder_locked_does_not_replace_the_holder(
+    held: list[Path],
+) -> None:
+    Path("Snakefile").write_text(SNAKEFILE.replace('"a"\n', '"out/a"\n'), encoding="utf-8")
+    before = HOLDER.read_text()
+    command = [sys.executable, "-m", "snakemake", "--executor", "submitit", "--jobs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "LockException" in done.stdout + done.stderr
+    assert HOLDER.read_text() == before

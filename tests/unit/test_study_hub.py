@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from servegrid.errors import ModelError
 from servegrid.records import columns, parquet
 from servegrid.run import service
 from servegrid.run.preflight import check_ready
+from servegrid.run.revisions import read_pinned
 from servegrid.study import hub as hubs
 from servegrid.study import models
 from servegrid.study.config import load_study
@@ -322,9 +324,9 @@ def test_the_weights_that_an_engine_loads_are_selected(
     assert not set(hubs.select_files([*files, *small], weights=False)) & set(weights)
 
 
-def write_cell(study: Study, results: Path, **engine: Any) -> None:
-    """The record of the first trial, as a job writes it."""
-    trial = study.trials[0]
+def write_cell(study: Study, results: Path, number: int = 0, **engine: Any) -> None:
+    """The record of a trial, the first one by default, as a job writes it."""
+    trial = study.trials[number]
     record = {"format": parquet.RECORD_FORMAT, "spec": trial.spec, "engine": engine}
     file = results / "cells" / trial.id / "requests.parquet"
     file.parent.mkdir(parents=True)
@@ -377,6 +379,103 @@ def test_cells_of_another_revision_are_not_continued(
     message = str(caught.value)
     assert f"measured with revision {first} of `org/small`" in message
     assert f"models.lock.json says {other}" in message
+    # Nor are finished ones, of which a run may measure some again: their seed can have changed.
+    write_cell(study, results, 1, revision=first, tokenizer_revision=first)
+    with pytest.raises(ModelError, match=r"Correct this entry of the lock file"):
+        check_ready(study, results / "cells")
+
+
+@pytest.mark.parametrize("finished", [1, 2])
+@pytest.mark.parametrize("form", ["commit", "branch"])
+def test_finished_cells_are_not_measured_over_with_another_revision(
+    hub: Hub,
+    tmp_path: Path,
+    tokenizer: bytes,
+    form: str,
+    finished: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    repository, first, study = fetch_first(hub, tmp_path, tokenizer)
+    results = tmp_path / "results"
+    for number in range(finished):
+        write_cell(study, results, number, revision=first, tokenizer_revision=first)
+    second = repository.commit(model_files(tokenizer, b"second"), ref="next")
+    name = f"{NAME}@{second if form == 'commit' else 'next'}"
+    hub.downloads.clear()
+    changed = write_study(tmp_path, name)
+    capsys.readouterr()
+    assert fetch(changed) == 2, "refused before the download"
+    refused = capsys.readouterr().err
+    assert hub.files() <= {"model.safetensors.index.json"}
+    # `hf download` has fetched it.
+    target = snapshot(tmp_path, second)
+    target.mkdir(exist_ok=True)
+    for file in snapshot(tmp_path, first).iterdir():
+        (target / file.name).unlink(missing_ok=True)
+        shutil.copy(file, target, follow_symlinks=False)
+    refs = tmp_path / "cache/models--org--small/refs"
+    refs.mkdir(exist_ok=True)
+    (refs / "next").write_text(second)
+    with pytest.raises(ModelError) as caught:
+        check_ready(load_study(changed), results / "cells")
+    for message in (refused, str(caught.value)):
+        assert "deployment `d`: its cells were measured with revision " in message
+        assert f"{first} of `org/small` (" in message
+        assert "results/cells/d/burst-c1-i40-o5/trial-1/requests.parquet), " in message
+        assert f"the study's `checkpoint: {name}` is {second}" in message
+        assert f"write `checkpoint: org/small@{first}`, or give the deployment another" in message
+        assert "first delete " in message and "results/cells/d." in message
+    assert read_revisions(results) == {NAME: first}
+    # Each remedy of the message works.
+    check_ready(load_study(write_study(tmp_path, f"{NAME}@{first}")), results / "cells")
+    check_ready(load_study(write_study(tmp_path, name, name="second")), results / "cells")
+    shutil.rmtree(results / "cells/d")
+    check_ready(load_study(write_study(tmp_path, name)), results / "cells")
+    assert read_revisions(results) == {NAME: first, f"{NAME}@{first}": first, name: second}
+
+
+def test_another_model_is_measured_over_as_every_changed_specification(
+    hub: Hub, tmp_path: Path, tokenizer: bytes
+) -> None:
+    _, first, study = fetch_first(hub, tmp_path, tokenizer)
+    write_cell(study, tmp_path / "results", revision=first, tokenizer_revision=first)
+    hub.repository("org/other").commit(model_files(tokenizer, b"other"))
+    assert fetch(write_study(tmp_path, "org/other")) == 0
+    check_ready(load_study(tmp_path / "study.yaml"), tmp_path / "results/cells")
+
+
+def test_a_fetch_without_the_lock_file_takes_the_revision_of_the_cells(
+    hub: Hub, tmp_path: Path, tokenizer: bytes
+) -> None:
+    repository, first, study = fetch_first(hub, tmp_path, tokenizer)
+    results = tmp_path / "results"
+    write_cell(study, results, revision=first, tokenizer_revision=first)
+    repository.commit(model_files(tokenizer, b"second"))
+    (results / "models.lock.json").unlink()
+    assert fetch(tmp_path / "study.yaml") == 0
+    assert read_revisions(results) == {NAME: first}
+
+
+def test_an_allocation_measures_only_what_the_lock_file_pins(
+    hub: Hub, tmp_path: Path, tokenizer: bytes
+) -> None:
+    _, first, study = fetch_first(hub, tmp_path, tokenizer)
+    results = tmp_path / "results"
+    (deployment,) = study.deployments
+    refs = tmp_path / "cache/models--org--small/refs"
+    refs.mkdir(exist_ok=True)
+    (refs / "main").write_text(first)
+    assert read_pinned(deployment, results) == {NAME: first}
+    # While the allocation waited, the file was deleted or edited.
+    (results / "models.lock.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"lock\.json has no entry for its `checkpoint: org/small`"
+    ):
+        read_pinned(deployment, results)
+    add_revisions(results, {NAME: "0" * 40})
+    write_cell(study, results, revision=first, tokenizer_revision=first)
+    with pytest.raises(ModelError, match=rf"with revision {first} .*lock\.json says {'0' * 40}"):
+        read_pinned(deployment, results)
 
 
 def test_a_pinned_revision_that_is_not_in_the_cache_is_named(hub: Hub, tmp_path: Path) -> None:
@@ -388,12 +487,52 @@ def test_a_pinned_revision_that_is_not_in_the_cache_is_named(hub: Hub, tmp_path:
 
 def test_an_entry_of_the_lock_file_is_never_changed(tmp_path: Path) -> None:
     add_revisions(tmp_path, {"org/a": "1"})
-    add_revisions(tmp_path, {"org/a": "2", "org/b": "3"})
+    with pytest.raises(ModelError, match=r"lock\.json: `org/a` has revision 1, not 2: another"):
+        add_revisions(tmp_path, {"org/a": "2", "org/b": "3"})
+    assert read_revisions(tmp_path) == {"org/a": "1"}
+    add_revisions(tmp_path, {"org/a": "1", "org/b": "3"})
     assert read_revisions(tmp_path) == {"org/a": "1", "org/b": "3"}
-    assert [path.name for path in tmp_path.iterdir()] == ["models.lock.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("models.lock.json", ".models.lock.json.lock"),
+    }
     (tmp_path / "models.lock.json").write_text("{")
     with pytest.raises(ModelError, match=r"models\.lock\.json: is damaged .* Remove it"):
         read_revisions(tmp_path)
+
+
+def test_a_lock_file_that_contradicts_a_name_is_refused(tmp_path: Path) -> None:
+    add_revisions(tmp_path, {f"org/a@{'1' * 40}": "2" * 40})
+    with pytest.raises(ModelError, match=r"damaged \(`org/a@1+` has the other revision 2+\)"):
+        read_revisions(tmp_path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from servegrid.study.revisions import add_revisions
+for number in range(20):
+    add_revisions(Path(sys.argv[1]), {f"org/m{sys.argv[2]}-{number}": "1"})
+"""
+
+
+def test_several_processes_write_the_lock_file_one_after_another(tmp_path: Path) -> None:
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path, str(number)])
+        for number in range(4)
+    ]
+    assert [writer.wait(timeout=250) for writer in writers] == [0] * 4
+    assert len(read_revisions(tmp_path)) == 4 * 20
+
+
+def test_a_file_system_without_locks_gets_the_lock_file_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    add_revisions(tmp_path, {"org/a": "1"})
+    assert read_revisions(tmp_path) == {"org/a": "1"}
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def cell_row(
     use_all_requests: bool | None = None,
     slo: Slo = DEFAULT_SLO,
 ) -> dict[str, Any]:
-    """One row of `columns.CELLS`, without the columns about validity and drift.
+    """One row of `columns.CELLS`, without the columns about validity, drift and efficiency.
 
     `requests` and `telemetry` have one row per request and per sample, with at least
     REQUEST_COLUMNS and TELEMETRY_COLUMNS. Latencies and output tokens come from the successful

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from servegrid.analysis import metrics, validity
+from servegrid.analysis.efficiency import add_efficiency
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.validity import Evidence, check_validity
 from servegrid.errors import RecordError
@@ -77,7 +78,7 @@ def gather_trials(
     }
     if errors:
         raise RecordError(_describe_errors(errors, len(trials), folder))
-    return _to_pandas(parquet.arrow_table(columns.CELLS, rows))
+    return _to_pandas(parquet.arrow_table(columns.CELLS, add_efficiency(trials, rows)))
 
 
 def drift_by_allocation(drift_checks: pd.DataFrame) -> dict[str, float]:

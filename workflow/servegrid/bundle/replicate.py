@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ import servegrid
 from servegrid.analysis import tables
 from servegrid.analysis.comparison import Comparison, compare
 from servegrid.bundle import tarball
-from servegrid.bundle.layout import CONFIGURATION, TABLES
+from servegrid.bundle.layout import CELLS, CONFIGURATION, RECORDS, TABLES
 from servegrid.bundle.unpacked import UnpackedBundle
 from servegrid.errors import BundleError
 from servegrid.records import parquet
+from servegrid.run.revisions import commits_by_name
 from servegrid.study.config import parse_study
 from servegrid.study.deployment import Deployment
 from servegrid.study.grid import Study, Trial
+from servegrid.study.revisions import LOCK, add_revisions, read_revisions
 
 REPLICABLE_ARGUMENTS = frozenset(
     {
@@ -56,11 +58,15 @@ _FILTER_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_
 
 @dataclass(frozen=True)
 class CellSample:
-    """Cells to measure again: the bundle's name, their study, and the bundle's figures."""
+    """Cells to measure again: the bundle's name, their study, and the bundle's figures.
+
+    `revisions` are the commits that the bundle was measured with, by the model's name.
+    """
 
     name: str
     config: Mapping[str, Any]
     cells: pd.DataFrame
+    revisions: Mapping[str, str] = field(default_factory=dict)
 
 
 def find_snakefile() -> Path | None:
@@ -90,7 +96,7 @@ def sample_cells(archive: Path, count: int) -> CellSample:
 
     Only cells whose trials are all valid are drawn, and only of deployments that `is_replicable`
     accepts. The bundle's name is the seed, so that everybody draws the same cells. Raises
-    BundleError if there is no such cell.
+    BundleError if there is no such cell, or if the drawn cells have two revisions of one model.
     """
     with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
         tree = Path(temporary) / "tree"
@@ -99,6 +105,10 @@ def sample_cells(archive: Path, count: int) -> CellSample:
         bundle = UnpackedBundle(tree, unpacked, Path(temporary) / "scratch")
         cells, _ = bundle.derived_cells
         config, study = bundle.config, bundle.study
+        commits = {
+            each.name: commits_by_name((tree / CELLS / each.name).rglob(RECORDS[0]))
+            for each in study.deployments
+        }
     replicable = {each.name for each in study.deployments if is_replicable(each)}
     if not replicable:
         raise BundleError(
@@ -117,15 +127,17 @@ def sample_cells(archive: Path, count: int) -> CellSample:
         raise BundleError(
             f"{archive}: no filter selects exactly the drawn cells. Change N of --replicate."
         )
-    return CellSample(unpacked.root, config, cells[cells["spec_digest"].isin(digests)])
+    drawn = {trials[0].deployment.name for trials in sample}
+    revisions = _one_revision_each(archive, [commits[name] for name in sorted(drawn)])
+    return CellSample(unpacked.root, config, cells[cells["spec_digest"].isin(digests)], revisions)
 
 
 def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparison:
     """Measure the cells in `folder` with the workflow of this checkout, and compare.
 
-    If `folder` has a part of the measurements, they continue. Raises BundleError if the folder
-    contains something else, if there is no workflow, or if the workflow fails; then finished
-    measurements stay in the folder.
+    Models have the bundle's revisions: the folder's lock file gets them. If `folder` has a part of
+    the measurements, they continue. Raises BundleError if the folder contains something else, if
+    there is no workflow, or if the workflow fails; then finished measurements stay in the folder.
     """
     snakefile = require_workflow()
     config = folder / CONFIGURATION
@@ -137,6 +149,7 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
     if not config.exists():
         with parquet.atomic_write(config) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    _pin_revisions(folder / "results", sample.revisions)
     done = subprocess.run(
         [
             *(sys.executable, "-P", "-m", "snakemake"),
@@ -152,6 +165,34 @@ def replicate_cells(sample: CellSample, profile: Path, folder: Path) -> Comparis
             "the reason. Finished measurements are kept. To resume, run the same command again."
         )
     return compare(sample.cells, tables.load_table(folder / TABLES / "cells.parquet"))
+
+
+def _pin_revisions(results: Path, revisions: Mapping[str, str]) -> None:
+    """Raise BundleError if the lock file of `results` has others."""
+    for name, commit in read_revisions(results).items():
+        if revisions.get(name, commit) != commit:
+            raise BundleError(
+                f"{results / LOCK}: `{name}` has revision {commit}, but the bundle was measured "
+                f"with {revisions[name]}. Name a new folder with --output-dir."
+            )
+    add_revisions(results, revisions)
+
+
+def _one_revision_each(archive: Path, commits: Sequence[Mapping[str, set[str]]]) -> dict[str, str]:
+    """The commits by name. Raises BundleError if a name has several."""
+    revisions: dict[str, str] = {}
+    for name, commit in (pair for each in commits for pair in _pairs(each)):
+        if revisions.setdefault(name, commit) != commit:
+            raise BundleError(
+                f"{archive}: cannot be replicated: its cells were measured with the revisions "
+                f"{revisions[name]} and {commit} of `{name}`. Measure one of them with a study of "
+                "your own, and use `servegrid compare`."
+            )
+    return revisions
+
+
+def _pairs(commits: Mapping[str, set[str]]) -> list[tuple[str, str]]:
+    return [(name, commit) for name, several in commits.items() for commit in sorted(several)]
 
 
 def is_replicable(deployment: Deployment) -> bool:

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from servegrid.bundle import tarball
 from servegrid.bundle.integrity import find_integrity_problems
+from servegrid.bundle.layout import CELLS, RECORDS
+from servegrid.bundle.limits import limited_memory
 from servegrid.errors import BundleError
+from servegrid.run.revisions import commits_by_name
+from servegrid.study.revisions import add_revisions
 
 _OLD_S = 1
 """A modification time older than any code. Snakemake ignores a time of 0."""
@@ -19,8 +23,9 @@ def unpack_bundle(archive: Path, folder: Path | None = None) -> Path:
 
     The default is a folder in the working directory with the bundle's name. All files get an old
     date, so that Snakemake derives tables and figures again with newer code. Records depend on no
-    file, so they are not measured again. Raises BundleError if the bundle is damaged or not safe,
-    or if the folder exists; then nothing is left behind.
+    file, so they are not measured again. The lock file gets the revisions of the records, so that
+    everything measured there has the same weights. Raises BundleError if the bundle is damaged or
+    not safe, or if the folder exists; then nothing is left behind.
     """
     if not archive.is_file():
         raise BundleError(f"{archive}: does not exist. Correct the path.")
@@ -43,8 +48,19 @@ def unpack_bundle(archive: Path, folder: Path | None = None) -> Path:
         _check_is_new(target)
         for name in unpacked.sha256:
             os.utime(tree / name, (_OLD_S, _OLD_S))
+        _pin_revisions(tree / CELLS, archive)
         tree.rename(target)
     return target
+
+
+def _pin_revisions(cells: Path, archive: Path) -> None:
+    """Write the lock file. A model whose records contradict each other is left to a later run."""
+    try:
+        with limited_memory():
+            commits = commits_by_name(cells.rglob(RECORDS[0]))
+    except MemoryError:
+        raise BundleError(f"{archive}: a record does not fit into the memory.") from None
+    add_revisions(cells.parent, {name: one for name, (one, *more) in commits.items() if not more})
 
 
 def _check_is_new(folder: Path) -> None:

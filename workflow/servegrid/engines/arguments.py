@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from servegrid.errors import ConfigError
+from servegrid.study.deployment import GPU_MEMORY_UTILIZATION
 from servegrid.study.grid import Deployment
 
-GPU_MEMORY_UTILIZATION = 0.90
 SHUTDOWN_TIMEOUT_S = 15
 KV_CACHE_LIMIT_BYTES = 1 << 30
 """Enough for a demo, and quick to start: vLLM writes to the whole KV cache when it starts."""

@@ -17,6 +17,7 @@ from servegrid.engines import hardware
 from servegrid.engines.hardware import Capability, Gpu, Software
 from servegrid.errors import EngineError
 from servegrid.node import nvml
+from servegrid.reference.checkpoint import weight_bytes
 from servegrid.study.grid import Deployment
 
 TURING: Capability = (7, 5)
@@ -148,7 +149,7 @@ def check_compatibility(
         deployment,
         defaults,
         json.loads(config.read_text(encoding="utf-8")) if config.exists() else {},
-        hardware.weight_bytes(checkpoint),
+        weight_bytes(checkpoint),
         hardware.required_capability,
         nodes,
     )

@@ -1,4 +1,4 @@
-"""Facts about this node for an engine: GPUs, driver, CUDA, and the size of the weights.
+"""Facts about this node for an engine: GPUs, driver and CUDA.
 
 A fact that cannot be read is None; nothing is guessed.
 """
@@ -6,10 +6,8 @@ A fact that cannot be read is None; nothing is guessed.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from servegrid.node.nvml import visible_gpus
@@ -40,22 +38,6 @@ class Software:
     architectures: tuple[str, ...]
     driver: str | None
     driver_cuda: tuple[int, int] | None
-
-
-def weight_bytes(checkpoint: Path) -> int | None:
-    """The size of the weights that vLLM loads from a folder; None if there are none.
-
-    Mistral's `consolidated` files are not counted: they contain the same weights again.
-    """
-    index = checkpoint / "model.safetensors.index.json"
-    if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
-        files = [checkpoint / name for name in names]
-    else:
-        found = list(checkpoint.glob("*.safetensors"))
-        files = [file for file in found if not file.name.startswith("consolidated")] or found
-        files = files or list(checkpoint.glob("pytorch_model*.bin"))
-    return sum(file.stat().st_size for file in files if file.exists()) or None
 
 
 def list_gpus(nvml: Any, environment: Mapping[str, str]) -> list[Gpu] | None:

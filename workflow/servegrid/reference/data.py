@@ -26,8 +26,14 @@ def models() -> pd.DataFrame:
 
 @cache
 def gpus() -> pd.DataFrame:
-    """The memory, bandwidth and FLOP/s of GPUs by name."""
+    """The memory, bandwidth, FLOP/s, links and power of GPUs by name."""
     return pd.read_csv(FOLDER / "gpus.csv").set_index("gpu")
+
+
+@cache
+def quantizations() -> pd.DataFrame:
+    """Bits per parameter, kernels and the least compute capability of quantizations by name."""
+    return pd.read_csv(FOLDER / "quantizations.csv").set_index("quantization")
 
 
 @cache

@@ -35,12 +35,12 @@ from servegrid.node.reaper import start_reaper
 from servegrid.run import cores
 from servegrid.run import nodes as other_nodes
 from servegrid.run.calibration import calibrate, describe_calibration
+from servegrid.run.revisions import read_pinned
 from servegrid.study import models
 from servegrid.study.deployment import VLLM
 from servegrid.study.endpoint import Endpoint, api_key_for
 from servegrid.study.grid import Deployment, Trial
 from servegrid.study.nodes import nodes_problem, version_problem, workers_per_node
-from servegrid.study.revisions import read_revisions
 from servegrid.telemetry.sampler import Sampler
 
 INFO_VARIABLE = "SERVEGRID_ALLOCATION"
@@ -178,7 +178,7 @@ def follow(
     """
     environment.use_utf8()
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
-    site = _site(resources, nodes)
+    site = _site(deployment, resources, nodes)
     check_allocated_gpus(deployment, os.environ)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(start_reaper()).folder
@@ -191,12 +191,12 @@ def follow(
         yield Service({}, part.healthy)
 
 
-def _site(resources: Mapping[str, Any], nodes: Nodes | None) -> Site:
+def _site(deployment: Deployment, resources: Mapping[str, Any], nodes: Nodes | None) -> Site:
     return Site(
         socket=resources.get("socket", "tcp"),
         startup_s=float(resources.get("startup_s", STARTUP_S)),
         models=models.default_folder(),
-        revisions=read_revisions(RESULTS),
+        revisions=read_pinned(deployment, RESULTS),
         nodes=nodes,
     )
 
@@ -224,7 +224,7 @@ def serve(
     """
     environment.use_utf8()
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
-    site = _site(resources, nodes)
+    site = _site(deployment, resources, nodes)
     check_allocated_gpus(deployment, os.environ)
     max_concurrency = int(resources.get("max_concurrency", 1))
     # The client gets its own cores if the engine does not compute on this CPU.

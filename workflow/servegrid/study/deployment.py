@@ -19,6 +19,8 @@ EXTERNAL = "external"
 """The engine of an endpoint that somebody else has started."""
 CPU = "cpu"
 """The kind of a node without GPUs."""
+GPU_MEMORY_UTILIZATION = 0.90
+"""The share of a GPU's memory that vLLM uses, unless `engine_args` has another one."""
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,40 @@ CELLS = (
         "lengths",
     ),
     Column(
+        "bound_s_per_100_tokens",
+        pa.float64(),
+        "s",
+        "Seconds per 100 tokens that no engine can undercut, by the roofline, with the model and "
+        "the GPUs of servegrid's tables; null if these lack the model or the GPU, on a CPU, and "
+        "if prompts share a prefix cache",
+    ),
+    Column(
+        "measured_over_bound",
+        pa.float64(),
+        "",
+        "seconds_per_100_tokens / bound_s_per_100_tokens; null if outputs may stop early",
+    ),
+    Column(
+        "achieved_bandwidth_gb_s",
+        pa.float64(),
+        "GB/s",
+        "The bytes that the workload has to read at least (weights and KV cache) / its time, over "
+        "all GPUs",
+    ),
+    Column(
+        "achieved_tflops",
+        pa.float64(),
+        "TFLOP/s",
+        "The operations that the workload needs at least / its time, over all GPUs",
+    ),
+    Column(
+        "predicted_over_measured",
+        pa.float64(),
+        "",
+        "Seconds that servegrid predicts from published tables / measured seconds; null if its "
+        "tables lack the model or the GPU, and on a CPU",
+    ),
+    Column(
         "window_s",
         pa.float64(),
         "s",

@@ -1,0 +1,258 @@
+"""`servegrid plan`, from the command line, and its review of what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from servegrid.analysis.earlier import earlier_bursts, find_measured
+from servegrid.analysis.plan import StudyPlan, plan_study
+from servegrid.analysis.predictor import load_calibration
+from servegrid.analysis.review import review_study
+from servegrid.analysis.tables import gather_trials
+from servegrid.cli.main import main
+from servegrid.records import columns, parquet
+from servegrid.reference.checkpoint import find_model
+from servegrid.study.config import load_study, parse_study
+from servegrid.study.grid import Study, Trial
+
+ROOT = Path(__file__).parents[2]
+SECOND_NS = 10**9
+STUDY: dict[str, Any] = {
+    "study": "small",
+    "workload": {"concurrency": [1, 2, 4], "input_len": 100, "drift_checks": False},
+    "deployments": [
+        {
+            "model": "mistral-7b",
+            "checkpoint": "/nonexistent/mistral",
+            "tokenizer": "/nonexistent/mistral",
+            "quantization": "fp16",
+            "engine": "vllm",
+            "gpu": "a100-40gb",
+            "max_model_len": 4096,
+        }
+    ],
+}
+NAME = "mistral-7b_fp16_vllm_1xa100-40gb"
+
+
+def write_study(folder: Path, **changes: Any) -> Path:
+    file = folder / "study.yaml"
+    file.write_text(yaml.safe_dump(STUDY | changes), encoding="utf-8")
+    return file
+
+
+def write_trial(folder: Path, trial: Trial, seconds: float) -> None:
+    """A record of a burst of which each request took `seconds` for 100 tokens."""
+    end = round(seconds * SECOND_NS)
+    request = {
+        "wave": 0,
+        "scheduled_ns": 0,
+        "sent_ns": 0,
+        "first_token_ns": end // 2,
+        "token_ns": [end // 2, end],
+        "chunk_tokens": [1, 99],
+        "done_ns": end,
+        "prompt_tokens": trial.workload.input_len,
+        "completion_tokens": 100,
+        "requested_tokens": 100,
+    }
+    record = {
+        "format": parquet.RECORD_FORMAT,
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        "verdict": "ok",
+        "verdict_detail": None,
+        "engine": {"engine": "vllm", "version": "0"},
+        "client": {"window_ns": [0, end], "cpu_s_busiest": 0.1, "token_chunks": 2},
+        "environment": {"allocation": "a", "started": "then"},
+        "calibration": None,
+        "metrics_before": None,
+        "metrics_after": None,
+    }
+    requests = [request] * (trial.workload.concurrency or 1)
+    for name, table, rows in (
+        ("requests", columns.REQUESTS, requests),
+        ("telemetry", columns.TELEMETRY, [{"time_ns": 5, "device": "engine"}]),
+    ):
+        path = folder / trial.id / f"{name}.parquet"
+        parquet.write_table(parquet.arrow_table(table, rows, record), path)
+
+
+def test_the_articles_study_with_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    study, profile = ROOT / "config/inria-2024.yaml", ROOT / "profiles/local"
+    assert main(["plan", "--configfile", str(study), "--profile", str(profile), "--json"]) == 0
+    parsed = json.loads(capsys.readouterr().out)
+    assert len(parsed["deployments"]) == 7
+    assert sum(len(each["cells"]) for each in parsed["deployments"]) == 392
+    assert all(each["allocations"][0]["parts"] >= 1 for each in parsed["deployments"])
+
+
+@pytest.mark.parametrize(
+    "name", sorted({path.name for path in (ROOT / "config").glob("*.yaml")} - {"hardware.yaml"})
+)
+def test_every_study_of_config_has_a_plan(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--configfile", str(ROOT / "config" / name)]) == 0
+    text = capsys.readouterr().out
+    assert "GPU-hours" in text and "not predicted" not in text
+    on_cpu = name in ("demo.yaml", "external.yaml", "protocols.yaml")
+    assert ("never seen a CPU" in text) == on_cpu
+
+
+def test_a_deployment_that_cannot_work_sets_the_exit_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = STUDY["deployments"][0] | {"model": "llama-3-70b"}
+    file = write_study(tmp_path, deployments=[large])
+    assert main(["plan", "--configfile", str(file), "--directory", str(tmp_path)]) == 1
+    assert "cannot work: weights of 131.3 GiB per GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--configfile", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--profile", "missing"], "--profile: missing/config.yaml cannot be read"),
+        (["--hardware", "missing.yaml"], "missing.yaml: cannot be read"),
+        (["--review"], "no cell of this study is finished. Run the study first"),
+    ],
+)
+def test_bad_input_gives_one_error(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--configfile", str(write_study(tmp_path)), "--directory", str(tmp_path)]
+    assert main(["plan", *base, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
+
+
+def test_a_kind_that_the_profile_lacks_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    file = write_study(tmp_path, deployments=[STUDY["deployments"][0] | {"gpu": "h100-80gb"}])
+    assert main(["plan", "--configfile", str(file), "--profile", "profiles/plafrim"]) == 2
+    assert "kinds.yaml: has no kind `h100-80gb`" in capsys.readouterr().err
+
+
+def test_what_is_measured_will_not_run_and_teaches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, study = write_study(tmp_path), parse_study(STUDY)
+    options = ["plan", "--configfile", str(file), "--directory", str(tmp_path), "--json"]
+    assert main(options) == 0
+    (before,) = json.loads(capsys.readouterr().out)["deployments"]
+    for trial in study.trials[:2]:
+        write_trial(tmp_path / "results/cells", trial, 6.0)
+    changed = parse_study(STUDY | {"workload": STUDY["workload"] | {"seed": 1}}).trials[2]
+    write_trial(tmp_path / "results/cells", changed, 6.0)  # another specification: runs again
+    assert main(options) == 0
+    (after,) = json.loads(capsys.readouterr().out)["deployments"]
+    assert [cell["missing"] for cell in after["cells"]] == [0, 0, 1]
+    assert after["measured_cells_used"] == 2
+    unmeasured = [each["cells"][2]["expected_s_per_100_tokens"] for each in (before, after)]
+    assert unmeasured[1]["value"] > 1.5 * unmeasured[0]["value"]
+    assert (
+        unmeasured[1]["high"] / unmeasured[1]["low"] < unmeasured[0]["high"] / unmeasured[0]["low"]
+    )
+
+
+def test_the_review_holds_predictions_against_finished_cells(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, study = write_study(tmp_path), parse_study(STUDY)
+    for trial in study.trials:
+        write_trial(tmp_path / "results/cells", trial, 6.0)
+    options = ["plan", "--configfile", str(file), "--directory", str(tmp_path), "--review"]
+    assert main([*options, "--json"]) == 0
+    (review,) = json.loads(capsys.readouterr().out)["deployments"]
+    assert (review["deployment"], review["finished"], review["cells"]) == (NAME, 3, 3)
+    # Reading 14.24 GB a hundred times at 1555 GB/s takes 0.916 s.
+    assert review["over_bound"] == pytest.approx(6 / 0.916, rel=0.01)
+    assert review["below_bound"] == 0 and review["covered"] < 3  # three times too slow
+    assert main(options) == 0
+    assert "0 of 3" in capsys.readouterr().out
+
+
+def made_plan(study: Study) -> StudyPlan:
+    facts = {each.name: find_model(each, Path("/nonexistent")) for each in study.deployments}
+    return plan_study(study, facts, load_calibration())
+
+
+def test_the_review_by_hand() -> None:
+    """One cell took twice the prediction, one was not served, one queued though it should fit."""
+    study = parse_study(STUDY)
+    plan = made_plan(study)
+    cells = []
+    for cell, factor in zip(plan.deployments[0].cells, (2.0, None, 1.0), strict=True):
+        assert cell.expected_s is not None
+        cells.append(
+            {
+                "deployment": NAME,
+                **{key: getattr(cell.workload, key) for key in ("protocol", "concurrency")},
+                **{key: getattr(cell.workload, key) for key in ("request_rate", "input_len")},
+                "output_len": 100,
+                "verdict": "ok" if factor else "timeout",
+                "verdict_detail": None if factor else "4 of 4 requests failed",
+                "seconds_per_100_tokens": factor and factor * cell.expected_s.value,
+                "waiting_max": 3 if factor == 1.0 else 0,
+            }
+        )
+    (review,) = review_study(plan, pd.DataFrame(cells))
+    assert (review.finished, review.cells) == (3, 2)
+    assert review.median_ratio == pytest.approx((0.5 * 1.0) ** 0.5)
+    assert review.median == pytest.approx(100 * (2**0.5 - 1))  # between 1 and 2
+    assert [each.split(": ")[0] for each in review.surprises] == [
+        "burst-c2-i100-o100",
+        "burst-c4-i100-o100",
+    ]
+    assert "timeout: 4 of 4" in review.surprises[0] and "up to 3 requests" in review.surprises[1]
+
+
+def test_efficiency_columns_by_hand(tmp_path: Path) -> None:
+    """One request of 6 s: 100 × 14.238e9 bytes of weights and 99 × 100 × 131072 of KV cache; 2 ×
+    6.978e9 operations for 199 tokens, and 2 × 0.131e9 for 100."""
+    study = parse_study(STUDY)
+    write_trial(tmp_path, study.trials[0], 6.0)
+    (row,) = gather_trials(study.trials[:1], tmp_path).to_dict("records")
+    read = 100 * 14.238e9 + 99 * 100 * 131072
+    flop = 2 * 6.978e9 * 199 + 2 * 0.131e9 * 100
+    assert row["bound_s_per_100_tokens"] == pytest.approx(read / 1555e9)
+    assert row["measured_over_bound"] == pytest.approx(6 / (read / 1555e9))
+    assert row["achieved_bandwidth_gb_s"] == pytest.approx(read / 6 / 1e9)
+    assert row["achieved_tflops"] == pytest.approx(flop / 6 / 1e12)
+    expected = made_plan(study).deployments[0].cells[0].expected_s
+    assert expected is not None
+    assert row["predicted_over_measured"] == pytest.approx(expected.value / 6, rel=1e-4)
+
+
+def test_efficiency_of_an_unknown_model_is_null(tmp_path: Path) -> None:
+    entry = STUDY["deployments"][0] | {"model": "new"}
+    study = parse_study(STUDY | {"deployments": [entry]})
+    write_trial(tmp_path, study.trials[0], 6.0)
+    (row,) = gather_trials(study.trials[:1], tmp_path).to_dict("records")
+    assert pd.isna(row["bound_s_per_100_tokens"]) and pd.isna(row["predicted_over_measured"])
+
+
+def test_only_complete_records_of_this_specification_count(tmp_path: Path) -> None:
+    study = parse_study(STUDY)
+    assert find_measured(study, tmp_path / "none") == []
+    for trial in study.trials:
+        write_trial(tmp_path, trial, 6.0)
+    (tmp_path / study.trials[0].id / "telemetry.parquet").unlink()
+    (tmp_path / study.trials[1].id / "requests.parquet").write_bytes(b"torn")
+    assert find_measured(study, tmp_path) == [study.trials[2]]
+
+
+def test_times_of_an_emulated_engine_teach_without_their_scale() -> None:
+    study = load_study(ROOT / "config/rehearsal.yaml")  # 200 times as fast
+    name = study.deployments[0].name
+    row = {"deployment": name, "concurrency": 2, "input_len": 31, "output_len": 50}
+    cells = pd.DataFrame([row | {"seconds_per_100_tokens": 0.01, "think_time_s": 0.0}])
+    bursts = earlier_bursts(study, cells)[name]
+    assert bursts.seconds == pytest.approx([0.01 * 0.5 * 200])

@@ -1,0 +1,512 @@
+"""What a study will take before anything is submitted: memory, cells, times, GPU-hours. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from servegrid.analysis.capacity import HardwarePrices
+from servegrid.analysis.efficiency import cell_bound, find_hardware
+from servegrid.analysis.feasibility import (
+    CANNOT,
+    QUEUES,
+    UNKNOWN,
+    Outlook,
+    cell_outlook,
+    deployment_problem,
+)
+from servegrid.analysis.prediction import Bursts, Floats, Points, Table, deployment_traits
+from servegrid.analysis.predictor import (
+    Calibration,
+    Expectation,
+    Predictor,
+    make_predictor,
+)
+from servegrid.errors import ConfigError
+from servegrid.reference.checkpoint import ModelFacts
+from servegrid.reference.memory import Placement, find_device, place
+from servegrid.reference.roofline import ModelShape
+from servegrid.study.deployment import EMULATED, EXTERNAL, VLLM, Deployment
+from servegrid.study.grid import Study, Trial, Workload
+
+START_S, LOAD_BYTES_PER_S = 60.0, 1e9
+"""An engine's start: imports, compilation and warm-up, and the speed at which weights are read."""
+START_FACTOR = 2.0
+"""The start takes between 1 / START_FACTOR and START_FACTOR times that."""
+CELL_OVERHEAD_S = 0.2
+"""Between two cells: prompts are made, and records are written."""
+POWER_SHARE = (0.4, 0.7, 1.0)
+"""The mean power of a GPU as a share of its limit: lower end, expected, upper end."""
+TAUGHT_FIRST = 8
+"""So many cells are named as those that teach most."""
+_HOUR_S, _YEAR_H, _KWH_J = 3600.0, 8766.0, 3.6e6
+
+
+@dataclass(frozen=True)
+class Range:
+    """An expected value with the ends of its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __add__(self, other: Range) -> Range:
+        """The sum of the ends: errors of one deployment go together."""
+        return Range(self.value + other.value, self.low + other.low, self.high + other.high)
+
+    def __mul__(self, factor: float) -> Range:
+        return Range(self.value * factor, self.low * factor, self.high * factor)
+
+
+NOTHING = Range(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the study runs: cores of a node without GPUs, and what a profile says.
+
+    `gpus_of_node` has the kinds whose nodes are taken whole. `runtime_s` limits an allocation.
+    """
+
+    cores: int = 1
+    gpus_of_node: Mapping[str, int] = field(default_factory=dict)
+    runtime_s: float | None = None
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """One cell. Seconds are per 100 output tokens of a response; None if they are not known.
+
+    `missing` of its `trials` are not measured yet. `run_s` is the time of one trial, with warm-up.
+    """
+
+    workload: Workload
+    trials: int
+    missing: int
+    outlook: Outlook
+    bound_s: float | None = None
+    expected_s: Range | None = None
+    run_s: Range | None = None
+
+
+@dataclass(frozen=True)
+class AllocationPlan:
+    """The allocation of one bring-up: its missing trials, and its time. None if unknown."""
+
+    bring_up: int
+    trials: int
+    seconds: Range | None
+    gpu_hours: Range | None
+
+    def parts(self, runtime_s: float | None) -> int:
+        """The allocations that it takes if each may last `runtime_s`, by the interval's end."""
+        if runtime_s is None or self.seconds is None:
+            return 1
+        return max(1, math.ceil(self.seconds.high / runtime_s))
+
+
+@dataclass(frozen=True)
+class DeploymentPlan:
+    """One deployment. `problem` says why it cannot start, `unknown` why nothing is predicted.
+
+    `labels` say what the prediction has never seen, `teach` has the cells to measure first.
+    """
+
+    deployment: Deployment
+    source: str
+    cells: tuple[CellPlan, ...]
+    problem: str | None = None
+    unknown: str | None = None
+    placement: Placement | None = None
+    labels: tuple[str, ...] = ()
+    observed: int = 0
+    allocations: tuple[AllocationPlan, ...] = ()
+    teach: tuple[str, ...] = ()
+    power_w: float | None = None
+
+    @property
+    def kv_tokens(self) -> float | None:
+        """The tokens that the KV cache holds, in sequences of max_model_len; None if unknown."""
+        if self.placement is None or math.isinf(self.placement.kv_pool):
+            return None
+        return self.placement.capacity_tokens(self.deployment.max_model_len)
+
+    @property
+    def gpu_hours(self) -> Range | None:
+        """The GPU-hours of all allocations; None if those of one are unknown."""
+        return _total(allocation.gpu_hours for allocation in self.allocations)
+
+    @property
+    def energy_kwh(self) -> Range | None:
+        """The energy of the GPUs; None if their power or time is unknown."""
+        hours = self.gpu_hours
+        if hours is None or self.power_w is None:
+            return None
+        ends = zip(POWER_SHARE, (hours.low, hours.value, hours.high), strict=True)
+        low, value, high = (share * each * self.power_w / 1000 for share, each in ends)
+        return Range(value, low, high)
+
+    def cost(self, prices: HardwarePrices) -> Range | None:
+        """Electricity, and the GPUs' price spread over their years; None if a price is unknown."""
+        hours, energy = self.gpu_hours, self.energy_kwh
+        price = prices.prices.get(self.deployment.gpu)
+        if hours is None or energy is None or price is None:
+            return None
+        if prices.years_in_use is None or prices.electricity_per_kwh is None:
+            return None
+        return energy * prices.electricity_per_kwh + hours * (price / prices.years_in_use / _YEAR_H)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """The plan of a study. `measured` trials will not run."""
+
+    name: str
+    deployments: tuple[DeploymentPlan, ...]
+    trials: int
+    measured: int
+    site: Site
+
+
+def plan_study(
+    study: Study,
+    facts: Mapping[str, ModelFacts],
+    calibration: Calibration,
+    site: Site = Site(),
+    measured: frozenset[str] = frozenset(),
+    earlier: Mapping[str, Bursts] | None = None,
+) -> StudyPlan:
+    """The plan of a study.
+
+    `facts` has each deployment's model by the deployment's name. `measured` has the ids of the
+    trials that are recorded. `earlier` are measured bursts by deployment. Raises ConfigError if
+    `engine_args` contradict `gpu_count` or have a value that is no number.
+    """
+    by_deployment: dict[str, list[Trial]] = {}
+    for trial in study.all_trials:
+        by_deployment.setdefault(trial.deployment.name, []).append(trial)
+    plans = tuple(
+        _plan_deployment(
+            by_deployment[deployment.name],
+            facts[deployment.name],
+            calibration,
+            site,
+            measured,
+            (earlier or {}).get(deployment.name),
+        )
+        for deployment in study.deployments
+    )
+    done = sum(trial.id in measured for trial in study.all_trials)
+    return StudyPlan(study.name, plans, len(study.all_trials), done, site)
+
+
+def own_tables(
+    study: Study, facts: Mapping[str, ModelFacts], site: Site, earlier: Mapping[str, Bursts]
+) -> list[Table]:
+    """The user's measured bursts as tables for `predictor.refit`, of vLLM on GPUs."""
+    found = []
+    for deployment in study.deployments:
+        bursts, shape = earlier.get(deployment.name), facts[deployment.name].shape
+        if bursts is None or shape is None or deployment.engine != VLLM or not deployment.gpu_count:
+            continue
+        try:
+            device = find_device(deployment.gpu)
+        except ConfigError:
+            continue
+        placement = place(deployment, shape, device)
+        traits = deployment_traits(deployment, placement, device, site.cores)
+        found.append(Table(deployment.name, traits, bursts.points, bursts.seconds))
+    return found
+
+
+def _plan_deployment(
+    trials: Sequence[Trial],
+    facts: ModelFacts,
+    calibration: Calibration,
+    site: Site,
+    measured: frozenset[str],
+    bursts: Bursts | None,
+) -> DeploymentPlan:
+    deployment = trials[0].deployment
+    missing = [trial for trial in trials if trial.id not in measured]
+    try:
+        device = find_device(deployment.gpu)
+    except ConfigError as error:
+        return _unknown_plan(deployment, facts, trials, missing, str(error))
+    if facts.shape is None:
+        return _unknown_plan(deployment, facts, trials, missing, facts.unknown or "not known")
+    placement = place(deployment, facts.shape, device)
+    problem = deployment_problem(deployment, placement, device, facts.config)
+    if problem:
+        outlook = Outlook(CANNOT, problem)
+        return DeploymentPlan(
+            deployment,
+            facts.source,
+            _plain_cells(trials, missing, outlook),
+            problem=problem,
+            placement=placement,
+        )
+    traits = deployment_traits(deployment, placement, device, site.cores)
+    predictor = make_predictor(traits, deployment.engine, calibration, bursts)
+    cells = _predict_cells(trials, missing, deployment, placement, predictor)
+    points = _points([cell.workload for cell in cells], predictor)
+    return DeploymentPlan(
+        deployment=deployment,
+        source=facts.source,
+        placement=placement,
+        labels=tuple(predictor.unseen.values()),
+        observed=0 if predictor.observed is None else len(predictor.observed.points),
+        cells=cells,
+        allocations=_allocations(deployment, facts.shape, missing, cells, site),
+        teach=tuple(cells[index].workload.cell for index in _teach(cells, points, predictor)),
+        power_w=device.power_w,
+    )
+
+
+def _teach(cells: Sequence[CellPlan], points: Points, predictor: Predictor) -> list[int]:
+    """The positions of the cells to measure first, among those that are missing and can work."""
+    open_cells = [
+        index
+        for index, cell in enumerate(cells)
+        if cell.missing and cell.outlook.status not in (CANNOT, UNKNOWN)
+    ]
+    if not open_cells:
+        return []
+    chosen = predictor.teach(points.take(open_cells), TAUGHT_FIRST)
+    return [open_cells[index] for index in chosen]
+
+
+def _unknown_plan(
+    deployment: Deployment,
+    facts: ModelFacts,
+    trials: Sequence[Trial],
+    missing: Sequence[Trial],
+    why: str,
+) -> DeploymentPlan:
+    unknown = [
+        AllocationPlan(number, len(group), None, None)
+        for number, group in _by_bring_up(missing).items()
+    ]
+    return DeploymentPlan(
+        deployment,
+        facts.source,
+        _plain_cells(trials, missing, Outlook(UNKNOWN, why)),
+        unknown=why,
+        allocations=tuple(unknown),
+    )
+
+
+def _cells(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    """The trials by cell, without drift checks, which repeat one of them."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if not trial.drift_check:
+            groups.setdefault(trial.cell, []).append(trial)
+    return groups
+
+
+def _plain_cells(
+    trials: Sequence[Trial], missing: Sequence[Trial], outlook: Outlook
+) -> tuple[CellPlan, ...]:
+    open_trials = {id(trial) for trial in missing}
+    return tuple(
+        CellPlan(
+            group[0].workload,
+            len(group),
+            sum(id(trial) in open_trials for trial in group),
+            outlook,
+        )
+        for group in _cells(trials).values()
+    )
+
+
+def _by_bring_up(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
+    groups: dict[int, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(trial.bring_up, []).append(trial)
+    return groups
+
+
+def _points(workloads: Sequence[Workload], predictor: Predictor) -> Points:
+    """The cells as bursts. An open loop has the requests in flight that its rate leads to."""
+    return Points.of(
+        [
+            workload.concurrency
+            if workload.concurrency is not None
+            else open_loop_load(workload, predictor)[0]
+            for workload in workloads
+        ],
+        [workload.input_len for workload in workloads],
+        [workload.output_len for workload in workloads],
+    )
+
+
+def open_loop_load(workload: Workload, predictor: Predictor) -> tuple[float, float]:
+    """The expected requests in flight of an open loop, and the highest rate in requests/s.
+
+    With n requests in flight the deployment completes n / T(n) of them per second. Above the
+    highest rate, as many are in flight as it may run.
+    """
+    top = predictor.traits.max_running * predictor.traits.copies
+    levels = np.unique(np.geomspace(1, max(2, top), 24).round())
+    rates = (
+        levels
+        / predictor.predict(Points.of(levels, workload.input_len, workload.output_len)).seconds
+    )
+    rates = np.maximum.accumulate(rates)
+    wanted = workload.request_rate or 0.0
+    if wanted >= rates[-1]:
+        return float(levels[-1]), float(rates[-1])
+    if wanted <= rates[0]:
+        return 1.0, float(rates[-1])
+    return float(np.interp(wanted, rates, levels)), float(rates[-1])
+
+
+def time_scale(deployment: Deployment) -> float:
+    """The factor by which an emulated engine changes all times."""
+    if deployment.engine != EMULATED:
+        return 1.0
+    factors = [deployment.engine_args.get(key, 1.0) for key in ("time_scale", "slowdown")]
+    return math.prod(float(each) for each in factors if isinstance(each, int | float))
+
+
+def _predict_cells(
+    trials: Sequence[Trial],
+    missing: Sequence[Trial],
+    deployment: Deployment,
+    placement: Placement,
+    predictor: Predictor,
+) -> tuple[CellPlan, ...]:
+    open_trials = {id(trial) for trial in missing}
+    groups = list(_cells(trials).values())
+    workloads = [group[0].workload for group in groups]
+    points = _points(workloads, predictor)
+    expected, scale = predictor.predict(points), time_scale(deployment)
+    hardware = find_hardware(deployment)
+    cells = []
+    for index, (group, workload) in enumerate(zip(groups, workloads, strict=True)):
+        in_flight = float(points.concurrency[index])
+        response = _at(expected, index) * scale
+        bound = cell_bound(
+            deployment,
+            placement.shape,
+            hardware,
+            workload,
+            # Users who think need not be in flight together, nor an open loop's requests.
+            in_flight if workload.concurrency and not workload.think_time_s else 1.0,
+        )
+        bound = None if bound is None else bound * scale
+        per_100 = response * (100 / workload.output_len)
+        outlook = _outlook(deployment, placement, workload, in_flight, bound, predictor)
+        cells.append(
+            CellPlan(
+                workload=workload,
+                trials=len(group),
+                missing=sum(id(trial) in open_trials for trial in group),
+                outlook=outlook,
+                bound_s=bound,
+                expected_s=per_100,
+                run_s=run_time(workload, response),
+            )
+        )
+    return tuple(cells)
+
+
+def _at(expected: Expectation, index: int) -> Range:
+    arrays: tuple[Floats, ...] = (expected.seconds, expected.low, expected.high)
+    return Range(*(float(each[index]) for each in arrays))
+
+
+def _outlook(
+    deployment: Deployment,
+    placement: Placement,
+    workload: Workload,
+    in_flight: float,
+    bound_s: float | None,
+    predictor: Predictor,
+) -> Outlook:
+    if bound_s is not None and workload.protocol == "burst":
+        least = bound_s * workload.output_len / 100
+        if least > workload.timeout_s:
+            return Outlook(
+                CANNOT,
+                f"no engine takes less than {least:.0f} s, and timeout_s is "
+                f"{workload.timeout_s:g}. Raise it.",
+            )
+    if workload.request_rate is not None:
+        highest = open_loop_load(workload, predictor)[1] / time_scale(deployment)
+        if workload.request_rate > highest:
+            return Outlook(
+                QUEUES,
+                f"{workload.request_rate:g} requests/s arrive, and about {highest:.2g} are "
+                "completed",
+            )
+    return cell_outlook(deployment, placement, workload, in_flight)
+
+
+def run_time(workload: Workload, response_s: Range) -> Range:
+    """The time of one trial with its warm-up, if a burst or a response takes `response_s`.
+
+    A burst takes its waves. A closed loop takes its requests per user, with their think times. An
+    open loop takes its requests at their rate, and the last response.
+    """
+    warmup = response_s * workload.warmup_waves
+    overhead = Range(CELL_OVERHEAD_S, CELL_OVERHEAD_S, CELL_OVERHEAD_S)
+    if workload.request_rate is not None:
+        sending = workload.duration_s or (workload.requests or 0) / workload.request_rate
+        return Range(sending, sending, sending) + response_s + warmup + overhead
+    users = workload.concurrency or 1
+    if workload.duration_s is not None:
+        return Range(*[workload.duration_s] * 3) + response_s + warmup + overhead
+    each = math.ceil((workload.requests or users) / users)
+    think = workload.think_time_s * each
+    return response_s * each + Range(think, think, think) + warmup + overhead
+
+
+def start_time(deployment: Deployment, shape: ModelShape) -> Range:
+    """The time until the engine serves. An external one runs already."""
+    if deployment.engine == EXTERNAL:
+        return NOTHING
+    if deployment.engine == EMULATED:
+        seconds = float(deployment.engine_args.get("startup_s", 0.0))
+        return Range(seconds, seconds, seconds)
+    seconds = START_S + shape.weight_bytes / LOAD_BYTES_PER_S
+    return Range(seconds, seconds / START_FACTOR, seconds * START_FACTOR)
+
+
+def _allocations(
+    deployment: Deployment,
+    shape: ModelShape,
+    missing: Sequence[Trial],
+    cells: Sequence[CellPlan],
+    site: Site,
+) -> tuple[AllocationPlan, ...]:
+    times = {cell.workload.cell: cell.run_s or NOTHING for cell in cells}
+    gpus = charged_gpus(deployment, site)
+    found = []
+    for number, group in sorted(_by_bring_up(missing).items()):
+        seconds = start_time(deployment, shape)
+        for trial in group:
+            seconds = seconds + times[trial.workload.cell]
+        found.append(AllocationPlan(number, len(group), seconds, seconds * (gpus / _HOUR_S)))
+    return tuple(found)
+
+
+def charged_gpus(deployment: Deployment, site: Site) -> int:
+    """The GPUs that an allocation takes: all of a node if nodes are taken whole."""
+    whole = site.gpus_of_node.get(deployment.node_kind, 0)
+    if not whole or not deployment.node_gpus:
+        return deployment.node_gpus
+    return math.ceil(deployment.node_gpus / whole) * whole
+
+
+def _total(ranges: Iterable[Range | None]) -> Range | None:
+    total = NOTHING
+    for each in ranges:
+        if each is None:
+            return None
+        total = total + each
+    return total

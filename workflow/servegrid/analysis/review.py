@@ -1,0 +1,103 @@
+"""Holds the predictions of a study against what was measured. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from servegrid.analysis.feasibility import CANNOT, QUEUES
+from servegrid.analysis.plan import CellPlan, DeploymentPlan, StudyPlan
+from servegrid.analysis.validation import percentiles
+
+
+@dataclass(frozen=True)
+class DeploymentReview:
+    """One deployment's predictions, made from published tables alone, and its finished cells.
+
+    `median_ratio` is predicted / measured; `median` and `p90` are those of |log ratio| as ratios
+    in %. `covered` of the `cells` lie in their interval, and `below_bound` are faster than their
+    bound. `over_bound` is the median of measured / bound. Figures are None without a served cell
+    that was predicted. `surprises` are outlooks that did not come true.
+    """
+
+    deployment: str
+    finished: int
+    cells: int
+    median_ratio: float | None
+    median: float | None
+    p90: float | None
+    covered: int
+    below_bound: int
+    over_bound: float | None
+    surprises: tuple[str, ...]
+
+
+def review_study(plan: StudyPlan, cells: pd.DataFrame) -> list[DeploymentReview]:
+    """Each deployment of `plan`, which must not know `cells`, a table of `columns.CELLS`."""
+    by_deployment = dict(iter(cells.groupby("deployment", sort=False)))
+    return [
+        _review(each, by_deployment[each.deployment.name])
+        for each in plan.deployments
+        if each.deployment.name in by_deployment
+    ]
+
+
+def _review(plan: DeploymentPlan, cells: pd.DataFrame) -> DeploymentReview:
+    keys = ["protocol", "concurrency", "request_rate", "input_len", "output_len"]
+    planned = {_key(vars(cell.workload)): cell for cell in plan.cells}
+    logs, covered, below, over, surprises = [], 0, 0, [], []
+    rows: list[dict[Any, Any]] = cells.to_dict("records")
+    for row in rows:
+        cell = planned.get(_key({key: row[key] for key in keys}))
+        if cell is None:
+            continue
+        surprises += _surprises(cell, row)
+        measured = row["seconds_per_100_tokens"]
+        if pd.isna(measured):
+            continue
+        if cell.bound_s is not None:
+            over.append(measured / cell.bound_s)
+            below += bool(measured < cell.bound_s)
+        if cell.expected_s is not None:
+            logs.append(np.log(cell.expected_s.value / measured))
+            covered += bool(cell.expected_s.low <= measured <= cell.expected_s.high)
+    median, p90 = percentiles(np.asarray(logs)) if logs else (None, None)
+    return DeploymentReview(
+        deployment=plan.deployment.name,
+        finished=len(rows),
+        cells=len(logs),
+        median_ratio=float(np.exp(np.median(logs))) if logs else None,
+        median=median,
+        p90=p90,
+        covered=covered,
+        below_bound=below,
+        over_bound=float(np.median(over)) if over else None,
+        surprises=tuple(dict.fromkeys(surprises)),
+    )
+
+
+def _key(values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What identifies a workload, in the plan and in the table."""
+    load = values["request_rate"] if pd.isna(values["concurrency"]) else values["concurrency"]
+    return values["protocol"], float(load), int(values["input_len"]), int(values["output_len"])
+
+
+def _surprises(cell: CellPlan, row: Mapping[Any, Any]) -> list[str]:
+    """Outlooks that did not come true, each as a text."""
+    name, status = cell.workload.cell, cell.outlook.status
+    served = row["verdict"] == "ok"
+    waiting = row.get("waiting_max")
+    found = []
+    if served and status == CANNOT:
+        found.append(f"{name}: should not work ({cell.outlook.why}), and was served")
+    if served and status == QUEUES and not pd.isna(waiting) and waiting == 0:
+        found.append(f"{name}: should queue, and no request waited")
+    if served and status not in (QUEUES, CANNOT) and not pd.isna(waiting) and waiting > 0:
+        found.append(f"{name}: should fit, and up to {waiting:.0f} requests waited")
+    if not served and status != CANNOT:
+        found.append(f"{name}: not served, {row['verdict']}: {row['verdict_detail']}")
+    return found
