@@ -108,6 +108,8 @@ class AllocationManager(Generic[Job]):
     def put(self, jobs: Iterable[tuple[str, QueuedJob[Job]]]) -> None:
         """Queue jobs, each with the name of its allocation."""
         with self._lock:
+            for live in self._live.values():
+                self._outcomes += self._read_events(live)
             for name, queued in jobs:
                 usage = self._usage_stats(name)
                 usage.jobs.add(queued.task.key)
@@ -125,10 +127,10 @@ class AllocationManager(Generic[Job]):
                 return []
             outcomes, self._outcomes = self._outcomes, []
             for live in list(self._live.values()):
-                outcomes += live.read_events()
+                outcomes += self._read_events(live)
                 state = None if live.ended else self._end_state(live)
                 if live.ended or state:
-                    outcomes += live.read_events()  # what it wrote before its end was noticed
+                    outcomes += self._read_events(live)  # what it wrote before its end was noticed
                     del self._live[live.name]
                     outcomes += self._handle_end(live, state)
             self._dispatch()
@@ -136,6 +138,11 @@ class AllocationManager(Generic[Job]):
                 self._report(line)
             self._progress.update(self._current_progress())
             return outcomes
+
+    def _read_events(self, live: AllocationState[Job]) -> list[Outcome[Job]]:
+        outcomes = live.read_events()
+        self._done_before |= live.done_unasked
+        return outcomes
 
     def close(self) -> None:
         """Let all allocations end. Waits for local ones."""

@@ -44,7 +44,11 @@ class Registry:
     def adopt(
         self, cluster: str, has_ended: Callable[[AllocationState[Job]], bool]
     ) -> Adopted[Job]:
-        """Take over what an earlier run has left, and withdraw the jobs that have not started."""
+        """Take over what an earlier run has left, and withdraw the jobs that have not started.
+
+        Jobs that have finished since this process started are done: Snakemake has looked, or will
+        look, for missing outputs before it learns of them.
+        """
         adopted: Adopted[Job] = Adopted()
         started = psutil.Process().create_time()
         for entry in sorted(self._folder.iterdir()):
@@ -53,8 +57,6 @@ class Registry:
                 check_private(spool.root)
             with contextlib.suppress(FileNotFoundError):
                 spool.clear()
-            # Snakemake has looked, or will look, for missing outputs before it learns of these.
-            adopted.done |= spool.finished_since(started)
             found = _read_submission(spool)
             if found is None or not _can_be_adopted(found[0], cluster):
                 # The submission was interrupted, or another cluster or machine runs the
@@ -62,6 +64,7 @@ class Registry:
                 with contextlib.suppress(FileNotFoundError):
                     spool.close()
                 entry.unlink()
+                adopted.done |= spool.finished_since(started)
                 continue
             submission, has_service = found
             # A second reader, because the adopted state must still read all finished jobs.
@@ -69,6 +72,7 @@ class Registry:
             seen.read_events()
             if seen.ended or has_ended(seen):
                 entry.unlink()
+                adopted.done |= spool.finished_since(started)
                 continue
             name, label = submission.name, f"job {submission.job_id}, of an earlier run"
             adopted.allocations.append(
@@ -79,10 +83,13 @@ class Registry:
                     has_service=has_service,
                     usage=UsageStats(name, in_summary=True, submissions=[label]),
                     inherited=spool.running(),
+                    since=started,
                     process=seen.process,
                     service=seen.service,
                 )
             )
+            # After `running`: a job that ends meanwhile must be in one of both.
+            adopted.done |= spool.finished_since(started)
         return adopted
 
 

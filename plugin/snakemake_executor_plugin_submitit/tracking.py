@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -96,9 +97,10 @@ class AllocationState(Generic[Job]):
     """An allocation that has not ended, as far as the main process knows.
 
     `handle` is submitit's handle; None if an earlier run submitted the allocation. `tickets` are
-    its unfinished jobs. `inherited` are the tickets that run for an earlier run, by key. The
-    allocation was given `assigned` jobs, of which `finished` have ended. `last_job_end` and
-    `last_event` are times of time.monotonic.
+    its unfinished jobs. `inherited` are the tickets that run for an earlier run, by key. Of those,
+    `done_unasked` has the keys that succeeded after `since` (seconds since the epoch) and before
+    this run asked for them. The allocation was given `assigned` jobs, of which `finished` have
+    ended. `last_job_end` and `last_event` are times of time.monotonic.
     """
 
     submission: Submission
@@ -109,6 +111,8 @@ class AllocationState(Generic[Job]):
     usage: UsageStats = field(default_factory=lambda: UsageStats(""))
     tickets: dict[str, QueuedJob[Job]] = field(default_factory=dict)
     inherited: dict[str, str] = field(default_factory=dict)
+    since: float = math.inf
+    done_unasked: set[str] = field(default_factory=set)
     assigned: int = 0
     finished: int = 0
     last_job_end: float = field(default_factory=time.monotonic)
@@ -151,6 +155,11 @@ class AllocationState(Generic[Job]):
                     keys = self.usage.failed if failure else self.usage.done
                     keys.add(queued.task.key)
                     outcomes.append(Outcome((queued.job,), failure))
+                elif event.data["time"] > self.since:
+                    key = events.ticket_key(event.data["ticket"])
+                    self.inherited.pop(key, None)
+                    if event.data["status"] == 0:
+                        self.done_unasked.add(key)
             elif event.kind == events.STOPPED:
                 self.stopped = event
             elif event.kind == events.ENDED:

@@ -13,7 +13,7 @@ import pytest
 
 from slurm.conftest import KIND, Workspace
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.crowded, pytest.mark.timeout(900)]
 
 TWO = KIND | {"slurm_constraint": "a100", "gpus_of_node": 2, "interface": "127.0.0.0/8"}
 NOTICED_S = 20.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from snakemake_executor_plugin_submitit import liveness, manager
 from snakemake_executor_plugin_submitit.liveness import Submission
 from snakemake_executor_plugin_submitit.manager import AllocationManager
 from snakemake_executor_plugin_submitit.progress import Progress
+from snakemake_executor_plugin_submitit.registry import write_submission
 from snakemake_executor_plugin_submitit.slurm import Answer
 from snakemake_executor_plugin_submitit.spool import (
     ENDED,
@@ -89,6 +91,75 @@ def test_other_jobs_of_an_earlier_run_are_repeated(
     manager = local_manager(tmp_path)
     with pytest.raises(AssertionError, match="must not be submitted"):
         manager.put([("a", queued("x"))])
+
+
+@pytest.fixture
+def running(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], AllocationManager[str]]:
+    """Adopts an allocation of an earlier run that runs the job x at this moment."""
+    monkeypatch.setattr(AllocationManager, "_end_state", lambda *_: None)
+    submission = Submission("a", "local", socket.gethostname(), "1", "a", time.time(), "log")
+    write_submission(spool, submission, has_service=True)
+    spool.put(Task("x", (), "/", None))
+    assert spool.take() is not None
+    return lambda: local_manager(tmp_path)
+
+
+def finish(spool: Spool, status: int) -> None:
+    spool.finish(spool.running()["x"], status)
+
+
+def test_a_job_that_ends_while_its_allocation_is_adopted_is_not_repeated(
+    running: Callable[[], AllocationManager[str]], spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end_state(*_: object) -> None:
+        """Slurm's answer takes a while. Meanwhile, the job ends."""
+        if spool.running():
+            finish(spool, 0)
+
+    monkeypatch.setattr(AllocationManager, "_end_state", end_state)
+    manager = running()
+    manager.put([("a", queued("x"))])
+    assert [outcome.jobs for outcome in manager.poll()] == [("job x",)]
+    assert not spool.has_tasks()
+
+
+@pytest.mark.parametrize("polled", [True, False], ids=["and read", "and not yet read"])
+@pytest.mark.parametrize("ended", [True, False], ids=["with its allocation", "alone"])
+def test_a_job_that_ended_before_it_was_asked_for_is_not_repeated(
+    running: Callable[[], AllocationManager[str]], spool: Spool, polled: bool, ended: bool
+) -> None:
+    manager = running()
+    finish(spool, 0)
+    if ended:
+        spool.record(ENDED, reason="idle", detail="")
+    if polled:
+        assert manager.poll() == []
+    manager.put([("a", queued("x"))])
+    assert [outcome.jobs for outcome in manager.poll()] == [("job x",)]
+    assert not spool.has_tasks()
+
+
+def test_a_job_that_failed_before_it_was_asked_for_is_repeated(
+    running: Callable[[], AllocationManager[str]], spool: Spool
+) -> None:
+    manager = running()
+    finish(spool, 1)
+    assert manager.poll() == []
+    manager.put([("a", queued("x"))])
+    assert spool.has_tasks()
+    assert manager.poll() == []
+
+
+def test_a_job_that_runs_on_is_not_queued_again(
+    running: Callable[[], AllocationManager[str]], spool: Spool
+) -> None:
+    manager = running()
+    manager.put([("a", queued("x"))])
+    assert not spool.has_tasks()
+    finish(spool, 0)
+    assert [outcome.jobs for outcome in manager.poll()] == [("job x",)]
 
 
 # Progress
