@@ -97,6 +97,7 @@ def test_a_study_is_bundled_reproducibly_and_verified_and_continued_elsewhere(
     config = site / "study.json"
     config.write_text(json.dumps(STUDY))
 
+    snakemake(site, config)
     snakemake(site, config, "bundle")
     (bundle,) = (site / "results" / "bundles").iterdir()
     first = hashlib.sha256(bundle.read_bytes()).hexdigest()

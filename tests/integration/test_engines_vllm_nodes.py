@@ -23,7 +23,7 @@ import httpx
 import psutil
 import pytest
 
-from conftest import DemoModel
+from helpers.demo_model import DemoModel
 from helpers.deployments import DEMO_VLLM
 from helpers.serving import http_client
 from servegrid.study.endpoint import Endpoint
