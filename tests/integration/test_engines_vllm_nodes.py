@@ -173,7 +173,9 @@ def test_two_nodes_share_one_model_and_a_killed_node_ends_both(two_nodes: TwoNod
     two_nodes.assert_nothing_is_left(SEEN_S)
 
 
-def test_a_killed_worker_of_the_other_node_ends_requests_and_engine(two_nodes: TwoNodes) -> None:
+def test_a_killed_worker_ends_requests_and_a_killed_first_node_the_other_one(
+    two_nodes: TwoNodes,
+) -> None:
     with two_nodes.client() as client:
         complete(client, "a b c", 2)
         os.kill(two_nodes.part["pids"][-1], signal.SIGKILL)
@@ -183,11 +185,6 @@ def test_a_killed_worker_of_the_other_node_ends_requests_and_engine(two_nodes: T
                 complete(client, "a b c", 100)
         print(f"requests fail after {time.monotonic() - began:.1f} s")
     assert not two_nodes.healthy()
-    assert two_nodes.processes[0].stdin
-    two_nodes.processes[0].stdin.close()
-    two_nodes.assert_nothing_is_left(SEEN_S)
-
-
-def test_a_killed_first_node_ends_the_other_one(two_nodes: TwoNodes) -> None:
+    # The end of the first node ends the other one, here even with a broken engine.
     two_nodes.processes[0].send_signal(signal.SIGKILL)
     two_nodes.assert_nothing_is_left(SEEN_S)
