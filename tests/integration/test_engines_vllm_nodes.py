@@ -34,7 +34,7 @@ VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Both nodes are this machine, and would bind their workers to the same cores."""
 HEADS, KV_HEADS = 12, 4
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.crowded, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
