@@ -285,14 +285,16 @@ def join(
     JOIN_S, or at once if `has_ended`.
     """
     interface, address = find_interface(setting)
-    told = _read_rendezvous(rendezvous(folder), has_ended)
+    first = _read_rendezvous(rendezvous(folder), has_ended)
     with contextlib.ExitStack() as stack:
         try:
             connection = socket.create_connection(
-                (told["door"][0], told["door"][1]), HANDSHAKE_S, source_address=(address, 0)
+                (first["door"][0], first["door"][1]),
+                HANDSHAKE_S,
+                source_address=(address, 0),
             )
             stack.enter_context(connection)
-            _enter(connection, bytes.fromhex(told["key"]), rank, host)
+            _enter(connection, bytes.fromhex(first["key"]), rank, host)
             connection.settimeout(JOIN_S)
             welcome = _read_line(connection)
         except (OSError, ValueError, KeyError, TypeError) as error:

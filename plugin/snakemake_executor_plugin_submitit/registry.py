@@ -83,13 +83,11 @@ class Registry:
                     has_service=has_service,
                     usage=UsageStats(name, in_summary=True, submissions=[label]),
                     inherited=spool.running(),
-                    since=started,
+                    since=started,  # its own reader finds the jobs that are done, when asked
                     process=seen.process,
                     service=seen.service,
                 )
             )
-            # After `running`: a job that ends meanwhile must be in one of both.
-            adopted.done |= spool.finished_since(started)
         return adopted
 
 

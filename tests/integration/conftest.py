@@ -10,6 +10,7 @@ import pytest
 
 from helpers.demo_model import DemoModel
 from helpers.deployments import DEMO_VLLM
+from helpers.node_pair import Pair
 from servegrid.engines import Site, start_engine
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
@@ -26,6 +27,16 @@ def demo_model() -> DemoModel:
         models.locate("demo:smollm2-135m-instruct", cache),
         models.locate("demo:smollm2-135m-instruct.gguf", cache),
     )
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    """An allocation of two nodes, which are two processes on this machine."""
+    pair = Pair(tmp_path)
+    try:
+        yield pair
+    finally:
+        pair.close()
 
 
 @pytest.fixture(scope="session")

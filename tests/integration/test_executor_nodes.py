@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -17,15 +15,6 @@ NOTICED_S = 20.0
 """Within this time, the other node must have ended."""
 
 pytestmark = pytest.mark.crowded
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    pair = Pair(tmp_path)
-    try:
-        yield pair
-    finally:
-        pair.close()
 
 
 def test_both_nodes_run_their_part_until_no_job_is_left(pair: Pair) -> None:

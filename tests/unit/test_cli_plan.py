@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from servegrid.analysis.earlier import earlier_bursts, find_measured
+from servegrid.analysis.earlier import earlier_bursts, find_measured_trials
 from servegrid.analysis.plan import StudyPlan, plan_study
 from servegrid.analysis.predictor import load_calibration
 from servegrid.analysis.review import review_study
@@ -241,12 +241,12 @@ def test_efficiency_of_an_unknown_model_is_null(tmp_path: Path) -> None:
 
 def test_only_complete_records_of_this_specification_count(tmp_path: Path) -> None:
     study = parse_study(STUDY)
-    assert find_measured(study, tmp_path / "none") == []
+    assert find_measured_trials(study, tmp_path / "none") == []
     for trial in study.trials:
         write_trial(tmp_path, trial, 6.0)
     (tmp_path / study.trials[0].id / "telemetry.parquet").unlink()
     (tmp_path / study.trials[1].id / "requests.parquet").write_bytes(b"torn")
-    assert find_measured(study, tmp_path) == [study.trials[2]]
+    assert find_measured_trials(study, tmp_path) == [study.trials[2]]
 
 
 def test_times_of_an_emulated_engine_teach_without_their_scale() -> None:

@@ -15,7 +15,7 @@ from servegrid.records import parquet
 from servegrid.study.grid import Study, Trial
 
 
-def find_measured(study: Study, folder: Path) -> list[Trial]:
+def find_measured_trials(study: Study, folder: Path) -> list[Trial]:
     """The trials and drift checks with a record of their present specification in `folder`."""
     if not folder.is_dir():
         return []
@@ -38,7 +38,7 @@ def load_measured(study: Study, results: Path) -> tuple[list[Trial], pd.DataFram
     It is that of `results` if it has them all; otherwise the records are read. The table is None if
     nothing is measured. Raises RecordError if the table or a record is damaged.
     """
-    measured = find_measured(study, results / "cells")
+    measured = find_measured_trials(study, results / "cells")
     wanted = [trial for trial in measured if not trial.drift_check]
     if not wanted:
         return measured, None

@@ -167,10 +167,10 @@ def start_part(deployment: Deployment, site: Site) -> Iterator[VllmPart]:
         api = _load_api(deployment)
         vllm_nodes.check_api(deployment, api)
         _check_gpus(deployment, site, checkpoint, api)
-        told = vllm_nodes.receive_start(nodes, deadline, deployment.name)
-        address, port = nodes.addresses[0], told["port"]
+        start = vllm_nodes.receive_start(nodes, deadline, deployment.name)
+        address, port = nodes.addresses[0], start["port"]
         own = vllm_nodes.node_arguments(nodes.rank, len(nodes.hosts), address, port)
-        parsed = api.parse([*told["words"], *own], deployment.name)
+        parsed = api.parse([*start["words"], *own], deployment.name)
         workers = vllm_nodes.Workers(parsed, reaper)
         with vllm_nodes.running(
             workers, lambda: wait_until(workers.are_up, deadline, deployment.name)

@@ -65,11 +65,11 @@ def _deployments(
     study: Study, cells: Path, measured: Mapping[str, Measured]
 ) -> Iterator[tuple[Deployment, bool]]:
     """Each deployment, and whether its records are complete and have its specification."""
-    incomplete = {
-        trial.deployment.name
-        for trial in study.all_trials
-        if not (cells / trial.id / "requests.parquet").exists()
-    }
+    incomplete: set[str] = set()
+    for trial in study.all_trials:
+        name = trial.deployment.name
+        if name not in incomplete and not (cells / trial.id / "requests.parquet").exists():
+            incomplete.add(name)  # one missing cell is enough: this runs at every start
     for deployment in study.deployments:
         record = measured.get(deployment.name)
         changed = record is not None and record.spec != deployment.spec
