@@ -56,5 +56,5 @@ rule all:
         *(each.output for each in (rules.gather, rules.summarise, rules.findings)),
         *(each.output for each in (rules.plan_capacity, rules.plot_overview)),
         of_each_deployment(rules.tabulate.output),
-        of_each_deployment(rules.plot.output, figure=["per_user", "total", "latency"]),
+        of_each_deployment(rules.plot.output),
         rules.render.output,

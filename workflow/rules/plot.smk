@@ -3,23 +3,28 @@ localrules:
     plot_overview,
 
 
+FIGURES = ["per_user", "total", "latency"]
+
+
+# One job draws all figures of a deployment: most of its time is the start of Python.
 rule plot:
     input:
         package_files("report"),
         cells=rules.gather.output.parquet,
     output:
-        report(
-            "results/plots/{deployment}.{figure}.svg",
-            "../report/figure.rst",
-            category="Figures",
-            subcategory="{deployment}",
-            labels={"figure": "{figure}"},
-        ),
-        "results/plots/{deployment}.{figure}.png",
+        svg=[
+            report(
+                "results/plots/{deployment}." + figure + ".svg",
+                "../report/figure.rst",
+                category="Figures",
+                subcategory="{deployment}",
+                labels={"figure": figure},
+            )
+            for figure in FIGURES
+        ],
+        png=expand("results/plots/{{deployment}}.{figure}.png", figure=FIGURES),
     log:
-        "results/logs/plot/{deployment}.{figure}.log",
-    wildcard_constraints:
-        figure="per_user|total|latency",
+        "results/logs/plot/{deployment}.log",
     conda:
         "../envs/analysis.yaml"
     script:

@@ -7,6 +7,7 @@ from servegrid.run.jobscript import redirect_output
 
 with redirect_output(snakemake.log[0]):
     cells = load_table(Path(snakemake.input.cells))
-    metrics = FIGURES[snakemake.wildcards.figure]
-    figure = deployment_figure(cells, snakemake.wildcards.deployment, metrics)
-    save_figure(figure, *map(Path, snakemake.output))
+    paths = zip(snakemake.output.svg, snakemake.output.png, strict=True)
+    for metrics, (svg, png) in zip(FIGURES.values(), paths, strict=True):
+        figure = deployment_figure(cells, snakemake.wildcards.deployment, metrics)
+        save_figure(figure, Path(svg), Path(png))
