@@ -35,17 +35,21 @@ fi
 rm -rf "$folder"
 "$python" -m venv "$folder"
 pip="$folder/bin/pip --disable-pip-version-check"
+# pip compiles one module after another; compileall uses all cores.
+install="$pip install --quiet --no-compile"
 # The CPU build of torch is not among the public packages: pip's own sources first, then the
 # index that PyTorch keeps for it, which uv knows by name. The plain torch would be CUDA, and
 # that is what the lists for GPUs name.
 torch=$(sed -n 's/^torch==\([^ ;]*+cpu\).*/\1/p' "$1")
-if [ -n "$torch" ] && ! $pip install --quiet --no-deps "torch==$torch" 2>/dev/null; then
+if [ -n "$torch" ] && ! $install --no-deps "torch==$torch" 2>/dev/null; then
     say "torch $torch is not in pip's sources; asking PyTorch's CPU index"
-    $pip install --quiet uv
+    $install uv
     "$folder/bin/uv" pip install --quiet --python "$folder/bin/python" --no-deps \
         --torch-backend cpu "torch==$torch"
 fi
 for list in "$@"; do
     say "installing $(grep -c '==' "$list") packages of $list"
-    $pip install --quiet --no-deps -r "$list"
+    $install --no-deps -r "$list"
 done
+# Some packages have files that are not for this version of Python; they are left as they are.
+"$folder/bin/python" -W ignore -m compileall -qq -j 0 "$folder/lib" || true
