@@ -23,12 +23,14 @@ SMALL_VLLM = Deployment(
 
 DEMO_VLLM = replace(
     SMALL_VLLM,
-    name="smollm2-135m-instruct_bf16_vllm_cpu",
+    name="smollm2-135m-instruct_fp32_vllm_cpu",
     model="smollm2-135m-instruct",
+    quantization="fp32",  # without AVX-512, bfloat16 takes several times as long
     checkpoint="demo:smollm2-135m-instruct",
     tokenizer="demo:smollm2-135m-instruct",
     max_model_len=512,
     max_num_seqs=8,
+    engine_args={"dtype": "float32"},
 )
 """The demo's model, which vLLM and llama.cpp can start on any machine."""
 

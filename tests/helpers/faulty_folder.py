@@ -101,7 +101,7 @@ def serve(backing: Path, mount: Path, control: Path) -> None:
             self.old = control / "old"
             self.old.mkdir()
             self.count = 0
-            self.lock = threading.Lock()
+            self.guard = threading.Lock()  # `lock` would be the operation of that name
 
         # faults
 
@@ -121,7 +121,7 @@ def serve(backing: Path, mount: Path, control: Path) -> None:
             if "late" not in self.faults:
                 return
             before = None
-            with self.lock, contextlib.suppress(OSError):
+            with self.guard, contextlib.suppress(OSError):
                 self.count += 1
                 shadow = str(self.old / str(self.count))
                 os.link(real(path), shadow)

@@ -47,6 +47,7 @@ def llamacpp_deployment() -> Deployment:
         checkpoint="demo:smollm2-135m-instruct.gguf",
         quantization="q4_1",
         engine="llamacpp",
+        engine_args={},
     )
 
 

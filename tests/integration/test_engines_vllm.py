@@ -109,14 +109,14 @@ def test_it_serves_with_the_requested_settings_and_sigterm_ends_it(
         facts = up["facts"]
         expected = {
             "engine": "vllm",
-            "dtype": "bfloat16",
+            "dtype": "float32",
             "max_model_len": 512,
             "max_num_seqs": 8,
             "prefix_caching": False,
             "tensor_parallel_size": 1,
             "enforce_eager": True,
             "attention_backends": ["CPU_ATTN"],
-            # 23,040 bytes per token, 8 requests of 512 tokens: see test_engines_arguments.py.
+            # 46,080 bytes per token, 8 requests of 512 tokens: see test_engines_arguments.py.
             "kv_capacity_tokens": 8 * 512,
         }
         assert facts | expected == facts
@@ -182,7 +182,7 @@ def test_a_killed_worker_is_noticed_and_nothing_is_left_behind(
 
 
 def test_a_failed_start_reports_its_cause(demo_model: DemoModel, tmp_path: Path) -> None:
-    small = replace(DEPLOYMENT, engine_args={"kv_cache_memory_bytes": 1000})
+    small = replace(DEPLOYMENT, engine_args={"dtype": "float32", "kv_cache_memory_bytes": 1000})
     with EngineProcess(small, demo_model.models, tmp_path) as serving:
         error = serving.read_message()["error"]
         assert error.startswith(f"EngineError: deployment `{DEPLOYMENT.name}`: vLLM ")

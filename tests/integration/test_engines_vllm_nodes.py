@@ -71,7 +71,7 @@ class TwoNodes:
             DEMO_VLLM,
             checkpoint=str(model),
             tokenizer=str(model),
-            engine_args={"tensor_parallel_size": 2},
+            engine_args={"dtype": "float32", "tensor_parallel_size": 2},
         )
         self.temporary = [Path(tempfile.mkdtemp(prefix="sg-")) for _ in range(2)]
         self.processes = []

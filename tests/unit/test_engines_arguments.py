@@ -223,6 +223,8 @@ def test_the_kv_cache_holds_all_requests_if_they_are_small() -> None:
     unshared = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
     four = replace(ON_CPU, max_num_seqs=4)
     assert arguments.kv_cache_bytes(four, unshared, 64 * GIB) == 3 * wanted // 4
+    single = replace(ON_CPU, engine_args={"dtype": "float32"})
+    assert arguments.kv_cache_bytes(single, SMOLLM2, 64 * GIB) == 2 * wanted
 
 
 def test_the_kv_cache_is_bounded_but_holds_one_request() -> None:

@@ -95,8 +95,9 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of KV cache for `max_num_seqs` requests of `max_model_len` tokens on a CPU.
 
-    Each token needs, per layer and KV head, a key and a value of `head_dim` 16-bit numbers; these
-    sizes come from `model_config`, the model's config.json. The result is at most
+    Each token needs, per layer and KV head, a key and a value of `head_dim` numbers of 16 bits, or
+    of 32 if `dtype` says so; these sizes come from `model_config`, the model's config.json. The
+    result is at most
     `KV_CACHE_LIMIT_BYTES` and a quarter of `memory_bytes`, the machine's memory. This limit is also
     the result if config.json lacks these sizes. It is always enough for one request, because vLLM
     does not start with less.
@@ -109,7 +110,8 @@ def kv_cache_bytes(
         layers = model_config["num_hidden_layers"]
     except KeyError:
         return limit
-    per_token: int = layers * kv_heads * head_dim * 2 * 2
+    single = deployment.engine_args.get("dtype") in ("float", "float32")
+    per_token: int = layers * kv_heads * head_dim * 2 * (4 if single else 2)
     per_request = per_token * -(-deployment.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
     return max(per_request, min(limit, per_request * deployment.max_num_seqs))
 
