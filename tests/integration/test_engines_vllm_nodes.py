@@ -164,6 +164,9 @@ def test_two_nodes_share_one_model_and_a_killed_node_ends_both(two_nodes: TwoNod
     facts = two_nodes.up["facts"]
     assert (facts["tensor_parallel_size"], facts["nodes"]) == (2, 2)
     assert facts["attention_backends"] == ["CPU_ATTN"]
+    # Both workers are on this machine, and the test names `lo` as the network between the nodes.
+    links = [{"transport": "tcp", "interface": "lo", "gpu_direct": None}]
+    assert facts["network"] == {"library": "gloo", "links": links}
     # One worker on each node, besides its own process and the engine's scheduler on the first.
     assert (len(two_nodes.up["pids"]), len(two_nodes.part["pids"])) == (3, 2)
     with two_nodes.client() as client:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from helpers.deployments import SMALL_VLLM
-from servegrid.study.deployment import Deployment
+from helpers.deployments import EMULATED_ENTRY, SMALL_VLLM
+from servegrid.errors import ConfigError
+from servegrid.study.deployment import Deployment, parse_deployment
 from servegrid.study.nodes import nodes_problem, version_problem, workers_per_node
 
 
@@ -61,3 +62,21 @@ def test_old_versions_of_vllm_are_refused(version: str | None, refused: bool) ->
     problem = version_problem(on_gpus(4), 2, version)
     assert bool(problem) is refused
     assert version_problem(on_gpus(4), 1, version) is None
+
+
+def test_a_demanded_network_is_a_part_of_the_specification() -> None:
+    entry = EMULATED_ENTRY | {"network": "infiniband"}
+    deployment = parse_deployment(entry, "deployments[0]")
+    assert deployment.spec["network"] == "infiniband"
+    assert Deployment.from_spec(deployment.spec) == deployment
+    # Deployments that demand nothing keep their specification, and so their results.
+    plain = parse_deployment(EMULATED_ENTRY, "deployments[0]")
+    assert "network" not in plain.spec
+    assert Deployment.from_spec(plain.spec) == plain
+
+
+@pytest.mark.parametrize("changes", [{"gpu": "cpu", "gpu_count": 0}, {"engine": "llamacpp"}])
+def test_only_an_engine_that_can_use_infiniband_can_be_held_to_it(changes: dict[str, Any]) -> None:
+    entry = EMULATED_ENTRY | {"network": "infiniband"} | changes
+    with pytest.raises(ConfigError, match=r"deployments\[0\]\.network: only vLLM on GPUs"):
+        parse_deployment(entry, "deployments[0]")

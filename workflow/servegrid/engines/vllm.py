@@ -21,7 +21,14 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines import arguments, compatibility, startup_errors, vllm_api, vllm_nodes
+from servegrid.engines import (
+    arguments,
+    compatibility,
+    network,
+    startup_errors,
+    vllm_api,
+    vllm_nodes,
+)
 from servegrid.engines.base import Nodes, Site
 from servegrid.engines.listening import (
     BACKLOG,
@@ -189,6 +196,7 @@ def engine_environment(folder: Path, nodes: Nodes | None = None) -> dict[str, st
     found = ENVIRONMENT | folders | startup_errors.logging_variables(folder)
     if nodes is not None:
         found |= vllm_nodes.node_environment(nodes.addresses[nodes.rank], nodes.interface)
+        found |= network.nccl_variables(folder)
     return found
 
 
