@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from servegrid.doctor import containers, environments, files, kinds, models, slurm
-from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study
+from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study, count_nodes
 from servegrid.doctor.proposal import Proposal, propose
 from servegrid.doctor.report import Finding, Group, Status
 from servegrid.doctor.resources import ResourceRequest, build_request
@@ -78,6 +78,8 @@ def _run_checks(
     yield from environments.check_environments(
         {each.kind: _kind_python(each, deployments) for each in requests if each not in inside},
         engines,
+        {each.kind: _on_nodes(profile, each, deployments) for each in requests},
+        str(profile.kinds_file),
     )
     for request in inside:
         run = partial(run_command, timeout_s=environments.TIMEOUT_S)
@@ -164,3 +166,15 @@ def _uses_main_python(request: ResourceRequest, deployments: Sequence[Deployment
 def _engine_packages(kind: str, deployments: Sequence[Deployment]) -> list[str]:
     engines = dict.fromkeys(each.engine for each in deployments if each.node_kind == kind)
     return [ENGINE_PACKAGES[engine] for engine in engines if engine in ENGINE_PACKAGES]
+
+
+def _on_nodes(
+    profile: Profile, request: ResourceRequest, deployments: Sequence[Deployment]
+) -> list[tuple[Deployment, int]]:
+    """The deployments of a kind that take several nodes, with this number."""
+    counted = [
+        (each, count_nodes(each, profile.kinds.get(request.kind, {})))
+        for each in deployments
+        if each.node_kind == request.kind
+    ]
+    return [(each, nodes) for each, nodes in counted if nodes > 1]
