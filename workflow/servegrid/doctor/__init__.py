@@ -1,4 +1,4 @@
-"""`servegrid doctor`: checks a site before the first study. It submits nothing.
+"""`servegrid doctor`: checks a site before the first study. Only `network` submits a job.
 
 `shell` and `files` gather facts, `report` formats the findings, all other modules check facts.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from servegrid.doctor import containers, environments, files, kinds, models, slurm
+from servegrid.doctor import containers, environments, files, kinds, models, network, slurm
 from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study, count_nodes
 from servegrid.doctor.proposal import Proposal, propose
 from servegrid.doctor.report import Finding, Group, Status
@@ -26,14 +27,23 @@ __all__ = ["propose_profile", "run_checks"]
 ENGINE_PACKAGES = {"vllm": "vllm", "llamacpp": "xllamacpp"}
 
 
-def run_checks(profile_folder: Path, study_file: Path | None, directory: Path) -> Iterator[Finding]:
+def run_checks(
+    profile_folder: Path, study_file: Path | None, directory: Path, network_of: str | None = None
+) -> Iterator[Finding]:
     """All findings, group by group, each as soon as it is known.
+
+    With `network_of`, a kind, also the network between two of its nodes, in a short allocation.
 
     Raises ConfigError before the first finding if the profile or the study cannot be read.
     """
     profile = Profile.load(profile_folder)
     study = load_study(study_file) if study_file else None
-    return _run_checks(profile, study, study_file or Path(), directory)
+    if network_of is not None:
+        network.check_kind_name(profile, network_of)
+    checks = _run_checks(profile, study, study_file or Path(), directory)
+    if network_of is None:
+        return checks
+    return chain(checks, network.check_network(profile, network_of, directory, run_command))
 
 
 def propose_profile() -> Proposal:
