@@ -1,7 +1,4 @@
-"""The real vLLM on the CPU over two nodes: two processes on this machine, which share nothing else.
-
-The model has a fourth, empty group of attention heads: nine heads cannot be divided by two.
-"""
+"""The real vLLM on the CPU over two nodes: two processes here that share nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ import psutil
 import pytest
 
 from helpers.another_user import as_another_user
-from helpers.demo_model import DemoModel
+from helpers.demo_model import DemoModel, pad_heads
 from helpers.deployments import DEMO_VLLM
 from helpers.serving import http_client
 from servegrid.study.endpoint import Endpoint
@@ -35,34 +32,13 @@ SCRIPT = Path(__file__).parents[1] / "helpers" / "serve_nodes.py"
 SEEN_S = 20.0
 VARIABLES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 """Both nodes are this machine, and would bind their workers to the same cores."""
-HEADS, KV_HEADS = 12, 4
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
 def padded(demo_model: DemoModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model with heads of zeros: the same function."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("padded") / "model"
-    shutil.copytree(demo_model.folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((folder / "config.json").read_text())
-    size = config["hidden_size"] // config["num_attention_heads"]
-    wanted = {"q_proj": (HEADS, 0), "k_proj": (KV_HEADS, 0), "v_proj": (KV_HEADS, 0)}
-    wanted["o_proj"] = (HEADS, 1)
-    weights = load_file(demo_model.folder / "model.safetensors")
-    for name, weight in weights.items():
-        for part, (heads, axis) in wanted.items():
-            if part in name:
-                shape = list(weight.shape)
-                shape[axis] = heads * size - shape[axis]
-                weights[name] = torch.cat([weight, weight.new_zeros(shape)], axis).contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config |= {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": size}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return pad_heads(demo_model.folder, tmp_path_factory.mktemp("padded") / "model")
 
 
 class TwoNodes:
