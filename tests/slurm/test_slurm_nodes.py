@@ -133,6 +133,7 @@ def test_a_preemption_ends_all_nodes_and_measures_only_what_is_missing(pair: Wor
     finish(pair, run)
 
 
+@pytest.mark.chaos
 def test_the_time_limit_ends_all_nodes_and_measures_only_what_is_missing(pair: Workspace) -> None:
     """Slurm warns both nodes of the limit of one minute; the waiting cell is what is missing."""
     run = pair.start("--submitit-follower", "toy_service:follow", runtime=1)
