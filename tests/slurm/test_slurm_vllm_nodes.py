@@ -1,6 +1,7 @@
-"""A study of the real vLLM on the CPU over two nodes of the private Slurm: measured and certified.
+"""The real vLLM on the CPU over two nodes, in what takes too long for CI.
 
-One of the nodes is killed after the first cell. The next allocation measures what is missing.
+A study is measured on the private Slurm and certified, although one of the nodes is killed after
+the first cell. And the network between two nodes with two workers each is cut during a request.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from helpers import namespaces
 from helpers.demo_model import pad_heads
+from helpers.two_nodes import TwoNodes, complete
 from servegrid.study import models
 from slurm.conftest import KIND, Workspace
 from slurm.test_slurm_rehearsal import Rehearsal
@@ -128,3 +133,36 @@ def test_a_study_over_two_nodes_survives_the_loss_of_one_and_is_certified(work: 
     )
     print(verified.stdout[-600:])
     assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+@pytest.mark.skipif(not namespaces.is_possible(), reason="only root makes network namespaces")
+def test_a_cut_network_ends_an_engine_with_two_workers_per_node(tmp_path: Path) -> None:
+    cache = models.default_folder()
+    models.fetch(cache)
+    source = models.locate("demo:smollm2-135m-instruct", cache)
+    model = pad_heads(source, tmp_path / "padded")
+    with namespaces.cable() as cable:
+        nodes = TwoNodes(
+            *(model, tmp_path, 4, cable.prefixes),
+            interface=namespaces.INTERFACE,
+            socket="unix",  # the loopback of a namespace is its own
+        )
+        try:
+            facts = nodes.up["facts"]
+            assert (facts["tensor_parallel_size"], facts["nodes"]) == (4, 2)
+            (link,) = facts["network"]["links"]
+            assert (link["transport"], link["interface"]) == ("tcp", namespaces.INTERFACE)
+            # Two workers on each node, besides its own process and the scheduler on the first.
+            assert (len(nodes.up["pids"]), len(nodes.part["pids"])) == (4, 3)
+            with nodes.client() as client:
+                assert complete(client, "The capital of France is", 3).startswith(" Paris")
+                cutter = threading.Timer(2.0, cable.cut)
+                cutter.start()
+                began = time.monotonic()
+                with pytest.raises(httpx.HTTPError):
+                    while time.monotonic() - began < SEEN_S:
+                        complete(client, "a b c", 100)
+                print(f"\ncut: requests fail after {time.monotonic() - began - 2:.1f} s")
+            nodes.assert_nothing_is_left(SEEN_S)
+        finally:
+            nodes.close()

@@ -113,7 +113,7 @@ def _compare(group: Group, links: Sequence[Facts], setting: str | None, place: s
 
 def _is_chosen(link: Facts, setting: str) -> bool:
     if "/" not in setting:
-        return setting == link["interface"]
+        return bool(setting == link["interface"])
     with contextlib.suppress(ValueError, TypeError):
         inner, outer = (
             ipaddress.IPv4Network(each, strict=False) for each in (link["network"], setting)
