@@ -1,9 +1,9 @@
 """Runs one node of an engine on several nodes, for a test that watches it from outside.
 
-Usage: serve_nodes.py RANK FOLDER DEPLOYMENT SETTINGS; the last two are JSON. The settings are those
-of `Site`, the `interface` between the nodes (default: lo) and the `workers` of each node. Both nodes
-print a line of JSON when their part has started. For each line on its standard input, the first node
-prints whether the engine is healthy; the end of standard input ends the engine.
+Usage: serve_nodes.py RANK FOLDER DEPLOYMENT SETTINGS; the last two are JSON. The settings are
+those of `Site`, the `interface` between the nodes (default: lo) and the `workers` of each node.
+Both nodes print a line of JSON when their part has started. For each line on its standard input,
+the first node prints whether the engine is healthy; the end of standard input ends the engine.
 """
 
 from __future__ import annotations
