@@ -179,6 +179,7 @@ def test_a_node_whose_part_does_not_start_gives_its_reason(pair: Workspace) -> N
 def test_nodes_without_a_network_are_refused_before_submission(pair: Workspace) -> None:
     pair.kinds(toy={key: value for key, value in TWO.items() if key != "interface"})
     output = pair.end(start(pair), status=1)
+    assert "kinds.yaml: toy: An allocation needs 2 nodes" in output
     assert "Set `interface` of the kind" in output
     assert pair.queue() == []
 

@@ -134,3 +134,12 @@ def test_all_workers_count() -> None:
     combined = network.combine(answers)
     assert combined["library"] == "nccl"
     assert sorted(each["transport"] for each in combined["links"]) == ["infiniband", "tcp"]
+
+
+def test_warnings_of_nccl_reach_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warning = "node1:4242:4300 [0] net_ib.cc:818 NCCL WARN NET/IB : Got completion with error 12"
+    with pytest.raises(RuntimeError), network.warnings_shown(tmp_path):
+        (tmp_path / "nccl-17.log").write_text(log(IB_FOUND) + warning + "\n")
+        (tmp_path / "nccl-18.log").write_text(log(SOCKET_FOUND))
+        raise RuntimeError("the engine failed")
+    assert capsys.readouterr().out == warning + "\n"

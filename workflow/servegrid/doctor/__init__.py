@@ -94,7 +94,11 @@ def _run_checks(
     for request in inside:
         run = partial(run_command, timeout_s=environments.TIMEOUT_S)
         yield from containers.check_container(
-            request, engines[request.kind], str(profile.kinds_file), run
+            request,
+            engines[request.kind],
+            str(profile.kinds_file),
+            run,
+            on_nodes=_on_nodes(profile, request, deployments),
         )
     if study is not None:
         mounts = files.read_mounts() if uses_slurm else None

@@ -6,6 +6,7 @@ kernel knows their addresses.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -18,6 +19,8 @@ import psutil
 INFINIBAND, ROCE, TCP = "infiniband", "roce", "tcp"
 NCCL, GLOO = "nccl", "gloo"
 LOG = "NCCL_DEBUG_FILE"
+MAX_WARNINGS = 20
+"""The warnings of one process that are shown."""
 
 _LINK_LAYERS = {"IB": INFINIBAND, "RoCE": ROCE}
 # The lines are those of NCCL 2.30: src/transport/net.cc, net_socket.cc and net_ib/init.cc. A rail
@@ -39,6 +42,21 @@ def nccl_variables(folder: Path) -> dict[str, str]:
         "NCCL_DEBUG_SUBSYS": "INIT,NET",
         LOG: str(folder / "nccl-%p.log"),  # NCCL writes the pid for %p
     }
+
+
+@contextlib.contextmanager
+def warnings_shown(folder: Path) -> Iterator[None]:
+    """After the block, print NCCL's warnings to the log of the allocation.
+
+    With `nccl_variables`, NCCL writes them to the files in `folder` only, which does not stay.
+    """
+    try:
+        yield
+    finally:
+        for file in sorted(folder.glob("nccl-*.log")):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            warnings = [line for line in text.splitlines() if " NCCL WARN " in line]
+            print(*warnings[:MAX_WARNINGS], sep="\n", end="\n" if warnings else "", flush=True)
 
 
 def observe(library: str) -> dict[str, Any]:

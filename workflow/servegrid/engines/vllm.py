@@ -97,6 +97,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
     checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
     with contextlib.ExitStack() as stack:
         reaper = stack.enter_context(start_reaper())
+        stack.enter_context(network.warnings_shown(reaper.folder))
         path = socket_path(site, reaper.folder)
         check_socket_path(reaper.folder / str(uuid.uuid4()))  # vLLM names its sockets like this
         with set_environment(engine_environment(reaper.folder, nodes)):
@@ -169,6 +170,7 @@ def start_part(deployment: Deployment, site: Site) -> Iterator[VllmPart]:
     checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
     with (
         start_reaper() as reaper,
+        network.warnings_shown(reaper.folder),
         set_environment(engine_environment(reaper.folder, nodes)),
     ):
         api = _load_api(deployment)
