@@ -259,9 +259,12 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
         params = job_params(job) if is_shared else {}
         service = self._service if is_shared else None
         follower = self._follower if service else None
-        parameters = Parameters.build(
-            self._cluster, resources, self._kind_parameters(job), follower is not None
-        )
+        kind = self._kind_parameters(job)
+        place = f"{self._kinds_path}: {job.resources.get('kind')}" if kind else rule
+        try:
+            parameters = Parameters.build(self._cluster, resources, kind, follower is not None)
+        except WorkflowError as error:
+            raise WorkflowError(f"Allocation {name}: not submitted. {place}: {error}") from None
         spec = AllocationSpec(
             name=name,
             service=service,
@@ -278,7 +281,9 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             try:
                 self._check(name, spec.params, spec.resources, spec.parameters.values)
             except Exception as error:
-                raise WorkflowError(f"Allocation {name}: not submitted. {error}") from error
+                raise WorkflowError(
+                    f"Allocation {name}: not submitted. {place}: {error}"
+                ) from error
         return spec
 
     def _kind_parameters(self, job: JobExecutorInterface) -> dict[str, Any]:

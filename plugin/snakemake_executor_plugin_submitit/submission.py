@@ -201,6 +201,11 @@ class Parameters:
         needed = math.ceil(gpus / per_node) if gpus and per_node else 1
         nodes = kind.get("nodes", values.get("nodes", needed))
         values["nodes"] = nodes
+        if gpus and per_node and nodes < needed:
+            raise WorkflowError(
+                f"nodes: {nodes} × gpus_of_node {per_node} is less than the {gpus} GPUs of the "
+                "job. Remove `nodes`: the executor takes as many nodes as there must be."
+            )
         if gpus and not _GPU_KEYS & kind.keys():
             values["gpus_per_node"] = math.ceil(gpus / nodes)
         site = ("gpus_of_node", "interface")

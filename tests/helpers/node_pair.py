@@ -35,6 +35,8 @@ class Pair:
         self.folder = folder
         self.spool = Spool.create(folder / "spool")
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.prefixes: list[list[str]] = [[], []]
+        """Commands that start the process of each node, such as `ip netns exec NAME`."""
 
     def start(self, **changes: Any) -> Pair:
         settings: dict[str, Any] = {
@@ -57,7 +59,14 @@ class Pair:
             with (self.folder / f"log-{rank}").open("wb") as log:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-P", "-c", PROGRAM, json.dumps(settings)],
+                        [
+                            *self.prefixes[rank],
+                            sys.executable,
+                            "-P",
+                            "-c",
+                            PROGRAM,
+                            json.dumps(settings),
+                        ],
                         cwd=self.folder,
                         env=os.environ
                         | slurm

@@ -4,8 +4,10 @@ Writes JSON: vLLM's version, the parsed arguments of each deployment, and the re
 of vLLM's parts.
 """
 
+import importlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +67,24 @@ def parse_on_nodes(api: vllm_api.VllmApi, deployment: Deployment) -> list[dict[s
     return found
 
 
+def environment_on_nodes() -> dict[str, Any]:
+    """What vLLM and torch make of the variables of a node: those of vLLM that this version does not
+    know, and whether torch leaves its store to servegrid."""
+    from vllm import envs
+
+    # `torch.distributed.rendezvous` is also the name of a function.
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")
+
+    variables = vllm_nodes.node_environment("10.7.0.2", "ib0")
+    os.environ |= variables
+    names = {name for name in variables if name.startswith("VLLM_")}
+    return {
+        "unknown": sorted(names - envs.environment_variables.keys()),
+        "host_ip": envs.VLLM_HOST_IP,
+        "store_is_given": rendezvous._torchelastic_use_agent_store(),
+    }
+
+
 def required(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -75,6 +95,7 @@ api = vllm_api.load_api()
 DEPLOYMENTS = load_study(Path(sys.argv[1])).deployments
 result = {
     "on_nodes": parse_on_nodes(api, next(each for each in DEPLOYMENTS if each.gpu_count == 4)),
+    "environment": environment_on_nodes(),
     "version": api.version,
     "device": api.device,
     "parsed": {deployment.name: parse_arguments(api, deployment) for deployment in DEPLOYMENTS},

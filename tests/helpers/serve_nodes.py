@@ -1,8 +1,9 @@
 """Runs one node of an engine on several nodes, for a test that watches it from outside.
 
-Usage: serve_nodes.py RANK FOLDER DEPLOYMENT SITE; the last two are JSON. Both nodes print a line of
-JSON when their part has started. For each line on its standard input, the first node prints whether
-the engine is healthy; the end of standard input ends the engine.
+Usage: serve_nodes.py RANK FOLDER DEPLOYMENT SETTINGS; the last two are JSON. The settings are
+those of `Site`, the `interface` between the nodes (default: lo) and the `workers` of each node.
+Both nodes print a line of JSON when their part has started. For each line on its standard input,
+the first node prints whether the engine is healthy; the end of standard input ends the engine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from servegrid.errors import ServegridError
 from servegrid.study.deployment import Deployment
 from snakemake_executor_plugin_submitit.nodes import gather, join
 
-COUNT, INTERFACE = 2, "lo"
+COUNT = 2
+SETTINGS = json.loads(sys.argv[4])
+INTERFACE, WORKERS = SETTINGS.pop("interface", "lo"), SETTINGS.pop("workers", 1)
+
+if WORKERS > 1:  # vLLM takes a CPU for one device; its processes import this module as well
+    import torch
+
+    torch.cpu.device_count = lambda: WORKERS
 
 
 def report(**facts: object) -> None:
@@ -33,7 +41,7 @@ def interrupt(_: str) -> None:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    deployment, site = Deployment(**json.loads(sys.argv[3])), json.loads(sys.argv[4])
+    deployment, site = Deployment(**json.loads(sys.argv[3])), SETTINGS
     site["models"] = Path(site["models"])
     report(pid=os.getpid())
     try:

@@ -82,6 +82,11 @@ def test_the_parser_accepts_the_study_and_all_parts_exist(version: str, tmp_path
         for rank in range(2)
     ]
     assert result["on_nodes"] == (None if version.startswith("0.10") else expected)
+    assert result["environment"] == {
+        "unknown": [],
+        "host_ip": "10.7.0.2",
+        "store_is_given": True,
+    }
     # Some versions accept several keys.
     assert all(parsed["api_key"] in ("secret", ["secret"]) for parsed in result["parsed"].values())
     for part, parameters in result["required"].items():

@@ -217,3 +217,21 @@ def test_an_option_that_submitit_adds_is_tested(site: Path, tmp_path: Path) -> N
     (refused,) = after(lines, "FAIL", "kind cpu")
     assert "Invalid wckey specification" in refused
     assert "--wckey=submitit" in refused
+
+
+def test_the_network_between_two_nodes_is_measured(slurm: Cluster, site: Path) -> None:
+    change(site, "a100-40gb", interface=None)
+    status, lines = doctor(slurm.env, site, "--network", "a100-40gb")
+    group = "network of kind a100-40gb"
+    (node_1, node_2, loopback, *_) = after(lines, "OK", group)
+    assert (
+        "sirocco2" in node_1 and "sirocco2" in node_2 and "lo 127.0.0.1 (127.0.0.0/8, up" in node_1
+    )
+    # All nodes of this cluster are this machine.
+    assert "lo 127.0.0.0/8" in loopback and "Gbit/s in one TCP connection" in loopback
+    one_machine, proposal = after(lines, "WARN", group)
+    assert "both are one machine" in one_machine
+    assert "Write `interface: " in proposal and "for `a100-40gb` in " in proposal
+    assert status in (0, 1)  # other checks may fail on this machine
+    assert list(site.glob(".servegrid-network-*")) == []
+    assert slurm.call("squeue", "-h", "-n", "servegrid-network", "-t", "PD,R") == ""

@@ -117,6 +117,38 @@ def test_the_loss_of_the_other_node_is_survived(pair: Workspace) -> None:
     finish(pair, run)
 
 
+def test_a_preemption_ends_all_nodes_and_measures_only_what_is_missing(pair: Workspace) -> None:
+    pair.kinds(toy=TWO | {"slurm_partition": "preempt"})
+    run = start(pair)
+    pair.wait_started("a1")
+    first, began = (service(pair, "up"), service(pair, "joined")), time.monotonic()
+    pair.cluster.call(
+        *("sbatch", "--partition=routage", f"--nodelist={first[0]['hosts'][1]}", "--exclusive"),
+        *("--mem=0", "--output=/dev/null", "--time=1", "--wrap=sleep 5"),
+    )
+    pids = [each[key] for each in first for key in ("pid", "helper")]
+    pair.wait(lambda: not any(map(exists, pids)), limit_s=NOTICED_S)
+    print(f"preemption: nothing is left on both nodes after {time.monotonic() - began:.1f} s")
+    pair.wait(lambda: pair.started().count("a1") == 2, limit_s=120)
+    finish(pair, run)
+
+
+@pytest.mark.chaos
+def test_the_time_limit_ends_all_nodes_and_measures_only_what_is_missing(pair: Workspace) -> None:
+    """Slurm warns both nodes of the limit of one minute; the waiting cell is what is missing."""
+    run = pair.start("--submitit-follower", "toy_service:follow", runtime=1)
+    pair.wait_started("a1")
+    first = (service(pair, "up"), service(pair, "joined"))
+    pids = [each[key] for each in first for key in ("pid", "helper")]
+    pair.wait(lambda: not any(map(exists, pids)), limit_s=60 + NOTICED_S)
+    print(
+        f"time limit: both nodes ended {time.monotonic() - first[0]['time']:.1f} s after the start"
+    )
+    pair.wait(lambda: pair.started().count("a1") == 2, limit_s=90)
+    finish(pair, run)
+    assert len(pair.notes("service", "left")) == pair.service_starts() == 2
+
+
 @pytest.mark.parametrize("how", ["scancel", "ctrl-c"])
 def test_a_cancelled_allocation_leaves_nothing_on_any_node(pair: Workspace, how: str) -> None:
     run = start(pair)
@@ -147,6 +179,7 @@ def test_a_node_whose_part_does_not_start_gives_its_reason(pair: Workspace) -> N
 def test_nodes_without_a_network_are_refused_before_submission(pair: Workspace) -> None:
     pair.kinds(toy={key: value for key, value in TWO.items() if key != "interface"})
     output = pair.end(start(pair), status=1)
+    assert "kinds.yaml: toy: An allocation needs 2 nodes" in output
     assert "Set `interface` of the kind" in output
     assert pair.queue() == []
 

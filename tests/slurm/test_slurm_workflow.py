@@ -76,7 +76,7 @@ def test_an_old_vllm_on_several_nodes_is_refused_before_submission(study: Study)
     study.kinds(**{"a100-40gb": KIND | kind})
     output = study.study(REHEARSAL | FEW | {"deployments": real}, "--submitit-kinds", "kinds.yaml")
     assert output.endswith("status 1")
-    assert "not submitted. deployment `mixtral-8x22b_awq-4bit_vllm_4xa100-40gb` needs 4" in output
+    assert "kinds.yaml: a100-40gb: deployment `mixtral-8x22b_awq-4bit_vllm_4xa100-40gb`" in output
     assert "vLLM 0.10.1.1 of the kind `a100-40gb` cannot start on several nodes" in output
     assert study.queue() == []
 

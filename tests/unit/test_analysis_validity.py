@@ -270,6 +270,30 @@ BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
 }
 
 
+def demanding(engine: dict[str, Any]) -> Evidence:
+    """The study demands InfiniBand; `engine` is what the record says about the engine."""
+    trial = replace(TRIAL, deployment=replace(TRIAL.deployment, network="infiniband"))
+    return evidence(engine=engine, spec=trial.spec)
+
+
+def over(*links: tuple[str, str]) -> dict[str, Any]:
+    """An engine on two nodes that used these transports and interfaces."""
+    listed = [{"transport": one, "interface": two, "gpu_direct": False} for one, two in links]
+    return {"nodes": 2, "network": {"library": "nccl", "links": listed}}
+
+
+BROKEN |= {
+    "the wrong network": (
+        lambda: demanding(over(("infiniband", "mlx5_0"), ("tcp", "eth0"))),
+        "wrong_network: the nodes used tcp (eth0), not infiniband only",
+    ),
+    "an unknown network": (
+        lambda: demanding({"nodes": 2, "network": None}),
+        "wrong_network: it is not known which network the nodes used; the study demands infiniband",
+    ),
+}
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_the_broken_rule_is_named_with_evidence(what: str) -> None:
     make, reason = BROKEN[what]
@@ -323,6 +347,18 @@ def test_a_cell_of_a_server_without_counters_can_be_valid() -> None:
     assert check_validity(evidence(metrics_before=None, metrics_after=None)) == Validity(
         True, [], []
     )
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        demanding(over(("infiniband", "mlx5_0"), ("infiniband", "mlx5_1"))),
+        demanding({}),  # one node: there is no network between nodes
+        evidence(engine=over(("tcp", "eth0"))),  # the study demands nothing
+    ],
+)
+def test_a_network_is_demanded_only_between_nodes_and_by_the_study(measured: Evidence) -> None:
+    assert check_validity(measured) == Validity(True, [], [])
 
 
 def test_a_cell_that_was_not_served_has_no_validity() -> None:

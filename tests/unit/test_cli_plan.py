@@ -131,6 +131,40 @@ def test_bad_input_gives_one_error(
     assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
 
 
+def test_the_plan_says_how_many_nodes_each_deployment_takes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    options = ["plan", "--configfile", "config/inria-2024.yaml"]
+    assert main([*options, "--profile", "profiles/plafrim", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["deployments"]
+    # A node has two GPUs, and only Mixtral 8x22B needs four.
+    nodes = {each["deployment"]: each["nodes"] for each in planned}
+    assert nodes.pop("mixtral-8x22b_awq-4bit_vllm_4xa100-40gb") == 2
+    assert list(nodes.values()) == [1] * 6
+    assert main([*options, "--profile", "profiles/plafrim"]) == 0
+    assert capsys.readouterr().out.count("\n  nodes: 2\n") == 1
+    assert main([*options, "--json"]) == 0  # without a profile nobody knows
+    planned = json.loads(capsys.readouterr().out)["deployments"]
+    assert {each["nodes"] for each in planned} == {None}
+
+
+def test_a_deployment_that_its_nodes_cannot_run_cannot_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds, packages = tmp_path / "kinds.yaml", tmp_path / "env/lib/python3.12/site-packages"
+    (packages / "vllm-0.10.1.1.dist-info").mkdir(parents=True)
+    kind = {"gpus_of_node": 1, "interface": "ib0", "python": str(tmp_path / "env/bin/python")}
+    kinds.write_text(yaml.safe_dump({"a100-40gb": kind}))
+    (tmp_path / "config.yaml").write_text(f"executor: submitit\nsubmitit-kinds: {kinds}\n")
+    file = write_study(tmp_path, deployments=[STUDY["deployments"][0] | {"gpu_count": 2}])
+    options = ["plan", "--configfile", str(file), "--profile", str(tmp_path)]
+    assert main(options) == 1
+    text = capsys.readouterr().out
+    assert f"cannot work: {kinds}: a100-40gb: " in text
+    assert "vLLM 0.10.1.1 of the kind `a100-40gb` cannot start on several nodes" in text
+
+
 def test_a_kind_that_the_profile_lacks_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

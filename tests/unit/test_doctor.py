@@ -9,6 +9,7 @@ import pytest
 
 from helpers.doctoring import GROUP, study
 from servegrid.cli.main import main
+from servegrid.doctor.environments import Environment, check_start
 from servegrid.doctor.profile import Profile, check_profile, check_study, parse_minutes
 from servegrid.doctor.report import Status, exit_status, format_counts, format_findings
 from servegrid.doctor.resources import build_request
@@ -189,6 +190,36 @@ def test_more_gpus_than_a_node_has_are_reported(
     last = list(check_study(profile, study(gpu_count, engine), Path("s.yaml")))[-1]
     assert last.status is status
     assert words in last.found
+
+
+def test_a_fixed_number_of_nodes_with_too_few_gpus_is_reported(tmp_path: Path) -> None:
+    profile = Profile.load(profile_in(tmp_path, kinds_text="v100: {gpus_of_node: 2, nodes: 1}"))
+    last = list(check_study(profile, study(4, "vllm"), Path("s.yaml")))[-1]
+    assert (last.status, last.subject) == (Status.FAIL, "kind v100")
+    assert "v100.nodes: 1 × gpus_of_node 2 is less than the 4 GPUs" in last.found
+    assert last.remedy.startswith("Remove `nodes`")
+
+
+@pytest.mark.parametrize(
+    ("version", "nodes", "statuses"),
+    [
+        ("0.10.1.1", 2, [Status.FAIL]),
+        ("0.32.0", 2, [Status.OK]),
+        ("0.10.1.1", 1, []),
+        (None, 2, []),  # a missing package is another finding
+    ],
+)
+def test_an_old_vllm_for_several_nodes_is_reported(
+    version: str | None, nodes: int, statuses: list[Status]
+) -> None:
+    (deployment,) = study(4, "vllm").deployments
+    environment = Environment((3, 12, 0), {"vllm": version})
+    on_nodes = [(deployment, nodes)] if nodes > 1 else []
+    found = list(check_start("v100", environment, on_nodes, "kinds.yaml"))
+    assert [each.status for each in found] == statuses
+    if Status.FAIL in statuses:
+        assert "vLLM 0.10.1.1 of the kind `v100` cannot start on several nodes" in found[0].found
+        assert "Correct `python` of `v100` in kinds.yaml" in found[0].remedy
 
 
 def test_several_nodes_need_the_name_of_their_network(tmp_path: Path) -> None:

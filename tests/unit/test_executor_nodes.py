@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import socket
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from helpers.another_user import as_another_user
 from snakemake_executor_plugin_submitit import nodes as module
 from snakemake_executor_plugin_submitit.nodes import (
     Nodes,
@@ -154,6 +157,50 @@ def test_strangers_get_nothing_and_hold_nobody_up(folder: Path) -> None:
     for member in (second, first):
         member.leave.set()
         member.join(60)
+
+
+def pry(folder: str, file: str) -> list[str]:
+    """What a stranger can do with the files of a rendezvous."""
+    done = []
+    for name, act in {
+        "list": lambda: os.listdir(folder),
+        "read": lambda: Path(file).read_bytes(),
+        "replace": lambda: Path(file).unlink(),
+        "add": lambda: Path(folder, "rendezvous-1").touch(),
+        "touch": lambda: os.utime(folder),
+    }.items():
+        with contextlib.suppress(PermissionError):
+            act()
+            done.append(name)
+    return done
+
+
+def guess(door: tuple[str, int]) -> str:
+    """What a stranger gets who knows the protocol, but not the key."""
+    with socket.create_connection(door, 10) as connection:
+        theirs = str(module._read_line(connection)["nonce"])
+        proof = module._proof(b"a guess", "other", theirs, "aa", 1, "evil")
+        module._send_line(connection, {"nonce": "aa", "rank": 1, "host": "evil", "proof": proof})
+        return connection.recv(100).decode()
+
+
+def test_another_user_of_the_node_gets_nothing_from_the_rendezvous() -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)  # the folder itself must keep strangers out
+        folder = Path(parent, "nodes")
+        first = Member(0, 2, folder)
+        file = rendezvous(folder)
+        while not file.exists():
+            time.sleep(0.01)
+        door = tuple(json.loads(file.read_text())["door"])
+        if os.geteuid() == 0:
+            assert as_another_user(pry, str(folder), str(file)) == []
+        assert as_another_user(guess, door) == ""
+        second = Member(1, 2, folder)
+        assert first.wait().hosts == second.wait().hosts == ("host0", "host1")
+        for member in (second, first):
+            member.leave.set()
+            member.join(60)
 
 
 def test_a_first_node_without_the_key_is_not_believed(folder: Path) -> None:

@@ -113,6 +113,12 @@ def test_each_node_runs_a_task_if_the_service_has_a_part_there() -> None:
     assert (build_all(4).on_all_nodes, build_all(2).on_all_nodes) == (True, False)
 
 
+def test_a_kind_whose_nodes_have_too_few_gpus_is_refused() -> None:
+    build({"gpus": 4}, {"nodes": 2, "gpus_of_node": 2})
+    with pytest.raises(WorkflowError, match=r"nodes: 1 × gpus_of_node 2 is less than the 4 GPUs"):
+        build({"gpus": 4}, {"nodes": 1, "gpus_of_node": 2})
+
+
 def test_nodes_without_a_network_are_refused() -> None:
     resources = {"runtime": 90, "gpus": 4}
     with pytest.raises(WorkflowError, match=r"needs 2 nodes.*Set `interface` of the kind"):

@@ -38,6 +38,7 @@ REMEDIES = {
     "clock_step": _REPEAT,
     "gpu_throttled": "check the GPU's cooling and power supply, then measure again",
     "drifted": _REPEAT,
+    "wrong_network": "see docs/troubleshooting.md, or remove `network` from the deployment",
 }
 """What to do about each verdict and rule of validity."""
 

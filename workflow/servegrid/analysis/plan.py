@@ -69,11 +69,15 @@ class Site:
     """Where the study runs: cores of a node without GPUs, and what a profile says.
 
     `gpus_of_node` has the kinds whose nodes are taken whole. `runtime_s` limits an allocation.
+    `nodes` has the number of nodes of each deployment by its name; it is empty without a profile.
+    `problems` says, by name, why a deployment cannot run on its nodes.
     """
 
     cores: int = 1
     gpus_of_node: Mapping[str, int] = field(default_factory=dict)
     runtime_s: float | None = None
+    nodes: Mapping[str, int] = field(default_factory=dict)
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,9 @@ def _plan_deployment(
 ) -> DeploymentPlan:
     deployment = trials[0].deployment
     missing = [trial for trial in trials if trial.id not in measured]
+    if problem := site.problems.get(deployment.name):
+        cells = _plain_cells(trials, missing, Outlook(CANNOT, problem))
+        return DeploymentPlan(deployment, facts.source, cells, problem=problem)
     try:
         device = find_device(deployment.gpu)
     except ConfigError as error:

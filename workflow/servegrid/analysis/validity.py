@@ -274,6 +274,21 @@ def _check_throttling(evidence: Evidence) -> str | None:
     return f"GPUs were throttled in {throttled} samples" if throttled else None
 
 
+def _check_network(evidence: Evidence) -> str | None:
+    wanted, engine = evidence.trial.deployment.network, evidence.record["engine"]
+    if wanted is None or "nodes" not in engine:
+        return None
+    links = (engine.get("network") or {}).get("links")
+    if not links:
+        return f"it is not known which network the nodes used; the study demands {wanted}"
+    used = [
+        f"{link['transport']} ({link['interface'] or 'unknown interface'})"
+        for link in links
+        if link["transport"] != wanted
+    ]
+    return f"the nodes used {', '.join(dict.fromkeys(used))}, not {wanted} only" if used else None
+
+
 def _check_drift(evidence: Evidence) -> str | None:
     if evidence.drift is None or evidence.drift <= MAX_DRIFT:
         return None
@@ -359,6 +374,11 @@ RULES: Mapping[str, Rule] = {
     "drifted": Rule(
         f"The output tokens/s of the allocation's drift checks differ by at most {MAX_DRIFT:.0%}",
         _check_drift,
+    ),
+    "wrong_network": Rule(
+        "If the deployment has the key `network`, an engine on several nodes used this network "
+        "between them, and no other one",
+        _check_network,
     ),
 }
 """The rules of validity by name."""

@@ -19,8 +19,8 @@ def add_doctor(subcommands: Any) -> None:
         "doctor",
         help="check a profile and its cluster before the first study",
         description="Check on a login node that a study can run: profile, Slurm, files, "
-        "environments and models. Submits nothing. Exit status: 0 if no check failed, 1 if a "
-        "check failed, 2 if the profile or the study cannot be read.",
+        "environments and models. Submits nothing without --network. Exit status: 0 if no check "
+        "failed, 1 if a check failed, 2 if the profile or the study cannot be read.",
     )
     add = parser.add_argument
     add("--profile", required=True, type=Path, metavar="DIR", help="such as profiles/plafrim")
@@ -32,13 +32,20 @@ def add_doctor(subcommands: Any) -> None:
         metavar="DIR",
         help="folder that will contain results/; default: this folder",
     )
+    add(
+        "--network",
+        metavar="KIND",
+        help="also list the interfaces of two nodes of this kind, and measure the network between "
+        "them, in an allocation of a few seconds",
+    )
     parser.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from servegrid.doctor import run_checks
 
-    return print_findings(run_checks(options.profile, options.configfile, options.directory))
+    checks = run_checks(options.profile, options.configfile, options.directory, options.network)
+    return print_findings(checks)
 
 
 def print_findings(checks: Iterator[Finding]) -> int:

@@ -97,9 +97,11 @@ def _plan(options: argparse.Namespace) -> int:
 def _read_site(profile_folder: Path | None, study: Study) -> Site:
     """What the profile says about nodes and time; without one, this machine."""
     from servegrid.analysis.plan import Site
-    from servegrid.doctor.profile import Profile, get_number, parse_minutes
+    from servegrid.doctor.profile import Profile, count_nodes, get_number, parse_minutes
     from servegrid.errors import ConfigError
+    from servegrid.node.environment import find_vllm
     from servegrid.study.deployment import CPU
+    from servegrid.study.nodes import site_problem
 
     cores = len(os.sched_getaffinity(0))
     if profile_folder is None:
@@ -119,4 +121,12 @@ def _read_site(profile_folder: Path | None, study: Study) -> Site:
     runtime = profile.resources("measure").get("runtime")
     minutes = None if runtime is None else parse_minutes(runtime)
     of_cpu = int(get_number(profile.kinds.get(CPU, {}), "cpus_per_task", cores))
-    return Site(of_cpu, whole, None if minutes is None else 60 * minutes)
+    nodes, problems = {}, {}
+    for deployment in study.deployments:
+        kind = profile.kinds.get(deployment.node_kind, {})
+        nodes[deployment.name] = count_nodes(deployment, kind)
+        file = f"{profile.kinds_file}: {deployment.node_kind}"
+        problem = site_problem(deployment, nodes[deployment.name], kind, file, find_vllm(kind))
+        if problem is not None:
+            problems[deployment.name] = problem
+    return Site(of_cpu, whole, None if minutes is None else 60 * minutes, nodes, problems)

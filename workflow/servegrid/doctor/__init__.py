@@ -1,4 +1,4 @@
-"""`servegrid doctor`: checks a site before the first study. It submits nothing.
+"""`servegrid doctor`: checks a site before the first study. Only `network` submits a job.
 
 `shell` and `files` gather facts, `report` formats the findings, all other modules check facts.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
-from servegrid.doctor import containers, environments, files, kinds, models, slurm
-from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study
+from servegrid.doctor import containers, environments, files, kinds, models, network, slurm
+from servegrid.doctor.profile import CLUSTERS, Profile, check_profile, check_study, count_nodes
 from servegrid.doctor.proposal import Proposal, propose
 from servegrid.doctor.report import Finding, Group, Status
 from servegrid.doctor.resources import ResourceRequest, build_request
@@ -26,14 +27,23 @@ __all__ = ["propose_profile", "run_checks"]
 ENGINE_PACKAGES = {"vllm": "vllm", "llamacpp": "xllamacpp"}
 
 
-def run_checks(profile_folder: Path, study_file: Path | None, directory: Path) -> Iterator[Finding]:
+def run_checks(
+    profile_folder: Path, study_file: Path | None, directory: Path, network_of: str | None = None
+) -> Iterator[Finding]:
     """All findings, group by group, each as soon as it is known.
+
+    With `network_of`, a kind, also the network between two of its nodes, in a short allocation.
 
     Raises ConfigError before the first finding if the profile or the study cannot be read.
     """
     profile = Profile.load(profile_folder)
     study = load_study(study_file) if study_file else None
-    return _run_checks(profile, study, study_file or Path(), directory)
+    if network_of is not None:
+        network.check_kind_name(profile, network_of)
+    checks = _run_checks(profile, study, study_file or Path(), directory)
+    if network_of is None:
+        return checks
+    return chain(checks, network.check_network(profile, network_of, directory, run_command))
 
 
 def propose_profile() -> Proposal:
@@ -78,11 +88,17 @@ def _run_checks(
     yield from environments.check_environments(
         {each.kind: _kind_python(each, deployments) for each in requests if each not in inside},
         engines,
+        {each.kind: _on_nodes(profile, each, deployments) for each in requests},
+        str(profile.kinds_file),
     )
     for request in inside:
         run = partial(run_command, timeout_s=environments.TIMEOUT_S)
         yield from containers.check_container(
-            request, engines[request.kind], str(profile.kinds_file), run
+            request,
+            engines[request.kind],
+            str(profile.kinds_file),
+            run,
+            on_nodes=_on_nodes(profile, request, deployments),
         )
     if study is not None:
         mounts = files.read_mounts() if uses_slurm else None
@@ -164,3 +180,15 @@ def _uses_main_python(request: ResourceRequest, deployments: Sequence[Deployment
 def _engine_packages(kind: str, deployments: Sequence[Deployment]) -> list[str]:
     engines = dict.fromkeys(each.engine for each in deployments if each.node_kind == kind)
     return [ENGINE_PACKAGES[engine] for engine in engines if engine in ENGINE_PACKAGES]
+
+
+def _on_nodes(
+    profile: Profile, request: ResourceRequest, deployments: Sequence[Deployment]
+) -> list[tuple[Deployment, int]]:
+    """The deployments of a kind that take several nodes, with this number."""
+    counted = [
+        (each, count_nodes(each, profile.kinds.get(request.kind, {})))
+        for each in deployments
+        if each.node_kind == request.kind
+    ]
+    return [(each, nodes) for each, nodes in counted if nodes > 1]

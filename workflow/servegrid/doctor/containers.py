@@ -11,11 +11,13 @@ from servegrid.doctor.environments import (
     PACKAGES,
     PROBE,
     check_environment,
+    check_start,
     parse_environment,
 )
 from servegrid.doctor.report import Finding, Status
 from servegrid.doctor.resources import ResourceRequest
 from servegrid.doctor.shell import RunCommand
+from servegrid.study.grid import Deployment
 
 REBUILD = "Build the image again, as docs/administrators.md says."
 
@@ -26,8 +28,11 @@ def check_container(
     file: str,
     run: RunCommand,
     which: Callable[[str], str | None] = shutil.which,
+    on_nodes: Sequence[tuple[Deployment, int]] = (),
 ) -> Iterator[Finding]:
     """Check the container of a kind of `file`; `engines` are packages that it must contain.
+
+    `on_nodes` are the kind's deployments that take several nodes, with their number.
 
     What only a node can show, such as a program that `setup` loads, is skipped.
     """
@@ -64,6 +69,7 @@ def check_container(
         )
         return
     yield check_environment(request.kind, subject, environment, engines, REBUILD)
+    yield from check_start(request.kind, environment, on_nodes, file)
 
 
 def _check_tool(

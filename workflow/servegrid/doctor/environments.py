@@ -11,6 +11,8 @@ from pathlib import Path
 
 from servegrid.doctor.report import Finding, Group
 from servegrid.doctor.shell import CommandResult, run_command
+from servegrid.study.grid import Deployment
+from servegrid.study.nodes import version_problem
 
 TIMEOUT_S = 60.0  # the first start on a shared file system is slow
 MIN_PYTHON = (3, 11)
@@ -79,6 +81,20 @@ def check_environment(
     return GROUP.ok(f"kind {kind}", found)
 
 
+def check_start(
+    kind: str, environment: Environment, on_nodes: Sequence[tuple[Deployment, int]], file: str
+) -> Iterator[Finding]:
+    """Check that the environment's vLLM can start the deployments that take several nodes."""
+    version = environment.packages.get("vllm")
+    for deployment, nodes in on_nodes:
+        if problem := version_problem(deployment, nodes, version):
+            remedy = f"Correct `python` of `{kind}` in {file}, or exclude the deployment."
+            yield GROUP.fail(f"kind {kind}", problem.partition(". ")[0], remedy)
+            return
+    if on_nodes and version:
+        yield GROUP.ok(f"kind {kind}", f"vLLM {version} can start on several nodes")
+
+
 def environment_remedy(python: str) -> str:
     """How to create the environment of an interpreter."""
     if found := re.search(r"\.venv-([\w-]+)/bin/", python):
@@ -99,11 +115,15 @@ def check_main_python(python: str) -> Iterator[Finding]:
 
 
 def check_environments(
-    pythons: Mapping[str, str | None], engines: Mapping[str, Sequence[str]]
+    pythons: Mapping[str, str | None],
+    engines: Mapping[str, Sequence[str]],
+    on_nodes: Mapping[str, Sequence[tuple[Deployment, int]]] = {},
+    file: str = "",
 ) -> Iterator[Finding]:
     """Check the interpreter of each kind. A kind without its own uses this interpreter.
 
-    A relative path starts in the current folder, as it does for the executor.
+    A relative path starts in the current folder, as it does for the executor. `on_nodes` has the
+    deployments of each kind that take several nodes, with their number; `file` describes the kinds.
     """
     yield from check_main_python(sys.executable)
     results: dict[str, CommandResult] = {}
@@ -128,3 +148,4 @@ def check_environments(
             )
         else:
             yield check_environment(kind, python, environment, engines.get(kind, ()))
+            yield from check_start(kind, environment, on_nodes.get(kind, ()), file)

@@ -14,7 +14,7 @@ import yaml
 from servegrid.doctor.report import Finding, Group
 from servegrid.errors import ConfigError
 from servegrid.study.grid import Deployment, Study
-from servegrid.study.nodes import nodes_problem
+from servegrid.study.nodes import capacity_problem, nodes_problem
 from servegrid.study.text import pluralize
 
 EXECUTOR = "submitit"
@@ -175,6 +175,11 @@ def _check_node_count(
     group: Group, profile: Profile, kind: str, deployments: Sequence[Deployment], file: Path
 ) -> Finding:
     parameters = profile.kinds.get(kind, {})
+    most = max(deployments, key=lambda each: each.node_gpus)
+    nodes, place = count_nodes(most, parameters), f"{profile.kinds_file}: {kind}"
+    if few := capacity_problem(most.node_gpus, nodes, parameters.get("gpus_of_node"), place):
+        problem, _, remedy = few.partition(". ")
+        return group.fail(f"kind {kind}", problem, remedy)
     large = [each for each in deployments if count_nodes(each, parameters) > 1]
     problems = [nodes_problem(each, count_nodes(each, parameters)) for each in large]
     if refused := [problem for problem in problems if problem]:

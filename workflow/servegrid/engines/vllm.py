@@ -21,7 +21,14 @@ from typing import Any
 
 import psutil
 
-from servegrid.engines import arguments, compatibility, startup_errors, vllm_api, vllm_nodes
+from servegrid.engines import (
+    arguments,
+    compatibility,
+    network,
+    startup_errors,
+    vllm_api,
+    vllm_nodes,
+)
 from servegrid.engines.base import Nodes, Site
 from servegrid.engines.listening import (
     BACKLOG,
@@ -90,6 +97,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
     checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
     with contextlib.ExitStack() as stack:
         reaper = stack.enter_context(start_reaper())
+        stack.enter_context(network.warnings_shown(reaper.folder))
         path = socket_path(site, reaper.folder)
         check_socket_path(reaper.folder / str(uuid.uuid4()))  # vLLM names its sockets like this
         with set_environment(engine_environment(reaper.folder, nodes)):
@@ -162,6 +170,7 @@ def start_part(deployment: Deployment, site: Site) -> Iterator[VllmPart]:
     checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
     with (
         start_reaper() as reaper,
+        network.warnings_shown(reaper.folder),
         set_environment(engine_environment(reaper.folder, nodes)),
     ):
         api = _load_api(deployment)
@@ -189,6 +198,7 @@ def engine_environment(folder: Path, nodes: Nodes | None = None) -> dict[str, st
     found = ENVIRONMENT | folders | startup_errors.logging_variables(folder)
     if nodes is not None:
         found |= vllm_nodes.node_environment(nodes.addresses[nodes.rank], nodes.interface)
+        found |= network.nccl_variables(folder)
     return found
 
 

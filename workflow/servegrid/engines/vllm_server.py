@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from servegrid.engines import network
 from servegrid.engines.key_guard import KeyGuard
 from servegrid.engines.vllm_api import VllmApi, get_config
 from servegrid.node import processes
@@ -122,6 +123,8 @@ class VllmServer:
                 **resolved_config(config),
                 "attention_backends": await _attention_backends(engine),
             }
+            if getattr(self._arguments, "nnodes", 1) > 1:
+                self.resolved["network"] = await _network(engine)
             app = await self._api.make_app(engine, self._arguments)
             server = uvicorn.Server(
                 uvicorn.Config(
@@ -170,4 +173,13 @@ async def _attention_backends(engine: Any) -> list[str] | None:
     with contextlib.suppress(Exception):
         answers = await engine.collective_rpc("servegrid_attention_backends")
         return sorted({name for backends in answers for name in backends})
+    return None
+
+
+async def _network(engine: Any) -> dict[str, Any] | None:
+    """What the workers of all nodes use between them; None if one of them does not know."""
+    with contextlib.suppress(Exception):
+        answers = await engine.collective_rpc("servegrid_network")
+        if None not in answers:
+            return network.combine(answers)
     return None

@@ -8,6 +8,7 @@ import locale
 import logging
 import os
 import platform
+import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -107,3 +108,16 @@ def _cpu_model() -> str | None:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return None
+
+
+def find_vllm(site: Mapping[str, Any]) -> str | None:
+    """The version of vLLM in the environment of a kind; None if it cannot be read here.
+
+    The metadata of its package is read; nothing is imported.
+    """
+    if "container" in site:
+        return None
+    python = Path(site.get("python") or sys.executable)
+    found = sorted(python.parent.parent.glob("lib/python3*/site-packages/vllm*.dist-info"))
+    named = [re.fullmatch(r"vllm(?:_\w+)?-(.+)\.dist-info", path.name) for path in found]
+    return next((match[1] for match in named if match), None)

@@ -74,6 +74,8 @@ def _sum(ranges: Iterable[Range | None]) -> Range | None:
 
 def _block(plan: DeploymentPlan, study: StudyPlan, all_cells: bool) -> Iterator[str]:
     yield f"{plan.deployment.name}  (model: {plan.source})"
+    if (nodes := study.site.nodes.get(plan.deployment.name, 1)) > 1:
+        yield f"  nodes: {nodes}"
     if plan.unknown:
         yield f"  not predicted: {plan.unknown}"
         return
@@ -224,6 +226,7 @@ def _deployment_data(
     return {
         "deployment": plan.deployment.name,
         "model_source": plan.source,
+        "nodes": study.site.nodes.get(plan.deployment.name),
         "problem": plan.problem,
         "unknown": plan.unknown,
         "memory": memory,

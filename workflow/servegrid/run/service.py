@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -31,6 +29,7 @@ from servegrid.engines import (
 from servegrid.engines.vllm_nodes import visible_devices
 from servegrid.errors import ConfigError, EngineError
 from servegrid.node import environment
+from servegrid.node.environment import find_vllm
 from servegrid.node.reaper import start_reaper
 from servegrid.run import cores
 from servegrid.run import nodes as other_nodes
@@ -153,19 +152,6 @@ def check_servable(
         problem = version_problem(deployment, nodes, find_vllm(site))
     if problem is not None:
         raise ConfigError(problem)
-
-
-def find_vllm(site: Mapping[str, Any]) -> str | None:
-    """The version of vLLM in the environment of a kind; None if it cannot be read here.
-
-    The metadata of its package is read; nothing is imported.
-    """
-    if "container" in site:
-        return None
-    python = Path(site.get("python") or sys.executable)
-    found = sorted(python.parent.parent.glob("lib/python3*/site-packages/vllm*.dist-info"))
-    named = [re.fullmatch(r"vllm(?:_\w+)?-(.+)\.dist-info", path.name) for path in found]
-    return next((match[1] for match in named if match), None)
 
 
 @contextlib.contextmanager

@@ -43,15 +43,19 @@ class Deployment:
     max_num_seqs: int
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     endpoint: ExternalEndpoint | None = None
+    network: str | None = None
+    """The network that it must use between several nodes; None if any will do."""
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All fields as plain JSON data. The key `endpoint` is left out if it is None."""
+        """All fields as plain JSON data. `endpoint` and `network` are left out if they are None."""
         spec = asdict(self)
         if self.endpoint is None:
             del spec["endpoint"]
         else:
             spec["endpoint"] = self.endpoint.spec
+        if self.network is None:
+            del spec["network"]
         return spec
 
     @classmethod
@@ -125,6 +129,10 @@ def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
             "Use 0 for `cpu` and at least 1 for every other kind."
         )
     external = entry["engine"] == EXTERNAL
+    if "network" in entry and (on_cpu or entry["engine"] not in (VLLM, EMULATED)):
+        raise ConfigError(
+            f"{where}.network: only vLLM on GPUs uses InfiniBand between nodes. Remove the key."
+        )
     (_check_external_keys if external else _check_managed_keys)(entry, where)
     if entry["engine"] == VLLM:
         read_parallelism(entry.get("engine_args", {}), gpu_count, where)
@@ -145,6 +153,7 @@ def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
         max_num_seqs=entry.get("max_num_seqs", 256),
         engine_args=entry.get("engine_args", {}),
         endpoint=endpoint,
+        network=entry.get("network"),
     )
 
 

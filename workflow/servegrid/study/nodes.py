@@ -7,6 +7,8 @@ evenly among the nodes.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from servegrid.study.deployment import EMULATED, VLLM, Deployment
 
@@ -66,4 +68,38 @@ def version_problem(deployment: Deployment, nodes: int, vllm: str | None) -> str
         f"vLLM {vllm} of the kind `{deployment.gpu}` cannot start on several nodes. vLLM "
         f"{'.'.join(map(str, MIN_VLLM))} and newer can: use another environment (`python` of the "
         "kind), a kind of node with enough GPUs, or `exclude` in the study."
+    )
+
+
+def site_problem(
+    deployment: Deployment, nodes: int, kind: Mapping[str, Any], place: str, vllm: str | None
+) -> str | None:
+    """Why the deployment cannot run on `nodes` nodes of this kind, and the remedy; None if it can.
+
+    `place` is the kind's file and name. `vllm` is the version in its environment; None if unknown.
+    """
+    if too_few := capacity_problem(deployment.node_gpus, nodes, kind.get("gpus_of_node"), place):
+        return f"deployment `{deployment.name}`: {too_few}"
+    found = nodes_problem(deployment, nodes)
+    if found is None and nodes > 1 and deployment.engine == VLLM and "interface" not in kind:
+        found = (
+            f"deployment `{deployment.name}` takes {nodes} nodes, but the kind does not say over "
+            "which network they talk. Set `interface`, to a name such as ib0 or to a network such "
+            "as 10.7.0.0/16 (`servegrid doctor --network` lists both)."
+        )
+    found = found or version_problem(deployment, nodes, vllm)
+    return found and f"{place}: {found}"
+
+
+def capacity_problem(gpus: int, nodes: int, per_node: Any, place: str) -> str | None:
+    """Why this number of nodes has too few GPUs; None if it has enough, or their number is unknown.
+
+    >>> capacity_problem(4, 1, 2, "kinds.yaml: a100").partition(". ")[0]
+    'kinds.yaml: a100.nodes: 1 × gpus_of_node 2 is less than the 4 GPUs that are needed'
+    """
+    if not isinstance(per_node, int) or isinstance(per_node, bool) or nodes * per_node >= gpus:
+        return None
+    return (
+        f"{place}.nodes: {nodes} × gpus_of_node {per_node} is less than the {gpus} GPUs that are "
+        "needed. Remove `nodes`: servegrid takes as many nodes as there must be."
     )
