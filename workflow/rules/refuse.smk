@@ -10,10 +10,10 @@ rule refuse:
     output:
         requests="results/cells/{refused}/requests.parquet",
         telemetry="results/cells/{refused}/telemetry.parquet",
-    wildcard_constraints:
-        refused="|".join(re.escape(trial.id) for trial in study.unsupported),
     log:
         "results/logs/cells/{refused}.log",
+    wildcard_constraints:
+        refused="|".join(re.escape(trial.id) for trial in study.unsupported),
     conda:
         "../envs/cpu.yaml"
     params:

@@ -23,6 +23,7 @@ REMEDIES = {
     "http_error": _NOT_SERVED,
     "timeout": "raise timeout_s or idle_timeout_s, or lower the load",
     "wrong_tokens": "check the tokenizer and the engine's arguments",
+    "queued": "raise max_num_seqs or the KV cache; the latencies include the wait",
     "oom": "lower concurrency or input_len, or give the engine more memory",
     "oom_at_start": "raise gpu_count, lower max_model_len, or use larger GPUs or fewer bits",
     "unsupported": "correct the study: the column verdict_detail says what cannot work",

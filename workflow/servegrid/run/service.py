@@ -88,7 +88,8 @@ class AllocationInfo:
     """The verdict of all cells if the engine cannot start; then nothing answers at `endpoint`."""
 
     def write(self, path: Path) -> None:
-        paths = {name: str(path) for name in _PATHS if (path := getattr(self, name)) is not None}
+        known = {name: getattr(self, name) for name in _PATHS}
+        paths = {name: str(each) for name, each in known.items() if each is not None}
         endpoint = replace(self.endpoint, api_key=None) if self.api_key_env else self.endpoint
         data = asdict(self) | paths | {"endpoint": asdict(endpoint)}
         with os.fdopen(
