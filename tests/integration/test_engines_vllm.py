@@ -173,14 +173,14 @@ def check_strain(endpoint: Endpoint, demo_model: DemoModel) -> None:
     """By vLLM's own counters: there is room for one request, and not for four."""
     found = {}
     for concurrency in (1, 4):
-        workload = Workload("burst", concurrency, 100, 100, concurrency, warmup_waves=0)
+        workload = Workload("burst", concurrency, 120, 20, concurrency, warmup_waves=0)
         salt, counters = f"strain {concurrency}", counter_reader(endpoint)
         measured = measure(endpoint, workload, demo_model.folder, salt, counters)
         strain = measure_strain(measured.counters_before, measured.counters_after, [])
         found[concurrency] = decide_verdict(measured.errors, True, strain)
     assert found[1] == Verdict("ok")
-    # Each of the four starts with one block and needs a second one after 128 tokens: three are too
-    # many for the five blocks.
+    # Each of the four starts with one block and needs a second one from token 129 on: for eight
+    # blocks there are five.
     assert found[4].name == "preempted"
     assert found[4].evidence["preemptions"] >= 1
     assert str(found[4].detail).startswith("the server preempted requests ")

@@ -127,10 +127,10 @@ def _known_verdict(trial: Trial, info: AllocationInfo) -> Verdict | None:
 def _describe_death(
     info: AllocationInfo, offset: int, measurement: Measurement, lost: server.Health
 ) -> str:
-    """What is known about the engine's death: its own error, that of the warm-up, its health."""
+    """What is known about the engine's death: its own error, the memory, its health."""
     own = None if info.errors is None else find_death(info.errors, offset)
-    failed = list(measurement.facts["warmup_errors"])
-    warmup = next(filter(is_out_of_memory, failed), next(iter(failed), None))
+    # An engine that runs out of memory mostly does so at once, and then only the warm-up knows it.
+    warmup = next(filter(is_out_of_memory, measurement.facts["warmup_errors"]), None)
     return "; ".join(filter(None, (own and shorten(own), warmup, str(lost))))
 
 
