@@ -44,6 +44,12 @@ for file in FILES.split():
     include: f"workflow/rules/{file}.smk"
 
 
+# Only if there are such cells: Snakemake would look for them among all others.
+if study.unsupported:
+
+    include: "workflow/rules/refuse.smk"
+
+
 onstart:
     with reraise_as(WorkflowError):
         check_ready(study, "results/cells")

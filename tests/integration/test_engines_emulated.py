@@ -15,7 +15,7 @@ import pytest
 
 from servegrid.client import Measurement, measure
 from servegrid.engines import Engine, Site, start_engine
-from servegrid.errors import EngineError, LoadError
+from servegrid.errors import EngineError, LoadError, NotServableError
 from servegrid.records.verdict import decide_verdict
 from servegrid.study.config import load_study
 from servegrid.study.grid import Workload
@@ -48,7 +48,7 @@ def with_fault(kind: str, **when: int) -> Any:
 
 
 def verdict(engine: Engine, measured: Measurement) -> str:
-    return decide_verdict(measured.errors, engine.healthy())[0]
+    return decide_verdict(measured.errors, engine.healthy()).name
 
 
 def measured(engine: Engine, wanted: Workload) -> Measurement:
@@ -114,7 +114,7 @@ def test_an_engine_that_runs_out_of_memory(engine: Engine) -> None:
     deadline = time.monotonic() + 5
     while engine.healthy() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert verdict(engine, result) == "server_died"
+    assert verdict(engine, result) == "oom"
 
 
 @pytest.mark.parametrize("engine", [{"timing": "inria-2024", "time_scale": 0.001}], indirect=True)
@@ -127,10 +127,11 @@ def test_workloads_outside_the_table_are_not_served(engine: Engine) -> None:
 def test_a_start_that_runs_out_of_memory() -> None:
     deployment = replace(MISTRAL, engine_args=QUICK | {"faults": [{"kind": "oom_at_start"}]})
     with (
-        pytest.raises(EngineError, match="did not start: out of memory"),
+        pytest.raises(NotServableError, match="did not start: out of memory") as raised,
         start_engine(deployment, SITE),
     ):
         pass
+    assert raised.value.verdict == "oom_at_start"
 
 
 def test_a_slow_start() -> None:

@@ -22,11 +22,13 @@ from helpers.serving import EngineProcess
 from servegrid.analysis.server_metrics import server_columns
 from servegrid.client import measure
 from servegrid.records import columns, parquet
+from servegrid.records.verdict import Verdict, decide_verdict
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Workload
 from servegrid.telemetry import sampler
 from servegrid.telemetry.sampler import Sampler
 from servegrid.telemetry.server import counter_reader
+from servegrid.telemetry.strain import measure_strain
 
 BLOCKED = {signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2}
 DEPLOYMENT = DEMO_VLLM
@@ -161,11 +163,35 @@ def test_it_serves_with_the_requested_settings_and_sigterm_ends_it(
         assert serving.send_signal(signal.SIGTERM) == 143
 
 
+SMALL_KV_CACHE = replace(
+    DEPLOYMENT, engine_args={**DEPLOYMENT.engine_args, "num_gpu_blocks_override": 6}
+)
+"""Five blocks of 128 tokens for requests, and one that vLLM keeps."""
+
+
+def check_strain(endpoint: Endpoint, demo_model: DemoModel) -> None:
+    """By vLLM's own counters: there is room for one request, and not for four."""
+    found = {}
+    for concurrency in (1, 4):
+        workload = Workload("burst", concurrency, 120, 20, concurrency, warmup_waves=0)
+        salt, counters = f"strain {concurrency}", counter_reader(endpoint)
+        measured = measure(endpoint, workload, demo_model.folder, salt, counters)
+        strain = measure_strain(measured.counters_before, measured.counters_after, [])
+        found[concurrency] = decide_verdict(measured.errors, True, strain)
+    assert found[1] == Verdict("ok")
+    # Each of the four starts with one block and needs a second one from token 129 on: for eight
+    # blocks there are five.
+    assert found[4].name == "preempted"
+    assert found[4].evidence["preemptions"] >= 1
+    assert str(found[4].detail).startswith("the server preempted requests ")
+
+
 def test_a_killed_worker_is_noticed_and_nothing_is_left_behind(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
-    with EngineProcess(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
+    with EngineProcess(SMALL_KV_CACHE, demo_model.models, tmp_path, socket="unix") as serving:
         up = serving.wait_until_up()
+        check_strain(Endpoint(**up["endpoint"]), demo_model)
         socket = Path(up["endpoint"]["socket"])
         assert socket.is_socket()
         assert socket.parent.stat().st_mode & 0o777 == 0o700
@@ -185,7 +211,7 @@ def test_a_failed_start_reports_its_cause(demo_model: DemoModel, tmp_path: Path)
     small = replace(DEPLOYMENT, engine_args={"dtype": "float32", "kv_cache_memory_bytes": 1000})
     with EngineProcess(small, demo_model.models, tmp_path) as serving:
         error = serving.read_message()["error"]
-        assert error.startswith(f"EngineError: deployment `{DEPLOYMENT.name}`: vLLM ")
+        assert error.startswith(f"NotServableError: deployment `{DEPLOYMENT.name}`: vLLM ")
         assert "ValueError: No available memory for the cache blocks" in error
         assert "\n" not in error
         assert "Traceback" in serving.log.read_text()

@@ -341,3 +341,105 @@ def test_bad_input_is_refused_before_anything_starts(workspace: Workspace, case:
     assert expected in output
     assert "Traceback" not in output
     assert not [*(workspace.folder / ".snakemake" / "submitit").glob("*/*/allocation.json")]
+
+
+FAULTY: dict[str, Any] = {
+    "study": "faulty",
+    "workload": {
+        "concurrency": [1, 2, 4],
+        "input_len": [31, 63],
+        "prompts": "identical",
+        "order": "light_to_heavy",
+        "idle_timeout_s": 1,
+    },
+    "deployments": [
+        {
+            "name": name,
+            "model": "mistral-7b",
+            "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",
+            "quantization": "fp16",
+            "engine": "emulated",
+            "gpu": "v100-16gb",
+            "gpu_count": 2,
+            "max_model_len": 4096 if name != "short" else 131,
+            "engine_args": {
+                "timing": "inria-2024",
+                "time_scale": 0.005,
+                "faults": [{"kind": name, **when}] if name != "short" else [],
+            },
+        }
+        for name, when in {
+            "oom_at_start": {},
+            "oom": {"concurrency": 2, "input_len": 63},
+            "die": {"concurrency": 4},
+            "http_500": {"concurrency": 2},
+            "stall": {"concurrency": 4, "input_len": 63},
+            "short": {},
+        }.items()
+    ],
+}
+"""Each fault of the emulated engine, in a deployment of this name."""
+
+DOMINATED = {
+    "oom_at_start": {},
+    "oom": {"burst-c4-i63-o100": "burst-c2-i63-o100/trial-1: oom"},
+    "die": {"burst-c4-i63-o100": "burst-c4-i31-o100/trial-1: server_died"},
+    "http_500": {
+        "burst-c2-i63-o100": "burst-c2-i31-o100/trial-1: http_error",
+        "burst-c4-i31-o100": "burst-c2-i31-o100/trial-1: http_error",
+        "burst-c4-i63-o100": "burst-c2-i31-o100/trial-1: http_error",
+    },
+    "stall": {},
+    "short": {},
+}
+
+
+def test_each_fault_gives_its_verdict_and_the_rest_goes_on(workspace: Workspace) -> None:
+    workspace.study = FAULTY
+    # `die` and `oom` each need a second engine, `die` a third one for its second try.
+    output = workspace.run(MEASURED, "--submitit-kinds", str(kinds_of(workspace)))
+    table = pq.read_table(workspace.folder / MEASURED).to_pandas()
+    assert len(table) == 36
+    verdicts: dict[str, dict[str, str]] = {}
+    for row in table.to_dict("records"):
+        cell = f"burst-c{row['concurrency']}-i{row['input_len']}-o100"
+        verdicts.setdefault(row["deployment"], {})[cell] = row["verdict"]
+        if row["verdict"] == "not_run":
+            cause = DOMINATED[row["deployment"]][cell]
+            assert row["verdict_detail"] == f"dominated by {cause}"
+    cells = {f"burst-c{users}-i{length}-o100" for users in (1, 2, 4) for length in (31, 63)}
+    expected: dict[str, dict[str, str]] = {
+        name: dict.fromkeys(cells, "ok") | dict.fromkeys(pruned, "not_run")
+        for name, pruned in DOMINATED.items()
+    }
+    expected["oom_at_start"] = dict.fromkeys(cells, "oom_at_start")
+    expected["oom"]["burst-c2-i63-o100"] = "oom"
+    expected["die"]["burst-c4-i31-o100"] = "server_died"
+    expected["http_500"]["burst-c2-i31-o100"] = "http_error"
+    expected["stall"]["burst-c4-i63-o100"] = "timeout"
+    expected["short"] |= {cell: "unsupported" for cell in cells if "-i63-" in cell}
+    assert verdicts == expected
+    starts = {
+        name: {each["environment"]["started"] for each in workspace.records() if of(each, name)}
+        for name in expected
+    }
+    # An engine that ran out of memory said so; one that died for an unknown reason is tried again.
+    assert {name: len(found - {None}) for name, found in starts.items()} == {
+        "oom_at_start": 1, "oom": 2, "die": 3, "http_500": 1, "stall": 1, "short": 1
+    }  # fmt: skip
+    assert "6 oom_at_start: raise gpu_count" in output
+    finished = workspace.cells()
+    assert "Nothing to be done" in workspace.run(MEASURED)
+    assert workspace.cells() == finished
+
+
+def of(record: dict[str, Any], deployment: str) -> bool:
+    name: str = record["spec"]["deployment"]["name"]
+    return name == deployment
+
+
+def kinds_of(workspace: Workspace) -> Path:
+    """A file of kinds with a node for the faulty deployments on this machine."""
+    file = workspace.folder / "kinds.yaml"
+    file.write_text(yaml.safe_dump({"v100-16gb": {}}), encoding="utf-8")
+    return file

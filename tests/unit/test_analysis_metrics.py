@@ -146,6 +146,7 @@ def test_a_burst_of_two() -> None:
         "bring_up": 1,
         "verdict": "ok",
         "verdict_detail": None,
+        "verdict_evidence": None,
         "requests": 2,
         "failed_requests": 0,
         "makespan_s": 1.0,

@@ -222,7 +222,7 @@ def test_a_record_with_only_another_digest_is_refused(study: StudyFolder) -> Non
 def test_records_with_another_format_are_refused(study: StudyFolder) -> None:
     trials, folder = study
     write_trial(folder, trials[0], make_record(trials[0], format=1))
-    expected = "its record has the format 1, but this version of servegrid reads the format 3"
+    expected = "its record has the format 1, but this version of servegrid reads the format 4"
     assert expected in gather_error(*study)
 
 

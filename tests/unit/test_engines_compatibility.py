@@ -14,7 +14,7 @@ import pytest
 from helpers.deployments import SMALL_VLLM
 from servegrid.engines import compatibility, hardware
 from servegrid.engines.hardware import Capability, Gpu, Software
-from servegrid.errors import EngineError
+from servegrid.errors import EngineError, NotServableError
 from servegrid.node import nvml
 from servegrid.reference.checkpoint import weight_bytes
 
@@ -355,3 +355,24 @@ def test_an_incompatible_checkpoint_is_refused(
         compatibility.check_compatibility(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
     (tmp_path / "config.json").write_text(json.dumps(quantized("gptq")))
     compatibility.check_compatibility(DEPLOYMENT, DEFAULTS, tmp_path, "0.10.1.1")
+
+
+@pytest.mark.parametrize(
+    ("needed", "gpus", "software", "verdict"),
+    [
+        (needs(weights=41.5), [V100], FOR_V100, "oom_at_start"),
+        (needs(dtype="bfloat16"), [V100], FOR_V100, "unsupported"),
+        (needs(gpu_count=2), [A100], FOR_A100, None),  # the allocation has too few
+        (needs(), [V100], FOR_A100, None),  # another environment has a vLLM for it
+    ],
+)
+def test_only_what_another_allocation_cannot_correct_is_a_result(
+    needed: compatibility.Requirements,
+    gpus: list[Gpu],
+    software: Software,
+    verdict: str | None,
+) -> None:
+    error = compatibility.find_incompatibility(needed, gpus, software)
+    assert error is not None
+    found = error.verdict if isinstance(error, NotServableError) else None
+    assert found == verdict

@@ -307,3 +307,36 @@ def test_each_protocol_and_output_length_has_its_own_table() -> None:
 )
 def test_numbers_have_one_decimal_or_two_significant_digits(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_dash_has_its_reason_and_a_workload_that_waited_keeps_its_figure() -> None:
+    oom = {"verdict": "oom", "verdict_detail": "CUDA out of memory"}
+    left_out = {
+        "verdict": "not_run",
+        "verdict_detail": "dominated by burst-c8-i31-o100/trial-1: oom",
+    }
+    waited = {"verdict": "queued", "verdict_detail": "requests spent 33% of their time in queue"}
+    frame = cells(
+        [
+            row(1, 31, 2.0),
+            row(1, 63, 3.0, **waited),
+            row(8, 31, None, **oom),
+            row(8, 63, None, **left_out),
+        ]
+    )
+    text = markdown(frame)
+    assert "|           1 | 2.0 | 3.0~ |" in text
+    assert "|           8 |   - |    - |" in text
+    assert (
+        """\
+`-`: not served (concurrency × prompt tokens):
+
+- 8 × 31: `oom`, `CUDA out of memory`
+- 8 × 63: `not_run`, `dominated by burst-c8-i31-o100/trial-1: oom`
+
+\\~: served, but requests waited or were preempted (concurrency × prompt tokens):
+
+- 1 × 63: `queued`, `requests spent 33% of their time in queue`
+"""
+        in text
+    )

@@ -116,7 +116,7 @@ def test_a_study_can_have_several_protocols() -> None:
     ("workload", "message"),
     [
         ({"protocol": "poisson"}, "the protocol `poisson` needs `request_rate`"),
-        ({"output_len": 300, "output_spread": 0.5}, "plus output_len 450 is more than"),
+        ({"output_len": 400, "output_spread": 0.5}, "plus output_len 600 is more than"),
         (
             {"protocol": ["burst", "bursts"]},
             "'bursts' is not one of `burst`, `closed_loop`, `poisson`",
@@ -190,7 +190,7 @@ def test_defaults_are_the_same_in_schema_and_code() -> None:
     workload = parse_study(TWO).trials[0].workload
     actual = {key: getattr(workload, key) for key in defaults if hasattr(workload, key)}
     assert actual == {key: defaults[key] for key in actual} | {"output_len": 100}
-    assert set(defaults) - set(actual) == {"trials", "bring_ups"}
+    assert set(defaults) - set(actual) == {"trials", "bring_ups", "order"}
 
 
 def test_include_and_exclude_filter_the_trials() -> None:
@@ -299,6 +299,58 @@ def test_each_bring_up_has_drift_checks() -> None:
     assert set(by_allocation) == {each.allocation for each in study.trials}
 
 
+def test_single_prompts_that_do_not_fit_are_unsupported_before_submission() -> None:
+    config = changed_config(lambda c: c["deployments"][0].update(max_model_len=219))
+    assert parse_study(config).unsupported == ()  # 119 + 100 tokens fit exactly
+    config["deployments"][0]["max_model_len"] = 218
+    study = parse_study(config)
+    assert {trial.workload.input_len for trial in study.unsupported} == {119}
+    assert {trial.deployment.name for trial in study.unsupported} == {study.deployments[0].name}
+    assert len(study.trials) == len(parse_study(TWO).trials)
+
+
+def test_a_drift_check_repeats_a_workload_that_fits() -> None:
+    config = changed_config(
+        lambda c: c["workload"].update(input_len=[31, 500, 501], drift_checks=True)
+    )
+    study = parse_study(config)
+    first = study.deployments[0]
+    lengths = [each.workload.input_len for each in study.drift_checks if each.deployment == first]
+    assert lengths == [31] * 3  # the middle of the whole grid is 500
+
+
+def test_from_light_to_heavy_means_by_tokens_in_flight_and_one_round_after_the_other() -> None:
+    settings = {"concurrency": [8, 1, 4], "input_len": [300, 31], "trials": 2}
+    study = parse_study(
+        changed_config(lambda c: c["workload"].update(settings, order="light_to_heavy"))
+    )
+    own = [each for each in study.trials if each.deployment == study.deployments[0]]
+    order = [
+        (each.number, each.workload.concurrency, each.workload.input_len)
+        for each in sorted(own, key=study.position)
+    ]
+    # Tokens in flight: 131, 400, 524, 1048, 1600, 3200.
+    one_round = [(1, 31), (1, 300), (4, 31), (8, 31), (4, 300), (8, 300)]
+    assert order == [(number, *each) for number in (1, 2) for each in one_round]
+
+
+def test_hopeless_workloads_are_left_out_by_default_from_light_to_heavy_only() -> None:
+    for keys, expected in (
+        ({}, 0),
+        ({"order": "random"}, 0),
+        ({"order": "light_to_heavy"}, 1),
+        ({"order": "light_to_heavy", "prune": False}, 0),
+        ({"order": "random", "prune": True}, 1),
+    ):
+        changed = changed_config(lambda c, keys=keys: c["workload"].update(keys))
+        study = parse_study(changed)
+        assert {study.prunes(trial) for trial in study.trials} == {expected}, keys
+    # Neither key is part of a specification: nothing is measured again.
+    assert [trial.digest for trial in study.trials] == [
+        trial.digest for trial in parse_study(TWO).trials
+    ]
+
+
 REFUSED = [
     (
         lambda c: c["workload"].update(concurency=[1]),
@@ -373,8 +425,8 @@ REFUSED = [
         ],
     ),
     (
-        lambda c: c["deployments"][0].update(max_model_len=200),
-        ["deployments[0]: input_len 119 plus output_len 100", "max_model_len 200", "Shorten"],
+        lambda c: c["deployments"][0].update(max_model_len=100),
+        ["deployments[0]: input_len 31 plus output_len 100", "max_model_len 100", "Shorten"],
     ),
     (
         lambda c: c.update(exclude=[{"model": "small"}]),

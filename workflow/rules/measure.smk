@@ -18,6 +18,7 @@ rule measure:
         max_concurrency=lambda wildcards: study.max_concurrency(
             trial_of(wildcards).deployment
         ),
+        prune=lambda wildcards: study.prunes(trial_of(wildcards)),
         attempt=lambda wildcards, attempt: attempt,
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,

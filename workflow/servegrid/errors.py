@@ -4,12 +4,18 @@ ServegridError
  ├── ConfigError         the configuration of a study is not valid
  ├── ModelError          a model is missing or damaged
  ├── EngineError         an engine did not start, or died
+ │    └── NotServableError  the deployment cannot start here, whatever is tried: a result
  ├── LoadError           the load client could not send requests
  ├── RecordError         a record cannot be written or read, or belongs to another study
  ├── BundleError         a bundle cannot be made or read safely
  ├── ComparisonError     two studies cannot be compared
  └── ExchangeError       a file cannot be imported from another tool or exported for it
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class ServegridError(Exception):
@@ -26,6 +32,20 @@ class ModelError(ServegridError):
 
 class EngineError(ServegridError):
     """An engine did not start within its time limit, or died."""
+
+
+class NotServableError(EngineError):
+    """A deployment cannot start, and no repeat changes that. This is a result of its cells.
+
+    `verdict` is one of `records.verdict.VERDICTS`, `evidence` has the figures behind it.
+    """
+
+    def __init__(
+        self, message: str, verdict: str, evidence: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.verdict = verdict
+        self.evidence: Mapping[str, Any] = evidence or {}
 
 
 class LoadError(ServegridError):

@@ -31,7 +31,7 @@ from servegrid.analysis.metrics import SERVEGRID_ORIGIN
 from servegrid.analysis.summary import CELL_KEYS
 from servegrid.analysis.titles import EARLY_STOP, figure_notes, stops_early
 from servegrid.errors import ComparisonError
-from servegrid.records.verdict import OK
+from servegrid.records.verdict import SERVED
 from servegrid.study.deployment import EMULATED
 
 FALSE_DISCOVERY_RATE = 0.05
@@ -258,7 +258,7 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) ->
     # Imported trials cannot be valid. The user imported them in order to compare them.
     imported = np.array([origin != SERVEGRID_ORIGIN for origin in _origins(cells)], dtype=bool)
     certified = cells["valid"].eq(True).fillna(False).to_numpy(bool)
-    is_usable = cells["verdict"].eq(OK).to_numpy(bool) & (certified | imported)
+    is_usable = cells["verdict"].isin(SERVED).to_numpy(bool) & (certified | imported)
     is_usable &= ~np.isnan(speeds)
     cells = cells.assign(**{name: None for name in _SETTINGS if name not in cells})  # older tables
     names = cells["deployment"].tolist()

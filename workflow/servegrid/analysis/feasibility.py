@@ -20,7 +20,7 @@ from servegrid.reference.memory import (
     parse_capability,
 )
 from servegrid.study.deployment import EMULATED, EXTERNAL, VLLM, Deployment
-from servegrid.study.grid import Workload
+from servegrid.study.grid import Trial, Workload
 
 FITS, QUEUES, CANNOT, UNKNOWN = "fits", "will queue", "cannot work", "unknown"
 GIB = 2**30
@@ -142,6 +142,8 @@ def cell_outlook(
     deployment: Deployment, placement: Placement, workload: Workload, in_flight: float
 ) -> Outlook:
     """Whether `in_flight` requests of a cell run at once, or some of them wait."""
+    if problem := Trial(deployment, workload, 1).unsupported:
+        return Outlook(CANNOT, f"{problem}: it gets the verdict unsupported")
     tokens = workload.input_len + workload.max_output_len
     held = placement.sequences(tokens) if placement.kv_pool < math.inf else math.inf
     if in_flight <= min(held, deployment.max_running):

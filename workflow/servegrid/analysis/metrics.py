@@ -6,6 +6,7 @@ the time per output token of a single token, a figure of a cell that was not ser
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,7 @@ from servegrid.analysis.energy import gpu_columns, is_engine, mean_power
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records.columns import PERCENTILES
-from servegrid.records.verdict import OK
+from servegrid.records.verdict import was_served
 from servegrid.study.grid import Trial, Workload
 
 REQUEST_COLUMNS = (
@@ -90,7 +91,7 @@ def cell_row(
     samples = samples_in(telemetry, window)
     power = mean_power(samples)
     held_back = buffering.held_back(record, requests) is not None
-    ok = record["verdict"] == OK
+    is_served = was_served(record["verdict"])
     row = {
         "deployment": deployment.name,
         "model": deployment.model,
@@ -115,11 +116,14 @@ def cell_row(
         "bring_up": trial.bring_up,
         "verdict": record["verdict"],
         "verdict_detail": record["verdict_detail"],
+        "verdict_evidence": _as_json(record.get("verdict_evidence")),
         "requests": requests.num_rows,
         "failed_requests": failed,
         "makespan_s": makespan,
         "completion_tokens_mean": mean_tokens,
-        "seconds_per_100_tokens": 100 * per_token_s if ok and per_token_s is not None else None,
+        "seconds_per_100_tokens": 100 * per_token_s
+        if is_served and per_token_s is not None
+        else None,
         "window_s": window_s,
         "requests_in_window": None if window_s is None else inside.num_rows,
         "in_flight_mean": in_flight,
@@ -196,8 +200,17 @@ def in_flight_mean(
     return _ratio(float((done - sent).sum() / 1e9), makespan)
 
 
-def allocation_id(environment: Mapping[str, Any]) -> str:
-    """Identifies one bring-up: the name of its allocation and the time of its start."""
+def _as_json(evidence: Mapping[str, Any] | None) -> str | None:
+    return json.dumps(evidence, sort_keys=True, ensure_ascii=False) if evidence else None
+
+
+def allocation_id(environment: Mapping[str, Any]) -> str | None:
+    """Identifies one bring-up: the name of its allocation and the time of its start.
+
+    None for a trial that was decided without an allocation.
+    """
+    if environment["allocation"] is None:
+        return None
     return f"{environment['allocation']} {environment['started']}"
 
 

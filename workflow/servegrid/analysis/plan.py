@@ -267,7 +267,7 @@ def _plan_deployment(
         labels=tuple(predictor.unseen.values()),
         observed=0 if predictor.observed is None else len(predictor.observed.points),
         cells=cells,
-        allocations=_allocations(deployment, facts.shape, missing, cells, site),
+        allocations=_allocations(deployment, facts.shape, _submitted(missing), cells, site),
         teach=tuple(cells[index].workload.cell for index in _teach(cells, points, predictor)),
         power_w=device.power_w,
     )
@@ -295,7 +295,7 @@ def _unknown_plan(
 ) -> DeploymentPlan:
     unknown = [
         AllocationPlan(number, len(group), None, None)
-        for number, group in _by_bring_up(missing).items()
+        for number, group in _by_bring_up(_submitted(missing)).items()
     ]
     return DeploymentPlan(
         deployment,
@@ -313,6 +313,11 @@ def _cells(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
         if not trial.drift_check:
             groups.setdefault(trial.cell, []).append(trial)
     return groups
+
+
+def _submitted(missing: Sequence[Trial]) -> list[Trial]:
+    """The trials that need an allocation; the others are known to be unsupported."""
+    return [trial for trial in missing if not trial.unsupported]
 
 
 def _plain_cells(

@@ -12,6 +12,7 @@ import pandas as pd
 from servegrid.analysis.feasibility import CANNOT, QUEUES
 from servegrid.analysis.plan import CellPlan, DeploymentPlan, StudyPlan
 from servegrid.analysis.validation import percentiles
+from servegrid.records.verdict import NOT_RUN, was_served
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _key(values: Mapping[str, Any]) -> tuple[Any, ...]:
 def _surprises(cell: CellPlan, row: Mapping[Any, Any]) -> list[str]:
     """Outlooks that did not come true, each as a text."""
     name, status = cell.workload.cell, cell.outlook.status
-    served = row["verdict"] == "ok"
+    served = was_served(row["verdict"])
     waiting = row.get("waiting_max")
     found = []
     if served and status == CANNOT:
@@ -98,6 +99,6 @@ def _surprises(cell: CellPlan, row: Mapping[Any, Any]) -> list[str]:
         found.append(f"{name}: should queue, and no request waited")
     if served and status not in (QUEUES, CANNOT) and not pd.isna(waiting) and waiting > 0:
         found.append(f"{name}: should fit, and up to {waiting:.0f} requests waited")
-    if not served and status != CANNOT:
+    if not served and status != CANNOT and row["verdict"] != NOT_RUN:
         found.append(f"{name}: not served, {row['verdict']}: {row['verdict_detail']}")
     return found

@@ -15,7 +15,7 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.intervals import Interval, bring_up_medians, interval
 from servegrid.records import columns
-from servegrid.records.verdict import OK
+from servegrid.records.verdict import SERVED
 
 CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 """The columns that identify a cell of a deployment."""
@@ -32,7 +32,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
         cells[list(columns.SUMMARY_METRICS)].astype("Float64").to_numpy(float, na_value=math.nan)
     )
     allocations = _allocations(cells)
-    is_served = (cells["verdict"] == OK).to_numpy(bool)
+    is_served = cells["verdict"].isin(SERVED).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     first_rows, figures = [], []
     row_groups: Any = cells.groupby(keys, sort=False, dropna=False).indices.values()
@@ -63,8 +63,8 @@ def count_trials(cells: pd.DataFrame) -> tuple[int, int]:
 
 
 def served_trials(trials: pd.DataFrame) -> pd.DataFrame:
-    """The trials with the verdict ok."""
-    return trials[trials["verdict"] == OK]
+    """The trials that were served."""
+    return trials[trials["verdict"].isin(SERVED)]
 
 
 def valid_trials(trials: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from servegrid.analysis import buffering, stationarity
 from servegrid.analysis.client_error import client_headroom
 from servegrid.analysis.metrics import in_flight_mean, samples_in, stationary_window
 from servegrid.analysis.stationarity import find_window
-from servegrid.records.verdict import OK
+from servegrid.records.verdict import was_served
 from servegrid.study.grid import Trial
 from servegrid.telemetry.counters import (
     FINISHED,
@@ -100,7 +100,7 @@ TELEMETRY_COLUMNS = ("time_ns", "throttle_reasons", "waiting")
 
 def check_validity(evidence: Evidence) -> Validity:
     """Check all RULES. A cell that was not served is neither valid nor invalid."""
-    if evidence.record["verdict"] != OK:
+    if not was_served(evidence.record["verdict"]):
         return Validity(None, None, None)
     details = {name: rule.check(evidence) for name, rule in RULES.items()}
     broken = {name: detail for name, detail in details.items() if detail}

@@ -33,6 +33,8 @@ def describe_environments(records: Records) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for trial, record in records.items():
         environment = dict(record["environment"])
+        if environment.get("allocation", "") is None:
+            continue  # decided before anything was submitted
         bring_up = {key: environment.pop(key, None) for key in ("allocation", "started", "job")}
         bring_up |= {"deployment": trial.partition("/")[0], "engine": record["engine"]}
         entry = found.setdefault(
@@ -45,7 +47,9 @@ def describe_environments(records: Records) -> list[dict[str, Any]]:
 
 def describe_models(study: Study, records: Records) -> dict[str, dict[str, Any]]:
     """What each deployment served. A value that its records do not have is null."""
-    engines = {trial.partition("/")[0]: record["engine"] for trial, record in records.items()}
+    engines: dict[str, dict[str, Any]] = {}
+    for trial, record in records.items():
+        engines.setdefault(trial.partition("/")[0], {}).update(record["engine"])
     return {
         deployment.name: {
             "model": deployment.model,

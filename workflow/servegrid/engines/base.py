@@ -68,6 +68,10 @@ class Engine(Protocol):
     def facts(self) -> dict[str, Any]:
         """The resolved configuration (version, arguments, KV cache size), as JSON data."""
 
+    @property
+    def errors(self) -> Path | None:
+        """The file to which its processes write their errors; None if it has none."""
+
     def pids(self) -> list[int]:
         """The engine's processes, for telemetry; none for an external engine."""
 

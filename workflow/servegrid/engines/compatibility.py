@@ -5,18 +5,20 @@ It reports only what is sure to fail. A fact that cannot be read is None and fai
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from servegrid.engines import hardware
 from servegrid.engines.hardware import Capability, Gpu, Software
-from servegrid.errors import EngineError
+from servegrid.errors import EngineError, NotServableError
 from servegrid.node import nvml
+from servegrid.records.verdict import OOM_AT_START, UNSUPPORTED
 from servegrid.reference.checkpoint import weight_bytes
 from servegrid.study.grid import Deployment
 
@@ -71,23 +73,35 @@ def incompatibility(
 
     `gpus` are the visible GPUs in vLLM's order; None if they cannot be listed.
     """
-    reasons = (
-        _too_few(needs, gpus),
-        _old_driver(software),
+    found = find_incompatibility(needs, gpus, software)
+    return None if found is None else str(found)
+
+
+def find_incompatibility(
+    needs: Requirements, gpus: Sequence[Gpu] | None, software: Software
+) -> EngineError | None:
+    """As `incompatibility`. NotServableError if only another deployment or GPU can help.
+
+    An allocation or an environment that lacks something is no result: it can be corrected.
+    """
+    reasons: Iterator[tuple[str | None, str | None]] = itertools.chain(
+        [(_too_few(needs, gpus), None), (_old_driver(software), None)],
         *(
-            reason
+            (
+                (_no_code(gpu, gpu.capability, software), None),
+                (_no_quantization(gpu, gpu.capability, needs, software), UNSUPPORTED),
+                (_no_dtype(gpu, gpu.capability, needs, software), UNSUPPORTED),
+            )
             for gpu in (gpus or [])[: needs.gpu_count]
             if gpu.capability is not None
-            for reason in (
-                _no_code(gpu, gpu.capability, software),
-                _no_quantization(gpu, gpu.capability, needs, software),
-                _no_dtype(gpu, gpu.capability, needs, software),
-            )
         ),
-        _too_large(needs, gpus),
+        [(_too_large(needs, gpus), OOM_AT_START)],
     )
-    first = next(filter(None, reasons), None)
-    return first and f"deployment `{needs.deployment}`: {first}"
+    for reason, verdict in reasons:
+        if reason is not None:
+            message = f"deployment `{needs.deployment}`: {reason}"
+            return NotServableError(message, verdict) if verdict else EngineError(message)
+    return None
 
 
 def requirements_for(
@@ -156,8 +170,8 @@ def check_compatibility(
     with nvml.open_driver() as driver:
         gpus = hardware.list_gpus(driver, os.environ) if driver else None
         software = hardware.detect_software(vllm, driver)
-    if reason := incompatibility(needs, gpus, software):
-        raise EngineError(reason)
+    if (error := find_incompatibility(needs, gpus, software)) is not None:
+        raise error
 
 
 def _too_few(needs: Requirements, gpus: Sequence[Gpu] | None) -> str | None:

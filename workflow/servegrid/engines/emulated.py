@@ -21,8 +21,9 @@ from servegrid.engines.base import Site
 from servegrid.engines.emulated_server import FAULTS, EmulatedServer, Fault
 from servegrid.engines.emulated_timing import Timing, load_timing
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
-from servegrid.errors import ConfigError, EngineError
+from servegrid.errors import ConfigError, EngineError, NotServableError
 from servegrid.node.reaper import start_reaper
+from servegrid.records.verdict import OOM_AT_START
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
 
@@ -54,6 +55,7 @@ class EmulatedEngine:
     endpoint: Endpoint
     facts: dict[str, Any]
     server: EmulatedServer
+    errors: None = None
 
     def pids(self) -> list[int]:
         return [os.getpid()]
@@ -152,9 +154,11 @@ def _simulate_start(
             f"{site.startup_s:g} s, as its engine_args request. Raise `startup_s` in the profile."
         )
     if any(fault.kind == "oom_at_start" for fault in faults):
-        raise EngineError(
+        raise NotServableError(
             f"deployment `{deployment.name}`: the emulated engine did not start: out of memory, "
-            "as its engine_args request. Remove the fault `oom_at_start`."
+            "as its engine_args request. Remove the fault `oom_at_start`.",
+            OOM_AT_START,
+            {"emulated": True},
         )
 
 

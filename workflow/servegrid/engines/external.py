@@ -44,6 +44,7 @@ class ExternalEngine:
 
     endpoint: Endpoint
     facts: dict[str, Any]
+    errors: None = None
 
     def pids(self) -> list[int]:
         return []

@@ -26,6 +26,7 @@ import psutil
 
 from servegrid.engines.base import Site
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path, wait_until
+from servegrid.engines.startup_errors import startup_error
 from servegrid.errors import ConfigError, EngineError, ModelError
 from servegrid.node import processes
 from servegrid.node.reaper import start_reaper
@@ -58,6 +59,7 @@ class LlamaCppEngine:
     endpoint: Endpoint
     facts: dict[str, Any]
     process: subprocess.Popen[str]
+    errors: None = None
 
     def pids(self) -> list[int]:
         return [self.process.pid]
@@ -213,10 +215,11 @@ class _Server:
             if refused := self.reported.get("refused"):
                 raise ConfigError(f"deployment `{self.name}`: {refused}")
             cause = "; ".join(self._errors[:MAX_ERRORS])
-            raise EngineError(
+            raise startup_error(
                 f"deployment `{self.name}`: llama.cpp did not start: "
                 f"{cause or f'its process ended with status {self.process.returncode}'}. "
-                "Its complete output is in the log."
+                "Its complete output is in the log.",
+                cause,
             )
         return "address" in self.reported
 

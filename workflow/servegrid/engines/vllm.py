@@ -80,6 +80,7 @@ class VllmEngine:
     facts: dict[str, Any]
     server: VllmServer
     nodes: Nodes | None = None
+    errors: Path | None = None
 
     def pids(self) -> list[int]:
         return [os.getpid(), *(child.pid for child in self.server.children if child.is_running())]
@@ -158,7 +159,8 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
         }
         if nodes is not None:
             facts["nodes"] = len(nodes.hosts)
-        yield VllmEngine(endpoint, facts, server, nodes)
+        errors = reaper.folder / startup_errors.ERRORS_FILE
+        yield VllmEngine(endpoint, facts, server, nodes, errors)
         del store  # torch's processes need it until here
 
 
@@ -287,9 +289,10 @@ def _startup_error(
 ) -> EngineError:
     logger.error("vLLM did not start", exc_info=error.cause)
     cause = startup_errors.first_error(folder) or startup_errors.describe_failure(error.cause)
-    return EngineError(
+    return startup_errors.startup_error(
         f"deployment `{deployment.name}`: vLLM {api.version} did not start: "
-        f"{startup_errors.shorten(cause)} (The complete error is in the log.)"
+        f"{startup_errors.shorten(cause)} (The complete error is in the log.)",
+        cause,
     )
 
 

@@ -20,7 +20,7 @@ from servegrid.analysis.stationarity import find_window
 from servegrid.errors import ExchangeError
 from servegrid.records import columns, parquet
 from servegrid.records.columns import PERCENTILES
-from servegrid.records.verdict import OK, decide_verdict
+from servegrid.records.verdict import HTTP_ERROR, Verdict, decide_verdict, was_served
 from servegrid.study.deployment import Deployment
 from servegrid.study.grid import Protocol, Trial, Workload
 
@@ -116,7 +116,7 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
     rows = result.requests or []
     requests = parquet.arrow_table(columns.REQUESTS, rows)
     notes = [f"validity not checked: measured by {result.origin}", *result.notes]
-    verdict, detail = decide_verdict((row.get("error") for row in rows), engine_alive=True)
+    verdict = decide_verdict((row.get("error") for row in rows), engine_alive=True)
     use_all = result.protocol == "burst"
     if rows and not use_all and isinstance(find_window(requests, trial.workload), str):
         use_all = True
@@ -125,8 +125,7 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
         "spec": trial.spec,
         "spec_digest": trial.digest,
         "origin": result.origin,
-        "verdict": verdict,
-        "verdict_detail": detail,
+        **verdict.record,
         "engine": {"engine": engine},
         "environment": {"allocation": result.source, "started": result.started},
         "client": {},
@@ -142,11 +141,9 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
     if (buffered := describe_buffering(requests)) is not None:
         notes.append(f"no ttft, tpot and itl: {buffered}")
     row |= result.metrics
-    if verdict == OK and row.get("failed_requests"):
-        row |= {
-            "verdict": "http_error",
-            "verdict_detail": f"{row['failed_requests']} requests failed",
-        }
+    if was_served(verdict.name) and row.get("failed_requests"):
+        failed = Verdict(HTTP_ERROR, f"{row['failed_requests']} requests failed")
+        row |= failed.record | {"verdict_evidence": None}
     unknown = dict.fromkeys(("valid", "prompts", "output_spread", "output_len_exact"))
     return row | unknown | {"invalid_rules": [IMPORTED] * len(notes), "invalid_evidence": notes}
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from servegrid.errors import RecordError
 from servegrid.records.columns import Column
 
-RECORD_FORMAT = 3
+RECORD_FORMAT = 4
 """Raise this number when the keys or columns of records change. Older records are then refused."""
 
 RECORD_KEY = b"servegrid"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from servegrid.records.verdict import OK
+from servegrid.records.verdict import OK, SERVED
 
 CellKey = tuple[float, int]
 """Concurrency or request rate, and prompt tokens."""
@@ -34,7 +34,16 @@ class Reason:
 
 def serving_failures(trials: pd.DataFrame) -> list[Reason]:
     """Why trials of one cell were not served."""
-    failed = trials[trials["verdict"] != OK]
+    return _verdicts(trials, ~trials["verdict"].isin(SERVED))
+
+
+def serving_remarks(trials: pd.DataFrame) -> list[Reason]:
+    """How hard trials of one cell were for the server that served them: queued or preempted."""
+    return _verdicts(trials, trials["verdict"].isin(SERVED - {OK}))
+
+
+def _verdicts(trials: pd.DataFrame, chosen: pd.Series[bool]) -> list[Reason]:
+    failed = trials[chosen]
     found = [
         (verdict, detail if isinstance(detail, str) else None)
         for verdict, detail in zip(failed["verdict"], failed["verdict_detail"], strict=True)

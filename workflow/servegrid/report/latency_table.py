@@ -35,6 +35,7 @@ from servegrid.report.failure_notes import (
     Reason,
     format_reasons,
     serving_failures,
+    serving_remarks,
     validity_failures,
 )
 from servegrid.study.grid import OPEN_LOOPS
@@ -51,7 +52,8 @@ class Entry:
     """One cell of the table: seconds with their interval, or a sign.
 
     `not_served` says why the cell has no figure, `left_out` why some of its trials do not count,
-    and `not_valid` why none of its trials is valid.
+    and `not_valid` why none of its trials is valid. `remarks` say that requests waited in the
+    server or were preempted.
     """
 
     seconds: str
@@ -59,10 +61,11 @@ class Entry:
     not_served: Sequence[Reason] = ()
     left_out: Sequence[Reason] = ()
     not_valid: Sequence[Reason] = ()
+    remarks: Sequence[Reason] = ()
 
     @property
     def text(self) -> str:
-        marks = "*" * bool(self.left_out) + "!" * bool(self.not_valid)
+        marks = "~" * bool(self.remarks) + "*" * bool(self.left_out) + "!" * bool(self.not_valid)
         return " ".join(filter(None, (self.seconds, self.interval))) + marks
 
 
@@ -209,6 +212,7 @@ def _entry(trials: pd.DataFrame) -> Entry:
         interval=interval and "[{}, {}]".format(*map(format_seconds, interval)),
         left_out=serving_failures(trials) + (validity_failures(trials) if has_valid else []),
         not_valid=[] if has_valid else validity_failures(trials),
+        remarks=serving_remarks(trials),
     )
 
 
@@ -246,6 +250,7 @@ def _gap_notes(table: LatencyTable) -> list[str]:
     axes = f"({_row_title(table).lower()} × prompt tokens)"
     for mark, reasons in (
         ("`-`: not served", attrgetter("not_served")),
+        ("\\~: served, but requests waited or were preempted", attrgetter("remarks")),
         (
             "\\*: median without the trials that were not served or not valid",
             attrgetter("left_out"),

@@ -57,6 +57,8 @@ def find_measured(study: Study, cells: Path) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     for trial in study.all_trials:
         file = cells / trial.id / "requests.parquet"
+        if trial.unsupported:
+            continue  # its record knows no model
         if trial.deployment.name not in found and file.exists() and (each := Measured.read(file)):
             found[trial.deployment.name] = each
     return found

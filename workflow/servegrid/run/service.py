@@ -20,6 +20,7 @@ import psutil
 from servegrid.engines import (
     EMULATED,
     EXTERNAL,
+    Engine,
     EnginePart,
     Nodes,
     Site,
@@ -27,14 +28,16 @@ from servegrid.engines import (
     start_part,
 )
 from servegrid.engines.vllm_nodes import visible_devices
-from servegrid.errors import ConfigError, EngineError
+from servegrid.errors import ConfigError, EngineError, NotServableError
 from servegrid.node import environment
 from servegrid.node.environment import find_vllm
 from servegrid.node.reaper import start_reaper
-from servegrid.run import cores
+from servegrid.records.verdict import Verdict
+from servegrid.run import cores, pruning
 from servegrid.run import nodes as other_nodes
 from servegrid.run.calibration import calibrate, describe_calibration
 from servegrid.run.revisions import read_pinned
+from servegrid.run.unmeasured import RefusedEngine
 from servegrid.study import models
 from servegrid.study.deployment import VLLM
 from servegrid.study.endpoint import Endpoint, api_key_for
@@ -76,11 +79,16 @@ class AllocationInfo:
     """The timing error of the load client on this node; None for an emulated engine."""
     api_key_env: str | None = None
     """The variable with the API key of an external endpoint; the key itself is not written."""
+    errors: Path | None = None
+    """The file to which the engine's processes write their errors; None if it has none."""
+    outcomes: Path | None = None
+    """The journal of the deployment's outcomes; None if hopeless workloads are tried as well."""
+    refused: Mapping[str, Any] | None = None
+    """The verdict of all cells if the engine cannot start; then nothing answers at `endpoint`."""
 
     def write(self, path: Path) -> None:
-        paths = {"telemetry": str(self.telemetry)}
-        if self.tokenizer is not None:
-            paths["tokenizer"] = str(self.tokenizer)
+        known = {name: getattr(self, name) for name in _PATHS}
+        paths = {name: str(each) for name, each in known.items() if each is not None}
         endpoint = replace(self.endpoint, api_key=None) if self.api_key_env else self.endpoint
         data = asdict(self) | paths | {"endpoint": asdict(endpoint)}
         with os.fdopen(
@@ -116,8 +124,7 @@ class AllocationInfo:
                     "inherit it."
                 ) from None
             data["endpoint"] = replace(data["endpoint"], api_key=key)
-        data["telemetry"] = Path(data["telemetry"])
-        data["tokenizer"] = data["tokenizer"] and Path(data["tokenizer"])
+        data |= {name: data[name] and Path(data[name]) for name in _PATHS}
         return cls(**data)
 
     def check_active(self) -> None:
@@ -130,6 +137,10 @@ class AllocationInfo:
             "The allocation ended while this cell was measured. "
             "Run the same command again: servegrid measures only what is missing."
         )
+
+
+_PATHS = ("telemetry", "tokenizer", "errors", "outcomes")
+"""The fields of AllocationInfo that are paths."""
 
 
 def check_servable(
@@ -206,7 +217,10 @@ def serve(
     `params["spec"]` is the specification of any of its trials, as JSON. `resources` contains the
     settings of the site: `socket` (tcp or unix) and `startup_s` (seconds within which the engine
     must start). It also contains `max_concurrency`, the highest number of requests in flight in
-    the study. `nodes` is None if the allocation has one node; the others are in `follow`.
+    the study, and `prune`: 1 if hopeless workloads are not tried. `nodes` is None if the allocation
+    has one node; the others are in `follow`.
+
+    If the engine cannot start and no repeat changes that, the cells get this as their verdict.
     """
     environment.use_utf8()
     deployment = Trial.from_spec(json.loads(params["spec"])).deployment
@@ -227,9 +241,10 @@ def serve(
             calibration = calibrate(max_concurrency, cpu_sets, socket)
             print(f"Load client on this node: {describe_calibration(calibration)}", flush=True)
         with cores.pinned_to(cpu_sets.engine):
-            engine = stack.enter_context(start_engine(deployment, site))
+            engine = _start_or_refuse(stack, deployment, site)
+        refused = engine.verdict.record if isinstance(engine, RefusedEngine) else None
         samples = folder / "telemetry.jsonl"
-        if deployment.engine == EXTERNAL:
+        if deployment.engine == EXTERNAL or refused is not None:
             samples.touch()  # No process and no GPU of this node belongs to the engine.
         else:
             stack.enter_context(Sampler(engine.pids(), samples, engine.endpoint))
@@ -247,9 +262,35 @@ def serve(
             cpu_sets=[sorted(cpu_set) for cpu_set in cpu_sets.client],
             calibration=calibration,
             api_key_env=None if deployment.endpoint is None else deployment.endpoint.api_key_env,
+            errors=engine.errors,
+            outcomes=_start_journal(folder, deployment) if resources.get("prune") else None,
+            refused=refused,
         )
         info.write(folder / "allocation.json")
         yield Service({INFO_VARIABLE: str(folder / "allocation.json"), **OFFLINE}, engine.healthy)
+
+
+def _start_or_refuse(stack: contextlib.ExitStack, deployment: Deployment, site: Site) -> Engine:
+    """The engine, or a RefusedEngine if it cannot start, whatever is tried.
+
+    On several nodes this stays an error: the other nodes still wait for the start.
+    """
+    try:
+        return stack.enter_context(start_engine(deployment, site))
+    except NotServableError as error:
+        if site.nodes is not None:
+            raise
+        print(f"All cells get the verdict {error.verdict}: {error}", flush=True)
+        verdict = Verdict(error.verdict, str(error), error.evidence)
+        return RefusedEngine.of(deployment, verdict)
+
+
+def _start_journal(folder: Path, deployment: Deployment) -> Path:
+    """A journal with what earlier allocations found out about the deployment."""
+    journal = folder / "outcomes.jsonl"
+    for outcome in pruning.find_outcomes(RESULTS / "cells", deployment):
+        pruning.append_outcome(journal, outcome)
+    return journal
 
 
 def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:

@@ -9,18 +9,23 @@ import os
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 from servegrid import __version__
 from servegrid.client import Measurement, measure, workers
+from servegrid.engines.startup_errors import end_offset, find_death, shorten
 from servegrid.errors import EngineError
 from servegrid.records import columns, parquet
-from servegrid.records.verdict import SERVER_DIED, decide_verdict
+from servegrid.records.verdict import SERVER_DIED, Verdict, decide_verdict, is_out_of_memory
+from servegrid.run import pruning
 from servegrid.run.jobscript import report_work_span
 from servegrid.run.nodes import device_of
 from servegrid.run.service import AllocationInfo
+from servegrid.run.unmeasured import write_unmeasured
 from servegrid.study.deployment import EXTERNAL
 from servegrid.study.grid import Trial
 from servegrid.telemetry import sampler, server
+from servegrid.telemetry.strain import measure_strain
 
 SAMPLES_LATE_S = 5.0
 """How late the samples of other nodes can come."""
@@ -31,9 +36,12 @@ DEATH_CONFIRMED_S = 5.0
 def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: bool) -> str:
     """Measure `trial`, write its records and return its verdict.
 
-    Raises EngineError if the allocation serves another deployment, or if the engine died and this
-    is not the last attempt: then the executor starts another engine for the trial. Raises LoadError
-    if no request could be sent, and RecordError if the files cannot be written.
+    It is not tried if its engine cannot start, or if a lighter workload could not be served.
+
+    Raises EngineError if the allocation serves another deployment, or if the engine died for an
+    unknown reason and this is not the last attempt: then the executor starts another engine for the
+    trial. Raises LoadError if no request could be sent, and RecordError if the files cannot be
+    written.
     """
     info = AllocationInfo.read()
     if info.deployment_digest != trial.deployment.digest:
@@ -41,9 +49,14 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             f"{trial.id}: the running engine serves another specification of this deployment. "
             "Run the same command again after that allocation has ended."
         )
+    if (known := _known_verdict(trial, info)) is not None:
+        return write_unmeasured(
+            trial, known, requests, samples, info.engine, info.environment, info.calibration
+        )
     parquet.check_writable(requests.parent)
     parquet.remove_half_written(requests.parent)
     offset = sampler.end_offset(info.telemetry)
+    errors_before = end_offset(info.errors) if info.errors else 0
     # An open loop has no fixed concurrency: it gets all processes of the client.
     concurrency = trial.workload.concurrency
     cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
@@ -61,21 +74,27 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     lost = _lost_health(info, measurement)
     if lost is not None:
         info.check_active()
-    verdict, detail = decide_verdict(measurement.errors, lost is None)
-    if verdict == SERVER_DIED:
-        detail = f"{detail}; {lost}"
-        if not last_attempt:
-            raise EngineError(
-                f"{trial.id}: the engine died under this workload ({lost}). Retrying with a new "
-                "engine."
-            )
+    window = measurement.facts["window_ns"]
+    others = info.environment.get("other_nodes", ())
+    devices = [device_of(rank, sampler.ENGINE) for rank, _ in enumerate(others, 1)]
+    sampler.wait_for(info.telemetry, offset, window[1], devices, SAMPLES_LATE_S)
+    rows = sampler.read_samples(info.telemetry, offset, *window)
+    verdict = decide_verdict(
+        measurement.errors,
+        lost is None,
+        measure_strain(measurement.counters_before, measurement.counters_after, rows),
+        None if lost is None else _describe_death(info, errors_before, measurement, lost),
+    )
+    if verdict.name == SERVER_DIED and not last_attempt:
+        raise EngineError(
+            f"{trial.id}: the engine died under this workload ({lost}). Retrying with a new engine."
+        )
     record = {
         "format": parquet.RECORD_FORMAT,
         "servegrid": __version__,
         "spec": trial.spec,
         "spec_digest": trial.digest,
-        "verdict": verdict,
-        "verdict_detail": detail,
+        **verdict.record,
         "client": measurement.facts,
         "engine": info.engine,
         "environment": info.environment,
@@ -83,16 +102,36 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
-    window = measurement.facts["window_ns"]
-    others = info.environment.get("other_nodes", ())
-    devices = [device_of(rank, sampler.ENGINE) for rank, _ in enumerate(others, 1)]
-    sampler.wait_for(info.telemetry, offset, window[1], devices, SAMPLES_LATE_S)
-    rows = sampler.read_samples(info.telemetry, offset, *window)
     parquet.write_table(parquet.arrow_table(columns.TELEMETRY, rows, record), samples)
     table = measurement.requests
     schema = parquet.arrow_schema(columns.REQUESTS, record)
     parquet.write_table(table.replace_schema_metadata(schema.metadata), requests)
-    return verdict
+    outcome = pruning.Outcome.of(trial, verdict.name, verdict.evidence)
+    if info.outcomes is not None and outcome is not None:
+        pruning.append_outcome(info.outcomes, outcome)
+    return verdict.name
+
+
+def _known_verdict(trial: Trial, info: AllocationInfo) -> Verdict | None:
+    """The verdict if it is known without a try."""
+    if info.refused is not None:
+        refused: dict[str, Any] = dict(info.refused)
+        return Verdict(refused["verdict"], refused["verdict_detail"], refused["verdict_evidence"])
+    if info.outcomes is None:
+        return None
+    outcomes = pruning.read_outcomes(info.outcomes)
+    dominating = pruning.find_dominating(trial.workload, outcomes)
+    return None if dominating is None else pruning.dominated_by(dominating)
+
+
+def _describe_death(
+    info: AllocationInfo, offset: int, measurement: Measurement, lost: server.Health
+) -> str:
+    """What is known about the engine's death: its own error, the memory, its health."""
+    own = None if info.errors is None else find_death(info.errors, offset)
+    # An engine that runs out of memory mostly does so at once, and then only the warm-up knows it.
+    warmup = next(filter(is_out_of_memory, measurement.facts["warmup_errors"]), None)
+    return "; ".join(filter(None, (own and shorten(own), warmup, str(lost))))
 
 
 def prompt_salt(trial: Trial) -> str:

@@ -72,6 +72,14 @@ class Workload:
         """The largest output length of its requests, in tokens."""
         return self.output_len + round(self.output_len * self.output_spread)
 
+    def asks_at_least(self, other: Workload) -> bool:
+        """Whether it has at least as many users and as long prompts, and all else is the same."""
+        if self.intensity < other.intensity or self.input_len < other.input_len:
+            return False
+        load = {"concurrency", "request_rate", "input_len", "requests"}
+        mine, others = vars(self), vars(other)
+        return all(mine[key] == others[key] for key in mine.keys() - load)
+
     @property
     def cell(self) -> str:
         """The name of the cell within its deployment."""
@@ -93,6 +101,17 @@ class Trial:
     drift_check: bool = False
     bring_up: int = 1
     """The engine is started anew, in an allocation of its own, for each of these numbers."""
+
+    @property
+    def unsupported(self) -> str | None:
+        """Why it cannot work, whatever the engine does; None if that is not known before."""
+        workload, longest = self.workload, self.deployment.max_model_len
+        if not longest or workload.input_len + workload.max_output_len <= longest:
+            return None  # imported results do not say it
+        return (
+            f"input_len {workload.input_len} plus output_len {workload.max_output_len} is more "
+            f"than max_model_len {longest}"
+        )
 
     @property
     def label(self) -> str:
@@ -157,6 +176,15 @@ class Study:
     name: str
     trials: tuple[Trial, ...]
     drift_checks: tuple[Trial, ...] = ()
+    light_to_heavy: frozenset[str] = frozenset()
+    """The deployments whose trials run in this order; the others run in random order."""
+    pruned: frozenset[str] = frozenset()
+    """The deployments of which hopeless workloads are not tried."""
+
+    @property
+    def unsupported(self) -> tuple[Trial, ...]:
+        """The trials that get the verdict `unsupported` without being submitted."""
+        return tuple(trial for trial in self.trials if trial.unsupported)
 
     @property
     def all_trials(self) -> tuple[Trial, ...]:
@@ -172,12 +200,22 @@ class Study:
         """The trial with these names. Raises KeyError if the study does not contain it."""
         return self._by_id[f"{deployment}/{cell}/trial-{label}"]
 
+    def by_id(self, identity: str) -> Trial:
+        """The trial with this `Trial.id`. Raises KeyError if the study does not contain it."""
+        return self._by_id[identity]
+
+    def prunes(self, trial: Trial) -> int:
+        """1 if hopeless workloads of the trial's deployment are not tried, else 0."""
+        return int(trial.deployment.name in self.pruned)
+
     def position(self, trial: Trial) -> int:
         """The position of `trial` in the order of its bring-up, from 0.
 
         The order is random, with the drift checks in between, so that changes over time (the
         temperature, other jobs on the node) do not look like effects of the workload. The seed
-        comes from the study, so the same study always has the same order.
+        comes from the study, so the same study always has the same order. With `order:
+        light_to_heavy`, the first trials of all cells run before the second ones, each by the
+        tokens in flight.
         """
         return self._positions[trial.id]
 
@@ -204,10 +242,19 @@ class Study:
             seed = f"{self.name}/{deployment}/{group[0].workload.seed}"
             seed += f"/{bring_up}" if bring_up > 1 else ""
             order = random.Random(seed).sample(group, len(group))
+            if deployment in self.light_to_heavy:
+                order = sorted(group, key=_weight)
             for number, drift_check in enumerate(drift_checks.get((deployment, bring_up), [])):
                 order.insert(number * len(group) // (DRIFT_CHECKS - 1) + number, drift_check)
             positions |= {trial.id: position for position, trial in enumerate(order)}
         return positions
+
+
+def _weight(trial: Trial) -> tuple[float, ...]:
+    """A sort key: if a workload asks for at least as much as another, it comes later."""
+    workload = trial.workload
+    tokens = workload.intensity * (workload.input_len + workload.output_len)
+    return trial.number, workload.is_open_loop, tokens, workload.input_len
 
 
 def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
@@ -260,14 +307,16 @@ def expand(config: Mapping[str, Any]) -> Study:
     """All trials and drift checks of a configuration that matches the schema.
 
     Raises ConfigError if two deployments have the same name, a deployment is not valid (see
-    `parse_deployment`), a prompt and its output are longer than `max_model_len`, or `include` and
-    `exclude` leave no cell. The error names the key.
+    `parse_deployment`), all prompts with their outputs are longer than `max_model_len`, or
+    `include` and `exclude` leave no cell. The error names the key.
     """
     _check_size(config)
     _check_prompt_mix(config.get("capacity", {}))
     trials: list[Trial] = []
     names: dict[str, int] = {}
     with_drift_checks: dict[str, bool | None] = {}
+    ordered: set[str] = set()
+    pruned: set[str] = set()
     for position, entry in enumerate(config["deployments"]):
         where = f"deployments[{position}]"
         keys = {**config["workload"], **entry.get("workload", {})}
@@ -287,6 +336,10 @@ def expand(config: Mapping[str, Any]) -> Study:
             for number in range(1, keys.get("trials", 1) + 1)
         ]
         with_drift_checks[deployment.name] = keys.get("drift_checks")
+        if keys.get("order") == "light_to_heavy":
+            ordered.add(deployment.name)
+        if keys.get("prune", deployment.name in ordered):
+            pruned.add(deployment.name)
     kept = tuple(trial for trial in trials if _is_selected(trial, config))
     if not config.get("allow_emulated_mix", False):
         _check_emulated_mix(kept)
@@ -294,7 +347,9 @@ def expand(config: Mapping[str, Any]) -> Study:
         raise ConfigError(
             f"include, exclude: the filters remove all {len(trials)} trials. Change the filters."
         )
-    study = Study(config["study"], kept)
+    study = Study(
+        config["study"], kept, light_to_heavy=frozenset(ordered), pruned=frozenset(pruned)
+    )
     drift_checks = (
         drift_check
         for (deployment, _), group in _by_bring_up(kept).items()
@@ -305,7 +360,8 @@ def expand(config: Mapping[str, Any]) -> Study:
 
 def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Trial]:
     """The workload in the middle of a bring-up's grid, by prompt length, then intensity."""
-    if wanted or (wanted is None and len(trials) >= DRIFT_CHECK_MIN_TRIALS):
+    trials = [trial for trial in trials if not trial.unsupported]
+    if (trials and wanted) or (wanted is None and len(trials) >= DRIFT_CHECK_MIN_TRIALS):
         first = trials[0].workload
         workloads = {
             (each.workload.input_len, each.workload.intensity): each.workload
@@ -382,14 +438,13 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
-    for workload in workloads:
-        if workload.input_len + workload.max_output_len > deployment.max_model_len:
-            raise ConfigError(
-                f"{where}: input_len {workload.input_len} plus output_len "
-                f"{workload.max_output_len} is more than max_model_len {deployment.max_model_len} "
-                f"of `{deployment.name}`. Shorten the prompt, or raise max_model_len if the model "
-                "supports it."
-            )
+    """Raise ConfigError if no workload fits. Single ones that do not are `unsupported`."""
+    problems = [Trial(deployment, workload, 1).unsupported for workload in workloads]
+    if all(problems):
+        raise ConfigError(
+            f"{where}: {problems[0]} of `{deployment.name}`, and no other workload fits, either. "
+            "Shorten the prompt, or raise max_model_len if the model supports it."
+        )
 
 
 def _check_emulated_mix(trials: Sequence[Trial]) -> None:

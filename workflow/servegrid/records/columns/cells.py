@@ -93,8 +93,21 @@ CELLS = (
     ),
     Column("trial", pa.int32(), "", "Number of the trial of this cell in its bring-up, from 1"),
     Column("bring_up", pa.int32(), "", "Number of the bring-up that the study asks for, from 1"),
-    Column("verdict", pa.string(), "", "`ok`, or why the workload was not served"),
+    Column(
+        "verdict",
+        pa.string(),
+        "",
+        "How the workload was served (`ok`, `queued`, `preempted`), or why it was not",
+    ),
     Column("verdict_detail", pa.string(), "", "Evidence for the verdict; null if ok"),
+    Column(
+        "verdict_evidence",
+        pa.string(),
+        "",
+        "The figures and names in verdict_detail as JSON, for example `preemptions`, "
+        "`waiting_share`, `kv_needed_gib` or `by` (the workload that dominates this one); null if "
+        "there are none",
+    ),
     Column(
         "valid",
         pa.bool_(),
@@ -140,10 +153,10 @@ CELLS = (
         pa.float64(),
         "s",
         "Latency as in Bendi-Ouis et al. (2024): makespan of a wave (burst), else mean e2el, "
-        "divided by output_len, times 100; null unless the verdict is ok. If output_len_exact is "
-        "false, divided by completion_tokens_mean: the time to first token is then shared by fewer "
-        "tokens, and a wave ends with its longest response, so the value is higher than with exact "
-        "lengths",
+        "divided by output_len, times 100; null if the workload was not served. If "
+        "output_len_exact is false, divided by completion_tokens_mean: the time to first token is "
+        "then shared by fewer tokens, and a wave ends with its longest response, so the value is "
+        "higher than with exact lengths",
     ),
     Column(
         "bound_s_per_100_tokens",

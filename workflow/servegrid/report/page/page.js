@@ -109,6 +109,7 @@ function chartRow(cell, metric) {
     low: values[1] ?? null,
     high: values[2] ?? null,
     shown: values.length ? `${formatNumber(values[0])} ${metric.unit}` : cell.state,
+    reason: cell.reason ?? "",
     interval: formatInterval(values),
   };
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from textwrap import shorten
 from typing import Any
 
 import pandas as pd
 
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.latency_curves import requests_in_flight
+from servegrid.analysis.summary import CELL_KEYS
 from servegrid.analysis.titles import (
     deployment_titles,
     figure_notes,
@@ -20,9 +22,11 @@ from servegrid.analysis.titles import (
     workload_title,
 )
 from servegrid.records.columns import SUMMARY_METRICS
+from servegrid.records.verdict import OK
 from servegrid.study.deployment import EMULATED
 
 Json = Any
+_MAX_REASON = 160
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#777777")
 """Okabe and Ito's colours, as in the figures. Grey replaces black, which dark mode would hide."""
@@ -83,8 +87,10 @@ def build_payload(
     """All figures and assumptions of the page.
 
     `summary`, `cells` and `pairs` are tables of `columns.SUMMARY`, `CELLS` and
-    `PUBLISHED_COMPARISON`. Of `cells`, only the columns that titles need are used.
+    `PUBLISHED_COMPARISON`. Of `cells`, only the verdicts and the columns that titles need are
+    used.
     """
+    reasons = _reasons(cells)
     ratios = {
         tuple(row[key] for key in _PAIR_KEYS): [row["ratio"], row["ratio_low"], row["ratio_high"]]
         for row in pairs.to_dict("records")
@@ -106,6 +112,7 @@ def build_payload(
         ],
         "cells": [
             _cell(row, indices, workloads, ratios)
+            | ({"reason": reason} if (reason := reasons.get(_cell_key(row))) else {})
             for row in with_intensity(summary)
             .assign(in_flight=requests_in_flight(summary))
             .to_dict(orient="records")
@@ -138,6 +145,23 @@ def _state(row: Mapping[Any, Any]) -> str:
     if _known(row["seconds_per_100_tokens"]) is None and _known(row["output_tokens_per_s"]) is None:
         return "no figure"
     return "valid" if row["trials_valid"] > 0 else "not valid"
+
+
+def _reasons(cells: pd.DataFrame) -> dict[tuple[Any, ...], str]:
+    """Why cells were not served, or waited: the first such verdict of their trials."""
+    if "verdict" not in cells:
+        return {}
+    found: dict[tuple[Any, ...], str] = {}
+    for row in cells[cells["verdict"] != OK].to_dict("records"):
+        detail = row["verdict_detail"]
+        text = row["verdict"] if pd.isna(detail) else f"{row['verdict']}: {detail}"
+        found.setdefault(_cell_key(row), shorten(" ".join(text.split()), _MAX_REASON))
+    return found
+
+
+def _cell_key(row: Mapping[Any, Any]) -> tuple[Any, ...]:
+    values = (row[key] for key in ("deployment", *CELL_KEYS))
+    return tuple(None if pd.isna(value) else value for value in values)
 
 
 def _workload(protocol: str, output_len: int) -> dict[str, Json]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles
-from servegrid.records.verdict import OK
+from servegrid.records.verdict import SERVED
 from servegrid.report.findings_report import (
     NO_FINDINGS,
     NOT_COMPARABLE,
@@ -79,12 +79,13 @@ def engines_section(ratios: pd.DataFrame) -> Section:
 def validity_section(cells: pd.DataFrame) -> Section:
     """Verdicts of the trials, and the rules of validity that they break."""
     titles = deployment_titles(cells)
-    served = Counter(cells["verdict"])[OK]
+    is_served = cells["verdict"].isin(SERVED)
+    served = int(is_served.sum())
     paragraphs = [
         f"{served} of {pluralize(len(cells), 'trial')} served, "
         f"{int(cells['valid'].eq(True).sum())} valid."
     ]
-    failed = cells[cells["verdict"] != OK]
+    failed = cells[~is_served]
     rows = [
         (titles[str(name)], str(verdict), str(len(trials)), _shorten(trials["verdict_detail"]))
         for (name, verdict), trials in failed.groupby(["deployment", "verdict"], sort=False)
