@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from servegrid import __version__
 from servegrid.client import Measurement, measure, workers
@@ -19,7 +21,7 @@ from servegrid.run.jobscript import report_work_span
 from servegrid.run.nodes import device_of
 from servegrid.run.service import AllocationInfo
 from servegrid.study.deployment import EXTERNAL
-from servegrid.study.grid import Trial
+from servegrid.study.grid import Trial, Workload
 from servegrid.telemetry import sampler, server
 
 SAMPLES_LATE_S = 5.0
@@ -28,12 +30,21 @@ DEATH_CONFIRMED_S = 5.0
 """Seconds that a server must keep answering after a failure to count as alive."""
 
 
-def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: bool) -> str:
+def measure_trial(
+    trial: Trial,
+    requests: Path,
+    samples: Path,
+    last_attempt: bool,
+    saturation: Path | None = None,
+) -> str:
     """Measure `trial`, write its records and return its verdict.
+
+    `saturation` is the record that a sweep's request rate is a fraction of; None for other trials.
 
     Raises EngineError if the allocation serves another deployment, or if the engine died and this
     is not the last attempt: then the executor starts another engine for the trial. Raises LoadError
-    if no request could be sent, and RecordError if the files cannot be written.
+    if no request could be sent or the rate at saturation is not known, and RecordError if the files
+    cannot be written.
     """
     info = AllocationInfo.read()
     if info.deployment_digest != trial.deployment.digest:
@@ -44,6 +55,9 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     parquet.check_writable(requests.parent)
     parquet.remove_half_written(requests.parent)
     offset = sampler.end_offset(info.telemetry)
+    workload, found = trial.workload, None
+    if saturation is not None:
+        workload, found = _at_saturation(trial, saturation)
     # An open loop has no fixed concurrency: it gets all processes of the client.
     concurrency = trial.workload.concurrency
     cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
@@ -52,7 +66,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     with report_work_span():
         measurement = measure(
             info.endpoint,
-            trial.workload,
+            workload,
             info.tokenizer,
             salt=prompt_salt(trial),
             counters=server.counter_reader(info.endpoint),
@@ -83,6 +97,8 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
+    if found is not None:
+        record["saturation"] = found
     window = measurement.facts["window_ns"]
     others = info.environment.get("other_nodes", ())
     devices = [device_of(rank, sampler.ENGINE) for rank, _ in enumerate(others, 1)]
@@ -93,6 +109,24 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     schema = parquet.arrow_schema(columns.REQUESTS, record)
     parquet.write_table(table.replace_schema_metadata(schema.metadata), requests)
     return verdict
+
+
+def _at_saturation(trial: Trial, saturation: Path) -> tuple[Workload, dict[str, Any]]:
+    """The workload of a sweep's trial with its rate, and for the record where that comes from."""
+    import pyarrow.parquet as pq
+
+    from servegrid.analysis.saturation import saturation_rate
+
+    assert trial.workload.rate_fraction is not None
+    source = parquet.read_record(saturation)
+    highest = saturation_rate(source, pq.read_table(saturation))
+    rate = trial.workload.rate_fraction * highest
+    found = {
+        "request_rate": rate,
+        "requests_per_s": highest,
+        "spec_digest": source["spec_digest"],
+    }
+    return replace(trial.workload, request_rate=rate), found
 
 
 def prompt_salt(trial: Trial) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles
 from servegrid.records.verdict import OK
+from servegrid.report import goodput_report
 from servegrid.report.findings_report import (
     NO_FINDINGS,
     NOT_COMPARABLE,
@@ -47,6 +48,21 @@ def findings_section(statements: Sequence[str], frontier: pd.DataFrame, slo: Slo
         return Section("findings", "Findings", [NO_FINDINGS])
     table = frame_table(frontier_caption(slo), frontier)
     return Section("findings", "Findings", points=statements, tables=[table])
+
+
+def slo_section(
+    attainment: pd.DataFrame, saturation: pd.DataFrame, titles: Mapping[str, str]
+) -> Section:
+    """Attainment, goodput and saturation: tables of `columns.SLO` and `SATURATION`."""
+    table = frame_table(
+        f"{goodput_report.CAPTION} {goodput_report.INVALID}",
+        goodput_report.slo_texts(attainment, titles),
+    )
+    points = [
+        *goodput_report.describe_classes(attainment),
+        *goodput_report.describe_saturation(saturation, titles),
+    ]
+    return Section("slo", "SLO attainment and goodput", points=points, tables=[table])
 
 
 def published_section(
