@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from servegrid.analysis import buffering, metrics, stationarity, tables
 from servegrid.analysis.intervals import bring_up_medians, interval, share_interval
 from servegrid.analysis.slo import Slo
+from servegrid.analysis.stationarity import Window
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.study.grid import OPEN_LOOPS, Trial
@@ -28,8 +29,7 @@ from servegrid.study.grid import OPEN_LOOPS, Trial
 HELD_BACK = "the responses were held back, so when their tokens came is not known"
 NO_END = "the end of a request is not known"
 FOLLOWS = 0.95
-"""The throughput follows the offered rate if it is at least this fraction of it, and if there is a
-stationary part: without one, the number of requests in flight grew."""
+"""The throughput follows the offered rate if it is at least this fraction of it."""
 _KEYS = ["deployment", "protocol", "input_len", "output_len"]
 
 
@@ -38,13 +38,15 @@ class TrialOutcome:
     """What became of the requests of one trial, for one SLO class.
 
     `outcomes` says for each request whether it met the SLO, in the order in which they were due.
-    `answered` of them were answered, in `seconds`. `whole_run` says that there is no stationary
+    `answered` of them were answered, in `seconds`. `offered_per_s` is the rate at which requests
+    were due, which varies by chance around the workload's. `whole_run` says that there is no stationary
     part. `reason` says why nothing is known; None if it is.
     """
 
     outcomes: Sequence[bool] = ()
     answered: int = 0
     seconds: float = 0.0
+    offered_per_s: float | None = None
     whole_run: bool = False
     reason: str | None = None
 
@@ -81,8 +83,18 @@ def trial_outcomes(
             continue
         in_order = [*served_met.tolist(), *[False] * failed.num_rows]
         outcomes = [in_order[index] for index in order]
-        found[name] = TrialOutcome(outcomes, inside.num_rows, seconds, whole_run)
+        offered = _offered(requests, window)
+        found[name] = TrialOutcome(outcomes, inside.num_rows, seconds, offered, whole_run)
     return found
+
+
+def _offered(requests: pa.Table, window: Window | None) -> float | None:
+    """The requests per second that were due in the window, or from the first to the last one."""
+    due = pc.drop_null(requests["scheduled_ns"]).to_numpy()
+    if window is not None:
+        return float(window.contains(due).sum() / window.seconds)
+    span = (int(due.max()) - int(due.min())) / 1e9 if due.size else 0.0
+    return due.size / span if span else None
 
 
 def _due(requests: pa.Table) -> list[pa.Array]:
@@ -128,6 +140,7 @@ def _figures(found: Sequence[TrialOutcome], allocations: Sequence[Any]) -> dict[
     count, met = sum(map(len, outcomes)), sum(map(sum, outcomes))
     goodputs = bring_up_medians([sum(each.outcomes) / each.seconds for each in trials], bring_ups)
     rates = bring_up_medians([each.answered / each.seconds for each in trials], bring_ups)
+    offered: list[Any] = [each.offered_per_s for each in trials]
     low, high = share_interval(outcomes, bring_ups) or (None, None)
     goodput_low, goodput_high = interval(goodputs) or (None, None)
     return {
@@ -142,6 +155,7 @@ def _figures(found: Sequence[TrialOutcome], allocations: Sequence[Any]) -> dict[
         "goodput_requests_per_s_low": goodput_low,
         "goodput_requests_per_s_high": goodput_high,
         "requests_per_s": statistics.median(rates),
+        "offered_requests_per_s": None if None in offered else statistics.median(offered),
     }
 
 
@@ -184,15 +198,13 @@ def find_saturation(slo: pd.DataFrame) -> pd.DataFrame:
     rate that the throughput follows, with all lower ones, and the next measured one.
     """
     rates = slo[slo["protocol"].isin(OPEN_LOOPS) & (slo["protocol"] != "profile")]
-    rates = rates.dropna(subset=["request_rate", "requests_per_s"])
+    rates = rates.dropna(subset=["request_rate", "requests_per_s", "offered_requests_per_s"])
     rates = rates.drop_duplicates([*_KEYS, "request_rate"])
     rows = []
     for key, cells in rates.groupby(_KEYS, sort=False):
         below, above, highest = None, None, None
         for row in cells.sort_values("request_rate").to_dict("records"):
-            follows = not row["whole_run"] and (
-                row["requests_per_s"] >= FOLLOWS * row["request_rate"]
-            )
+            follows = row["requests_per_s"] >= FOLLOWS * row["offered_requests_per_s"]
             if follows and above is None:
                 below = row["request_rate"]
             elif above is None:

@@ -248,10 +248,10 @@ class Study:
             seed = f"{self.name}/{deployment}/{group[0].workload.seed}"
             seed += f"/{bring_up}" if bring_up > 1 else ""
             order = random.Random(seed).sample(group, len(group))
-            # Others wait for the rate at saturation, so it is found first. The sort is stable.
-            order.sort(key=lambda trial: trial.id not in self._saturation_ids)
             for number, drift_check in enumerate(drift_checks.get((deployment, bring_up), [])):
                 order.insert(number * len(group) // (DRIFT_CHECKS - 1) + number, drift_check)
+            # Others wait for the rate at saturation, so it is found first. The sort is stable.
+            order.sort(key=lambda trial: trial.id not in self._saturation_ids)
             positions |= {trial.id: position for position, trial in enumerate(order)}
         return positions
 

@@ -74,8 +74,8 @@ SATURATION = (
         "rate_followed",
         pa.float64(),
         "requests/s",
-        "Largest measured rate at which, as at all lower ones, the throughput was at least 95% of "
-        "the offered rate and the load was stationary; null if it is none",
+        "Largest measured rate at which, as at all lower ones, requests_per_s was at least 95% of "
+        "offered_requests_per_s; null if it is none",
     ),
     Column(
         "rate_not_followed",
@@ -139,6 +139,14 @@ SLO = (
         "requests/s",
         "Requests that were answered in the window / its time: the throughput in requests; median "
         "over the trials",
+    ),
+    Column(
+        "offered_requests_per_s",
+        pa.float64(),
+        "requests/s",
+        "Requests that were due in the window / its time; with whole_run, all requests / the time "
+        "from the first due one to the last. It varies by chance around request_rate; median over "
+        "the trials",
     ),
     Column("reason", pa.string(), "", "Why there are no figures; null if there are"),
 )
