@@ -39,8 +39,8 @@ class TrialOutcome:
 
     `outcomes` says for each request whether it met the SLO, in the order in which they were due.
     `answered` of them were answered, in `seconds`. `offered_per_s` is the rate at which requests
-    were due, which varies by chance around the workload's. `whole_run` says that there is no stationary
-    part. `reason` says why nothing is known; None if it is.
+    were due, which varies by chance around the workload's. `whole_run` says that there is no
+    stationary part. `reason` says why nothing is known; None if it is.
     """
 
     outcomes: Sequence[bool] = ()

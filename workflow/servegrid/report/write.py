@@ -30,6 +30,7 @@ from servegrid.report import (
     provenance,
 )
 from servegrid.study.config import parse_study
+from servegrid.study.settings import swept_settings
 
 Paths = Mapping[str, Path]
 
@@ -159,6 +160,7 @@ def write_study_page(
         parse_slo_classes(config),
         slo,
         saturation,
+        swept_settings(config),
     )
     text = compose.render_study_page(
         study.name, results, parse_demand(config), load_prices(hardware)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from servegrid.errors import ConfigError
 from servegrid.study.deployment import Deployment, canonical_json, digest_json, parse_deployment
+from servegrid.study.settings import expand_sweep
 
 __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json", "expand"]
 
@@ -301,6 +303,7 @@ def _check_size(config: Mapping[str, Any]) -> None:
     for entry in config["deployments"]:
         keys = {**config["workload"], **entry.get("workload", {})}
         product: int = keys.get("trials", 1) * keys.get("bring_ups", 1)
+        product *= math.prod(map(len, entry.get("sweep", {}).values()))
         for key in ("protocol", "output_len", "input_len"):
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
         levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
@@ -350,17 +353,23 @@ def expand(config: Mapping[str, Any]) -> Study:
     trials: list[Trial] = []
     names: dict[str, int] = {}
     with_drift_checks: dict[str, bool | None] = {}
-    for position, entry in enumerate(config["deployments"]):
+    entries = [
+        (position, each.entry)
+        for position, entry in enumerate(config["deployments"])
+        for each in expand_sweep(entry, f"deployments[{position}]")
+    ]
+    for position, entry in entries:
         where = f"deployments[{position}]"
         keys = {**config["workload"], **entry.get("workload", {})}
         workloads = _expand_workloads(keys, where)
         deployment = parse_deployment(entry, where)
-        first = names.setdefault(deployment.name, position)
-        if first != position:
+        first = names.get(deployment.name)
+        if first is not None:
             raise ConfigError(
                 f"{where}: the name `{deployment.name}` is already that of deployments[{first}]. "
                 "Remove one of the two, or give one a different `name`."
             )
+        names[deployment.name] = position
         _check_prompts_fit(deployment, workloads, where)
         trials += [
             Trial(deployment, workload, number, bring_up=bring_up)

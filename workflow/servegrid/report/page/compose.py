@@ -17,6 +17,7 @@ from servegrid.analysis.published import (
     method_differences,
     published_summary,
 )
+from servegrid.analysis.setting_comparison import Settings, compare_settings
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles, hardware_title, workload_title
 from servegrid.reference.published import PublishedData
@@ -48,6 +49,7 @@ class StudyResults:
     names no published data. `prompts` are the kinds of prompts of the trials, and `allocations` the
     environments of `provenance.describe_allocations`. `attainment` and `saturation` are tables of
     `columns.SLO` and `SATURATION`, for the `slo_classes`; None if they are not known.
+    `settings` are those of the deployments that come from a sweep.
     """
 
     cells: pd.DataFrame
@@ -61,6 +63,7 @@ class StudyResults:
     slo_classes: Mapping[str, Slo] = field(default_factory=dict)
     attainment: pd.DataFrame | None = None
     saturation: pd.DataFrame | None = None
+    settings: Settings = field(default_factory=dict)
 
 
 def render_study_page(
@@ -95,6 +98,7 @@ def render_study_page(
             *_slo_sections(results, titles),
             *published,
             sections.engines_section(compare_engines(summary, cells)),
+            *_settings_sections(results),
             sections.validity_section(cells),
             sections.provenance_section(results.allocations),
         ],
@@ -136,6 +140,12 @@ def _slo_sections(results: StudyResults, titles: Mapping[str, str]) -> list[Sect
     if results.attainment is None or results.saturation is None:
         return []
     return [sections.slo_section(results.attainment, results.saturation, titles)]
+
+
+def _settings_sections(results: StudyResults) -> list[Section]:
+    if not results.settings:
+        return []
+    return [sections.settings_section(compare_settings(results.cells, results.settings))]
 
 
 def _published_sections(results: StudyResults, titles: Mapping[str, str]) -> list[Section]:

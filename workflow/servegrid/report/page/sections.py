@@ -92,6 +92,22 @@ def engines_section(ratios: pd.DataFrame) -> Section:
     return Section("engines", title, tables=[frame_table(caption, ratios)])
 
 
+def settings_section(ratios: pd.DataFrame) -> Section:
+    """What each setting is worth, a table of `setting_comparison.compare_settings`."""
+    title = "What each setting is worth"
+    if ratios.empty:
+        return Section(
+            "settings", title, ["No two values of a setting have a valid cell in common."]
+        )
+    caption = (
+        "Output tokens/s of two deployments that differ in one setting: second divided by first, "
+        "over the cells that both served, with the 95% interval between bring-ups. Without two "
+        "bring-ups of both there is no interval and no verdict. The capacity plan above ranks the "
+        "deployments."
+    )
+    return Section("settings", title, tables=[frame_table(caption, ratios)])
+
+
 def validity_section(cells: pd.DataFrame) -> Section:
     """Verdicts of the trials, and the rules of validity that they break."""
     titles = deployment_titles(cells)
