@@ -311,7 +311,7 @@ function readDemand() {
   const prices = Object.fromEntries(Object.entries(entries).filter(([name]) => name.startsWith("price:")).map(([name, value]) => [name.slice(6), value]));
   return {
     workload: entries.plan_workload,
-    demand: { ...entries, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: entries.logged_in / 100, load_factor: entries.load_factor / 100, slo_attainment: entries.slo_attainment / 100 },
+    demand: { ...entries, slo_class: form.elements.slo_class?.value ?? payload.demand.slo_class, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: entries.logged_in / 100, load_factor: entries.load_factor / 100, slo_attainment: entries.slo_attainment / 100 },
     hardware: { ...payload.hardware, prices, electricity_per_kwh: entries.electricity_per_kwh, years_in_use: entries.years_in_use },
   };
 }

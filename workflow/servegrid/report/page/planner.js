@@ -218,7 +218,7 @@ function planCapacity(payload, workload, demand, hardware) {
     const cells = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
     if (!cells.length) return [];
     const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand);
-    const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact };
+    const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact, slo_class: demand.slo_class };
     if (typeof curves === "string") return [{ ...head, reason: curves }];
     const size = sizeDeployment(curves, demand, hardware, deployment.gpu, deployment.gpu_count);
     return [{ ...head, prompt_tokens: curves.promptTokens, ...size }];
