@@ -38,7 +38,9 @@ localrules:
     all,
 
 
-FILES = "common measure gather tabulate plot findings plan_capacity render bundle"
+FILES = (
+    "common measure gather goodput tabulate plot findings plan_capacity render bundle"
+)
 for file in FILES.split():
 
     include: f"workflow/rules/{file}.smk"
@@ -60,6 +62,7 @@ rule all:
     input:
         rules.gather.input,  # a record that has been deleted is missed
         *(each.output for each in (rules.gather, rules.summarise, rules.findings)),
+        rules.goodput.output,
         *(each.output for each in (rules.plan_capacity, rules.plot_overview)),
         of_each_deployment(rules.tabulate.output),
         of_each_deployment(rules.plot.output),

@@ -21,6 +21,11 @@ ROOT = Path(__file__).parent.parent
 TABLES = {
     "cells": (columns.CELLS, "`results/tables/cells.parquet` and `.csv`"),
     "summary": (columns.SUMMARY, "`results/tables/summary.parquet` and `.csv`"),
+    "slo": (columns.SLO, "`results/tables/slo.parquet` and `.csv`"),
+    "saturation": (
+        columns.SATURATION,
+        "`results/tables/saturation.parquet` and `.csv`",
+    ),
     "frontier": (columns.FRONTIER, "`results/tables/frontier.parquet` and `.csv`"),
     "published": (columns.PUBLISHED_COMPARISON, "`results/tables/published.parquet` and `.csv`"),
     "capacity": (columns.CAPACITY_PLAN, "`results/tables/capacity.parquet` and `.csv`"),

@@ -161,6 +161,9 @@ def test_a_burst_of_two() -> None:
         **latencies("itl", 0.15, 0.2),  # 0.05 twice, 0.2; 0.2 three times
         **latencies("itl_per_chunk", 0.3, 0.2),  # 0.1, 0.2 and 0.6
         **latencies("e2el", 0.6, 0.6),
+        "itl_max_s_p50": pytest.approx(0.2),  # 0.2 / 1 and 0.6 / 3
+        "burstiness": None,
+        "rate_fraction": None,
         "coalesced_chunk_fraction": 0.0,
         "output_tokens_per_s": 8.0,
         "output_tokens_per_s_per_user": 4.0,
@@ -232,7 +235,7 @@ def test_latencies_are_null_if_all_requests_failed() -> None:
     row = cell([FAILED], verdict="timeout")
     speeds = ("ttft", "tpot", "itl", "e2el", "output_tok", "coalesced")
     latencies = [name for name in row if name.startswith(speeds)]
-    assert len(latencies) == 6 * 5 + 4
+    assert len(latencies) == 6 * 5 + 5
     assert [row[name] for name in latencies] == [None] * len(latencies)
     assert row["makespan_s"] == 1.5
 

@@ -518,3 +518,94 @@ def test_every_key_of_the_schema_has_a_description() -> None:
 
 def test_the_name_of_a_cell() -> None:
     assert Workload("closed_loop", 8, 296, 50, 16).cell == "closed_loop-c8-i296-o50"
+
+
+def sweep_config(**workload: Any) -> dict[str, Any]:
+    keys = {"protocol": "poisson", "request_rate": "sweep", **workload}
+    return changed_config(lambda c: (c["workload"].update(keys), c["deployments"].pop()))
+
+
+def test_a_sweep_has_cells_at_fixed_fractions_and_one_that_finds_the_rate() -> None:
+    study = parse_study(sweep_config(input_len=31, trials=2))
+    name = "small_fp16_vllm_2xa100-40gb"
+    fractions = ("0.25", "0.5", "0.7", "0.8", "0.9", "1", "1.1", "1.3")
+    assert [trial.id for trial in study.trials] == [
+        *(f"{name}/poisson-x{each}-i31-o100/trial-{n}" for each in fractions for n in (1, 2)),
+        f"{name}/closed_loop-c256-i31-o100/trial-1",
+    ]
+    source = study.trials[-1]
+    assert study.position(source) == 0
+    waiting = [*study.trials[:-1], *study.drift_checks]
+    assert all(study.saturation_trial(each) == source for each in waiting)
+    assert study.saturation_trial(source) is None
+    assert (source.workload.requests, source.workload.think_time_s) == (2 * 256 + 6 * 256, 0)
+    assert study.trials[0].workload.request_rate is None
+    assert Trial.from_spec(json.loads(study.trials[0].spec_json)) == study.trials[0]
+
+
+def test_a_filter_cannot_remove_the_cell_that_finds_the_rate() -> None:
+    config = sweep_config() | {"include": [{"protocol": "poisson", "input_len": 31}]}
+    kept = parse_study(config).trials
+    assert [trial.cell for trial in kept][-1] == "closed_loop-c256-i31-o100"
+    assert len(kept) == 9
+
+
+def test_new_keys_change_no_older_specification() -> None:
+    # Both digests are those of the version before the keys.
+    assert parse_study(TWO).trials[0].digest == "ead1ad89b2426194"
+    older = changed_config(lambda c: c["workload"].update(protocol="poisson", request_rate=2.0))
+    assert parse_study(older).trials[0].digest == "3e30658053eb3daf"
+
+
+def test_gamma_and_profile_are_part_of_the_specification() -> None:
+    (gamma, _) = workloads_with(protocol="gamma", request_rate=2, burstiness=0.5, seed=1)
+    assert (gamma.cell, gamma.burstiness) == ("gamma-r2-i31-o100", 0.5)
+    assert gamma.spec["burstiness"] == 0.5 and "rate_profile" not in gamma.spec
+    keys = {"request_rate": 2, "duration_s": 60, "rate_profile": [0, 1]}
+    (ramp, _) = workloads_with(protocol="profile", **keys)
+    assert (ramp.cell, ramp.rate_profile) == ("profile-r2-i31-o100", (0, 1))
+    assert Workload.from_spec(json.loads(json.dumps(ramp.spec))) == ramp
+
+
+@pytest.mark.parametrize(
+    ("workload", "message"),
+    [
+        ({"protocol": "gamma", "request_rate": 1}, "`gamma` needs `burstiness`"),
+        ({"protocol": "gamma", "burstiness": 1}, "`gamma` needs `request_rate`"),
+        ({"burstiness": 1}, "`burstiness` is only for the protocol `gamma`"),
+        ({"protocol": "profile", "request_rate": 1}, "`profile` needs `rate_profile`"),
+        (
+            {"protocol": "profile", "request_rate": 1, "rate_profile": [0, 1]},
+            "`profile` needs `duration_s`",
+        ),
+        (
+            {"protocol": "profile", "request_rate": "sweep", "rate_profile": [0, 1]}
+            | {"duration_s": 60},
+            "needs a number as `request_rate`",
+        ),
+        (
+            {"protocol": "profile", "request_rate": 1, "rate_profile": [0, 0], "duration_s": 9},
+            "has no factor above 0",
+        ),
+        ({"protocol": "poisson", "request_rate": "swep"}, "'swep' is not of type number"),
+        ({"protocol": "gamma", "request_rate": 1, "burstiness": 0}, "0 must be greater than 0"),
+    ],
+)
+def test_rates_that_make_no_sense_are_refused(workload: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_study(changed_config(lambda c: c["workload"].update(workload)))
+
+
+@pytest.mark.parametrize(
+    ("slo", "message"),
+    [
+        ({"ttft": 1}, "slo.ttft: 1 is not of type object. A class of users"),
+        ({"chat": {"ttft": 1}}, "slo.chat: unknown key `ttft`. Did you mean `ttft_s`?"),
+        ({"chat": {"ttft_s": 1}, "ttft_s": 1}, "slo: `ttft_s` is a limit and `chat` is a class"),
+        ({"a b": {"ttft_s": 1}}, "slo: 'a b' is not a name"),
+        ({"chat": {"itl_s": 0}}, "slo.chat.itl_s: 0 must be greater than 0"),
+    ],
+)
+def test_an_slo_that_makes_no_sense_is_refused(slo: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_study(changed_config(lambda c: c.update(slo=slo)))

@@ -8,6 +8,12 @@ def trial_of(wildcards):
     return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
 
 
+def saturation_of(wildcards):
+    """The record that a sweep's rate is a fraction of. Other trials need no input."""
+    found = study.saturation_trial(trial_of(wildcards))
+    return [] if found is None else [f"results/cells/{found.id}/requests.parquet"]
+
+
 def of_each_deployment(outputs, **wildcards):
     names = [deployment.name for deployment in study.deployments]
     return expand(outputs, deployment=names, **wildcards)

@@ -9,6 +9,8 @@ rule render:
         summary=rules.summarise.output.parquet,
         frontier=rules.findings.output.frontier,
         published=rules.findings.output.published,
+        slo=rules.goodput.output.slo,
+        saturation=rules.goodput.output.saturation,
         published_file=published_file(),
         hardware=HARDWARE,
     output:

@@ -11,5 +11,6 @@ with redirect_output(snakemake.log[0]):
         requests=Path(snakemake.output.requests),
         samples=Path(snakemake.output.telemetry),
         last_attempt=snakemake.resources.attempt > 1,
+        saturation=Path(snakemake.input[0]) if snakemake.input else None,
     )
     print(f"{snakemake.output.requests}: {verdict}")

@@ -3,7 +3,7 @@ from pathlib import Path
 from servegrid.report.write import write_study_page
 from servegrid.run.jobscript import redirect_output
 
-INPUTS = ("cells", "summary", "frontier", "published")
+INPUTS = ("cells", "summary", "frontier", "published", "slo", "saturation")
 
 with redirect_output(snakemake.log[0]):
     write_study_page(

@@ -23,7 +23,7 @@ from servegrid.analysis.latency_curves import (
     weighted_mean,
 )
 from servegrid.analysis.queueing import mean_in_flight, requests_per_s, users_carried
-from servegrid.analysis.slo import Slo, parse_slo
+from servegrid.analysis.slo import ONLY_CLASS, Slo, parse_slo_classes
 from servegrid.analysis.titles import stops_early
 from servegrid.records import columns
 from servegrid.study import config
@@ -46,8 +46,8 @@ class Demand:
     At the busiest time the share `logged_in` of all `users` is logged in. Each of them thinks for
     `think_time_s` seconds on average between a response and the next request. `load_factor` is the
     mean load of a week divided by that of the busiest time: 0.3 are ten busy hours on five days.
-    The share `slo_attainment` of the requests must meet the SLO: `tokens_per_s_per_user`, `ttft_s`
-    and `e2el_s` (see `Slo`). Prompts have
+    The share `slo_attainment` of the requests must meet the SLO: `tokens_per_s_per_user`, `ttft_s`,
+    `e2el_s`, `tpot_s` and `itl_s` (see `Slo`), those of the class `slo_class`. Prompts have
     `input_len` tokens; if it is None, they have lengths in the shares of `prompt_mix`; if that is
     None too, all measured lengths are equally frequent.
     """
@@ -62,11 +62,14 @@ class Demand:
     e2el_s: float | None = None
     input_len: int | None = None
     prompt_mix: Mapping[int, float] | None = None
+    tpot_s: float | None = None
+    itl_s: float | None = None
+    slo_class: str = ONLY_CLASS
 
     @property
     def slo(self) -> Slo:
         """The service level objective."""
-        return Slo(self.tokens_per_s_per_user, self.ttft_s, self.e2el_s)
+        return Slo(self.tokens_per_s_per_user, self.ttft_s, self.e2el_s, self.tpot_s, self.itl_s)
 
     @property
     def prompt_shares(self) -> Mapping[int, float] | None:
@@ -93,13 +96,21 @@ class HardwarePrices:
 
 
 def parse_demand(study: Mapping[str, Any]) -> Demand:
-    """The demand in a study's configuration, which matches the schema."""
+    """The demand in a study's configuration, which matches the schema; with the first SLO class."""
+    return parse_demands(study)[0]
+
+
+def parse_demands(study: Mapping[str, Any]) -> list[Demand]:
+    """One demand per SLO class of a study: its users, if all of them were of this class."""
     capacity = dict(study.get("capacity", {}))
     if "prompt_mix" in capacity:
         capacity["prompt_mix"] = {
             each["input_len"]: each["share"] for each in capacity["prompt_mix"]
         }
-    return Demand(**asdict(parse_slo(study)), **capacity)
+    return [
+        Demand(**asdict(slo), **capacity, slo_class=name)
+        for name, slo in parse_slo_classes(study).items()
+    ]
 
 
 def load_prices(file: Path) -> HardwarePrices:
@@ -136,6 +147,7 @@ def plan_capacity(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrice
             "protocol": protocol,
             "output_len": int(str(output_len)),
             "output_len_exact": not stops_early(cells).any(),
+            "slo_class": demand.slo_class,
         }
         curves = latency_curves(cells, demand.prompt_shares, demand.slo)
         if isinstance(curves, str):

@@ -19,9 +19,10 @@ runs.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Collection, Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable, Sequence
 
 from scipy.special import stdtrit
 
@@ -29,6 +30,10 @@ _ROUNDING = 1e-9
 """If all trials are equal, the mean of the logarithms differs from them only in the last digits."""
 
 Interval = tuple[float, float]
+Outcomes = Sequence[bool]
+"""Whether each request of a trial was good, in the order of time."""
+BATCHES = 10
+"""Parts of a trial whose shares of good requests show how alike neighbouring requests are."""
 
 
 def bring_up_medians(values: Iterable[float], bring_ups: Iterable[Hashable]) -> list[float]:
@@ -65,3 +70,59 @@ def interval(values: Collection[float]) -> Interval | None:
 def t_quantile(degrees: float) -> float:
     """The 97.5% quantile of Student's t. `degrees` of freedom may be a fraction."""
     return float(stdtrit(degrees, 0.975))
+
+
+def wilson(share: float, count: float, z: float = 1.959964) -> Interval:
+    """Wilson's score interval of a proportion, from `share` of `count` independent trials.
+
+    It is never outside 0 to 1, and not empty if all or none were good (E. B. Wilson, Probable
+    inference, the law of succession, and statistical inference, 1927).
+    """
+    squared = z * z / count
+    centre = share + squared / 2
+    reach = math.sqrt(share * (1 - share) * squared + squared * squared / 4)
+    return max(0.0, (centre - reach) / (1 + squared)), min(1.0, (centre + reach) / (1 + squared))
+
+
+def share_interval(trials: Sequence[Outcomes], bring_ups: Sequence[Hashable]) -> Interval | None:
+    """The 95% interval of the share of good requests over all `trials`; None without requests.
+
+    Neighbouring requests are good or bad together, so they count less than as many independent
+    ones. Wilson's interval gets the effective number, the count divided by the design effect: the
+    variance of the share between clusters, divided by that of independent requests, at least 1
+    (E. L. Korn and B. I. Graubard, Confidence intervals for proportions with small expected number
+    of positive counts estimated from survey data, 1998). Clusters are BATCHES parts of each trial,
+    the trials, and the bring-ups; the largest effect counts. The quantile is Student's t over the
+    bring-ups, or over the parts if there is only one bring-up.
+    """
+    count = sum(map(len, trials))
+    if not count:
+        return None
+    share = sum(map(sum, trials)) / count
+    parts = [part for trial in trials for part in _parts(trial)]
+    groups: dict[Hashable, list[bool]] = {}
+    for trial, bring_up in zip(trials, bring_ups, strict=True):
+        groups.setdefault(bring_up, []).extend(trial)
+    units: Sequence[Outcomes] = list(groups.values()) if len(groups) > 1 else parts
+    effect = max(_design_effect(each, share) for each in (parts, trials, list(groups.values())))
+    quantile = t_quantile(len(units) - 1) if len(units) > 1 else 1.959964
+    return wilson(share, count / effect, quantile)
+
+
+def _parts(trial: Outcomes) -> list[Outcomes]:
+    """BATCHES parts of at least two requests each; one part if there are fewer requests."""
+    if len(trial) < 2 * BATCHES:
+        return [trial]
+    edges = [len(trial) * index // BATCHES for index in range(BATCHES + 1)]
+    return [trial[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def _design_effect(clusters: Sequence[Outcomes], share: float) -> float:
+    """The variance of a share between clusters / its variance with independent outcomes, or 1."""
+    clusters = [each for each in clusters if len(each)]
+    count, number = sum(map(len, clusters)), len(clusters)
+    if number < 2 or not 0 < share < 1:
+        return 1.0
+    squares = sum((sum(each) - share * len(each)) ** 2 for each in clusters)
+    between = number / (number - 1) * squares / count**2
+    return max(1.0, between / (share * (1 - share) / count))

@@ -27,7 +27,8 @@ class LatencyCurves:
     `shares` has the share of each prompt length in all requests. `seconds`, `fast` and `slow` have
     one row per prompt length, with the seconds per request at 1, 2, … requests in flight: the
     medians and both ends of their 95% intervals. `fast` and `slow` are None if an interval is not
-    known. `ttft` and `e2el` are the median latencies in the same form; None if one is not known.
+    known. `ttft`, `e2el`, `tpot` and `itl_max` are the median latencies in the same form; None if
+    one is not known.
     `joules` is the energy per output token at 1, 2, … requests in flight, if it is known.
     `untested_above` says that no higher concurrency was measured.
     """
@@ -42,6 +43,8 @@ class LatencyCurves:
     e2el: Rows | None
     joules: Sequence[float] | None
     untested_above: bool
+    tpot: Rows | None = None
+    itl_max: Rows | None = None
 
 
 def requests_in_flight(cells: pd.DataFrame) -> pd.Series[float]:
@@ -95,12 +98,18 @@ def latency_curves(
     }
     tested_above = cells["concurrency"] > cells["input_len"].map(ends).astype(float)
     lengths = sorted(int(length) for length in valid["input_len"].unique())
-    ttft = _latencies(by_length, "ttft_s_p50", limit)
-    e2el = _latencies(by_length, "e2el_s_p50", limit)
-    if slo.ttft_s is not None and ttft is None:
-        return "the SLO limits the time to first token, which is not known for every cell"
-    if slo.e2el_s is not None and e2el is None:
-        return "the SLO limits the end-to-end latency, which is not known for every cell"
+    medians = {
+        name: _latencies(by_length, f"{name}_s_p50", limit)
+        for name in ("ttft", "e2el", "tpot", "itl_max")
+    }
+    for name, limited, title in (
+        ("ttft", slo.ttft_s, "time to first token"),
+        ("e2el", slo.e2el_s, "end-to-end latency"),
+        ("tpot", slo.tpot_s, "time per output token"),
+        ("itl_max", slo.itl_s, "inter-token latency"),
+    ):
+        if limited is not None and medians[name] is None:
+            return f"the SLO limits the {title}, which is not known for every cell"
     normalised = [shares[length] / sum(shares.values()) for length in lengths]
     return LatencyCurves(
         prompt_tokens=" to ".join(map(str, dict.fromkeys((lengths[0], lengths[-1])))),
@@ -109,8 +118,10 @@ def latency_curves(
         seconds=_seconds(by_length, "seconds_per_100_tokens", limit) or [],
         fast=_seconds(by_length, "seconds_per_100_tokens_low", limit),
         slow=_seconds(by_length, "seconds_per_100_tokens_high", limit),
-        ttft=ttft,
-        e2el=e2el,
+        ttft=medians["ttft"],
+        e2el=medians["e2el"],
+        tpot=medians["tpot"],
+        itl_max=medians["itl_max"],
         joules=_joules(by_length, normalised, limit),
         untested_above=not tested_above.any(),
     )
@@ -120,12 +131,14 @@ def allowed_in_flight(curves: LatencyCurves, seconds: Rows, slo: Slo) -> list[in
     """For each prompt length, the highest number of requests in flight that meets the SLO.
 
     `seconds` are the seconds per request, one of the rows of `curves`: they decide on the token
-    rate. The limits of `slo` on latencies are held against `ttft` and `e2el`.
+    rate. The limits of `slo` on latencies are held against the median latencies.
     """
     limits = (
         (seconds, curves.output_len / slo.tokens_per_s_per_user),
         (curves.ttft, slo.ttft_s),
         (curves.e2el, slo.e2el_s),
+        (curves.tpot, slo.tpot_s),
+        (curves.itl_max, slo.itl_s),
     )
     allowed = [
         _allowed(rows, curves.shares, limit_s)
@@ -171,9 +184,9 @@ def _latencies(
 ) -> Rows | None:
     """Non-decreasing seconds × `factor` at 1, 2, … `limit` in flight, one row per prompt length.
 
-    None if the column is not known for every cell.
+    None if the column is not known for every cell. Older tables lack columns.
     """
-    if any(cells[column].isna().any() for cells in by_length):
+    if any(column not in cells or cells[column].isna().any() for cells in by_length):
         return None
     rows = []
     for cells in by_length:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,11 +66,11 @@ def cell_row(
     of single tokens is None. Raises KeyError if a column or a key of the record is missing.
     """
     trial = Trial.from_spec(record["spec"])
-    deployment, workload = trial.deployment, trial.workload
+    deployment, workload = trial.deployment, measured_workload(record)
     served = requests.filter(pc.is_null(requests["error"]))
     exact = deployment.output_len_exact
     makespan, waves = makespan_s(requests)
-    use_all = workload.protocol == "burst" if use_all_requests is None else use_all_requests
+    use_all = not workload.has_stationary_part if use_all_requests is None else use_all_requests
     window = None if use_all else stationary_window(requests, workload)
     inside = served if use_all else completed_in(served, window)
     window_s = makespan if use_all else None if window is None else window.seconds
@@ -86,7 +87,8 @@ def cell_row(
     in_flight = in_flight_mean(requests, window, makespan if use_all else None)
     # Users who think are not served, so their number says nothing about the speed of one.
     served_at_once = in_flight if workload.think_time_s else workload.concurrency
-    met = _count_within(slo, inside, ttft, e2el, record["engine"].get("time_scale"))
+    longest = longest_itl_s(inside)
+    met = int(_meets(slo, inside, ttft, e2el, longest, time_scale(record)).sum())
     failed = requests.num_rows - served.num_rows
     samples = samples_in(telemetry, window)
     power = mean_power(samples)
@@ -132,6 +134,7 @@ def cell_row(
         **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
         **_latencies("itl", itl),
         **_latencies("itl_per_chunk", per_chunk),
+        "itl_max_s_p50": _median(longest),
         **_latencies("e2el", e2el),
         "coalesced_chunk_fraction": coalesced,
         "output_tokens_per_s": tokens_per_s,
@@ -148,14 +151,24 @@ def cell_row(
         **server_metrics.server_columns(record, requests, samples),
         **client_error.client_columns(record),
         "spec_digest": record["spec_digest"],
+        "burstiness": workload.burstiness,
+        "rate_fraction": workload.rate_fraction,
     }
     return row | _withheld(row, slo) if held_back else row
+
+
+def measured_workload(record: Mapping[str, Any]) -> Workload:
+    """The workload of a record, with the request rate that was used if it is a sweep's."""
+    workload = Trial.from_spec(record["spec"]).workload
+    if workload.rate_fraction is None:
+        return workload
+    return replace(workload, request_rate=record["saturation"]["request_rate"])
 
 
 def _withheld(row: Mapping[str, Any], slo: Slo) -> dict[str, None]:
     """Null for every figure that depends on when single tokens arrived."""
     prefixes = ("ttft_", "tpot_", "itl_") + (
-        ("goodput_requests_per_s", "slo_attainment") if slo.ttft_s is not None else ()
+        ("goodput_requests_per_s", "slo_attainment") if slo.needs_arrivals else ()
     )
     return {name: None for name in row if name.startswith(prefixes)}
 
@@ -263,13 +276,54 @@ def memory_peak_bytes(telemetry: pa.Table) -> int | None:
     return int(total.max())
 
 
-def _count_within(
-    slo: Slo, requests: pa.Table, ttft: _Floats, e2el: _Floats, time_scale: float | None
-) -> int:
-    """The number of served requests that meet the SLO, in real time if they were emulated."""
-    scale = time_scale or 1.0
+def time_scale(record: Mapping[str, Any]) -> float:
+    """By which factor the times of a record differ from real time; 1 if measured."""
+    return record["engine"].get("time_scale") or 1.0
+
+
+def requests_met(
+    record: Mapping[str, Any], requests: pa.Table, slos: Sequence[Slo]
+) -> list[npt.NDArray[np.bool_]]:
+    """For each of `slos`, which of the served `requests` meet it, in their order.
+
+    Latencies of an open loop start when a request is due. Those of an emulated engine are taken in
+    real time.
+    """
+    workload = Trial.from_spec(record["spec"]).workload
+    due = requests["scheduled_ns" if workload.is_open_loop else "sent_ns"]
+    ttft = _seconds(due, requests["first_token_ns"])
+    e2el = _seconds(due, last_token_ns(requests))
+    longest, scale = longest_itl_s(requests), time_scale(record)
+    return [_meets(slo, requests, ttft, e2el, longest, scale) for slo in slos]
+
+
+def _meets(
+    slo: Slo, requests: pa.Table, ttft: _Floats, e2el: _Floats, longest: _Floats, scale: float
+) -> npt.NDArray[np.bool_]:
+    """Which of the served requests meet the SLO, in real time if they were emulated."""
     tokens = _floats(requests["completion_tokens"])
-    return int(slo.is_met(ttft / scale, e2el / scale, tokens).sum())
+    met: npt.NDArray[np.bool_] = slo.is_met(ttft / scale, e2el / scale, tokens, longest / scale)
+    return met
+
+
+def longest_itl_s(requests: pa.Table) -> _Floats:
+    """The longest inter-token latency of each request in s; NaN if it has only one chunk.
+
+    As for `itl`, the time before a chunk with several tokens is divided among them.
+    """
+    stamps = requests["token_ns"].combine_chunks()
+    longest = np.full(len(stamps), np.nan)
+    times = stamps.flatten().to_numpy()
+    counts = pc.fill_null(pc.list_value_length(stamps), 0).to_numpy()
+    several = counts > 1
+    if not several.any():
+        return longest
+    tokens = requests["chunk_tokens"].combine_chunks().flatten().to_numpy()
+    starts = np.cumsum(counts) - counts
+    gaps = np.diff(times, prepend=times[0]) / np.maximum(tokens, 1) / 1e9
+    gaps[starts[counts > 0]] = -math.inf
+    longest[several] = np.maximum.reduceat(gaps, starts[counts > 0])[several[counts > 0]]
+    return longest
 
 
 def _tokens_in(served: pa.Table, window: Window | None) -> int | None:
@@ -336,6 +390,11 @@ def _total(column: pa.ChunkedArray) -> int | None:
 
 def _ratio(value: float | None, divisor: float | None) -> float | None:
     return None if value is None or not divisor else value / divisor
+
+
+def _median(values: _Floats) -> float | None:
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if known.size else None
 
 
 def _mean(values: _Floats) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -369,7 +369,7 @@ def open_loop_load(workload: Workload, predictor: Predictor) -> tuple[float, flo
         / predictor.predict(Points.of(levels, workload.input_len, workload.output_len)).seconds
     )
     rates = np.maximum.accumulate(rates)
-    wanted = workload.request_rate or 0.0
+    wanted = workload.request_rate or (workload.rate_fraction or 0.0) * float(rates[-1])
     if wanted >= rates[-1]:
         return float(levels[-1]), float(rates[-1])
     if wanted <= rates[0]:
@@ -412,7 +412,8 @@ def _predict_cells(
         )
         bound = None if bound is None else bound * scale
         per_100 = response * (100 / workload.output_len)
-        outlook = _outlook(deployment, placement, workload, in_flight, bound, predictor)
+        rated = _with_rate(workload, predictor, scale)
+        outlook = _outlook(deployment, placement, rated, in_flight, bound, predictor)
         cells.append(
             CellPlan(
                 workload=workload,
@@ -421,10 +422,18 @@ def _predict_cells(
                 outlook=outlook,
                 bound_s=bound,
                 expected_s=per_100,
-                run_s=run_time(workload, response),
+                run_s=run_time(rated, response),
             )
         )
     return tuple(cells)
+
+
+def _with_rate(workload: Workload, predictor: Predictor, scale: float) -> Workload:
+    """A sweep's workload with the rate that is expected: its fraction of the highest one."""
+    if workload.rate_fraction is None:
+        return workload
+    highest = open_loop_load(workload, predictor)[1] / scale
+    return replace(workload, request_rate=workload.rate_fraction * highest)
 
 
 def _at(expected: Expectation, index: int) -> Range:

@@ -16,6 +16,8 @@ PROTOCOL_DESCRIPTIONS = {
     "burst": "all requests sent at once; time until the last one has finished",
     "closed_loop": "every user sends the next request when the response is complete",
     "poisson": "requests arrive at random times, at a given rate",
+    "gamma": "requests arrive in a more or less bursty way, at a given rate",
+    "profile": "requests arrive at random times, at a rate that changes",
     "constant": "requests arrive at equal intervals, at a given rate",
 }
 

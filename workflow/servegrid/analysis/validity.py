@@ -135,7 +135,7 @@ def _check_tokens(evidence: Evidence) -> str | None:
 
 def _check_steady_state(evidence: Evidence) -> str | None:
     workload = evidence.trial.workload
-    if workload.protocol == "burst":
+    if not workload.has_stationary_part:
         return None
     window = find_window(evidence.requests, workload)
     return window if isinstance(window, str) else None
@@ -311,7 +311,8 @@ RULES: Mapping[str, Rule] = {
         _check_tokens,
     ),
     "no_steady_state": Rule(
-        "A closed_loop or poisson workload has a stationary part. Without it, it has no metrics",
+        "A closed_loop, poisson or gamma workload has a stationary part. Without it, it has no "
+        "metrics",
         _check_steady_state,
     ),
     "too_few_in_flight": Rule(

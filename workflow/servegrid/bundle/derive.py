@@ -30,6 +30,14 @@ _FINDINGS = {
     "published_md": "published.md",
 }
 """The outputs of the rule `findings`: name and file."""
+_SLO = {
+    "slo": "slo.parquet",
+    "slo_csv": "slo.csv",
+    "slo_md": "slo.md",
+    "saturation": "saturation.parquet",
+    "saturation_csv": "saturation.csv",
+}
+"""The outputs of the rule `goodput`: name and file."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ def write_tables(inputs: AnalysisInputs, folder: Path) -> None:
         write_latency_tables(cells, name, _paths(folder, name))
     findings = {key: folder / name for key, name in _FINDINGS.items()}
     write.write_findings(inputs.config, cells, summarised, findings)
+    slo = {key: folder / name for key, name in _SLO.items()}
+    write.write_slo(inputs.config, inputs.records, cells, slo)
     paths = _paths(folder, "capacity")
     write.write_capacity_plan(inputs.config, summarised, inputs.hardware, paths)
 
@@ -76,7 +86,7 @@ def write_figures(inputs: AnalysisInputs, tables_folder: Path, folder: Path) -> 
             save_figure(deployment_figure(inputs.cells, name, metrics), *paths)
     page_inputs = {
         name: tables_folder / f"{name}.parquet"
-        for name in ("cells", "summary", "frontier", "published")
+        for name in ("cells", "summary", "frontier", "published", "slo", "saturation")
     }
     page = folder / "report" / "index.html"
     write.write_study_page(inputs.config, inputs.records, page_inputs, inputs.hardware, page)

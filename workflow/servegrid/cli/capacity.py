@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from servegrid.cli import arguments
+from servegrid.errors import ConfigError
 from servegrid.reference.published import load_published
+
+if TYPE_CHECKING:
+    from servegrid.analysis.capacity import Demand
 
 
 def add_capacity(subcommands: Any) -> None:
@@ -81,6 +86,22 @@ def add_capacity(subcommands: Any) -> None:
         metavar="S",
         help="the SLO: maximum median end-to-end latency in seconds; default: no limit",
     )
+    add(
+        "--tpot",
+        type=arguments.positive_float,
+        dest="tpot_s",
+        metavar="S",
+        help="the SLO: maximum median time per output token in seconds; default: no limit",
+    )
+    add(
+        "--itl",
+        type=arguments.positive_float,
+        dest="itl_s",
+        metavar="S",
+        help="the SLO: maximum of the longest inter-token latency of a request (median) in "
+        "seconds; default: no limit",
+    )
+    add("--slo-class", metavar="NAME", help="a class of the study's slo; default: the first")
     prompts = parser.add_mutually_exclusive_group().add_argument
     prompts(
         "--input-len",
@@ -97,6 +118,16 @@ def add_capacity(subcommands: Any) -> None:
     parser.set_defaults(run=_capacity)
 
 
+def _find_demand(demands: Sequence[Demand], name: str | None) -> Demand:
+    """The demand of the SLO class `name`, or of the first. Raises ConfigError if there is none."""
+    by_name = {demand.slo_class: demand for demand in demands}
+    if name is not None and name not in by_name:
+        raise ConfigError(
+            f"--slo-class: the study has no SLO class `{name}`. It has: {', '.join(by_name)}."
+        )
+    return demands[0] if name is None else by_name[name]
+
+
 def _capacity(options: argparse.Namespace) -> int:
     from servegrid.analysis import capacity, published, tables
     from servegrid.reference.hardware import find_hardware_file
@@ -105,7 +136,7 @@ def _capacity(options: argparse.Namespace) -> int:
 
     study = config.load_settings(options.configfile)
     given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
-    demand = capacity.parse_demand(study)
+    demand = _find_demand(capacity.parse_demands(study), options.slo_class)
     if options.prompt_mix or options.input_len:  # instead of the study's prompts
         demand = replace(demand, input_len=None, prompt_mix=None)
     demand = replace(demand, **{name: value for name, value in given.items() if value is not None})

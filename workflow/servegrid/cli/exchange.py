@@ -58,13 +58,13 @@ def add_import(subcommands: Any) -> None:
 def _export(options: argparse.Namespace) -> int:
     import pyarrow.parquet as pq
 
-    from servegrid.analysis.slo import parse_slo
+    from servegrid.analysis.slo import parse_slo_classes
     from servegrid.exchange import llmd, trials, vllm_bench
     from servegrid.study import config
 
     if options.configfile and options.format == "llm-d":
         raise ExchangeError("--configfile: reports of llm-d have no goodput. Leave it out.")
-    slo = parse_slo(config.load_settings(options.configfile))
+    classes = parse_slo_classes(config.load_settings(options.configfile))
     folder = trials.find_records_folder(options.results)
     written = 0
     for trial, record, row in trials.read_trials(folder):
@@ -74,7 +74,7 @@ def _export(options: argparse.Namespace) -> int:
             continue
         else:
             requests = pq.read_table(folder / trial.id / "requests.parquet")
-            exported = vllm_bench.format_result(record, row, requests, slo)
+            exported = vllm_bench.format_result(record, row, requests, classes)
         _write_json(exported, options.output_dir / f"{trial.id.replace('/', '.')}.json")
         written += 1
     print(f"{written} files in {options.output_dir}")

@@ -6,7 +6,7 @@ import argparse
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -178,7 +178,7 @@ def _load(options: argparse.Namespace) -> int:
     record = {
         "format": parquet.RECORD_FORMAT,
         "servegrid": __version__,
-        "workload": asdict(workload),
+        "workload": workload.spec,
         "facts": measurement.facts,
         "endpoint": {
             "url": options.url,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from servegrid import __version__
-from servegrid.analysis.metrics import allocation_id
+from servegrid.analysis.metrics import allocation_id, measured_workload
 from servegrid.analysis.titles import EARLY_STOP
 from servegrid.records.columns import PERCENTILES
 from servegrid.study.deployment import EMULATED, Deployment, digest_json
@@ -37,7 +37,7 @@ def format_report(record: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str
             },
             "scenario": {
                 "stack": [_format_engine(trial.deployment, record["engine"], row)],
-                "load": _format_load(trial.workload, row["origin"]),
+                "load": _format_load(measured_workload(record), row["origin"]),
             },
             "results": {"request_performance": {"aggregate": _format_metrics(trial.workload, row)}},
         }
@@ -87,7 +87,7 @@ def _format_load(workload: Workload, origin: str) -> dict[str, Any]:
         limits = {"min": workload.output_len - spread, "max": workload.output_len + spread}
         output = {"distribution": "uniform", "value": workload.output_len, **limits}
     return {
-        "metadata": {"cfg_id": digest_json(vars(workload)), "description": workload.protocol},
+        "metadata": {"cfg_id": digest_json(workload.spec), "description": workload.protocol},
         "standardized": {
             "tool": origin,
             "tool_version": __version__,
@@ -97,7 +97,7 @@ def _format_load(workload: Workload, origin: str) -> dict[str, Any]:
             "rate_qps": workload.request_rate,
             "concurrency": workload.concurrency,
         },
-        "native": {"config": dict(vars(workload))},
+        "native": {"config": workload.spec},
     }
 
 

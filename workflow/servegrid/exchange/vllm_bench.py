@@ -10,12 +10,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from servegrid.analysis.metrics import measured_workload, time_scale
 from servegrid.analysis.slo import Slo
 from servegrid.errors import ExchangeError
 from servegrid.exchange.imported import (
@@ -204,19 +206,23 @@ def _parse_metrics(
 
 
 def format_result(
-    record: Mapping[str, Any], cell: Mapping[str, Any], requests: pa.Table, slo: Slo
+    record: Mapping[str, Any],
+    cell: Mapping[str, Any],
+    requests: pa.Table,
+    classes: Mapping[str, Slo],
 ) -> dict[str, Any]:
     """A trial like `vllm bench serve --save-detailed` would save it, but without texts.
 
     `cell` is its row of `columns.CELLS`, with None for null. `requests` has the columns of
     `columns.REQUESTS`. The key `servegrid` says what vLLM's keys cannot: whether the trial is
-    valid, whether it is emulated, and whether its outputs have the exact length. Goodput counts the
-    requests that meet `slo`, with latencies from sending on, as vLLM counts them; those of an
-    emulated engine in real time.
+    valid, whether it is emulated, and whether its outputs have the exact length. It also has the
+    attainment and the goodput of each SLO class; `request_goodput` is that of the first. Goodput
+    counts the requests that meet the SLO, with latencies from sending on, as vLLM counts them;
+    those of an emulated engine in real time.
     Raises ExchangeError if no request was sent.
     """
     trial = Trial.from_spec(record["spec"])
-    workload, deployment = trial.workload, trial.deployment
+    workload, deployment = measured_workload(record), trial.deployment
     rows = [row for row in requests.to_pylist() if row["sent_ns"] is not None]
     if not rows:
         raise ExchangeError(f"{trial.id}: no request was sent, so there is nothing to export.")
@@ -224,11 +230,7 @@ def format_result(
     served = [row for row in rows if row["error"] is None]
     prompts = sum(row["prompt_tokens"] or workload.input_len for row in served)
     tokens = sum(row["completion_tokens"] for row in served)
-    scale = record["engine"].get("time_scale") or 1.0
-    good = sum(
-        slo.is_met(_ttft(row) / scale, _latency(row) / scale, row["completion_tokens"])
-        for row in served
-    )
+    good = {name: _count_good(slo, served, time_scale(record)) for name, slo in classes.items()}
     api = record["engine"].get("api")
     backend = "openai-chat" if api == "chat" else "openai"
     return {
@@ -243,12 +245,20 @@ def format_result(
             "emulated": cell["engine"] == EMULATED,
             "time_scale": cell["time_scale"],
             "output_len_exact": cell["output_len_exact"],
+            "slo": {
+                name: {
+                    **{key: limit for key, limit in asdict(slo).items() if limit is not None},
+                    "slo_attainment": good[name] / len(rows),
+                    "request_goodput": good[name] / duration,
+                }
+                for name, slo in classes.items()
+            },
         },
         "model_id": deployment.checkpoint or deployment.model,
         "tokenizer_id": deployment.tokenizer or deployment.checkpoint,
         "num_prompts": len(rows),
         "request_rate": "inf" if workload.request_rate is None else workload.request_rate,
-        "burstiness": 1.0,
+        "burstiness": workload.burstiness or 1.0,
         "max_concurrency": workload.concurrency,
         "duration": duration,
         "completed": len(served),
@@ -256,7 +266,7 @@ def format_result(
         "total_input_tokens": prompts,
         "total_output_tokens": tokens,
         "request_throughput": len(served) / duration,
-        "request_goodput": good / duration,
+        "request_goodput": next(iter(good.values())) / duration,
         "output_throughput": tokens / duration,
         "total_token_throughput": (prompts + tokens) / duration,
         "input_lens": [row["prompt_tokens"] or workload.input_len for row in rows],
@@ -271,6 +281,26 @@ def format_result(
         **_statistics("itl", [gap for row in served for gap in _gaps(row)]),
         **_statistics("e2el", [_latency(row) for row in served]),
     }
+
+
+def _count_good(slo: Slo, served: Sequence[Mapping[str, Any]], scale: float) -> int:
+    """The number of served requests that meet the SLO."""
+    return sum(
+        bool(
+            slo.is_met(
+                _ttft(row) / scale,
+                _latency(row) / scale,
+                row["completion_tokens"],
+                max(_itls(row), default=math.nan) / scale,
+            )
+        )
+        for row in served
+    )
+
+
+def _itls(row: Mapping[str, Any]) -> list[float]:
+    """Inter-token latencies in s: the gaps between chunks, divided among the tokens of each."""
+    return [gap / tokens for gap, tokens in zip(_gaps(row), row["chunk_tokens"][1:], strict=True)]
 
 
 def _ttft(row: Mapping[str, Any]) -> float:

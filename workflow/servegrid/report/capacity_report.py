@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -81,6 +81,23 @@ def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: Hardwar
     return "\n\n".join([*blocks, METHOD, _rule_of_thumb_note(demand)]) + "\n"
 
 
+def render_capacity_reports(
+    plans: Sequence[pd.DataFrame], demands: Sequence[Demand], hardware: HardwarePrices
+) -> str:
+    """The capacity plans of all SLO classes, each as if all users were of that class."""
+    texts = [
+        render_capacity_report(plan, demand, hardware)
+        for plan, demand in zip(plans, demands, strict=True)
+    ]
+    if len(texts) == 1:
+        return texts[0]
+    headed = [
+        text.replace("# Capacity plan\n", f"# Capacity plan, SLO class {demand.slo_class}\n", 1)
+        for text, demand in zip(texts, demands, strict=True)
+    ]
+    return "\n".join(headed)
+
+
 def render_rule_of_thumb() -> str:
     """Bionic's sizing table and conclusion as Markdown, from its own figures."""
     head = ["10⁹ parameters", "hardware", "tokens/s", "USD", "USD per token/s", "for 50 tokens/s"]
@@ -123,6 +140,8 @@ def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
         for name, limit in (
             ("the time to first token is", demand.ttft_s),
             ("the end-to-end latency is", demand.e2el_s),
+            ("the time per output token is", demand.tpot_s),
+            ("the longest inter-token latency of a request is", demand.itl_s),
         )
         if limit is not None
     ]

@@ -12,18 +12,25 @@ from typing import Any
 
 import pandas as pd
 
-from servegrid.analysis import findings, tables, titles
-from servegrid.analysis.capacity import load_prices, parse_demand, plan_capacity
+from servegrid.analysis import findings, goodput, tables, titles
+from servegrid.analysis.capacity import load_prices, parse_demand, parse_demands, plan_capacity
 from servegrid.analysis.published import (
     compare_with_published,
     describe_comparison,
     method_differences,
 )
-from servegrid.analysis.slo import parse_slo
+from servegrid.analysis.slo import parse_slo, parse_slo_classes
 from servegrid.records import columns
 from servegrid.reference.published import load_published, published_from_config
-from servegrid.report import capacity_report, findings_report, markup, provenance
+from servegrid.report import (
+    capacity_report,
+    findings_report,
+    goodput_report,
+    markup,
+    provenance,
+)
 from servegrid.study.config import parse_study
+from servegrid.study.settings import swept_settings
 
 Paths = Mapping[str, Path]
 
@@ -84,6 +91,22 @@ def _write_published(
     )
 
 
+def write_slo(config: Mapping[str, Any], records: Path, cells: pd.DataFrame, paths: Paths) -> None:
+    """Write attainment, goodput and saturation. `paths` are the outputs of the rule `goodput`.
+
+    `records` is the folder of the records. Raises RecordError if one cannot be read, or if a file
+    cannot be written.
+    """
+    trials, classes = parse_study(config).trials, parse_slo_classes(config)
+    slo = goodput.gather_slo_table(trials, cells, records, classes)
+    saturation = goodput.find_saturation(slo)
+    tables.save_table(slo, columns.SLO, paths["slo"], paths["slo_csv"])
+    tables.save_table(saturation, columns.SATURATION, paths["saturation"], paths["saturation_csv"])
+    names, notes = titles.deployment_titles(cells), titles.figure_notes(cells)
+    text = goodput_report.render_slo(slo, saturation, names, notes)
+    markup.write_texts({paths["slo_md"]: text})
+
+
 def write_capacity_plan(
     config: Mapping[str, Any], summary: pd.DataFrame, hardware: Path, paths: Paths
 ) -> None:
@@ -92,15 +115,16 @@ def write_capacity_plan(
     Raises ConfigError if the file `hardware` cannot be used, and RecordError if a file cannot be
     written.
     """
-    demand, prices = parse_demand(config), load_prices(hardware)
-    planned = plan_capacity(summary, demand, prices)
+    demands, prices = parse_demands(config), load_prices(hardware)
+    plans = [plan_capacity(summary, demand, prices) for demand in demands]
+    planned = pd.concat(plans, ignore_index=True)
     tables.save_table(planned, columns.CAPACITY_PLAN, paths["parquet"], paths["csv"])
     markup.write_texts(
         {
-            paths["markdown"]: capacity_report.render_capacity_report(planned, demand, prices),
+            paths["markdown"]: capacity_report.render_capacity_reports(plans, demands, prices),
             paths["latex"]: markup.as_latex(
                 capacity_report.capacity_table(planned),
-                f"Capacity plan for {demand.users} users.",
+                f"Capacity plan for {demands[0].users} users.",
                 "tab:capacity",
             ),
         }
@@ -112,15 +136,17 @@ def write_study_page(
 ) -> None:
     """Write the page of a study whose records lie in the folder `records`.
 
-    `inputs` are the tables `cells`, `summary`, `frontier` and `published`, as Parquet. Raises
+    `inputs` are the tables `cells`, `summary`, `frontier`, `published`, `slo` and `saturation`, as
+    Parquet. Raises
     RecordError if a record cannot be read, and ConfigError if `hardware` or the published data
     cannot be used.
     """
     from servegrid.report.page import compose
 
     study = parse_study(config)
-    cells, summary, frontier, pairs = (
-        tables.load_table(inputs[name]) for name in ("cells", "summary", "frontier", "published")
+    cells, summary, frontier, pairs, slo, saturation = (
+        tables.load_table(inputs[name])
+        for name in ("cells", "summary", "frontier", "published", "slo", "saturation")
     )
     results = compose.StudyResults(
         cells,
@@ -131,6 +157,10 @@ def write_study_page(
         published_from_config(config),
         [trial.workload.prompts for trial in study.trials],
         provenance.describe_allocations(study.trials, cells, records),
+        parse_slo_classes(config),
+        slo,
+        saturation,
+        swept_settings(config),
     )
     text = compose.render_study_page(
         study.name, results, parse_demand(config), load_prices(hardware)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from servegrid.run.nodes import device_of
 from servegrid.run.service import AllocationInfo
 from servegrid.run.unmeasured import write_unmeasured
 from servegrid.study.deployment import EXTERNAL
-from servegrid.study.grid import Trial
+from servegrid.study.grid import Trial, Workload
 from servegrid.telemetry import sampler, server
 from servegrid.telemetry.strain import measure_strain
 
@@ -33,15 +34,22 @@ DEATH_CONFIRMED_S = 5.0
 """Seconds that a server must keep answering after a failure to count as alive."""
 
 
-def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: bool) -> str:
+def measure_trial(
+    trial: Trial,
+    requests: Path,
+    samples: Path,
+    last_attempt: bool,
+    saturation: Path | None = None,
+) -> str:
     """Measure `trial`, write its records and return its verdict.
 
     It is not tried if its engine cannot start, or if a lighter workload could not be served.
+    `saturation` is the record that a sweep's request rate is a fraction of; None for other trials.
 
     Raises EngineError if the allocation serves another deployment, or if the engine died for an
     unknown reason and this is not the last attempt: then the executor starts another engine for the
-    trial. Raises LoadError if no request could be sent, and RecordError if the files cannot be
-    written.
+    trial. Raises LoadError if no request could be sent or the rate at saturation is not known, and
+    RecordError if the files cannot be written.
     """
     info = AllocationInfo.read()
     if info.deployment_digest != trial.deployment.digest:
@@ -57,6 +65,9 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     parquet.remove_half_written(requests.parent)
     offset = sampler.end_offset(info.telemetry)
     errors_before = end_offset(info.errors) if info.errors else 0
+    workload, found = trial.workload, None
+    if saturation is not None:
+        workload, found = _at_saturation(trial, saturation)
     # An open loop has no fixed concurrency: it gets all processes of the client.
     concurrency = trial.workload.concurrency
     cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
@@ -65,7 +76,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
     with report_work_span():
         measurement = measure(
             info.endpoint,
-            trial.workload,
+            workload,
             info.tokenizer,
             salt=prompt_salt(trial),
             counters=server.counter_reader(info.endpoint),
@@ -102,6 +113,8 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
         "metrics_before": measurement.counters_before,
         "metrics_after": measurement.counters_after,
     }
+    if found is not None:
+        record["saturation"] = found
     parquet.write_table(parquet.arrow_table(columns.TELEMETRY, rows, record), samples)
     table = measurement.requests
     schema = parquet.arrow_schema(columns.REQUESTS, record)
@@ -132,6 +145,24 @@ def _describe_death(
     # An engine that runs out of memory mostly does so at once, and then only the warm-up knows it.
     warmup = next(filter(is_out_of_memory, measurement.facts["warmup_errors"]), None)
     return "; ".join(filter(None, (own and shorten(own), warmup, str(lost))))
+
+
+def _at_saturation(trial: Trial, saturation: Path) -> tuple[Workload, dict[str, Any]]:
+    """The workload of a sweep's trial with its rate, and for the record where that comes from."""
+    import pyarrow.parquet as pq
+
+    from servegrid.analysis.saturation import saturation_rate
+
+    assert trial.workload.rate_fraction is not None
+    source = parquet.read_record(saturation)
+    highest = saturation_rate(source, pq.read_table(saturation))
+    rate = trial.workload.rate_fraction * highest
+    found = {
+        "request_rate": rate,
+        "requests_per_s": highest,
+        "spec_digest": source["spec_digest"],
+    }
+    return replace(trial.workload, request_rate=rate), found
 
 
 def prompt_salt(trial: Trial) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,20 +12,27 @@ from typing import Any, Literal
 
 from servegrid.errors import ConfigError
 from servegrid.study.deployment import Deployment, canonical_json, digest_json, parse_deployment
+from servegrid.study.settings import expand_sweep
 
 __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json", "expand"]
 
 SPEC_FORMAT = 3
 """Raise this number when the meaning of a specification changes. Older cells are then stale."""
 
-Protocol = Literal["burst", "closed_loop", "poisson", "constant"]
+Protocol = Literal["burst", "closed_loop", "poisson", "constant", "gamma", "profile"]
 """`constant` exists only in imported results of other clients; a study cannot name it."""
 Prompts = Literal["distinct", "identical"]
 
 CONCURRENCY_PROTOCOLS: tuple[Protocol, ...] = ("burst", "closed_loop")
 """The protocols whose workloads have a concurrency; the others have a request rate."""
-OPEN_LOOPS: tuple[Protocol, ...] = ("poisson", "constant")
+OPEN_LOOPS: tuple[Protocol, ...] = ("poisson", "constant", "gamma", "profile")
 """The protocols whose requests are due at a rate, no matter how many requests are in flight."""
+SWEEP = "sweep"
+"""The `request_rate` that stands for SWEEP_FRACTIONS of the rate at saturation."""
+SWEEP_FRACTIONS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3)
+"""Fixed, so that the names of the cells are known before the rate is (docs/adr/0012)."""
+_LATER_KEYS = ("burstiness", "rate_profile", "rate_fraction")
+"""Keys of a workload that its specification has only if they are set: older cells stay the same."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,11 @@ class Workload:
     `burst` sends waves of `concurrency` requests; each wave starts when the last one has ended.
     `closed_loop` keeps `concurrency` users active; each sends the next request after a think time
     (exponential, mean `think_time_s`). `poisson` sends at `request_rate`, no matter how many
-    requests are in flight; `constant` does so at equal intervals. `requests` is the number of
+    requests are in flight; `constant` does so at equal intervals. `gamma` has gamma-distributed
+    intervals of the shape `burstiness`. `profile` is a Poisson process whose rate follows
+    `rate_profile`: factors of `request_rate` at equal distances over `duration_s`, with straight
+    lines between them. With `rate_fraction`, the rate is this fraction of the rate at saturation,
+    which is measured first. `requests` is the number of
     measured requests; if it is None, requests are sent for `duration_s`. `output_len` is the mean
     output length; the lengths of a cell vary by up to the fraction `output_spread`. Times are in
     seconds.
@@ -54,6 +66,30 @@ class Workload:
     seed: int = 0
     timeout_s: float = 600.0
     idle_timeout_s: float = 120.0
+    burstiness: float | None = None
+    rate_profile: tuple[float, ...] | None = None
+    rate_fraction: float | None = None
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All fields as plain JSON data; those of _LATER_KEYS only if they are set."""
+        fields = asdict(self)
+        return {
+            key: value
+            for key, value in fields.items()
+            if value is not None or key not in _LATER_KEYS
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Workload:
+        """The inverse of `spec`."""
+        profile = spec.get("rate_profile")
+        return cls(**{**spec, "rate_profile": None if profile is None else tuple(profile)})
+
+    @property
+    def has_stationary_part(self) -> bool:
+        """Whether it can settle: not a burst, and not a load that changes on purpose."""
+        return self.protocol not in ("burst", "profile")
 
     @property
     def is_open_loop(self) -> bool:
@@ -62,10 +98,9 @@ class Workload:
 
     @property
     def intensity(self) -> float:
-        """The concurrency, or for an open loop the request rate."""
-        value = self.concurrency if self.request_rate is None else self.request_rate
-        assert value is not None
-        return value
+        """The concurrency, or for an open loop the request rate, or its fraction of saturation."""
+        values = (self.request_rate, self.concurrency, self.rate_fraction)
+        return next(value for value in values if value is not None)
 
     @property
     def max_output_len(self) -> int:
@@ -83,8 +118,8 @@ class Workload:
     @property
     def cell(self) -> str:
         """The name of the cell within its deployment."""
-        letter = "c" if self.request_rate is None else "r"
-        intensity = f"{letter}{self.intensity:g}"
+        letter = "x" if self.rate_fraction else "c" if self.request_rate is None else "r"
+        intensity = f"{letter}{self.rate_fraction or self.intensity:g}"
         return f"{self.protocol}-{intensity}-i{self.input_len}-o{self.output_len}"
 
 
@@ -145,7 +180,7 @@ class Trial:
         return bring_up | {
             "format": SPEC_FORMAT,
             "deployment": self.deployment.spec,
-            "workload": asdict(self.workload),
+            "workload": self.workload.spec,
             "trial": self.number,
             "drift_check": self.drift_check,
         }
@@ -164,7 +199,7 @@ class Trial:
     def from_spec(cls, spec: Mapping[str, Any]) -> Trial:
         """The inverse of `spec`."""
         deployment = Deployment.from_spec(spec["deployment"])
-        workload = Workload(**spec["workload"])
+        workload = Workload.from_spec(spec["workload"])
         bring_up = spec.get("bring_up", 1)
         return cls(deployment, workload, spec["trial"], spec["drift_check"], bring_up)
 
@@ -219,16 +254,27 @@ class Study:
         """
         return self._positions[trial.id]
 
+    def saturation_trial(self, trial: Trial) -> Trial | None:
+        """The trial that finds the rate at saturation for `trial`; None if it needs none."""
+        if trial.workload.rate_fraction is None:
+            return None
+        return self._by_id[_saturation_trial(trial).id]
+
     def max_concurrency(self, deployment: Deployment) -> int:
         """The highest concurrency of the deployment's workloads.
 
-        `poisson` workloads count as `max_running`: the engine runs no more requests at once.
+        Open loops count as `max_running`: the engine runs no more requests at once.
         """
         return max(
             trial.workload.concurrency or deployment.max_running
             for trial in self.trials
             if trial.deployment.name == deployment.name
         )
+
+    @cached_property
+    def _saturation_ids(self) -> set[str]:
+        waiting = (trial for trial in self.trials if trial.workload.rate_fraction is not None)
+        return {_saturation_trial(trial).id for trial in waiting}
 
     @cached_property
     def _by_id(self) -> dict[str, Trial]:
@@ -246,6 +292,8 @@ class Study:
                 order = sorted(group, key=_weight)
             for number, drift_check in enumerate(drift_checks.get((deployment, bring_up), [])):
                 order.insert(number * len(group) // (DRIFT_CHECKS - 1) + number, drift_check)
+            # Others wait for the rate at saturation, so it is found first. The sort is stable.
+            order.sort(key=lambda trial: trial.id not in self._saturation_ids)
             positions |= {trial.id: position for position, trial in enumerate(order)}
         return positions
 
@@ -255,6 +303,30 @@ def _weight(trial: Trial) -> tuple[float, ...]:
     workload = trial.workload
     tokens = workload.intensity * (workload.input_len + workload.output_len)
     return trial.number, workload.is_open_loop, tokens, workload.input_len
+
+
+def _saturation_trial(trial: Trial) -> Trial:
+    """The trial whose throughput is the rate at saturation: a closed loop that fills the engine.
+
+    As many users as the engine runs requests at once keep it busy, so no higher rate can be served.
+    """
+    users = trial.deployment.max_running
+    keys = {key: getattr(trial.workload, key) for key in ("input_len", "output_len", *_COPIED)}
+    requests = _requests({}, "closed_loop", users)
+    workload = Workload("closed_loop", concurrency=users, requests=requests, **keys)
+    return Trial(trial.deployment, workload, number=1)
+
+
+def _add_saturation_trials(trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """`trials` and, after those of each deployment, the trials that its rates are fractions of."""
+    by_deployment: dict[str, dict[str, Trial]] = {}
+    for trial in trials:
+        by_deployment.setdefault(trial.deployment.name, {})[trial.id] = trial
+    for group in by_deployment.values():
+        for trial in list(group.values()):
+            if trial.workload.rate_fraction is not None:
+                group.setdefault(_saturation_trial(trial).id, _saturation_trial(trial))
+    return tuple(trial for group in by_deployment.values() for trial in group.values())
 
 
 def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
@@ -278,6 +350,7 @@ def _check_size(config: Mapping[str, Any]) -> None:
     for entry in config["deployments"]:
         keys = {**config["workload"], **entry.get("workload", {})}
         product: int = keys.get("trials", 1) * keys.get("bring_ups", 1)
+        product *= math.prod(map(len, entry.get("sweep", {}).values()))
         for key in ("protocol", "output_len", "input_len"):
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
         levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
@@ -303,6 +376,17 @@ def _check_prompt_mix(capacity: Mapping[str, Any]) -> None:
         )
 
 
+def _check_slo_classes(slo: Mapping[str, Any]) -> None:
+    """Raise ConfigError if `slo` has both limits and classes with limits."""
+    classes = [name for name, value in slo.items() if isinstance(value, Mapping)]
+    limits = [name for name in slo if name not in classes]
+    if classes and limits:
+        raise ConfigError(
+            f"slo: `{limits[0]}` is a limit and `{classes[0]}` is a class of users. Move "
+            f"`{limits[0]}` into the classes that it is for."
+        )
+
+
 def expand(config: Mapping[str, Any]) -> Study:
     """All trials and drift checks of a configuration that matches the schema.
 
@@ -312,22 +396,29 @@ def expand(config: Mapping[str, Any]) -> Study:
     """
     _check_size(config)
     _check_prompt_mix(config.get("capacity", {}))
+    _check_slo_classes(config.get("slo", {}))
     trials: list[Trial] = []
     names: dict[str, int] = {}
     with_drift_checks: dict[str, bool | None] = {}
     ordered: set[str] = set()
     pruned: set[str] = set()
-    for position, entry in enumerate(config["deployments"]):
+    entries = [
+        (position, each.entry)
+        for position, entry in enumerate(config["deployments"])
+        for each in expand_sweep(entry, f"deployments[{position}]")
+    ]
+    for position, entry in entries:
         where = f"deployments[{position}]"
         keys = {**config["workload"], **entry.get("workload", {})}
         workloads = _expand_workloads(keys, where)
         deployment = parse_deployment(entry, where)
-        first = names.setdefault(deployment.name, position)
-        if first != position:
+        first = names.get(deployment.name)
+        if first is not None:
             raise ConfigError(
                 f"{where}: the name `{deployment.name}` is already that of deployments[{first}]. "
                 "Remove one of the two, or give one a different `name`."
             )
+        names[deployment.name] = position
         _check_prompts_fit(deployment, workloads, where)
         trials += [
             Trial(deployment, workload, number, bring_up=bring_up)
@@ -347,6 +438,8 @@ def expand(config: Mapping[str, Any]) -> Study:
         raise ConfigError(
             f"include, exclude: the filters remove all {len(trials)} trials. Change the filters."
         )
+    if any(trial.workload.rate_fraction is not None for trial in kept):
+        kept = _add_saturation_trials(kept)
     study = Study(
         config["study"], kept, light_to_heavy=frozenset(ordered), pruned=frozenset(pruned)
     )
@@ -376,23 +469,28 @@ def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Tria
 
 def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
     _check_workload_keys(keys, where)
+    is_sweep = keys.get("request_rate") == SWEEP
+    rates = list(SWEEP_FRACTIONS) if is_sweep else _as_list(keys.get("request_rate"))
     return [
         Workload(
             protocol=protocol,
-            concurrency=None if protocol == "poisson" else intensity,
-            request_rate=intensity if protocol == "poisson" else None,
+            concurrency=None if protocol in OPEN_LOOPS else intensity,
+            request_rate=intensity if protocol in OPEN_LOOPS and not is_sweep else None,
             input_len=input_len,
             output_len=output_len,
             requests=_requests(keys, protocol, intensity),
             duration_s=None if protocol == "burst" else keys.get("duration_s"),
             think_time_s=keys.get("think_time_s", 0.0) if protocol == "closed_loop" else 0.0,
+            burstiness=float(keys["burstiness"]) if protocol == "gamma" else None,
+            rate_profile=tuple(keys["rate_profile"]) if protocol == "profile" else None,
+            rate_fraction=intensity if protocol in OPEN_LOOPS and is_sweep else None,
             **{key: keys[key] for key in _COPIED if key in keys},
         )
         for protocol in _as_list(keys.get("protocol", "burst"))
         for output_len in _as_list(keys.get("output_len", 100))
         for input_len, intensity in itertools.product(
             _as_list(keys["input_len"]),
-            _as_list(keys["request_rate" if protocol == "poisson" else "concurrency"]),
+            rates if protocol in OPEN_LOOPS else _as_list(keys["concurrency"]),
         )
     ]
 
@@ -411,7 +509,7 @@ def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> 
         return int(intensity) * int(keys.get("requests_per_user", 1))
     if keys.get("duration_s") is not None:
         return None
-    if protocol == "poisson":
+    if protocol in OPEN_LOOPS:
         return OPEN_LOOP_REQUESTS
     if "requests_per_user" in keys:
         return int(intensity) * int(keys["requests_per_user"])
@@ -422,12 +520,29 @@ def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if a key that a protocol needs is missing."""
     protocols = _as_list(keys.get("protocol", "burst"))
     for protocol in protocols:
-        needed = "request_rate" if protocol == "poisson" else "concurrency"
-        if needed not in keys:
+        needed = ["request_rate" if protocol in OPEN_LOOPS else "concurrency"]
+        needed += {"gamma": ["burstiness"], "profile": ["rate_profile", "duration_s"]}.get(
+            protocol, []
+        )
+        for key in needed:
+            if key not in keys:
+                raise ConfigError(
+                    f"{where}: the protocol `{protocol}` needs `{key}`. "
+                    f"Add `{key}` under `workload`."
+                )
+    for key, protocol in (("burstiness", "gamma"), ("rate_profile", "profile")):
+        if key in keys and protocol not in protocols:
             raise ConfigError(
-                f"{where}: the protocol `{protocol}` needs `{needed}`. "
-                f"Add `{needed}` under `workload`."
+                f"{where}: `{key}` is only for the protocol `{protocol}`. Write "
+                f"`protocol: {protocol}`, or remove `{key}`."
             )
+    if "profile" in protocols and keys["request_rate"] == SWEEP:
+        raise ConfigError(
+            f"{where}: the protocol `profile` needs a number as `request_rate`: its rate changes, "
+            "so it has no saturation. Run a sweep with `poisson` first."
+        )
+    if "profile" in protocols and not any(keys["rate_profile"]):
+        raise ConfigError(f"{where}: `rate_profile` has no factor above 0. Add one.")
 
 
 _COPIED = ("output_spread", "prompts", "warmup_waves", "seed", "timeout_s", "idle_timeout_s")

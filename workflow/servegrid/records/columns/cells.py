@@ -57,7 +57,10 @@ CELLS = (
     ),
     Column("allocation", pa.string(), "", "Allocation that measured the trial, and its start time"),
     Column(
-        "protocol", pa.string(), "", "`burst`, `closed_loop` or `poisson`; imported also `constant`"
+        "protocol",
+        pa.string(),
+        "",
+        "`burst`, `closed_loop`, `poisson`, `gamma` or `profile`; imported also `constant`",
     ),
     Column(
         "concurrency",
@@ -66,7 +69,7 @@ CELLS = (
         "Simultaneous requests (burst) or users (closed_loop); null for open loops",
     ),
     Column(
-        "request_rate", pa.float64(), "requests/s", "Request rate; null unless poisson or constant"
+        "request_rate", pa.float64(), "requests/s", "Request rate; null unless it is an open loop"
     ),
     Column("input_len", pa.int32(), "tokens", "Prompt length"),
     Column("output_len", pa.int32(), "tokens", "Output length: the mean over the requests"),
@@ -231,6 +234,12 @@ CELLS = (
         "Time between two chunks with tokens, not divided by their tokens: what `vllm bench` "
         "calls itl",
     ),
+    Column(
+        "itl_max_s_p50",
+        pa.float64(),
+        "s",
+        "The longest inter-token latency of each request: median over the requests",
+    ),
     *_latencies(
         "e2el",
         "End-to-end latency: from sending the request (open loops: from its due time) to the last "
@@ -261,13 +270,15 @@ CELLS = (
         pa.float64(),
         "requests/s",
         "Requests that met the SLO of the study, each by itself / window_s. A response that "
-        "stopped early counts as one request; its token rate is that of the tokens that came",
+        "stopped early counts as one request; its token rate is that of the tokens that came. If "
+        "the study has several SLO classes, this is for the first; `slo` has all",
     ),
     Column(
         "slo_attainment",
         pa.float64(),
         "0 to 1",
-        "Fraction: requests that met the SLO / requests that ended in the window or failed",
+        "Fraction: requests that met the SLO / requests that ended in the window or failed. If the "
+        "study has several SLO classes, this is for the first; `slo` has all",
     ),
     Column(
         "memory_peak_bytes",
@@ -403,5 +414,17 @@ CELLS = (
         "trial",
     ),
     Column("spec_digest", pa.string(), "", "Digest of the trial's specification"),
+    Column(
+        "burstiness",
+        pa.float64(),
+        "",
+        "Shape of the gamma-distributed times between arrivals; null unless gamma",
+    ),
+    Column(
+        "rate_fraction",
+        pa.float64(),
+        "",
+        "request_rate / rate at saturation, in a sweep of rates; otherwise null",
+    ),
 )
 """One row per cell and trial, for cells and for drift checks."""

@@ -26,7 +26,7 @@ SUMMARY_KEYS = _from_cells(
 SUMMARY_METRICS = (
     *("output_tokens_per_s", "output_tokens_per_s_per_user", "seconds_per_100_tokens"),
     *("completion_tokens_mean", "in_flight_mean"),
-    *("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "e2el_s_p50"),
+    *("ttft_s_p50", "tpot_s_p50", "itl_s_p50", "itl_max_s_p50", "e2el_s_p50"),
     *("goodput_requests_per_s", "slo_attainment"),
     *("memory_peak_bytes", "power_w_mean", "energy_j_per_output_token"),
 )
@@ -67,6 +67,90 @@ SUMMARY = (
     *(column for name in SUMMARY_METRICS for column in _with_interval(name)),
 )
 """One row per cell."""
+
+SATURATION = (
+    *_from_cells("deployment", "protocol", "input_len", "output_len"),
+    Column(
+        "rate_followed",
+        pa.float64(),
+        "requests/s",
+        "Largest measured rate at which, as at all lower ones, requests_per_s was at least 95% of "
+        "offered_requests_per_s; null if it is none",
+    ),
+    Column(
+        "rate_not_followed",
+        pa.float64(),
+        "requests/s",
+        "The next measured rate: saturation lies below it; null if no higher rate was measured",
+    ),
+    Column(
+        "highest_requests_per_s",
+        pa.float64(),
+        "requests/s",
+        "Highest throughput of these cells",
+    ),
+)
+"""One row per deployment, open loop, prompt and output length."""
+
+_SHARE_END = "end of the 95% interval of slo_attainment: Wilson's, with the number of requests "
+_GOODPUT_END = "end of the 95% interval of goodput_requests_per_s over bring-ups or trials"
+
+SLO = (
+    *SUMMARY_KEYS,
+    Column("slo_class", pa.string(), "", "Class of users; `all` if the study has no classes"),
+    Column("slo", pa.string(), "", "The limits of the class"),
+    Column("trials", pa.int32(), "", "Trials that the figures come from: the valid ones, else all"),
+    Column("valid", pa.bool_(), "", "True if these trials are valid"),
+    Column(
+        "whole_run",
+        pa.bool_(),
+        "",
+        "True if a trial has no stationary part. Then all its requests count, over the time from "
+        "the first due request to the last end, as in `vllm bench`; if requests arrive faster than "
+        "the server can answer, the figures depend on the length of the run",
+    ),
+    Column("requests", pa.int32(), "requests", "Requests that ended in the window, or failed"),
+    Column("requests_met", pa.int32(), "requests", "Of these, requests that met the SLO"),
+    Column(
+        "slo_attainment",
+        pa.float64(),
+        "0 to 1",
+        "requests_met / requests, over all trials. A failed request misses the SLO",
+    ),
+    Column(
+        "slo_attainment_low",
+        pa.float64(),
+        "0 to 1",
+        f"Lower {_SHARE_END}reduced by the design effect (docs/statistics.md)",
+    ),
+    Column("slo_attainment_high", pa.float64(), "0 to 1", f"Upper {_SHARE_END}reduced likewise"),
+    Column(
+        "goodput_requests_per_s",
+        pa.float64(),
+        "requests/s",
+        "Requests that met the SLO / time of the window; median over the trials (of the bring-ups' "
+        "medians, if there are several). `request_goodput` of `vllm bench`, goodput of DistServe",
+    ),
+    Column("goodput_requests_per_s_low", pa.float64(), "requests/s", f"Lower {_GOODPUT_END}"),
+    Column("goodput_requests_per_s_high", pa.float64(), "requests/s", f"Upper {_GOODPUT_END}"),
+    Column(
+        "requests_per_s",
+        pa.float64(),
+        "requests/s",
+        "Requests that were answered in the window / its time: the throughput in requests; median "
+        "over the trials",
+    ),
+    Column(
+        "offered_requests_per_s",
+        pa.float64(),
+        "requests/s",
+        "Requests that were due in the window / its time; with whole_run, all requests / the time "
+        "from the first due one to the last. It varies by chance around request_rate; median over "
+        "the trials",
+    ),
+    Column("reason", pa.string(), "", "Why there are no figures; null if there are"),
+)
+"""One row per cell and SLO class."""
 
 PUBLISHED_COMPARISON = (
     *_from_cells("deployment", "model", "quantization", "gpu", "gpu_count"),
@@ -241,5 +325,11 @@ CAPACITY_PLAN = (
         "Price of the energy for a million output tokens",
     ),
     Column("reason", pa.string(), "", "Why there is no plan; null if there is one"),
+    Column(
+        "slo_class",
+        pa.string(),
+        "",
+        "SLO class of all users in this row; `all` if the study has no classes",
+    ),
 )
 """One row per deployment, protocol (burst or closed_loop) and output length."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -17,6 +17,7 @@ from servegrid.analysis.published import (
     method_differences,
     published_summary,
 )
+from servegrid.analysis.setting_comparison import Settings, compare_settings
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles, hardware_title, workload_title
 from servegrid.reference.published import PublishedData
@@ -33,6 +34,7 @@ FILES = (
     ("../tables/summary.csv", "the same as CSV"),
     ("../tables/capacity.md", "the capacity plan under the study's assumptions"),
     ("../tables/findings.md", "the findings and the frontier"),
+    ("../tables/slo.md", "attainment and goodput of each cell, and saturation"),
     ("../tables/drift_checks.csv", "the drift checks of each allocation"),
 )
 PUBLISHED_FILE = ("../tables/published.md", "the comparison with published data")
@@ -45,7 +47,9 @@ class StudyResults:
     `cells`, `summary`, `frontier` and `pairs` are tables of `columns.CELLS`, `SUMMARY`, `FRONTIER`
     and `PUBLISHED_COMPARISON`. `slo` is the SLO of the frontier. `published` is None if the study
     names no published data. `prompts` are the kinds of prompts of the trials, and `allocations` the
-    environments of `provenance.describe_allocations`.
+    environments of `provenance.describe_allocations`. `attainment` and `saturation` are tables of
+    `columns.SLO` and `SATURATION`, for the `slo_classes`; None if they are not known.
+    `settings` are those of the deployments that come from a sweep.
     """
 
     cells: pd.DataFrame
@@ -56,6 +60,10 @@ class StudyResults:
     published: PublishedData | None
     prompts: Sequence[str]
     allocations: Sequence[Mapping[str, Any]]
+    slo_classes: Mapping[str, Slo] = field(default_factory=dict)
+    attainment: pd.DataFrame | None = None
+    saturation: pd.DataFrame | None = None
+    settings: Settings = field(default_factory=dict)
 
 
 def render_study_page(
@@ -70,21 +78,27 @@ def render_study_page(
         for deployment, title in titles.items()
     ]
     return render_html(
-        build_payload(name, summary, cells, results.pairs, demand, hardware),
+        build_payload(
+            *(name, summary, cells, results.pairs, demand, hardware),
+            slo_classes=results.slo_classes,
+            attainment=results.attainment,
+        ),
         PageTexts(
             summary=sections.summary_sentence(count_results(summary, cells), cells),
             reset="Reset to the study's assumptions",
             footer="The figures come from the records of the study.",
         ),
-        form_fields(summary, demand, hardware),
+        form_fields(summary, demand, hardware, list(results.slo_classes)),
         [
             sections.findings_section(
                 describe_findings(summary, results.frontier, results.slo, titles),
                 frontier_table(results.frontier, titles),
                 results.slo,
             ),
+            *_slo_sections(results, titles),
             *published,
             sections.engines_section(compare_engines(summary, cells)),
+            *_settings_sections(results),
             sections.validity_section(cells),
             sections.provenance_section(results.allocations),
         ],
@@ -122,6 +136,18 @@ def render_published_page(
     )
 
 
+def _slo_sections(results: StudyResults, titles: Mapping[str, str]) -> list[Section]:
+    if results.attainment is None or results.saturation is None:
+        return []
+    return [sections.slo_section(results.attainment, results.saturation, titles)]
+
+
+def _settings_sections(results: StudyResults) -> list[Section]:
+    if not results.settings:
+        return []
+    return [sections.settings_section(compare_settings(results.cells, results.settings))]
+
+
 def _published_sections(results: StudyResults, titles: Mapping[str, str]) -> list[Section]:
     if results.published is None:
         return []
@@ -134,8 +160,16 @@ def _published_sections(results: StudyResults, titles: Mapping[str, str]) -> lis
     ]
 
 
-def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices) -> list[FormField]:
-    """The assumptions that the reader can change. Empty if no workload has a number of users."""
+def form_fields(
+    summary: pd.DataFrame,
+    demand: Demand,
+    hardware: HardwarePrices,
+    slo_classes: Sequence[str] = (),
+) -> list[FormField]:
+    """The assumptions that the reader can change. Empty if no workload has a number of users.
+
+    `slo_classes` are the names of the study's SLO classes.
+    """
     closed = [
         (index, workload_title(*workload))
         for index, workload in enumerate(list_workloads(summary))
@@ -172,6 +206,18 @@ def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices)
             0.1,
             100,
         ),
+        *(
+            [
+                FormField(
+                    "slo_class",
+                    "SLO class: sets the limits below",
+                    demand.slo_class,
+                    choices=[(name, name) for name in slo_classes],
+                )
+            ]
+            if len(slo_classes) > 1
+            else []
+        ),
         FormField(
             "tokens_per_s_per_user",
             "SLO: output tokens/s per user",
@@ -183,6 +229,20 @@ def form_fields(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrices)
         ),
         FormField(
             "e2el_s", "SLO: median end-to-end latency, s", _text(demand.e2el_s), 0, required=False
+        ),
+        FormField(
+            "tpot_s",
+            "SLO: median time per output token, s",
+            _text(demand.tpot_s),
+            0,
+            required=False,
+        ),
+        FormField(
+            "itl_s",
+            "SLO: longest inter-token latency of a request (median), s",
+            _text(demand.itl_s),
+            0,
+            required=False,
         ),
         FormField(
             "slo_attainment",

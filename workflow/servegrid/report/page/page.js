@@ -264,6 +264,23 @@ function drawPareto({ deployment, workload, inputLen, cells }) {
   return draw("pareto", spec, { cells: points, limit: [{ limit }] });
 }
 
+// Goodput of each SLO class and the answered requests, over the request rate, of the selected deployment.
+function drawGoodput({ deployment, workload, inputLen }) {
+  const rows = payload.goodput.filter((row) => row.deployment === deployment && row.workload === workload && row.input_len === inputLen);
+  byId("goodput-figure").hidden = !rows.length;
+  if (!rows.length) return Promise.resolve();
+  const classes = [...new Set(rows.map((row) => row.slo_class))];
+  const named = (row) => ({ ...row, line: `goodput, ${row.slo_class}`, value: row.goodput, state: row.whole_run ? "whole run" : "stationary" });
+  const answered = rows.filter((row) => row.slo_class === classes[0]).map((row) => ({ ...named(row), line: "answered", value: row.answered, low: null, high: null }));
+  const offered = [...new Set(rows.map((row) => row.rate))].map((rate) => ({ rate, value: rate, line: "offered" }));
+  byId("goodput-caption").textContent =
+    `Requests per second over the request rate, at ${inputLen} prompt tokens, of ${payload.deployments[deployment].title}. ` +
+    "Where the answered requests leave the dashed line of the offered ones, the server is saturated. Goodput: requests that meet the SLO. " +
+    (rows.some((row) => row.whole_run) ? "Hollow markers: no stationary part, so the whole run counts. " : "") +
+    (rows.some((row) => row.low !== null) ? "Bars: 95% intervals." : "");
+  return draw("goodput", charts.goodput, { cells: [...rows.map(named), ...answered], offered });
+}
+
 function offerLengths() {
   const form = byId("view").elements;
   const { cells, deployment } = selection();
@@ -278,7 +295,7 @@ async function drawCharts() {
   offerLengths();
   const selected = selection();
   document.body.dataset.drawn = "no";
-  await Promise.all([drawHeatmap(selected), drawCurves(selected), drawPareto(selected)]);
+  await Promise.all([drawHeatmap(selected), drawCurves(selected), drawPareto(selected), drawGoodput(selected)]);
   document.body.dataset.drawn = "yes";
 }
 
@@ -290,12 +307,12 @@ function readDemand() {
   message.hidden = !wrong;
   message.textContent = wrong ? `${wrong.closest("label").firstChild.textContent.trim()}: ${wrong.validationMessage}` : "";
   if (wrong) return null;
-  const entries = Object.fromEntries([...form.elements].filter((each) => each.name).map((each) => [each.name, each.value === "" ? null : Number(each.value)]));
+  const entries = Object.fromEntries([...form.elements].filter((each) => each.name && each.name !== "slo_class").map((each) => [each.name, each.value === "" ? null : Number(each.value)]));
   const prompts = form.elements.input_len.value;
   const prices = Object.fromEntries(Object.entries(entries).filter(([name]) => name.startsWith("price:")).map(([name, value]) => [name.slice(6), value]));
   return {
     workload: entries.plan_workload,
-    demand: { ...entries, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: entries.logged_in / 100, load_factor: entries.load_factor / 100, slo_attainment: entries.slo_attainment / 100 },
+    demand: { ...entries, slo_class: form.elements.slo_class?.value ?? payload.demand.slo_class, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: entries.logged_in / 100, load_factor: entries.load_factor / 100, slo_attainment: entries.slo_attainment / 100 },
     hardware: { ...payload.hardware, prices, electricity_per_kwh: entries.electricity_per_kwh, years_in_use: entries.years_in_use },
   };
 }
@@ -386,6 +403,10 @@ if (byId("view")) {
   drawCharts();
 }
 if (byId("demand")) {
+  const choice = byId("demand").elements.slo_class;
+  choice?.addEventListener("input", () => {
+    for (const [name, limit] of Object.entries(payload.slo_classes[choice.value])) byId("demand").elements[name].value = limit ?? "";
+  });
   const redraw = () => { drawPlan(); if (byId("view")) drawPareto(selection()); };
   byId("demand").addEventListener("input", redraw);
   byId("demand").addEventListener("reset", () => setTimeout(redraw));

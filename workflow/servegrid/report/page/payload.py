@@ -12,6 +12,7 @@ import pandas as pd
 
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.latency_curves import requests_in_flight
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.summary import CELL_KEYS
 from servegrid.analysis.titles import (
     deployment_titles,
@@ -83,12 +84,14 @@ def build_payload(
     pairs: pd.DataFrame,
     demand: Demand,
     hardware: HardwarePrices,
+    slo_classes: Mapping[str, Slo] | None = None,
+    attainment: pd.DataFrame | None = None,
 ) -> dict[str, Json]:
     """All figures and assumptions of the page.
 
     `summary`, `cells` and `pairs` are tables of `columns.SUMMARY`, `CELLS` and
     `PUBLISHED_COMPARISON`. Of `cells`, only the verdicts and the columns that titles need are
-    used.
+    used. `attainment` is a table of `columns.SLO`, for the `slo_classes`.
     """
     reasons = _reasons(cells)
     ratios = {
@@ -117,9 +120,35 @@ def build_payload(
             .assign(in_flight=requests_in_flight(summary))
             .to_dict(orient="records")
         ],
+        "slo_classes": {name: asdict(slo) for name, slo in (slo_classes or {}).items()},
+        "goodput": [] if attainment is None else _goodput_rows(attainment, indices, workloads),
         "demand": asdict(demand),
         "hardware": asdict(hardware),
     }
+
+
+def _goodput_rows(
+    attainment: pd.DataFrame, indices: Mapping[str, int], workloads: Sequence[tuple[str, int]]
+) -> list[dict[str, Json]]:
+    """Goodput and throughput of each open loop's cell and SLO class, in requests per second."""
+    by_rate = attainment[attainment["request_rate"].notna()]
+    return [
+        {
+            "deployment": indices[row["deployment"]],
+            "workload": workloads.index((row["protocol"], row["output_len"])),
+            "input_len": int(row["input_len"]),
+            "slo_class": row["slo_class"],
+            "rate": _known(row["request_rate"]),
+            "answered": _known(row["requests_per_s"]),
+            "attainment": _known(row["slo_attainment"]),
+            "whole_run": row["whole_run"] is True,
+            **{
+                name: _known(row[f"goodput_requests_per_s{end}"])
+                for name, end in (("goodput", ""), ("low", "_low"), ("high", "_high"))
+            },
+        }
+        for row in by_rate.to_dict("records")
+    ]
 
 
 def count_results(summary: pd.DataFrame, cells: pd.DataFrame) -> dict[str, int]:

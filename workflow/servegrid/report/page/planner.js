@@ -120,9 +120,10 @@ function latencyCurves(cells, outputLen, timeScale, prompts, slo) {
   const seconds = (index) => curves("seconds_per_100_tokens", index, outputLen / 100 / timeScale, isotonicFit);
   const latencies = (metric) => curves(metric, 0, 1 / timeScale, isotonicFit);
   const joules = curves("energy_j_per_output_token", 0, 1, (values) => values);
-  const [ttft, e2el] = [latencies("ttft_s_p50"), latencies("e2el_s_p50")];
-  if (slo.ttft_s !== null && ttft === null) return "the SLO limits the time to first token, which is not known for every cell";
-  if (slo.e2el_s !== null && e2el === null) return "the SLO limits the end-to-end latency, which is not known for every cell";
+  const [ttft, e2el, tpot, itlMax] = ["ttft", "e2el", "tpot", "itl_max"].map((name) => latencies(`${name}_s_p50`));
+  for (const [rows, limit, title] of [[ttft, slo.ttft_s, "time to first token"], [e2el, slo.e2el_s, "end-to-end latency"], [tpot, slo.tpot_s, "time per output token"], [itlMax, slo.itl_s, "inter-token latency"]]) {
+    if (limit !== null && rows === null) return `the SLO limits the ${title}, which is not known for every cell`;
+  }
   const ends = new Map(byLength.filter((row) => highest(row) === limit).map((row) => [row[0].input_len, Math.max(...row.map((cell) => cell.intensity))]));
   return {
     promptTokens: [...new Set([lengths[0], lengths.at(-1)])].join(" to "),
@@ -133,6 +134,8 @@ function latencyCurves(cells, outputLen, timeScale, prompts, slo) {
     slow: seconds(2),
     ttft,
     e2el,
+    tpot,
+    itlMax,
     joules: joules && weightedMean(joules, normalised),
     untestedAbove: !cells.some((cell) => cell.intensity > ends.get(cell.input_len)),
   };
@@ -158,7 +161,7 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
     return rows.map((row) => maxInFlight(mixed.map((mean) => mean + (row[0] - mixed[0])), limit));
   };
   const allowed = (times) => {
-    const limits = [[times, curves.outputLen / demand.tokens_per_s_per_user], [curves.ttft, demand.ttft_s], [curves.e2el, demand.e2el_s]];
+    const limits = [[times, curves.outputLen / demand.tokens_per_s_per_user], [curves.ttft, demand.ttft_s], [curves.e2el, demand.e2el_s], [curves.tpot, demand.tpot_s], [curves.itlMax, demand.itl_s]];
     const found = limits.filter(([, limit]) => limit !== null).map(([rows, limit]) => within(rows, limit));
     return curves.shares.map((share, index) => [Math.min(...found.map((each) => each[index])), share]);
   };
@@ -215,7 +218,7 @@ function planCapacity(payload, workload, demand, hardware) {
     const cells = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
     if (!cells.length) return [];
     const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand);
-    const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact };
+    const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact, slo_class: demand.slo_class };
     if (typeof curves === "string") return [{ ...head, reason: curves }];
     const size = sizeDeployment(curves, demand, hardware, deployment.gpu, deployment.gpu_count);
     return [{ ...head, prompt_tokens: curves.promptTokens, ...size }];

@@ -11,6 +11,7 @@ import pandas as pd
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles
 from servegrid.records.verdict import SERVED
+from servegrid.report import goodput_report
 from servegrid.report.findings_report import (
     NO_FINDINGS,
     NOT_COMPARABLE,
@@ -49,6 +50,21 @@ def findings_section(statements: Sequence[str], frontier: pd.DataFrame, slo: Slo
     return Section("findings", "Findings", points=statements, tables=[table])
 
 
+def slo_section(
+    attainment: pd.DataFrame, saturation: pd.DataFrame, titles: Mapping[str, str]
+) -> Section:
+    """Attainment, goodput and saturation: tables of `columns.SLO` and `SATURATION`."""
+    table = frame_table(
+        f"{goodput_report.CAPTION} {goodput_report.INVALID}",
+        goodput_report.slo_texts(attainment, titles),
+    )
+    points = [
+        *goodput_report.describe_classes(attainment),
+        *goodput_report.describe_saturation(saturation, titles),
+    ]
+    return Section("slo", "SLO attainment and goodput", points=points, tables=[table])
+
+
 def published_section(
     citation: str, statements: Sequence[str], differences: pd.DataFrame
 ) -> Section:
@@ -74,6 +90,22 @@ def engines_section(ratios: pd.DataFrame) -> Section:
         "served. Better is a ratio of times below 1, or a ratio of tokens/s above 1."
     )
     return Section("engines", title, tables=[frame_table(caption, ratios)])
+
+
+def settings_section(ratios: pd.DataFrame) -> Section:
+    """What each setting is worth, a table of `setting_comparison.compare_settings`."""
+    title = "What each setting is worth"
+    if ratios.empty:
+        return Section(
+            "settings", title, ["No two values of a setting have a valid cell in common."]
+        )
+    caption = (
+        "Output tokens/s of two deployments that differ in one setting: second divided by first, "
+        "over the cells that both served, with the 95% interval between bring-ups. Without two "
+        "bring-ups of both there is no interval and no verdict. The capacity plan above ranks the "
+        "deployments."
+    )
+    return Section("settings", title, tables=[frame_table(caption, ratios)])
 
 
 def validity_section(cells: pd.DataFrame) -> Section:
