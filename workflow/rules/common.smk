@@ -1,11 +1,17 @@
 from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path
+from servegrid.run.search_plan import plan_file
 
 HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
 
 def trial_of(wildcards):
     return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
+
+
+def search_plan_of(deployment):
+    """The plan of the deployment's search; an empty text if its whole grid is measured."""
+    return str(plan_file(deployment)) if deployment in study.searched else ""
 
 
 def of_each_deployment(outputs, **wildcards):

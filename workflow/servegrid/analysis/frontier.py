@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
 
-from servegrid.analysis.intervals import interval
 from servegrid.analysis.prediction import Floats, Points
 from servegrid.analysis.predictor import Predictor
 from servegrid.analysis.residuals import Z_95
@@ -25,6 +23,8 @@ Flags = npt.NDArray[np.bool_]
 
 NEAR = 0.05
 """A cell within this fraction of a limit is measured again, until the answer is sure."""
+SURE = 0.95
+"""An answer is sure if the interval with this coverage does not contain the limit."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,14 @@ def decide(loads: Loads, answers: Mapping[int, bool]) -> Decided:
 
 
 def next_cell(
-    loads: Loads, answers: Mapping[int, bool], chances: Floats | None = None
+    loads: Loads,
+    answers: Mapping[int, bool],
+    chances: Floats | None = None,
+    available: Flags | None = None,
 ) -> int | None:
     """The position of the cell to measure next; None if all are decided.
+
+    Only cells that are `available` can be measured now (None: all).
 
     `chances` are the probabilities that the cells meet the SLO. The heaviest cells that probably
     meet it and the lightest that probably miss it would prove the frontier that is expected. The
@@ -97,6 +102,8 @@ def next_cell(
     staircase: the heaviest load of the shortest prompts that are not decided.
     """
     unknown = decide(loads, answers).unknown
+    if available is not None:
+        unknown &= available
     if not unknown.any():
         return None
     if chances is None:
@@ -114,8 +121,8 @@ def meeting_chances(predictor: Predictor, points: Points, limit_s: Floats | floa
     """The probabilities that the bursts take at most `limit_s` seconds."""
     expected = predictor.predict(points)
     sd = np.log(expected.high / expected.seconds) / Z_95
-    chances: Floats = ndtr(np.log(limit_s / expected.seconds) / sd)
-    return chances
+    deviations = np.log(limit_s / expected.seconds) / sd / math.sqrt(2)
+    return np.array([(1 + math.erf(each)) / 2 for each in deviations])
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,8 @@ def judge(headrooms: Sequence[float]) -> Answer:
     """The answer of a cell's trials. The headroom of a trial is limit / latency; 0 if not served.
 
     One trial is enough if it differs from the limit by more than NEAR. Otherwise the 95% interval
-    over the trials must not contain the limit. Raises ValueError without a trial.
+    over the trials (Student's t on their logarithms, as in `intervals`) must not contain the limit.
+    Raises ValueError without a trial.
     """
     if not headrooms:
         raise ValueError("a cell without a trial has no answer")
@@ -138,8 +146,36 @@ def judge(headrooms: Sequence[float]) -> Answer:
     meets = middle >= 1
     if abs(middle - 1) > NEAR:
         return Answer(meets, True)
-    ends = interval(headrooms)
-    return Answer(meets, ends is not None and (ends[0] > 1 or ends[1] < 1))
+    if len(headrooms) < 2 or min(headrooms) <= 0:
+        return Answer(meets, False)
+    logs = np.log(headrooms)
+    error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    mean = float(logs.mean())
+    if (mean >= 0) != meets:
+        return Answer(meets, False)
+    inside = 1.0 if error == 0 else student_within(abs(mean) / error, len(logs) - 1)
+    return Answer(meets, inside > SURE)
+
+
+def student_within(t: float, degrees: int) -> float:
+    """The probability that Student's t with `degrees` of freedom lies within ± `t`.
+
+    M. Abramowitz, I. Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4. An
+    engine's environment need not have scipy.
+    """
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    if degrees % 2:
+        term, total = cosine, cosine if degrees > 1 else 0.0
+        for k in range(2, degrees - 1, 2):
+            term *= cosine**2 * k / (k + 1)
+            total += term
+        return 2 / math.pi * (angle + sine * total)
+    term = total = 1.0
+    for k in range(1, degrees - 2, 2):
+        term *= cosine**2 * k / (k + 1)
+        total += term
+    return sine * total
 
 
 def search(

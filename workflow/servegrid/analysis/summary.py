@@ -15,7 +15,7 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.intervals import Interval, bring_up_medians, interval
 from servegrid.records import columns
-from servegrid.records.verdict import OK
+from servegrid.records.verdict import NOT_RUN, OK
 
 CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 """The columns that identify a cell of a deployment."""
@@ -25,7 +25,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     """A table of `columns.SUMMARY`, one row per cell, in the order of `cells`.
 
     `cells` is a table of `columns.CELLS`. The figures come from the valid trials, or from all
-    served trials if none is valid.
+    served trials if none is valid. Trials that were not run do not count as trials.
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
     metrics = (
@@ -33,6 +33,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     )
     allocations = _allocations(cells)
     is_served = (cells["verdict"] == OK).to_numpy(bool)
+    is_run = (cells["verdict"] != NOT_RUN).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     first_rows, figures = [], []
     row_groups: Any = cells.groupby(keys, sort=False, dropna=False).indices.values()
@@ -41,7 +42,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
         first_rows.append(trials[0])
         used = valid if valid.size else served
         counts = {
-            "trials": len(trials),
+            "trials": int(is_run[trials].sum()),
             "trials_served": len(served),
             "trials_valid": len(valid),
             "bring_ups": len({allocations[row] for row in used}),
@@ -55,11 +56,37 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
 
 def count_trials(cells: pd.DataFrame) -> tuple[int, int]:
     """The largest numbers of trials and of bring-ups of a cell in a table of `columns.CELLS`."""
+    if "verdict" in cells:
+        cells = run_trials(cells)
     if cells.empty:
         return 0, 0
     groups = cells.groupby(["deployment", *CELL_KEYS], sort=False, dropna=False)
     bring_ups = groups["allocation"].nunique().max() if "allocation" in cells else 1
     return int(groups.size().max()), max(1, int(bring_ups))
+
+
+def run_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that were tried: all but those with the verdict not_run."""
+    return trials[trials["verdict"] != NOT_RUN]
+
+
+def tried_cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `columns.SUMMARY` that say something about loads.
+
+    Without the cells that were not run, and without prompt lengths where some were not run and
+    none that was is valid: a search has decided those by other lengths. If no length would be left,
+    all stay.
+    """
+    skipped = summary["trials"] == 0
+    if not skipped.any():
+        return summary
+    keys = ["deployment", "protocol", "output_len"]
+    marked = summary.assign(skipped=skipped)
+    by_length = marked.groupby([*keys, "input_len"], sort=False)
+    searched = by_length["skipped"].transform("any").astype(bool)
+    known = by_length["trials_valid"].transform("max") > 0
+    nothing = marked.groupby(keys, sort=False)["trials_valid"].transform("max") == 0
+    return summary[~skipped & (known | ~searched | nothing)]
 
 
 def served_trials(trials: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 OK = "ok"
 SERVER_DIED = "server_died"
+NOT_RUN = "not_run"
 
 VERDICTS = {
     OK: "Every response has exactly the requested number of tokens; if output_len_exact is false, "
@@ -16,6 +17,7 @@ VERDICTS = {
     "wrong_tokens": "The server reported a different number of tokens than requested, or none; if "
     "output_len_exact is false, more than requested, or none",
     SERVER_DIED: "The engine died during the workload, and again after a restart",
+    NOT_RUN: "The cell was not tried; the detail says why. Its record has no requests",
 }
 """The verdicts and their meanings."""
 

@@ -44,6 +44,7 @@ from servegrid.study.nodes import nodes_problem, version_problem, workers_per_no
 from servegrid.telemetry.sampler import Sampler
 
 INFO_VARIABLE = "SERVEGRID_ALLOCATION"
+INFO_NAME = "allocation.json"
 STARTUP_S = 1800.0
 RESULTS = Path("results")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -56,6 +57,8 @@ class Service:
 
     env: Mapping[str, str]
     healthy: Callable[[], bool]
+    choose: Callable[[Sequence[int]], int | None] | None = None
+    """Which of the waiting jobs is next, by their orders; None: the lowest."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,24 @@ def serve(
             calibration=calibration,
             api_key_env=None if deployment.endpoint is None else deployment.endpoint.api_key_env,
         )
-        info.write(folder / "allocation.json")
-        yield Service({INFO_VARIABLE: str(folder / "allocation.json"), **OFFLINE}, engine.healthy)
+        info.write(folder / INFO_NAME)
+        env = {INFO_VARIABLE: str(folder / INFO_NAME), **OFFLINE}
+        yield Service(env, engine.healthy, _chooser(params, resources, site, folder))
+
+
+def _chooser(
+    params: Mapping[str, Any], resources: Mapping[str, Any], site: Site, folder: Path
+) -> Callable[[Sequence[int]], int | None] | None:
+    """What chooses the next job if a search runs in this allocation."""
+    if not resources.get("search"):
+        return None
+    # Not at the top: only searches need it.
+    from servegrid.run.search import Chooser, complete_file
+    from servegrid.run.search_plan import SearchPlan
+
+    trial = Trial.from_spec(json.loads(params["spec"]))
+    plan = SearchPlan.read(Path(resources["search"]))
+    return Chooser(plan, trial.bring_up, site.revisions, complete_file(folder / INFO_NAME))
 
 
 def check_allocated_gpus(deployment: Deployment, env: Mapping[str, str]) -> None:

@@ -157,6 +157,8 @@ class Study:
     name: str
     trials: tuple[Trial, ...]
     drift_checks: tuple[Trial, ...] = ()
+    searched: frozenset[str] = frozenset()
+    """The names of the deployments with `grid: frontier`: only cells that a search needs run."""
 
     @property
     def all_trials(self) -> tuple[Trial, ...]:
@@ -219,6 +221,10 @@ def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
 
 
 MAX_TRIALS = 1_000_000
+FRONTIER = "frontier"
+"""The value of `grid` with which the largest load that meets the SLO is searched."""
+SEARCH_TRIALS = 3
+"""Default of `trials` in a search. Only cells near a limit of the SLO need more than one."""
 DRIFT_CHECKS = 3
 """Drift checks per bring-up: one at the start, one in the middle, one at the end."""
 DRIFT_CHECK_MIN_TRIALS = 9
@@ -230,7 +236,7 @@ def _check_size(config: Mapping[str, Any]) -> None:
     total = 0
     for entry in config["deployments"]:
         keys = {**config["workload"], **entry.get("workload", {})}
-        product: int = keys.get("trials", 1) * keys.get("bring_ups", 1)
+        product: int = _trials(keys) * keys.get("bring_ups", 1)
         for key in ("protocol", "output_len", "input_len"):
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
         levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
@@ -241,6 +247,12 @@ def _check_size(config: Mapping[str, Any]) -> None:
             f"deployments: the study has more than {MAX_TRIALS:,} trials. Lower `trials`, or split "
             "the study."
         )
+
+
+def _trials(keys: Mapping[str, Any]) -> int:
+    default = SEARCH_TRIALS if keys.get("grid") == FRONTIER else 1
+    trials: int = keys.get("trials", default)
+    return trials
 
 
 def _check_prompt_mix(capacity: Mapping[str, Any]) -> None:
@@ -268,6 +280,7 @@ def expand(config: Mapping[str, Any]) -> Study:
     trials: list[Trial] = []
     names: dict[str, int] = {}
     with_drift_checks: dict[str, bool | None] = {}
+    searched: set[str] = set()
     for position, entry in enumerate(config["deployments"]):
         where = f"deployments[{position}]"
         keys = {**config["workload"], **entry.get("workload", {})}
@@ -284,9 +297,14 @@ def expand(config: Mapping[str, Any]) -> Study:
             Trial(deployment, workload, number, bring_up=bring_up)
             for bring_up in range(1, keys.get("bring_ups", 1) + 1)
             for workload in workloads
-            for number in range(1, keys.get("trials", 1) + 1)
+            for number in range(1, _trials(keys) + 1)
         ]
-        with_drift_checks[deployment.name] = keys.get("drift_checks")
+        is_searched = keys.get("grid") == FRONTIER
+        # Drift checks of a few cells would cost as much as the cells.
+        with_drift_checks[deployment.name] = keys.get(
+            "drift_checks", False if is_searched else None
+        )
+        searched |= {deployment.name} if is_searched else set()
     kept = tuple(trial for trial in trials if _is_selected(trial, config))
     if not config.get("allow_emulated_mix", False):
         _check_emulated_mix(kept)
@@ -294,7 +312,7 @@ def expand(config: Mapping[str, Any]) -> Study:
         raise ConfigError(
             f"include, exclude: the filters remove all {len(trials)} trials. Change the filters."
         )
-    study = Study(config["study"], kept)
+    study = Study(config["study"], kept, searched=frozenset(searched))
     drift_checks = (
         drift_check
         for (deployment, _), group in _by_bring_up(kept).items()

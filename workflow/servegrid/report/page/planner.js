@@ -87,6 +87,14 @@ function weightedMean(rows, shares) {
 
 const lengthsIn = (cells) => [...new Set(cells.map((cell) => cell.input_len))].sort((a, b) => a - b);
 
+// Without what was not run, and without prompt lengths that a search has decided by other lengths.
+function triedCells(cells) {
+  const isKnown = (length) => cells.some((cell) => cell.input_len === length && cell.trials[0] > 0);
+  const skipped = new Set(cells.filter((cell) => cell.trials[2] === 0).map((cell) => cell.input_len));
+  const nothing = !cells.some((cell) => cell.trials[0] > 0);
+  return cells.filter((cell) => cell.trials[2] > 0 && (nothing || !skipped.has(cell.input_len) || isKnown(cell.input_len)));
+}
+
 // The latency curves of the cells of one deployment and workload, or a text that says why there are none.
 function latencyCurves(cells, outputLen, timeScale, prompts, slo) {
   let valid = cells.filter((cell) => cell.trials[0] > 0 && cell.seconds_per_100_tokens);
@@ -212,7 +220,7 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
 function planCapacity(payload, workload, demand, hardware) {
   const outputLen = payload.workloads[workload].output_len;
   const rows = payload.deployments.flatMap((deployment, index) => {
-    const cells = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
+    const cells = triedCells(payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload));
     if (!cells.length) return [];
     const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand);
     const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact };
