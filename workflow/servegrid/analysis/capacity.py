@@ -124,7 +124,7 @@ def plan_capacity(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrice
     `summary` is a table of `columns.SUMMARY`. Only protocols with a concurrency are planned. The
     cheapest rows come first. If there is no plan for a row, its `reason` says why.
     """
-    known = tried_cells(summary)
+    known = tried_cells(summary, demand.slo)
     with_concurrency = known[known["protocol"].isin(CONCURRENCY_PROTOCOLS)]
     groups = with_concurrency.groupby(["protocol", "output_len", "deployment"], sort=False)
     rows = []

@@ -33,7 +33,7 @@ def compute_frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
     is interpolated as in the capacity plan, so it is the same number there.
     """
     keys = ["deployment", "engine", "protocol", "output_len", "input_len"]
-    known = tried_cells(summary)
+    known = tried_cells(summary, slo)
     cells = known[known["protocol"].isin(CONCURRENCY_PROTOCOLS)]
     rows = [
         dict(zip(keys, key, strict=True))

@@ -7,6 +7,7 @@ these, each with several trials per cell. Only `load_measured` reads files.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from servegrid.analysis import frontier, tables
 from servegrid.analysis.frontier import Answer, Decided, Loads
@@ -25,7 +27,7 @@ from servegrid.records import parquet
 from servegrid.records.verdict import NOT_RUN, OK
 from servegrid.reference.checkpoint import ModelFacts
 from servegrid.reference.memory import find_device, place
-from servegrid.study.grid import Trial, Workload
+from servegrid.study.grid import Study, Trial, Workload
 
 NOT_NEEDED = "not needed by the search"
 """The detail of the verdict of a cell that a search left out."""
@@ -305,3 +307,37 @@ def _is_measured(trial: Trial, folder: Path) -> bool:
     except RecordError:
         return False  # it is measured again
     return record.get("spec_digest") == trial.digest and record.get("verdict") != NOT_RUN
+
+
+def check_left_out(study: Study, cells: pd.DataFrame, slo: Slo, folder: Path) -> None:
+    """Raise RecordError if a trial is not measured that the study needs.
+
+    `cells` is the table of the study's trials, in their order. Another search has left these trials
+    out, and its list of them is lost; otherwise they would have been removed at the start.
+    """
+    left_out = cells["verdict_detail"].eq(NOT_NEEDED).fillna(False)
+    if not left_out.any():
+        return
+    rows = list(zip(study.trials, cells.to_dict("records"), strict=True))
+    missing: list[str] = []
+    groups: dict[tuple[str, int], list[tuple[Trial, Mapping[Any, Any]]]] = {}
+    for trial, row in rows:
+        groups.setdefault((trial.deployment.name, trial.bring_up), []).append((trial, row))
+    for (name, _), group in groups.items():
+        measured = {
+            trial.id: trial_figures(row, slo) for trial, row in group if row["verdict"] != NOT_RUN
+        }
+        state = Search(tuple(trial for trial, _ in group), slo, measured)
+        missing += [
+            trial.id
+            for trial, row in group
+            if row["verdict_detail"] == NOT_NEEDED
+            and (name not in study.searched or state.needs(trial))
+        ]
+    if missing:
+        paths = " ".join(shlex.quote(str(folder / trial)) for trial in missing)
+        raise RecordError(
+            f"{folder}: another search left out {len(missing)} trials that this study needs. "
+            f"Remove their records:\n  rm -r {paths}\nThen run the same command again. Nothing "
+            "measured is lost."
+        )

@@ -14,6 +14,7 @@ import pandas as pd
 
 from servegrid.analysis import tables
 from servegrid.analysis.intervals import Interval, bring_up_medians, interval
+from servegrid.analysis.slo import Slo
 from servegrid.records import columns
 from servegrid.records.verdict import NOT_RUN, OK
 
@@ -70,23 +71,30 @@ def run_trials(trials: pd.DataFrame) -> pd.DataFrame:
     return trials[trials["verdict"] != NOT_RUN]
 
 
-def tried_cells(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `columns.SUMMARY` that say something about loads.
+def tried_cells(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
+    """The rows of `columns.SUMMARY` that say how much load meets the SLO.
 
-    Without the cells that were not run, and without prompt lengths where some were not run and
-    none that was is valid: a search has decided those by other lengths. If no length would be left,
-    all stay.
+    Without cells that were not run. A prompt length with such cells is left out if neither its
+    lowest load was run nor a valid cell has the token rate of the SLO: a search has decided it by
+    other lengths, and its curve would begin above the SLO. If no length would be left, all stay.
     """
-    skipped = summary["trials"] == 0
+    skipped = summary["trials"].eq(0).fillna(False).astype(bool)
     if not skipped.any():
         return summary
+    scale = summary["time_scale"].astype(float).fillna(1.0)
+    per_token = summary["seconds_per_100_tokens"].astype(float) / scale / 100
+    valid = summary["trials_valid"].fillna(0) > 0
     keys = ["deployment", "protocol", "output_len"]
-    marked = summary.assign(skipped=skipped)
+    loads = summary["concurrency"].astype(float)
+    lowest = summary.assign(load=loads).groupby([*keys, "input_len"], sort=False)["load"]
+    bounds = valid & (
+        (per_token * slo.tokens_per_s_per_user <= 1) | (loads == lowest.transform("min"))
+    )
+    marked = summary.assign(skipped=skipped, bounds=bounds)
     by_length = marked.groupby([*keys, "input_len"], sort=False)
-    searched = by_length["skipped"].transform("any").astype(bool)
-    known = by_length["trials_valid"].transform("max") > 0
-    nothing = marked.groupby(keys, sort=False)["trials_valid"].transform("max") == 0
-    return summary[~skipped & (known | ~searched | nothing)]
+    known = by_length["bounds"].transform("any") | ~by_length["skipped"].transform("any")
+    known |= ~marked.assign(known=known).groupby(keys, sort=False)["known"].transform("any")
+    return summary[~skipped & known.astype(bool)]
 
 
 def served_trials(trials: pd.DataFrame) -> pd.DataFrame:
