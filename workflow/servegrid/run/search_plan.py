@@ -127,11 +127,13 @@ def forget_left_out(study: Study, slo: Slo) -> list[str]:
     digests = {name: plan.digest for name, plan in search_plans(study, slo).items()}
     forgotten = []
     for file in files:
-        stale = [
-            entry["trial"]
-            for entry in _read_lines(file)
-            if digests.get(entry["trial"].partition("/")[0]) != entry["search"]
+        entries = _read_lines(file)
+        current = [
+            entry
+            for entry in entries
+            if digests.get(entry["trial"].partition("/")[0]) == entry["search"]
         ]
+        stale = [entry["trial"] for entry in entries if entry not in current]
         for trial in stale:
             folder = CELLS / trial
             with contextlib.suppress(RecordError):
@@ -140,7 +142,9 @@ def forget_left_out(study: Study, slo: Slo) -> list[str]:
                         (folder / name).unlink(missing_ok=True)
                     forgotten.append(trial)
         if stale:
-            file.unlink()
+            text = "".join(json.dumps(entry) + "\n" for entry in current)
+            with parquet.atomic_write(file) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     return forgotten
 
 
@@ -150,6 +154,8 @@ def _read_lines(file: Path) -> list[dict[str, str]]:
     for line in file.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and {"trial", "search"} <= entry.keys():
+            if isinstance(entry, dict) and all(
+                isinstance(entry.get(key), str) for key in ("trial", "search")
+            ):
                 entries.append(entry)
     return entries
