@@ -4,11 +4,13 @@ import re
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
+from servegrid.analysis.slo import parse_slo
 from servegrid.node.environment import use_safe_path, use_utf8
 from servegrid.reference.published import published_from_config
 from servegrid.study.config import from_snakemake
 from servegrid.run.preflight import check_ready
 from servegrid.run.jobscript import reraise_as
+from servegrid.run.search_plan import forget_left_out, write_plans
 
 min_version("9.27")
 use_safe_path()
@@ -24,6 +26,8 @@ with reraise_as(WorkflowError):
     study = from_snakemake(config, workflow.configfiles)
     # An unknown data set is refused now, not after the benchmark.
     published_from_config(config, workflow.configfiles)
+    if workflow.is_main_process:
+        forget_left_out(study, parse_slo(config))
 
 
 report: "workflow/report/study.rst"
@@ -55,6 +59,7 @@ if study.unsupported:
 onstart:
     with reraise_as(WorkflowError):
         check_ready(study, "results/cells")
+        write_plans(study, parse_slo(config))
 
 
 rule all:

@@ -63,6 +63,9 @@ class Service(Protocol):
         and another allocation gets the remaining jobs.
         """
 
+    # A service may also have `choose(orders)`: which of the waiting jobs runs next, by the values
+    # of their resource `order`; None for the lowest one.
+
 
 ServiceFactory = Callable[..., AbstractContextManager[Service]]
 """`service(name, params, resources)`: the name of the allocation, and the params and resources of
@@ -100,6 +103,19 @@ class _Everywhere:
         if failure:
             print(failure, file=sys.stderr, flush=True)
         return not failure and self.first.healthy()
+
+    def choose(self, spool: Spool) -> None:
+        """Let the service choose the next job, if it can. An error leaves the order as it is."""
+        choose = getattr(self.first, "choose", None)
+        if choose is None:
+            return
+        try:
+            order = choose(spool.orders())
+        except Exception:
+            traceback.print_exc()
+            return
+        if order is not None:
+            spool.prefer(order)
 
 
 class _Stop(BaseException):
@@ -242,7 +258,7 @@ class Allocation:
         more = () if nodes is None else (nodes,)
         return factory(self.name, self.params, self.resources, *more)
 
-    def _run_tasks(self, spool: Spool, runner: Runner, service: Service) -> tuple[str, str]:
+    def _run_tasks(self, spool: Spool, runner: Runner, service: _Everywhere) -> tuple[str, str]:
         idle_since = time.monotonic()
         while True:
             # Read before the queue: tasks that were queued before the spool closed still run.
@@ -250,6 +266,7 @@ class Allocation:
             if spool.has_tasks():
                 if not service.healthy():
                     return UNHEALTHY, ""
+                service.choose(spool)
                 taken = spool.take()
                 failed = taken is not None and self._run(spool, runner, service, *taken) != 0
                 if failed and not service.healthy():

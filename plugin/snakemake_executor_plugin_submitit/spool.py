@@ -137,6 +137,19 @@ class Spool:
             self._listed.extend(sorted(name for name in names if not name.startswith(".")))
         return bool(self._listed)
 
+    def orders(self) -> list[int]:
+        """The orders of the tasks that wait, ascending."""
+        self.has_tasks()
+        return [ticket_order(ticket) for ticket in self._listed]
+
+    def prefer(self, order: int) -> None:
+        """Take the first waiting task with this order next, if there is one."""
+        for ticket in self._listed:
+            if ticket_order(ticket) == order:
+                self._listed.remove(ticket)
+                self._listed.appendleft(ticket)
+                return
+
     def take(self) -> tuple[str, Task] | None:
         """Claim the next task; None if no task waits. A damaged task counts as failed."""
         while self.has_tasks():
@@ -223,6 +236,11 @@ def _parse_events(text: bytes) -> Iterator[Event]:
 def ticket_key(ticket: str) -> str:
     """The key of the ticket's task."""
     return ticket.partition("-")[2]
+
+
+def ticket_order(ticket: str) -> int:
+    """The order of the ticket's task."""
+    return int(ticket.partition(".")[0])
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:

@@ -195,6 +195,16 @@ def test_every_control_has_a_label_and_can_be_reached_by_keyboard(
 
 NOT_SERVED = {(3, 16), (3, 64), (5, 8)}
 """Places and concurrencies. At index 5, higher concurrencies are served again."""
+NOT_RUN = {(0, 119, 1), (0, 119, 2), (0, 119, 8), (0, 119, 16), (1, 31, 1), (1, 31, 2)}
+"""Places, prompt lengths and concurrencies that a search has left out. At index 0, the load that is
+left meets 5 tokens/s per user and misses 12.5."""
+
+
+def verdict(index: int, length: int, concurrency: int) -> str:
+    if (index, length, concurrency) in NOT_RUN:
+        return "not_run"
+    return "timeout" if (index, concurrency) in NOT_SERVED else "ok"
+
 
 REPEATED = [
     trial(
@@ -209,8 +219,10 @@ REPEATED = [
         + length / 99,
         ttft_s_p50=noise * concurrency / 10 + length / 1000,
         e2el_s_p50=noise * (1 + concurrency / 4) + index,
-        valid=None if (index, concurrency) in NOT_SERVED else (index, concurrency) != (2, 8),
-        verdict="timeout" if (index, concurrency) in NOT_SERVED else "ok",
+        valid=(index, concurrency) != (2, 8)
+        if verdict(index, length, concurrency) == "ok"
+        else None,
+        verdict=verdict(index, length, concurrency),
     )
     for protocol in ("burst", "closed_loop")
     for index in range(7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -17,8 +18,18 @@ from servegrid.analysis.prediction import (
     fit_constants,
     log_residuals,
 )
-from servegrid.analysis.predictor import UNSEEN, load_calibration, make_predictor, refit
-from servegrid.analysis.published_tables import published_deployments, published_tables
+from servegrid.analysis.predictor import (
+    UNSEEN,
+    Calibration,
+    load_calibration,
+    make_predictor,
+    refit,
+)
+from servegrid.analysis.published_tables import (
+    published_bursts,
+    published_deployments,
+    published_tables,
+)
 from servegrid.analysis.residuals import Covariance, Observed, choose_cells, condition
 from servegrid.analysis.validation import Errors, pool
 from servegrid.reference.roofline import burst_bound, deployment_hardware
@@ -30,18 +41,27 @@ MISTRAL = TABLES[0]
 DEPLOYMENT_BARS = {0: (15, 60), 2: (6, 18), 4: (5, 13), 8: (3, 9)}
 WORST_WITH_4 = (8, 22)
 GPU_BAR_WITH_4 = (5, 15)
+# Cells of 56 that a search may take, on average and at most, and on average without a prediction.
+MEAN_SEARCHED, MOST_SEARCHED, MEAN_SEARCHED_BLINDLY = 8, 10, 11.4
 
 
 @pytest.fixture(scope="module")
-def by_deployment() -> list[Errors]:
-    return validation.leave_out(TABLES, validation.folds_by_deployment(TABLES), 0.0)
+def calibrations() -> list[Calibration]:
+    """For each deployment, the calibration that has not seen it."""
+    return validation.fit_without(TABLES, validation.folds_by_deployment(TABLES))
+
+
+@pytest.fixture(scope="module")
+def by_deployment(calibrations: list[Calibration]) -> list[Errors]:
+    return validation.leave_out(TABLES, validation.folds_by_deployment(TABLES), calibrations, 0.0)
 
 
 @pytest.fixture(scope="module")
 def by_gpu() -> list[Errors]:
     folds = validation.folds_by_architecture(TABLES)
     assert [len(fold) for fold in folds] == [2, 5]
-    return validation.leave_out(TABLES, folds, UNSEEN["architecture"])
+    calibrations = validation.fit_without(TABLES, folds)
+    return validation.leave_out(TABLES, folds, calibrations, UNSEEN["architecture"])
 
 
 @pytest.mark.timeout(600)
@@ -69,6 +89,29 @@ def test_a_kind_of_gpu_left_out_is_predicted_within_the_bar(by_gpu: list[Errors]
     for count in validation.MEASURED:
         covered = pool(each for each in by_gpu if each.measured == count)[2]
         assert covered >= 0.90, count
+
+
+@pytest.mark.timeout(600)
+def test_the_search_finds_the_published_frontiers_in_few_cells(
+    calibrations: list[Calibration],
+) -> None:
+    """At least 5 tokens/s per user; each prior has seen only the other deployments."""
+    searched = [
+        validation.search_published(table, bursts, calibration)
+        for table, bursts, calibration in zip(TABLES, published_bursts(), calibrations, strict=True)
+    ]
+    assert len(searched) == 7 and all(each.exact for each in searched)
+    assert statistics.mean(each.cells for each in searched) <= MEAN_SEARCHED
+    assert max(each.cells for each in searched) <= MOST_SEARCHED
+
+
+def test_the_search_without_a_prediction_finds_them_in_a_fifth_of_the_grid() -> None:
+    searched = [
+        validation.search_published(table, bursts, None)
+        for table, bursts in zip(TABLES, published_bursts(), strict=True)
+    ]
+    assert all(each.exact for each in searched)
+    assert statistics.mean(each.cells for each in searched) <= MEAN_SEARCHED_BLINDLY
 
 
 def test_the_calibration_of_the_package_is_that_of_its_tables() -> None:

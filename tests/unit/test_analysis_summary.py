@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from servegrid.analysis import summary
-from servegrid.analysis.summary import summarise
+from servegrid.analysis.slo import Slo
+from servegrid.analysis.summary import count_trials, summarise, tried_cells
 from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns, parquet
 
@@ -82,3 +83,47 @@ def test_the_summary_is_written_with_units(tmp_path: Path) -> None:
     assert schema.equals(parquet.arrow_schema(columns.SUMMARY), check_metadata=True)
     header = (tmp_path / "s.csv").read_text().split("\n")[0]
     assert header == ",".join(column.name for column in columns.SUMMARY)
+
+
+def searched(*loads: tuple[int, int, float | None]) -> pd.DataFrame:
+    """A summary of cells: prompt length, concurrency and seconds per 100 tokens (None: not run)."""
+    return summarise(
+        cells(
+            *(
+                {"input_len": length, "concurrency": concurrency}
+                | (
+                    {"verdict": "not_run", "valid": None}
+                    if seconds is None
+                    else {"seconds_per_100_tokens": seconds}
+                )
+                for length, concurrency, seconds in loads
+            )
+        )
+    )
+
+
+def test_trials_that_were_not_run_do_not_count() -> None:
+    rows = cells({"output_tokens_per_s": 5.0}, {"verdict": "not_run", "valid": None})
+    (row,) = summarise(rows).to_dict("records")
+    assert (row["trials"], row["trials_served"], row["trials_valid"]) == (1, 1, 1)
+    assert count_trials(rows) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("loads", "kept"),
+    [
+        # Everything was run: nothing is left out, whatever it shows.
+        ([(31, 8, 30.0), (31, 16, 40.0)], [(31, 8), (31, 16)]),
+        # 31 is bounded by a load that meets 5 tokens/s; 119 has only one that misses it.
+        ([(31, 8, 19.0), (31, 16, None), (119, 8, None), (119, 16, 30.0)], [(31, 8)]),
+        # The lowest load misses it: then none meets it, which is known.
+        ([(31, 8, 19.0), (31, 16, None), (119, 8, 21.0), (119, 16, None)], [(31, 8), (119, 8)]),
+        # Nothing meets it: all stay, so that there is a reason.
+        ([(31, 8, None), (31, 16, 40.0)], [(31, 16)]),
+    ],
+)
+def test_prompt_lengths_that_a_search_decided_by_others_are_left_out(
+    loads: list[tuple[int, int, float | None]], kept: list[tuple[int, int]]
+) -> None:
+    left = tried_cells(searched(*loads), Slo())
+    assert list(left[["input_len", "concurrency"]].itertuples(index=False, name=None)) == kept

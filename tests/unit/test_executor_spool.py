@@ -49,6 +49,18 @@ def test_a_task_that_is_queued_later_is_found(spool: Spool) -> None:
     assert there.take() == (ticket, task("a"))
 
 
+def test_a_preferred_order_comes_next_and_the_rest_stays(spool: Spool) -> None:
+    tickets = [spool.put(replace(task(key), order=order)) for key, order in (("a", 1), ("b", 2))]
+    tickets += [spool.put(replace(task(key), order=7)) for key in ("c", "d")]
+    there = other_side(spool)
+    assert there.orders() == [1, 2, 7, 7]
+    there.prefer(7)
+    assert there.take() == (tickets[2], replace(task("c"), order=7))
+    there.prefer(5)  # no task has it
+    assert there.orders() == [1, 2, 7]
+    assert [taken[0] for taken in iter(there.take, None)] == [tickets[0], tickets[1], tickets[3]]
+
+
 def test_only_unclaimed_tasks_can_be_taken_back(
     spool: Spool,
 ) -> None:

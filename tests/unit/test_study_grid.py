@@ -190,7 +190,7 @@ def test_defaults_are_the_same_in_schema_and_code() -> None:
     workload = parse_study(TWO).trials[0].workload
     actual = {key: getattr(workload, key) for key in defaults if hasattr(workload, key)}
     assert actual == {key: defaults[key] for key in actual} | {"output_len": 100}
-    assert set(defaults) - set(actual) == {"trials", "bring_ups", "order"}
+    assert set(defaults) - set(actual) == {"trials", "bring_ups", "order", "grid"}
 
 
 def test_include_and_exclude_filter_the_trials() -> None:

@@ -1,5 +1,6 @@
 from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path
+from servegrid.run.search_plan import plan_file
 
 HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
@@ -12,6 +13,11 @@ def saturation_of(wildcards):
     """The record that a sweep's rate is a fraction of. Other trials need no input."""
     found = study.saturation_trial(trial_of(wildcards))
     return [] if found is None else [f"results/cells/{found.id}/requests.parquet"]
+
+
+def search_plan_of(deployment):
+    """The plan of the deployment's search; an empty text if its whole grid is measured."""
+    return str(plan_file(deployment)) if deployment in study.searched else ""
 
 
 def of_each_deployment(outputs, **wildcards):

@@ -23,6 +23,8 @@ rule measure:
         ),
         prune=lambda wildcards: study.prunes(trial_of(wildcards)),
         attempt=lambda wildcards, attempt: attempt,
+        # Not in `params`: a cell that a search has measured is that of a full grid, too.
+        search=lambda wildcards: search_plan_of(wildcards.deployment),
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,
     script:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from servegrid.records.verdict import NOT_RUN
 from servegrid.study.text import pluralize
 from snakemake_logger_plugin_servegrid.messages import format_seconds
 from snakemake_logger_plugin_servegrid.progress import DONE, RunProgress, count_reasons
@@ -27,7 +28,8 @@ REMEDIES = {
     "oom": "lower concurrency or input_len, or give the engine more memory",
     "oom_at_start": "raise gpu_count, lower max_model_len, or use larger GPUs or fewer bits",
     "unsupported": "correct the study: the column verdict_detail says what cannot work",
-    "not_run": "nothing to do; `prune: false` under `workload` tries these cells as well",
+    NOT_RUN: "the column verdict_detail says why; `prune: false` or `grid: full` under `workload` "
+    "tries these cells as well",
     "server_died": "see the cell's log; lower the load or give the engine more memory",
     "tokens": "check the tokenizer and the engine's arguments",
     "no_steady_state": "raise requests_per_user or duration_s",
@@ -116,12 +118,15 @@ def describe_validity(cells: Iterable[Mapping[str, Any]], table: str) -> list[st
     if not cells:
         return []
     noun = "trials" if any(each["trial"] > 1 or each["bring_up"] > 1 for each in cells) else "cells"
-    valid = sum(each["valid"] is True for each in cells)
-    counted = f"Valid {noun}: {valid} of {len(cells)}."
-    if valid == len(cells):
+    run = [each for each in cells if each["verdict"] != NOT_RUN]
+    valid = sum(each["valid"] is True for each in run)
+    counted = f"Valid {noun}: {valid} of {len(run)}."
+    if skipped := len(cells) - len(run):
+        counted += f" Not run: {skipped}, {REMEDIES[NOT_RUN]}."
+    if valid == len(run):
         return [counted]
     causes: Counter[str] = Counter()
-    for each in cells:
+    for each in run:
         causes.update([each["verdict"]] if each["valid"] is None else each["invalid_rules"] or [])
     lines = [f"{counted} Not served, or not valid:"]
     for cause, count in causes.most_common():

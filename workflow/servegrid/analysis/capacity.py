@@ -24,6 +24,7 @@ from servegrid.analysis.latency_curves import (
 )
 from servegrid.analysis.queueing import mean_in_flight, requests_per_s, users_carried
 from servegrid.analysis.slo import ONLY_CLASS, Slo, parse_slo_classes
+from servegrid.analysis.summary import tried_cells
 from servegrid.analysis.titles import stops_early
 from servegrid.records import columns
 from servegrid.study import config
@@ -134,7 +135,8 @@ def plan_capacity(summary: pd.DataFrame, demand: Demand, hardware: HardwarePrice
     `summary` is a table of `columns.SUMMARY`. Only protocols with a concurrency are planned. The
     cheapest rows come first. If there is no plan for a row, its `reason` says why.
     """
-    with_concurrency = summary[summary["protocol"].isin(CONCURRENCY_PROTOCOLS)]
+    known = tried_cells(summary, demand.slo)
+    with_concurrency = known[known["protocol"].isin(CONCURRENCY_PROTOCOLS)]
     groups = with_concurrency.groupby(["protocol", "output_len", "deployment"], sort=False)
     rows = []
     for (protocol, output_len, name), cells in groups:

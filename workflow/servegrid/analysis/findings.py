@@ -18,6 +18,7 @@ from servegrid.analysis.latency_curves import (
     requests_in_flight,
 )
 from servegrid.analysis.slo import Slo
+from servegrid.analysis.summary import tried_cells
 from servegrid.records import columns
 from servegrid.study.grid import CONCURRENCY_PROTOCOLS
 
@@ -32,7 +33,8 @@ def compute_frontier(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
     is interpolated as in the capacity plan, so it is the same number there.
     """
     keys = ["deployment", "engine", "protocol", "output_len", "input_len"]
-    cells = summary[summary["protocol"].isin(CONCURRENCY_PROTOCOLS)]
+    known = tried_cells(summary, slo)
+    cells = known[known["protocol"].isin(CONCURRENCY_PROTOCOLS)]
     rows = [
         dict(zip(keys, key, strict=True))
         | _max_served(rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
-from servegrid.analysis.prediction import Points, Table, deployment_traits
+from servegrid.analysis.prediction import Bursts, Points, Table, deployment_traits
 from servegrid.reference import data
 from servegrid.reference.memory import find_device, place
 from servegrid.reference.roofline import model_shape
@@ -37,11 +38,25 @@ def published_tables(study: str = "inria-2024") -> list[Table]:
     cells = data.published_cells(study).dropna(subset="seconds_per_100_tokens")
     tables = []
     for deployment in published_deployments(study):
-        mask = np.logical_and.reduce([cells[key] == getattr(deployment, key) for key in _KEYS])
-        rows, device = cells[mask], find_device(deployment.gpu)
+        device = find_device(deployment.gpu)
         placement = place(deployment, model_shape(deployment), device)
-        points = Points.of(rows["concurrency"], rows["input_len"], rows["output_len"])
-        seconds = rows["seconds_per_100_tokens"].to_numpy(float) * points.output_len / 100
+        bursts = _bursts(cells, deployment)
         traits = deployment_traits(deployment, placement, device)
-        tables.append(Table(deployment.name, traits, points, seconds))
+        tables.append(Table(deployment.name, traits, bursts.points, bursts.seconds))
     return tables
+
+
+def published_bursts(study: str = "inria-2024") -> list[Bursts]:
+    """All cells of a published data set by deployment, in the order of `published_tables`.
+
+    The seconds of a cell that was not served (a dash in the article) are NaN.
+    """
+    cells = data.published_cells(study)
+    return [_bursts(cells, deployment) for deployment in published_deployments(study)]
+
+
+def _bursts(cells: pd.DataFrame, deployment: Deployment) -> Bursts:
+    mask = np.logical_and.reduce([cells[key] == getattr(deployment, key) for key in _KEYS])
+    rows = cells[mask]
+    points = Points.of(rows["concurrency"], rows["input_len"], rows["output_len"])
+    return Bursts(points, rows["seconds_per_100_tokens"].to_numpy(float) * points.output_len / 100)

@@ -14,8 +14,9 @@ import pandas as pd
 
 from servegrid.analysis import tables
 from servegrid.analysis.intervals import Interval, bring_up_medians, interval
+from servegrid.analysis.slo import Slo
 from servegrid.records import columns
-from servegrid.records.verdict import SERVED
+from servegrid.records.verdict import NOT_RUN, SERVED
 
 CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len")
 """The columns that identify a cell of a deployment."""
@@ -25,7 +26,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     """A table of `columns.SUMMARY`, one row per cell, in the order of `cells`.
 
     `cells` is a table of `columns.CELLS`. The figures come from the valid trials, or from all
-    served trials if none is valid.
+    served trials if none is valid. Trials that were not run do not count as trials.
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
     metrics = (
@@ -33,6 +34,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     )
     allocations = _allocations(cells)
     is_served = cells["verdict"].isin(SERVED).to_numpy(bool)
+    is_run = (cells["verdict"] != NOT_RUN).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     first_rows, figures = [], []
     row_groups: Any = cells.groupby(keys, sort=False, dropna=False).indices.values()
@@ -41,7 +43,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
         first_rows.append(trials[0])
         used = valid if valid.size else served
         counts = {
-            "trials": len(trials),
+            "trials": int(is_run[trials].sum()),
             "trials_served": len(served),
             "trials_valid": len(valid),
             "bring_ups": len({allocations[row] for row in used}),
@@ -55,11 +57,44 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
 
 def count_trials(cells: pd.DataFrame) -> tuple[int, int]:
     """The largest numbers of trials and of bring-ups of a cell in a table of `columns.CELLS`."""
+    if "verdict" in cells:
+        cells = run_trials(cells)
     if cells.empty:
         return 0, 0
     groups = cells.groupby(["deployment", *CELL_KEYS], sort=False, dropna=False)
     bring_ups = groups["allocation"].nunique().max() if "allocation" in cells else 1
     return int(groups.size().max()), max(1, int(bring_ups))
+
+
+def run_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials that were tried: all but those with the verdict not_run."""
+    return trials[trials["verdict"] != NOT_RUN]
+
+
+def tried_cells(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
+    """The rows of `columns.SUMMARY` that say how much load meets the SLO.
+
+    Without cells that were not run. A prompt length with such cells is left out if neither its
+    lowest load was run nor a valid cell has the token rate of the SLO: a search has decided it by
+    other lengths, and its curve would begin above the SLO. If no length would be left, all stay.
+    """
+    skipped = summary["trials"].eq(0).fillna(False).astype(bool)
+    if not skipped.any():
+        return summary
+    scale = summary["time_scale"].astype(float).fillna(1.0)
+    per_token = summary["seconds_per_100_tokens"].astype(float) / scale / 100
+    valid = summary["trials_valid"].fillna(0) > 0
+    keys = ["deployment", "protocol", "output_len"]
+    loads = summary["concurrency"].astype(float)
+    lowest = summary.assign(load=loads).groupby([*keys, "input_len"], sort=False)["load"]
+    bounds = valid & (
+        (per_token * slo.tokens_per_s_per_user <= 1) | (loads == lowest.transform("min"))
+    )
+    marked = summary.assign(skipped=skipped, bounds=bounds)
+    by_length = marked.groupby([*keys, "input_len"], sort=False)
+    known = by_length["bounds"].transform("any") | ~by_length["skipped"].transform("any")
+    known |= ~marked.assign(known=known).groupby(keys, sort=False)["known"].transform("any")
+    return summary[~skipped & known.astype(bool)]
 
 
 def served_trials(trials: pd.DataFrame) -> pd.DataFrame:

@@ -13,13 +13,16 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+from servegrid.analysis import frontier
 from servegrid.analysis.prediction import (
+    Bursts,
     Constants,
     Floats,
     Table,
     fit_constants,
     log_residuals,
 )
+from servegrid.analysis.predictor import Calibration, Predictor
 from servegrid.analysis.residuals import (
     ROUNDING_S,
     Z_95,
@@ -98,21 +101,31 @@ def pool(errors: Iterable[Errors]) -> tuple[float, float, float]:
     return median, high, float(np.concatenate([part.covered for part in parts]).mean())
 
 
+def fit_without(tables: Sequence[Table], folds: Sequence[Sequence[int]]) -> list[Calibration]:
+    """For each fold, the calibration of the tables that are not in it."""
+    fit, everything = _fitter(tables), frozenset(range(len(tables)))
+    rests = [everything - set(fold) for fold in folds]
+    return [Calibration(fit(rest), _covariance(tables, rest, fit)) for rest in rests]
+
+
 def leave_out(
-    tables: Sequence[Table], folds: Sequence[Sequence[int]], level: float
+    tables: Sequence[Table],
+    folds: Sequence[Sequence[int]],
+    calibrations: Sequence[Calibration],
+    level: float,
 ) -> list[Errors]:
     """Predict the tables of each fold from the others, for each of MEASURED.
 
-    `level` is added, as a standard deviation, to the covariance's level.
+    `calibrations` are those of `fit_without`. `level` is added, as a standard deviation, to the
+    covariance's level.
     """
-    fit, everything = _fitter(tables), frozenset(range(len(tables)))
     found = []
-    for fold in folds:
-        rest = everything - set(fold)
-        constants, covariance = fit(rest), _covariance(tables, rest, fit)
-        wide = float(np.hypot(covariance.level, level))
+    for fold, calibration in zip(folds, calibrations, strict=True):
+        wide = float(np.hypot(calibration.covariance.level, level))
         for index in fold:
-            found += _predict_rest(tables[index], constants, covariance, wide)
+            found += _predict_rest(
+                tables[index], calibration.constants, calibration.covariance, wide
+            )
     return found
 
 
@@ -143,3 +156,53 @@ def folds_by_architecture(tables: Sequence[Table]) -> list[list[int]]:
         [index for index, name in enumerate(names) if name == wanted]
         for wanted in dict.fromkeys(names)
     ]
+
+
+FRONTIER_RATE = 5.0
+"""The SLO of the searches, in tokens/s per user."""
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search on a published table: the cells it took, and whether it found the frontier."""
+
+    deployment: str
+    cells: int
+    exact: bool
+
+
+def search_published(
+    table: Table,
+    bursts: Bursts,
+    calibration: Calibration | None,
+    tokens_per_s: float = FRONTIER_RATE,
+) -> Searched:
+    """Search the largest loads with at least `tokens_per_s` per user in a published table.
+
+    `bursts` are all cells of `table`, with dashes, which miss the SLO. `calibration` must not have
+    seen the table; without one, nothing is predicted.
+    """
+    points, limit_s = bursts.points, bursts.points.output_len / tokens_per_s
+    loads = frontier.Loads.of(points.concurrency, points.input_len)
+    meets = np.nan_to_num(bursts.seconds, nan=np.inf) <= limit_s
+
+    def chances(measured: Sequence[int]) -> Floats:
+        assert calibration is not None
+        observed = _observe(table, bursts, measured, calibration)
+        predictor = Predictor(table.traits, calibration, {}, observed)
+        return frontier.meeting_chances(predictor, points, limit_s)
+
+    answers = frontier.search(
+        loads, lambda position: bool(meets[position]), None if calibration is None else chances
+    )
+    decided = frontier.decide(loads, answers)
+    return Searched(table.name, len(answers), bool((decided.meets == meets).all()))
+
+
+def _observe(
+    table: Table, bursts: Bursts, measured: Sequence[int], calibration: Calibration
+) -> Observed:
+    served = [index for index in measured if np.isfinite(bursts.seconds[index])]
+    seen = Table(table.name, table.traits, bursts.points.take(served), bursts.seconds[served])
+    residuals = log_residuals(calibration.constants, seen)
+    return Observed.of(seen.points, residuals, seen.seconds, calibration.covariance)

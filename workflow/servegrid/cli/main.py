@@ -13,6 +13,7 @@ from servegrid.cli.compare import add_compare
 from servegrid.cli.doctor import add_doctor
 from servegrid.cli.exchange import add_export, add_import
 from servegrid.cli.fetch import add_fetch
+from servegrid.cli.frontier import add_frontier
 from servegrid.cli.init_profile import add_init_profile
 from servegrid.cli.load import add_load
 from servegrid.cli.plan import add_plan
@@ -23,7 +24,7 @@ from servegrid.node.environment import use_safe_path, use_utf8
 SUBCOMMANDS = (
     *(add_plan, add_load, add_capacity, add_report, add_compare),
     *(add_verify, add_unpack, add_export, add_import),
-    *(add_init_profile, add_doctor, add_fetch),
+    *(add_init_profile, add_doctor, add_fetch, add_frontier),
 )
 """In the order of `servegrid --help`. Each adds its parser and sets `run`, which gets the parsed
 options and returns the exit status."""

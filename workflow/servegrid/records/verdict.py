@@ -36,7 +36,8 @@ VERDICTS = {
     UNSUPPORTED: "The model, the GPU or the engine cannot do this, whatever the load: for example "
     "prompt and output are longer than max_model_len",
     NOT_RUN: "The workload was not tried; verdict_detail says why: `dominated by` a lighter "
-    "workload that was not served",
+    "workload that was not served, or not needed by the search (`grid: frontier`). Its record has "
+    "no requests",
 }
 """The verdicts and their meanings."""
 

@@ -46,6 +46,7 @@ from servegrid.study.nodes import nodes_problem, version_problem, workers_per_no
 from servegrid.telemetry.sampler import Sampler
 
 INFO_VARIABLE = "SERVEGRID_ALLOCATION"
+INFO_NAME = "allocation.json"
 STARTUP_S = 1800.0
 RESULTS = Path("results")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -58,6 +59,8 @@ class Service:
 
     env: Mapping[str, str]
     healthy: Callable[[], bool]
+    choose: Callable[[Sequence[int]], int | None] | None = None
+    """Which of the waiting jobs is next, by their orders; None: the lowest."""
 
 
 @dataclass(frozen=True)
@@ -266,8 +269,24 @@ def serve(
             outcomes=_start_journal(folder, deployment) if resources.get("prune") else None,
             refused=refused,
         )
-        info.write(folder / "allocation.json")
-        yield Service({INFO_VARIABLE: str(folder / "allocation.json"), **OFFLINE}, engine.healthy)
+        info.write(folder / INFO_NAME)
+        env = {INFO_VARIABLE: str(folder / INFO_NAME), **OFFLINE}
+        yield Service(env, engine.healthy, _chooser(params, resources, site, folder))
+
+
+def _chooser(
+    params: Mapping[str, Any], resources: Mapping[str, Any], site: Site, folder: Path
+) -> Callable[[Sequence[int]], int | None] | None:
+    """What chooses the next job if a search runs in this allocation."""
+    if not resources.get("search"):
+        return None
+    # Not at the top: only searches need it.
+    from servegrid.run.search import Chooser, complete_file
+    from servegrid.run.search_plan import SearchPlan
+
+    trial = Trial.from_spec(json.loads(params["spec"]))
+    plan = SearchPlan.read(Path(resources["search"]))
+    return Chooser(plan, trial.bring_up, site.revisions, complete_file(folder / INFO_NAME))
 
 
 def _start_or_refuse(stack: contextlib.ExitStack, deployment: Deployment, site: Site) -> Engine:

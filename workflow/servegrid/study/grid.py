@@ -215,6 +215,8 @@ class Study:
     """The deployments whose trials run in this order; the others run in random order."""
     pruned: frozenset[str] = frozenset()
     """The deployments of which hopeless workloads are not tried."""
+    searched: frozenset[str] = frozenset()
+    """The names of the deployments with `grid: frontier`: only cells that a search needs run."""
 
     @property
     def unsupported(self) -> tuple[Trial, ...]:
@@ -329,6 +331,20 @@ def _add_saturation_trials(trials: Sequence[Trial]) -> tuple[Trial, ...]:
     return tuple(trial for group in by_deployment.values() for trial in group.values())
 
 
+def _check_searched(keys: Mapping[str, Any], where: str) -> None:
+    """A search chooses the order itself, and needs rates that are known before it starts."""
+    for key in ("order", "prune"):
+        if key in keys:
+            raise ConfigError(
+                f"{where}: `grid: frontier` chooses the order of the cells itself. Remove `{key}`."
+            )
+    if keys.get("request_rate") == SWEEP:
+        raise ConfigError(
+            f"{where}: `grid: frontier` searches among given rates. Replace `request_rate: sweep` "
+            "by a list of rates, or remove `grid`."
+        )
+
+
 def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
     """The trials by deployment and bring-up."""
     groups: dict[tuple[str, int], list[Trial]] = {}
@@ -338,6 +354,10 @@ def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
 
 
 MAX_TRIALS = 1_000_000
+FRONTIER = "frontier"
+"""The value of `grid` with which the largest load that meets the SLO is searched."""
+SEARCH_TRIALS = 3
+"""Default of `trials` in a search. Only cells near a limit of the SLO need more than one."""
 DRIFT_CHECKS = 3
 """Drift checks per bring-up: one at the start, one in the middle, one at the end."""
 DRIFT_CHECK_MIN_TRIALS = 9
@@ -349,7 +369,7 @@ def _check_size(config: Mapping[str, Any]) -> None:
     total = 0
     for entry in config["deployments"]:
         keys = {**config["workload"], **entry.get("workload", {})}
-        product: int = keys.get("trials", 1) * keys.get("bring_ups", 1)
+        product: int = _trials(keys) * keys.get("bring_ups", 1)
         product *= math.prod(map(len, entry.get("sweep", {}).values()))
         for key in ("protocol", "output_len", "input_len"):
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
@@ -361,6 +381,12 @@ def _check_size(config: Mapping[str, Any]) -> None:
             f"deployments: the study has more than {MAX_TRIALS:,} trials. Lower `trials`, or split "
             "the study."
         )
+
+
+def _trials(keys: Mapping[str, Any]) -> int:
+    default = SEARCH_TRIALS if keys.get("grid") == FRONTIER else 1
+    trials: int = keys.get("trials", default)
+    return trials
 
 
 def _check_prompt_mix(capacity: Mapping[str, Any]) -> None:
@@ -402,6 +428,7 @@ def expand(config: Mapping[str, Any]) -> Study:
     with_drift_checks: dict[str, bool | None] = {}
     ordered: set[str] = set()
     pruned: set[str] = set()
+    searched: set[str] = set()
     entries = [
         (position, each.entry)
         for position, entry in enumerate(config["deployments"])
@@ -424,9 +451,16 @@ def expand(config: Mapping[str, Any]) -> Study:
             Trial(deployment, workload, number, bring_up=bring_up)
             for bring_up in range(1, keys.get("bring_ups", 1) + 1)
             for workload in workloads
-            for number in range(1, keys.get("trials", 1) + 1)
+            for number in range(1, _trials(keys) + 1)
         ]
-        with_drift_checks[deployment.name] = keys.get("drift_checks")
+        is_searched = keys.get("grid") == FRONTIER
+        if is_searched:
+            _check_searched(keys, where)
+            searched.add(deployment.name)
+        # Drift checks of a few cells would cost as much as the cells.
+        with_drift_checks[deployment.name] = keys.get(
+            "drift_checks", False if is_searched else None
+        )
         if keys.get("order") == "light_to_heavy":
             ordered.add(deployment.name)
         if keys.get("prune", deployment.name in ordered):
@@ -441,7 +475,11 @@ def expand(config: Mapping[str, Any]) -> Study:
     if any(trial.workload.rate_fraction is not None for trial in kept):
         kept = _add_saturation_trials(kept)
     study = Study(
-        config["study"], kept, light_to_heavy=frozenset(ordered), pruned=frozenset(pruned)
+        config["study"],
+        kept,
+        light_to_heavy=frozenset(ordered),
+        pruned=frozenset(pruned),
+        searched=frozenset(searched),
     )
     drift_checks = (
         drift_check

@@ -54,7 +54,7 @@ def _with_interval(name: str) -> list[Column]:
 
 SUMMARY = (
     *SUMMARY_KEYS,
-    Column("trials", pa.int32(), "", "Trials of the cell"),
+    Column("trials", pa.int32(), "", "Trials of the cell that were run; 0 if none was needed"),
     Column("trials_served", pa.int32(), "", "Trials that were served"),
     Column("trials_valid", pa.int32(), "", "Valid trials; if 0, the figures are not valid"),
     Column(

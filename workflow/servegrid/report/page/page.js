@@ -114,7 +114,7 @@ function chartRow(cell, metric) {
   };
 }
 
-const MARKS = { "not served": "✕", "no figure": "?", "not valid": "!" };
+const MARKS = { "not served": "✕", "not run": "–", "no figure": "?", "not valid": "!" };
 
 function cellLabel(cell, metric) {
   const values = metricValues(cell, metric);

@@ -169,6 +169,8 @@ def list_workloads(summary: pd.DataFrame) -> list[tuple[str, int]]:
 
 
 def _state(row: Mapping[Any, Any]) -> str:
+    if row["trials"] == 0:
+        return "not run"
     if row["trials_served"] == 0:
         return "not served"
     if _known(row["seconds_per_100_tokens"]) is None and _known(row["output_tokens_per_s"]) is None:

@@ -87,6 +87,21 @@ function weightedMean(rows, shares) {
 
 const lengthsIn = (cells) => [...new Set(cells.map((cell) => cell.input_len))].sort((a, b) => a - b);
 
+// The cells that say how much load meets the SLO; see analysis.summary.tried_cells.
+function triedCells(cells, timeScale, slo) {
+  const run = cells.filter((cell) => cell.trials[2] > 0);
+  if (run.length === cells.length) return cells;
+  const isKnown = (length) => {
+    const column = cells.filter((cell) => cell.input_len === length);
+    if (column.every((cell) => cell.trials[2] > 0)) return true;
+    const lowest = Math.min(...column.map((cell) => cell.intensity));
+    const isFast = (cell) => (cell.seconds_per_100_tokens[0] / timeScale / 100) * slo.tokens_per_s_per_user <= 1;
+    return column.some((cell) => cell.trials[0] > 0 && (cell.intensity === lowest || (cell.seconds_per_100_tokens && isFast(cell))));
+  };
+  const known = new Set(lengthsIn(cells).filter(isKnown));
+  return known.size ? run.filter((cell) => known.has(cell.input_len)) : run;
+}
+
 // The latency curves of the cells of one deployment and workload, or a text that says why there are none.
 function latencyCurves(cells, outputLen, timeScale, prompts, slo) {
   let valid = cells.filter((cell) => cell.trials[0] > 0 && cell.seconds_per_100_tokens);
@@ -215,7 +230,8 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
 function planCapacity(payload, workload, demand, hardware) {
   const outputLen = payload.workloads[workload].output_len;
   const rows = payload.deployments.flatMap((deployment, index) => {
-    const cells = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
+    const all = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
+    const cells = triedCells(all, deployment.time_scale ?? 1, demand);
     if (!cells.length) return [];
     const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand);
     const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact, slo_class: demand.slo_class };

@@ -10,7 +10,7 @@ import pandas as pd
 
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles
-from servegrid.records.verdict import SERVED
+from servegrid.records.verdict import NOT_RUN, SERVED
 from servegrid.report import goodput_report
 from servegrid.report.findings_report import (
     NO_FINDINGS,
@@ -117,6 +117,9 @@ def validity_section(cells: pd.DataFrame) -> Section:
         f"{served} of {pluralize(len(cells), 'trial')} served, "
         f"{int(cells['valid'].eq(True).sum())} valid."
     ]
+    skipped = int((cells["verdict"] == NOT_RUN).sum())
+    if skipped:
+        paragraphs[0] = f"{paragraphs[0]} {pluralize(skipped, 'trial')} not run."
     failed = cells[~is_served]
     rows = [
         (titles[str(name)], str(verdict), str(len(trials)), _shorten(trials["verdict_detail"]))
@@ -131,7 +134,7 @@ def validity_section(cells: pd.DataFrame) -> Section:
     tables = []
     if rows:
         head = ["deployment", "verdict", "trials", "evidence (first trial)"]
-        tables.append(_table("Trials that were not served", head, rows))
+        tables.append(_table("Trials that were not served or not run", head, rows))
     if broken_rows:
         head = ["deployment", "broken rule", "trials"]
         tables.append(_table("Trials that are not valid, by rule of validity", head, broken_rows))

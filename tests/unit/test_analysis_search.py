@@ -1,0 +1,150 @@
+"""The search of a deployment over its trials: what is needed, what is next, what is found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from helpers.deployments import EMULATED_ENTRY
+from servegrid.analysis.search import Figures, FrontierEntry, Search, trial_figures
+from servegrid.analysis.slo import Slo
+from servegrid.errors import ConfigError
+from servegrid.study.config import parse_study
+from servegrid.study.grid import Study, Trial
+
+WORKLOAD = {"concurrency": [1, 2, 4], "input_len": [31, 119], "output_len": 100, "grid": "frontier"}
+
+
+def make_study(**workload: Any) -> Study:
+    return parse_study(
+        {
+            "study": "s",
+            "workload": WORKLOAD | workload,
+            "deployments": [{**EMULATED_ENTRY, "name": "d"}],
+        }
+    )
+
+
+STUDY = make_study()
+
+
+def trial(concurrency: int, input_len: int, number: int = 1) -> Trial:
+    return STUDY.trial("d", f"burst-c{concurrency}-i{input_len}-o100", number)
+
+
+def searched(measured: dict[tuple[int, ...], float]) -> Search:
+    """A search after trials with these headrooms, by concurrency, prompt length, trial."""
+    figures = {trial(*key).id: Figures(headroom, None) for key, headroom in measured.items()}
+    return Search(STUDY.trials, Slo(), figures)
+
+
+EVERYTHING = {each.id for each in STUDY.trials}
+
+
+def row(**figures: Any) -> dict[str, Any]:
+    """A burst of 2 s per 100 tokens: 50 tokens/s, 10 times what the default SLO asks for."""
+    return {
+        "verdict": "ok",
+        "request_rate": None,
+        "time_scale": None,
+        "seconds_per_100_tokens": 2.0,
+        "ttft_s_p50": 0.5,
+        "e2el_s_p50": 4.0,
+        "slo_attainment": None,
+        "output_len": 200,
+    } | figures
+
+
+def test_a_search_has_three_trials_no_drift_check_and_the_specifications_of_the_grid() -> None:
+    full = make_study(grid="full", trials=3, drift_checks=False)
+    assert STUDY.searched == {"d"} and not full.searched
+    assert [each.digest for each in STUDY.trials] == [each.digest for each in full.trials]
+    assert len(STUDY.trials) == 18 and not STUDY.drift_checks
+    assert len(make_study(trials=1).trials) == 6
+    assert len(make_study(drift_checks=True).drift_checks) == 3
+    with pytest.raises(ConfigError, match="'edge' is not one of `full`, `frontier`"):
+        make_study(grid="edge")
+
+
+@pytest.mark.parametrize(
+    ("changes", "slo", "headroom"),
+    [
+        ({}, Slo(), 10.0),
+        ({"verdict": "timeout"}, Slo(), 0.0),
+        ({"seconds_per_100_tokens": None}, Slo(), 0.0),
+        ({"time_scale": 0.1}, Slo(), 1.0),  # 20 s of real time: exactly 5 tokens/s
+        ({}, Slo(ttft_s=0.25), 0.5),
+        ({}, Slo(e2el_s=6.0), 1.5),
+        ({"ttft_s_p50": float("nan")}, Slo(ttft_s=1.0), 0.0),
+    ],
+)
+def test_the_headroom_is_the_least_of_all_limits(
+    changes: dict[str, Any], slo: Slo, headroom: float
+) -> None:
+    assert trial_figures(row(**changes), slo).headroom == pytest.approx(headroom)
+
+
+def test_the_time_of_a_response_is_that_of_its_output_length() -> None:
+    assert trial_figures(row(), Slo()).seconds == pytest.approx(4.0)
+    assert trial_figures(row(time_scale=0.5), Slo()).seconds == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+    ("attainment", "headroom"),
+    [(1.0, float("inf")), (0.99, 5.0), (0.95, 1.0), (0.90, 0.5), (None, 0.05)],
+)
+def test_an_open_loop_is_judged_by_its_goodput(attainment: float | None, headroom: float) -> None:
+    """5% of the requests may miss the SLO. Without a stationary part, all count as missed."""
+    figures = trial_figures(row(request_rate=2.0, slo_attainment=attainment), Slo())
+    assert figures.headroom == pytest.approx(headroom) and figures.seconds is None
+
+
+def test_a_cell_that_others_decide_is_not_needed() -> None:
+    state = searched({(2, 31): 2.0, (4, 31): 0.5, (1, 119): 0.5})
+    assert state.is_complete and state.next_trial(EVERYTHING) is None
+    assert not any(state.needs(each) for each in STUDY.trials)
+    assert state.frontier() == [
+        FrontierEntry("burst", 100, 31, 2.0, 4.0, is_open=False, is_complete=True),
+        FrontierEntry("burst", 100, 119, None, 1.0, is_open=False, is_complete=True),
+    ]
+
+
+def test_a_cell_near_the_limit_is_measured_again_before_others() -> None:
+    """3% from the limit: (2, 31) says nothing about its neighbours yet."""
+    state = searched({(2, 31): 1.03})
+    assert state.next_trial(EVERYTHING) == trial(2, 31, 2)
+    assert state.needs(trial(2, 31, 2)) and state.needs(trial(1, 31))
+    # 1.03 and 1.031: t is 12.7, and 0.0005 × 12.7 is less than 3%.
+    state = searched({(2, 31): 1.03, (2, 31, 2): 1.031})
+    assert not state.needs(trial(2, 31, 3)) and not state.needs(trial(1, 31))
+    # 1.03 and 0.99 do not decide it; the third trial is the last, so it is open.
+    state = searched({(2, 31): 1.03, (2, 31, 2): 0.99})
+    assert state.next_trial(EVERYTHING) == trial(2, 31, 3)
+    state = searched({(2, 31): 1.03, (2, 31, 2): 0.99, (2, 31, 3): 1.01, (4, 31): 0.5})
+    assert not state.needs(trial(1, 31))
+    entry = state.frontier()[0]
+    assert (entry.largest, entry.smallest_missing, entry.is_open) == (2.0, 4.0, True)
+
+
+def test_a_cell_near_the_limit_that_others_decide_is_not_measured_again() -> None:
+    state = searched({(2, 31): 1.03, (4, 31): 2.0})
+    assert not state.needs(trial(2, 31, 2))
+
+
+def test_only_trials_that_wait_are_chosen() -> None:
+    """Without a prediction: the heaviest load of the shortest prompts first."""
+    assert searched({}).next_trial(EVERYTHING) == trial(4, 31)
+    assert searched({}).next_trial({trial(1, 31).id, trial(2, 119).id}) == trial(1, 31)
+    assert searched({}).next_trial(set()) is None
+    assert not searched({}).is_complete
+
+
+def test_each_protocol_and_output_length_is_a_search_of_its_own() -> None:
+    study = make_study(output_len=[100, 200], trials=1)
+    first, second = Search(study.trials, Slo(), {}).grids
+    assert [len(grid.cells) for grid in (first, second)] == [6, 6]
+    short = study.trial("d", "burst-c4-i31-o100", 1)
+    state = Search(study.trials, Slo(), {short.id: Figures(2.0, None)})
+    assert not state.needs(study.trial("d", "burst-c1-i31-o100", 1))
+    assert state.needs(study.trial("d", "burst-c1-i31-o200", 1))

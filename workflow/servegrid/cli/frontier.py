@@ -1,0 +1,70 @@
+"""`servegrid frontier`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+
+def add_frontier(subcommands: Any) -> None:
+    parser = subcommands.add_parser(
+        "frontier",
+        help="show the largest load that meets the SLO, as far as it is measured",
+        description="Show for each prompt length of a deployment the largest load that meets the "
+        "study's SLO, what is still open, and the cell that a search would measure next. A cell "
+        "that meets the SLO decides all lighter ones, and one that misses it all heavier ones. "
+        "Nothing is started; `grid: frontier` in the study measures what is missing. Exit status: "
+        "0; 1 if a frontier is not complete; 2 if the study or a record cannot be read.",
+    )
+    add = parser.add_argument
+    add("--configfile", required=True, type=Path, metavar="FILE", help="a study")
+    add("--deployment", metavar="NAME", help="only this deployment; default: all")
+    add(
+        "--directory",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder that contains results/; default: this folder",
+    )
+    parser.set_defaults(run=_frontier)
+
+
+NOT_COMPLETE = 1
+"""The exit status if a frontier is not complete."""
+
+
+def _frontier(options: argparse.Namespace) -> int:
+    from servegrid.analysis.search import Search, load_measured, make_predict
+    from servegrid.analysis.slo import parse_slo
+    from servegrid.errors import ConfigError
+    from servegrid.reference.checkpoint import find_model
+    from servegrid.report.frontier_report import render_frontier
+    from servegrid.study import config, models
+    from servegrid.study.revisions import read_revisions
+
+    study = config.load_study(options.configfile)
+    slo = parse_slo(config.load_settings(options.configfile))
+    names = [deployment.name for deployment in study.deployments]
+    if options.deployment is not None and options.deployment not in names:
+        raise ConfigError(
+            f"--deployment {options.deployment}: the study has no such deployment. It has: "
+            f"{', '.join(names)}."
+        )
+    results = options.directory / "results"
+    revisions, cores = read_revisions(results), len(os.sched_getaffinity(0))
+    texts, complete = [], True
+    for name in names if options.deployment is None else [options.deployment]:
+        trials = [trial for trial in study.trials if trial.deployment.name == name]
+        facts = find_model(trials[0].deployment, models.default_folder(), revisions)
+        predict = make_predict(trials[0], facts, cores)
+        for bring_up in sorted({trial.bring_up for trial in trials}):
+            group = tuple(trial for trial in trials if trial.bring_up == bring_up)
+            measured = load_measured(group, results / "cells", slo)
+            search = Search(group, slo, measured, predict)
+            upcoming = search.next_trial({trial.id for trial in group})
+            complete &= search.is_complete
+            texts.append(render_frontier(search, upcoming))
+    print("\n".join(texts), end="")
+    return 0 if complete else NOT_COMPLETE
