@@ -68,6 +68,23 @@ def test_a_search_has_three_trials_no_drift_check_and_the_specifications_of_the_
 
 
 @pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"order": "light_to_heavy"}, "chooses the order of the cells itself. Remove `order`"),
+        ({"prune": True}, "chooses the order of the cells itself. Remove `prune`"),
+        ({"protocol": "poisson", "request_rate": "sweep"}, "searches among given rates"),
+    ],
+)
+def test_a_search_refuses_keys_that_it_replaces(keys: dict[str, Any], message: str) -> None:
+    workload: dict[str, Any] = {**WORKLOAD}
+    if "request_rate" in keys:
+        del workload["concurrency"]
+    study = {"study": "s", "workload": workload | keys, "deployments": [EMULATED_ENTRY]}
+    with pytest.raises(ConfigError, match=message):
+        parse_study(study)
+
+
+@pytest.mark.parametrize(
     ("changes", "slo", "headroom"),
     [
         ({}, Slo(), 10.0),
@@ -76,6 +93,8 @@ def test_a_search_has_three_trials_no_drift_check_and_the_specifications_of_the_
         ({"time_scale": 0.1}, Slo(), 1.0),  # 20 s of real time: exactly 5 tokens/s
         ({}, Slo(ttft_s=0.25), 0.5),
         ({}, Slo(e2el_s=6.0), 1.5),
+        ({"tpot_s_p50": 0.04}, Slo(tpot_s=0.02), 0.5),
+        ({"itl_max_s_p50": 0.8}, Slo(itl_s=0.4), 0.5),
         ({"ttft_s_p50": float("nan")}, Slo(ttft_s=1.0), 0.0),
     ],
 )

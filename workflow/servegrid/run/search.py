@@ -1,7 +1,7 @@
 """A search inside an allocation: it chooses the next job, and leaves out what is not needed.
 
 Each job still has one trial and writes its two files. When its turn comes, it measures the trial,
-or records that the search does not need it (docs/adr/0011).
+or records that the search does not need it (docs/adr/0013).
 """
 
 from __future__ import annotations
