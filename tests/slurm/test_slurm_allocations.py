@@ -153,6 +153,36 @@ def test_after_the_time_limit_more_allocations_continue(work: Workspace) -> None
     assert len(work.started()) <= 9 + work.service_starts() - 1
 
 
+def test_slurm_is_asked_for_the_time_of_the_missing_cells(work: Workspace) -> None:
+    work.plan(out={"a": 4}, expected_s=60, expected_start_s=30)
+    work.run()
+    # 30 + 4 × 60 + 60 (warning) + 90 (it comes early) = 420 s
+    assert [each["slurm"]["TimeLimit"] for each in work.records()] == ["00:07:00"]
+    for cell in ("a1", "a2"):
+        (work.folder / "out" / cell).unlink()
+    output = work.run()
+    # 30 + 2 × 60 + 150 = 300 s
+    assert {each["slurm"]["TimeLimit"] for each in work.records()} == {"00:07:00", "00:05:00"}
+    assert "time limit" not in output
+
+
+def test_an_allocation_that_needs_more_than_the_limit_is_split(work: Workspace) -> None:
+    """No cell is cut off by the time limit, and none is repeated."""
+    work.kinds(toy=GPU | {"timeout_min": 1})
+    # 15 s for the warning and 15 s because it comes early leave 30 s: the start and two cells.
+    work.plan(out={"a": 4}, expected_s=12, expected_start_s=5)
+    work.set_acts(**dict.fromkeys(names("a", 4), "12"))
+    output = work.run()
+    assert work.outputs() == names("a", 4)
+    assert sorted(work.started()) == ["a0", "a1", "a2", "a3"]
+    assert "with 2 jobs; 2 jobs more than fit into 1 min" in output
+    assert "reached its time limit" not in output
+    records = work.records()
+    assert [each["slurm"]["TimeLimit"] for each in records] == ["00:01:00"] * 2
+    assert [each["jobs_finished"] for each in records] == [2, 2]
+    assert work.service_starts() == 2
+
+
 @pytest.mark.slow
 def test_a_time_limit_during_the_start_of_the_service_is_reported(work: Workspace) -> None:
     work.plan(out={"a": 2}, start_s=300)

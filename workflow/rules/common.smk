@@ -1,11 +1,27 @@
+from functools import cache
+
 from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path
+from servegrid.run.walltime import Walltimes
 
 HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
 
 def trial_of(wildcards):
     return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
+
+
+# What the executor should expect. A dry run and the processes of jobs need no times.
+if workflow.output_settings.dryrun or not workflow.is_main_process:
+    EXPECTED = {}
+else:
+    walltimes = Walltimes(study, Path("results"))
+    EXPECTED = dict(
+        expected_s=lambda wildcards: walltimes.trial_s(trial_of(wildcards)),
+        expected_start_s=lambda wildcards: walltimes.start_s(
+            trial_of(wildcards).deployment
+        ),
+    )
 
 
 def of_each_deployment(outputs, **wildcards):
@@ -25,6 +41,7 @@ PACKAGES = {
 }
 
 
+@cache
 def package_files(name):
     """All files of a package and of those that it imports: a change makes its tables anew.
 

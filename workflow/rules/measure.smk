@@ -10,6 +10,7 @@ rule measure:
     conda:
         "../envs/cpu.yaml"
     resources:
+        **EXPECTED,
         allocation=lambda wildcards: trial_of(wildcards).allocation,
         kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
         gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,

@@ -510,3 +510,51 @@ def _total(ranges: Iterable[Range | None]) -> Range | None:
             return None
         total = total + each
     return total
+
+
+@dataclass(frozen=True)
+class ExpectedTimes:
+    """The times of one deployment: until its engine serves, and of one trial of each cell.
+
+    `unseen` has what no table has, by keys of `predictor.UNSEEN`. `observed` of its own cells
+    calibrate the times.
+    """
+
+    start: Range
+    cells: Mapping[str, Range]
+    unseen: Mapping[str, str]
+    observed: int
+
+
+def expected_times(
+    deployment: Deployment,
+    workloads: Sequence[Workload],
+    facts: ModelFacts,
+    calibration: Calibration,
+    site: Site,
+    bursts: Bursts | None = None,
+) -> ExpectedTimes | None:
+    """The times alone, without a plan: in milliseconds. None if the model or the GPU is unknown.
+
+    Raises ConfigError as `plan_study` does.
+    """
+    try:
+        device = find_device(deployment.gpu)
+    except ConfigError:
+        return None
+    if facts.shape is None:
+        return None
+    placement = place(deployment, facts.shape, device)
+    traits = deployment_traits(deployment, placement, device, site.cores)
+    predictor = make_predictor(traits, deployment.engine, calibration, bursts)
+    expected = predictor.predict(_points(workloads, predictor))
+    scale = time_scale(deployment)
+    return ExpectedTimes(
+        start=start_time(deployment, facts.shape),
+        cells={
+            workload.cell: run_time(workload, _at(expected, index) * scale)
+            for index, workload in enumerate(workloads)
+        },
+        unseen=predictor.unseen,
+        observed=0 if predictor.observed is None else len(predictor.observed.points),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -80,6 +80,9 @@ class Workload:
         return f"{self.protocol}-{intensity}-i{self.input_len}-o{self.output_len}"
 
 
+_WORKLOAD_KEYS = tuple(field.name for field in fields(Workload))
+
+
 @dataclass(frozen=True)
 class Trial:
     """One repeat of a cell: the unit that is measured, recorded and rerun.
@@ -126,7 +129,7 @@ class Trial:
         return bring_up | {
             "format": SPEC_FORMAT,
             "deployment": self.deployment.spec,
-            "workload": asdict(self.workload),
+            "workload": {key: getattr(self.workload, key) for key in _WORKLOAD_KEYS},
             "trial": self.number,
             "drift_check": self.drift_check,
         }
@@ -186,11 +189,16 @@ class Study:
 
         `poisson` workloads count as `max_running`: the engine runs no more requests at once.
         """
-        return max(
-            trial.workload.concurrency or deployment.max_running
-            for trial in self.trials
-            if trial.deployment.name == deployment.name
-        )
+        return self._max_concurrencies[deployment.name]
+
+    @cached_property
+    def _max_concurrencies(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for trial in self.trials:
+            name, concurrency = trial.deployment.name, trial.workload.concurrency
+            concurrency = concurrency or trial.deployment.max_running
+            found[name] = max(concurrency, found.get(name, 0))
+        return found
 
     @cached_property
     def _by_id(self) -> dict[str, Trial]:
