@@ -47,6 +47,8 @@ for file in FILES.split():
 onstart:
     with reraise_as(WorkflowError):
         check_ready(study, "results/cells")
+        if expected := walltimes.forecast(missing_trials()):
+            logger.info(expected)
 
 
 rule all:

@@ -71,7 +71,7 @@ def test_seconds_that_are_none_are_refused(value: object) -> None:
         name = "measure"
         resources = {"expected_s": value}  # noqa: RUF012
 
-    with pytest.raises(WorkflowError, match="measure: resources.expected_s: .* is not a number"):
+    with pytest.raises(WorkflowError, match=r"measure: resources\.expected_s: .* is not a number"):
         job_seconds(Job(), "expected_s")  # type: ignore[arg-type]
     assert job_seconds(Job(), "expected_start_s") is None  # type: ignore[arg-type]
 

@@ -102,3 +102,39 @@ def test_a_damaged_table_of_finished_cells_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "tables" / "cells.parquet").write_text("damaged", encoding="utf-8")
     made = study(VLLM)
     assert Walltimes(made, tmp_path).trial_s(made.trials[0])
+
+
+def test_the_forecast_adds_starts_and_trials_up_and_names_what_was_never_seen(
+    tmp_path: Path,
+) -> None:
+    # A minute of requests each, an engine that starts in 7 s; what responses take is scaled away.
+    emulated = EMULATED_ENTRY | {"engine_args": {"startup_s": 7, "time_scale": 1e-9}}
+    made = study(emulated, protocol="closed_loop", duration_s=60, concurrency=[1, 8], bring_ups=2)
+    ids = {trial.id for trial in made.trials}
+    assert len(ids) == 8
+    times = Walltimes(made, tmp_path)
+    # 8 × (60 + 0.2) + 2 × 7 = 495.6 s
+    assert times.forecast(ids) == (
+        "Expected time: 9 min (95% interval: 9 min to 9 min), with 2 engine starts."
+    )
+    # 60.2 + 7 = 67.2 s
+    assert times.forecast({made.trials[0].id}) == (
+        "Expected time: 2 min (95% interval: 2 min to 2 min), with 1 engine start."
+    )
+    assert times.forecast(set()) is None
+
+
+def test_the_forecast_of_an_unknown_cpu_is_labelled(tmp_path: Path) -> None:
+    made = study(VLLM | {"gpu": "cpu", "gpu_count": 0})
+    text = Walltimes(made, tmp_path).forecast({trial.id for trial in made.trials})
+    assert text is not None
+    assert text.splitlines()[1] == "CAUTION: the tables behind it have never seen a CPU."
+
+
+def test_the_forecast_counts_what_is_not_predicted(tmp_path: Path) -> None:
+    made = parse_study(
+        {"study": "s", "workload": WORKLOAD, "deployments": [VLLM, VLLM | {"model": "nobody-s"}]}
+    )
+    text = Walltimes(made, tmp_path).forecast({trial.id for trial in made.trials})
+    assert text is not None
+    assert text.endswith("Not predicted: 4 measurements.")

@@ -3,6 +3,7 @@ from functools import cache
 from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path
 from servegrid.run.walltime import Walltimes
+from snakemake_logger_plugin_servegrid import forecast
 
 HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
@@ -11,11 +12,12 @@ def trial_of(wildcards):
     return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
 
 
+walltimes = Walltimes(study, Path("results"))
 # What the executor should expect. A dry run and the processes of jobs need no times.
-if workflow.output_settings.dryrun or not workflow.is_main_process:
-    EXPECTED = {}
-else:
-    walltimes = Walltimes(study, Path("results"))
+EXPECTED = {}
+if workflow.output_settings.dryrun:
+    forecast.source = walltimes.forecast
+elif workflow.is_main_process:
     EXPECTED = dict(
         expected_s=lambda wildcards: walltimes.trial_s(trial_of(wildcards)),
         expected_start_s=lambda wildcards: walltimes.start_s(
@@ -24,9 +26,26 @@ else:
     )
 
 
+def unless_dry_run(**resources):
+    """The resources; none in a dry run that does not show them: they are a third of its time."""
+    output = workflow.output_settings
+    hidden = output.dryrun and not (output.verbose or output.printshellcmds)
+    return {} if hidden else resources
+
+
 def of_each_deployment(outputs, **wildcards):
     names = [deployment.name for deployment in study.deployments]
     return expand(outputs, deployment=names, **wildcards)
+
+
+def missing_trials():
+    """The trials without a record, before the run."""
+    files = Path("results/cells")
+    return {
+        trial.id
+        for trial in study.all_trials
+        if not (files / trial.id / "requests.parquet").exists()
+    }
 
 
 def published_file():

@@ -10,16 +10,18 @@ rule measure:
     conda:
         "../envs/cpu.yaml"
     resources:
-        **EXPECTED,
-        allocation=lambda wildcards: trial_of(wildcards).allocation,
-        kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
-        gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
-        environment=lambda wildcards: trial_of(wildcards).deployment.environment,
-        order=lambda wildcards: study.position(trial_of(wildcards)),
-        max_concurrency=lambda wildcards: study.max_concurrency(
-            trial_of(wildcards).deployment
+        **unless_dry_run(
+            allocation=lambda wildcards: trial_of(wildcards).allocation,
+            kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
+            gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
+            environment=lambda wildcards: trial_of(wildcards).deployment.environment,
+            order=lambda wildcards: study.position(trial_of(wildcards)),
+            max_concurrency=lambda wildcards: study.max_concurrency(
+                trial_of(wildcards).deployment
+            ),
+            attempt=lambda wildcards, attempt: attempt,
+            **EXPECTED,
         ),
-        attempt=lambda wildcards, attempt: attempt,
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,
     script:

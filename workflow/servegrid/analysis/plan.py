@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from servegrid.analysis.capacity import HardwarePrices
 from servegrid.analysis.efficiency import cell_bound, find_hardware
 from servegrid.analysis.feasibility import (
     CANNOT,
@@ -31,6 +31,9 @@ from servegrid.reference.memory import Placement, find_device, place
 from servegrid.reference.roofline import ModelShape
 from servegrid.study.deployment import EMULATED, EXTERNAL, VLLM, Deployment
 from servegrid.study.grid import Study, Trial, Workload
+
+if TYPE_CHECKING:  # its scipy takes half a second of a dry run
+    from servegrid.analysis.capacity import HardwarePrices
 
 START_S, LOAD_BYTES_PER_S = 60.0, 1e9
 """An engine's start: imports, compilation and warm-up, and the speed at which weights are read."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from servegrid.errors import ServegridError
 from servegrid.study.deployment import CPU, EXTERNAL, Deployment
 from servegrid.study.grid import Study, Trial, Workload
+from servegrid.study.text import pluralize
 
 if TYPE_CHECKING:  # pandas takes a second of a dry run, which needs none of this
-    from servegrid.analysis.plan import ExpectedTimes
+    from servegrid.analysis.plan import ExpectedTimes, Range
     from servegrid.analysis.prediction import Bursts
 
 GAP_S = 3.0
@@ -41,13 +42,39 @@ class Walltimes:
 
     def trial_s(self, trial: Trial) -> int | None:
         """The time of one trial; None if it cannot be predicted."""
-        times = self._times[trial.deployment.name]
+        times = _sure(self._times[trial.deployment.name])
         return times and math.ceil(times.cells[trial.workload.cell].high + GAP_S)
 
     def start_s(self, deployment: Deployment) -> int | None:
         """The time until the engine serves; None if it cannot be predicted."""
-        times = self._times[deployment.name]
+        times = _sure(self._times[deployment.name])
         return times and math.ceil(times.start.high + START_EXTRA_S)
+
+    def forecast(self, ids: Collection[str]) -> str | None:
+        """What the trials with these ids take in all, as a text; None if nothing is known."""
+        trials = [trial for trial in self._study.all_trials if trial.id in ids]
+        parts: list[Range] = []
+        starts: dict[str, ExpectedTimes] = {}
+        for trial in trials:
+            if times := self._times[trial.deployment.name]:
+                parts.append(times.cells[trial.workload.cell])
+                starts[trial.allocation] = times
+        if not starts:
+            return None
+        rest = len(trials) - len(parts)
+        parts += [times.start for times in starts.values()]
+        value, low, high = (
+            format_minutes(sum(getattr(part, end) for part in parts))
+            for end in ("value", "low", "high")
+        )
+        text = f"Expected time: {value} (95% interval: {low} to {high})"
+        text += f", with {pluralize(len(starts), 'engine start')}."
+        if rest:
+            text += f" Not predicted: {pluralize(rest, 'measurement')}."
+        unseen = dict.fromkeys(each for times in starts.values() for each in times.unseen.values())
+        if unseen:
+            text += f"\nCAUTION: the tables behind it have never seen {' and '.join(unseen)}."
+        return text
 
     @cached_property
     def _times(self) -> Mapping[str, ExpectedTimes | None]:
@@ -80,22 +107,33 @@ class Walltimes:
             )
         except ServegridError:  # the checks before a run report it
             return None
-        if times is None or (
-            not times.observed and any(key in times.unseen for key in NEEDS_OWN_CELLS)
-        ):
-            return None
         return times
 
     def _earlier(self) -> Mapping[str, Bursts]:
         """Finished cells of this study, if the last run has made their table."""
-        from servegrid.analysis import earlier, tables
-
         file = self._results / "tables" / "cells.parquet"
         if not file.is_file():
             return {}
+        from servegrid.analysis import earlier, tables
+
         try:
             table = tables.load_table(file)
         except ServegridError:
             return {}
         digests = {trial.digest for trial in self._study.trials}
         return earlier.earlier_bursts(self._study, table[table["spec_digest"].isin(digests)])
+
+
+def _sure(times: ExpectedTimes | None) -> ExpectedTimes | None:
+    """The times, unless they come from tables that say nothing about such a deployment."""
+    if times is None or times.observed:
+        return times
+    return None if any(key in times.unseen for key in NEEDS_OWN_CELLS) else times
+
+
+def format_minutes(seconds: float) -> str:
+    """
+    >>> [format_minutes(each) for each in (20, 90, 5400)]
+    ['1 min', '2 min', '1.5 h']
+    """
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{math.ceil(seconds / 60)} min"

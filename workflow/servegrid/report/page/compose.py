@@ -11,12 +11,14 @@ import pandas as pd
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.engine_comparison import compare_engines
 from servegrid.analysis.findings import compute_frontier, describe_findings
+from servegrid.analysis.plan import DeploymentPlan
 from servegrid.analysis.published import (
     compare_with_published,
     describe_comparison,
     method_differences,
     published_summary,
 )
+from servegrid.analysis.review import DeploymentReview
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles, hardware_title, workload_title
 from servegrid.reference.published import PublishedData
@@ -56,6 +58,8 @@ class StudyResults:
     published: PublishedData | None
     prompts: Sequence[str]
     allocations: Sequence[Mapping[str, Any]]
+    outcomes: Sequence[tuple[DeploymentPlan, DeploymentReview]] = ()
+    """The plans of deployments with finished cells, made from the package's tables alone."""
 
 
 def render_study_page(
@@ -84,6 +88,7 @@ def render_study_page(
                 results.slo,
             ),
             *published,
+            *([sections.plan_section(results.outcomes)] if results.outcomes else []),
             sections.engines_section(compare_engines(summary, cells)),
             sections.validity_section(cells),
             sections.provenance_section(results.allocations),
