@@ -43,12 +43,12 @@ class Walltimes:
     def trial_s(self, trial: Trial) -> int | None:
         """The time of one trial; None if it cannot be predicted."""
         times = _sure(self._times[trial.deployment.name])
-        return times and math.ceil(times.cells[trial.workload.cell].high + GAP_S)
+        return None if times is None else math.ceil(times.cells[trial.workload.cell].high + GAP_S)
 
     def start_s(self, deployment: Deployment) -> int | None:
         """The time until the engine serves; None if it cannot be predicted."""
         times = _sure(self._times[deployment.name])
-        return times and math.ceil(times.start.high + START_EXTRA_S)
+        return None if times is None else math.ceil(times.start.high + START_EXTRA_S)
 
     def forecast(self, ids: Collection[str]) -> str | None:
         """What the trials with these ids take in all, as a text; None if nothing is known."""

@@ -88,7 +88,7 @@ def render_study_page(
                 results.slo,
             ),
             *published,
-            *([sections.plan_section(results.outcomes)] if results.outcomes else []),
+            *([sections.plan_section(results.outcomes, titles)] if results.outcomes else []),
             sections.engines_section(compare_engines(summary, cells)),
             sections.validity_section(cells),
             sections.provenance_section(results.allocations),

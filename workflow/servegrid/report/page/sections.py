@@ -82,16 +82,18 @@ def engines_section(ratios: pd.DataFrame) -> Section:
     return Section("engines", title, tables=[frame_table(caption, ratios)])
 
 
-def plan_section(outcomes: Sequence[tuple[DeploymentPlan, DeploymentReview]]) -> Section:
+def plan_section(
+    outcomes: Sequence[tuple[DeploymentPlan, DeploymentReview]], titles: Mapping[str, str]
+) -> Section:
     """What was expected of each deployment, and what came of it."""
     title = "Plan and outcome"
-    if not outcomes:
-        return Section("plan", title, ["No deployment has finished cells."])
     head = [
         *("deployment", "fit", "will queue", "cannot work", "predicted / measured"),
         *("error, median / p90", "in interval", "measured / bound"),
     ]
-    rows = [[plan.deployment.name, *_outcome_texts(plan, review)] for plan, review in outcomes]
+    rows = [
+        [titles[plan.deployment.name], *_outcome_texts(plan, review)] for plan, review in outcomes
+    ]
     caption = (
         "Cells by their outlook before the run; predictions of seconds per 100 tokens, from "
         "published tables alone, against the measured cells (medians; the 95% interval should "
@@ -102,7 +104,9 @@ def plan_section(outcomes: Sequence[tuple[DeploymentPlan, DeploymentReview]]) ->
         "the metric of the heat map above. A dash: the tables do not know the model or the "
         "hardware, or there is no strict bound (CPU)."
     ]
-    surprises = [f"{each.deployment}: {text}." for _, each in outcomes for text in each.surprises]
+    surprises = [
+        f"{titles[each.deployment]}: {text}." for _, each in outcomes for text in each.surprises
+    ]
     return Section(
         "plan", title, paragraphs, surprises[:MAX_SURPRISES], [_table(caption, head, rows)]
     )
