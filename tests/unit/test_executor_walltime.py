@@ -258,3 +258,9 @@ def test_a_machine_without_slurm_has_no_such_limit(run: SlurmRun) -> None:
     run.put(*EIGHT, "i")
     assert run.limits == [10]
     assert len(run.queued()) == 9
+
+
+def test_the_time_of_a_start_that_is_still_to_come_is_kept_free(run: SlurmRun) -> None:
+    run.put("a")  # 90 s for start and jobs, of which 30 + 60 are promised
+    run.put("b", expected_s=30)
+    assert run.queued() == ["a"]
