@@ -1,5 +1,3 @@
-from functools import cache
-
 from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path
 from servegrid.run.walltime import Walltimes
@@ -60,7 +58,6 @@ PACKAGES = {
 }
 
 
-@cache
 def package_files(name):
     """All files of a package and of those that it imports: a change makes its tables anew.
 
