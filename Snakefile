@@ -1,19 +1,9 @@
 # What is measured: config/. Where it runs: profiles/. What is done: workflow/rules/.
 import re
 
-from snakemake.exceptions import WorkflowError
 from snakemake.utils import min_version
 
-from servegrid.analysis.slo import parse_slo
-from servegrid.node.environment import use_safe_path, use_utf8
-from servegrid.reference.published import published_from_config
-from servegrid.study.config import from_snakemake
-from servegrid.run.preflight import check_ready
-from servegrid.run.jobscript import reraise_as
-from servegrid.run.search_plan import forget_left_out, write_plans
-
 min_version("9.27")
-use_safe_path()
 
 # Another study replaces the default one; given to Snakemake as well, the two would be merged.
 if not config:
@@ -21,13 +11,7 @@ if not config:
     configfile: f"{workflow.basedir}/config/demo.yaml"
 
 
-with reraise_as(WorkflowError):
-    use_utf8()
-    study = from_snakemake(config, workflow.configfiles)
-    # An unknown data set is refused now, not after the benchmark.
-    published_from_config(config, workflow.configfiles)
-    if workflow.is_main_process:
-        forget_left_out(study, parse_slo(config))
+include: "workflow/rules/common.smk"
 
 
 report: "workflow/report/study.rst"
@@ -42,24 +26,15 @@ localrules:
     all,
 
 
-FILES = (
-    "common measure gather goodput tabulate plot findings plan_capacity render bundle"
-)
-for file in FILES.split():
+FILES = "measure gather goodput tabulate plot findings plan_capacity render bundle"
+# The rule `refuse` only if it has cells: Snakemake would look for them among all others.
+for file in FILES.split() + ["refuse"] * bool(study.unsupported):
 
     include: f"workflow/rules/{file}.smk"
 
 
-# Only if there are such cells: Snakemake would look for them among all others.
-if study.unsupported:
-
-    include: "workflow/rules/refuse.smk"
-
-
 onstart:
-    with reraise_as(WorkflowError):
-        check_ready(study, "results/cells")
-        write_plans(study, parse_slo(config))
+    prepare_run()
 
 
 rule all:
@@ -67,8 +42,7 @@ rule all:
     input:
         rules.gather.input,  # a record that has been deleted is missed
         *(each.output for each in (rules.gather, rules.summarise, rules.findings)),
-        rules.goodput.output,
-        *(each.output for each in (rules.plan_capacity, rules.plot_overview)),
-        of_each_deployment(rules.tabulate.output),
-        of_each_deployment(rules.plot.output),
+        *(each.output for each in (rules.goodput, rules.plan_capacity)),
+        rules.plot_overview.output,
+        of_each_deployment(rules.tabulate.output + rules.plot.output),
         rules.render.output,

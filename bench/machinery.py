@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+import scale
 from servegrid.reference import data
 from snakemake_executor_plugin_submitit.spool import JournalReader
 from snakemake_executor_plugin_submitit.usage import UsageStats
@@ -33,7 +34,11 @@ WAVES = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="skip the full rehearsal")
+    parser.add_argument("--plan", action="store_true", help="only the dry runs")
     options = parser.parse_args()
+    plan()
+    if options.plan:
+        return
     start = median(run_timed("-m", "snakemake", "--version") for _ in range(3))
     one = REHEARSAL | {"deployments": REHEARSAL["deployments"][:1]}
     with tempfile.TemporaryDirectory() as name:
@@ -45,6 +50,63 @@ def main() -> None:
         print("\nseven deployments at once, 392 cells and 21 drift checks:")
         report(*rehearse(REHEARSAL, 7, Path(name)), start)
         bundle(Path(name))
+
+
+PLANNED = (400, 10_000)
+BARE = """
+rule all:
+    default_target: True
+    input:
+        expand(
+            "cells/{{number}}/{{part}}.parquet",
+            number=range({cells}),
+            part=["requests", "telemetry"],
+        ),
+
+
+rule measure:
+    output:
+        requests="cells/{{number}}/requests.parquet",
+        telemetry="cells/{{number}}/telemetry.parquet",
+    log:
+        "logs/{{number}}.log",
+    {action}
+"""
+ACTIONS = {
+    "a rule with the same outputs, log and script": 'script: "measure.py"',
+    "a rule with the same outputs and log": 'shell: "touch {{output}}"',
+}
+
+
+def study_of(cells: int) -> dict[str, Any]:
+    """A study with 200 cells per deployment."""
+    config = scale.study_config(cells * scale.CELLS_PER_DEPLOYMENT // 200)
+    config["workload"]["concurrency"] = config["workload"]["concurrency"][:20]
+    return config
+
+
+def plan() -> None:
+    """Print the CPU time of a dry run, and its ratio to bare rules with as many outputs."""
+    print("dry run (snakemake -n), CPU time, by the number of cells; as ratios to bare rules:")
+    for cells in PLANNED:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            config = study_of(cells)
+            (folder / "study.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+            (folder / "measure.py").touch()
+            dry = ("--dry-run", "--profile", str(ROOT / "profiles/local"), "--directory", name)
+            study = ("--snakefile", str(ROOT / "Snakefile"), "--configfile")
+            ours, _ = scale.measure(
+                *("-m", "snakemake", "all", *dry, *study, str(folder / "study.yaml"))
+            )
+            print(f"  {cells:>6,} cells: {ours:.1f} s")
+            for label, action in ACTIONS.items():
+                text = BARE.format(cells=cells, action=action.format())
+                (folder / "Snakefile").write_text(text, encoding="utf-8")
+                bare, _ = scale.measure(
+                    *("-m", "snakemake", "all", *dry, "--snakefile", str(folder / "Snakefile"))
+                )
+                print(f"    {ours / bare:.2f} × {label} ({bare:.1f} s)")
 
 
 def rehearse(

@@ -9,6 +9,7 @@ other job is submitted alone.
 # types of the settings at run time.
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ from snakemake_executor_plugin_submitit.jobs import (
     job_log,
     job_order,
     job_params,
+    job_seconds,
     parse_arguments,
     to_json_data,
 )
@@ -209,7 +211,8 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             self.run_job_pre(job)
             task = self._task(job)
             name = allocation_name(job) or f"{job.name}-{task.key}"
-            batch.append((name, QueuedJob(job, task, partial(self._spec, job, name))))
+            spec = partial(self._spec, job, name)
+            batch.append((name, QueuedJob(job, task, spec, job_seconds(job, "expected_s"))))
             self.report_job_submission(SubmittedJobInfo(job))
         self._manager.put(batch)
 
@@ -276,6 +279,8 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
             parameters=parameters,
             is_reusable=is_shared,
             follower=follower if parameters.on_all_nodes else None,
+            start_s=job_seconds(job, "expected_start_s") or 0.0,
+            later_s=self._later_s(name) if is_shared else 0.0,
         )
         if self._check and is_shared:
             try:
@@ -285,6 +290,16 @@ class Executor(RemoteExecutor):  # type: ignore[misc]
                     f"Allocation {name}: not submitted. {place}: {error}"
                 ) from error
         return spec
+
+    def _later_s(self, name: str) -> float | None:
+        """What the allocation's jobs that Snakemake has not handed over yet are expected to take.
+
+        There are such jobs if more are ready than `--jobs` allows. None if that is not known.
+        """
+        # One step, because the scheduler changes this set in its own thread.
+        ready = tuple(self.workflow.dag.ready_jobs)
+        later = [job_seconds(job, "expected_s") for job in ready if allocation_name(job) == name]
+        return None if None in later else math.fsum(filter(None, later))
 
     def _kind_parameters(self, job: JobExecutorInterface) -> dict[str, Any]:
         """The parameters of the job's kind of node, with the absolute path of its Python."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -31,6 +32,22 @@ def job_order(job: JobExecutorInterface) -> int:
     raise WorkflowError(
         f"{job.name}: resources.order: {order!r} is not an integer from 0 to 999999. "
         "Correct it in the rule."
+    )
+
+
+def job_seconds(job: JobExecutorInterface, resource: str) -> float | None:
+    """The seconds of a resource, `expected_s` or `expected_start_s`; None if the job has none.
+
+    Raises WorkflowError if it is not a number from 0.
+    """
+    seconds = job.resources.get(resource)
+    if seconds is None:
+        return None
+    if isinstance(seconds, Real) and 0 <= float(seconds) < math.inf:
+        return float(seconds)
+    raise WorkflowError(
+        f"{job.name}: resources.{resource}: {seconds!r} is not a number of seconds from 0. "
+        "Correct it in the rule, or leave it out."
     )
 
 

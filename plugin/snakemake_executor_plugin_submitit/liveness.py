@@ -45,7 +45,9 @@ class Submission:
     Job ids and process ids are reused. So `job_name` contains a random part, and `start_ticks`
     is the start time of the local process in clock ticks since boot (None on Slurm). `submitted`
     is in seconds since the epoch. `host` submitted the job. `clusters` is another cluster than
-    that of this machine.
+    that of this machine. `usable_s` is the part of the time limit in which the service starts,
+    expected to take `start_s`, and jobs run; None if nothing is expected of them. `is_shortened`
+    says whether less time was requested than is allowed.
     """
 
     name: str
@@ -57,6 +59,9 @@ class Submission:
     log: str
     start_ticks: int | None = None
     clusters: str | None = None
+    usable_s: float | None = None
+    start_s: float = 0.0
+    is_shortened: bool = False
 
 
 class Liveness(Protocol):

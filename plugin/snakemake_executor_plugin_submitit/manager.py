@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 import shlex
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Generic
 
@@ -41,13 +43,20 @@ from snakemake_executor_plugin_submitit.registry import Adopted, Registry, write
 from snakemake_executor_plugin_submitit.spool import Spool
 from snakemake_executor_plugin_submitit.submission import SchedulerUnavailable, cancel, submit
 from snakemake_executor_plugin_submitit.tracking import (
+    AllocationSpec,
     AllocationState,
     Failure,
     Job,
     Outcome,
     QueuedJob,
 )
-from snakemake_executor_plugin_submitit.usage import UsageStats, pluralize, summarise
+from snakemake_executor_plugin_submitit.usage import (
+    UsageStats,
+    format_duration,
+    pluralize,
+    summarise,
+)
+from snakemake_executor_plugin_submitit.walltime import Span, choose_span
 
 MAX_IDLE_S = 3.0
 """An allocation without jobs ends after this time if others wait. Snakemake is faster than that."""
@@ -257,23 +266,32 @@ class AllocationManager(Generic[Job]):
     def _assign(self, name: str, jobs: list[QueuedJob[Job]]) -> None:
         live = self._live.get(name)
         if live is None:
-            self._live[name] = self._start(jobs)
+            self._live[name] = self._start(name, jobs)
             return
         if live.handle is None and not live.assigned:
             self._report(
                 f"Allocation {name}: job {live.submission.job_id} of an earlier run is still "
                 f"active and runs {pluralize(len(jobs), 'job')} of this run."
             )
+        room_s = -math.inf if live.is_closing else live.room_s()
         for queued in jobs:
             ticket = live.inherited.pop(queued.task.key, None)
-            if ticket is None and live.is_closing:
-                self._waiting.setdefault(name, []).append(queued)
-                continue
+            if ticket is None:
+                room_s -= queued.expected_s or 0.0
+                if room_s < 0.0:
+                    self._waiting.setdefault(name, []).append(queued)
+                    continue
             live.assigned += 1
             live.tickets[ticket or live.spool.put(queued.task)] = queued
+        if name in self._waiting and not live.tickets:
+            live.spool.close()  # another allocation gets what does not fit into this one
+            live.is_closing = True
 
-    def _start(self, jobs: list[QueuedJob[Job]]) -> AllocationState[Job]:
+    def _start(self, name: str, jobs: list[QueuedJob[Job]]) -> AllocationState[Job]:
+        jobs = sorted(jobs, key=lambda queued: queued.task.order)
         spec = jobs[0].spec()
+        span = self._choose_span(spec, jobs)
+        jobs, rest = jobs[: span.jobs], jobs[span.jobs :]
         has_service = spec.service is not None
         identity = uuid.uuid4().hex[:8]
         spool = Spool.create(self._folder / slug(spec.name) / identity)
@@ -287,18 +305,24 @@ class AllocationManager(Generic[Job]):
             params=spec.params,
             resources=spec.resources,
             idle_timeout=self._idle_timeout,
-            time_limit=spec.parameters.time_limit_s,
-            signal_delay=spec.parameters.signal_delay_s,
+            time_limit=span.parameters.time_limit_s,
+            signal_delay=span.parameters.signal_delay_s,
             preload=self._preload if has_service else (),
             modules=self._modules,
             follower=spec.follower,
-            interface=str(spec.parameters.values.get("interface", "")),
+            interface=str(span.parameters.values.get("interface", "")),
         )
         tickets = {spool.put(queued.task): queued for queued in jobs}
         job_name = f"{slug(spec.name)[:80]}-{identity}"
         folder = spool.root / "submitit"
         submission, handle = submit(
-            spec.name, self._cluster, job_name, folder, spec.parameters, function
+            spec.name, self._cluster, job_name, folder, span.parameters, function
+        )
+        submission = replace(
+            submission,
+            usable_s=span.usable_s,
+            start_s=spec.start_s,
+            is_shortened=span.is_shortened,
         )
         write_submission(spool, submission, has_service)
         usage = self._usage_stats(spec.name)
@@ -314,12 +338,22 @@ class AllocationManager(Generic[Job]):
             tickets=tickets,
             assigned=len(jobs),
         )
+        if rest:
+            self._waiting[name] = rest
+        time_limit = format_duration(span.parameters.time_limit_s)
+        split = f"; {pluralize(len(rest), 'job')} more than fit into {time_limit}" if rest else ""
         self._progress.report(
-            live.progress("", len(jobs)),
+            live.progress("", len(jobs) + len(rest)),
             f"Allocation {spec.name}: submitted as job {submission.job_id} with "
-            f"{pluralize(len(jobs), 'job')}; log: {submission.log}",
+            f"{pluralize(len(jobs), 'job')}{split}; log: {submission.log}",
         )
         return live
+
+    def _choose_span(self, spec: AllocationSpec, jobs: list[QueuedJob[Job]]) -> Span:
+        """Slurm is asked for the expected time, unless that was too short before."""
+        if self._cluster != "slurm" or self._usage_stats(spec.name).was_too_short:
+            return Span(len(jobs), spec.parameters)
+        return choose_span(spec, [queued.expected_s for queued in jobs])
 
     # allocations end
 
@@ -356,6 +390,7 @@ class AllocationManager(Generic[Job]):
             self._report(f"{text}.")
             return []
         left = live.unfinished_jobs()
+        live.usage.was_too_short |= live.was_too_short(state)
         if live.should_continue(state):
             jobs = pluralize(len(left), "remaining job")
             self._progress.report(live.final_progress(), f"{text}. Another allocation runs {jobs}.")

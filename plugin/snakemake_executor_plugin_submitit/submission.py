@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ _COPIED_RESOURCES = (
     *("slurm_partition", "slurm_account", "slurm_constraint", "slurm_qos"),
 )
 _LOCAL_TIME_LIMIT_MIN = 7 * 24 * 60
+MAX_EARLY_S = 90.0
+"""Slurm warns up to a minute too early; half a minute is for the start of the allocation."""
 
 
 def choose_cluster(requested: str | None) -> str:
@@ -175,6 +177,22 @@ class Parameters:
     def signal_delay_s(self) -> int:
         """Seconds before the time limit at which the allocation is warned."""
         return int(self.values.get("signal_delay_s", min(60, self.time_limit_s / 4)))
+
+    @property
+    def reserve_s(self) -> float:
+        """Seconds of the time limit without new jobs: from the warning on, which may come early."""
+        return self.signal_delay_s + min(MAX_EARLY_S, self.time_limit_s / 4)
+
+    def lasting(self, seconds: float) -> Parameters:
+        """The same with a time limit for `seconds` of work and the reserve, if that is less.
+
+        Slurm counts in whole minutes.
+        """
+        minutes = math.ceil((seconds + self.reserve_s) / 60)
+        if minutes >= self.values["timeout_min"]:
+            return self
+        limits = {"timeout_min": minutes, "signal_delay_s": self.signal_delay_s}
+        return replace(self, values={**self.values, **limits})
 
     @classmethod
     def build(

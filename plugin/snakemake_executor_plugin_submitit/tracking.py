@@ -52,7 +52,11 @@ _END_TEXTS = {
 
 @dataclass(frozen=True)
 class AllocationSpec:
-    """What is submitted as one allocation. Only a reusable one takes more jobs later."""
+    """What is submitted as one allocation. Only a reusable one takes more jobs later.
+
+    Its service is expected to start in `start_s`. Jobs that Snakemake has not handed over yet are
+    expected to take `later_s`; None if that is not known.
+    """
 
     name: str
     service: str | None
@@ -61,15 +65,21 @@ class AllocationSpec:
     parameters: Parameters
     is_reusable: bool = True
     follower: str | None = None
+    start_s: float = 0.0
+    later_s: float | None = 0.0
 
 
 @dataclass(frozen=True)
 class QueuedJob(Generic[Job]):
-    """A job and its task. `spec` is called if the job is the first of a new allocation."""
+    """A job and its task. `spec` is called if the job is the first of a new allocation.
+
+    `expected_s` are the seconds that it takes at most, as far as is known; None if nothing is.
+    """
 
     job: Job
     task: Task
     spec: Callable[[], AllocationSpec]
+    expected_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -203,12 +213,29 @@ class AllocationState(Generic[Job]):
             return True  # jobs arrived at the moment of the end
         if state == "CANCELLED":
             return False  # a person wants this
+        if self.was_too_short(state):
+            return True
         cluster_reasons = (reasons.PREEMPTED, reasons.NODE_LOST)
         if state in CLUSTER_ENDS or self.end_reason in cluster_reasons:
             self.usage.losses += 1
             return self.usage.losses < MAX_LOSSES
         was_already_gone = self.handle is None and self.ended is None
         return self.finished > 0 or was_already_gone
+
+    def was_too_short(self, state: str | None) -> bool:
+        """Whether it ran into a time limit that was shorter than allowed."""
+        at_limit = self.end_reason == reasons.TIME_LIMIT or state == "TIMEOUT"
+        return at_limit and self.submission.is_shortened
+
+    def room_s(self) -> float:
+        """Seconds of further jobs that fit into the time limit; infinite if nothing is known."""
+        usable_s, begun = self.submission.usable_s, self.process
+        if usable_s is None:
+            return math.inf
+        spent_s = 0.0 if begun is None or self.stopped else time.time() - begun.data["time"]
+        if self.service is None:
+            spent_s = max(spent_s, self.submission.start_s)
+        return usable_s - spent_s - sum(each.expected_s or 0.0 for each in self.tickets.values())
 
     def progress(self, cluster_state: str, left: int) -> Progress:
         """The current progress.

@@ -16,7 +16,8 @@ class UsageStats:
 
     `jobs`, `done`, `failed` and `started` contain keys of jobs. `starts` counts every start of a
     job, `finished` every end. `losses` counts the allocations that the cluster has taken away
-    since the last finished job. Times are seconds: `allocated_s` is the lifetime of the
+    since the last finished job. `was_too_short` says whether one of them ran into a time limit that
+    was shorter than allowed. Times are seconds: `allocated_s` is the lifetime of the
     allocations' processes, `jobs_s` the part in which a job ran, `work_s` the work that the jobs
     have reported (see allocation.REPORT_VARIABLE), `gaps_s` the times between the work of one job
     and the next.
@@ -32,6 +33,7 @@ class UsageStats:
     finished: int = 0
     service_starts: int = 0
     losses: int = 0
+    was_too_short: bool = False
     allocated_s: float = 0.0
     jobs_s: float = 0.0
     work_s: float = 0.0

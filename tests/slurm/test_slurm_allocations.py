@@ -153,6 +153,40 @@ def test_after_the_time_limit_more_allocations_continue(work: Workspace) -> None
     assert len(work.started()) <= 9 + work.service_starts() - 1
 
 
+def test_slurm_is_asked_for_the_time_of_the_missing_cells(work: Workspace) -> None:
+    expected = dict.fromkeys(names("a", 4), 60)
+    work.plan(out={"a": 4}, expected_s=expected, expected_start_s=30)
+    work.run()
+    # 30 + 4 × 60 + 60 (warning) + 90 (it comes early) = 420 s
+    assert [each["slurm"]["TimeLimit"] for each in work.records()] == ["00:07:00"]
+    for cell in ("a1", "a2"):
+        (work.folder / "out" / cell).unlink()
+    output = work.run()
+    # 30 + 2 × 60 + 150 = 300 s
+    assert {each["slurm"]["TimeLimit"] for each in work.records()} == {"00:07:00", "00:05:00"}
+    assert "time limit" not in output
+
+
+def test_an_allocation_that_needs_more_than_the_limit_is_split(work: Workspace) -> None:
+    """No cell is cut off by the time limit, and none is repeated."""
+    work.kinds(toy=GPU | {"timeout_min": 4, "signal_delay_s": 5})
+    # Of 240 s, 5 are for the warning, and 60 because it may come early. 175 s are left.
+    expected = {"a0": 10, "a1": 10, "a2": 165}
+    work.plan(out={"a": 3}, expected_s=expected, expected_start_s=1)
+    # Now less than 165 s are left for the third cell, which in truth would fit.
+    work.set_acts(a0="12")
+    output = work.run()
+    assert work.outputs() == names("a", 3)
+    assert work.started() == ["a0", "a1", "a2"]
+    assert "with 2 jobs; 1 job more than fit into 4 min" in output
+    assert "reached its time limit" not in output
+    records = work.records()
+    # 1 + 165 + 65 = 231 s
+    assert [each["slurm"]["TimeLimit"] for each in records] == ["00:04:00"] * 2
+    assert sorted(each["jobs_finished"] for each in records) == [1, 2]
+    assert work.service_starts() == 2
+
+
 @pytest.mark.slow
 def test_a_time_limit_during_the_start_of_the_service_is_reported(work: Workspace) -> None:
     work.plan(out={"a": 2}, start_s=300)

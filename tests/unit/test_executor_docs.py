@@ -34,6 +34,7 @@ def test_defaults_are_those_of_the_settings(setting: str, default: object) -> No
 def test_every_resource_is_explained() -> None:
     explained = set(table("Resources of a job"))
     read = {"allocation", "order", "kind", "environment", "runtime", "gpus", "mem_mb"}
+    read |= {"expected_s", "expected_start_s"}
     assert read | set(submission._COPIED_RESOURCES) == explained
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from helpers.log_records import cell_info, job_error, job_finished, job_info, lo
 from servegrid.analysis.validity import RULES
 from servegrid.records import columns
 from servegrid.records.verdict import OK, VERDICTS
+from snakemake_logger_plugin_servegrid import forecast
 from snakemake_logger_plugin_servegrid.outcome import (
     REMEDIES,
     describe_validity,
@@ -189,3 +191,33 @@ def test_a_dry_run_counts_cells_by_deployment_and_says_why() -> None:
         "This was a dry run: nothing was started. --verbose lists every job.",
     ]
     assert dry_run_lines(RunProgress()) == []
+
+
+def test_a_dry_run_of_few_cells_says_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[set[str]] = []
+
+    def expect(targets: Collection[str]) -> str:
+        asked.append(set(targets))
+        return "Expected time: 3 min\nCAUTION: a CPU"
+
+    monkeypatch.setattr(forecast, "source", expect)
+    progress = RunProgress()
+    for record in (cell_info(1, "small", "c1"), job_info(2, "gather")):
+        progress.update(record)
+    assert dry_run_lines(progress)[:4] == [
+        "1 measurement to do:",
+        "  1  small",
+        "Expected time: 3 min",
+        "CAUTION: a CPU",
+    ]
+    assert asked == [{"small/c1/trial-1"}]
+    for number in range(3, 203):
+        progress.update(cell_info(number, "small", f"c{number}"))
+    (hint,) = [line for line in dry_run_lines(progress) if "predicts" in line]
+    assert hint == "`servegrid plan --configfile STUDY` predicts what they take."
+    assert len(asked) == 1
+
+
+def test_the_start_of_a_run_says_what_it_takes() -> None:
+    (message,) = RunProgress().update(log_record("Expected time: 3 min (95% …)"))
+    assert message.text == "Expected time: 3 min (95% …)"

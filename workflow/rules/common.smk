@@ -1,6 +1,25 @@
+from snakemake.exceptions import WorkflowError
+
+from servegrid.analysis.slo import parse_slo
+from servegrid.node.environment import use_safe_path, use_utf8
 from servegrid.reference.hardware import find_hardware_file
-from servegrid.reference.published import is_path
-from servegrid.run.search_plan import plan_file
+from servegrid.reference.published import is_path, published_from_config
+from servegrid.run.jobscript import reraise_as
+from servegrid.run.preflight import check_ready
+from servegrid.run.search_plan import forget_left_out, plan_file, write_plans
+from servegrid.run.walltime import Walltimes
+from servegrid.study.config import from_snakemake
+from snakemake_logger_plugin_servegrid import forecast
+
+use_safe_path()
+
+with reraise_as(WorkflowError):
+    use_utf8()
+    study = from_snakemake(config, workflow.configfiles)
+    # An unknown data set is refused now, not after the benchmark.
+    published_from_config(config, workflow.configfiles)
+    if workflow.is_main_process:
+        forget_left_out(study, parse_slo(config))
 
 HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
@@ -20,9 +39,49 @@ def search_plan_of(deployment):
     return str(plan_file(deployment)) if deployment in study.searched else ""
 
 
+walltimes = Walltimes(study, Path("results"))
+# What the executor should expect. A dry run and the processes of jobs need no times.
+EXPECTED = {}
+if workflow.output_settings.dryrun:
+    forecast.source = walltimes.forecast
+elif workflow.is_main_process:
+    EXPECTED = dict(
+        expected_s=lambda wildcards: walltimes.trial_s(trial_of(wildcards)),
+        expected_start_s=lambda wildcards: walltimes.start_s(
+            trial_of(wildcards).deployment
+        ),
+    )
+
+
+def prepare_run():
+    """Refuse what cannot work, plan the searches, and say how long the missing trials take."""
+    with reraise_as(WorkflowError):
+        check_ready(study, "results/cells")
+        write_plans(study, parse_slo(config))
+    if expected := walltimes.forecast(missing_trials()):
+        logger.info(expected)
+
+
+def unless_dry_run(**resources):
+    """The resources; none in a dry run that does not show them: they are a third of its time."""
+    output = workflow.output_settings
+    hidden = output.dryrun and not (output.verbose or output.printshellcmds)
+    return {} if hidden else resources
+
+
 def of_each_deployment(outputs, **wildcards):
     names = [deployment.name for deployment in study.deployments]
     return expand(outputs, deployment=names, **wildcards)
+
+
+def missing_trials():
+    """The trials without a record, before the run."""
+    files = Path("results/cells")
+    return {
+        trial.id
+        for trial in study.all_trials
+        if not (files / trial.id / "requests.parquet").exists()
+    }
 
 
 def published_file():

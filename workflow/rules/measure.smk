@@ -13,18 +13,21 @@ rule measure:
     conda:
         "../envs/cpu.yaml"
     resources:
-        allocation=lambda wildcards: trial_of(wildcards).allocation,
-        kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
-        gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
-        environment=lambda wildcards: trial_of(wildcards).deployment.environment,
-        order=lambda wildcards: study.position(trial_of(wildcards)),
-        max_concurrency=lambda wildcards: study.max_concurrency(
-            trial_of(wildcards).deployment
+        **unless_dry_run(
+            allocation=lambda wildcards: trial_of(wildcards).allocation,
+            kind=lambda wildcards: trial_of(wildcards).deployment.node_kind,
+            gpus=lambda wildcards: trial_of(wildcards).deployment.node_gpus,
+            environment=lambda wildcards: trial_of(wildcards).deployment.environment,
+            order=lambda wildcards: study.position(trial_of(wildcards)),
+            max_concurrency=lambda wildcards: study.max_concurrency(
+                trial_of(wildcards).deployment
+            ),
+            prune=lambda wildcards: study.prunes(trial_of(wildcards)),
+            attempt=lambda wildcards, attempt: attempt,
+            # Not in `params`: a cell that a search has measured is that of a full grid, too.
+            search=lambda wildcards: search_plan_of(wildcards.deployment),
+            **EXPECTED,
         ),
-        prune=lambda wildcards: study.prunes(trial_of(wildcards)),
-        attempt=lambda wildcards, attempt: attempt,
-        # Not in `params`: a cell that a search has measured is that of a full grid, too.
-        search=lambda wildcards: search_plan_of(wildcards.deployment),
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,
     script:

@@ -14,7 +14,7 @@ rule plot:
     output:
         svg=[
             report(
-                "results/plots/{deployment}." + figure + ".svg",
+                f"results/plots/{{deployment}}.{figure}.svg",
                 "../report/figure.rst",
                 category="Figures",
                 subcategory="{deployment}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from servegrid.records.verdict import NOT_RUN
 from servegrid.study.text import pluralize
+from snakemake_logger_plugin_servegrid import forecast
 from snakemake_logger_plugin_servegrid.messages import format_seconds
 from snakemake_logger_plugin_servegrid.progress import DONE, RunProgress, count_reasons
 
@@ -153,6 +154,7 @@ def dry_run_lines(progress: RunProgress) -> list[str]:
         for each in sorted(deployments, key=lambda deployment: deployment.name):
             jobs = [job for job in progress.jobs.values() if job.deployment == each.name]
             lines.append(f"  {each.total:>{width}}  {each.name}{_format_reasons(jobs)}")
+        lines += forecast.lines({job.target for job in progress.jobs.values() if job.deployment})
     others = Counter(
         job.rule for job in progress.jobs.values() if not job.deployment and job.rule != "all"
     )

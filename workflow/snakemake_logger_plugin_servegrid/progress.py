@@ -306,6 +306,8 @@ class RunProgress:
         if text.startswith("Nothing to be done"):
             self.nothing_to_do = True
             return [Message(Level.INFO, text)]
+        if text.startswith("Expected time:"):
+            return [Message(Level.INFO, text)]
         if text.startswith("Terminating processes on user request"):
             self.interrupted = True
             return [Message(Level.WARNING, "Interrupted. Stopping engines and allocations …")]

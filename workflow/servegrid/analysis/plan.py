@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from servegrid.analysis.capacity import HardwarePrices
 from servegrid.analysis.efficiency import cell_bound, find_hardware
 from servegrid.analysis.feasibility import (
     CANNOT,
@@ -31,6 +31,9 @@ from servegrid.reference.memory import Placement, find_device, place
 from servegrid.reference.roofline import ModelShape
 from servegrid.study.deployment import EMULATED, EXTERNAL, VLLM, Deployment
 from servegrid.study.grid import Study, Trial, Workload
+
+if TYPE_CHECKING:  # its scipy takes half a second of a dry run
+    from servegrid.analysis.capacity import HardwarePrices
 
 START_S, LOAD_BYTES_PER_S = 60.0, 1e9
 """An engine's start: imports, compilation and warm-up, and the speed at which weights are read."""
@@ -531,3 +534,51 @@ def _total(ranges: Iterable[Range | None]) -> Range | None:
             return None
         total = total + each
     return total
+
+
+@dataclass(frozen=True)
+class ExpectedTimes:
+    """The times of one deployment: until its engine serves, and of one trial of each cell.
+
+    `unseen` has what no table has, by keys of `predictor.UNSEEN`. `observed` of its own cells
+    calibrate the times.
+    """
+
+    start: Range
+    cells: Mapping[str, Range]
+    unseen: Mapping[str, str]
+    observed: int
+
+
+def expected_times(
+    deployment: Deployment,
+    workloads: Sequence[Workload],
+    facts: ModelFacts,
+    calibration: Calibration,
+    site: Site,
+    bursts: Bursts | None = None,
+) -> ExpectedTimes | None:
+    """The times alone, without a plan: in milliseconds. None if the model or the GPU is unknown.
+
+    Raises ConfigError as `plan_study` does.
+    """
+    try:
+        device = find_device(deployment.gpu)
+    except ConfigError:
+        return None
+    if facts.shape is None:
+        return None
+    placement = place(deployment, facts.shape, device)
+    traits = deployment_traits(deployment, placement, device, site.cores)
+    predictor = make_predictor(traits, deployment.engine, calibration, bursts)
+    expected = predictor.predict(_points(workloads, predictor))
+    scale = time_scale(deployment)
+    return ExpectedTimes(
+        start=start_time(deployment, facts.shape),
+        cells={
+            workload.cell: run_time(workload, _at(expected, index) * scale)
+            for index, workload in enumerate(workloads)
+        },
+        unseen=predictor.unseen,
+        observed=0 if predictor.observed is None else len(predictor.observed.points),
+    )

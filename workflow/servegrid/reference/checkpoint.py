@@ -59,6 +59,14 @@ def find_model(
     return ModelFacts(shape, TABLE)
 
 
+def known_model(deployment: Deployment) -> ModelFacts:
+    """The model of a deployment from the table alone: the same on every machine."""
+    try:
+        return ModelFacts(model_shape(deployment), TABLE)
+    except ConfigError as error:
+        return ModelFacts(None, TABLE, unknown=str(error))
+
+
 FLOAT32 = "float32"
 
 

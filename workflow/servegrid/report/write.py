@@ -14,13 +14,18 @@ import pandas as pd
 
 from servegrid.analysis import findings, goodput, tables, titles
 from servegrid.analysis.capacity import load_prices, parse_demand, parse_demands, plan_capacity
+from servegrid.analysis.plan import DeploymentPlan, plan_study
+from servegrid.analysis.predictor import load_calibration
 from servegrid.analysis.published import (
     compare_with_published,
     describe_comparison,
     method_differences,
 )
+from servegrid.analysis.review import DeploymentReview, review_study
 from servegrid.analysis.slo import parse_slo, parse_slo_classes
+from servegrid.errors import ConfigError
 from servegrid.records import columns
+from servegrid.reference.checkpoint import known_model
 from servegrid.reference.published import load_published, published_from_config
 from servegrid.report import (
     capacity_report,
@@ -30,6 +35,7 @@ from servegrid.report import (
     provenance,
 )
 from servegrid.study.config import parse_study
+from servegrid.study.grid import Study
 from servegrid.study.settings import swept_settings
 
 Paths = Mapping[str, Path]
@@ -161,11 +167,27 @@ def write_study_page(
         slo,
         saturation,
         swept_settings(config),
+        outcomes_of(study, cells),
     )
     text = compose.render_study_page(
         study.name, results, parse_demand(config), load_prices(hardware)
     )
     markup.write_texts({page: text})
+
+
+def outcomes_of(study: Study, cells: pd.DataFrame) -> list[tuple[DeploymentPlan, DeploymentReview]]:
+    """The plan of each deployment with finished cells, and its review.
+
+    Only the tables of the package are used, not the checkpoints, so every machine makes the same
+    page. A study whose arguments contradict each other has no plan.
+    """
+    facts = {each.name: known_model(each) for each in study.deployments}
+    try:
+        plan = plan_study(study, facts, load_calibration())
+    except ConfigError:
+        return []
+    plans = {each.deployment.name: each for each in plan.deployments}
+    return [(plans[each.deployment], each) for each in review_study(plan, cells)]
 
 
 def write_published_page(config: Mapping[str, Any], name: str, hardware: Path, page: Path) -> None:

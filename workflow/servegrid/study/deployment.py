@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Self
 
 from servegrid.errors import ConfigError
@@ -49,6 +50,11 @@ class Deployment:
     @property
     def spec(self) -> dict[str, Any]:
         """All fields as plain JSON data. `endpoint` and `network` are left out if they are None."""
+        return dict(self._spec)
+
+    # Kept, because Snakemake asks for them once per trial.
+    @cached_property
+    def _spec(self) -> dict[str, Any]:
         spec = asdict(self)
         if self.endpoint is None:
             del spec["endpoint"]
@@ -66,7 +72,7 @@ class Deployment:
             **{**spec, "endpoint": None if endpoint is None else ExternalEndpoint(**endpoint)}
         )
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The digest of `spec`."""
         return digest_json(self.spec)

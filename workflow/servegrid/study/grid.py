@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -73,12 +73,8 @@ class Workload:
     @property
     def spec(self) -> dict[str, Any]:
         """All fields as plain JSON data; those of _LATER_KEYS only if they are set."""
-        fields = asdict(self)
-        return {
-            key: value
-            for key, value in fields.items()
-            if value is not None or key not in _LATER_KEYS
-        }
+        values = ((key, getattr(self, key)) for key in _WORKLOAD_KEYS)  # asdict is slow
+        return {key: value for key, value in values if value is not None or key not in _LATER_KEYS}
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Workload:
@@ -121,6 +117,9 @@ class Workload:
         letter = "x" if self.rate_fraction else "c" if self.request_rate is None else "r"
         intensity = f"{letter}{self.rate_fraction or self.intensity:g}"
         return f"{self.protocol}-{intensity}-i{self.input_len}-o{self.output_len}"
+
+
+_WORKLOAD_KEYS = tuple(field.name for field in fields(Workload))
 
 
 @dataclass(frozen=True)
@@ -267,11 +266,16 @@ class Study:
 
         Open loops count as `max_running`: the engine runs no more requests at once.
         """
-        return max(
-            trial.workload.concurrency or deployment.max_running
-            for trial in self.trials
-            if trial.deployment.name == deployment.name
-        )
+        return self._max_concurrencies[deployment.name]
+
+    @cached_property
+    def _max_concurrencies(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for trial in self.trials:
+            name, concurrency = trial.deployment.name, trial.workload.concurrency
+            concurrency = concurrency or trial.deployment.max_running
+            found[name] = max(concurrency, found.get(name, 0))
+        return found
 
     @cached_property
     def _saturation_ids(self) -> set[str]:

@@ -11,12 +11,14 @@ import pandas as pd
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.engine_comparison import compare_engines
 from servegrid.analysis.findings import compute_frontier, describe_findings
+from servegrid.analysis.plan import DeploymentPlan
 from servegrid.analysis.published import (
     compare_with_published,
     describe_comparison,
     method_differences,
     published_summary,
 )
+from servegrid.analysis.review import DeploymentReview
 from servegrid.analysis.setting_comparison import Settings, compare_settings
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles, hardware_title, workload_title
@@ -64,6 +66,8 @@ class StudyResults:
     attainment: pd.DataFrame | None = None
     saturation: pd.DataFrame | None = None
     settings: Settings = field(default_factory=dict)
+    outcomes: Sequence[tuple[DeploymentPlan, DeploymentReview]] = ()
+    """The plans of deployments with finished cells, made from the package's tables alone."""
 
 
 def render_study_page(
@@ -97,6 +101,7 @@ def render_study_page(
             ),
             *_slo_sections(results, titles),
             *published,
+            *([sections.plan_section(results.outcomes, titles)] if results.outcomes else []),
             sections.engines_section(compare_engines(summary, cells)),
             *_settings_sections(results),
             sections.validity_section(cells),

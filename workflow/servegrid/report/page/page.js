@@ -130,7 +130,11 @@ function signNote(rows, metric) {
   return notes.length ? `${notes.join("; ")}.` : "";
 }
 
-const isRatio = (metric) => metric.column === "published_ratio";
+const RATIOS = {
+  published_ratio: "Blue: faster than published; orange: slower. ",
+  measured_over_predicted: "Blue: faster than predicted; orange: slower. ",
+};
+const isRatio = (metric) => metric.column in RATIOS;
 
 // Text colour on a viridis cell: the page's own colour if the cell has none.
 function inkOn(value, metric, least, most, isLog) {
@@ -164,7 +168,7 @@ function drawHeatmap({ metric, deployment, workload, cells }) {
   if (rows.length > MAX_LABELS) { spec.width = { step: 18 }; spec.height = { step: 12 }; }
   byId("heatmap-caption").textContent =
     `${metric.label} of ${payload.deployments[deployment].title}. ${capitalise(payload.workloads[workload].title)}. ` +
-    (isRatio(metric) ? "Blue: faster than published; orange: slower. " : "Lighter is better. ") +
+    (RATIOS[metric.column] ?? "Lighter is better. ") +
     signNote(rows, metric);
   fillGrid(rows, metric, workload);
   return draw("heatmap", spec, { cells: data });

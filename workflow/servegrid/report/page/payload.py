@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from textwrap import shorten
 from typing import Any
 
@@ -76,6 +77,18 @@ RATIO = PageMetric(
 )
 """Only cells that were also published have this metric. 1 means no difference."""
 
+EFFICIENCY = (
+    PageMetric(
+        *("measured_over_bound", "Seconds per 100 tokens, measured / lower bound", "×"),
+        *(False, 1.0, True),
+    ),
+    PageMetric(
+        *("measured_over_predicted", "Seconds per 100 tokens, measured / predicted", "×"),
+        *(False, 1.0, True),
+    ),
+)
+"""Medians over the trials of `columns.CELLS`; `columns.SUMMARY` does not have them."""
+
 
 def build_payload(
     name: str,
@@ -99,6 +112,8 @@ def build_payload(
         for row in pairs.to_dict("records")
     }
     metrics = [metric for metric in METRICS if summary[metric.column].notna().any()]
+    efficiency = _efficiency(cells)
+    metrics += [metric for metric in EFFICIENCY if metric.column in efficiency]
     titles = deployment_titles(cells)
     indices = {deployment: index for index, deployment in enumerate(titles)}
     workloads = list_workloads(summary)
@@ -116,6 +131,7 @@ def build_payload(
         "cells": [
             _cell(row, indices, workloads, ratios)
             | ({"reason": reason} if (reason := reasons.get(_cell_key(row))) else {})
+            | {name: [each[key]] for name, each in efficiency.items() if (key := _key(row)) in each}
             for row in with_intensity(summary)
             .assign(in_flight=requests_in_flight(summary))
             .to_dict(orient="records")
@@ -219,6 +235,28 @@ def _deployment(name: str, title: str, index: int, summary: pd.DataFrame) -> dic
 
 
 _PAIR_KEYS = ("deployment", "protocol", "concurrency", "input_len", "output_len")
+
+
+def _key(row: Mapping[Any, Any]) -> tuple[Any, ...]:
+    """What identifies a cell with its `intensity`."""
+    return tuple(
+        row[key] for key in ("deployment", "protocol", "intensity", "input_len", "output_len")
+    )
+
+
+def _efficiency(cells: pd.DataFrame) -> dict[str, dict[tuple[Any, ...], float]]:
+    """The columns of EFFICIENCY that have values: the median of each cell."""
+    if "predicted_over_measured" in cells:
+        cells = cells.assign(measured_over_predicted=1 / cells["predicted_over_measured"])
+    known = {metric.column for metric in EFFICIENCY} & set(cells.columns)
+    found = {}
+    for name in sorted(name for name in known if cells[name].notna().any()):
+        values: dict[tuple[Any, ...], list[float]] = {}
+        rows: list[dict[Any, Any]] = with_intensity(cells.dropna(subset=[name])).to_dict("records")
+        for row in rows:
+            values.setdefault(_key(row), []).append(float(row[name]))
+        found[name] = {key: median(each) for key, each in values.items()}
+    return found
 
 
 def _cell(

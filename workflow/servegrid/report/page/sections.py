@@ -8,6 +8,9 @@ from typing import Any
 
 import pandas as pd
 
+from servegrid.analysis.feasibility import CANNOT, FITS, QUEUES, UNKNOWN
+from servegrid.analysis.plan import DeploymentPlan
+from servegrid.analysis.review import DeploymentReview
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles
 from servegrid.records.verdict import NOT_RUN, SERVED
@@ -20,8 +23,11 @@ from servegrid.report.findings_report import (
     published_caption,
 )
 from servegrid.report.page import Section, SectionTable
+from servegrid.study.deployment import CPU
 from servegrid.study.text import pluralize
 
+MAX_SURPRISES = 10
+"""Maximum outlooks that did not come true on the page. `servegrid plan --review` shows all."""
 MAX_ROWS = 200
 """Maximum rows of a table on the page. The files next to the page contain all rows."""
 
@@ -106,6 +112,52 @@ def settings_section(ratios: pd.DataFrame) -> Section:
         "deployments."
     )
     return Section("settings", title, tables=[frame_table(caption, ratios)])
+
+
+def plan_section(
+    outcomes: Sequence[tuple[DeploymentPlan, DeploymentReview]], titles: Mapping[str, str]
+) -> Section:
+    """What was expected of each deployment, and what came of it."""
+    title = "Plan and outcome"
+    head = [
+        *("deployment", "fit", "will queue", "cannot work", "predicted / measured"),
+        *("error, median / p90", "in interval", "measured / bound"),
+    ]
+    rows = [
+        [titles[plan.deployment.name], *_outcome_texts(plan, review)] for plan, review in outcomes
+    ]
+    caption = (
+        "Cells by their outlook before the run; predictions of seconds per 100 tokens, from "
+        "published tables alone, against the measured cells (medians; the 95% interval should "
+        "hold 95% of the cells); and measured seconds over the least that the hardware allows."
+    )
+    paragraphs = [
+        "To see a deployment's cells, select measured / lower bound, or measured / predicted, as "
+        "the metric of the heat map above. A dash: the tables do not know the model or the "
+        "hardware, or there is no strict bound (CPU)."
+    ]
+    surprises = [
+        f"{titles[each.deployment]}: {text}." for _, each in outcomes for text in each.surprises
+    ]
+    return Section(
+        "plan", title, paragraphs, surprises[:MAX_SURPRISES], [_table(caption, head, rows)]
+    )
+
+
+def _outcome_texts(plan: DeploymentPlan, review: DeploymentReview) -> list[str]:
+    counts = Counter(cell.outlook.status for cell in plan.cells)
+    outlooks = [str(counts[status]) for status in (FITS, QUEUES, CANNOT)]
+    if counts[UNKNOWN]:
+        outlooks = ["–"] * 3
+    predicted = ["–"] * 3
+    # The number of a CPU's cores is not recorded.
+    if review.median_ratio is not None and plan.deployment.gpu != CPU:
+        predicted = [
+            f"{review.median_ratio:.2f}",
+            f"{review.median:.0f}% / {review.p90:.0f}%",
+            f"{review.covered} of {review.cells}",
+        ]
+    return [*outlooks, *predicted, "–" if review.over_bound is None else f"{review.over_bound:.2f}"]
 
 
 def validity_section(cells: pd.DataFrame) -> Section:
