@@ -31,10 +31,10 @@ from slurm.test_slurm_rehearsal import Rehearsal
 
 ROOT = Path(__file__).parents[2]
 SEEN_S = 30.0
-START_S = 900.0
+START_S = 1800.0
 """How long an engine may take to start beside other tests."""
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(5400)]
 
 
 class Study(Rehearsal):

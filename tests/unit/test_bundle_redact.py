@@ -72,6 +72,7 @@ TEXTS = {
     "UserId=alice(1000) alice@miriel01": "UserId=user(1000) user@node-4",
     "on sirocco14: up": "on node-5: up",
     "<td>vm</td><td>bora7</td>": "<td>node-6</td><td>node-3</td>",
+    "<td>vm, bora7</td><td>a vm, or so</td>": "<td>node-6, node-3</td><td>a vm, or so</td>",
     "sirocco14.site.example:8000": "node-5:8000",
     "bora001,bora002 and bora7": "node-1,node-2 and node-3",
 }

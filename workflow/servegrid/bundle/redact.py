@@ -120,7 +120,9 @@ class Redactor:
             text = self._user_pattern.sub("user", text)
         if not self.hosts:
             return text
-        text = self._element_pattern.sub(lambda match: self.hosts[match[0]], text)
+        text = self._element_pattern.sub(
+            lambda match: ", ".join(self.hosts[name] for name in match[0].split(", ")), text
+        )
         return self._host_pattern.sub(lambda match: self.hosts[match[0]], text)
 
     def redact_data(self, data: Any, key: str | None = None) -> Any:
@@ -155,8 +157,9 @@ class Redactor:
 
     @cached_property
     def _element_pattern(self) -> re.Pattern[str]:
-        """A host of any length that is the whole text of an HTML element."""
-        return _compile_words(self.hosts, "(?<=>)", "(?=<)")
+        """Hosts of any length that are the whole text of an HTML element: one, or a list."""
+        one = _compile_words(self.hosts, "", "").pattern
+        return re.compile(f"(?<=>){one}(?:, {one})*(?=<)")
 
     @cached_property
     def _user_pattern(self) -> re.Pattern[str]:
