@@ -24,6 +24,7 @@ from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.summary import summarise
 from servegrid.analysis.tables import gather_study
 from servegrid.errors import RecordError
+from servegrid.exchange.trials import read_trials
 from servegrid.records import columns, parquet
 from servegrid.reference import data
 from servegrid.run import search as run_search
@@ -199,6 +200,7 @@ def test_the_search_finds_the_articles_frontier_in_few_cells(
     skipped = table[table["verdict"] == "not_run"]
     assert (skipped["verdict_detail"] == NOT_NEEDED).all() and skipped["valid"].isna().all()
     assert (skipped["requests"] == 0).all() and skipped["seconds_per_100_tokens"].isna().all()
+    assert {trial.id for trial, _, _ in read_trials(CELLS)} == set(allocation.measured)
     # Tables: nothing that was not run counts as a failure.
     frontier = compute_frontier(summarise(table), Slo())
     assert frontier["reason"].isna().all() and set(frontier["input_len"]) <= {

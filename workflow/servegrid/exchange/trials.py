@@ -11,6 +11,7 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.errors import ExchangeError
 from servegrid.records import parquet
+from servegrid.records.verdict import NOT_RUN
 from servegrid.study.grid import Study, Trial
 
 
@@ -25,19 +26,18 @@ def find_records_folder(results: Path) -> Path:
 def read_trials(folder: Path) -> Iterator[tuple[Trial, Mapping[str, Any], dict[str, Any]]]:
     """Each trial in `folder` with its record and its row of `columns.CELLS`, with None for null.
 
-    Drift checks are left out. Raises ExchangeError if there are no trials.
+    Drift checks and what was not run are left out. Raises ExchangeError if there are no trials.
     """
-    records = {
-        path: parquet.read_record(path) for path in sorted(folder.glob("*/*/*/requests.parquet"))
-    }
-    all_trials = [Trial.from_spec(record["spec"]) for record in records.values()]
+    found = map(parquet.read_record, sorted(folder.glob("*/*/*/requests.parquet")))
+    records = [record for record in found if record.get("verdict") != NOT_RUN]
+    all_trials = [Trial.from_spec(record["spec"]) for record in records]
     trials = tuple(trial for trial in all_trials if not trial.drift_check)
     drift_checks = tuple(trial for trial in all_trials if trial.drift_check)
     if not trials:
         raise ExchangeError(f"{folder}: contains no trials. Measure the study first.")
     cells, _ = tables.gather_study(Study(folder.name, trials, drift_checks), folder)
     rows = {row["spec_digest"]: row for row in _rows_with_none(cells)}
-    by_digest = {record["spec_digest"]: record for record in records.values()}
+    by_digest = {record["spec_digest"]: record for record in records}
     for trial in trials:
         yield trial, by_digest[trial.digest], rows[trial.digest]
 
