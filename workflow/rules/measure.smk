@@ -19,6 +19,8 @@ rule measure:
             trial_of(wildcards).deployment
         ),
         attempt=lambda wildcards, attempt: attempt,
+        # Not a parameter: a cell of the same file stays the same wherever the file lies.
+        source_file=lambda wildcards: study.source_file(trial_of(wildcards)),
     params:
         spec=lambda wildcards: trial_of(wildcards).spec_json,
     script:

@@ -11,5 +11,6 @@ with redirect_output(snakemake.log[0]):
         requests=Path(snakemake.output.requests),
         samples=Path(snakemake.output.telemetry),
         last_attempt=snakemake.resources.attempt > 1,
+        source_file=Path(name) if (name := snakemake.resources.source_file) else None,
     )
     print(f"{snakemake.output.requests}: {verdict}")

@@ -21,7 +21,7 @@ from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import OK
-from servegrid.study.grid import Trial, Workload
+from servegrid.study.grid import WHOLE_RUN, Trial, Workload
 
 REQUEST_COLUMNS = (
     *stationarity.REQUEST_COLUMNS,
@@ -31,6 +31,7 @@ REQUEST_COLUMNS = (
     "token_ns",
     "chunk_tokens",
     "completion_tokens",
+    *("prompt_tokens", "shared_tokens", "cached_tokens"),
 )
 """The columns of `columns.REQUESTS` that `cell_row` needs."""
 
@@ -68,7 +69,7 @@ def cell_row(
     served = requests.filter(pc.is_null(requests["error"]))
     exact = deployment.output_len_exact
     makespan, waves = makespan_s(requests)
-    use_all = workload.protocol == "burst" if use_all_requests is None else use_all_requests
+    use_all = workload.protocol in WHOLE_RUN if use_all_requests is None else use_all_requests
     window = None if use_all else stationary_window(requests, workload)
     inside = served if use_all else completed_in(served, window)
     window_s = makespan if use_all else None if window is None else window.seconds
@@ -81,7 +82,8 @@ def cell_row(
     tokens_per_s = _ratio(tokens, window_s)
     mean_tokens = _mean(_floats(inside["completion_tokens"]))
     response_s = _ratio(makespan, waves) if workload.protocol == "burst" else _mean(e2el)
-    per_token_s = _ratio(response_s, workload.output_len if exact else mean_tokens)
+    is_as_asked = exact and workload.has_fixed_lengths
+    per_token_s = _ratio(response_s, workload.output_len if is_as_asked else mean_tokens)
     in_flight = in_flight_mean(requests, window, makespan if use_all else None)
     # Users who think are not served, so their number says nothing about the speed of one.
     served_at_once = in_flight if workload.think_time_s else workload.concurrency
@@ -144,6 +146,9 @@ def cell_row(
         **server_metrics.server_columns(record, requests, samples),
         **client_error.client_columns(record),
         "spec_digest": record["spec_digest"],
+        "source": "text" if workload.source is None else workload.source.label,
+        "prompt_tokens_mean": _mean(_floats(inside["prompt_tokens"])),
+        **server_metrics.prefix_columns(record, requests),
     }
     return row | _withheld(row, slo) if held_back else row
 

@@ -16,6 +16,7 @@ PROTOCOL_DESCRIPTIONS = {
     "burst": "all requests sent at once; time until the last one has finished",
     "closed_loop": "every user sends the next request when the response is complete",
     "poisson": "requests arrive at random times, at a given rate",
+    "trace": "requests arrive at the times of a trace",
     "constant": "requests arrive at equal intervals, at a given rate",
 }
 

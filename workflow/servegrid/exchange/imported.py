@@ -147,7 +147,7 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
             "verdict": "http_error",
             "verdict_detail": f"{row['failed_requests']} requests failed",
         }
-    unknown = dict.fromkeys(("valid", "prompts", "output_spread", "output_len_exact"))
+    unknown = dict.fromkeys(("valid", "source", "prompts", "output_spread", "output_len_exact"))
     return row | unknown | {"invalid_rules": [IMPORTED] * len(notes), "invalid_evidence": notes}
 
 

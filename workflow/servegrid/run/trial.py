@@ -28,8 +28,16 @@ DEATH_CONFIRMED_S = 5.0
 """Seconds that a server must keep answering after a failure to count as alive."""
 
 
-def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: bool) -> str:
+def measure_trial(
+    trial: Trial,
+    requests: Path,
+    samples: Path,
+    last_attempt: bool,
+    source_file: Path | None = None,
+) -> str:
     """Measure `trial`, write its records and return its verdict.
+
+    `source_file` is the file that its workload takes requests from, if there is one.
 
     Raises EngineError if the allocation serves another deployment, or if the engine died and this
     is not the last attempt: then the executor starts another engine for the trial. Raises LoadError
@@ -57,6 +65,7 @@ def measure_trial(trial: Trial, requests: Path, samples: Path, last_attempt: boo
             salt=prompt_salt(trial),
             counters=server.counter_reader(info.endpoint),
             cpu_sets=cpu_sets,
+            source_file=source_file,
         )
     lost = _lost_health(info, measurement)
     if lost is not None:

@@ -5,26 +5,29 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from servegrid.errors import ConfigError
 from servegrid.study.deployment import Deployment, canonical_json, digest_json, parse_deployment
+from servegrid.study.source import NEEDS_FILE, Source, parse_source, uniform_half_width
 
 __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json", "expand"]
 
 SPEC_FORMAT = 3
 """Raise this number when the meaning of a specification changes. Older cells are then stale."""
 
-Protocol = Literal["burst", "closed_loop", "poisson", "constant"]
+Protocol = Literal["burst", "closed_loop", "poisson", "constant", "trace"]
 """`constant` exists only in imported results of other clients; a study cannot name it."""
 Prompts = Literal["distinct", "identical"]
 
 CONCURRENCY_PROTOCOLS: tuple[Protocol, ...] = ("burst", "closed_loop")
 """The protocols whose workloads have a concurrency; the others have a request rate."""
-OPEN_LOOPS: tuple[Protocol, ...] = ("poisson", "constant")
+OPEN_LOOPS: tuple[Protocol, ...] = ("poisson", "constant", "trace")
 """The protocols whose requests are due at a rate, no matter how many requests are in flight."""
+WHOLE_RUN: tuple[Protocol, ...] = ("burst", "trace")
+"""The protocols whose metrics come from all requests: they have no stationary part."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class Workload:
     `burst` sends waves of `concurrency` requests; each wave starts when the last one has ended.
     `closed_loop` keeps `concurrency` users active; each sends the next request after a think time
     (exponential, mean `think_time_s`). `poisson` sends at `request_rate`, no matter how many
-    requests are in flight; `constant` does so at equal intervals. `requests` is the number of
+    requests are in flight; `constant` does so at equal intervals, and `trace` at the times of the
+    `source`, with `request_rate` as their mean. `requests` is the number of
     measured requests; if it is None, requests are sent for `duration_s`. `output_len` is the mean
-    output length; the lengths of a cell vary by up to the fraction `output_spread`. Times are in
-    seconds.
+    output length; the lengths of a cell vary by up to the fraction `output_spread`. Without a
+    `source`, prompts are texts of `input_len` tokens from the corpus. Times are in seconds.
     """
 
     protocol: Protocol
@@ -54,6 +58,25 @@ class Workload:
     seed: int = 0
     timeout_s: float = 600.0
     idle_timeout_s: float = 120.0
+    source: Source | None = None
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All fields as plain JSON data. The key `source` is left out if it is None."""
+        spec = asdict(self)
+        del spec["source"]
+        return spec if self.source is None else spec | {"source": self.source.spec}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
+        """The inverse of `spec`."""
+        source = spec.get("source")
+        return cls(**{**spec, "source": None if source is None else Source.from_spec(source)})
+
+    @property
+    def has_fixed_lengths(self) -> bool:
+        """Whether all requests have `input_len` tokens, and `output_len` but for its spread."""
+        return self.source is None or self.source.has_fixed_lengths
 
     @property
     def is_open_loop(self) -> bool:
@@ -70,7 +93,28 @@ class Workload:
     @property
     def max_output_len(self) -> int:
         """The largest output length of its requests, in tokens."""
+        if (longest := self._longest("output")) is not None:
+            return longest
         return self.output_len + round(self.output_len * self.output_spread)
+
+    @property
+    def max_input_len(self) -> int:
+        """The largest prompt length of its requests, in tokens."""
+        longest = self._longest("input")
+        return self.input_len if longest is None else longest
+
+    def _longest(self, what: Literal["input", "output"]) -> int | None:
+        """The largest length that the source has; None if it is that of the workload."""
+        source = self.source or Source()
+        if source.file is not None and source.kind != "file":
+            return getattr(source.file, f"max_{what}_len")  # type: ignore[no-any-return]
+        drawn = source.input_lens if what == "input" else source.output_lens
+        if drawn is None:
+            return None
+        mean = self.input_len if what == "input" else self.output_len
+        if drawn.shape != "uniform":
+            return drawn.max
+        return min(drawn.max, round(mean * (1 + uniform_half_width(drawn.cv))))
 
     @property
     def cell(self) -> str:
@@ -126,7 +170,7 @@ class Trial:
         return bring_up | {
             "format": SPEC_FORMAT,
             "deployment": self.deployment.spec,
-            "workload": asdict(self.workload),
+            "workload": self.workload.spec,
             "trial": self.number,
             "drift_check": self.drift_check,
         }
@@ -145,7 +189,7 @@ class Trial:
     def from_spec(cls, spec: Mapping[str, Any]) -> Trial:
         """The inverse of `spec`."""
         deployment = Deployment.from_spec(spec["deployment"])
-        workload = Workload(**spec["workload"])
+        workload = Workload.from_spec(spec["workload"])
         bring_up = spec.get("bring_up", 1)
         return cls(deployment, workload, spec["trial"], spec["drift_check"], bring_up)
 
@@ -157,6 +201,8 @@ class Study:
     name: str
     trials: tuple[Trial, ...]
     drift_checks: tuple[Trial, ...] = ()
+    source_files: Mapping[str, str] = field(default_factory=dict)
+    """The path of each file that a workload takes its requests from, by its SHA-256."""
 
     @property
     def all_trials(self) -> tuple[Trial, ...]:
@@ -171,6 +217,12 @@ class Study:
     def trial(self, deployment: str, cell: str, label: int | str) -> Trial:
         """The trial with these names. Raises KeyError if the study does not contain it."""
         return self._by_id[f"{deployment}/{cell}/trial-{label}"]
+
+    def source_file(self, trial: Trial) -> str:
+        """The path of the file that the trial takes its requests from; empty if there is none."""
+        source = trial.workload.source
+        digest = "" if source is None or source.file is None else source.file.sha256
+        return self.source_files.get(digest, "")
 
     def position(self, trial: Trial) -> int:
         """The position of `trial` in the order of its bring-up, from 0.
@@ -233,6 +285,7 @@ def _check_size(config: Mapping[str, Any]) -> None:
         product: int = keys.get("trials", 1) * keys.get("bring_ups", 1)
         for key in ("protocol", "output_len", "input_len"):
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
+        product *= len(_as_list(keys.get("source", {}).get("speedup", 1)))
         levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
         product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
         total += product
@@ -319,10 +372,28 @@ def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Tria
 
 
 def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
+    source = parse_source(keys["source"], f"{where}: workload.source") if "source" in keys else None
+    if source is not None and source.kind == "trace":
+        return _expand_trace(keys, source, where)
+    if source is not None and source.file is not None and source.kind not in NEEDS_FILE:
+        _check_absent(keys, ("input_len", "output_len", "output_spread"), "the file", where)
+        keys = {
+            **keys,
+            "input_len": source.file.input_len,
+            "output_len": source.file.output_len,
+        }
     _check_workload_keys(keys, where)
+    workloads = _expand_lengths(keys, source)
+    if source is not None:
+        _check_source_fits(source, workloads, where)
+    return workloads
+
+
+def _expand_lengths(keys: Mapping[str, Any], source: Source | None) -> list[Workload]:
     return [
         Workload(
             protocol=protocol,
+            source=source,
             concurrency=None if protocol == "poisson" else intensity,
             request_rate=intensity if protocol == "poisson" else None,
             input_len=input_len,
@@ -339,6 +410,82 @@ def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
             _as_list(keys["request_rate" if protocol == "poisson" else "concurrency"]),
         )
     ]
+
+
+def _expand_trace(keys: Mapping[str, Any], source: Source, where: str) -> list[Workload]:
+    """One workload per `speedup`: the trace has the lengths, the times and their number."""
+    absent = ("input_len", "output_len", "output_spread", "concurrency", "request_rate")
+    more = ("requests_per_user", "duration_s", "think_time_s", "prompts")
+    _check_absent(keys, (*absent, *more), "the trace", where)
+    if _as_list(keys.get("protocol", "trace")) != ["trace"]:
+        raise ConfigError(
+            f"{where}: workload.source: a trace has its own times, so its protocol is `trace`. "
+            "Write `protocol: trace`, or remove `protocol`."
+        )
+    facts = source.file
+    assert facts is not None
+    if facts.rows < 2 or not facts.span_s:
+        raise ConfigError(
+            f"{where}: workload.source: the trace has {facts.rows} rows within "
+            f"{facts.span_s:g} s, so it has no rate. Name a longer trace, or raise `first_s`."
+        )
+    rate = (facts.rows - 1) / facts.span_s
+    return [
+        Workload(
+            protocol="trace",
+            concurrency=None,
+            request_rate=float(f"{speedup * rate:.4g}"),
+            input_len=facts.input_len,
+            output_len=facts.output_len,
+            requests=facts.rows,
+            source=replace(source, speedup=float(speedup)),
+            **{key: keys[key] for key in _COPIED if key in keys},
+        )
+        for speedup in _as_list(keys["source"].get("speedup", 1.0))
+    ]
+
+
+def _check_absent(keys: Mapping[str, Any], absent: Sequence[str], owner: str, where: str) -> None:
+    for key in absent:
+        if key in keys:
+            raise ConfigError(
+                f"{where}: workload.{key}: comes from {owner} of `workload.source`. Remove the key."
+            )
+
+
+def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if a workload cannot take its requests from the source."""
+    for workload in workloads:
+        place = f"{where}: workload.source"
+        if workload.prompts == "identical" and (source.kind == "file" or source.prefix_len):
+            raise ConfigError(
+                f"{place}: its prompts differ, so they are not `identical`. Remove `prompts`."
+            )
+        if workload.prompts == "identical" and not source.has_fixed_lengths:
+            raise ConfigError(f"{place}: prompts of different lengths are not `identical`.")
+        if source.output_lens is not None and workload.output_spread:
+            raise ConfigError(
+                f"{place}.output_lens: `output_spread` is a second distribution. Remove one of the "
+                "two."
+            )
+        if source.prefix_len >= workload.input_len:
+            raise ConfigError(
+                f"{place}.prefix_len: {source.prefix_len} leaves nothing of input_len "
+                f"{workload.input_len}, which includes the prefix. Shorten the prefix."
+            )
+        for key, drawn, mean in (
+            ("input_lens", source.input_lens, workload.input_len),
+            ("output_lens", source.output_lens, workload.output_len),
+        ):
+            if drawn is not None and drawn.max < mean:
+                raise ConfigError(f"{place}.{key}.max: {drawn.max} is less than the mean {mean}.")
+        rows = source.file.rows if source.kind == "file" and source.file else None
+        if rows is not None and (workload.requests or 1) > rows:
+            raise ConfigError(
+                f"{place}: the file has {rows} usable rows, and `{workload.cell}` needs "
+                f"{workload.requests}: no row is sent twice. Lower `concurrency` or "
+                "`requests_per_user`, or add rows."
+            )
 
 
 MIN_STATIONARY_REQUESTS = 64
@@ -365,7 +512,14 @@ def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> 
 def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if a key that a protocol needs is missing."""
     protocols = _as_list(keys.get("protocol", "burst"))
+    if "input_len" not in keys:
+        raise ConfigError("workload: `input_len` is missing. Prompt length in tokens.")
     for protocol in protocols:
+        if protocol == "trace":
+            raise ConfigError(
+                f"{where}: the protocol `trace` needs a trace. Add `source` under `workload`, "
+                "with `kind: trace` and `path`."
+            )
         needed = "request_rate" if protocol == "poisson" else "concurrency"
         if needed not in keys:
             raise ConfigError(
@@ -383,9 +537,12 @@ def _as_list(value: Any) -> list[Any]:
 
 def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
     for workload in workloads:
-        if workload.input_len + workload.max_output_len > deployment.max_model_len:
+        source = workload.source
+        if source is not None and source.file is not None and source.kind != "file":
+            continue  # its longest prompt need not have its longest output; rows fit one by one
+        if workload.max_input_len + workload.max_output_len > deployment.max_model_len:
             raise ConfigError(
-                f"{where}: input_len {workload.input_len} plus output_len "
+                f"{where}: input_len {workload.max_input_len} plus output_len "
                 f"{workload.max_output_len} is more than max_model_len {deployment.max_model_len} "
                 f"of `{deployment.name}`. Shorten the prompt, or raise max_model_len if the model "
                 "supports it."
