@@ -81,11 +81,13 @@ def expected_hits(record: Mapping[str, Any], requests: pa.Table) -> int | None:
     """
     if not record["engine"].get("prefix_caching") or "shared_tokens" not in requests.column_names:
         return None
-    block = record["engine"].get("kv_block_tokens") or 1
+    block: int = record["engine"].get("kv_block_tokens") or 1
     rows = zip(
         requests["shared_tokens"].to_pylist(), requests["prompt_tokens"].to_pylist(), strict=True
     )
-    known = [min(shared, prompt - 1) for shared, prompt in rows if shared is not None and prompt]
+    known: list[int] = [
+        min(shared, prompt - 1) for shared, prompt in rows if shared is not None and prompt
+    ]
     return sum(tokens // block * block for tokens in known)
 
 

@@ -39,7 +39,7 @@ MAX_WAITING = 0.05
 MAX_FOREIGN_LOAD = 0.01
 """The fraction by which the server may have worked more than for this cell."""
 MAX_UNEXPECTED_HITS = 0.02
-"""The fraction of the prompt tokens that may come from the prefix cache beyond the expected ones."""
+"""The fraction of the prompt tokens that may come from the prefix cache unexpectedly."""
 MAX_DRIFT = 0.10
 """The drift that the drift checks of an allocation may show."""
 MAX_CLIENT_CPU = 0.7
@@ -330,8 +330,8 @@ RULES: Mapping[str, Rule] = {
     "tokens": Rule(
         "Every request has exactly the requested number of prompt and output tokens, by the "
         "server's count. If prompts are sent as text, the server may add tokens: the same number "
-        "to every prompt, unless prompts differ in length. If output_len_exact is false, a response may have fewer output tokens, "
-        "but at least one",
+        "to every prompt, unless prompts differ in length. If output_len_exact is false, a "
+        "response may have fewer output tokens, but at least one",
         _check_tokens,
     ),
     "no_steady_state": Rule(

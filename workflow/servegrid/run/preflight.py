@@ -25,8 +25,9 @@ def check_ready(study: Study, cells: str | Path) -> None:
 
     ModelError: a model is missing, prompts cannot be made with its tokenizer, or it has another
     revision than the cells that are measured. ConfigError: the arguments of an emulated deployment
-    are wrong. LoadError: a text of a workload's file is too long. EngineError: the API key of an external deployment is missing. Of deployments whose
-    records in the folder `cells` are complete, only the revision is checked.
+    are wrong. LoadError: a text of a workload's file is too long. EngineError: the API key of an
+    external deployment is missing. Of deployments whose records in the folder `cells` are complete,
+    only the revision is checked.
 
     The revisions of models of the Hugging Face Hub become part of the lock file beside `cells`.
     """

@@ -287,7 +287,8 @@ def _check_size(config: Mapping[str, Any]) -> None:
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
         product *= len(_as_list(keys.get("source", {}).get("speedup", 1)))
         levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
-        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
+        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels) or 1
+        product *= len(_as_list(entry.get("prefix_caching", False)))
         total += product
     if total > MAX_TRIALS:
         raise ConfigError(
@@ -321,11 +322,12 @@ def expand(config: Mapping[str, Any]) -> Study:
     trials: list[Trial] = []
     names: dict[str, int] = {}
     with_drift_checks: dict[str, bool | None] = {}
-    for position, entry in enumerate(config["deployments"]):
+    for position, variant, suffix in _variants(config["deployments"]):
         where = f"deployments[{position}]"
-        keys = {**config["workload"], **entry.get("workload", {})}
+        keys = {**config["workload"], **variant.get("workload", {})}
         workloads = _expand_workloads(keys, where)
-        deployment = parse_deployment(entry, where)
+        deployment = parse_deployment(variant, where)
+        deployment = replace(deployment, name=deployment.name + suffix)
         first = names.setdefault(deployment.name, position)
         if first != position:
             raise ConfigError(
@@ -354,6 +356,46 @@ def expand(config: Mapping[str, Any]) -> Study:
         for drift_check in _drift_checks(group, with_drift_checks[deployment])
     )
     return replace(study, drift_checks=tuple(drift_checks))
+
+
+_PREFIX_CACHING: Mapping[str, Mapping[str, Any]] = {
+    "vllm": {"enable_prefix_caching": True},
+    "llamacpp": {"cache_prompt": True, "slot_prompt_similarity": 0.1},
+}
+"""The arguments that switch the prefix cache of an engine on. Servegrid's default is off."""
+
+
+def _variants(
+    entries: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[int, Mapping[str, Any], str]]:
+    """Each entry once per value of its `prefix_caching`: position, entry, suffix of the name."""
+    for position, entry in enumerate(entries):
+        plain = {key: value for key, value in entry.items() if key != "prefix_caching"}
+        arguments = entry.get("engine_args", {})
+        for enabled in _as_list(entry.get("prefix_caching", False)):
+            if "prefix_caching" in entry:
+                _check_prefix_caching(entry, f"deployments[{position}]")
+            if enabled:
+                arguments = {**arguments, **_PREFIX_CACHING[entry["engine"]]}
+                yield position, {**plain, "engine_args": arguments}, "-prefix_caching"
+            else:
+                yield position, plain, ""
+
+
+def _check_prefix_caching(entry: Mapping[str, Any], where: str) -> None:
+    engine = entry["engine"]
+    if engine not in _PREFIX_CACHING:
+        known = " and ".join(f"`{each}`" for each in _PREFIX_CACHING)
+        raise ConfigError(
+            f"{where}.prefix_caching: servegrid sets it only for {known}, not for `{engine}`. "
+            "Remove the key."
+        )
+    for key in _PREFIX_CACHING[engine]:
+        if key in entry.get("engine_args", {}):
+            raise ConfigError(
+                f"{where}.engine_args.{key}: `prefix_caching` sets it already. Remove one of the "
+                "two."
+            )
 
 
 def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Trial]:
