@@ -362,3 +362,16 @@ def test_prefix_caching_makes_two_deployments() -> None:
 def test_the_longest_lengths_of_a_plain_workload_are_its_own() -> None:
     workload = Workload("burst", 1, 10, 20, 1, output_spread=0.5, source=Source("random"))
     assert (workload.max_input_len, workload.max_output_len) == (10, 30)
+
+
+def test_a_chat_cannot_send_prompts_that_are_only_token_ids() -> None:
+    endpoint = {"url": "http://host:8000", "model": "m", "engine": "tgi", "api": "chat"}
+    entry: dict[str, Any] = {"engine": "external", "endpoint": endpoint, "tokenizer": "t"}
+    full = config(
+        {"concurrency": 1, "input_len": 31, "source": {"kind": "random"}}, **entry, max_num_seqs=8
+    )
+    del full["deployments"][0]["checkpoint"]
+    with pytest.raises(ConfigError, match="but a chat takes text"):
+        parse_study(full)
+    full["workload"]["source"] = {"kind": "text"}
+    assert parse_study(full).trials

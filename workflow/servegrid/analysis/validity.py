@@ -186,18 +186,18 @@ def _check_prefix_cache(evidence: Evidence) -> str | None:
     hits = evidence.counter_increase(PREFIX_HITS)
     if not hits:
         return None
+    # The server may cache what its template adds, because that is the same for every prompt.
+    added = evidence.record["client"].get("prompt_tokens_added") or 0
+    more = hits - added * evidence.requests.num_rows
     if evidence.record["engine"].get("prefix_caching"):
         expected = expected_hits(evidence.record, evidence.requests)
         total = pc.sum(evidence.requests["prompt_tokens"]).as_py() or 0
-        if expected is None or hits <= expected + MAX_UNEXPECTED_HITS * total:
+        if expected is None or more <= expected + MAX_UNEXPECTED_HITS * total:
             return None
         return (
             f"{hits:.0f} prompt tokens came from the prefix cache, but prompts share only "
             f"{expected}"
         )
-    # The server may cache what its template adds, because that is the same for every prompt.
-    added = evidence.record["client"].get("prompt_tokens_added") or 0
-    more = hits - added * evidence.requests.num_rows
     return f"{hits:.0f} prompt tokens came from the prefix cache" if more > 0 else None
 
 

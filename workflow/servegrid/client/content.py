@@ -160,7 +160,7 @@ class DrawnContent(Content):
 
     def prompts(self, form: PromptForm) -> Iterator[Prompt]:
         source = self.source
-        if form != "ids" and (source.kind == "random" or source.prefix_len):
+        if form != "ids" and source.needs_ids:
             raise _needs_ids()
         tokenizer = None if source.kind == "random" else self.tokenizer
         salt = f"{self.salt}/{self._part}".removesuffix("/")

@@ -335,6 +335,7 @@ def expand(config: Mapping[str, Any]) -> Study:
                 "Remove one of the two, or give one a different `name`."
             )
         _check_prompts_fit(deployment, workloads, where)
+        _check_prompt_form(deployment, workloads, where)
         trials += [
             Trial(deployment, workload, number, bring_up=bring_up)
             for bring_up in range(1, keys.get("bring_ups", 1) + 1)
@@ -588,6 +589,17 @@ def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], wh
                 f"{workload.max_output_len} is more than max_model_len {deployment.max_model_len} "
                 f"of `{deployment.name}`. Shorten the prompt, or raise max_model_len if the model "
                 "supports it."
+            )
+
+
+def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if a chat would have to send prompts that are only token ids."""
+    is_chat = deployment.endpoint is not None and deployment.endpoint.api == "chat"
+    for workload in workloads:
+        if is_chat and workload.source is not None and workload.source.needs_ids:
+            raise ConfigError(
+                f"{where}: workload.source: random ids, `prefix_len` and `hash_ids` are token ids, "
+                "but a chat takes text. Use `kind: text` without a prefix, or `api: completions`."
             )
 
 

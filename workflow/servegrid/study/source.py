@@ -132,6 +132,12 @@ class Source:
         return self.file is None and self.input_lens is None and self.output_lens is None
 
     @property
+    def needs_ids(self) -> bool:
+        """Whether its prompts exist only as token ids, not as text."""
+        has_blocks = self.kind == "trace" and self.file is not None and self.file.shares_blocks
+        return self.kind == "random" or self.prefix_len > 0 or has_blocks
+
+    @property
     def label(self) -> str:
         """Its kind, and the first digits of its file's SHA-256: `trace 1f2e3d4c`."""
         return self.kind if self.file is None else f"{self.kind} {self.file.sha256[:8]}"
