@@ -364,6 +364,13 @@ def test_the_longest_lengths_of_a_plain_workload_are_its_own() -> None:
     assert (workload.max_input_len, workload.max_output_len) == (10, 30)
 
 
+def test_an_emulated_engine_counts_no_tokens_of_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", lines({"prompt": "a"}))
+    source = {"kind": "file", "path": str(path)}
+    with pytest.raises(ConfigError, match="an emulated engine has no tokenizer"):
+        study({"concurrency": 1, "input_len": 9, "source": source}, engine="emulated")
+
+
 def test_a_chat_cannot_send_prompts_that_are_only_token_ids() -> None:
     endpoint = {"url": "http://host:8000", "model": "m", "engine": "tgi", "api": "chat"}
     entry: dict[str, Any] = {"engine": "external", "endpoint": endpoint, "tokenizer": "t"}

@@ -10,7 +10,13 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 from servegrid.errors import ConfigError
-from servegrid.study.deployment import Deployment, canonical_json, digest_json, parse_deployment
+from servegrid.study.deployment import (
+    EMULATED,
+    Deployment,
+    canonical_json,
+    digest_json,
+    parse_deployment,
+)
 from servegrid.study.source import NEEDS_FILE, Source, parse_source, uniform_half_width
 
 __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json", "expand"]
@@ -593,9 +599,15 @@ def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], wh
 
 
 def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
-    """Raise ConfigError if a chat would have to send prompts that are only token ids."""
+    """Raise ConfigError if the deployment cannot get the prompts in a form that it takes."""
     is_chat = deployment.endpoint is not None and deployment.endpoint.api == "chat"
     for workload in workloads:
+        kind = "text" if workload.source is None else workload.source.kind
+        if kind == "file" and deployment.engine == EMULATED:
+            raise ConfigError(
+                f"{where}: workload.source: an emulated engine has no tokenizer, which counts the "
+                "tokens of a file. Use another engine, or another kind of source."
+            )
         if is_chat and workload.source is not None and workload.source.needs_ids:
             raise ConfigError(
                 f"{where}: workload.source: random ids, `prefix_len` and `hash_ids` are token ids, "
