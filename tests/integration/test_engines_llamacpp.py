@@ -16,6 +16,8 @@ import pytest
 
 from helpers.demo_model import DemoModel
 from helpers.serving import EngineProcess, http_client
+from helpers.sources import check_counted_tokens, sourced_workloads
+from servegrid.client import measure
 from servegrid.engines import Site, start_engine
 from servegrid.errors import ConfigError, EngineError
 from servegrid.study.grid import Deployment
@@ -52,7 +54,7 @@ def metric(client: httpx.Client, name: str) -> float:
 
 
 def test_it_serves_the_model_and_processes_every_prompt_in_full(
-    demo_model: DemoModel, llamacpp_deployment: Deployment
+    demo_model: DemoModel, llamacpp_deployment: Deployment, tmp_path: Path
 ) -> None:
     with (
         start_engine(llamacpp_deployment, site(demo_model)) as engine,
@@ -67,6 +69,13 @@ def test_it_serves_the_model_and_processes_every_prompt_in_full(
             usage = complete(client, prompt, 4)["usage"]
             assert (usage["prompt_tokens"], usage["completion_tokens"]) == (200, 4)
         assert metric(client, "prompt_tokens_total") - before == 3 * 200
+        assert metric(client, "prompt_tokens_cached_total") == 0
+        for workload, file in sourced_workloads(tmp_path):
+            measured = measure(
+                engine.endpoint, workload, demo_model.folder, "sources", source_file=file
+            )
+            assert measured.errors == [None] * (workload.requests or 0), workload
+            check_counted_tokens(measured.requests)
         assert metric(client, "prompt_tokens_cached_total") == 0
 
         assert engine.facts["quantization"] == "Q4_1"

@@ -19,12 +19,14 @@ import pytest
 from helpers.demo_model import DemoModel
 from helpers.deployments import DEMO_VLLM
 from helpers.serving import EngineProcess
-from servegrid.analysis.server_metrics import server_columns
+from helpers.sources import check_counted_tokens, sourced_workloads
+from servegrid.analysis.server_metrics import prefix_columns, server_columns
 from servegrid.client import measure
 from servegrid.records import columns, parquet
 from servegrid.records.verdict import Verdict, decide_verdict
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Workload
+from servegrid.study.source import Source
 from servegrid.telemetry import sampler
 from servegrid.telemetry.sampler import Sampler
 from servegrid.telemetry.server import counter_reader
@@ -101,6 +103,33 @@ def check_server_metrics(
     assert (row["preemptions"], row["prefix_hit_tokens"]) == (0, 0)
 
 
+def check_sources(endpoint: Endpoint, demo_model: DemoModel, folder: Path) -> None:
+    """vLLM counts the prompts and outputs of every source to the token."""
+    for workload, file in sourced_workloads(folder):
+        measured = measure(endpoint, workload, demo_model.folder, "sources", source_file=file)
+        assert measured.errors == [None] * (workload.requests or 0), workload
+        check_counted_tokens(measured.requests)
+
+
+def check_prefix_cache(endpoint: Endpoint, facts: dict[str, Any], demo_model: DemoModel) -> None:
+    """Prompts with a shared start: vLLM's hit rate is the expected one."""
+    assert (facts["prefix_caching"], facts["kv_block_tokens"]) == (True, 128)
+    source = Source("text", prefix_len=260, prefix_groups=2)
+    workload = Workload("closed_loop", 2, 300, 4, 12, source=source)
+    counters = counter_reader(endpoint)
+    measured = measure(endpoint, workload, demo_model.folder, "prefixes", counters)
+    assert measured.errors == [None] * 12
+    record = {
+        "engine": facts,
+        "metrics_before": measured.counters_before,
+        "metrics_after": measured.counters_after,
+    }
+    rates = prefix_columns(record, measured.requests)
+    # Two whole blocks of 128 tokens of the 260 shared ones, of 300: 256 / 300.
+    assert rates["expected_prefix_hit_rate"] == pytest.approx(256 / 300)
+    assert rates["prefix_hit_rate"] == pytest.approx(256 / 300, rel=0.02)
+
+
 def test_it_serves_with_the_requested_settings_and_sigterm_ends_it(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
@@ -159,6 +188,7 @@ def test_it_serves_with_the_requested_settings_and_sigterm_ends_it(
                 assert answer.status_code == 401, path
             assert client.get("/health").status_code == 200
         check_server_metrics(Endpoint(**up["endpoint"]), up["pids"], demo_model, tmp_path)
+        check_sources(Endpoint(**up["endpoint"]), demo_model, tmp_path)
         assert serving.healthy()
         assert serving.send_signal(signal.SIGTERM) == 143
 
@@ -192,6 +222,10 @@ def test_a_killed_worker_is_noticed_and_nothing_is_left_behind(
     with EngineProcess(SMALL_KV_CACHE, demo_model.models, tmp_path, socket="unix") as serving:
         up = serving.wait_until_up()
         check_strain(Endpoint(**up["endpoint"]), demo_model)
+    caching = replace(DEPLOYMENT, engine_args={"enable_prefix_caching": True})
+    with EngineProcess(caching, demo_model.models, tmp_path, socket="unix") as serving:
+        up = serving.wait_until_up()
+        check_prefix_cache(Endpoint(**up["endpoint"]), up["facts"], demo_model)
         socket = Path(up["endpoint"]["socket"])
         assert socket.is_socket()
         assert socket.parent.stat().st_mode & 0o777 == 0o700

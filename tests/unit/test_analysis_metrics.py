@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from helpers.deployments import SMALL_VLLM
-from servegrid.analysis import efficiency
+from servegrid.analysis import efficiency, server_metrics
 from servegrid.analysis.metrics import cell_row
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.records import columns, parquet
 from servegrid.study.grid import Trial, Workload
+from servegrid.study.source import FileFacts, Source
 
 START = 2**53 + 1
 """A float cannot represent these nanoseconds exactly, so a subtraction of floats would fail."""
@@ -181,7 +182,52 @@ def test_a_burst_of_two() -> None:
         "client_ttft_error_s_p50": 1e-3,
         "client_itl_error_s_p99": 2e-5,
         "client_headroom": 20000.0,  # 100,000 chunks/s, and 5 in 1 s
+        "source": "text",
+        "prompt_tokens_mean": None,
+        "prefix_hit_rate": None,
+        "expected_prefix_hit_rate": None,
     }
+
+
+def test_hit_rates_of_the_prefix_cache() -> None:
+    rows = [
+        {"prompt_tokens": 300, "shared_tokens": 0, "cached_tokens": 0},
+        {"prompt_tokens": 300, "shared_tokens": 300, "cached_tokens": 256},
+        {"prompt_tokens": 200, "shared_tokens": 150, "cached_tokens": 128},
+    ]
+    table = parquet.arrow_table(columns.REQUESTS, rows)
+    before = {"vllm:prefix_cache_hits_total": 10.0, "vllm:prefix_cache_queries_total": 100.0}
+    after = {"vllm:prefix_cache_hits_total": 330.0, "vllm:prefix_cache_queries_total": 900.0}
+    engine = {"prefix_caching": True, "kv_block_tokens": 128}
+    record = {"engine": engine, "metrics_before": before, "metrics_after": after}
+    # 320 of 800 at the server. Expected: of 299 shared tokens 2 blocks of 128, of 150 one.
+    assert server_metrics.prefix_columns(record, table) == {
+        "prefix_hit_rate": 0.4,
+        "expected_prefix_hit_rate": 0.48,
+    }
+    by_usage = record | {"metrics_before": None, "metrics_after": None}
+    assert server_metrics.prefix_columns(by_usage, table)["prefix_hit_rate"] == 0.48
+    off = record | {"engine": engine | {"prefix_caching": False}}
+    assert server_metrics.prefix_columns(off, table)["expected_prefix_hit_rate"] is None
+    older = table.drop_columns(["shared_tokens", "cached_tokens"])
+    assert server_metrics.prefix_columns(record, older)["expected_prefix_hit_rate"] is None
+
+
+def test_latencies_of_a_trace_start_when_requests_are_due_and_all_count() -> None:
+    row = cell(
+        [each | {"prompt_tokens": number} for number, each in enumerate(TWO, 7)],
+        protocol="trace",
+        concurrency=None,
+        request_rate=2.0,
+        source=Source("trace", file=FileFacts("ab" * 32, 2)),
+    )
+    # From START: the first tokens come after 101 and 202 ms, the last ones after 401 and 802 ms.
+    assert row["ttft_s_mean"] == pytest.approx(0.1515)
+    assert row["e2el_s_mean"] == pytest.approx(0.6015)
+    assert (row["requests_in_window"], row["source"]) == (2, "trace abababab")
+    assert row["prompt_tokens_mean"] == 7.5
+    # Four tokens each, whatever the workload's mean is.
+    assert row["seconds_per_100_tokens"] == pytest.approx(100 * 0.6015 / 4)
 
 
 def test_goodput_counts_the_requests_that_meet_every_limit() -> None:

@@ -12,6 +12,7 @@ import pytest
 from servegrid.analysis.validity import RULES, Evidence, Validity, check_validity
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
+from servegrid.study.source import Distribution, Source
 
 TRIAL = parse_study(
     {
@@ -363,3 +364,47 @@ def test_a_network_is_demanded_only_between_nodes_and_by_the_study(measured: Evi
 
 def test_a_cell_that_was_not_served_has_no_validity() -> None:
     assert check_validity(evidence(verdict="timeout")) == Validity(None, None, None)
+
+
+def shared(hits: int, block: int | None = 4) -> Evidence:
+    """Two prompts of 7 tokens, the second of which shares 6 tokens with the first."""
+    found = evidence(
+        engine={"prefix_caching": True, "kv_block_tokens": block},
+        after={"vllm:prefix_cache_hits_total": 5.0 + hits},
+    )
+    requests = found.requests.append_column("shared_tokens", pa.array([0, 6]))
+    return replace(found, requests=requests)
+
+
+def test_hits_that_the_shared_starts_explain_are_no_fault() -> None:
+    # One whole block of 4 tokens fits into the 6 shared ones; without blocks all 6 count.
+    assert check_validity(shared(4)).valid
+    assert check_validity(shared(6, block=None)).valid
+    assert check_validity(shared(5)).invalid_evidence == [
+        "5 prompt tokens came from the prefix cache, but prompts share only 4"
+    ]
+
+
+def drawn(second: dict[str, Any], form: str = "ids") -> Evidence:
+    """Two prompts of 7 and 9 tokens, as a source draws them."""
+    source = Source("text", input_lens=Distribution("uniform", 0.2, 100))
+    trial = replace(TRIAL, workload=replace(TRIAL.workload, source=source))
+    found = evidence(spec=trial.spec, client={"prompt_form": form})
+    rows = [ROW | {"sent_tokens": 7}, ROW | {"sent_tokens": 9, "prompt_tokens": 9} | second]
+    return replace(found, requests=pa.Table.from_pylist(rows))
+
+
+def test_prompts_of_drawn_lengths_have_the_tokens_that_were_sent() -> None:
+    assert check_validity(drawn({})).valid
+    assert check_validity(drawn({"prompt_tokens": 11}, form="text")).valid
+    for form, tokens in (("ids", 11), ("ids", 8), ("text", 8)):
+        (problem,) = check_validity(drawn({"prompt_tokens": tokens}, form)).invalid_evidence or [""]
+        assert problem.startswith("1 of 2 prompts have a wrong number of tokens: the server")
+
+
+def test_a_trace_needs_no_stationary_part() -> None:
+    workload = replace(TRIAL.workload, protocol="trace", concurrency=None, request_rate=1.0)
+    found = evidence(spec=replace(TRIAL, workload=workload).spec)
+    assert "no_steady_state" not in (check_validity(found).invalid_rules or [])
+    as_poisson = replace(TRIAL, workload=replace(workload, protocol="poisson"))
+    assert "no_steady_state" in (check_validity(evidence(spec=as_poisson.spec)).invalid_rules or [])

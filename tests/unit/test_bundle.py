@@ -29,7 +29,7 @@ from helpers.bundling import (
     write_trial,
 )
 from servegrid.analysis.tables import gather_study
-from servegrid.bundle.check import Check
+from servegrid.bundle.check import PASS, Check
 from servegrid.bundle.derive import AnalysisInputs, write_tables
 from servegrid.bundle.pack import Sources, pack
 from servegrid.bundle.unpack import unpack_bundle
@@ -747,3 +747,24 @@ def test_text_from_a_bundle_cannot_move_the_terminal_s_cursor(bundle: Path, tmp_
     text = "\n".join(check.format() for check in verify(archive))
     assert "\\x1b[2Jgone: bundle.json lists it as missing" in text
     assert "\x1b" not in text
+
+
+def test_a_bundle_leaves_out_the_file_of_a_workload_and_verifies_without_it(
+    tmp_path: Path,
+) -> None:
+    chats = tmp_path / "confidential" / "chats.jsonl"
+    chats.parent.mkdir()
+    chats.write_text('{"prompt": "a private question"}\n', encoding="utf-8")
+    source = {"kind": "file", "path": str(chats)}
+    workload = {"concurrency": 1, "input_len": 31, "output_len": 10, "source": source}
+    study = {**STUDY, "workload": workload}
+    write_results(tmp_path, study)
+    bundle = make_bundle(tmp_path, study)
+    chats.unlink()
+    assert {check.status for check in verify(bundle)} == {PASS}
+    with tarfile.open(bundle) as tar:
+        for member in tar:
+            assert "chats" not in member.name
+            if (file := tar.extractfile(member)) is not None:
+                content = file.read()
+                assert b"private question" not in content and b"confidential" not in content

@@ -103,6 +103,9 @@ def test_usage_per_chunk_counts_the_tokens_of_each_chunk_even_without_text() -> 
         "prompt_tokens": 7,
         "completion_tokens": 4,
         "requested_tokens": 4,
+        "sent_tokens": 7,
+        "shared_tokens": 0,
+        "cached_tokens": None,
     }
 
 

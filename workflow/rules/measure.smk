@@ -26,6 +26,8 @@ rule measure:
             attempt=lambda wildcards, attempt: attempt,
             # Not in `params`: a cell that a search has measured is that of a full grid, too.
             search=lambda wildcards: search_plan_of(wildcards.deployment),
+            # Not there either: a cell of the same file stays the same wherever the file lies.
+            source_file=lambda wildcards: study.source_file(trial_of(wildcards)),
             **EXPECTED,
         ),
     params:

@@ -49,7 +49,7 @@ METRIC = "output_tokens_per_s"
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 NOT_TESTED = "not tested"
 
-_SETTINGS = ("requests", "prompts", "think_time_s", "output_spread")
+_SETTINGS = ("requests", "prompts", "think_time_s", "output_spread", "source")
 """Columns in which two cells must be equal to be compared, if both studies know them."""
 _DEPLOYMENT_KEYS = ("model", "quantization", "gpu", "gpu_count")
 

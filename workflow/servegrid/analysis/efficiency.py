@@ -59,8 +59,10 @@ def cell_bound(
     `hardware` comes from `find_hardware`. There is no bound if equal prompts share a prefix cache.
     Times of an emulated engine are taken without its scale.
     """
-    shared = workload.prompts == "identical" and deployment.engine_args.get("enable_prefix_caching")
-    if hardware is None or shared:
+    prefix_len = 0 if workload.source is None else workload.source.prefix_len
+    are_alike = workload.prompts == "identical" or prefix_len > 0
+    shared = are_alike and deployment.engine_args.get("enable_prefix_caching")
+    if hardware is None or shared or not workload.has_fixed_lengths:
         return None
     length = workload.output_len
     return 100 * burst_bound(shape, hardware, concurrency, workload.input_len, length) / length
@@ -112,6 +114,8 @@ def _fill(
     points = Points.of(np.maximum(1.0, loads), *np.transpose(lengths))
     seconds = predictor.predict(points).seconds
     for expected, workload, row in zip(seconds, workloads, rows, strict=True):
+        if not workload.has_fixed_lengths:
+            continue
         measured = row["seconds_per_100_tokens"] / (row["time_scale"] or 1.0)
         row["predicted_over_measured"] = float(100 * expected / workload.output_len / measured)
 

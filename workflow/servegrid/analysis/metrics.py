@@ -33,6 +33,7 @@ REQUEST_COLUMNS = (
     "token_ns",
     "chunk_tokens",
     "completion_tokens",
+    *("prompt_tokens", "shared_tokens", "cached_tokens"),
 )
 """The columns of `columns.REQUESTS` that `cell_row` needs."""
 
@@ -83,7 +84,8 @@ def cell_row(
     tokens_per_s = _ratio(tokens, window_s)
     mean_tokens = _mean(_floats(inside["completion_tokens"]))
     response_s = _ratio(makespan, waves) if workload.protocol == "burst" else _mean(e2el)
-    per_token_s = _ratio(response_s, workload.output_len if exact else mean_tokens)
+    is_as_asked = exact and workload.has_fixed_lengths
+    per_token_s = _ratio(response_s, workload.output_len if is_as_asked else mean_tokens)
     in_flight = in_flight_mean(requests, window, makespan if use_all else None)
     # Users who think are not served, so their number says nothing about the speed of one.
     served_at_once = in_flight if workload.think_time_s else workload.concurrency
@@ -153,6 +155,9 @@ def cell_row(
         "spec_digest": record["spec_digest"],
         "burstiness": workload.burstiness,
         "rate_fraction": workload.rate_fraction,
+        "source": "text" if workload.source is None else workload.source.label,
+        "prompt_tokens_mean": _mean(_floats(inside["prompt_tokens"])),
+        **server_metrics.prefix_columns(record, requests),
     }
     return row | _withheld(row, slo) if held_back else row
 

@@ -14,6 +14,7 @@ from servegrid.telemetry.counters import (
     ITL,
     PREEMPTIONS,
     PREFIX_HITS,
+    PREFIX_QUERIES,
     QUEUE,
     TTFT,
     Counters,
@@ -52,6 +53,42 @@ def server_columns(
         "preemptions": increase(before, after, PREEMPTIONS),
         "prefix_hit_tokens": increase(before, after, PREFIX_HITS),
     }
+
+
+def prefix_columns(record: Mapping[str, Any], requests: pa.Table) -> dict[str, float | None]:
+    """The hit rate of the server's prefix cache, and that of a cache without a limit.
+
+    The server's counters decide; without them, the cached tokens in the usage of the responses.
+    """
+    before, after = record["metrics_before"], record["metrics_after"]
+    prompts = pc.sum(requests["prompt_tokens"]).as_py()
+    hits = increase(before, after, PREFIX_HITS)
+    looked_up = increase(before, after, PREFIX_QUERIES) or prompts
+    if hits is None and "cached_tokens" in requests.column_names:
+        hits, looked_up = pc.sum(requests["cached_tokens"]).as_py(), prompts
+    expected = expected_hits(record, requests)
+    return {
+        "prefix_hit_rate": None if hits is None or not looked_up else hits / looked_up,
+        "expected_prefix_hit_rate": None if expected is None or not prompts else expected / prompts,
+    }
+
+
+def expected_hits(record: Mapping[str, Any], requests: pa.Table) -> int | None:
+    """The prompt tokens that a prefix cache without a limit has: whole blocks of the shared starts.
+
+    The last token of a prompt is always computed, because the first output token follows from it.
+    None if prefix caching is off, or if the record does not say what prompts share.
+    """
+    if not record["engine"].get("prefix_caching") or "shared_tokens" not in requests.column_names:
+        return None
+    block: int = record["engine"].get("kv_block_tokens") or 1
+    rows = zip(
+        requests["shared_tokens"].to_pylist(), requests["prompt_tokens"].to_pylist(), strict=True
+    )
+    known: list[int] = [
+        min(shared, prompt - 1) for shared, prompt in rows if shared is not None and prompt
+    ]
+    return sum(tokens // block * block for tokens in known)
 
 
 def _histogram_mean(

@@ -18,6 +18,7 @@ PROTOCOL_DESCRIPTIONS = {
     "poisson": "requests arrive at random times, at a given rate",
     "gamma": "requests arrive in a more or less bursty way, at a given rate",
     "profile": "requests arrive at random times, at a rate that changes",
+    "trace": "requests arrive at the times of a trace",
     "constant": "requests arrive at equal intervals, at a given rate",
 }
 

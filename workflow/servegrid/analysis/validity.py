@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from servegrid.analysis import buffering, stationarity
 from servegrid.analysis.client_error import client_headroom
 from servegrid.analysis.metrics import in_flight_mean, samples_in, stationary_window
+from servegrid.analysis.server_metrics import expected_hits
 from servegrid.analysis.stationarity import find_window
 from servegrid.records.verdict import was_served
 from servegrid.study.grid import Trial
@@ -37,6 +38,8 @@ MAX_WAITING = 0.05
 """The fraction of a closed loop's concurrency that may wait in the server's queue, as a mean."""
 MAX_FOREIGN_LOAD = 0.01
 """The fraction by which the server may have worked more than for this cell."""
+MAX_UNEXPECTED_HITS = 0.02
+"""The fraction of the prompt tokens that may come from the prefix cache unexpectedly."""
 MAX_DRIFT = 0.10
 """The drift that the drift checks of an allocation may show."""
 MAX_CLIENT_CPU = 0.7
@@ -92,6 +95,7 @@ REQUEST_COLUMNS = (
     *stationarity.REQUEST_COLUMNS,
     *buffering.REQUEST_COLUMNS,
     *("first_token_ns", "chunk_tokens", "prompt_tokens", "completion_tokens", "requested_tokens"),
+    *("sent_tokens", "shared_tokens"),
 )
 """The columns of `columns.REQUESTS` that the rules need."""
 TELEMETRY_COLUMNS = ("time_ns", "throttle_reasons", "waiting")
@@ -108,13 +112,9 @@ def check_validity(evidence: Evidence) -> Validity:
 
 
 def _check_tokens(evidence: Evidence) -> str | None:
-    rows, input_len = evidence.requests, evidence.trial.workload.input_len
-    prompts = pc.unique(rows["prompt_tokens"]).to_pylist()
-    as_text = evidence.record["client"].get("prompt_form", "ids") != "ids"
-    if as_text and (len(prompts) != 1 or prompts[0] < input_len):
-        return f"prompt_tokens are {prompts}, expected one value of at least {input_len}"
-    if not as_text and prompts != [input_len]:
-        return f"prompt_tokens are {prompts}, expected {input_len}"
+    rows = evidence.requests
+    if (wrong_prompts := _check_prompt_tokens(evidence)) is not None:
+        return wrong_prompts
     counted, requested = (
         rows[name].to_pylist() for name in ("completion_tokens", "requested_tokens")
     )
@@ -131,6 +131,36 @@ def _check_tokens(evidence: Evidence) -> str | None:
         if wrong:
             return f"{wrong} of {len(counts)} responses have a wrong number of tokens, {source}"
     return None
+
+
+def _check_prompt_tokens(evidence: Evidence) -> str | None:
+    rows, workload = evidence.requests, evidence.trial.workload
+    as_text = evidence.record["client"].get("prompt_form", "ids") != "ids"
+    if not workload.has_fixed_lengths:
+        return _check_sent_tokens(rows, as_text)
+    prompts, input_len = pc.unique(rows["prompt_tokens"]).to_pylist(), workload.input_len
+    if as_text and (len(prompts) != 1 or prompts[0] < input_len):
+        return f"prompt_tokens are {prompts}, expected one value of at least {input_len}"
+    if not as_text and prompts != [input_len]:
+        return f"prompt_tokens are {prompts}, expected {input_len}"
+    return None
+
+
+def _check_sent_tokens(rows: pa.Table, as_text: bool) -> str | None:
+    """Prompts of different lengths: each has the tokens that were sent; as text, at least these."""
+    counted, sent = (rows[name].to_pylist() for name in ("prompt_tokens", "sent_tokens"))
+    wrong = [
+        (one, other)
+        for one, other in zip(counted, sent, strict=True)
+        if one is None or other is None or one < other or (one > other and not as_text)
+    ]
+    if not wrong:
+        return None
+    least = "at least " if as_text else ""
+    return (
+        f"{len(wrong)} of {len(sent)} prompts have a wrong number of tokens: the server counted "
+        f"{wrong[0][0]}, expected {least}{wrong[0][1]}"
+    )
 
 
 def _check_steady_state(evidence: Evidence) -> str | None:
@@ -154,11 +184,20 @@ def _check_in_flight(evidence: Evidence) -> str | None:
 
 def _check_prefix_cache(evidence: Evidence) -> str | None:
     hits = evidence.counter_increase(PREFIX_HITS)
-    if not hits or evidence.record["engine"].get("prefix_caching"):
+    if not hits:
         return None
     # The server may cache what its template adds, because that is the same for every prompt.
     added = evidence.record["client"].get("prompt_tokens_added") or 0
     more = hits - added * evidence.requests.num_rows
+    if evidence.record["engine"].get("prefix_caching"):
+        expected = expected_hits(evidence.record, evidence.requests)
+        total = pc.sum(evidence.requests["prompt_tokens"]).as_py() or 0
+        if expected is None or more <= expected + MAX_UNEXPECTED_HITS * total:
+            return None
+        return (
+            f"{hits:.0f} prompt tokens came from the prefix cache, but prompts share only "
+            f"{expected}"
+        )
     return f"{hits:.0f} prompt tokens came from the prefix cache" if more > 0 else None
 
 
@@ -306,8 +345,8 @@ RULES: Mapping[str, Rule] = {
     "tokens": Rule(
         "Every request has exactly the requested number of prompt and output tokens, by the "
         "server's count. If prompts are sent as text, the server may add tokens: the same number "
-        "to every prompt. If output_len_exact is false, a response may have fewer output tokens, "
-        "but at least one",
+        "to every prompt, unless prompts differ in length. If output_len_exact is false, a "
+        "response may have fewer output tokens, but at least one",
         _check_tokens,
     ),
     "no_steady_state": Rule(
@@ -322,7 +361,9 @@ RULES: Mapping[str, Rule] = {
     ),
     "prefix_cache": Rule(
         "Unless the study enables it, no prompt token came from the prefix cache. Tokens that the "
-        "server adds to every prompt may come from the cache",
+        "server adds to every prompt may come from the cache. If the study enables it and says "
+        "which prompts share a start, at most "
+        f"{MAX_UNEXPECTED_HITS:.0%} of the prompt tokens came from it beyond these",
         _check_prefix_cache,
     ),
     "preempted": Rule("The server did not preempt any request", _check_preemptions),

@@ -44,6 +44,7 @@ from servegrid.records import parquet
 from servegrid.study.config import parse_study
 from servegrid.study.deployment import canonical_json
 from servegrid.study.grid import Study, Trial
+from servegrid.study.source_files import drop_paths, resolve_sources
 
 BUNDLE_LOG = "results/logs/bundle.log"
 """The log of packing itself. It is still being written, so it is not in the bundle."""
@@ -225,7 +226,11 @@ def _stage_sources(tree: Path, made_with: Sources, redactor: Redactor) -> dict[s
 
 
 def _stage_published(tree: Path, config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Copy the CSV file of published data, if the study names one; the bundle's configuration."""
+    """Copy the CSV file of published data, if the study names one; the bundle's configuration.
+
+    The files of workloads are not copied: the configuration has their facts instead.
+    """
+    config = drop_paths(resolve_sources(config)[0])
     name = published_path(config)
     if name is None:
         return config

@@ -35,6 +35,7 @@ from servegrid.bundle.tarball import UnpackedArchive
 from servegrid.errors import BundleError, RecordError
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Study
+from servegrid.study.source_files import drop_paths
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class UnpackedBundle:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The configuration as it is in the bundle."""
-        return read_json(self.tree / CONFIGURATION, CONFIGURATION_BYTES)
+        """The configuration as it is in the bundle. It can name no file for a workload."""
+        return drop_paths(read_json(self.tree / CONFIGURATION, CONFIGURATION_BYTES))
 
     @cached_property
     def study(self) -> Study:

@@ -22,7 +22,8 @@ from typing import Any
 import httpx
 import pyarrow as pa
 
-from servegrid.client import prompts, schedule
+from servegrid.client import schedule
+from servegrid.client.content import Content, RequestLengths, open_content
 from servegrid.client.parse import ParsedExchange, RequestSpec, parse_exchange
 from servegrid.client.prompts import Prompt
 from servegrid.client.requests import Probe, RequestBuilder, http_client, negotiate, sent_key
@@ -67,6 +68,7 @@ class Measurement:
     - `prompt_form`: how prompts were sent, `ids`, `text` or `messages`; `prompt_tokens_added`: by
       how many the server's count of prompt tokens exceeds `input_len`, because its template adds
       tokens to a text; None if requests differ in this
+    - `rows_left_out`: rows of the workload's file that were drawn and were too long
     - `warmup_s`: duration of the warm-up; `warmup_errors`: its failures, with their number
     - `left`: prepared requests that were not sent within the workload's duration, 0 if there are
       no further distinct prompts of this length;
@@ -95,6 +97,7 @@ def measure(
     counters: Callable[[int], Counters] = lambda finished: None,
     cpu_sets: Sequence[Collection[int]] = (),
     progress: Progress | None = None,
+    source_file: Path | None = None,
 ) -> Measurement:
     """Send `workload` to `endpoint` and keep one row per request, also of failed ones.
 
@@ -109,32 +112,36 @@ def measure(
     requests that the server has completed in between. With several `cpu_sets`, one process per
     CPU set sends its share. `progress` is called after the warm-up and after each wave, never
     while requests are in flight. A closed loop and an open loop are one single wave each.
+    `source_file` is the file of the workload's source, if it has one.
 
     Raises LoadError if the server cannot be reached, if it refuses the key, the model or a part
     of the request, if the prompts cannot be made, or if `workload.requests` do not fill the waves.
     """
     _validate_requests(workload)
-    arrivals = schedule.arrival_times(workload, salt)
+    content = open_content(
+        workload, tokenizer, salt, source_file, workload.warmup_waves * _users(workload)
+    )
+    arrivals = content.arrivals()
     encrypted = endpoint.base_url.startswith("https:")
     tls = tls_context(endpoint.ca_file, endpoint.verify_tls) if encrypted else None
     proxy = None if endpoint.socket is not None else find_proxy(endpoint.base_url)
     transport = MeasuringTransport(endpoint.socket, tls)
     with http_client(endpoint, transport) as client:
         builder = RequestBuilder(client, endpoint, salt)
-        sender = _Sender(transport, builder, workload, cpu_sets)
-        sender, warmup = _warm_up(sender, endpoint, tokenizer)
+        sender = _Sender(transport, builder, workload, content, cpu_sets)
+        sender, warmup = _warm_up(sender, endpoint)
         total = len(arrivals or ()) or workload.requests
         waves: list[_Prompts]
         ahead = None
         if workload.duration_s is None:
             assert total is not None
-            prepared = sender.make_prompts(total, tokenizer, salt)
+            prepared = sender.make_prompts(total)
             waves = _split_into_waves(
                 prepared, sender.users if workload.protocol == "burst" else total
             )
         else:
             ahead = max(MIN_AHEAD, 2 * sender.users)
-            waves = [prompts.iterate_prompts(workload, sender.builder.form, tokenizer, salt)]
+            waves = [content.prompts(sender.builder.form)]
         if progress is not None:
             progress(0, total or 0)
         counters_before = counters(0)
@@ -162,7 +169,8 @@ def measure(
         "keys_refused": sorted(omitted),
         "length_key": sender.builder.length_key,
         "prompt_form": sender.builder.form,
-        "prompt_tokens_added": _prompt_tokens_added(rows, workload),
+        "prompt_tokens_added": _prompt_tokens_added(rows),
+        "rows_left_out": content.rows_left_out,
         **_wave_facts(sent.waves),
         **_send_lag(rows),
         "stopped_early": sum(
@@ -199,29 +207,40 @@ def _validate_requests(workload: Workload) -> None:
         )
 
 
-def _warm_up(sender: _Sender, endpoint: Endpoint, tokenizer: Path | None) -> tuple[_Sender, _Sent]:
+def _users(workload: Workload) -> int:
+    """The concurrency; in an open loop, as many users as requests arrive in a second."""
+    return workload.concurrency or math.ceil(workload.intensity)
+
+
+def _warm_up(sender: _Sender, endpoint: Endpoint) -> tuple[_Sender, _Sent]:
     """Negotiate the requests with the server and send the warm-up waves.
 
     Returns the sender of the requests that the server accepts, and the warm-up.
     """
     workload, builder = sender.workload, sender.builder
     count = workload.warmup_waves * sender.users
-    salt = f"{builder.salt}/warmup"
+    warming = replace(sender, content=sender.content.warm_up())
     chat = endpoint.api == "chat"
-    ids = [] if chat else prompts.make_token_prompts(workload, count or 1, tokenizer, salt)
+    ids = [] if chat else warming.make_prompts(count or 1)
     accepted = negotiate(
         replace(builder, form="messages" if chat else "ids"),
         Probe(
-            token=ids[0][0] if ids else 0,
+            token=_first_token(ids),
             output_len=1 if endpoint.started_here else workload.max_output_len,
             timeout_s=workload.idle_timeout_s,
         ),
-        allow_text=tokenizer is not None,
+        allow_text=sender.content.tokenizer is not None,
     )
-    sender = replace(sender, builder=accepted)
-    prepared = ids if accepted.form == "ids" else sender.make_prompts(count or 1, tokenizer, salt)
+    warming = replace(warming, builder=accepted)
+    prepared = ids if accepted.form == "ids" else warming.make_prompts(count or 1)
     waves = _split_into_waves(prepared[:count], sender.users)
-    return sender, sender.send("warmup/", waves, workload.timeout_s)
+    sent = warming.send("warmup/", waves, workload.timeout_s)
+    return replace(sender, builder=accepted), sent
+
+
+def _first_token(prompts: Sequence[Prompt]) -> int:
+    token = prompts[0][0] if prompts else 0
+    return token if isinstance(token, int) else 0
 
 
 _Prompts = Iterable[Prompt]
@@ -260,17 +279,15 @@ class _Sender:
     transport: MeasuringTransport
     builder: RequestBuilder
     workload: Workload
+    content: Content
     cpu_sets: Sequence[Collection[int]]
 
     @property
     def users(self) -> int:
-        """The concurrency; in an open loop, as many users as requests arrive in a second."""
-        return self.workload.concurrency or math.ceil(self.workload.intensity)
+        return _users(self.workload)
 
-    def make_prompts(self, count: int, tokenizer: Path | None, salt: str) -> Sequence[Prompt]:
-        if self.builder.form == "ids":
-            return prompts.make_token_prompts(self.workload, count, tokenizer, salt)
-        return prompts.make_text_prompts(self.workload, count, tokenizer, salt)
+    def make_prompts(self, count: int) -> Sequence[Prompt]:
+        return list(islice(self.content.prompts(self.builder.form), count))
 
     def send(
         self,
@@ -290,14 +307,13 @@ class _Sender:
         started = time.monotonic()
         results: list[WaveResult] = []
         specs: list[list[RequestSpec]] = []
-        salt = f"{self.builder.salt}/{prefix}"
-        lengths = schedule.output_lengths(self.workload, salt)
+        lengths = self.content.lengths(self.builder.form)
         # The same lengths again, for those requests that were sent.
-        asked = enumerate(schedule.output_lengths(self.workload, salt))
+        asked = enumerate(self.content.lengths(self.builder.form))
         numbered = count()
         for wave, prepared in enumerate(waves):
             requests = (
-                self.builder.completion(f"{prefix}{number}", prompt, length)
+                self.builder.completion(f"{prefix}{number}", prompt, length.output_len)
                 for prompt, number, length in zip(prepared, numbered, lengths, strict=False)
             )
             left_s = started + timeout_s - time.monotonic()
@@ -325,12 +341,13 @@ class _Sender:
                 after_wave(sum(len(result.exchanges) for result in results))
         return _Sent(results, specs, time.monotonic() - started, self.builder.client)
 
-    def _spec(self, name: str, wave: int, length: int) -> RequestSpec:
+    def _spec(self, name: str, wave: int, lengths: RequestLengths) -> RequestSpec:
         return RequestSpec(
             request_id=self.builder.request_id(name),
             wave=wave,
-            prompt_tokens=self.workload.input_len,
-            completion_tokens=length,
+            prompt_tokens=lengths.input_len,
+            completion_tokens=lengths.output_len,
+            shared_tokens=lengths.shared_len,
             form=self.builder.form,
             may_stop_early=not self.builder.endpoint.output_len_exact,
         )
@@ -351,9 +368,10 @@ def _wave_facts(waves: list[WaveResult]) -> dict[str, Any]:
     }
 
 
-def _prompt_tokens_added(rows: list[dict[str, Any]], workload: Workload) -> int | None:
-    counted = {row["prompt_tokens"] for row in rows if row["error"] is None}
-    return counted.pop() - workload.input_len if len(counted) == 1 else None
+def _prompt_tokens_added(rows: list[dict[str, Any]]) -> int | None:
+    served = (row for row in rows if row["error"] is None)
+    added = {row["prompt_tokens"] - row["sent_tokens"] for row in served}
+    return added.pop() if len(added) == 1 else None
 
 
 def _send_lag(rows: list[dict[str, Any]]) -> dict[str, int | None]:

@@ -42,7 +42,8 @@ class RequestSpec:
     """What a request asked for. The server's usage must confirm both token counts.
 
     A server may add tokens to a prompt that is not sent as token ids, and count more. With
-    `may_stop_early`, a response may have fewer output tokens, but at least one.
+    `may_stop_early`, a response may have fewer output tokens, but at least one. An earlier request
+    had the first `shared_tokens` of the prompt too.
     """
 
     request_id: str
@@ -51,6 +52,7 @@ class RequestSpec:
     completion_tokens: int
     form: PromptForm = "ids"
     may_stop_early: bool = False
+    shared_tokens: int = 0
 
 
 class _ResponseError(Exception):
@@ -85,6 +87,7 @@ class _Response:
     chunks: list[_Chunk] = field(default_factory=list)
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    cached_tokens: int | None = None
     done: bool = False
     finished: bool = False
     """Whether a chunk had a finish_reason."""
@@ -131,6 +134,9 @@ def parse_exchange(exchange: Exchange, spec: RequestSpec, key: str | None = None
         "prompt_tokens": response.prompt_tokens,
         "completion_tokens": response.completion_tokens,
         "requested_tokens": spec.completion_tokens,
+        "sent_tokens": spec.prompt_tokens,
+        "shared_tokens": spec.shared_tokens,
+        "cached_tokens": response.cached_tokens,
     }
     return ParsedExchange(row, len(response.skipped))
 
@@ -342,6 +348,10 @@ def _add_chunk(response: _Response, arrival_ns: int, chunk: dict[str, Any], chat
             so_far = _parse_count(usage.get("completion_tokens"))
             response.prompt_tokens = _latest(usage.get("prompt_tokens"), response.prompt_tokens)
             response.completion_tokens = _latest(so_far, response.completion_tokens)
+            details = usage.get("prompt_tokens_details")
+            if isinstance(details, dict):
+                cached = _parse_count(details.get("cached_tokens"))
+                response.cached_tokens = _latest(cached, response.cached_tokens)
         if choices := chunk.get("choices"):
             choice = choices[0]
             # TGI's completions have an empty reason until the last chunk.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import islice, repeat
 from pathlib import Path
@@ -29,8 +29,8 @@ ORDINARY_IDS = range(1_000, 30_000)
 
 PromptForm = Literal["ids", "text", "messages"]
 """How a prompt is sent: as token ids, as text, or as the user's message in a chat."""
-Prompt = list[int] | str
-"""Token ids, or text."""
+Prompt = list[int] | str | list[Mapping[str, str]]
+"""Token ids, text, or OpenAI's messages."""
 
 _OPENING_TOKENS = 4
 _DRAWS_PER_PROMPT, _FIRST_PROMPTS = 20, 50
@@ -38,6 +38,7 @@ _EXTRA_CHARACTERS = 2
 """Factor on the corpus' mean characters per token, so that a text is long enough to be cut."""
 
 _PromptType = TypeVar("_PromptType", list[int], str)
+_Sliced = TypeVar("_Sliced", list[int], str)
 
 
 def make_token_prompts(
@@ -57,27 +58,34 @@ def make_token_prompts(
     Raises LoadError if the tokenizer cannot be used, or if the prompts are too short to be
     distinct.
     """
-    return list(islice(_token_prompts(workload, tokenizer, salt), count))
+    lengths = repeat(workload.input_len)
+    return list(islice(_token_prompts(workload, tokenizer, salt, lengths), count))
 
 
 def iterate_prompts(
-    workload: Workload, form: PromptForm, tokenizer: Path | None, salt: str
-) -> Iterator[Prompt]:
-    """The prompts of `make_token_prompts` or `make_text_prompts`, without an end.
+    workload: Workload,
+    form: PromptForm,
+    tokenizer: Path | None,
+    salt: str,
+    lengths: Iterable[int] | None = None,
+) -> Iterator[list[int] | str]:
+    """The prompts of `make_token_prompts` or `make_text_prompts`, one for each of `lengths`.
 
-    Raises LoadError as they do; for prompts that are too short, when no further one is found.
+    Without `lengths`, all have `workload.input_len` tokens, and there is no end. Raises LoadError
+    as they do; for prompts that are too short, when no further one is found.
     """
+    wanted = repeat(workload.input_len) if lengths is None else lengths
     make = _token_prompts if form == "ids" else _text_prompts
-    return make(workload, tokenizer, salt)
+    return make(workload, tokenizer, salt, wanted)
 
 
-def _token_prompts(workload: Workload, tokenizer: Path | None, salt: str) -> Iterator[list[int]]:
+def _token_prompts(
+    workload: Workload, tokenizer: Path | None, salt: str, lengths: Iterable[int]
+) -> Iterator[list[int]]:
     rng = random.Random(f"{workload.seed}/{salt}")
     if tokenizer is None:
-        drawn = _random_ids(rng, workload.input_len)
-    else:
-        drawn = _corpus_ids(rng, workload.input_len, _tokenize_corpus(tokenizer))
-    return _select_distinct(((prompt, prompt) for prompt in drawn), workload)
+        return _select_distinct(_random_ids(rng), lengths, workload)
+    return _select_distinct(_corpus_ids(rng, _tokenize_corpus(tokenizer)), lengths, workload)
 
 
 def make_text_prompts(
@@ -88,10 +96,12 @@ def make_text_prompts(
     Otherwise as `make_token_prompts`. No text starts or ends with white space, which chat
     templates strip. Also raises LoadError without a tokenizer.
     """
-    return list(islice(_text_prompts(workload, tokenizer, salt), count))
+    return list(islice(_text_prompts(workload, tokenizer, salt, repeat(workload.input_len)), count))
 
 
-def _text_prompts(workload: Workload, tokenizer: Path | None, salt: str) -> Iterator[str]:
+def _text_prompts(
+    workload: Workload, tokenizer: Path | None, salt: str, lengths: Iterable[int]
+) -> Iterator[str]:
     if tokenizer is None:
         raise LoadError(
             "Prompts are sent as text, so counting their tokens needs a tokenizer. Name the "
@@ -99,36 +109,59 @@ def _text_prompts(workload: Workload, tokenizer: Path | None, salt: str) -> Iter
         )
     rng = random.Random(f"{workload.seed}/{salt}")
     corpus = _tokenize_corpus(tokenizer)
-    texts = _corpus_texts(rng, workload.input_len, corpus)
-    drawn = (_truncate(corpus.tokenizer, text, workload.input_len) for text in texts)
-    return _select_distinct(drawn, workload)
+    return _select_distinct(_corpus_texts(rng, corpus), lengths, workload)
+
+
+_Draw = Callable[[int], tuple[list[int], _PromptType] | None]
+"""Draws a prompt of so many tokens, with its ids. None: this draw made no prompt."""
 
 
 def _select_distinct(
-    drawn: Iterable[tuple[list[int], _PromptType] | None], workload: Workload
+    draw: _Draw[_PromptType], lengths: Iterable[int], workload: Workload
 ) -> Iterator[_PromptType]:
-    """The distinct prompts of those drawn, with their ids. A draw may be None: no prompt."""
+    """A distinct prompt for each of `lengths`."""
     # Hashes need little memory. Two prompts with one hash only make the second one be left out.
     selected: set[int] = set()
-    for number, draw in enumerate(drawn):
-        if number > _DRAWS_PER_PROMPT * (len(selected) + _FIRST_PROMPTS):
+    draws = 0
+    for length in lengths:
+        while True:
+            if draws > _DRAWS_PER_PROMPT * (len(selected) + _FIRST_PROMPTS):
+                raise _too_short(length, len(selected))
+            draws += 1
+            drawn = draw(length)
+            if drawn is None or (start := hash(tuple(drawn[0][:DISTINCT_TOKENS]))) in selected:
+                continue
+            selected.add(start)
             break
-        if draw is None or (start := hash(tuple(draw[0][:DISTINCT_TOKENS]))) in selected:
-            continue
-        selected.add(start)
         if workload.prompts == "identical":
-            yield from repeat(draw[1])
-        yield draw[1]
-    raise LoadError(
-        f"input_len {workload.input_len}: more than {len(selected)} distinct prompts of this "
+            yield from repeat(drawn[1])
+        yield drawn[1]
+
+
+def _too_short(length: int, selected: int) -> LoadError:
+    return LoadError(
+        f"input_len {length}: more than {selected} distinct prompts of this "
         "length do not exist. Use longer prompts, fewer requests, or identical prompts."
     )
 
 
-def _random_ids(rng: random.Random, length: int) -> Iterator[list[int]]:
+def _random_ids(rng: random.Random) -> _Draw[list[int]]:
+    firsts = _endless_samples(rng, ORDINARY_IDS)
+
+    def draw(length: int) -> tuple[list[int], list[int]]:
+        prompt = [next(firsts), *rng.choices(ORDINARY_IDS, k=length - 1)]
+        return prompt, prompt
+
+    return draw
+
+
+_Item = TypeVar("_Item")
+
+
+def _endless_samples(rng: random.Random, items: Sequence[_Item]) -> Iterator[_Item]:
+    """All items in a random order, again and again."""
     while True:
-        for first in rng.sample(ORDINARY_IDS, len(ORDINARY_IDS)):
-            yield [first, *rng.choices(ORDINARY_IDS, k=length - 1)]
+        yield from rng.sample(items, len(items))
 
 
 class _Corpus(NamedTuple):
@@ -150,23 +183,39 @@ def _draw_positions(rng: random.Random, corpus: _Corpus) -> Iterator[tuple[int, 
             yield opening, rng.choice(starts)
 
 
-def _corpus_ids(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[list[int]]:
-    repeated = corpus.ids * (2 + length // len(corpus.ids))
-    for opening, text in _draw_positions(rng, corpus):
-        prompt = repeated[opening : opening + _OPENING_TOKENS] + repeated[text : text + length]
-        yield prompt[:length]
+def _cycle(whole: _Sliced, start: int, length: int) -> _Sliced:
+    """`length` items of `whole` from `start` on; after its end it starts again."""
+    found = whole[start : start + length]
+    while len(found) < length:
+        found += whole[: length - len(found)]
+    return found
 
 
-def _corpus_texts(rng: random.Random, length: int, corpus: _Corpus) -> Iterator[str]:
-    """Texts of which most have more than `length` tokens."""
-    characters = _EXTRA_CHARACTERS * math.ceil(length * len(corpus.text) / len(corpus.ids))
-    repeated = f"{corpus.text}\n\n" * (2 + characters // len(corpus.text))
-    for opening, text in _draw_positions(rng, corpus):
+def _corpus_ids(rng: random.Random, corpus: _Corpus) -> _Draw[list[int]]:
+    positions = _draw_positions(rng, corpus)
+
+    def draw(length: int) -> tuple[list[int], list[int]]:
+        opening, text = next(positions)
+        prompt = _cycle(corpus.ids, opening, _OPENING_TOKENS) + _cycle(corpus.ids, text, length)
+        return prompt[:length], prompt[:length]
+
+    return draw
+
+
+def _corpus_texts(rng: random.Random, corpus: _Corpus) -> _Draw[str]:
+    positions = _draw_positions(rng, corpus)
+    endless = f"{corpus.text}\n\n"
+
+    def draw(length: int) -> tuple[list[int], str] | None:
+        opening, text = next(positions)
+        # Most texts of so many characters have more than `length` tokens.
+        characters = _EXTRA_CHARACTERS * math.ceil(length * len(corpus.text) / len(corpus.ids))
         last = min(opening + _OPENING_TOKENS, len(corpus.offsets)) - 1
         begin, end = corpus.offsets[opening][0], corpus.offsets[last][1]
-        start = corpus.offsets[text][0]
-        following = repeated[start : start + characters].lstrip()
-        yield f"{repeated[begin:end].strip()} {following}"
+        following = _cycle(endless, corpus.offsets[text][0], characters).lstrip()
+        return _truncate(corpus.tokenizer, f"{endless[begin:end].strip()} {following}", length)
+
+    return draw
 
 
 def _truncate(tokenizer: TextTokenizer, text: str, length: int) -> tuple[list[int], str] | None:

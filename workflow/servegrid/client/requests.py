@@ -97,9 +97,8 @@ class RequestBuilder:
         can make them.
         """
         chat = self.form == "messages"
-        content = (
-            {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
-        )
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        content = {"messages": messages} if chat else {"prompt": prompt}
         return self.client.build_request(
             "POST",
             f"{self.endpoint.api_path}/{'chat/' if chat else ''}completions",

@@ -84,6 +84,6 @@ def think_times(workload: Workload, salt: str) -> Iterator[float] | None:
 
 def output_lengths(workload: Workload, salt: str) -> Iterator[int]:
     """Output tokens of each request, uniformly distributed around their mean, without an end."""
-    spread = workload.max_output_len - workload.output_len
+    spread = round(workload.output_len * workload.output_spread)
     rng = random.Random(f"{workload.seed}/{salt}/lengths")
     return (workload.output_len + rng.randint(-spread, spread) for _ in itertools.count())

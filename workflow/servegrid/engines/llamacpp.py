@@ -97,6 +97,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
                 "engine": "llamacpp",
                 "version": metadata.version(PACKAGE),
                 **_resolved(deployment, endpoint),
+                "prefix_caching": bool(settings["cache_prompt"]),
                 "engine_args": settings,
                 "system": server.reported["system"],
                 "gpus": server.reported["gpus"],

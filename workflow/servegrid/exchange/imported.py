@@ -144,7 +144,7 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
     if was_served(verdict.name) and row.get("failed_requests"):
         failed = Verdict(HTTP_ERROR, f"{row['failed_requests']} requests failed")
         row |= failed.record | {"verdict_evidence": None}
-    unknown = dict.fromkeys(("valid", "prompts", "output_spread", "output_len_exact"))
+    unknown = dict.fromkeys(("valid", "source", "prompts", "output_spread", "output_len_exact"))
     return row | unknown | {"invalid_rules": [IMPORTED] * len(notes), "invalid_evidence": notes}
 
 

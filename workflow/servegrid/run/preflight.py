@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from servegrid.run.revisions import (
     pinned_commits,
 )
 from servegrid.study import hub, models
-from servegrid.study.grid import Deployment, Study
+from servegrid.study.grid import Deployment, Study, Workload
 from servegrid.study.revisions import add_revisions, read_revisions
 from servegrid.study.tokenizer import MissingPackageError
 
@@ -24,8 +25,9 @@ def check_ready(study: Study, cells: str | Path) -> None:
 
     ModelError: a model is missing, prompts cannot be made with its tokenizer, or it has another
     revision than the cells that are measured. ConfigError: the arguments of an emulated deployment
-    are wrong. EngineError: the API key of an external deployment is missing. Of deployments whose
-    records in the folder `cells` are complete, only the revision is checked.
+    are wrong. LoadError: a text of a workload's file is too long. EngineError: the API key of an
+    external deployment is missing. Of deployments whose records in the folder `cells` are complete,
+    only the revision is checked.
 
     The revisions of models of the Hugging Face Hub become part of the lock file beside `cells`.
     """
@@ -56,6 +58,7 @@ def check_ready(study: Study, cells: str | Path) -> None:
             check_same_revisions(deployment, measured[deployment.name], used, results)
         try:
             _check_models(deployment, {**pinned, **used})
+            _check_files(study, deployment, {**pinned, **used})
         except ModelError as error:
             raise ModelError(f"deployment `{deployment.name}`: {error}") from None
     add_revisions(results, used)
@@ -74,6 +77,27 @@ def _deployments(
         record = measured.get(deployment.name)
         changed = record is not None and record.spec != deployment.spec
         yield deployment, not changed and deployment.name not in incomplete
+
+
+def _check_files(study: Study, deployment: Deployment, revisions: Mapping[str, str]) -> None:
+    """Raise LoadError if a text of a file is too long, or too few are short enough.
+
+    Without the package that reads the tokenizer, the job finds this.
+    """
+    from servegrid.client import content
+
+    needed: dict[str, Workload] = {}
+    for trial in study.all_trials:
+        workload, path = trial.workload, study.source_file(trial)
+        if trial.deployment.name == deployment.name and path and workload.source is not None:
+            known = needed.get(path)
+            if known is None or (workload.requests or 1) > (known.requests or 1):
+                needed[path] = workload
+    for path, workload in needed.items():
+        if workload.source is not None and workload.source.kind == "file":
+            folder = models.locate(deployment.tokenizer, models.default_folder(), revisions)
+            with contextlib.suppress(MissingPackageError):
+                content.check_lengths(Path(path), workload, folder)
 
 
 def _check_models(deployment: Deployment, revisions: Mapping[str, str]) -> None:

@@ -17,14 +17,19 @@ from servegrid.records.verdict import NOT_RUN, Verdict
 from servegrid.reference.checkpoint import find_model
 from servegrid.run.search_plan import CELLS, SearchPlan, left_out_file, read_digest
 from servegrid.run.service import INFO_VARIABLE, AllocationInfo
-from servegrid.run.trial import measure_trial
+from servegrid.run.trial import TrialInputs, measure_trial
 from servegrid.run.unmeasured import write_unmeasured
 from servegrid.study import models
 from servegrid.study.grid import Trial
 
 
 def measure_if_needed(
-    plan_path: Path, trial: Trial, requests: Path, samples: Path, last_attempt: bool
+    plan_path: Path,
+    trial: Trial,
+    requests: Path,
+    samples: Path,
+    last_attempt: bool,
+    inputs: TrialInputs,
 ) -> str:
     """Measure `trial` if its search needs it, else record NOT_RUN. Returns the verdict.
 
@@ -32,7 +37,7 @@ def measure_if_needed(
     """
     digest = read_digest(plan_path)
     if trial.drift_check or (not _is_complete(digest) and _is_needed(plan_path, trial)):
-        return measure_trial(trial, requests, samples, last_attempt)
+        return measure_trial(trial, requests, samples, last_attempt, inputs)
     entry = {"trial": trial.id, "search": digest}
     # First the list, then the record: a record that is not in the list would never be removed.
     left_out = left_out_file(trial.deployment.name, trial.bring_up)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,26 @@ DEATH_CONFIRMED_S = 5.0
 """Seconds that a server must keep answering after a failure to count as alive."""
 
 
+@dataclass(frozen=True)
+class TrialInputs:
+    """Files that some workloads need; None for the others."""
+
+    saturation: Path | None = None
+    """The record that a sweep's request rate is a fraction of."""
+    source_file: Path | None = None
+    """The file that a workload takes its requests from."""
+
+
 def measure_trial(
     trial: Trial,
     requests: Path,
     samples: Path,
     last_attempt: bool,
-    saturation: Path | None = None,
+    inputs: TrialInputs = TrialInputs(),  # it is frozen
 ) -> str:
     """Measure `trial`, write its records and return its verdict.
 
     It is not tried if its engine cannot start, or if a lighter workload could not be served.
-    `saturation` is the record that a sweep's request rate is a fraction of; None for other trials.
 
     Raises EngineError if the allocation serves another deployment, or if the engine died for an
     unknown reason and this is not the last attempt: then the executor starts another engine for the
@@ -66,8 +75,8 @@ def measure_trial(
     offset = sampler.end_offset(info.telemetry)
     errors_before = end_offset(info.errors) if info.errors else 0
     workload, found = trial.workload, None
-    if saturation is not None:
-        workload, found = _at_saturation(trial, saturation)
+    if inputs.saturation is not None:
+        workload, found = _at_saturation(trial, inputs.saturation)
     # An open loop has no fixed concurrency: it gets all processes of the client.
     concurrency = trial.workload.concurrency
     cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
@@ -81,6 +90,7 @@ def measure_trial(
             salt=prompt_salt(trial),
             counters=server.counter_reader(info.endpoint),
             cpu_sets=cpu_sets,
+            source_file=inputs.source_file,
         )
     lost = _lost_health(info, measurement)
     if lost is not None:

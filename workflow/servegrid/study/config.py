@@ -1,6 +1,7 @@
 """Loads a study's configuration, validates it against the schema and expands it.
 
-Nothing is started here. Each error is one ConfigError that names the file, the key and the remedy.
+Nothing is started here; only the files of workloads are read. Each error is one ConfigError that
+names the file, the key and the remedy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from jsonschema.exceptions import ValidationError, best_match
 
 from servegrid.errors import ConfigError
 from servegrid.study.grid import Study, expand
+from servegrid.study.source_files import resolve_sources
 
 SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"
 
@@ -62,15 +65,17 @@ def load_schema() -> dict[str, Any]:
 def parse_study(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> Study:
     """The study that `config` describes. Errors name `files` as its source.
 
-    Raises ConfigError if a key is unknown, a value is out of range, two deployments have the same
-    name, a prompt is too long, or the filters leave no cell.
+    Files of `workload.source` are read, unless it has no path. Raises ConfigError if a key is
+    unknown, a value is out of range, two deployments have the same name, a prompt is too long, the
+    filters leave no cell, or a file of `workload.source` cannot be used.
     """
     source = ", ".join(str(file) for file in files) or "configuration"
     _check_plain(config, source)
     validate(config, load_schema(), source)
     _check_finite(config, source)
     try:
-        return expand(config)
+        resolved, paths = resolve_sources(config)
+        return replace(expand(resolved), source_files=paths)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

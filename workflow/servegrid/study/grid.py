@@ -6,32 +6,39 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from servegrid.errors import ConfigError
-from servegrid.study.deployment import Deployment, canonical_json, digest_json, parse_deployment
+from servegrid.study.deployment import (
+    EMULATED,
+    Deployment,
+    canonical_json,
+    digest_json,
+    parse_deployment,
+)
 from servegrid.study.settings import expand_sweep
+from servegrid.study.source import NEEDS_FILE, Source, parse_source, uniform_half_width
 
 __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json", "expand"]
 
 SPEC_FORMAT = 3
 """Raise this number when the meaning of a specification changes. Older cells are then stale."""
 
-Protocol = Literal["burst", "closed_loop", "poisson", "constant", "gamma", "profile"]
+Protocol = Literal["burst", "closed_loop", "poisson", "constant", "gamma", "profile", "trace"]
 """`constant` exists only in imported results of other clients; a study cannot name it."""
 Prompts = Literal["distinct", "identical"]
 
 CONCURRENCY_PROTOCOLS: tuple[Protocol, ...] = ("burst", "closed_loop")
 """The protocols whose workloads have a concurrency; the others have a request rate."""
-OPEN_LOOPS: tuple[Protocol, ...] = ("poisson", "constant", "gamma", "profile")
+OPEN_LOOPS: tuple[Protocol, ...] = ("poisson", "constant", "gamma", "profile", "trace")
 """The protocols whose requests are due at a rate, no matter how many requests are in flight."""
 SWEEP = "sweep"
 """The `request_rate` that stands for SWEEP_FRACTIONS of the rate at saturation."""
 SWEEP_FRACTIONS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3)
 """Fixed, so that the names of the cells are known before the rate is (docs/adr/0012)."""
-_LATER_KEYS = ("burstiness", "rate_profile", "rate_fraction")
+_LATER_KEYS = ("burstiness", "rate_profile", "rate_fraction", "source")
 """Keys of a workload that its specification has only if they are set: older cells stay the same."""
 
 
@@ -45,11 +52,12 @@ class Workload:
     requests are in flight; `constant` does so at equal intervals. `gamma` has gamma-distributed
     intervals of the shape `burstiness`. `profile` is a Poisson process whose rate follows
     `rate_profile`: factors of `request_rate` at equal distances over `duration_s`, with straight
-    lines between them. With `rate_fraction`, the rate is this fraction of the rate at saturation,
+    lines between them. `trace` sends at the times of the `source`, with `request_rate` as their
+    mean. With `rate_fraction`, the rate is this fraction of the rate at saturation,
     which is measured first. `requests` is the number of
     measured requests; if it is None, requests are sent for `duration_s`. `output_len` is the mean
-    output length; the lengths of a cell vary by up to the fraction `output_spread`. Times are in
-    seconds.
+    output length; the lengths of a cell vary by up to the fraction `output_spread`. Without a
+    `source`, prompts are texts of `input_len` tokens from the corpus. Times are in seconds.
     """
 
     protocol: Protocol
@@ -69,23 +77,34 @@ class Workload:
     burstiness: float | None = None
     rate_profile: tuple[float, ...] | None = None
     rate_fraction: float | None = None
+    source: Source | None = None
 
     @property
     def spec(self) -> dict[str, Any]:
         """All fields as plain JSON data; those of _LATER_KEYS only if they are set."""
         values = ((key, getattr(self, key)) for key in _WORKLOAD_KEYS)  # asdict is slow
-        return {key: value for key, value in values if value is not None or key not in _LATER_KEYS}
+        spec = {key: value for key, value in values if value is not None or key not in _LATER_KEYS}
+        return spec if self.source is None else spec | {"source": self.source.spec}
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Workload:
+    def from_spec(cls, spec: Mapping[str, Any]) -> Self:
         """The inverse of `spec`."""
-        profile = spec.get("rate_profile")
-        return cls(**{**spec, "rate_profile": None if profile is None else tuple(profile)})
+        profile, source = spec.get("rate_profile"), spec.get("source")
+        parsed = {
+            "rate_profile": None if profile is None else tuple(profile),
+            "source": None if source is None else Source.from_spec(source),
+        }
+        return cls(**{**spec, **parsed})
 
     @property
     def has_stationary_part(self) -> bool:
         """Whether it can settle: not a burst, and not a load that changes on purpose."""
-        return self.protocol not in ("burst", "profile")
+        return self.protocol not in ("burst", "profile", "trace")
+
+    @property
+    def has_fixed_lengths(self) -> bool:
+        """Whether all requests have `input_len` tokens, and `output_len` but for its spread."""
+        return self.source is None or self.source.has_fixed_lengths
 
     @property
     def is_open_loop(self) -> bool:
@@ -101,6 +120,8 @@ class Workload:
     @property
     def max_output_len(self) -> int:
         """The largest output length of its requests, in tokens."""
+        if (longest := self._longest("output")) is not None:
+            return longest
         return self.output_len + round(self.output_len * self.output_spread)
 
     def asks_at_least(self, other: Workload) -> bool:
@@ -110,6 +131,25 @@ class Workload:
         load = {"concurrency", "request_rate", "input_len", "requests"}
         mine, others = vars(self), vars(other)
         return all(mine[key] == others[key] for key in mine.keys() - load)
+
+    @property
+    def max_input_len(self) -> int:
+        """The largest prompt length of its requests, in tokens."""
+        longest = self._longest("input")
+        return self.input_len if longest is None else longest
+
+    def _longest(self, what: Literal["input", "output"]) -> int | None:
+        """The largest length that the source has; None if it is that of the workload."""
+        source = self.source or Source()
+        if source.file is not None and source.kind != "file":
+            return getattr(source.file, f"max_{what}_len")  # type: ignore[no-any-return]
+        drawn = source.input_lens if what == "input" else source.output_lens
+        if drawn is None:
+            return None
+        mean = self.input_len if what == "input" else self.output_len
+        if drawn.shape != "uniform":
+            return drawn.max
+        return min(drawn.max, round(mean * (1 + uniform_half_width(drawn.cv))))
 
     @property
     def cell(self) -> str:
@@ -140,10 +180,13 @@ class Trial:
     def unsupported(self) -> str | None:
         """Why it cannot work, whatever the engine does; None if that is not known before."""
         workload, longest = self.workload, self.deployment.max_model_len
-        if not longest or workload.input_len + workload.max_output_len <= longest:
+        source = workload.source
+        if source is not None and source.file is not None and source.kind != "file":
+            return None  # its longest prompt need not have its longest output; rows fit one by one
+        if not longest or workload.max_input_len + workload.max_output_len <= longest:
             return None  # imported results do not say it
         return (
-            f"input_len {workload.input_len} plus output_len {workload.max_output_len} is more "
+            f"input_len {workload.max_input_len} plus output_len {workload.max_output_len} is more "
             f"than max_model_len {longest}"
         )
 
@@ -216,6 +259,8 @@ class Study:
     """The deployments of which hopeless workloads are not tried."""
     searched: frozenset[str] = frozenset()
     """The names of the deployments with `grid: frontier`: only cells that a search needs run."""
+    source_files: Mapping[str, str] = field(default_factory=dict)
+    """The path of each file that a workload takes its requests from, by its SHA-256."""
 
     @property
     def unsupported(self) -> tuple[Trial, ...]:
@@ -243,6 +288,12 @@ class Study:
     def prunes(self, trial: Trial) -> int:
         """1 if hopeless workloads of the trial's deployment are not tried, else 0."""
         return int(trial.deployment.name in self.pruned)
+
+    def source_file(self, trial: Trial) -> str:
+        """The path of the file that the trial takes its requests from; empty if there is none."""
+        source = trial.workload.source
+        digest = "" if source is None or source.file is None else source.file.sha256
+        return self.source_files.get(digest, "")
 
     def position(self, trial: Trial) -> int:
         """The position of `trial` in the order of its bring-up, from 0.
@@ -317,7 +368,9 @@ def _saturation_trial(trial: Trial) -> Trial:
     As many users as the engine runs requests at once keep it busy, so no higher rate can be served.
     """
     users = trial.deployment.max_running
-    keys = {key: getattr(trial.workload, key) for key in ("input_len", "output_len", *_COPIED)}
+    keys = {
+        key: getattr(trial.workload, key) for key in ("input_len", "output_len", "source", *_COPIED)
+    }
     requests = _requests({}, "closed_loop", users)
     workload = Workload("closed_loop", concurrency=users, requests=requests, **keys)
     return Trial(trial.deployment, workload, number=1)
@@ -377,8 +430,10 @@ def _check_size(config: Mapping[str, Any]) -> None:
         product *= math.prod(map(len, entry.get("sweep", {}).values()))
         for key in ("protocol", "output_len", "input_len"):
             product *= len(value) if isinstance(value := keys.get(key), list) else 1
+        product *= len(_as_list(keys.get("source", {}).get("speedup", 1)))
         levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
-        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels)
+        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels) or 1
+        product *= len(_as_list(entry.get("prefix_caching", False)))
         total += product
     if total > MAX_TRIALS:
         raise ConfigError(
@@ -434,15 +489,17 @@ def expand(config: Mapping[str, Any]) -> Study:
     pruned: set[str] = set()
     searched: set[str] = set()
     entries = [
-        (position, each.entry)
+        (position, variant, suffix)
         for position, entry in enumerate(config["deployments"])
         for each in expand_sweep(entry, f"deployments[{position}]")
+        for variant, suffix in _variants(each.entry, f"deployments[{position}]")
     ]
-    for position, entry in entries:
+    for position, variant, suffix in entries:
         where = f"deployments[{position}]"
-        keys = {**config["workload"], **entry.get("workload", {})}
+        keys = {**config["workload"], **variant.get("workload", {})}
         workloads = _expand_workloads(keys, where)
-        deployment = parse_deployment(entry, where)
+        deployment = parse_deployment(variant, where)
+        deployment = replace(deployment, name=deployment.name + suffix)
         first = names.get(deployment.name)
         if first is not None:
             raise ConfigError(
@@ -451,6 +508,7 @@ def expand(config: Mapping[str, Any]) -> Study:
             )
         names[deployment.name] = position
         _check_prompts_fit(deployment, workloads, where)
+        _check_prompt_form(deployment, workloads, where)
         trials += [
             Trial(deployment, workload, number, bring_up=bring_up)
             for bring_up in range(1, keys.get("bring_ups", 1) + 1)
@@ -493,6 +551,42 @@ def expand(config: Mapping[str, Any]) -> Study:
     return replace(study, drift_checks=tuple(drift_checks))
 
 
+_PREFIX_CACHING: Mapping[str, Mapping[str, Any]] = {
+    "vllm": {"enable_prefix_caching": True},
+    "llamacpp": {"cache_prompt": True, "slot_prompt_similarity": 0.1},
+}
+"""The arguments that switch the prefix cache of an engine on. Servegrid's default is off."""
+
+
+def _variants(entry: Mapping[str, Any], where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The entry once per value of its `prefix_caching`: the entry, and the suffix of its name."""
+    plain = {key: value for key, value in entry.items() if key != "prefix_caching"}
+    if "prefix_caching" in entry:
+        _check_prefix_caching(entry, where)
+    for enabled in _as_list(entry.get("prefix_caching", False)):
+        if enabled:
+            arguments = {**entry.get("engine_args", {}), **_PREFIX_CACHING[entry["engine"]]}
+            yield {**plain, "engine_args": arguments}, "-prefix_caching"
+        else:
+            yield plain, ""
+
+
+def _check_prefix_caching(entry: Mapping[str, Any], where: str) -> None:
+    engine = entry["engine"]
+    if engine not in _PREFIX_CACHING:
+        known = " and ".join(f"`{each}`" for each in _PREFIX_CACHING)
+        raise ConfigError(
+            f"{where}.prefix_caching: servegrid sets it only for {known}, not for `{engine}`. "
+            "Remove the key."
+        )
+    for key in _PREFIX_CACHING[engine]:
+        if key in entry.get("engine_args", {}):
+            raise ConfigError(
+                f"{where}.engine_args.{key}: `prefix_caching` sets it already. Remove one of the "
+                "two."
+            )
+
+
 def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Trial]:
     """The workload in the middle of a bring-up's grid, by prompt length, then intensity."""
     trials = [trial for trial in trials if not trial.unsupported]
@@ -510,12 +604,30 @@ def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Tria
 
 
 def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
+    source = parse_source(keys["source"], f"{where}: workload.source") if "source" in keys else None
+    if source is not None and source.kind == "trace":
+        return _expand_trace(keys, source, where)
+    if source is not None and source.file is not None and source.kind not in NEEDS_FILE:
+        _check_absent(keys, ("input_len", "output_len", "output_spread"), "the file", where)
+        keys = {
+            **keys,
+            "input_len": source.file.input_len,
+            "output_len": source.file.output_len,
+        }
     _check_workload_keys(keys, where)
+    workloads = _expand_lengths(keys, source)
+    if source is not None:
+        _check_source_fits(source, workloads, where)
+    return workloads
+
+
+def _expand_lengths(keys: Mapping[str, Any], source: Source | None) -> list[Workload]:
     is_sweep = keys.get("request_rate") == SWEEP
     rates = list(SWEEP_FRACTIONS) if is_sweep else _as_list(keys.get("request_rate"))
     return [
         Workload(
             protocol=protocol,
+            source=source,
             concurrency=None if protocol in OPEN_LOOPS else intensity,
             request_rate=intensity if protocol in OPEN_LOOPS and not is_sweep else None,
             input_len=input_len,
@@ -535,6 +647,82 @@ def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
             rates if protocol in OPEN_LOOPS else _as_list(keys["concurrency"]),
         )
     ]
+
+
+def _expand_trace(keys: Mapping[str, Any], source: Source, where: str) -> list[Workload]:
+    """One workload per `speedup`: the trace has the lengths, the times and their number."""
+    absent = ("input_len", "output_len", "output_spread", "concurrency", "request_rate")
+    more = ("requests_per_user", "duration_s", "think_time_s", "prompts")
+    _check_absent(keys, (*absent, *more), "the trace", where)
+    if _as_list(keys.get("protocol", "trace")) != ["trace"]:
+        raise ConfigError(
+            f"{where}: workload.source: a trace has its own times, so its protocol is `trace`. "
+            "Write `protocol: trace`, or remove `protocol`."
+        )
+    facts = source.file
+    assert facts is not None
+    if facts.rows < 2 or not facts.span_s:
+        raise ConfigError(
+            f"{where}: workload.source: the trace has {facts.rows} rows within "
+            f"{facts.span_s:g} s, so it has no rate. Name a longer trace, or raise `first_s`."
+        )
+    rate = (facts.rows - 1) / facts.span_s
+    return [
+        Workload(
+            protocol="trace",
+            concurrency=None,
+            request_rate=float(f"{speedup * rate:.4g}"),
+            input_len=facts.input_len,
+            output_len=facts.output_len,
+            requests=facts.rows,
+            source=replace(source, speedup=float(speedup)),
+            **{key: keys[key] for key in _COPIED if key in keys},
+        )
+        for speedup in _as_list(keys["source"].get("speedup", 1.0))
+    ]
+
+
+def _check_absent(keys: Mapping[str, Any], absent: Sequence[str], owner: str, where: str) -> None:
+    for key in absent:
+        if key in keys:
+            raise ConfigError(
+                f"{where}: workload.{key}: comes from {owner} of `workload.source`. Remove the key."
+            )
+
+
+def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if a workload cannot take its requests from the source."""
+    for workload in workloads:
+        place = f"{where}: workload.source"
+        if workload.prompts == "identical" and (source.kind == "file" or source.prefix_len):
+            raise ConfigError(
+                f"{place}: its prompts differ, so they are not `identical`. Remove `prompts`."
+            )
+        if workload.prompts == "identical" and not source.has_fixed_lengths:
+            raise ConfigError(f"{place}: prompts of different lengths are not `identical`.")
+        if source.output_lens is not None and workload.output_spread:
+            raise ConfigError(
+                f"{place}.output_lens: `output_spread` is a second distribution. Remove one of the "
+                "two."
+            )
+        if source.prefix_len >= workload.input_len:
+            raise ConfigError(
+                f"{place}.prefix_len: {source.prefix_len} leaves nothing of input_len "
+                f"{workload.input_len}, which includes the prefix. Shorten the prefix."
+            )
+        for key, drawn, mean in (
+            ("input_lens", source.input_lens, workload.input_len),
+            ("output_lens", source.output_lens, workload.output_len),
+        ):
+            if drawn is not None and drawn.max < mean:
+                raise ConfigError(f"{place}.{key}.max: {drawn.max} is less than the mean {mean}.")
+        rows = source.file.rows if source.kind == "file" and source.file else None
+        if rows is not None and (workload.requests or 1) > rows:
+            raise ConfigError(
+                f"{place}: the file has {rows} usable rows, and `{workload.cell}` needs "
+                f"{workload.requests}: no row is sent twice. Lower `concurrency` or "
+                "`requests_per_user`, or add rows."
+            )
 
 
 MIN_STATIONARY_REQUESTS = 64
@@ -561,7 +749,14 @@ def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> 
 def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if a key that a protocol needs is missing."""
     protocols = _as_list(keys.get("protocol", "burst"))
+    if "input_len" not in keys:
+        raise ConfigError("workload: `input_len` is missing. Prompt length in tokens.")
     for protocol in protocols:
+        if protocol == "trace":
+            raise ConfigError(
+                f"{where}: the protocol `trace` needs a trace. Add `source` under `workload`, "
+                "with `kind: trace` and `path`."
+            )
         needed = ["request_rate" if protocol in OPEN_LOOPS else "concurrency"]
         needed += {"gamma": ["burstiness"], "profile": ["rate_profile", "duration_s"]}.get(
             protocol, []
@@ -602,6 +797,23 @@ def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], wh
             f"{where}: {problems[0]} of `{deployment.name}`, and no other workload fits, either. "
             "Shorten the prompt, or raise max_model_len if the model supports it."
         )
+
+
+def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if the deployment cannot get the prompts in a form that it takes."""
+    is_chat = deployment.endpoint is not None and deployment.endpoint.api == "chat"
+    for workload in workloads:
+        kind = "text" if workload.source is None else workload.source.kind
+        if kind == "file" and deployment.engine == EMULATED:
+            raise ConfigError(
+                f"{where}: workload.source: an emulated engine has no tokenizer, which counts the "
+                "tokens of a file. Use another engine, or another kind of source."
+            )
+        if is_chat and workload.source is not None and workload.source.needs_ids:
+            raise ConfigError(
+                f"{where}: workload.source: random ids, `prefix_len` and `hash_ids` are token ids, "
+                "but a chat takes text. Use `kind: text` without a prefix, or `api: completions`."
+            )
 
 
 def _check_emulated_mix(trials: Sequence[Trial]) -> None:

@@ -23,6 +23,10 @@ PREFIX_HITS: Names = (
     "vllm:gpu_prefix_cache_hits_total",
     "llamacpp:prompt_tokens_cached_total",
 )
+PREFIX_QUERIES: Names = (
+    "vllm:prefix_cache_queries_total",
+    "vllm:gpu_prefix_cache_queries_total",
+)
 GAUGES: Names = (*RUNNING, *WAITING, *KV_CACHE_USAGE, *PREEMPTIONS)
 TTFT: Names = ("vllm:time_to_first_token_seconds",)
 ITL: Names = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")

@@ -60,7 +60,7 @@ CELLS = (
         "protocol",
         pa.string(),
         "",
-        "`burst`, `closed_loop`, `poisson`, `gamma` or `profile`; imported also `constant`",
+        "`burst`, `closed_loop`, `poisson`, `gamma`, `profile` or `trace`; imported also `constant`",
     ),
     Column(
         "concurrency",
@@ -425,6 +425,33 @@ CELLS = (
         pa.float64(),
         "",
         "request_rate / rate at saturation, in a sweep of rates; otherwise null",
+    ),
+    Column(
+        "source",
+        pa.string(),
+        "",
+        "Where prompts and lengths come from: `text`, `random`, `file` or `trace`, and the first "
+        "digits of the file's SHA-256; null if imported",
+    ),
+    Column(
+        "prompt_tokens_mean",
+        pa.float64(),
+        "tokens",
+        "Prompt tokens of a request, by the server's count: mean over requests_in_window",
+    ),
+    Column(
+        "prefix_hit_rate",
+        pa.float64(),
+        "0 to 1",
+        "Prompt tokens from the server's prefix cache / all prompt tokens that it looked up; null "
+        "if the server does not report it",
+    ),
+    Column(
+        "expected_prefix_hit_rate",
+        pa.float64(),
+        "0 to 1",
+        "The same for a prefix cache without a limit, from the starts that prompts share; null if "
+        "prefix caching is off",
     ),
 )
 """One row per cell and trial, for cells and for drift checks."""

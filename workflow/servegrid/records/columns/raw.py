@@ -30,6 +30,20 @@ REQUESTS = (
     Column("prompt_tokens", pa.int32(), "tokens", "Prompt tokens, as the server counted them"),
     Column("completion_tokens", pa.int32(), "tokens", "Output tokens, as the server counted them"),
     Column("requested_tokens", pa.int32(), "tokens", "Output tokens that were requested"),
+    Column("sent_tokens", pa.int32(), "tokens", "Prompt tokens that were sent"),
+    Column(
+        "shared_tokens",
+        pa.int32(),
+        "tokens",
+        "Tokens at the start of the prompt that an earlier request had too: what an unlimited "
+        "prefix cache can have",
+    ),
+    Column(
+        "cached_tokens",
+        pa.int32(),
+        "tokens",
+        "Prompt tokens from the server's prefix cache, by its usage; null if that does not say",
+    ),
 )
 """One row per request."""
 
