@@ -133,12 +133,7 @@ def write_trial(trial: Trial, folder: Path, requests: pa.Table, telemetry: pa.Ta
     trial_folder = folder / trial.id
     trial_folder.mkdir(parents=True)
     for name, table in (("requests", requests), ("telemetry", telemetry)):
-        pq.write_table(
-            table.replace_schema_metadata(record),
-            trial_folder / f"{name}.parquet",
-            compression="zstd",
-            write_page_checksum=True,
-        )
+        parquet.write_table(table.replace_schema_metadata(record), trial_folder / f"{name}.parquet")
 
 
 def plain_read(study: Study, folder: Path) -> None:

@@ -307,6 +307,18 @@ def test_a_record_is_read_from_the_metadata_of_a_file(study: StudyFolder) -> Non
     assert parquet.read_record(path) == json.loads(json.dumps(make_record(trials[0])))
 
 
+@pytest.mark.parametrize("name", ["requests.parquet", "telemetry.parquet"])
+def test_a_changed_bit_in_the_record_is_detected(study: StudyFolder, name: str) -> None:
+    """Parquet has no checksum of its metadata."""
+    trials, folder = study
+    path = folder / trials[0].id / name
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b'"verdict"') + 1] ^= 1
+    path.write_bytes(data)
+    pq.read_table(path, page_checksum_verification=True)
+    assert f"{trials[0].id}: {name} is damaged" in gather_error(trials, folder)
+
+
 def test_a_changed_byte_in_the_rows_is_detected(study: StudyFolder) -> None:
     trials, folder = study
     path = folder / trials[0].id / "requests.parquet"

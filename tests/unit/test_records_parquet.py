@@ -208,3 +208,37 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     assert sorted(each.name for each in tmp_path.iterdir()) == [
         *("requests.parquet", "telemetry.parquet")
     ]
+
+
+def test_every_changed_bit_of_a_file_is_detected(tmp_path: Path) -> None:
+    path = tmp_path / "requests.parquet"
+    schema = parquet.arrow_schema(columns.REQUESTS, RECORD)
+    parquet.write_table(pa.Table.from_pylist([{}], schema=schema), path)
+    intact = path.read_bytes()
+    assert parquet.read_intact(path).read() == intact
+    for bit in range(8 * len(intact)):
+        data = bytearray(intact)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="digest"):
+            parquet.read_intact(path)
+
+
+@pytest.mark.parametrize("size", [0, 100, -1])
+def test_a_shorter_file_and_one_without_a_digest_are_detected(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "requests.parquet"
+    parquet.write_table(table(100), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="digest"):
+        parquet.read_intact(path)
+    pq.write_table(table(100), path)
+    with pytest.raises(ValueError, match="it has no digest"):
+        parquet.read_intact(path)
+
+
+def test_a_table_that_is_written_again_gets_a_new_digest(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    parquet.write_table(table(3), first)
+    parquet.write_table(pq.read_table(first).slice(1), second)
+    assert pq.read_table(parquet.read_intact(second)).num_rows == 2
+    assert second.read_bytes().count(parquet.DIGEST_KEY) == 1

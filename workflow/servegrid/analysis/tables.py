@@ -222,7 +222,7 @@ def _row(trial: Trial, folder: Path, drifts: Mapping[str, float], slo: Slo) -> d
 def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, Any], pa.Table]:
     """The record and some columns of one file, which is opened once."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(parquet.read_intact(path)) as file:
             record = json.loads(file.schema_arrow.metadata[parquet.RECORD_KEY])
             return record, file.read(list(columns), use_threads=False)
     except FileNotFoundError:

@@ -42,7 +42,7 @@ def stage_redacted(source: Path, path: Path, redactor: Redactor, is_site_file: b
 
 def _stage_table(source: Path, path: Path, redactor: Redactor) -> None:
     """Copy a table. It is rewritten only if its record or its strings change."""
-    with pq.ParquetFile(source, page_checksum_verification=True) as file:
+    with pq.ParquetFile(parquet.read_intact(source)) as file:
         table = file.read()
     redacted = table
     for position, field in enumerate(table.schema):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +23,12 @@ RECORD_FORMAT = 4
 
 RECORD_KEY = b"servegrid"
 """The key in the schema metadata that holds the record of a file, as JSON."""
+
+DIGEST_KEY = b"servegrid.sha256"
+"""The key in the file's metadata that holds the SHA-256 of the file, computed with zeros there."""
+_PLACEHOLDER = b"0" * 64
+# Thrift writes the length of the value between key and value.
+_DIGEST = re.compile(re.escape(DIGEST_KEY) + rb".{1,4}?([0-9a-f]{64})", re.DOTALL)
 
 
 def arrow_schema(columns: Iterable[Column], record: Mapping[str, Any] | None = None) -> pa.Schema:
@@ -39,13 +47,46 @@ def arrow_table(
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write `table` as Parquet, atomically and synced to disk.
+    """Write `table` as Parquet with its digest, atomically and synced to disk.
 
     Raises RecordError, with the path, if the file cannot be written. An older file then remains.
     """
+    metadata = dict(table.schema.metadata or {})
+    metadata.pop(DIGEST_KEY, None)  # that of the file which the table was read from
+    table = table.replace_schema_metadata(metadata)
     with atomic_write(path) as temporary:
-        # Without checksums, two of three flipped bytes are read as other numbers, without an error.
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        with pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+            writer.write_table(table)
+            writer.add_key_value_metadata({DIGEST_KEY: _PLACEHOLDER})
+        data = temporary.read_bytes()
+        digest = hashlib.sha256(data).hexdigest().encode()
+        start = _find_digest(data).start(1)
+        temporary.write_bytes(data[:start] + digest + data[start + len(digest) :])
+
+
+def read_intact(path: Path) -> pa.BufferReader:
+    """The content of a file that `write_table` wrote, for `pq.ParquetFile`.
+
+    A single wrong bit is found. Parquet's own checksums leave out the metadata, which has the
+    record, and the heads of pages, which say how many values there are.
+
+    Raises OSError if the file cannot be read, and ValueError if it has changed since then.
+    """
+    data = path.read_bytes()
+    found = _find_digest(data)
+    digest = hashlib.sha256(data[: found.start(1)] + _PLACEHOLDER + data[found.end(1) :])
+    if digest.hexdigest().encode() != found[1]:
+        raise ValueError("its content does not match its digest")
+    return pa.BufferReader(data)
+
+
+def _find_digest(data: bytes) -> re.Match[bytes]:
+    """Where the digest is. The metadata ends the file, so the last place counts."""
+    start = data.rfind(DIGEST_KEY)
+    found = _DIGEST.match(data, start) if start >= 0 else None
+    if found is None:
+        raise ValueError("it has no digest")
+    return found
 
 
 def check_writable(folder: Path) -> None:

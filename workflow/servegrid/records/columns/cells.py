@@ -60,7 +60,8 @@ CELLS = (
         "protocol",
         pa.string(),
         "",
-        "`burst`, `closed_loop`, `poisson`, `gamma`, `profile` or `trace`; imported also `constant`",
+        "`burst`, `closed_loop`, `poisson`, `gamma`, `profile` or `trace`; imported also "
+        "`constant`",
     ),
     Column(
         "concurrency",
