@@ -210,15 +210,15 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     ]
 
 
-def test_every_changed_bit_of_a_file_is_detected(tmp_path: Path) -> None:
+def test_a_changed_bit_in_any_byte_of_a_file_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "requests.parquet"
     schema = parquet.arrow_schema(columns.REQUESTS, RECORD)
     parquet.write_table(pa.Table.from_pylist([{}], schema=schema), path)
     intact = path.read_bytes()
     assert parquet.read_intact(path).read() == intact
-    for bit in range(8 * len(intact)):
+    for position in range(len(intact)):
         data = bytearray(intact)
-        data[bit // 8] ^= 1 << bit % 8
+        data[position] ^= 1 << position % 8
         path.write_bytes(data)
         with pytest.raises(ValueError, match="digest"):
             parquet.read_intact(path)

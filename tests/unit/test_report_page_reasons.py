@@ -51,6 +51,6 @@ def test_the_page_has_the_reason_of_each_cell() -> None:
         1: ("valid", None),
         2: ("valid", "queued: requests spent 33% of their time in the queue"),
         4: ("not served", "oom: CUDA out of memory"),
-        8: ("not served", "not_run: dominated by burst-c4: oom"),
+        8: ("not run", "not_run: dominated by burst-c4: oom"),
         16: ("not served", "timeout"),
     }

@@ -107,7 +107,7 @@ def _parse_strategy(
 ) -> tuple[Protocol, int | None, float | None]:
     """Protocol, concurrency and request rate."""
     kind = strategy["type_"]
-    if kind in OPEN_LOOPS:
+    if kind in ("poisson", "constant"):
         return kind, None, float(strategy["rate"])
     if kind == "synchronous":
         return "closed_loop", 1, None

@@ -17,7 +17,7 @@ from servegrid.records.verdict import NOT_RUN, Verdict
 from servegrid.reference.checkpoint import find_model
 from servegrid.run.search_plan import CELLS, SearchPlan, left_out_file, read_digest
 from servegrid.run.service import INFO_VARIABLE, AllocationInfo
-from servegrid.run.trial import TrialInputs, measure_trial
+from servegrid.run.trial import NO_INPUTS, TrialInputs, measure_trial
 from servegrid.run.unmeasured import write_unmeasured
 from servegrid.study import models
 from servegrid.study.grid import Trial
@@ -29,7 +29,7 @@ def measure_if_needed(
     requests: Path,
     samples: Path,
     last_attempt: bool,
-    inputs: TrialInputs,
+    inputs: TrialInputs = NO_INPUTS,
 ) -> str:
     """Measure `trial` if its search needs it, else record NOT_RUN. Returns the verdict.
 

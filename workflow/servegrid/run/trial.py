@@ -44,6 +44,9 @@ class TrialInputs:
     """The file that a workload takes its requests from."""
 
 
+NO_INPUTS = TrialInputs()
+
+
 def measure_trial(
     trial: Trial,
     requests: Path,
