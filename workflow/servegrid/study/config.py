@@ -21,7 +21,8 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
 
 from servegrid.errors import ConfigError
-from servegrid.study.grid import Study, expand
+from servegrid.study.expand import expand
+from servegrid.study.grid import Study
 from servegrid.study.source_files import resolve_sources
 
 SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"

@@ -1,27 +1,17 @@
-"""Expands a configuration to deployments, cells and trials. Pure: reads and writes no files."""
+"""What a study consists of: workloads, trials, and the study itself. Pure."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from servegrid.errors import ConfigError
-from servegrid.study.deployment import (
-    EMULATED,
-    Deployment,
-    canonical_json,
-    digest_json,
-    parse_deployment,
-)
-from servegrid.study.settings import expand_sweep
-from servegrid.study.source import NEEDS_FILE, Source, parse_source, uniform_half_width
+from servegrid.study.deployment import Deployment, canonical_json, digest_json
+from servegrid.study.source import Source, uniform_half_width
 
-__all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json", "expand"]
+__all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json"]
 
 SPEC_FORMAT = 3
 """Raise this number when the meaning of a specification changes. Older cells are then stale."""
@@ -40,6 +30,20 @@ SWEEP_FRACTIONS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3)
 """Fixed, so that the names of the cells are known before the rate is (docs/adr/0012)."""
 _LATER_KEYS = ("burstiness", "rate_profile", "rate_fraction", "source")
 """Keys of a workload that its specification has only if they are set: older cells stay the same."""
+
+FRONTIER = "frontier"
+"""The value of `grid` with which the largest load that meets the SLO is searched."""
+
+DRIFT_CHECKS = 3
+"""Drift checks per bring-up: one at the start, one in the middle, one at the end."""
+
+MIN_STATIONARY_REQUESTS = 64
+"""Default number of requests between the first and the last one of each user. The 90th
+percentile needs this many samples."""
+OPEN_LOOP_REQUESTS = 2000
+"""Default number of requests of an open loop. With fewer, a load of 90% of the server's capacity
+often looks like overload (docs/statistics.md)."""
+COPIED_KEYS = ("output_spread", "prompts", "warmup_waves", "seed", "timeout_s", "idle_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -310,7 +314,7 @@ class Study:
         """The trial that finds the rate at saturation for `trial`; None if it needs none."""
         if trial.workload.rate_fraction is None:
             return None
-        return self._by_id[_saturation_trial(trial).id]
+        return self._by_id[saturation_trial_of(trial).id]
 
     def max_concurrency(self, deployment: Deployment) -> int:
         """The highest concurrency of the deployment's workloads.
@@ -331,7 +335,7 @@ class Study:
     @cached_property
     def _saturation_ids(self) -> set[str]:
         waiting = (trial for trial in self.trials if trial.workload.rate_fraction is not None)
-        return {_saturation_trial(trial).id for trial in waiting}
+        return {saturation_trial_of(trial).id for trial in waiting}
 
     @cached_property
     def _by_id(self) -> dict[str, Trial]:
@@ -340,7 +344,7 @@ class Study:
     @cached_property
     def _positions(self) -> dict[str, int]:
         positions: dict[str, int] = {}
-        trials, drift_checks = (_by_bring_up(group) for group in (self.trials, self.drift_checks))
+        trials, drift_checks = (by_bring_up(group) for group in (self.trials, self.drift_checks))
         for (deployment, bring_up), group in trials.items():
             seed = f"{self.name}/{deployment}/{group[0].workload.seed}"
             seed += f"/{bring_up}" if bring_up > 1 else ""
@@ -362,47 +366,20 @@ def _weight(trial: Trial) -> tuple[float, ...]:
     return trial.number, workload.is_open_loop, tokens, workload.input_len
 
 
-def _saturation_trial(trial: Trial) -> Trial:
+def saturation_trial_of(trial: Trial) -> Trial:
     """The trial whose throughput is the rate at saturation: a closed loop that fills the engine.
 
     As many users as the engine runs requests at once keep it busy, so no higher rate can be served.
     """
     users = trial.deployment.max_running
-    keys = {
-        key: getattr(trial.workload, key) for key in ("input_len", "output_len", "source", *_COPIED)
-    }
-    requests = _requests({}, "closed_loop", users)
+    copied = ("input_len", "output_len", "source", *COPIED_KEYS)
+    keys = {key: getattr(trial.workload, key) for key in copied}
+    requests = count_requests({}, "closed_loop", users)
     workload = Workload("closed_loop", concurrency=users, requests=requests, **keys)
     return Trial(trial.deployment, workload, number=1)
 
 
-def _add_saturation_trials(trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """`trials` and, after those of each deployment, the trials that its rates are fractions of."""
-    by_deployment: dict[str, dict[str, Trial]] = {}
-    for trial in trials:
-        by_deployment.setdefault(trial.deployment.name, {})[trial.id] = trial
-    for group in by_deployment.values():
-        for trial in list(group.values()):
-            if trial.workload.rate_fraction is not None:
-                group.setdefault(_saturation_trial(trial).id, _saturation_trial(trial))
-    return tuple(trial for group in by_deployment.values() for trial in group.values())
-
-
-def _check_searched(keys: Mapping[str, Any], where: str) -> None:
-    """A search chooses the order itself, and needs rates that are known before it starts."""
-    for key in ("order", "prune"):
-        if key in keys:
-            raise ConfigError(
-                f"{where}: `grid: frontier` chooses the order of the cells itself. Remove `{key}`."
-            )
-    if keys.get("request_rate") == SWEEP:
-        raise ConfigError(
-            f"{where}: `grid: frontier` searches among given rates. Replace `request_rate: sweep` "
-            "by a list of rates, or remove `grid`."
-        )
-
-
-def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
+def by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
     """The trials by deployment and bring-up."""
     groups: dict[tuple[str, int], list[Trial]] = {}
     for trial in trials:
@@ -410,330 +387,7 @@ def _by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
     return groups
 
 
-MAX_TRIALS = 1_000_000
-FRONTIER = "frontier"
-"""The value of `grid` with which the largest load that meets the SLO is searched."""
-SEARCH_TRIALS = 3
-"""Default of `trials` in a search. Only cells near a limit of the SLO need more than one."""
-DRIFT_CHECKS = 3
-"""Drift checks per bring-up: one at the start, one in the middle, one at the end."""
-DRIFT_CHECK_MIN_TRIALS = 9
-"""A bring-up with at least this many trials has drift checks by default."""
-
-
-def _check_size(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError if there would be more than MAX_TRIALS trials, before they are made."""
-    total = 0
-    for entry in config["deployments"]:
-        keys = {**config["workload"], **entry.get("workload", {})}
-        product: int = _trials(keys) * keys.get("bring_ups", 1)
-        product *= math.prod(map(len, entry.get("sweep", {}).values()))
-        for key in ("protocol", "output_len", "input_len"):
-            product *= len(value) if isinstance(value := keys.get(key), list) else 1
-        product *= len(_as_list(keys.get("source", {}).get("speedup", 1)))
-        levels = [keys[key] for key in ("concurrency", "request_rate") if key in keys]
-        product *= sum(len(value) if isinstance(value, list) else 1 for value in levels) or 1
-        product *= len(_as_list(entry.get("prefix_caching", False)))
-        total += product
-    if total > MAX_TRIALS:
-        raise ConfigError(
-            f"deployments: the study has more than {MAX_TRIALS:,} trials. Lower `trials`, or split "
-            "the study."
-        )
-
-
-def _trials(keys: Mapping[str, Any]) -> int:
-    default = SEARCH_TRIALS if keys.get("grid") == FRONTIER else 1
-    trials: int = keys.get("trials", default)
-    return trials
-
-
-def _check_prompt_mix(capacity: Mapping[str, Any]) -> None:
-    """Raise ConfigError if it is not clear which prompts the plan's users send."""
-    lengths = [each["input_len"] for each in capacity.get("prompt_mix", ())]
-    if lengths and "input_len" in capacity:
-        raise ConfigError(
-            "capacity: `input_len` and `prompt_mix` exclude each other. Remove one of the two."
-        )
-    if len(set(lengths)) < len(lengths):
-        raise ConfigError(
-            "capacity.prompt_mix: an `input_len` occurs twice. Give each length one share."
-        )
-
-
-def _check_slo_classes(slo: Mapping[str, Any]) -> None:
-    """Raise ConfigError if `slo` has both limits and classes with limits."""
-    classes = [name for name, value in slo.items() if isinstance(value, Mapping)]
-    limits = [name for name in slo if name not in classes]
-    if classes and limits:
-        raise ConfigError(
-            f"slo: `{limits[0]}` is a limit and `{classes[0]}` is a class of users. Move "
-            f"`{limits[0]}` into the classes that it is for."
-        )
-
-
-def expand(config: Mapping[str, Any]) -> Study:
-    """All trials and drift checks of a configuration that matches the schema.
-
-    Raises ConfigError if two deployments have the same name, a deployment is not valid (see
-    `parse_deployment`), all prompts with their outputs are longer than `max_model_len`, or
-    `include` and `exclude` leave no cell. The error names the key.
-    """
-    _check_size(config)
-    _check_prompt_mix(config.get("capacity", {}))
-    _check_slo_classes(config.get("slo", {}))
-    trials: list[Trial] = []
-    names: dict[str, int] = {}
-    with_drift_checks: dict[str, bool | None] = {}
-    ordered: set[str] = set()
-    pruned: set[str] = set()
-    searched: set[str] = set()
-    entries = [
-        (position, variant, suffix)
-        for position, entry in enumerate(config["deployments"])
-        for each in expand_sweep(entry, f"deployments[{position}]")
-        for variant, suffix in _variants(each.entry, f"deployments[{position}]")
-    ]
-    for position, variant, suffix in entries:
-        where = f"deployments[{position}]"
-        keys = {**config["workload"], **variant.get("workload", {})}
-        workloads = _expand_workloads(keys, where)
-        deployment = parse_deployment(variant, where)
-        deployment = replace(deployment, name=deployment.name + suffix)
-        first = names.get(deployment.name)
-        if first is not None:
-            raise ConfigError(
-                f"{where}: the name `{deployment.name}` is already that of deployments[{first}]. "
-                "Remove one of the two, or give one a different `name`."
-            )
-        names[deployment.name] = position
-        _check_prompts_fit(deployment, workloads, where)
-        _check_prompt_form(deployment, workloads, where)
-        trials += [
-            Trial(deployment, workload, number, bring_up=bring_up)
-            for bring_up in range(1, keys.get("bring_ups", 1) + 1)
-            for workload in workloads
-            for number in range(1, _trials(keys) + 1)
-        ]
-        is_searched = keys.get("grid") == FRONTIER
-        if is_searched:
-            _check_searched(keys, where)
-            searched.add(deployment.name)
-        # Drift checks of a few cells would cost as much as the cells.
-        with_drift_checks[deployment.name] = keys.get(
-            "drift_checks", False if is_searched else None
-        )
-        if keys.get("order") == "light_to_heavy":
-            ordered.add(deployment.name)
-        if keys.get("prune", deployment.name in ordered):
-            pruned.add(deployment.name)
-    kept = tuple(trial for trial in trials if _is_selected(trial, config))
-    if not config.get("allow_emulated_mix", False):
-        _check_emulated_mix(kept)
-    if not kept:
-        raise ConfigError(
-            f"include, exclude: the filters remove all {len(trials)} trials. Change the filters."
-        )
-    if any(trial.workload.rate_fraction is not None for trial in kept):
-        kept = _add_saturation_trials(kept)
-    study = Study(
-        config["study"],
-        kept,
-        light_to_heavy=frozenset(ordered),
-        pruned=frozenset(pruned),
-        searched=frozenset(searched),
-    )
-    drift_checks = (
-        drift_check
-        for (deployment, _), group in _by_bring_up(kept).items()
-        for drift_check in _drift_checks(group, with_drift_checks[deployment])
-    )
-    return replace(study, drift_checks=tuple(drift_checks))
-
-
-_PREFIX_CACHING: Mapping[str, Mapping[str, Any]] = {
-    "vllm": {"enable_prefix_caching": True},
-    "llamacpp": {"cache_prompt": True, "slot_prompt_similarity": 0.1},
-}
-"""The arguments that switch the prefix cache of an engine on. Servegrid's default is off."""
-
-
-def _variants(entry: Mapping[str, Any], where: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The entry once per value of its `prefix_caching`: the entry, and the suffix of its name."""
-    plain = {key: value for key, value in entry.items() if key != "prefix_caching"}
-    if "prefix_caching" in entry:
-        _check_prefix_caching(entry, where)
-    for enabled in _as_list(entry.get("prefix_caching", False)):
-        if enabled:
-            arguments = {**entry.get("engine_args", {}), **_PREFIX_CACHING[entry["engine"]]}
-            yield {**plain, "engine_args": arguments}, "-prefix_caching"
-        else:
-            yield plain, ""
-
-
-def _check_prefix_caching(entry: Mapping[str, Any], where: str) -> None:
-    engine = entry["engine"]
-    if engine not in _PREFIX_CACHING:
-        known = " and ".join(f"`{each}`" for each in _PREFIX_CACHING)
-        raise ConfigError(
-            f"{where}.prefix_caching: servegrid sets it only for {known}, not for `{engine}`. "
-            "Remove the key."
-        )
-    for key in _PREFIX_CACHING[engine]:
-        if key in entry.get("engine_args", {}):
-            raise ConfigError(
-                f"{where}.engine_args.{key}: `prefix_caching` sets it already. Remove one of the "
-                "two."
-            )
-
-
-def _drift_checks(trials: Sequence[Trial], wanted: bool | None) -> Iterator[Trial]:
-    """The workload in the middle of a bring-up's grid, by prompt length, then intensity."""
-    trials = [trial for trial in trials if not trial.unsupported]
-    if (trials and wanted) or (wanted is None and len(trials) >= DRIFT_CHECK_MIN_TRIALS):
-        first = trials[0].workload
-        workloads = {
-            (each.workload.input_len, each.workload.intensity): each.workload
-            for each in trials
-            if (each.workload.protocol, each.workload.output_len)
-            == (first.protocol, first.output_len)
-        }
-        middle = workloads[sorted(workloads)[(len(workloads) - 1) // 2]]
-        for number in range(1, DRIFT_CHECKS + 1):
-            yield replace(trials[0], workload=middle, number=number, drift_check=True)
-
-
-def _expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
-    source = parse_source(keys["source"], f"{where}: workload.source") if "source" in keys else None
-    if source is not None and source.kind == "trace":
-        return _expand_trace(keys, source, where)
-    if source is not None and source.file is not None and source.kind not in NEEDS_FILE:
-        _check_absent(keys, ("input_len", "output_len", "output_spread"), "the file", where)
-        keys = {
-            **keys,
-            "input_len": source.file.input_len,
-            "output_len": source.file.output_len,
-        }
-    _check_workload_keys(keys, where)
-    workloads = _expand_lengths(keys, source)
-    if source is not None:
-        _check_source_fits(source, workloads, where)
-    return workloads
-
-
-def _expand_lengths(keys: Mapping[str, Any], source: Source | None) -> list[Workload]:
-    is_sweep = keys.get("request_rate") == SWEEP
-    rates = list(SWEEP_FRACTIONS) if is_sweep else _as_list(keys.get("request_rate"))
-    return [
-        Workload(
-            protocol=protocol,
-            source=source,
-            concurrency=None if protocol in OPEN_LOOPS else intensity,
-            request_rate=intensity if protocol in OPEN_LOOPS and not is_sweep else None,
-            input_len=input_len,
-            output_len=output_len,
-            requests=_requests(keys, protocol, intensity),
-            duration_s=None if protocol == "burst" else keys.get("duration_s"),
-            think_time_s=keys.get("think_time_s", 0.0) if protocol == "closed_loop" else 0.0,
-            burstiness=float(keys["burstiness"]) if protocol == "gamma" else None,
-            rate_profile=tuple(keys["rate_profile"]) if protocol == "profile" else None,
-            rate_fraction=intensity if protocol in OPEN_LOOPS and is_sweep else None,
-            **{key: keys[key] for key in _COPIED if key in keys},
-        )
-        for protocol in _as_list(keys.get("protocol", "burst"))
-        for output_len in _as_list(keys.get("output_len", 100))
-        for input_len, intensity in itertools.product(
-            _as_list(keys["input_len"]),
-            rates if protocol in OPEN_LOOPS else _as_list(keys["concurrency"]),
-        )
-    ]
-
-
-def _expand_trace(keys: Mapping[str, Any], source: Source, where: str) -> list[Workload]:
-    """One workload per `speedup`: the trace has the lengths, the times and their number."""
-    absent = ("input_len", "output_len", "output_spread", "concurrency", "request_rate")
-    more = ("requests_per_user", "duration_s", "think_time_s", "prompts")
-    _check_absent(keys, (*absent, *more), "the trace", where)
-    if _as_list(keys.get("protocol", "trace")) != ["trace"]:
-        raise ConfigError(
-            f"{where}: workload.source: a trace has its own times, so its protocol is `trace`. "
-            "Write `protocol: trace`, or remove `protocol`."
-        )
-    facts = source.file
-    assert facts is not None
-    if facts.rows < 2 or not facts.span_s:
-        raise ConfigError(
-            f"{where}: workload.source: the trace has {facts.rows} rows within "
-            f"{facts.span_s:g} s, so it has no rate. Name a longer trace, or raise `first_s`."
-        )
-    rate = (facts.rows - 1) / facts.span_s
-    return [
-        Workload(
-            protocol="trace",
-            concurrency=None,
-            request_rate=float(f"{speedup * rate:.4g}"),
-            input_len=facts.input_len,
-            output_len=facts.output_len,
-            requests=facts.rows,
-            source=replace(source, speedup=float(speedup)),
-            **{key: keys[key] for key in _COPIED if key in keys},
-        )
-        for speedup in _as_list(keys["source"].get("speedup", 1.0))
-    ]
-
-
-def _check_absent(keys: Mapping[str, Any], absent: Sequence[str], owner: str, where: str) -> None:
-    for key in absent:
-        if key in keys:
-            raise ConfigError(
-                f"{where}: workload.{key}: comes from {owner} of `workload.source`. Remove the key."
-            )
-
-
-def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str) -> None:
-    """Raise ConfigError if a workload cannot take its requests from the source."""
-    for workload in workloads:
-        place = f"{where}: workload.source"
-        if workload.prompts == "identical" and (source.kind == "file" or source.prefix_len):
-            raise ConfigError(
-                f"{place}: its prompts differ, so they are not `identical`. Remove `prompts`."
-            )
-        if workload.prompts == "identical" and not source.has_fixed_lengths:
-            raise ConfigError(f"{place}: prompts of different lengths are not `identical`.")
-        if source.output_lens is not None and workload.output_spread:
-            raise ConfigError(
-                f"{place}.output_lens: `output_spread` is a second distribution. Remove one of the "
-                "two."
-            )
-        if source.prefix_len >= workload.input_len:
-            raise ConfigError(
-                f"{place}.prefix_len: {source.prefix_len} leaves nothing of input_len "
-                f"{workload.input_len}, which includes the prefix. Shorten the prefix."
-            )
-        for key, drawn, mean in (
-            ("input_lens", source.input_lens, workload.input_len),
-            ("output_lens", source.output_lens, workload.output_len),
-        ):
-            if drawn is not None and drawn.max < mean:
-                raise ConfigError(f"{place}.{key}.max: {drawn.max} is less than the mean {mean}.")
-        rows = source.file.rows if source.kind == "file" and source.file else None
-        if rows is not None and (workload.requests or 1) > rows:
-            raise ConfigError(
-                f"{place}: the file has {rows} usable rows, and `{workload.cell}` needs "
-                f"{workload.requests}: no row is sent twice. Lower `concurrency` or "
-                "`requests_per_user`, or add rows."
-            )
-
-
-MIN_STATIONARY_REQUESTS = 64
-"""Default number of requests between the first and the last one of each user. The 90th
-percentile needs this many samples."""
-OPEN_LOOP_REQUESTS = 2000
-"""Default number of requests of an open loop. With fewer, a load of 90% of the server's capacity
-often looks like overload (docs/statistics.md)."""
-
-
-def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> int | None:
+def count_requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> int | None:
     """The number of requests of a workload; None if it has a duration instead."""
     if protocol == "burst":
         return int(intensity) * int(keys.get("requests_per_user", 1))
@@ -744,100 +398,3 @@ def _requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> 
     if "requests_per_user" in keys:
         return int(intensity) * int(keys["requests_per_user"])
     return 2 * int(intensity) + max(MIN_STATIONARY_REQUESTS, 6 * int(intensity))
-
-
-def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError if a key that a protocol needs is missing."""
-    protocols = _as_list(keys.get("protocol", "burst"))
-    if "input_len" not in keys:
-        raise ConfigError("workload: `input_len` is missing. Prompt length in tokens.")
-    for protocol in protocols:
-        if protocol == "trace":
-            raise ConfigError(
-                f"{where}: the protocol `trace` needs a trace. Add `source` under `workload`, "
-                "with `kind: trace` and `path`."
-            )
-        needed = ["request_rate" if protocol in OPEN_LOOPS else "concurrency"]
-        needed += {"gamma": ["burstiness"], "profile": ["rate_profile", "duration_s"]}.get(
-            protocol, []
-        )
-        for key in needed:
-            if key not in keys:
-                raise ConfigError(
-                    f"{where}: the protocol `{protocol}` needs `{key}`. "
-                    f"Add `{key}` under `workload`."
-                )
-    for key, protocol in (("burstiness", "gamma"), ("rate_profile", "profile")):
-        if key in keys and protocol not in protocols:
-            raise ConfigError(
-                f"{where}: `{key}` is only for the protocol `{protocol}`. Write "
-                f"`protocol: {protocol}`, or remove `{key}`."
-            )
-    if "profile" in protocols and keys["request_rate"] == SWEEP:
-        raise ConfigError(
-            f"{where}: the protocol `profile` needs a number as `request_rate`: its rate changes, "
-            "so it has no saturation. Run a sweep with `poisson` first."
-        )
-    if "profile" in protocols and not any(keys["rate_profile"]):
-        raise ConfigError(f"{where}: `rate_profile` has no factor above 0. Add one.")
-
-
-_COPIED = ("output_spread", "prompts", "warmup_waves", "seed", "timeout_s", "idle_timeout_s")
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
-    """Raise ConfigError if no workload fits. Single ones that do not are `unsupported`."""
-    problems = [Trial(deployment, workload, 1).unsupported for workload in workloads]
-    if all(problems):
-        raise ConfigError(
-            f"{where}: {problems[0]} of `{deployment.name}`, and no other workload fits, either. "
-            "Shorten the prompt, or raise max_model_len if the model supports it."
-        )
-
-
-def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
-    """Raise ConfigError if the deployment cannot get the prompts in a form that it takes."""
-    is_chat = deployment.endpoint is not None and deployment.endpoint.api == "chat"
-    for workload in workloads:
-        kind = "text" if workload.source is None else workload.source.kind
-        if kind == "file" and deployment.engine == EMULATED:
-            raise ConfigError(
-                f"{where}: workload.source: an emulated engine has no tokenizer, which counts the "
-                "tokens of a file. Use another engine, or another kind of source."
-            )
-        if is_chat and workload.source is not None and workload.source.needs_ids:
-            raise ConfigError(
-                f"{where}: workload.source: random ids, `prefix_len` and `hash_ids` are token ids, "
-                "but a chat takes text. Use `kind: text` without a prefix, or `api: completions`."
-            )
-
-
-def _check_emulated_mix(trials: Sequence[Trial]) -> None:
-    by_emulation = {trial.deployment.engine == "emulated": trial.deployment for trial in trials}
-    if len(by_emulation) > 1:
-        raise ConfigError(
-            f"deployments: `{by_emulation[True].name}` is emulated and "
-            f"`{by_emulation[False].name}` is not; tables and figures would mix their results. "
-            "Split the study in two, or set `allow_emulated_mix: true`."
-        )
-
-
-def _is_selected(trial: Trial, config: Mapping[str, Any]) -> bool:
-    include, exclude = config.get("include"), config.get("exclude", [])
-    included = include is None or any(_matches(trial, each) for each in include)
-    return included and not any(_matches(trial, each) for each in exclude)
-
-
-def _matches(trial: Trial, conditions: Mapping[str, Any]) -> bool:
-    return all(_property(trial, key) in _as_list(value) for key, value in conditions.items())
-
-
-def _property(trial: Trial, key: str) -> Any:
-    if key == "deployment":
-        return trial.deployment.name
-    owner = trial.deployment if hasattr(trial.deployment, key) else trial.workload
-    return getattr(owner, key)
