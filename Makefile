@@ -34,7 +34,7 @@ test-steps:
 	$(MAKE) --no-print-directory lint
 	$(PYTHON) -m pytest -n 2 --dist worksteal tests/unit tests/simulation
 	$(MAKE) --no-print-directory -j 2 --output-sync=target test-crowded test-newer-slurm
-	$(PYTHON) -m pytest -m "not crowded" tests/integration  # timed tests get the machine to themselves
+	$(PYTHON) -m pytest -m "not crowded and not chaos" tests/integration  # timed tests get the machine to themselves
 	$(PYTHON) -m pytest -s $(CAMPAIGN)  # it looks for what is left behind, so it runs alone
 
 # The + shows the output at once; that of the other target comes when it ends.
@@ -69,7 +69,7 @@ chaos: .venv/.dev model  ## random faults during a rehearsal on a private Slurm 
 	tests/install.sh
 	SEED=$(or $(SEED),1) FAULTS=$(or $(FAULTS),500) MINUTES=$(or $(MINUTES),180) \
 		$(PYTHON) -m pytest -s $(CAMPAIGN)
-	$(PYTHON) -m pytest -s -m chaos tests/slurm
+	$(PYTHON) -m pytest -s -m chaos tests/integration tests/slurm
 
 format: .venv/.dev  ## run the formatters
 	.venv/bin/ruff check --fix $(CHECKED)

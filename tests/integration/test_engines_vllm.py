@@ -222,7 +222,9 @@ def test_a_killed_worker_is_noticed_and_nothing_is_left_behind(
     with EngineProcess(SMALL_KV_CACHE, demo_model.models, tmp_path, socket="unix") as serving:
         up = serving.wait_until_up()
         check_strain(Endpoint(**up["endpoint"]), demo_model)
-    caching = replace(DEPLOYMENT, engine_args={"enable_prefix_caching": True})
+    caching = replace(
+        DEPLOYMENT, engine_args=DEPLOYMENT.engine_args | {"enable_prefix_caching": True}
+    )
     with EngineProcess(caching, demo_model.models, tmp_path, socket="unix") as serving:
         up = serving.wait_until_up()
         check_prefix_cache(Endpoint(**up["endpoint"]), up["facts"], demo_model)
@@ -253,7 +255,9 @@ def test_a_failed_start_reports_its_cause(demo_model: DemoModel, tmp_path: Path)
         assert (left["pids_left"], left["segments_left"]) == ([], [])
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signal_number", [pytest.param(signal.SIGTERM, marks=pytest.mark.chaos), signal.SIGKILL]
+)
 def test_the_engine_ends_with_an_allocation_that_ends_during_the_start(
     demo_model: DemoModel, tmp_path: Path, signal_number: signal.Signals
 ) -> None:

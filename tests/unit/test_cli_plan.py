@@ -101,7 +101,7 @@ def test_every_study_of_config_has_a_plan(name: str, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "GPU-hours" in text and "not predicted" not in text
     on_cpu = name in ("demo.yaml", "external.yaml", "protocols.yaml")
-    assert ("never seen a CPU" in text) == on_cpu
+    assert ("no data of a CPU" in text) == on_cpu
 
 
 def test_a_deployment_that_cannot_work_sets_the_exit_status(

@@ -128,7 +128,22 @@ def test_the_forecast_of_an_unknown_cpu_is_labelled(tmp_path: Path) -> None:
     made = study(VLLM | {"gpu": "cpu", "gpu_count": 0})
     text = Walltimes(made, tmp_path).forecast({trial.id for trial in made.trials})
     assert text is not None
-    assert text.splitlines()[1] == "CAUTION: the tables behind it have never seen a CPU."
+    assert text.splitlines()[1] == "The prediction has no data of a CPU: it may be far off."
+
+
+def test_the_forecast_of_a_search_is_the_time_of_its_grid(tmp_path: Path) -> None:
+    emulated = EMULATED_ENTRY | {"engine_args": {"startup_s": 7, "time_scale": 1e-9}}
+    keys = {"protocol": "closed_loop", "duration_s": 60, "concurrency": [1, 8]}
+    made = study(emulated, **keys, grid="frontier")
+    times = Walltimes(made, tmp_path)
+    text = times.forecast({trial.id for trial in made.trials})
+    # 4 cells × (60 + 0.2) + 7 = 247.8 s; only cells near the limit get further trials.
+    assert len(made.trials) == 12
+    assert text == (
+        "Expected time: 5 min (95% interval: 5 min to 5 min), with 1 engine start. "
+        "A search takes less: this is the time of its whole grid."
+    )
+    assert [times.trial_s(made.trials[number]) for number in (0, 1)] == [64, 3]
 
 
 def test_the_forecast_counts_what_is_not_predicted(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def _origin(plan: DeploymentPlan) -> str:
     own = f", and {pluralize(plan.observed, 'measured cell')} of its own" if plan.observed else ""
     text = f"published tables{own}"
     if plan.labels:
-        text += f". CAUTION: they have never seen {', '.join(plan.labels)}; the intervals are wide"
+        text += f". They have no data of {', '.join(plan.labels)}: the intervals are wide"
     return text
 
 

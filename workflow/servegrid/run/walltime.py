@@ -43,7 +43,14 @@ class Walltimes:
     def trial_s(self, trial: Trial) -> int | None:
         """The time of one trial; None if it cannot be predicted."""
         times = _sure(self._times[trial.deployment.name])
-        return None if times is None else math.ceil(times.cells[trial.workload.cell].high + GAP_S)
+        if times is None:
+            return None
+        cell_s = 0.0 if self._is_further(trial) else times.cells[trial.workload.cell].high
+        return math.ceil(cell_s + GAP_S)
+
+    def _is_further(self, trial: Trial) -> bool:
+        """Whether it repeats a cell of a search, which few cells need."""
+        return trial.deployment.name in self._study.searched and trial.number > 1
 
     def start_s(self, deployment: Deployment) -> int | None:
         """The time until the engine serves; None if it cannot be predicted."""
@@ -52,7 +59,8 @@ class Walltimes:
 
     def forecast(self, ids: Collection[str]) -> str | None:
         """What the trials with these ids take in all, as a text; None if nothing is known."""
-        trials = [trial for trial in self._study.all_trials if trial.id in ids]
+        wanted = (trial for trial in self._study.all_trials if trial.id in ids)
+        trials = [trial for trial in wanted if not self._is_further(trial)]
         parts: list[Range] = []
         starts: dict[str, ExpectedTimes] = {}
         for trial in trials:
@@ -69,11 +77,13 @@ class Walltimes:
         )
         text = f"Expected time: {value} (95% interval: {low} to {high})"
         text += f", with {pluralize(len(starts), 'engine start')}."
+        if any(trial.deployment.name in self._study.searched for trial in trials):
+            text += " A search takes less: this is the time of its whole grid."
         if rest:
             text += f" Not predicted: {pluralize(rest, 'measurement')}."
         unseen = dict.fromkeys(each for times in starts.values() for each in times.unseen.values())
         if unseen:
-            text += f"\nCAUTION: the tables behind it have never seen {' and '.join(unseen)}."
+            text += f"\nThe prediction has no data of {', '.join(unseen)}: it may be far off."
         return text
 
     @cached_property
