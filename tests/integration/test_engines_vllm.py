@@ -193,10 +193,15 @@ def test_it_serves_with_the_requested_settings_and_sigterm_ends_it(
         assert serving.send_signal(signal.SIGTERM) == 143
 
 
-SMALL_KV_CACHE = replace(
-    DEPLOYMENT, engine_args={**DEPLOYMENT.engine_args, "num_gpu_blocks_override": 6}
+SMALL_CACHING = replace(
+    DEPLOYMENT,
+    engine_args={
+        **DEPLOYMENT.engine_args,
+        "num_gpu_blocks_override": 8,
+        "enable_prefix_caching": True,
+    },
 )
-"""Five blocks of 128 tokens for requests, and one that vLLM keeps."""
+"""Seven blocks of 128 tokens for requests, and one that vLLM keeps."""
 
 
 def check_strain(endpoint: Endpoint, demo_model: DemoModel) -> None:
@@ -210,7 +215,7 @@ def check_strain(endpoint: Endpoint, demo_model: DemoModel) -> None:
         found[concurrency] = decide_verdict(measured.errors, True, strain)
     assert found[1] == Verdict("ok")
     # Each of the four starts with one block and needs a second one from token 129 on: for eight
-    # blocks there are five.
+    # blocks there are seven.
     assert found[4].name == "preempted"
     assert found[4].evidence["preemptions"] >= 1
     assert str(found[4].detail).startswith("the server preempted requests ")
@@ -219,15 +224,10 @@ def check_strain(endpoint: Endpoint, demo_model: DemoModel) -> None:
 def test_a_killed_worker_is_noticed_and_nothing_is_left_behind(
     demo_model: DemoModel, tmp_path: Path
 ) -> None:
-    with EngineProcess(SMALL_KV_CACHE, demo_model.models, tmp_path, socket="unix") as serving:
-        up = serving.wait_until_up()
-        check_strain(Endpoint(**up["endpoint"]), demo_model)
-    caching = replace(
-        DEPLOYMENT, engine_args=DEPLOYMENT.engine_args | {"enable_prefix_caching": True}
-    )
-    with EngineProcess(caching, demo_model.models, tmp_path, socket="unix") as serving:
+    with EngineProcess(SMALL_CACHING, demo_model.models, tmp_path, socket="unix") as serving:
         up = serving.wait_until_up()
         check_prefix_cache(Endpoint(**up["endpoint"]), up["facts"], demo_model)
+        check_strain(Endpoint(**up["endpoint"]), demo_model)
         socket = Path(up["endpoint"]["socket"])
         assert socket.is_socket()
         assert socket.parent.stat().st_mode & 0o777 == 0o700

@@ -25,9 +25,8 @@ STUDY: dict[str, Any] = {
     "deployments": [EMULATED_ENTRY],
 }
 CORE = (
-    *("test_study_examples.py", "test_study_grid.py", "test_records_parquet.py"),
-    *("test_exchange.py", "test_doctor.py", "test_executor_spool.py"),
-    "test_executor_submission.py",
+    *("test_study_examples.py", "test_study_source.py", "test_records_parquet.py"),
+    *("test_exchange.py", "test_executor_spool.py", "test_executor_submission.py"),
 )
 
 

@@ -180,7 +180,7 @@ def test_only_missing_new_and_changed_cells_are_measured_again(workspace: Worksp
 
     lost = sorted(first)[0]
     (workspace.folder / lost / "requests.parquet").unlink()
-    workspace.run()
+    workspace.run(MEASURED)
     second = workspace.cells()
     assert {trial for trial in second if second[trial] != first[trial]} == {lost}
 
@@ -261,14 +261,14 @@ def test_a_failed_cell_is_shown_with_its_log(workspace: Workspace) -> None:
 @pytest.mark.slow
 def test_a_cell_of_another_specification_is_refused_by_name(workspace: Workspace) -> None:
     workspace.study["workload"] = {"concurrency": [1], "input_len": [31], "output_len": 5}
-    workspace.run()
+    workspace.run(MEASURED)
     (trial,) = parse_study(workspace.study).trials
     stale = workspace.folder / "results/cells" / trial.id / "requests.parquet"
     table = pq.read_table(stale)
     record = parquet.read_record(stale) | {"spec_digest": "0" * 16}
     schema = parquet.arrow_schema(columns.REQUESTS, record)
     parquet.write_table(table.replace_schema_metadata(schema.metadata), stale)
-    output = workspace.run(status=1)
+    output = workspace.run(MEASURED, status=1)
     assert trial.id in output
     assert "Traceback" not in output
 
