@@ -394,6 +394,7 @@ DOMINATED = {
 }
 
 
+@pytest.mark.chaos
 def test_each_fault_gives_its_verdict_and_the_rest_goes_on(workspace: Workspace) -> None:
     workspace.study = FAULTY
     # `die` and `oom` each need a second engine, `die` a third one for its second try.

@@ -204,6 +204,7 @@ def test_two_nodes_are_preempted(rehearsal: Rehearsal) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_the_time_limit_is_too_short(rehearsal: Rehearsal) -> None:
     full = rehearsal.cells == ALL

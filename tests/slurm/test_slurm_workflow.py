@@ -105,5 +105,6 @@ def test_an_allocation_with_fewer_gpus_than_needed_is_refused_on_the_node(study:
     assert "this allocation has 1 of 2 GPUs on node sirocco1" in output
     assert "slurm_gres or gpus_per_node" in output
     study.kinds(**{"v100-16gb": KIND | gres | {"slurm_gres": "gpu:v100:2"}})
-    output = study.study(config, "--submitit-kinds", "kinds.yaml")
+    measured = "results/tables/cells.parquet"
+    output = study.study(config, measured, "--submitit-kinds", "kinds.yaml")
     assert output.endswith("status 0"), output[-6000:]
