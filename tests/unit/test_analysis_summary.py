@@ -55,6 +55,14 @@ def test_figures_are_medians_of_the_valid_trials_with_intervals() -> None:
     assert pd.isna(row["e2el_s_p50"])
 
 
+def test_the_interval_of_a_share_ends_at_1() -> None:
+    shares = ({"slo_attainment": 0.9}, {"slo_attainment": 1.0})
+    (row,) = summarise(cells(*shares)).to_dict("records")
+    # Geometric mean sqrt(0.9); s of the logarithms is ln(1 / 0.9) / sqrt(2), and t is 12.7062047.
+    assert row["slo_attainment_low"] == pytest.approx(0.9 ** (0.5 + 12.7062047 / 2), rel=1e-6)
+    assert row["slo_attainment_high"] == 1.0
+
+
 def test_without_a_valid_trial_the_figures_come_from_the_served_ones() -> None:
     (row,) = summarise(cells({"output_tokens_per_s": 5.0, "valid": False})).to_dict("records")
     assert (row["trials_served"], row["trials_valid"]) == (1, 0)

@@ -141,6 +141,8 @@ def _medians(trials: npt.NDArray[np.float64], allocations: Sequence[Any]) -> dic
         known = np.flatnonzero(~np.isnan(column))
         values = bring_up_medians(column[known].tolist(), [allocations[index] for index in known])
         low, high = interval(values) or (None, None)
+        if high is not None and name == "slo_attainment":
+            high = min(high, 1.0)  # a share; the interval is that of a positive number
         median = statistics.median(values) if values else None
         row |= {name: median, f"{name}_low": low, f"{name}_high": high}
     return row
