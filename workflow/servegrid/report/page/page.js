@@ -268,7 +268,7 @@ function drawPareto({ deployment, workload, inputLen, cells }) {
   return draw("pareto", spec, { cells: points, limit: [{ limit }] });
 }
 
-// Goodput of each SLO class and the answered requests, over the request rate, of the selected deployment.
+// Goodput of each SLO class and the answered requests, against the request rate, of the selected deployment.
 function drawGoodput({ deployment, workload, inputLen }) {
   const rows = payload.goodput.filter((row) => row.deployment === deployment && row.workload === workload && row.input_len === inputLen);
   byId("goodput-figure").hidden = !rows.length;
