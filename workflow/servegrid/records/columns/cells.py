@@ -203,8 +203,8 @@ CELLS = (
         "window_s",
         pa.float64(),
         "s",
-        "Length of the window that the metrics are computed from: the makespan of a burst, else "
-        "the stationary part; null if there is none",
+        "Length of the window that the metrics are computed from: the makespan (burst, profile, "
+        "trace), else the stationary part; null if there is none",
     ),
     Column(
         "requests_in_window",
