@@ -334,7 +334,7 @@ def test_from_light_to_heavy_means_by_tokens_in_flight_and_one_round_after_the_o
     assert order == [(number, *each) for number in (1, 2) for each in one_round]
 
 
-def test_hopeless_workloads_are_left_out_by_default_from_light_to_heavy_only() -> None:
+def test_dominated_workloads_are_left_out_by_default_from_light_to_heavy_only() -> None:
     for keys, expected in (
         ({}, 0),
         ({"order": "random"}, 0),

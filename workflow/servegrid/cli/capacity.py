@@ -101,7 +101,9 @@ def add_capacity(subcommands: Any) -> None:
         help="the SLO: maximum of the longest inter-token latency of a request (median) in "
         "seconds; default: no limit",
     )
-    add("--slo-class", metavar="NAME", help="a class of the study's slo; default: the first")
+    add(
+        "--slo-class", metavar="NAME", help="SLO class of the study to plan for; default: the first"
+    )
     prompts = parser.add_mutually_exclusive_group().add_argument
     prompts(
         "--input-len",

@@ -12,11 +12,13 @@ def add_frontier(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "frontier",
         help="show the largest load that meets the SLO, as far as it is measured",
-        description="Show for each prompt length of a deployment the largest load that meets the "
-        "study's SLO, what is still open, and the cell that a search would measure next. A cell "
-        "that meets the SLO decides all lighter ones, and one that misses it all heavier ones. "
-        "Nothing is started; `grid: frontier` in the study measures what is missing. Exit status: "
-        "0; 1 if a frontier is not complete; 2 if the study or a record cannot be read.",
+        description="Show for each deployment and prompt length the largest load (concurrency or "
+        "request rate) that meets the study's SLO, what is still open, and the cell that the "
+        "search would measure next. If a cell meets the SLO, lighter ones count as meeting it. If "
+        "it misses the SLO, heavier ones count as missing it. Of several SLO classes, the first is "
+        "used. Nothing is started: to measure what is missing, run the study with `grid: "
+        "frontier`. Exit status: 0; 1 if a frontier is not complete; 2 if the study or a "
+        "record cannot be read.",
     )
     add = parser.add_argument
     add("--configfile", required=True, type=Path, metavar="FILE", help="a study")

@@ -42,7 +42,7 @@ def add_plan(subcommands: Any) -> None:
     add(
         "--review",
         action="store_true",
-        help="hold the predictions against the finished cells instead",
+        help="compare the predictions with the finished cells instead",
     )
     parser.set_defaults(run=_plan)
 

@@ -29,15 +29,15 @@ VERDICTS = {
     TIMEOUT: "Requests exceeded `timeout_s` or `idle_timeout_s`",
     WRONG_TOKENS: "The server reported a different number of tokens than requested, or none; if "
     "output_len_exact is false, more than requested, or none",
-    OOM: "The engine ran out of memory during the workload, as it says itself",
+    OOM: "The engine ran out of memory during the workload, by its own message",
     SERVER_DIED: "The engine died during the workload, and again after a restart",
     OOM_AT_START: "The engine cannot start: the weights, or the KV cache of one request, do not "
     "fit into the memory",
     UNSUPPORTED: "The model, the GPU or the engine cannot do this, whatever the load: for example "
     "prompt and output are longer than max_model_len",
-    NOT_RUN: "The workload was not tried; verdict_detail says why: `dominated by` a lighter "
-    "workload that was not served, or not needed by the search (`grid: frontier`). Its record has "
-    "no requests",
+    NOT_RUN: "The workload was not tried. verdict_detail says why: it is `dominated by` a lighter "
+    "workload that was not served, or `not needed by the search` (`grid: frontier`). Its record "
+    "has no requests",
 }
 """The verdicts and their meanings."""
 

@@ -85,7 +85,7 @@ class AllocationInfo:
     errors: Path | None = None
     """The file to which the engine's processes write their errors; None if it has none."""
     outcomes: Path | None = None
-    """The journal of the deployment's outcomes; None if hopeless workloads are tried as well."""
+    """The journal of the deployment's outcomes; None if dominated workloads are tried as well."""
     refused: Mapping[str, Any] | None = None
     """The verdict of all cells if the engine cannot start; then nothing answers at `endpoint`."""
 
@@ -220,7 +220,7 @@ def serve(
     `params["spec"]` is the specification of any of its trials, as JSON. `resources` contains the
     settings of the site: `socket` (tcp or unix) and `startup_s` (seconds within which the engine
     must start). It also contains `max_concurrency`, the highest number of requests in flight in
-    the study, and `prune`: 1 if hopeless workloads are not tried. `nodes` is None if the allocation
+    the study, and `prune`: 1 if dominated workloads are not tried. `nodes` is None if the allocation
     has one node; the others are in `follow`.
 
     If the engine cannot start and no repeat changes that, the cells get this as their verdict.

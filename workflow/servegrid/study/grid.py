@@ -260,7 +260,7 @@ class Study:
     light_to_heavy: frozenset[str] = frozenset()
     """The deployments whose trials run in this order; the others run in random order."""
     pruned: frozenset[str] = frozenset()
-    """The deployments of which hopeless workloads are not tried."""
+    """The deployments of which dominated workloads are not tried."""
     searched: frozenset[str] = frozenset()
     """The names of the deployments with `grid: frontier`: only cells that a search needs run."""
     source_files: Mapping[str, str] = field(default_factory=dict)
@@ -290,7 +290,7 @@ class Study:
         return self._by_id[identity]
 
     def prunes(self, trial: Trial) -> int:
-        """1 if hopeless workloads of the trial's deployment are not tried, else 0."""
+        """1 if dominated workloads of the trial's deployment are not tried, else 0."""
         return int(trial.deployment.name in self.pruned)
 
     def source_file(self, trial: Trial) -> str:

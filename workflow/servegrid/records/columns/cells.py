@@ -70,7 +70,10 @@ CELLS = (
         "Simultaneous requests (burst) or users (closed_loop); null for open loops",
     ),
     Column(
-        "request_rate", pa.float64(), "requests/s", "Request rate; null unless it is an open loop"
+        "request_rate",
+        pa.float64(),
+        "requests/s",
+        "Mean request rate of an open loop; null for other protocols",
     ),
     Column("input_len", pa.int32(), "tokens", "Prompt length"),
     Column("output_len", pa.int32(), "tokens", "Output length: the mean over the requests"),
@@ -109,7 +112,7 @@ CELLS = (
         pa.string(),
         "",
         "The figures and names in verdict_detail as JSON, for example `preemptions`, "
-        "`waiting_share`, `kv_needed_gib` or `by` (the workload that dominates this one); null if "
+        "`waiting_share`, `kv_needed_gib` or `by` (the trial that dominates this one); null if "
         "there are none",
     ),
     Column(
@@ -200,8 +203,8 @@ CELLS = (
         "window_s",
         pa.float64(),
         "s",
-        "Length of the window that the metrics are computed from: the makespan of a burst, else "
-        "the stationary part; null if there is none",
+        "Length of the window that the metrics are computed from: the makespan (burst, profile, "
+        "trace), else the stationary part; null if there is none",
     ),
     Column(
         "requests_in_window",
@@ -272,14 +275,14 @@ CELLS = (
         "requests/s",
         "Requests that met the SLO of the study, each by itself / window_s. A response that "
         "stopped early counts as one request; its token rate is that of the tokens that came. If "
-        "the study has several SLO classes, this is for the first; `slo` has all",
+        "the study has several SLO classes, this is for the first; the table `slo` has all",
     ),
     Column(
         "slo_attainment",
         pa.float64(),
         "0 to 1",
         "Fraction: requests that met the SLO / requests that ended in the window or failed. If the "
-        "study has several SLO classes, this is for the first; `slo` has all",
+        "study has several SLO classes, this is for the first; the table `slo` has all",
     ),
     Column(
         "memory_peak_bytes",
@@ -419,13 +422,13 @@ CELLS = (
         "burstiness",
         pa.float64(),
         "",
-        "Shape of the gamma-distributed times between arrivals; null unless gamma",
+        "Shape of the gamma-distributed times between arrivals; null for other protocols",
     ),
     Column(
         "rate_fraction",
         pa.float64(),
         "",
-        "request_rate / rate at saturation, in a sweep of rates; otherwise null",
+        "request_rate / rate at saturation, with `request_rate: sweep`; otherwise null",
     ),
     Column(
         "source",
@@ -451,7 +454,7 @@ CELLS = (
         "expected_prefix_hit_rate",
         pa.float64(),
         "0 to 1",
-        "The same for a prefix cache without a limit, from the starts that prompts share; null if "
+        "The hit rate of an unlimited prefix cache, from the starts that prompts share; null if "
         "prefix caching is off",
     ),
 )

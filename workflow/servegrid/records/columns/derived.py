@@ -54,7 +54,7 @@ def _with_interval(name: str) -> list[Column]:
 
 SUMMARY = (
     *SUMMARY_KEYS,
-    Column("trials", pa.int32(), "", "Trials of the cell that were run; 0 if none was needed"),
+    Column("trials", pa.int32(), "", "Trials of the cell that were run; 0 if all are `not_run`"),
     Column("trials_served", pa.int32(), "", "Trials that were served"),
     Column("trials_valid", pa.int32(), "", "Valid trials; if 0, the figures are not valid"),
     Column(
@@ -74,20 +74,21 @@ SATURATION = (
         "rate_followed",
         pa.float64(),
         "requests/s",
-        "Largest measured rate at which, as at all lower ones, requests_per_s was at least 95% of "
-        "offered_requests_per_s; null if it is none",
+        "Largest measured rate with which the server kept up, as with all lower ones: "
+        "requests_per_s was at least 95% of offered_requests_per_s; null if there is none",
     ),
     Column(
         "rate_not_followed",
         pa.float64(),
         "requests/s",
-        "The next measured rate: saturation lies below it; null if no higher rate was measured",
+        "The next higher measured rate. Saturation lies below it; null if no higher rate was "
+        "measured",
     ),
     Column(
         "highest_requests_per_s",
         pa.float64(),
         "requests/s",
-        "Highest throughput of these cells",
+        "Highest requests_per_s of these cells",
     ),
 )
 """One row per deployment, open loop, prompt and output length."""
@@ -106,8 +107,9 @@ SLO = (
         pa.bool_(),
         "",
         "True if a trial has no stationary part. Then all its requests count, over the time from "
-        "the first due request to the last end, as in `vllm bench`; if requests arrive faster than "
-        "the server can answer, the figures depend on the length of the run",
+        "when the first request was due to the end of the last one, as in `vllm bench`; if "
+        "requests arrive faster than the server can answer, the figures depend on the length of "
+        "the run",
     ),
     Column("requests", pa.int32(), "requests", "Requests that ended in the window, or failed"),
     Column("requests_met", pa.int32(), "requests", "Of these, requests that met the SLO"),

@@ -35,14 +35,15 @@ REQUESTS = (
         "shared_tokens",
         pa.int32(),
         "tokens",
-        "Tokens at the start of the prompt that an earlier request had too: what an unlimited "
-        "prefix cache can have",
+        "Tokens at the start of the prompt that an earlier request also had: the most that an "
+        "unlimited prefix cache can supply",
     ),
     Column(
         "cached_tokens",
         pa.int32(),
         "tokens",
-        "Prompt tokens from the server's prefix cache, by its usage; null if that does not say",
+        "Prompt tokens from the server's prefix cache, by the usage of its response; null if the "
+        "usage does not say",
     ),
 )
 """One row per request."""

@@ -268,7 +268,7 @@ function drawPareto({ deployment, workload, inputLen, cells }) {
   return draw("pareto", spec, { cells: points, limit: [{ limit }] });
 }
 
-// Goodput of each SLO class and the answered requests, over the request rate, of the selected deployment.
+// Goodput of each SLO class and the answered requests, against the request rate, of the selected deployment.
 function drawGoodput({ deployment, workload, inputLen }) {
   const rows = payload.goodput.filter((row) => row.deployment === deployment && row.workload === workload && row.input_len === inputLen);
   byId("goodput-figure").hidden = !rows.length;
@@ -278,8 +278,8 @@ function drawGoodput({ deployment, workload, inputLen }) {
   const answered = rows.filter((row) => row.slo_class === classes[0]).map((row) => ({ ...named(row), line: "answered", value: row.answered, low: null, high: null }));
   const offered = [...new Set(rows.map((row) => row.rate))].map((rate) => ({ rate, value: rate, line: "offered" }));
   byId("goodput-caption").textContent =
-    `Requests per second over the request rate, at ${inputLen} prompt tokens, of ${payload.deployments[deployment].title}. ` +
-    "Where the answered requests leave the dashed line of the offered ones, the server is saturated. Goodput: requests that meet the SLO. " +
+    `Requests per second against the request rate, at ${inputLen} prompt tokens, of ${payload.deployments[deployment].title}. ` +
+    "Dashed: offered requests. Where the answered requests fall below them, the server is saturated. Goodput: requests that meet the SLO. " +
     (rows.some((row) => row.whole_run) ? "Hollow markers: no stationary part, so the whole run counts. " : "") +
     (rows.some((row) => row.low !== null) ? "Bars: 95% intervals." : "");
   return draw("goodput", charts.goodput, { cells: [...rows.map(named), ...answered], offered });

@@ -107,8 +107,8 @@ def settings_section(ratios: pd.DataFrame) -> Section:
         )
     caption = (
         "Output tokens/s of two deployments that differ in one setting: second divided by first, "
-        "over the cells that both served, with the 95% interval between bring-ups. Without two "
-        "bring-ups of both there is no interval and no verdict. The capacity plan above ranks the "
+        "over the cells that both served, with the 95% interval over bring-ups. With one bring-up "
+        "of either, there is no interval and no verdict. The capacity plan above ranks the "
         "deployments."
     )
     return Section("settings", title, tables=[frame_table(caption, ratios)])
@@ -127,14 +127,15 @@ def plan_section(
         [titles[plan.deployment.name], *_outcome_texts(plan, review)] for plan, review in outcomes
     ]
     caption = (
-        "Cells by their outlook before the run; predictions of seconds per 100 tokens, from "
-        "published tables alone, against the measured cells (medians; the 95% interval should "
-        "hold 95% of the cells); and measured seconds over the least that the hardware allows."
+        "How many cells the plan expected to fit, to queue or not to work. Predicted / measured: "
+        "seconds per 100 tokens, predicted from published tables alone (medians; the 95% interval "
+        "should contain 95% of the cells). Measured / bound: seconds over the least that the "
+        "hardware allows."
     )
     paragraphs = [
-        "To see a deployment's cells, select measured / lower bound, or measured / predicted, as "
-        "the metric of the heat map above. A dash: the tables do not know the model or the "
-        "hardware, or there is no strict bound (CPU)."
+        'To see the cells of a deployment, select "measured / lower bound" or "measured / '
+        'predicted" as the metric of the heat map above. A dash: the tables do not know the '
+        "model or the hardware, or there is no strict bound (CPU)."
     ]
     surprises = [
         f"{titles[each.deployment]}: {text}." for _, each in outcomes for text in each.surprises
