@@ -73,6 +73,15 @@ def test_a_search_has_three_trials_no_drift_check_and_the_specifications_of_the_
         ({"order": "light_to_heavy"}, "chooses the order of the cells itself. Remove `order`"),
         ({"prune": True}, "chooses the order of the cells itself. Remove `prune`"),
         ({"protocol": "poisson", "request_rate": "sweep"}, "searches among given rates"),
+        (
+            {
+                "protocol": "profile",
+                "request_rate": 2,
+                "rate_profile": [0, 1],
+                "duration_s": 60,
+            },
+            "no largest load to search with the protocol `profile`",
+        ),
     ],
 )
 def test_a_search_refuses_keys_that_it_replaces(keys: dict[str, Any], message: str) -> None:

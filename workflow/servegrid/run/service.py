@@ -220,8 +220,8 @@ def serve(
     `params["spec"]` is the specification of any of its trials, as JSON. `resources` contains the
     settings of the site: `socket` (tcp or unix) and `startup_s` (seconds within which the engine
     must start). It also contains `max_concurrency`, the highest number of requests in flight in
-    the study, and `prune`: 1 if dominated workloads are not tried. `nodes` is None if the allocation
-    has one node; the others are in `follow`.
+    the study, and `prune`: 1 if dominated workloads are not tried. `nodes` is None if the
+    allocation has one node; the others are in `follow`.
 
     If the engine cannot start and no repeat changes that, the cells get this as their verdict.
     """

@@ -180,6 +180,11 @@ def _check_searched(keys: Mapping[str, Any], where: str) -> None:
             f"{where}: `grid: frontier` searches among given rates. Replace `request_rate: sweep` "
             "by a list of rates, or remove `grid`."
         )
+    for protocol in {"profile", "trace"} & set(as_list(keys.get("protocol", "burst"))):
+        raise ConfigError(
+            f"{where}: `grid: frontier` has no largest load to search with the protocol "
+            f"`{protocol}`. Remove `grid`, or write another protocol."
+        )
 
 
 def _add_saturation_trials(trials: Sequence[Trial]) -> tuple[Trial, ...]:
