@@ -101,6 +101,11 @@ def slo_probability(
     return math.fsum(share * math.fsum(seen[:limit]) for limit, share in allowed)
 
 
+ROUNDING = 1e-9
+"""More than the rounding errors of a probability. If half of the requests can never meet the SLO,
+the others must all do so for 50%, and the last bits would decide."""
+
+
 def users_carried(
     seconds: Sequence[float], allowed: AllowedInFlight, think_time_s: float, slo_attainment: float
 ) -> int:
@@ -111,7 +116,8 @@ def users_carried(
     """
 
     def meets_slo(users: int) -> bool:
-        return slo_probability(seconds, allowed, users, think_time_s) >= slo_attainment
+        probability = slo_probability(seconds, allowed, users, think_time_s)
+        return probability >= slo_attainment - ROUNDING
 
     if not meets_slo(1):
         return 0

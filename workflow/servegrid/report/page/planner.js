@@ -58,8 +58,11 @@ function sloProbability(seconds, allowed, users, thinkTime) {
   return allowed.reduce((sum, [limit, share]) => sum + share * upTo(limit), 0);
 }
 
+// See analysis.queueing.ROUNDING.
+const ROUNDING = 1e-9;
+
 function usersCarried(seconds, allowed, thinkTime, sloAttainment) {
-  const meetsSlo = (users) => sloProbability(seconds, allowed, users, thinkTime) >= sloAttainment;
+  const meetsSlo = (users) => sloProbability(seconds, allowed, users, thinkTime) >= sloAttainment - ROUNDING;
   if (!meetsSlo(1)) return 0;
   let [low, high] = [1, 2];
   while (high <= MAX_USERS && meetsSlo(high)) [low, high] = [high, 2 * high];
