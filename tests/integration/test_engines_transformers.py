@@ -26,7 +26,12 @@ from servegrid.run.trial import measure_trial
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Study
 
-pytestmark = [pytest.mark.slow, pytest.mark.crowded, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.crowded,
+    pytest.mark.chaos,
+    pytest.mark.timeout(600),
+]
 
 SERVED = "org/smollm2"
 COMMIT = "0" * 40

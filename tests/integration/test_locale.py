@@ -95,6 +95,7 @@ def test_the_locale_c_needs_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_the_core_of_the_suite_passes_under_latin_1(latin1: dict[str, str]) -> None:
     files = [str(ROOT / "tests" / "unit" / name) for name in CORE]
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", *files], latin1)

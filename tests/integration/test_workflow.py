@@ -290,6 +290,7 @@ def test_a_killed_allocation_is_continued_by_the_same_command(workspace: Workspa
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_whose_main_process_was_killed_is_continued(workspace: Workspace) -> None:
     workspace.study["workload"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}
     process = workspace.start(MEASURED)

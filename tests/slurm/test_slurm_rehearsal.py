@@ -126,6 +126,7 @@ def timed(action: Callable[[], None]) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_without_faults(rehearsal: Rehearsal) -> None:
     seconds = timed(lambda: rehearsal.end(rehearsal.start()))
