@@ -180,7 +180,7 @@ def test_only_missing_new_and_changed_cells_are_measured_again(workspace: Worksp
 
     lost = sorted(first)[0]
     (workspace.folder / lost / "requests.parquet").unlink()
-    workspace.run(MEASURED)
+    workspace.run()
     second = workspace.cells()
     assert {trial for trial in second if second[trial] != first[trial]} == {lost}
 
