@@ -262,7 +262,7 @@ def test_the_engine_ends_with_an_allocation_that_ends_during_the_start(
     demo_model: DemoModel, tmp_path: Path, signal_number: signal.Signals
 ) -> None:
     with EngineProcess(DEPLOYMENT, demo_model.models, tmp_path, socket="unix") as serving:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while "Initializing a V1 LLM engine" not in serving.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.1)

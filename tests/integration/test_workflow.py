@@ -306,6 +306,7 @@ def test_a_run_whose_main_process_was_killed_is_continued(workspace: Workspace) 
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_an_interrupt_leaves_no_process_and_no_partial_file(
     workspace: Workspace,
 ) -> None:
