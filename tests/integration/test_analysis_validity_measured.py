@@ -51,6 +51,13 @@ CASES = {
     "a valid closed loop": Case(None, workload=CLOSED_LOOP),
     "a valid cell with a prefix cache that the study enables": Case(
         None,
+        # 56 hits: 8 tokens of each prompt but the first one; the last token is always computed.
+        script=replace(SLOW, counters=(("vllm:prefix_cache_hits_total", 7.0),)),
+        workload=replace(BURST, prompts="identical"),
+        engine={"prefix_caching": True},
+    ),
+    "more from the prefix cache than the prompts share": Case(
+        "prefix_cache: 64 prompt tokens came from the prefix cache, but prompts share only 0",
         script=replace(SLOW, counters=(("vllm:prefix_cache_hits_total", 8.0),)),
         engine={"prefix_caching": True},
     ),
@@ -90,11 +97,10 @@ def measure_case(case: Case, folder: Path) -> Evidence:
         counters = server.counter_reader(up.endpoint)
         measurement = measure(up.endpoint, case.workload, None, "cell", counters)
         rows = sampler.read_samples(samples, 0, *measurement.facts["window_ns"])
-    verdict, reason = decide_verdict(measurement.errors, engine_alive=True)
+    verdict = decide_verdict(measurement.errors, engine_alive=True)
     record = {
         "spec": Trial(DEPLOYMENT, case.workload, 1).spec,
-        "verdict": verdict,
-        "reason": reason,
+        **verdict.record,
         "client": measurement.facts,
         "engine": {"max_num_seqs": 4, "prefix_caching": False, **case.engine},
         "calibration": PERFECT_CALIBRATION,
