@@ -48,12 +48,11 @@ def review_study(plan: StudyPlan, cells: pd.DataFrame) -> list[DeploymentReview]
 
 
 def _review(plan: DeploymentPlan, cells: pd.DataFrame) -> DeploymentReview:
-    keys = ["protocol", "concurrency", "request_rate", "input_len", "output_len"]
     planned = {_key(vars(cell.workload)): cell for cell in plan.cells}
     logs, covered, below, over, surprises = [], 0, 0, [], []
     rows: list[dict[Any, Any]] = cells.to_dict("records")
     for row in rows:
-        cell = planned.get(_key({key: row[key] for key in keys}))
+        cell = planned.get(_key(row))
         if cell is None:
             continue
         surprises += _surprises(cell, row)
@@ -81,10 +80,14 @@ def _review(plan: DeploymentPlan, cells: pd.DataFrame) -> DeploymentReview:
     )
 
 
-def _key(values: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What identifies a workload, in the plan and in the table."""
-    load = values["request_rate"] if pd.isna(values["concurrency"]) else values["concurrency"]
-    return values["protocol"], float(load), int(values["input_len"]), int(values["output_len"])
+def _key(values: Mapping[Any, Any]) -> tuple[Any, ...]:
+    """What identifies a workload, in the plan and in the table.
+
+    The rate of a sweep is not known in the plan, but its fraction of the rate at saturation is.
+    """
+    loads = (values["concurrency"], values.get("rate_fraction"), values["request_rate"])
+    load = next(float(each) for each in loads if not pd.isna(each))
+    return values["protocol"], load, int(values["input_len"]), int(values["output_len"])
 
 
 def _surprises(cell: CellPlan, row: Mapping[Any, Any]) -> list[str]:
