@@ -24,6 +24,7 @@ from servegrid.run.pruning import (
 from servegrid.run.unmeasured import refuse_trial, write_unmeasured
 from servegrid.study.config import load_study, parse_study
 from servegrid.study.grid import Trial, Workload
+from servegrid.study.source import Distribution, Source
 
 ROOT = Path(__file__).parents[2]
 REHEARSAL = load_study(ROOT / "config/rehearsal.yaml")
@@ -213,3 +214,20 @@ def test_cells_that_were_not_tried_are_rows_of_the_table(tmp_path: Path) -> None
     tables.write_cells(cells, tmp_path / "cells.parquet", tmp_path / "cells.csv")
     record = parquet.read_record(tmp_path / study.trials[-1].id / "requests.parquet")
     assert record["environment"] == {"allocation": None, "started": None}
+
+
+def test_a_journal_keeps_workloads_with_a_source_and_a_profile(tmp_path: Path) -> None:
+    source = Source("random", input_lens=Distribution("lognormal", 0.5, 900))
+    changing: dict[str, Any] = {
+        "protocol": "profile",
+        "request_rate": 2.0,
+        "rate_profile": (0.0, 1.0),
+    }
+    kept = [
+        outcome(4, 240, OOM, source=source),
+        Outcome("profile", replace(burst(4, 240), concurrency=None, **changing), OOM),
+    ]
+    for each in kept:
+        append_outcome(tmp_path / "journal", each)
+    assert read_outcomes(tmp_path / "journal") == kept
+    assert dominated(8, 480, *read_outcomes(tmp_path / "journal"), source=source)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,12 @@ def find_outcomes(cells: Path, deployment: Deployment) -> Iterator[Outcome]:
 def append_outcome(journal: Path, outcome: Outcome) -> None:
     """Add one line to a journal, which is created if it does not exist."""
     with journal.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(outcome)) + "\n")
+        line = {
+            "trial": outcome.trial,
+            "workload": outcome.workload.spec,
+            "verdict": outcome.verdict,
+        }
+        file.write(json.dumps(line) + "\n")
 
 
 def read_outcomes(journal: Path) -> list[Outcome]:
@@ -100,4 +105,4 @@ def read_outcomes(journal: Path) -> list[Outcome]:
 def _parse(lines: Iterable[str]) -> Iterator[Outcome]:
     for line in lines:
         data = json.loads(line)
-        yield Outcome(data["trial"], Workload(**data["workload"]), data["verdict"])
+        yield Outcome(data["trial"], Workload.from_spec(data["workload"]), data["verdict"])
