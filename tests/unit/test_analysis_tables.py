@@ -13,6 +13,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from servegrid.analysis.goodput import gather_slo_table
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.tables import (
     drift_by_allocation,
     gather_study,
@@ -317,6 +319,17 @@ def test_a_changed_bit_in_the_record_is_detected(study: StudyFolder, name: str) 
     path.write_bytes(data)
     pq.read_table(path, page_checksum_verification=True)
     assert f"{trials[0].id}: {name} is damaged" in gather_error(trials, folder)
+
+
+def test_the_table_of_slo_classes_reads_no_changed_record(study: StudyFolder) -> None:
+    trials, folder = study
+    cells = gather_trials(trials, folder)
+    path = folder / trials[0].id / "requests.parquet"
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b'"verdict"') + 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RecordError, match=r"is damaged .* Delete it and run"):
+        gather_slo_table(trials, cells, folder, {"all": Slo()})
 
 
 def test_a_changed_byte_in_the_rows_is_detected(study: StudyFolder) -> None:

@@ -10,8 +10,6 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.plan import time_scale
 from servegrid.analysis.prediction import Bursts, Points
-from servegrid.errors import RecordError
-from servegrid.records import parquet
 from servegrid.study.grid import Study, Trial
 
 
@@ -19,17 +17,7 @@ def find_measured_trials(study: Study, folder: Path) -> list[Trial]:
     """The trials and drift checks with a record of their present specification in `folder`."""
     if not folder.is_dir():
         return []
-    return [trial for trial in study.all_trials if _is_measured(trial, folder / trial.id)]
-
-
-def _is_measured(trial: Trial, folder: Path) -> bool:
-    if not (folder / "telemetry.parquet").exists():
-        return False
-    try:
-        record = parquet.read_record(folder / "requests.parquet")
-    except RecordError:
-        return False  # it is measured again
-    return record.get("spec_digest") == trial.digest
+    return [trial for trial in study.all_trials if tables.find_record(trial, folder / trial.id)]
 
 
 def load_measured(study: Study, results: Path) -> tuple[list[Trial], pd.DataFrame | None]:

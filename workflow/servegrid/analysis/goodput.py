@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from servegrid.analysis import buffering, metrics, stationarity, tables
 from servegrid.analysis.intervals import bring_up_medians, interval, share_interval
@@ -172,20 +171,17 @@ def gather_slo_table(
     if a record cannot be read.
     """
     present = set(cells["spec_digest"])
-    outcomes = {
-        trial.digest: trial_outcomes(*_read(folder / trial.id / "requests.parquet"), classes)
-        for trial in trials
-        if trial.digest in present
-    }
+    outcomes = {}
+    for trial in trials:
+        if trial.digest not in present:
+            continue
+        path = folder / trial.id / "requests.parquet"
+        try:
+            record, requests = parquet.read_rows(path, REQUEST_COLUMNS)
+        except RecordError as error:
+            raise RecordError(f"{path.parent}: {error}. Delete it and run again.") from error
+        outcomes[trial.digest] = trial_outcomes(record, requests, classes)
     return slo_table(cells, outcomes, classes)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], pa.Table]:
-    record = parquet.read_record(path)
-    try:
-        return record, pq.read_table(path, columns=REQUEST_COLUMNS)
-    except (OSError, pa.ArrowException) as error:
-        raise RecordError(f"{path}: cannot be read ({error}). Delete it and run again.") from error
 
 
 def find_saturation(slo: pd.DataFrame) -> pd.DataFrame:

@@ -18,7 +18,14 @@ from servegrid.analysis.feasibility import (
     cell_outlook,
     deployment_problem,
 )
-from servegrid.analysis.prediction import Bursts, Floats, Points, Table, deployment_traits
+from servegrid.analysis.prediction import (
+    Bursts,
+    Floats,
+    Points,
+    Table,
+    deployment_traits,
+    find_traits,
+)
 from servegrid.analysis.predictor import (
     Calibration,
     Expectation,
@@ -562,14 +569,9 @@ def expected_times(
 
     Raises ConfigError as `plan_study` does.
     """
-    try:
-        device = find_device(deployment.gpu)
-    except ConfigError:
+    traits = find_traits(deployment, facts.shape, site.cores)
+    if traits is None or facts.shape is None:
         return None
-    if facts.shape is None:
-        return None
-    placement = place(deployment, facts.shape, device)
-    traits = deployment_traits(deployment, placement, device, site.cores)
     predictor = make_predictor(traits, deployment.engine, calibration, bursts)
     expected = predictor.predict(_points(workloads, predictor))
     scale = time_scale(deployment)

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from servegrid.errors import ConfigError
 from servegrid.reference import data
-from servegrid.reference.memory import Device, Placement
+from servegrid.reference.memory import Device, Placement, find_device, place
+from servegrid.reference.roofline import ModelShape
 from servegrid.study.grid import Deployment
 
 Floats = npt.NDArray[np.float64]
@@ -92,6 +94,17 @@ class Traits:
     max_running: float
     copies: float
     placement: Placement
+
+
+def find_traits(deployment: Deployment, shape: ModelShape | None, cores: int) -> Traits | None:
+    """The traits of a deployment of a model; None if the model or the kind of GPU is unknown."""
+    try:
+        device = find_device(deployment.gpu)
+    except ConfigError:
+        return None
+    if shape is None:
+        return None
+    return deployment_traits(deployment, place(deployment, shape, device), device, cores)
 
 
 def deployment_traits(

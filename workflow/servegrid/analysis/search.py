@@ -19,14 +19,12 @@ import pandas as pd
 
 from servegrid.analysis import frontier, tables
 from servegrid.analysis.frontier import Answer, Decided, Loads
-from servegrid.analysis.prediction import Bursts, Floats, Points, deployment_traits
+from servegrid.analysis.prediction import Bursts, Floats, Points, find_traits
 from servegrid.analysis.predictor import Predictor, load_calibration, make_predictor
 from servegrid.analysis.slo import Slo
-from servegrid.errors import ConfigError, RecordError
-from servegrid.records import parquet
+from servegrid.errors import RecordError
 from servegrid.records.verdict import NOT_RUN, SERVED
 from servegrid.reference.checkpoint import ModelFacts
-from servegrid.reference.memory import find_device, place
 from servegrid.study.grid import Study, Trial, Workload
 
 NOT_NEEDED = "not needed by the search"
@@ -273,13 +271,9 @@ def make_predict(
     None if the model or the kind of GPU is not known: the search is then a staircase.
     """
     deployment = trial.deployment
-    try:
-        device = find_device(deployment.gpu)
-    except ConfigError:
+    traits = find_traits(deployment, facts.shape, cores)
+    if traits is None:
         return None
-    if facts.shape is None:
-        return None
-    traits = deployment_traits(deployment, place(deployment, facts.shape, device), device, cores)
 
     def predict(measured: Sequence[tuple[Workload, float]]) -> Predictor:
         bursts = None
@@ -304,13 +298,8 @@ def load_measured(trials: Sequence[Trial], cells: Path, slo: Slo) -> dict[str, F
 
 
 def _is_measured(trial: Trial, folder: Path) -> bool:
-    if not (folder / "telemetry.parquet").exists():
-        return False
-    try:
-        record = parquet.read_record(folder / "requests.parquet")
-    except RecordError:
-        return False  # it is measured again
-    return record.get("spec_digest") == trial.digest and record.get("verdict") != NOT_RUN
+    record = tables.find_record(trial, folder)
+    return record is not None and record.get("verdict") != NOT_RUN
 
 
 def check_left_out(study: Study, cells: pd.DataFrame, slo: Slo, folder: Path) -> None:

@@ -199,7 +199,7 @@ def _row_or_error(
 
 
 def _row(trial: Trial, folder: Path, drifts: Mapping[str, float], slo: Slo) -> dict[str, Any]:
-    record, requests = _read(folder / "requests.parquet", _REQUEST_COLUMNS)
+    record, requests = parquet.read_rows(folder / "requests.parquet", _REQUEST_COLUMNS)
     if record.get("spec_digest") != trial.digest:
         raise RecordError(_describe_staleness(record, trial))
     if record.get("format") != parquet.RECORD_FORMAT:
@@ -207,7 +207,7 @@ def _row(trial: Trial, folder: Path, drifts: Mapping[str, float], slo: Slo) -> d
             f"its record has the format {record.get('format')}, but this version of servegrid "
             f"reads the format {parquet.RECORD_FORMAT}"
         )
-    other_record, telemetry = _read(folder / "telemetry.parquet", _TELEMETRY_COLUMNS)
+    other_record, telemetry = parquet.read_rows(folder / "telemetry.parquet", _TELEMETRY_COLUMNS)
     if other_record != record:
         raise RecordError("telemetry.parquet and requests.parquet are from different measurements")
     try:
@@ -219,16 +219,18 @@ def _row(trial: Trial, folder: Path, drifts: Mapping[str, float], slo: Slo) -> d
         raise RecordError(f"its record is not complete ({error})") from error
 
 
-def _read(path: Path, columns: Sequence[str]) -> tuple[dict[str, Any], pa.Table]:
-    """The record and some columns of one file, which is opened once."""
+def find_record(trial: Trial, folder: Path) -> dict[str, Any] | None:
+    """The record in the trial's `folder`; None if it is not complete or of another specification.
+
+    A damaged one counts as missing: it is measured again.
+    """
+    if not (folder / "telemetry.parquet").exists():
+        return None
     try:
-        with pq.ParquetFile(parquet.read_intact(path)) as file:
-            record = json.loads(file.schema_arrow.metadata[parquet.RECORD_KEY])
-            return record, file.read(list(columns), use_threads=False)
-    except FileNotFoundError:
-        raise RecordError(f"{path.name} is missing") from None
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"{path.name} is damaged ({error})") from error
+        record = parquet.read_record(folder / "requests.parquet")
+    except RecordError:
+        return None
+    return record if record.get("spec_digest") == trial.digest else None
 
 
 def _describe_staleness(record: Mapping[str, Any], trial: Trial) -> str:

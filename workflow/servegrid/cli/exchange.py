@@ -56,10 +56,10 @@ def add_import(subcommands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    import pyarrow.parquet as pq
 
     from servegrid.analysis.slo import parse_slo_classes
     from servegrid.exchange import llmd, trials, vllm_bench
+    from servegrid.records import parquet
     from servegrid.study import config
 
     if options.configfile and options.format == "llm-d":
@@ -73,7 +73,7 @@ def _export(options: argparse.Namespace) -> int:
         elif row["requests"] == row["failed_requests"]:
             continue
         else:
-            requests = pq.read_table(folder / trial.id / "requests.parquet")
+            _, requests = parquet.read_rows(folder / trial.id / "requests.parquet")
             exported = vllm_bench.format_result(record, row, requests, classes)
         _write_json(exported, options.output_dir / f"{trial.id.replace('/', '.')}.json")
         written += 1

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,23 @@ def remove_half_written(folder: Path) -> None:
     """Remove what killed writers have left in `folder`. No other writer may use it meanwhile."""
     for path in folder.glob(".*.parquet.*"):
         path.unlink(missing_ok=True)
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[str, Any], pa.Table]:
+    """The record and some columns of a file, or all; the file is opened once.
+
+    Raises RecordError, with the file's name but not its folder, if the file is missing or differs
+    from what was written, or if it has no record.
+    """
+    try:
+        with pq.ParquetFile(read_intact(path)) as file:
+            record = json.loads(file.schema_arrow.metadata[RECORD_KEY])
+            names = None if columns is None else list(columns)
+            return record, file.read(names, use_threads=False)
+    except FileNotFoundError:
+        raise RecordError(f"{path.name} is missing") from None
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path.name} is damaged ({error})") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:

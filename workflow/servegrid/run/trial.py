@@ -61,7 +61,7 @@ def measure_trial(
     Raises EngineError if the allocation serves another deployment, or if the engine died for an
     unknown reason and this is not the last attempt: then the executor starts another engine for the
     trial. Raises LoadError if no request could be sent or the rate at saturation is not known, and
-    RecordError if the files cannot be written.
+    RecordError if the files cannot be written, or if the record of the saturation is damaged.
     """
     info = AllocationInfo.read()
     if info.deployment_digest != trial.deployment.digest:
@@ -162,13 +162,11 @@ def _describe_death(
 
 def _at_saturation(trial: Trial, saturation: Path) -> tuple[Workload, dict[str, Any]]:
     """The workload of a sweep's trial with its rate, and for the record where that comes from."""
-    import pyarrow.parquet as pq
-
     from servegrid.analysis.saturation import saturation_rate
 
     assert trial.workload.rate_fraction is not None
-    source = parquet.read_record(saturation)
-    highest = saturation_rate(source, pq.read_table(saturation))
+    source, requests = parquet.read_rows(saturation)
+    highest = saturation_rate(source, requests)
     rate = trial.workload.rate_fraction * highest
     found = {
         "request_rate": rate,
