@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from helpers.deployments import EMULATED_ENTRY
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
 
@@ -355,14 +356,9 @@ FAULTY: dict[str, Any] = {
         "idle_timeout_s": 1,
     },
     "deployments": [
-        {
+        EMULATED_ENTRY
+        | {
             "name": name,
-            "model": "mistral-7b",
-            "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",
-            "quantization": "fp16",
-            "engine": "emulated",
-            "gpu": "v100-16gb",
-            "gpu_count": 2,
             "max_model_len": 4096 if name != "short" else 131,
             "engine_args": {
                 "timing": "inria-2024",

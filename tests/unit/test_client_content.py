@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from servegrid.client import content, prompts
 from servegrid.client.content import open_content
@@ -22,17 +22,10 @@ from servegrid.study.source_files import read_conversations, read_trace
 PLAIN = Workload("closed_loop", 4, 100, 50, 8)
 
 
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer with one id per word of the corpus and one for all other words."""
-    split = pre_tokenizers.Whitespace()
-    known = sorted({word for word, _ in split.pre_tokenize_str(prompts.load_corpus())})
-    vocabulary = {word: number for number, word in enumerate(["<unk>", *known])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = split
-    folder = tmp_path_factory.mktemp("words")
-    made.save(str(folder / "tokenizer.json"))
-    return folder
+@pytest.fixture(scope="session")
+def words(word_tokenizer: Path) -> Path:
+    """The folder of a tokenizer with one id per word of the corpus."""
+    return word_tokenizer.parent
 
 
 def with_source(source: Source, **changes: object) -> Workload:

@@ -69,9 +69,8 @@ def unless_dry_run(**resources):
     return {} if hidden else resources
 
 
-def of_each_deployment(outputs, **wildcards):
-    names = [deployment.name for deployment in study.deployments]
-    return expand(outputs, deployment=names, **wildcards)
+def of_each_deployment(outputs):
+    return expand(outputs, deployment=[each.name for each in study.deployments])
 
 
 def missing_trials():

@@ -1,13 +1,25 @@
-"""Types of command-line arguments. Each raises ArgumentTypeError, which argparse shows."""
+"""Types of command-line arguments, which raise ArgumentTypeError, and an argument that recurs."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+
+def add_directory(parser: ArgumentParser) -> None:
+    """Add `--directory`, the folder with the results of a study."""
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="folder that contains results/; default: this folder",
+    )
 
 
 def positive_int(text: str) -> int:

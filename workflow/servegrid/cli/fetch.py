@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from servegrid.cli.arguments import add_directory
 from servegrid.cli.progress import show_progress
 from servegrid.errors import ModelError
 
@@ -29,13 +30,7 @@ def add_fetch(subcommands: Any) -> None:
     )
     add = parser.add_argument
     add("--configfile", type=Path, metavar="FILE", help="a study")
-    add(
-        "--directory",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="folder that contains results/; default: this folder",
-    )
+    add_directory(parser)
     parser.set_defaults(run=_fetch)
 
 

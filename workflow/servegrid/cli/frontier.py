@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from servegrid.cli.arguments import add_directory
+
 
 def add_frontier(subcommands: Any) -> None:
     parser = subcommands.add_parser(
@@ -23,13 +25,7 @@ def add_frontier(subcommands: Any) -> None:
     add = parser.add_argument
     add("--configfile", required=True, type=Path, metavar="FILE", help="a study")
     add("--deployment", metavar="NAME", help="only this deployment; default: all")
-    add(
-        "--directory",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="folder that contains results/; default: this folder",
-    )
+    add_directory(parser)
     parser.set_defaults(run=_frontier)
 
 

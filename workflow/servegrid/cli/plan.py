@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from servegrid.cli.arguments import add_directory
+
 if TYPE_CHECKING:
     from servegrid.analysis.plan import Site
     from servegrid.study.grid import Study
@@ -29,13 +31,7 @@ def add_plan(subcommands: Any) -> None:
         metavar="DIR",
         help="such as profiles/plafrim: its nodes and its time limit",
     )
-    add(
-        "--directory",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="folder that contains results/; default: this folder",
-    )
+    add_directory(parser)
     add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
     add("--cells", action="store_true", help="show each cell with its interval and its arithmetic")
     add("--json", action="store_true", help="print JSON, with all cells")

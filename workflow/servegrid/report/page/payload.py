@@ -131,7 +131,11 @@ def build_payload(
         "cells": [
             _cell(row, indices, workloads, ratios)
             | ({"reason": reason} if (reason := reasons.get(_cell_key(row))) else {})
-            | {name: [each[key]] for name, each in efficiency.items() if (key := _key(row)) in each}
+            | {
+                name: [each[key]]
+                for name, each in efficiency.items()
+                if (key := _cell_key(row)) in each
+            }
             for row in with_intensity(summary)
             .assign(in_flight=requests_in_flight(summary))
             .to_dict(orient="records")
@@ -207,6 +211,7 @@ def _reasons(cells: pd.DataFrame) -> dict[tuple[Any, ...], str]:
 
 
 def _cell_key(row: Mapping[Any, Any]) -> tuple[Any, ...]:
+    """What identifies a cell in the tables of cells and of their summary."""
     values = (row[key] for key in ("deployment", *CELL_KEYS))
     return tuple(None if pd.isna(value) else value for value in values)
 
@@ -237,13 +242,6 @@ def _deployment(name: str, title: str, index: int, summary: pd.DataFrame) -> dic
 _PAIR_KEYS = ("deployment", "protocol", "concurrency", "input_len", "output_len")
 
 
-def _key(row: Mapping[Any, Any]) -> tuple[Any, ...]:
-    """What identifies a cell with its `intensity`."""
-    return tuple(
-        row[key] for key in ("deployment", "protocol", "intensity", "input_len", "output_len")
-    )
-
-
 def _efficiency(cells: pd.DataFrame) -> dict[str, dict[tuple[Any, ...], float]]:
     """The columns of EFFICIENCY that have values: the median of each cell."""
     if "predicted_over_measured" in cells:
@@ -252,9 +250,8 @@ def _efficiency(cells: pd.DataFrame) -> dict[str, dict[tuple[Any, ...], float]]:
     found = {}
     for name in sorted(name for name in known if cells[name].notna().any()):
         values: dict[tuple[Any, ...], list[float]] = {}
-        rows: list[dict[Any, Any]] = with_intensity(cells.dropna(subset=[name])).to_dict("records")
-        for row in rows:
-            values.setdefault(_key(row), []).append(float(row[name]))
+        for row in cells.dropna(subset=[name]).to_dict("records"):
+            values.setdefault(_cell_key(row), []).append(float(row[name]))
         found[name] = {key: median(each) for key, each in values.items()}
     return found
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,15 +18,6 @@ pytestmark = [
     pytest.mark.crowded,
     pytest.mark.skipif(not namespaces.is_possible(), reason="only root makes network namespaces"),
 ]
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    pair = Pair(tmp_path)
-    try:
-        yield pair
-    finally:
-        pair.close()
 
 
 def test_a_cut_network_ends_both_nodes(pair: Pair) -> None:
