@@ -30,8 +30,13 @@ if WORKERS > 1:  # vLLM takes a CPU for one device; its processes import this mo
     torch.cpu.device_count = lambda: WORKERS
 
 
+REPORTS = os.fdopen(os.dup(1), "w")
+"""Only this module writes here. What servegrid prints goes to standard error, as in a job's log."""
+os.dup2(2, 1)
+
+
 def report(**facts: object) -> None:
-    print(json.dumps(facts), flush=True)
+    print(json.dumps(facts), file=REPORTS, flush=True)
 
 
 def interrupt(_: str) -> None:

@@ -51,6 +51,7 @@ def measure_study(study: dict[str, Any], folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_only_the_deployment_that_is_a_tenth_slower_is_reported(tmp_path: Path) -> None:
     slower = copy.deepcopy(STUDY)
     slower["deployments"][1]["engine_args"] = ARGUMENTS | {"slowdown": 1.1}

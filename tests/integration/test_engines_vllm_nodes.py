@@ -79,7 +79,7 @@ def listening(nodes: TwoNodes) -> list[list[Any]]:
     return [list(each) for each in sorted(found)]
 
 
-def test_two_nodes_share_one_model_and_a_killed_node_ends_both(two_nodes: TwoNodes) -> None:
+def test_two_nodes_share_one_model_and_the_end_of_one_ends_the_other(two_nodes: TwoNodes) -> None:
     facts = two_nodes.up["facts"]
     assert (facts["tensor_parallel_size"], facts["nodes"]) == (2, 2)
     assert facts["attention_backends"] == ["CPU_ATTN"]
@@ -99,16 +99,8 @@ def test_two_nodes_share_one_model_and_a_killed_node_ends_both(two_nodes: TwoNod
         request.join()
         print(f"{len(ports)} ports; a stranger can read from {len(read)} of them")
         assert complete(client, "The capital of France is", 3).startswith(" Paris")
-    assert two_nodes.healthy()
-    two_nodes.processes[1].send_signal(signal.SIGKILL)
-    two_nodes.assert_nothing_is_left(SEEN_S)
-
-
-def test_a_killed_worker_ends_requests_and_a_killed_first_node_the_other_one(
-    two_nodes: TwoNodes,
-) -> None:
-    with two_nodes.client() as client:
-        complete(client, "a b c", 2)
+        assert two_nodes.healthy()
+        # A killed worker of the other node ends the requests.
         os.kill(two_nodes.part["pids"][-1], signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(httpx.HTTPError):
@@ -118,4 +110,11 @@ def test_a_killed_worker_ends_requests_and_a_killed_first_node_the_other_one(
     assert not two_nodes.healthy()
     # The end of the first node ends the other one, here even with a broken engine.
     two_nodes.processes[0].send_signal(signal.SIGKILL)
+    two_nodes.assert_nothing_is_left(SEEN_S)
+
+
+@pytest.mark.chaos
+def test_a_killed_node_ends_the_first_one(two_nodes: TwoNodes) -> None:
+    assert two_nodes.healthy()
+    two_nodes.processes[1].send_signal(signal.SIGKILL)
     two_nodes.assert_nothing_is_left(SEEN_S)
