@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,17 +36,18 @@ class TwoNodes:
         folder: Path,
         workers: int = 2,
         prefixes: Sequence[Sequence[str]] = ((), ()),
+        engine_args: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        """`prefixes` are commands that start the process of each node; for `settings`, see
-        serve_nodes."""
+        """All `workers` share each layer, unless `engine_args` say otherwise. `prefixes` are
+        commands that start the process of each node; for `settings`, see serve_nodes."""
         self.folder = folder
         settings = {"models": str(folder), "workers": workers // 2, **settings}
         deployment = replace(
             DEMO_VLLM,
             checkpoint=str(model),
             tokenizer=str(model),
-            engine_args={"dtype": "float32", "tensor_parallel_size": workers},
+            engine_args={"dtype": "float32"} | (engine_args or {"tensor_parallel_size": workers}),
         )
         self.temporary = [Path(tempfile.mkdtemp(prefix="sg-")) for _ in range(2)]
         self.processes = []

@@ -1,7 +1,8 @@
 """The real vLLM on the CPU over two nodes, in what takes too long for CI.
 
-A study is measured on the private Slurm and certified, although one of the nodes is killed after
-the first cell. And the network between two nodes with two workers each is cut during a request.
+A study is measured on the private Slurm and certified, although its allocation ends in another way
+after each cell. The network between two nodes with two workers each is cut during a request. And
+each node has half of the layers.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.chaos, pytest.mark
 
 
 class Study(Rehearsal):
-    """Three cells of one deployment over two nodes."""
+    """One deployment over two nodes, with one cell more than there are faults."""
 
     def __init__(self, work: Workspace, model: Path) -> None:
-        self.work, self.deployments, self.cells = work, 1, 3
+        self.work, self.deployments, self.cells = work, 1, 1 + len(FAULTS)
         deployment = {
             "name": "two_nodes",
             "model": "smollm2-135m-instruct",
@@ -53,13 +54,27 @@ class Study(Rehearsal):
             "max_num_seqs": 8,
             "engine_args": {"tensor_parallel_size": 2},
         }
-        workload = {"concurrency": [1, 2, 4], "input_len": 31, "output_len": 8}
+        concurrency = [*range(1, 1 + self.cells)]
+        workload = {
+            "concurrency": concurrency,
+            "input_len": 31,
+            "output_len": 8,
+            "drift_checks": False,
+        }
         study = {"study": "nodes", "workload": workload, "deployments": [deployment]}
         (work.folder / "study.yaml").write_text(yaml.safe_dump(study))
         # Both nodes are this machine: their workers would be bound to the same cores.
         setup = ["export VLLM_CPU_OMP_THREADS_BIND=nobind"]
         site = {"slurm_constraint": "a100", "nodes": 2, "interface": "lo", "cpus_per_task": 2}
         work.kinds(cpu=KIND | site | {"setup": setup})
+
+    def measured(self) -> list[str]:
+        """The ticket of each job that has succeeded, without the number of the attempt."""
+        return [
+            event["ticket"].partition("-")[2]
+            for event in self.journal()
+            if event["event"] == "job_finished" and event["status"] == 0
+        ]
 
 
 def parts(work: Workspace) -> dict[int, list[psutil.Process]]:
@@ -86,34 +101,59 @@ def records(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_a_study_over_two_nodes_survives_the_loss_of_one_and_is_certified(work: Workspace) -> None:
+def kill_the_other_node(work: Workspace, running: dict[int, list[psutil.Process]]) -> None:
+    os.kill(running[1][0].pid, signal.SIGKILL)
+
+
+def requeue(work: Workspace, running: dict[int, list[psutil.Process]]) -> None:
+    """What Slurm does to a job that it preempts."""
+    work.cluster.call("scontrol", "requeue", work.queue_alive()[0][0])
+
+
+def reach_the_time_limit(work: Workspace, running: dict[int, list[psutil.Process]]) -> None:
+    """The limit is in the past now: Slurm ends the job when it looks, within a minute."""
+    job = work.queue_alive()[0][0]
+    work.cluster.call("scontrol", "update", f"jobid={job}", "timelimit=1")
+
+
+def cancel(work: Workspace, running: dict[int, list[psutil.Process]]) -> None:
+    work.cluster.call("scancel", work.queue_alive()[0][0])
+
+
+FAULTS = (kill_the_other_node, requeue, reach_the_time_limit, cancel)
+"""Each comes after one more cell."""
+ENDED_S = {reach_the_time_limit: 60 + SEEN_S}
+
+
+def test_a_study_over_two_nodes_survives_every_end_and_is_certified(work: Workspace) -> None:
     cache = models.default_folder()
     models.fetch(cache)
     source = models.locate("demo:smollm2-135m-instruct", cache)
     study = Study(work, pad_heads(source, work.folder / "padded"))
     run = study.start()
-    work.wait(lambda: study.count_finished() >= 1, limit_s=START_S)
-    running = parts(work)
-    assert set(running) == {0, 1}
-    everything = running[0] + running[1]
-    os.kill(running[1][0].pid, signal.SIGKILL)
-    began = time.monotonic()
-    _, left = psutil.wait_procs(everything, timeout=SEEN_S)
-    print(
-        f"\nnothing of {len(everything)} processes is left after {time.monotonic() - began:.1f} s"
-    )
-    assert left == []
+    for done, end in enumerate(FAULTS, 1):
+        work.wait(lambda done=done: len(study.measured()) >= done, limit_s=START_S)
+        running = parts(work)
+        assert set(running) == {0, 1}
+        everything = running[0] + running[1]
+        began = time.monotonic()
+        end(work, running)
+        _, left = psutil.wait_procs(everything, timeout=ENDED_S.get(end, SEEN_S))
+        print(
+            f"\n{end.__name__}: nothing of {len(everything)} processes is left after "
+            f"{time.monotonic() - began:.1f} s"
+        )
+        assert left == []
+    run.wait(timeout=START_S)
+    assert run.returncode != 0  # somebody has cancelled the job: no other allocation
+    run = study.start()
     run.wait(timeout=START_S)
     assert run.returncode == 0, work.log.read_text()[-6000:]
 
     events = Counter(event["event"] for event in study.journal())
-    finished = [
-        event["ticket"]
-        for event in study.journal()
-        if event["event"] == "job_finished" and event["status"] == 0
-    ]
-    assert len(finished) == len({each.partition("-")[2] for each in finished}) == study.cells
-    assert events["service_started"] == 2
+    measured = study.measured()
+    assert len(measured) == len(set(measured)) == study.cells
+    assert events["service_started"] == 1 + len(FAULTS)
     engines = [record["engine"] for record in records(work.folder)]
     assert [engine["nodes"] for engine in engines] == [2] * study.cells
     links = [{"transport": "tcp", "interface": "lo", "gpu_direct": None}]
@@ -166,3 +206,28 @@ def test_a_cut_network_ends_an_engine_with_two_workers_per_node(tmp_path: Path) 
             nodes.assert_nothing_is_left(SEEN_S)
         finally:
             nodes.close()
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_layers_are_divided_between_the_nodes(tmp_path: Path, tensor: int) -> None:
+    """Pipeline parallel 2. On a CPU, vLLM can do it only with a compiled model."""
+    cache = models.default_folder()
+    models.fetch(cache)
+    source = models.locate("demo:smollm2-135m-instruct", cache)
+    sizes = {"pipeline_parallel_size": 2, "tensor_parallel_size": tensor, "enforce_eager": False}
+    nodes = TwoNodes(
+        pad_heads(source, tmp_path / "padded"), tmp_path, 2 * tensor, engine_args=sizes
+    )
+    try:
+        assert nodes.up["facts"] | sizes | {"nodes": 2} == nodes.up["facts"]
+        with nodes.client() as client:
+            assert complete(client, "The capital of France is", 3).startswith(" Paris")
+            os.kill(nodes.part["pids"][-1], signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(httpx.HTTPError):
+                while time.monotonic() - began < SEEN_S:
+                    complete(client, "a b c", 100)
+        nodes.processes[1].send_signal(signal.SIGKILL)
+        nodes.assert_nothing_is_left(SEEN_S)
+    finally:
+        nodes.close()
