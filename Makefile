@@ -39,7 +39,7 @@ test-steps:
 
 # The + shows the output at once; that of the other target comes when it ends.
 test-crowded:
-	+$(PYTHON) -m pytest -n 5 --dist worksteal -m "crowded and not chaos" tests/integration tests/slurm
+	+$(PYTHON) -m pytest -n 6 --dist worksteal -m "crowded and not chaos" tests/integration tests/slurm
 
 test-newer-slurm:
 	@if PATH="$(CURDIR)/.venv/bin:$$PATH" tests/unpack_slurm.sh trixie $(NEWER_SLURM); then \

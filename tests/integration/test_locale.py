@@ -87,6 +87,7 @@ def test_a_study_runs_under_latin_1(latin1: dict[str, str], tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.chaos
 def test_the_locale_c_needs_nothing_else(tmp_path: Path) -> None:
     target = "results/tables/findings.md"
     done = run(workflow(tmp_path / "study", target), {"LC_ALL": "C"})
