@@ -41,7 +41,7 @@ def search_plan_of(deployment):
     return str(plan_file(deployment)) if deployment in study.searched else ""
 
 
-walltimes = Walltimes(study, Path("results"))
+walltimes = Walltimes(study, Path("results"), parse_slo(config))
 # What the executor should expect. A dry run and the processes of jobs need no times.
 EXPECTED = {}
 if workflow.output_settings.dryrun:

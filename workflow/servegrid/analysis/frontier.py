@@ -18,6 +18,7 @@ import numpy.typing as npt
 from servegrid.analysis.prediction import Floats, Points
 from servegrid.analysis.predictor import Predictor
 from servegrid.analysis.residuals import Z_95
+from servegrid.analysis.slo import Slo
 
 Flags = npt.NDArray[np.bool_]
 
@@ -125,6 +126,12 @@ def meeting_chances(predictor: Predictor, points: Points, limit_s: Floats | floa
     return np.array([(1 + math.erf(each)) / 2 for each in deviations])
 
 
+def response_limit(points: Points, slo: Slo) -> Floats:
+    """The longest time of a response that meets the SLO, in s, without its limit on ttft."""
+    limit = points.output_len / slo.tokens_per_s_per_user
+    return limit if slo.e2el_s is None else np.minimum(limit, slo.e2el_s)
+
+
 @dataclass(frozen=True)
 class Answer:
     """Whether a cell meets the SLO, and whether that is sure. If not, it is measured again."""
@@ -195,6 +202,15 @@ def search(
         if position is None:
             return answers
         answers[position] = measure(position)
+
+
+def expected_cells(loads: Loads, chances: Floats, is_predicted: bool = True) -> list[int]:
+    """The positions of the cells that the search takes if each ends as is most probable.
+
+    `chances` are those of `next_cell`. If not `is_predicted`, the search itself does not know them.
+    """
+    known = (lambda _: chances) if is_predicted else None
+    return list(search(loads, lambda position: bool(chances[position] > 0.5), known))
 
 
 def largest_loads(loads: Loads, decided: Decided) -> dict[int, float | None]:
