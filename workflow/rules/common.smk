@@ -8,6 +8,7 @@ from servegrid.node.environment import use_safe_path, use_utf8
 from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path, published_from_config
 from servegrid.run.jobscript import reraise_as
+from servegrid.run.preflight import check_ready
 from servegrid.run.search_plan import forget_left_out, plan_file, write_plans
 from servegrid.run.walltime import Walltimes
 from servegrid.study.config import from_snakemake
@@ -57,9 +58,6 @@ elif workflow.is_main_process:
 
 def prepare_run():
     """Refuse what cannot work, plan the searches, and say how long the missing trials take."""
-    # Not at the top: a dry run and the processes of jobs do not need it.
-    from servegrid.run.preflight import check_ready
-
     with reraise_as(WorkflowError):
         check_ready(study, "results/cells")
         write_plans(study, parse_slo(config))
@@ -91,7 +89,7 @@ def deleted_records(wildcards=None):
     """The records that are missing below tables that are there.
 
     Snakemake finds all others below `gather`, but it does not look below what is up to date. To
-    name all records in `all` as well would make a plan a fifth longer.
+    name all records in `all` as well would make a plan more than a tenth longer.
     """
     if not all(os.path.exists(table) for table in rules.gather.output):
         return []
