@@ -40,9 +40,11 @@ onstart:
 rule all:
     default_target: True
     input:
-        rules.gather.input,  # a record that has been deleted is missed
-        *(each.output for each in (rules.gather, rules.summarise, rules.findings)),
-        *(each.output for each in (rules.goodput, rules.plan_capacity)),
-        rules.plot_overview.output,
-        of_each_deployment(rules.tabulate.output + rules.plot.output),
-        rules.render.output,
+        deleted_records,
+        derived=[
+            *(each.output for each in (rules.gather, rules.summarise, rules.findings)),
+            *(each.output for each in (rules.goodput, rules.plan_capacity)),
+            rules.plot_overview.output,
+            of_each_deployment(rules.tabulate.output + rules.plot.output),
+            rules.render.output,
+        ],

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from operator import truediv
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -20,6 +21,7 @@ import yaml
 
 import scale
 from servegrid.reference import data
+from servegrid.study.text import pluralize
 from snakemake_executor_plugin_submitit.spool import JournalReader
 from snakemake_executor_plugin_submitit.usage import UsageStats
 
@@ -52,7 +54,8 @@ def main() -> None:
         bundle(Path(name))
 
 
-PLANNED = (400, 10_000)
+PLANNED = {400: 5, 10_000: 5, 50_000: 1}
+"""How often a study is planned, by its number of cells: the ratios are medians."""
 BARE = """
 rule all:
     default_target: True
@@ -78,6 +81,9 @@ ACTIONS = {
 }
 
 
+STUDY = "the study"
+
+
 def study_of(cells: int) -> dict[str, Any]:
     """A study with 200 cells per deployment."""
     config = scale.study_config(cells * scale.CELLS_PER_DEPLOYMENT // 200)
@@ -86,27 +92,40 @@ def study_of(cells: int) -> dict[str, Any]:
 
 
 def plan() -> None:
-    """Print the CPU time of a dry run, and its ratio to bare rules with as many outputs."""
+    """Print the CPU time of a dry run, and its ratio to bare rules with as many outputs.
+
+    The study has more jobs than the bare rules: 7 for its tables, its figures and its page, and 2
+    per deployment.
+    """
     print("dry run (snakemake -n), CPU time, by the number of cells; as ratios to bare rules:")
-    for cells in PLANNED:
+    for cells, runs in PLANNED.items():
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            config = study_of(cells)
-            (folder / "study.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-            (folder / "measure.py").touch()
-            dry = ("--dry-run", "--profile", str(ROOT / "profiles/local"), "--directory", name)
-            study = ("--snakefile", str(ROOT / "Snakefile"), "--configfile")
-            ours, _ = scale.measure(
-                *("-m", "snakemake", "all", *dry, *study, str(folder / "study.yaml"))
-            )
-            print(f"  {cells:>6,} cells: {ours:.1f} s")
-            for label, action in ACTIONS.items():
-                text = BARE.format(cells=cells, action=action.format())
-                (folder / "Snakefile").write_text(text, encoding="utf-8")
-                bare, _ = scale.measure(
-                    *("-m", "snakemake", "all", *dry, "--snakefile", str(folder / "Snakefile"))
-                )
-                print(f"    {ours / bare:.2f} × {label} ({bare:.1f} s)")
+            commands = write_planned(cells, Path(name))
+            seconds = [
+                {label: scale.measure(*command)[0] for label, command in commands.items()}
+                for _ in range(runs)
+            ]
+        ours = [each[STUDY] for each in seconds]
+        print(f"  {cells:>6,} cells: {median(ours):.1f} s, median of {pluralize(runs, 'run')}")
+        for label in ACTIONS:
+            bare = [each[label] for each in seconds]
+            ratio = median(map(truediv, ours, bare))
+            print(f"    {ratio:.2f} × {label} ({median(bare):.1f} s)")
+
+
+def write_planned(cells: int, folder: Path) -> dict[str, list[str]]:
+    """The dry runs of a study with so many cells, and of bare rules with as many outputs."""
+    (folder / "study.yaml").write_text(yaml.safe_dump(study_of(cells)), encoding="utf-8")
+    (folder / "measure.py").touch()
+    start = ["-m", "snakemake", "all", "--dry-run", "--profile", str(ROOT / "profiles/local")]
+    start += ["--directory", str(folder), "--snakefile"]
+    study = [str(ROOT / "Snakefile"), "--configfile", str(folder / "study.yaml")]
+    commands = {STUDY: start + study}
+    for number, (label, action) in enumerate(ACTIONS.items()):
+        file = folder / f"bare-{number}.smk"
+        file.write_text(BARE.format(cells=cells, action=action.format()), encoding="utf-8")
+        commands[label] = [*start, str(file)]
+    return commands
 
 
 def rehearse(

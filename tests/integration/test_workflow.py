@@ -238,6 +238,26 @@ def test_a_dry_run_counts_what_would_run(workspace: Workspace) -> None:
     assert workspace.cells() == {}
 
 
+def test_a_deleted_record_is_missed_though_the_tables_are_there(workspace: Workspace) -> None:
+    trials = parse_study(workspace.study).all_trials
+    for trial in trials:
+        folder = workspace.folder / "results/cells" / trial.id
+        folder.mkdir(parents=True)
+        for name in ("requests.parquet", "telemetry.parquet"):
+            (folder / name).touch()
+    (workspace.folder / "results/tables").mkdir()
+    for name in ("cells.parquet", "cells.csv", "drift_checks.csv"):
+        (workspace.folder / "results/tables" / name).touch()
+    output = workspace.run("--dry-run")
+    assert "to do" not in output
+    assert not re.search(r"other jobs to run: .*gather", output)
+
+    (workspace.folder / "results/cells" / trials[0].id / "telemetry.parquet").unlink()
+    output = workspace.run("--dry-run")
+    assert "1 measurement to do" in output
+    assert re.search(r"other jobs to run: .*gather", output)
+
+
 def test_verbose_shows_snakemakes_own_output(workspace: Workspace) -> None:
     output = workspace.run("--dry-run", "--verbose")
     assert "rule measure:" in output

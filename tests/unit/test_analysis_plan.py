@@ -26,6 +26,7 @@ from servegrid.analysis.plan import (
 )
 from servegrid.analysis.predictor import load_calibration
 from servegrid.analysis.published_tables import published_deployments
+from servegrid.analysis.slo import Slo
 from servegrid.errors import ConfigError
 from servegrid.reference import data
 from servegrid.reference.checkpoint import ModelFacts, find_model
@@ -300,6 +301,25 @@ def test_what_no_table_has_is_said_and_not_guessed(entry: dict[str, Any], messag
     prices = HardwarePrices("USD", {})
     assert "not predicted" in render_plan(made, prices, False)
     assert json.loads(plan_json(made, prices))["deployments"][0]["gpu_hours"] is None
+
+
+def test_a_search_counts_the_cells_that_prove_its_frontier_once() -> None:
+    """All cells have 0.1 tokens/s per user, so the heaviest proves it; none has 100,000."""
+    searched = study({"concurrency": [1, 2], "input_len": [31, 119], "grid": "frontier"})
+    assert len(searched.trials) == 12
+    for rate, wanted in ((0.1, "burst-c2-i119-o100"), (1e5, "burst-c1-i31-o100")):
+        made = plan(searched, slo=Slo(tokens_per_s_per_user=rate))
+        (deployment,) = made.deployments
+        assert deployment.search == {wanted}
+        (allocation,) = deployment.allocations
+        (cell,) = (each for each in deployment.cells if each.workload.cell == wanted)
+        assert allocation.trials == 1
+        assert allocation.seconds is not None and cell.run_s is not None
+        assert allocation.seconds.high == pytest.approx(2 * (60 + 14.5) + cell.run_s.high)
+        text = render_plan(made, HardwarePrices("USD", {}), False)
+        assert "the search will measure about 1 of 4 cells" in text
+        parsed = json.loads(plan_json(made, HardwarePrices("USD", {})))
+        assert parsed["deployments"][0]["cells_that_the_search_takes"] == [wanted]
 
 
 def test_a_wrong_number_names_deployment_and_key() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 
 import numpy as np
 import pytest
 
-from servegrid.analysis import validation
+from servegrid.analysis import frontier, validation
 from servegrid.analysis.prediction import (
     PRIORS,
     Bursts,
@@ -21,6 +22,7 @@ from servegrid.analysis.prediction import (
 from servegrid.analysis.predictor import (
     UNSEEN,
     Calibration,
+    Predictor,
     load_calibration,
     make_predictor,
     refit,
@@ -31,6 +33,7 @@ from servegrid.analysis.published_tables import (
     published_tables,
 )
 from servegrid.analysis.residuals import Covariance, Observed, choose_cells, condition
+from servegrid.analysis.slo import Slo
 from servegrid.analysis.validation import Errors, pool
 from servegrid.reference.roofline import burst_bound, deployment_hardware
 
@@ -103,6 +106,26 @@ def test_the_search_finds_the_published_frontiers_in_few_cells(
     assert len(searched) == 7 and all(each.exact for each in searched)
     assert statistics.mean(each.cells for each in searched) <= MEAN_SEARCHED
     assert max(each.cells for each in searched) <= MOST_SEARCHED
+
+
+@pytest.mark.timeout(600)
+def test_a_search_takes_at_most_the_time_that_is_expected_at_most(
+    calibrations: list[Calibration],
+) -> None:
+    """A cell that the article could not serve takes as long as is expected."""
+    rates = (2.5, 5.0, 10.0, 20.0)
+    deployments = zip(TABLES, published_bursts(), calibrations, strict=True)
+    for rate, (table, bursts, calibration) in itertools.product(rates, deployments):
+        predictor = Predictor(table.traits, calibration, {})
+        expected = predictor.predict(bursts.points)
+        limit_s = frontier.response_limit(bursts.points, Slo(tokens_per_s_per_user=rate))
+        chances = frontier.meeting_chances(predictor, bursts.points, limit_s)
+        loads = frontier.Loads.of(bursts.points.concurrency, bursts.points.input_len)
+        cells = frontier.expected_cells(loads, chances)
+        searched = list(validation.search_published(table, bursts, calibration, rate).measured)
+        took = np.where(np.isnan(bursts.seconds), expected.seconds, bursts.seconds)[searched].sum()
+        assert took <= expected.high[cells].sum(), (table.name, rate)
+        assert expected.high[cells].sum() < expected.high.sum() / 2, (table.name, rate)
 
 
 def test_the_search_without_a_prediction_finds_them_in_a_fifth_of_the_grid() -> None:

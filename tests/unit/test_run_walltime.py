@@ -13,6 +13,7 @@ from helpers.deployments import EMULATED_ENTRY, EXTERNAL_ENTRY
 from servegrid.analysis import tables
 from servegrid.analysis.plan import Site, plan_study
 from servegrid.analysis.predictor import load_calibration
+from servegrid.analysis.slo import Slo
 from servegrid.records.columns import CELLS
 from servegrid.reference.checkpoint import find_model
 from servegrid.run.walltime import Walltimes
@@ -131,19 +132,54 @@ def test_the_forecast_of_an_unknown_cpu_is_labelled(tmp_path: Path) -> None:
     assert text.splitlines()[1] == "The prediction has no data of a CPU: it may be far off."
 
 
-def test_the_forecast_of_a_search_is_the_time_of_its_grid(tmp_path: Path) -> None:
+def test_the_forecast_of_a_search_is_the_time_of_the_cells_that_prove_its_frontier(
+    tmp_path: Path,
+) -> None:
     emulated = EMULATED_ENTRY | {"engine_args": {"startup_s": 7, "time_scale": 1e-9}}
     keys = {"protocol": "closed_loop", "duration_s": 60, "concurrency": [1, 8]}
     made = study(emulated, **keys, grid="frontier")
     times = Walltimes(made, tmp_path)
     text = times.forecast({trial.id for trial in made.trials})
-    # 4 cells × (60 + 0.2) + 7 = 247.8 s; only cells near the limit get further trials.
+    # The heaviest cell meets 5 tokens/s, so all lighter ones do: 60 + 0.2 + 7 = 67.2 s.
     assert len(made.trials) == 12
     assert text == (
-        "Expected time: 5 min (95% interval: 5 min to 5 min), with 1 engine start. "
-        "A search takes less: this is the time of its whole grid."
+        "Expected time: 2 min (95% interval: 2 min to 2 min), with 1 engine start. "
+        "Searches will measure about 1 of 4 cells."
     )
-    assert [times.trial_s(made.trials[number]) for number in (0, 1)] == [64, 3]
+    expected = {trial.id: times.trial_s(trial) for trial in made.trials}
+    heaviest = f"{made.deployments[0].name}/closed_loop-c8-i579-o100/trial-1"
+    assert expected.pop(heaviest) == 64
+    assert set(expected.values()) == {3}  # the gap alone, of other cells and of further trials
+
+
+def test_the_forecast_of_a_search_follows_its_slo(tmp_path: Path) -> None:
+    """No engine has 100,000 tokens/s per user, so the lightest cell shows that all miss the SLO."""
+    made = study(VLLM, grid="frontier")
+    times = Walltimes(made, tmp_path, Slo(tokens_per_s_per_user=1e5))
+    found = {trial.id for trial in made.trials if (times.trial_s(trial) or 0) > 3}
+    assert found == {f"{made.deployments[0].name}/burst-c1-i31-o100/trial-1"}
+
+
+def test_the_search_of_an_open_loop_is_a_staircase_up_to_the_highest_rate(tmp_path: Path) -> None:
+    """No engine completes 1e6 requests/s, and each completes one an hour."""
+    rates = {"protocol": "poisson", "request_rate": [1 / 3600, 1e6]}
+    keys = {key: value for key, value in WORKLOAD.items() if key != "concurrency"}
+    made = parse_study(
+        {
+            "study": "s",
+            "workload": keys | rates | {"grid": "frontier", "drift_checks": False},
+            "deployments": [VLLM],
+        }
+    )
+    times = Walltimes(made, tmp_path)
+    found = [trial.cell for trial in made.trials if (times.trial_s(trial) or 0) > 3]
+    # The high rate misses the SLO with the shortest prompts, the low one meets it with the longest.
+    # The staircase also measures the low rate with the shortest prompts on its way.
+    assert found == [
+        "poisson-r0.000277778-i31-o100",
+        "poisson-r1e+06-i31-o100",
+        "poisson-r0.000277778-i579-o100",
+    ]
 
 
 def test_the_forecast_counts_what_is_not_predicted(tmp_path: Path) -> None:

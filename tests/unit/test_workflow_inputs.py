@@ -1,8 +1,13 @@
-"""The rules that analyse rerun when anything that they import or read from the package changes."""
+"""The rules that analyse rerun when anything that they import or read from the package changes.
+
+The digest of these files is a parameter of each rule.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,17 @@ def graph() -> grimp.ImportGraph:
     return grimp.build_graph("servegrid")
 
 
-def package_files(name: str) -> set[Path]:
-    """What the function of that name in common.smk gives."""
-    namespace: dict[str, Any] = {"Path": Path, "workflow": type("Workflow", (), {"basedir": ROOT})}
+def functions(root: Path) -> dict[str, Any]:
+    """The last functions in common.smk, for a checkout in `root`."""
+    namespace: dict[str, Any] = {"Path": Path, "cache": cache, "hashlib": hashlib}
+    namespace["workflow"] = type("Workflow", (), {"basedir": root})
     text = (RULES / "common.smk").read_text()
     exec(text[text.index("PACKAGES") :], namespace)
-    return set(map(Path, namespace["package_files"](name)))
+    return namespace
+
+
+def package_files(name: str) -> set[Path]:
+    return set(map(Path, functions(ROOT)["package_files"](name)))
 
 
 def imported(graph: grimp.ImportGraph, script: str) -> set[str]:
@@ -42,7 +52,7 @@ def rules_with_package_files() -> dict[str, str]:
     for file in RULES.glob("*.smk"):
         for rule in re.split(r"(?m)^(?=rule )", file.read_text()):
             script = re.search(r'"../scripts/(\w+)\.py"', rule)
-            package = re.search(r'package_files\("(\w+)"\)', rule)
+            package = re.search(r'params:\n +code=.*package_digest\("(\w+)"\)', rule)
             if rule.startswith("rule ") and script and package:
                 found[script[1]] = package[1]
     return found
@@ -85,3 +95,23 @@ def test_data_files_of_the_package_are_inputs_as_well() -> None:
     assert PACKAGE / "reference" / "inria-2024.csv" in files
     assert PACKAGE / "report" / "page" / "template.html" in files
     assert PACKAGE / "study" / "schemas" / "study.yaml" in files
+
+
+def test_a_changed_file_changes_the_digest_of_its_package_and_of_those_above(
+    tmp_path: Path,
+) -> None:
+    for package in ("analysis", "report", "study"):
+        folder = tmp_path / "workflow/servegrid" / package
+        folder.mkdir(parents=True)
+        (folder / "module.py").write_text("1", encoding="utf-8")
+
+    def digests() -> list[str]:
+        return [functions(tmp_path)["package_digest"](name) for name in ("analysis", "report")]
+
+    analysis, report = digests()
+    assert digests() == [analysis, report]
+    (tmp_path / "workflow/servegrid/report/module.py").write_text("2", encoding="utf-8")
+    assert digests()[0] == analysis
+    assert digests()[1] != report
+    (tmp_path / "workflow/servegrid/study/new.txt").write_text("3", encoding="utf-8")
+    assert digests()[0] != analysis

@@ -9,7 +9,8 @@ localrules:
 # Neither rule has an output, because a bundle's name ends with the digest of its content.
 rule bundle:
     input:
-        lambda wildcards: rules.all.input,
+        deleted_records,
+        lambda wildcards: rules.all.input.derived,
     log:
         "results/logs/bundle.log",
     conda:

@@ -1,3 +1,6 @@
+import hashlib
+from functools import cache
+
 from snakemake.exceptions import WorkflowError
 
 from servegrid.analysis.slo import parse_slo
@@ -39,7 +42,7 @@ def search_plan_of(deployment):
     return str(plan_file(deployment)) if deployment in study.searched else ""
 
 
-walltimes = Walltimes(study, Path("results"))
+walltimes = Walltimes(study, Path("results"), parse_slo(config))
 # What the executor should expect. A dry run and the processes of jobs need no times.
 EXPECTED = {}
 if workflow.output_settings.dryrun:
@@ -73,6 +76,26 @@ def of_each_deployment(outputs):
     return expand(outputs, deployment=[each.name for each in study.deployments])
 
 
+def records(wildcards=None):
+    """The files of all trials. A function, because only the jobs of `gather` need so many."""
+    return [
+        f"results/cells/{trial.id}/{part}.parquet"
+        for trial in study.all_trials
+        for part in ("requests", "telemetry")
+    ]
+
+
+def deleted_records(wildcards=None):
+    """The records that are missing below tables that are there.
+
+    Snakemake finds all others below `gather`, but it does not look below what is up to date. To
+    name all records in `all` as well would make a plan more than a tenth longer.
+    """
+    if not all(os.path.exists(table) for table in rules.gather.output):
+        return []
+    return [record for record in records() if not os.path.exists(record)]
+
+
 def missing_trials():
     """The trials without a record, before the run."""
     files = Path("results/cells")
@@ -96,10 +119,7 @@ PACKAGES = {
 
 
 def package_files(name):
-    """All files of a package and of those that it imports: a change makes its tables anew.
-
-    Only for rules that are cheap: what was measured follows its specification alone.
-    """
+    """All files of a package and of those that it imports."""
     root = Path(workflow.basedir) / "workflow/servegrid"
     files = [*root.glob("*.py")]
     files += [file for each in PACKAGES[name] for file in (root / each).rglob("*.*")]
@@ -109,3 +129,16 @@ def package_files(name):
         for file in files
         if "__pycache__" not in file.parts and not file.is_symlink()
     )
+
+
+@cache
+def package_digest(name):
+    """The digest of `package_files`: a change of the code makes the tables of a package anew.
+
+    Only for rules that are cheap: what was measured follows its specification alone. The files are
+    no inputs, because a hundred inputs per rule make the plan of a small study a tenth longer.
+    """
+    digest = hashlib.sha256()
+    for file in map(Path, package_files(name)):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]

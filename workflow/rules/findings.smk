@@ -4,7 +4,6 @@ localrules:
 
 rule findings:
     input:
-        package_files("report"),
         cells=rules.gather.output.parquet,
         summary=rules.summarise.output.parquet,
         published_file=published_file(),
@@ -32,6 +31,7 @@ rule findings:
     conda:
         "../envs/analysis.yaml"
     params:
+        code=lambda wildcards: package_digest("report"),
         slo=config.get("slo"),
         published=config.get("published"),
         allow_emulated_mix=config.get("allow_emulated_mix"),

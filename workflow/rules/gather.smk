@@ -5,12 +5,7 @@ localrules:
 
 rule gather:
     input:
-        expand(
-            "results/cells/{trial}/{part}.parquet",
-            trial=[trial.id for trial in study.all_trials],
-            part=["requests", "telemetry"],
-        ),
-        package_files("analysis"),
+        records,
     output:
         parquet="results/tables/cells.parquet",
         csv=report(
@@ -25,7 +20,8 @@ rule gather:
     conda:
         "../envs/analysis.yaml"
     params:
-        specs=[trial.digest for trial in study.all_trials],
+        code=lambda wildcards: package_digest("analysis"),
+        specs=lambda wildcards: [trial.digest for trial in study.all_trials],
         slo=config.get("slo", {}),
     script:
         "../scripts/gather.py"
@@ -33,7 +29,6 @@ rule gather:
 
 rule summarise:
     input:
-        package_files("analysis"),
         cells=rules.gather.output.parquet,
     output:
         parquet="results/tables/summary.parquet",
@@ -47,5 +42,7 @@ rule summarise:
         "results/logs/summarise.log",
     conda:
         "../envs/analysis.yaml"
+    params:
+        code=lambda wildcards: package_digest("analysis"),
     script:
         "../scripts/summarise.py"

@@ -4,7 +4,6 @@ localrules:
 
 rule goodput:
     input:
-        package_files("report"),
         # The records are inputs of `gather`; a new one makes its table anew.
         cells=rules.gather.output.parquet,
     output:
@@ -23,6 +22,7 @@ rule goodput:
     conda:
         "../envs/analysis.yaml"
     params:
+        code=lambda wildcards: package_digest("report"),
         slo=config.get("slo"),
     script:
         "../scripts/goodput.py"

@@ -1,7 +1,7 @@
 rule measure:
     # Its time does not count: a record that was only copied makes no measurement again.
     input:
-        ancient(saturation_of),
+        [ancient(saturation_of)] if study.has_rate_fractions else [],
     output:
         requests="results/cells/{deployment}/{cell}/trial-{trial}/requests.parquet",
         telemetry="results/cells/{deployment}/{cell}/trial-{trial}/telemetry.parquet",

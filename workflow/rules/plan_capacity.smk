@@ -4,7 +4,6 @@ localrules:
 
 rule plan_capacity:
     input:
-        package_files("report"),
         summary=rules.summarise.output.parquet,
         hardware=HARDWARE,
     output:
@@ -22,6 +21,7 @@ rule plan_capacity:
     conda:
         "../envs/analysis.yaml"
     params:
+        code=lambda wildcards: package_digest("report"),
         demand=[config.get("slo"), config.get("capacity")],
     script:
         "../scripts/plan_capacity.py"

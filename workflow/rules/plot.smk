@@ -9,7 +9,6 @@ FIGURES = ["per_user", "total", "latency"]
 # One job draws all figures of a deployment: most of its time is the start of Python.
 rule plot:
     input:
-        package_files("report"),
         cells=rules.gather.output.parquet,
     output:
         svg=[
@@ -27,13 +26,14 @@ rule plot:
         "results/logs/plot/{deployment}.log",
     conda:
         "../envs/analysis.yaml"
+    params:
+        code=lambda wildcards: package_digest("report"),
     script:
         "../scripts/plot.py"
 
 
 rule plot_overview:
     input:
-        package_files("report"),
         cells=rules.gather.output.parquet,
     output:
         report(
@@ -48,5 +48,7 @@ rule plot_overview:
         "results/logs/plot/overview.log",
     conda:
         "../envs/analysis.yaml"
+    params:
+        code=lambda wildcards: package_digest("report"),
     script:
         "../scripts/plot_overview.py"

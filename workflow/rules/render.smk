@@ -4,7 +4,6 @@ localrules:
 
 rule render:
     input:
-        package_files("report"),
         cells=rules.gather.output.parquet,
         summary=rules.summarise.output.parquet,
         frontier=rules.findings.output.frontier,
@@ -25,6 +24,7 @@ rule render:
     conda:
         "../envs/analysis.yaml"
     params:
+        code=lambda wildcards: package_digest("report"),
         demand=[config.get("slo"), config.get("capacity")],
         published=config.get("published"),
     script:

@@ -4,7 +4,6 @@ localrules:
 
 rule tabulate:
     input:
-        package_files("report"),
         cells=rules.gather.output.parquet,
     output:
         markdown=report(
@@ -20,5 +19,7 @@ rule tabulate:
         "results/logs/tabulate/{deployment}.log",
     conda:
         "../envs/analysis.yaml"
+    params:
+        code=lambda wildcards: package_digest("report"),
     script:
         "../scripts/tabulate.py"

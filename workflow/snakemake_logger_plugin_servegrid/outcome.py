@@ -13,7 +13,7 @@ from servegrid.records.verdict import NOT_RUN
 from servegrid.study.text import pluralize
 from snakemake_logger_plugin_servegrid import forecast
 from snakemake_logger_plugin_servegrid.messages import format_seconds
-from snakemake_logger_plugin_servegrid.progress import DONE, RunProgress, count_reasons
+from snakemake_logger_plugin_servegrid.progress import DONE, Job, RunProgress, count_reasons
 
 CELLS = Path("results/tables/cells.parquet")
 PAGE = Path("results/report/index.html")
@@ -146,18 +146,19 @@ def dry_run_lines(progress: RunProgress) -> list[str]:
     if not progress.begun:
         return []
     deployments = progress.deployments()
+    jobs_of: dict[str | None, list[Job]] = {}
+    for job in progress.jobs.values():
+        jobs_of.setdefault(job.deployment, []).append(job)
+    others = Counter(job.rule for job in jobs_of.pop(None, []) if job.rule != "all")
     lines = []
     if deployments:
         total = sum(each.total for each in deployments)
         lines.append(f"{pluralize(total, 'measurement')} to do:")
         width = len(str(max(each.total for each in deployments)))
         for each in sorted(deployments, key=lambda deployment: deployment.name):
-            jobs = [job for job in progress.jobs.values() if job.deployment == each.name]
-            lines.append(f"  {each.total:>{width}}  {each.name}{_format_reasons(jobs)}")
-        lines += forecast.lines({job.target for job in progress.jobs.values() if job.deployment})
-    others = Counter(
-        job.rule for job in progress.jobs.values() if not job.deployment and job.rule != "all"
-    )
+            reasons = _format_reasons(jobs_of[each.name])
+            lines.append(f"  {each.total:>{width}}  {each.name}{reasons}")
+        lines += forecast.lines({job.target for jobs in jobs_of.values() for job in jobs})
     if others:
         listed = ", ".join(rule if n == 1 else f"{n} × {rule}" for rule, n in others.items())
         lines.append(f"{pluralize(sum(others.values()), 'other job')} to run: {listed}")
@@ -165,7 +166,7 @@ def dry_run_lines(progress: RunProgress) -> list[str]:
     return lines
 
 
-def _format_reasons(jobs: list[Any]) -> str:
+def _format_reasons(jobs: list[Job]) -> str:
     """Why a deployment's cells are measured, if not because they are missing."""
     reasons = count_reasons(jobs)
     if set(reasons) <= {"Missing output files"}:

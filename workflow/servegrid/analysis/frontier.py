@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from servegrid.analysis.prediction import Floats, Points
+from servegrid.analysis.prediction import Floats, Indices, Points
 from servegrid.analysis.predictor import Predictor
 from servegrid.analysis.residuals import Z_95
+from servegrid.analysis.slo import Slo
 
 Flags = npt.NDArray[np.bool_]
 
@@ -45,11 +46,28 @@ class Loads:
     def __len__(self) -> int:
         return len(self.intensity)
 
+    def take(self, positions: Indices) -> Loads:
+        return Loads(self.intensity[positions], self.input_len[positions])
+
     @property
     def lighter(self) -> Flags:
         """Whether load i asks for no more than load j, in both respects: an array [i, j]."""
         flags: Flags = (self.intensity[:, None] <= self.intensity) & (
             self.input_len[:, None] <= self.input_len
+        )
+        return flags
+
+    def lighter_than(self, position: int) -> Flags:
+        """Which loads ask for no more than the one at `position`."""
+        flags: Flags = (self.intensity <= self.intensity[position]) & (
+            self.input_len <= self.input_len[position]
+        )
+        return flags
+
+    def heavier_than(self, position: int) -> Flags:
+        """Which loads ask for at least as much as the one at `position`."""
+        flags: Flags = (self.intensity >= self.intensity[position]) & (
+            self.input_len >= self.input_len[position]
         )
         return flags
 
@@ -73,13 +91,12 @@ def decide(loads: Loads, answers: Mapping[int, bool]) -> Decided:
     `answers` says of positions whether the cell there meets the SLO. A cell's own answer counts
     more than what follows from others. If others contradict each other, it counts as missing it.
     """
-    lighter = loads.lighter
     meets, misses = np.zeros(len(loads), dtype=bool), np.zeros(len(loads), dtype=bool)
     for position, answer in answers.items():
         if answer:
-            meets |= lighter[:, position]
+            meets |= loads.lighter_than(position)
         else:
-            misses |= lighter[position]
+            misses |= loads.heavier_than(position)
     meets &= ~misses
     for position, answer in answers.items():
         meets[position], misses[position] = answer, not answer
@@ -106,15 +123,17 @@ def next_cell(
         unknown &= available
     if not unknown.any():
         return None
+    found = np.flatnonzero(unknown)
     if chances is None:
-        found = np.flatnonzero(unknown)
         return int(max(found, key=lambda i: (-loads.input_len[i], loads.intensity[i])))
-    above = loads.lighter & ~np.eye(len(loads), dtype=bool)
-    meets, misses = unknown & (chances > 0.5), unknown & (chances <= 0.5)
+    # Only among the cells that are left: the array has the square of their number.
+    above = loads.take(found).lighter & ~np.eye(len(found), dtype=bool)
+    likely = chances[found]
+    meets, misses = likely > 0.5, likely <= 0.5
     heaviest = meets & ~(above & meets).any(axis=1)
     lightest = misses & ~(above & misses[:, None]).any(axis=0)
-    certainty = np.abs(chances - 0.5)
-    return int(np.argmin(np.where(heaviest | lightest, certainty, math.inf)))
+    certainty = np.abs(likely - 0.5)
+    return int(found[np.argmin(np.where(heaviest | lightest, certainty, math.inf))])
 
 
 def meeting_chances(predictor: Predictor, points: Points, limit_s: Floats | float) -> Floats:
@@ -123,6 +142,12 @@ def meeting_chances(predictor: Predictor, points: Points, limit_s: Floats | floa
     sd = np.log(expected.high / expected.seconds) / Z_95
     deviations = np.log(limit_s / expected.seconds) / sd / math.sqrt(2)
     return np.array([(1 + math.erf(each)) / 2 for each in deviations])
+
+
+def response_limit(points: Points, slo: Slo) -> Floats:
+    """The longest time of a response that meets the SLO, in s, without its limit on ttft."""
+    limit = points.output_len / slo.tokens_per_s_per_user
+    return limit if slo.e2el_s is None else np.minimum(limit, slo.e2el_s)
 
 
 @dataclass(frozen=True)
@@ -195,6 +220,15 @@ def search(
         if position is None:
             return answers
         answers[position] = measure(position)
+
+
+def expected_cells(loads: Loads, chances: Floats, is_predicted: bool = True) -> list[int]:
+    """The positions of the cells that the search takes if each ends as is most probable.
+
+    `chances` are those of `next_cell`. If not `is_predicted`, the search itself does not know them.
+    """
+    known = (lambda _: chances) if is_predicted else None
+    return list(search(loads, lambda position: bool(chances[position] > 0.5), known))
 
 
 def largest_loads(loads: Loads, decided: Decided) -> dict[int, float | None]:

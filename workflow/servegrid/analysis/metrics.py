@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from servegrid.analysis import buffering, client_error, energy, server_metrics, stationarity
-from servegrid.analysis.energy import gpu_columns, is_engine, mean_power
+from servegrid.analysis.energy import Power, gpu_columns, is_engine, mean_power
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
-from servegrid.records.columns import PERCENTILES
+from servegrid.records.columns import CELLS, PERCENTILES
 from servegrid.records.verdict import was_served
 from servegrid.study.grid import Trial, Workload
 
@@ -66,37 +66,72 @@ def cell_row(
     `slo`. If responses were held back on their way (see `buffering`), what depends on the arrival
     of single tokens is None. Raises KeyError if a column or a key of the record is missing.
     """
-    trial = Trial.from_spec(record["spec"])
-    deployment, workload = trial.deployment, measured_workload(record)
-    served = requests.filter(pc.is_null(requests["error"]))
-    exact = deployment.output_len_exact
-    makespan, waves = makespan_s(requests)
+    workload = measured_workload(record)
     use_all = not workload.has_stationary_part if use_all_requests is None else use_all_requests
-    window = None if use_all else stationary_window(requests, workload)
-    inside = served if use_all else completed_in(served, window)
-    window_s = makespan if use_all else None if window is None else window.seconds
-    due = inside["scheduled_ns" if workload.is_open_loop else "sent_ns"]
-    ttft = _seconds(due, inside["first_token_ns"])
-    from_sent = _seconds(inside["sent_ns"], inside["first_token_ns"])
-    e2el = _seconds(due, last_token_ns(inside))
-    itl, per_chunk, coalesced = _itl_s(inside)
-    tokens = _total(served["completion_tokens"]) if use_all else _tokens_in(served, window)
-    tokens_per_s = _ratio(tokens, window_s)
-    mean_tokens = _mean(_floats(inside["completion_tokens"]))
-    response_s = _ratio(makespan, waves) if workload.protocol == "burst" else _mean(e2el)
-    is_as_asked = exact and workload.has_fixed_lengths
-    per_token_s = _ratio(response_s, workload.output_len if is_as_asked else mean_tokens)
-    in_flight = in_flight_mean(requests, window, makespan if use_all else None)
-    # Users who think are not served, so their number says nothing about the speed of one.
-    served_at_once = in_flight if workload.think_time_s else workload.concurrency
-    longest = longest_itl_s(inside)
-    met = int(_meets(slo, inside, ttft, e2el, longest, time_scale(record)).sum())
-    failed = requests.num_rows - served.num_rows
-    samples = samples_in(telemetry, window)
-    power = mean_power(samples)
-    held_back = buffering.held_back(record, requests) is not None
-    is_served = was_served(record["verdict"])
+    part = _counted_part(requests, workload, use_all)
+    samples = samples_in(telemetry, part.window)
     row = {
+        **_identity(record, workload),
+        "requests": requests.num_rows,
+        "failed_requests": part.failed,
+        "makespan_s": part.makespan_s,
+        "window_s": part.seconds,
+        "requests_in_window": None if part.seconds is None else part.requests.num_rows,
+        "in_flight_mean": part.in_flight,
+        **_latency_columns(record, workload, part, slo),
+        "memory_peak_bytes": memory_peak_bytes(telemetry),
+        **_rate_columns(workload, part, mean_power(samples)),
+        **gpu_columns(samples),
+        **server_metrics.server_columns(record, requests, samples),
+        **client_error.client_columns(record),
+        "prompt_tokens_mean": _mean(_floats(part.requests["prompt_tokens"])),
+        **server_metrics.prefix_columns(record, requests),
+    }
+    if buffering.held_back(record, requests) is not None:
+        row |= _withheld(row, slo)
+    return {column.name: row[column.name] for column in CELLS if column.name in row}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of a cell that its figures come from.
+
+    `requests` are the successful ones that count, `tokens` their output tokens in `seconds`: the
+    time of the stationary part `window`, or the makespan if all requests count. `failed` and
+    `waves` are those of the whole cell. None if it is not known.
+    """
+
+    requests: pa.Table
+    window: Window | None
+    seconds: float | None
+    tokens: int | None
+    in_flight: float | None
+    makespan_s: float | None
+    waves: int
+    failed: int
+
+
+def _counted_part(requests: pa.Table, workload: Workload, use_all: bool) -> _Part:
+    served = requests.filter(pc.is_null(requests["error"]))
+    makespan, waves = makespan_s(requests)
+    window = None if use_all else stationary_window(requests, workload)
+    return _Part(
+        requests=served if use_all else completed_in(served, window),
+        window=window,
+        seconds=makespan if use_all else None if window is None else window.seconds,
+        tokens=_total(served["completion_tokens"]) if use_all else _tokens_in(served, window),
+        in_flight=in_flight_mean(requests, window, makespan if use_all else None),
+        makespan_s=makespan,
+        waves=waves,
+        failed=requests.num_rows - served.num_rows,
+    )
+
+
+def _identity(record: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
+    """What was measured, where, and how it ended."""
+    trial = Trial.from_spec(record["spec"])
+    deployment = trial.deployment
+    return {
         "deployment": deployment.name,
         "model": deployment.model,
         "quantization": deployment.quantization,
@@ -113,7 +148,7 @@ def cell_row(
         "input_len": workload.input_len,
         "output_len": workload.output_len,
         "output_spread": workload.output_spread,
-        "output_len_exact": exact,
+        "output_len_exact": deployment.output_len_exact,
         "prompts": workload.prompts,
         "think_time_s": workload.think_time_s,
         "trial": trial.number,
@@ -121,45 +156,63 @@ def cell_row(
         "verdict": record["verdict"],
         "verdict_detail": record["verdict_detail"],
         "verdict_evidence": _as_json(record.get("verdict_evidence")),
-        "requests": requests.num_rows,
-        "failed_requests": failed,
-        "makespan_s": makespan,
+        "spec_digest": record["spec_digest"],
+        "burstiness": workload.burstiness,
+        "rate_fraction": workload.rate_fraction,
+        "source": "text" if workload.source is None else workload.source.label,
+    }
+
+
+def _latency_columns(
+    record: Mapping[str, Any], workload: Workload, part: _Part, slo: Slo
+) -> dict[str, Any]:
+    """The latencies of the requests that count, and how many of them meet the SLO."""
+    inside = part.requests
+    due = inside["scheduled_ns" if workload.is_open_loop else "sent_ns"]
+    ttft = _seconds(due, inside["first_token_ns"])
+    e2el = _seconds(due, last_token_ns(inside))
+    itl, per_chunk, coalesced = _itl_s(inside)
+    longest = longest_itl_s(inside)
+    met = int(_meets(slo, inside, ttft, e2el, longest, time_scale(record)).sum())
+    mean_tokens = _mean(_floats(inside["completion_tokens"]))
+    is_burst = workload.protocol == "burst"
+    response_s = _ratio(part.makespan_s, part.waves) if is_burst else _mean(e2el)
+    exact = Trial.from_spec(record["spec"]).deployment.output_len_exact
+    is_as_asked = exact and workload.has_fixed_lengths
+    per_token_s = _ratio(response_s, workload.output_len if is_as_asked else mean_tokens)
+    if not was_served(record["verdict"]):
+        per_token_s = None
+    asked = None if part.seconds is None else inside.num_rows + part.failed
+    return {
         "completion_tokens_mean": mean_tokens,
-        "seconds_per_100_tokens": 100 * per_token_s
-        if is_served and per_token_s is not None
-        else None,
-        "window_s": window_s,
-        "requests_in_window": None if window_s is None else inside.num_rows,
-        "in_flight_mean": in_flight,
+        "seconds_per_100_tokens": None if per_token_s is None else 100 * per_token_s,
         **_latencies("ttft", ttft),
-        **_latencies("ttft_from_sent", from_sent),
+        **_latencies("ttft_from_sent", _seconds(inside["sent_ns"], inside["first_token_ns"])),
         **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
         **_latencies("itl", itl),
         **_latencies("itl_per_chunk", per_chunk),
         "itl_max_s_p50": _median(longest),
         **_latencies("e2el", e2el),
         "coalesced_chunk_fraction": coalesced,
+        "goodput_requests_per_s": _ratio(met, part.seconds),
+        "slo_attainment": _ratio(met, asked),
+    }
+
+
+def _rate_columns(workload: Workload, part: _Part, power: Power) -> dict[str, Any]:
+    """Tokens per second, power and energy."""
+    tokens_per_s = _ratio(part.tokens, part.seconds)
+    # Users who think are not served, so their number says nothing about the speed of one.
+    served_at_once = part.in_flight if workload.think_time_s else workload.concurrency
+    return {
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": _ratio(tokens_per_s, served_at_once),
-        "goodput_requests_per_s": None if window_s is None else _ratio(met, window_s),
-        "slo_attainment": None if window_s is None else _ratio(met, inside.num_rows + failed),
-        "memory_peak_bytes": memory_peak_bytes(telemetry),
         "power_w_mean": power.mean_w,
         "energy_needs_s": power.needs_s,
         "power_disagreement": power.disagreement,
         "power_suspect": power.is_suspect,
         "energy_j_per_output_token": _ratio(power.mean_w, tokens_per_s),
-        **gpu_columns(samples),
-        **server_metrics.server_columns(record, requests, samples),
-        **client_error.client_columns(record),
-        "spec_digest": record["spec_digest"],
-        "burstiness": workload.burstiness,
-        "rate_fraction": workload.rate_fraction,
-        "source": "text" if workload.source is None else workload.source.label,
-        "prompt_tokens_mean": _mean(_floats(inside["prompt_tokens"])),
-        **server_metrics.prefix_columns(record, requests),
     }
-    return row | _withheld(row, slo) if held_back else row
 
 
 def measured_workload(record: Mapping[str, Any]) -> Workload:

@@ -18,6 +18,12 @@ from servegrid.analysis.feasibility import (
     cell_outlook,
     deployment_problem,
 )
+from servegrid.analysis.frontier import (
+    Loads,
+    expected_cells,
+    meeting_chances,
+    response_limit,
+)
 from servegrid.analysis.prediction import (
     Bursts,
     Floats,
@@ -32,6 +38,7 @@ from servegrid.analysis.predictor import (
     Predictor,
     make_predictor,
 )
+from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.errors import ConfigError
 from servegrid.reference.checkpoint import ModelFacts
 from servegrid.reference.memory import Placement, find_device, place
@@ -108,7 +115,10 @@ class CellPlan:
 
 @dataclass(frozen=True)
 class AllocationPlan:
-    """The allocation of one bring-up: its missing trials, and its time. None if unknown."""
+    """The allocation of one bring-up: its missing trials, and its time. None if unknown.
+
+    Of a search, only the trials that it is expected to take.
+    """
 
     bring_up: int
     trials: int
@@ -127,6 +137,7 @@ class DeploymentPlan:
     """One deployment. `problem` says why it cannot start, `unknown` why nothing is predicted.
 
     `labels` say what the prediction has never seen, `teach` has the cells to measure first.
+    `search` has the cells that a search is expected to take; None if the whole grid runs.
     """
 
     deployment: Deployment
@@ -139,6 +150,7 @@ class DeploymentPlan:
     observed: int = 0
     allocations: tuple[AllocationPlan, ...] = ()
     teach: tuple[str, ...] = ()
+    search: frozenset[str] | None = None
     power_w: float | None = None
 
     @property
@@ -192,12 +204,13 @@ def plan_study(
     site: Site = Site(),
     measured: frozenset[str] = frozenset(),
     earlier: Mapping[str, Bursts] | None = None,
+    slo: Slo = DEFAULT_SLO,
 ) -> StudyPlan:
     """The plan of a study.
 
     `facts` has each deployment's model by the deployment's name. `measured` has the ids of the
-    trials that are recorded. `earlier` are measured bursts by deployment. Raises ConfigError if
-    `engine_args` contradict `gpu_count` or have a value that is no number.
+    trials that are recorded. `earlier` are measured bursts by deployment. Searches are for `slo`.
+    Raises ConfigError if `engine_args` contradict `gpu_count` or have a value that is no number.
     """
     by_deployment: dict[str, list[Trial]] = {}
     for trial in study.all_trials:
@@ -210,6 +223,7 @@ def plan_study(
             site,
             measured,
             (earlier or {}).get(deployment.name),
+            slo if deployment.name in study.searched else None,
         )
         for deployment in study.deployments
     )
@@ -243,7 +257,9 @@ def _plan_deployment(
     site: Site,
     measured: frozenset[str],
     bursts: Bursts | None,
+    slo: Slo | None,
 ) -> DeploymentPlan:
+    """The plan of one deployment. With `slo`, its frontier is searched."""
     deployment = trials[0].deployment
     missing = [trial for trial in trials if trial.id not in measured]
     if problem := site.problems.get(deployment.name):
@@ -269,7 +285,9 @@ def _plan_deployment(
     traits = deployment_traits(deployment, placement, device, site.cores)
     predictor = make_predictor(traits, deployment.engine, calibration, bursts)
     cells = _predict_cells(trials, missing, deployment, placement, predictor)
-    points = _points([cell.workload for cell in cells], predictor)
+    workloads = [cell.workload for cell in cells]
+    search = None if slo is None else searched_cells(deployment, workloads, predictor, slo)
+    allocations = _allocations(deployment, facts.shape, _submitted(missing), cells, site, search)
     return DeploymentPlan(
         deployment=deployment,
         source=facts.source,
@@ -277,23 +295,59 @@ def _plan_deployment(
         labels=tuple(predictor.unseen.values()),
         observed=0 if predictor.observed is None else len(predictor.observed.points),
         cells=cells,
-        allocations=_allocations(deployment, facts.shape, _submitted(missing), cells, site),
-        teach=tuple(cells[index].workload.cell for index in _teach(cells, points, predictor)),
+        allocations=allocations,
+        teach=_teach(cells, predictor),
+        search=search,
         power_w=device.power_w,
     )
 
 
-def _teach(cells: Sequence[CellPlan], points: Points, predictor: Predictor) -> list[int]:
-    """The positions of the cells to measure first, among those that are missing and can work."""
-    open_cells = [
-        index
-        for index, cell in enumerate(cells)
+def _teach(cells: Sequence[CellPlan], predictor: Predictor) -> tuple[str, ...]:
+    """The names of the cells to measure first, among those that are missing and can work."""
+    workloads = [
+        cell.workload
+        for cell in cells
         if cell.missing and cell.outlook.status not in (CANNOT, UNKNOWN)
     ]
-    if not open_cells:
-        return []
-    chosen = predictor.teach(points.take(open_cells), TAUGHT_FIRST)
-    return [open_cells[index] for index in chosen]
+    if not workloads:
+        return ()
+    chosen = predictor.teach(_points(workloads, predictor), TAUGHT_FIRST)
+    return tuple(workloads[index].cell for index in chosen)
+
+
+def searched_cells(
+    deployment: Deployment, workloads: Sequence[Workload], predictor: Predictor, slo: Slo
+) -> frozenset[str]:
+    """The names of the cells that a search of these workloads is expected to take.
+
+    Each cell ends as is most probable. An open loop misses the SLO above the highest rate that the
+    deployment completes; its search does not use predictions.
+    """
+    groups: dict[tuple[str, int], list[Workload]] = {}
+    for workload in workloads:
+        groups.setdefault((workload.protocol, workload.output_len), []).append(workload)
+    found: set[str] = set()
+    for group in groups.values():
+        loads = Loads.of([each.intensity for each in group], [each.input_len for each in group])
+        is_open = group[0].is_open_loop
+        if is_open:
+            highest = [open_loop_load(each, predictor)[1] for each in group]
+            chances = (loads.intensity * time_scale(deployment) <= highest).astype(float)
+        else:
+            points = _points(group, predictor)
+            chances = meeting_chances(predictor, points, response_limit(points, slo))
+        found |= {group[at].cell for at in expected_cells(loads, chances, not is_open)}
+    return frozenset(found)
+
+
+def is_taken(trial: Trial, search: frozenset[str] | None) -> bool:
+    """Whether a trial is expected to be measured, if `search` are `searched_cells` (None: all).
+
+    Only cells near a limit of the SLO are repeated, so the first trials count.
+    """
+    if search is None or trial.drift_check:
+        return True
+    return trial.number == 1 and trial.workload.cell in search
 
 
 def _unknown_plan(
@@ -514,15 +568,17 @@ def _allocations(
     missing: Sequence[Trial],
     cells: Sequence[CellPlan],
     site: Site,
+    search: frozenset[str] | None,
 ) -> tuple[AllocationPlan, ...]:
     times = {cell.workload.cell: cell.run_s or NOTHING for cell in cells}
     gpus = charged_gpus(deployment, site)
     found = []
     for number, group in sorted(_by_bring_up(missing).items()):
+        taken = [trial for trial in group if is_taken(trial, search)]
         seconds = start_time(deployment, shape)
-        for trial in group:
+        for trial in taken:
             seconds = seconds + times[trial.workload.cell]
-        found.append(AllocationPlan(number, len(group), seconds, seconds * (gpus / _HOUR_S)))
+        found.append(AllocationPlan(number, len(taken), seconds, seconds * (gpus / _HOUR_S)))
     return tuple(found)
 
 
@@ -548,13 +604,15 @@ class ExpectedTimes:
     """The times of one deployment: until its engine serves, and of one trial of each cell.
 
     `unseen` has what no table has, by keys of `predictor.UNSEEN`. `observed` of its own cells
-    calibrate the times.
+    calibrate the times. `search` has the cells that a search is expected to take; None if the whole
+    grid runs.
     """
 
     start: Range
     cells: Mapping[str, Range]
     unseen: Mapping[str, str]
     observed: int
+    search: frozenset[str] | None = None
 
 
 def expected_times(
@@ -564,10 +622,11 @@ def expected_times(
     calibration: Calibration,
     site: Site,
     bursts: Bursts | None = None,
+    slo: Slo | None = None,
 ) -> ExpectedTimes | None:
     """The times alone, without a plan: in milliseconds. None if the model or the GPU is unknown.
 
-    Raises ConfigError as `plan_study` does.
+    With `slo`, the deployment's frontier is searched. Raises ConfigError as `plan_study` does.
     """
     traits = find_traits(deployment, facts.shape, site.cores)
     if traits is None or facts.shape is None:
@@ -583,4 +642,5 @@ def expected_times(
         },
         unseen=predictor.unseen,
         observed=0 if predictor.observed is None else len(predictor.observed.points),
+        search=None if slo is None else searched_cells(deployment, workloads, predictor, slo),
     )

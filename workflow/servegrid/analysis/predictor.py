@@ -11,14 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
 from servegrid.analysis.prediction import (
-    DEVIATIONS,
     OUTPUT_LEN,
-    PRIORS,
     Bursts,
     Constants,
     Floats,
@@ -165,17 +162,3 @@ def spread(length: int, count: int) -> Indices:
 def evenly(points: Points, count: int) -> Points:
     """At most `count` of the points, evenly spread."""
     return points.take(spread(len(points), count))
-
-
-def describe_constants(constants: Constants) -> dict[str, Any]:
-    """The values of the common constants, in their units."""
-    return {
-        name: prior.median * math.exp(prior.sd * constants[name]) for name, prior in PRIORS.items()
-    } | {
-        f"{name}@{level}": math.exp(sd * score)
-        for key in DEVIATIONS
-        for constant, sd in DEVIATIONS[key].items()
-        for full, score in constants.items()
-        for name, _, level in [full.partition("@")]
-        if level and name == constant
-    }

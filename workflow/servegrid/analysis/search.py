@@ -220,10 +220,8 @@ class Search:
             ]
         )
         points = _points(workloads)
-        limit = points.output_len / self.slo.tokens_per_s_per_user
-        if self.slo.e2el_s is not None:
-            limit = np.minimum(limit, self.slo.e2el_s)
-        return frontier.meeting_chances(predictor, points, limit)
+        limit_s = frontier.response_limit(points, self.slo)
+        return frontier.meeting_chances(predictor, points, limit_s)
 
     def _seconds(self, trials: Sequence[Trial]) -> float | None:
         """The median time of a response over the measured trials of a cell."""

@@ -164,11 +164,18 @@ FRONTIER_RATE = 5.0
 
 @dataclass(frozen=True)
 class Searched:
-    """A search on a published table: the cells it took, and whether it found the frontier."""
+    """A search on a published table: the cells it took, and whether it found the frontier.
+
+    `measured` has the positions of the cells.
+    """
 
     deployment: str
-    cells: int
+    measured: tuple[int, ...]
     exact: bool
+
+    @property
+    def cells(self) -> int:
+        return len(self.measured)
 
 
 def search_published(
@@ -196,7 +203,7 @@ def search_published(
         loads, lambda position: bool(meets[position]), None if calibration is None else chances
     )
     decided = frontier.decide(loads, answers)
-    return Searched(table.name, len(answers), bool((decided.meets == meets).all()))
+    return Searched(table.name, tuple(answers), bool((decided.meets == meets).all()))
 
 
 def _observe(

@@ -53,6 +53,7 @@ def _plan(options: argparse.Namespace) -> int:
     from servegrid.analysis.plan import own_tables, plan_study
     from servegrid.analysis.predictor import load_calibration, refit
     from servegrid.analysis.review import review_study
+    from servegrid.analysis.slo import parse_slo
     from servegrid.errors import RecordError
     from servegrid.reference.checkpoint import find_model
     from servegrid.reference.hardware import find_hardware_file
@@ -82,7 +83,8 @@ def _plan(options: argparse.Namespace) -> int:
     bursts = earlier.earlier_bursts(study, cells)
     calibration = refit(load_calibration(), own_tables(study, facts, site, bursts))
     done = frozenset(trial.id for trial in measured)
-    plan = plan_study(study, facts, calibration, site, done, bursts)
+    slo = parse_slo(config.load_settings(options.configfile))
+    plan = plan_study(study, facts, calibration, site, done, bursts, slo)
     if options.json:
         print(plan_report.plan_json(plan, prices))
     else:

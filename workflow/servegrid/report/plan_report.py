@@ -84,6 +84,11 @@ def _block(plan: DeploymentPlan, study: StudyPlan, all_cells: bool) -> Iterator[
         yield f"  cannot work: {plan.problem}"
         return
     yield f"  predicted from: {_origin(plan)}"
+    if plan.search is not None:
+        yield (
+            f"  the search will measure about {len(plan.search)} of {len(plan.cells)} cells: "
+            "hours, energy and cost are for these"
+        )
     for each in plan.allocations:
         if (parts := each.parts(study.site.runtime_s)) > 1 and study.site.runtime_s:
             yield (
@@ -233,6 +238,7 @@ def _deployment_data(
         "never_seen": plan.labels,
         "measured_cells_used": plan.observed,
         "cells_that_teach_most": plan.teach,
+        "cells_that_the_search_takes": None if plan.search is None else sorted(plan.search),
         "gpu_hours": _range_data(plan.gpu_hours),
         "energy_kwh": _range_data(plan.energy_kwh),
         "cost": _range_data(plan.cost(prices)),

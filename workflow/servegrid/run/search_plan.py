@@ -1,6 +1,7 @@
 """The files of a search: what its jobs need to know, and which trials they have left out.
 
-Every start of Snakemake imports this module, also a dry run. So it imports little.
+Every start of Snakemake imports this module, also a dry run. So it imports little, and Arrow only
+if there is a search.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from pathlib import Path
 
 from servegrid.analysis.slo import Slo
 from servegrid.errors import RecordError
-from servegrid.records import parquet
 from servegrid.records.verdict import NOT_RUN
 from servegrid.study.grid import Study, Trial, digest_json
 
@@ -44,6 +44,8 @@ class SearchPlan:
 
     def write(self, path: Path) -> None:
         """Write the plan. Raises RecordError if that fails."""
+        from servegrid.records import parquet
+
         data = {
             "digest": self.digest,
             "slo": asdict(self.slo),
@@ -124,6 +126,8 @@ def forget_left_out(study: Study, slo: Slo) -> list[str]:
     files = sorted(FOLDER.glob("*.left_out.jsonl"))
     if not files:
         return []
+    from servegrid.records import parquet
+
     digests = {name: plan.digest for name, plan in search_plans(study, slo).items()}
     forgotten = []
     for file in files:

@@ -80,29 +80,11 @@ def measure_trial(
     workload, found = trial.workload, None
     if inputs.saturation is not None:
         workload, found = _at_saturation(trial, inputs.saturation)
-    # An open loop has no fixed concurrency: it gets all processes of the client.
-    concurrency = trial.workload.concurrency
-    cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
-    if len(cpu_sets) == 1:
-        os.sched_setaffinity(0, cpu_sets[0])
-    with report_work_span():
-        measurement = measure(
-            info.endpoint,
-            workload,
-            info.tokenizer,
-            salt=prompt_salt(trial),
-            counters=server.counter_reader(info.endpoint),
-            cpu_sets=cpu_sets,
-            source_file=inputs.source_file,
-        )
+    measurement = _send(trial, workload, info, inputs.source_file)
     lost = _lost_health(info, measurement)
     if lost is not None:
         info.check_active()
-    window = measurement.facts["window_ns"]
-    others = info.environment.get("other_nodes", ())
-    devices = [device_of(rank, sampler.ENGINE) for rank, _ in enumerate(others, 1)]
-    sampler.wait_for(info.telemetry, offset, window[1], devices, SAMPLES_LATE_S)
-    rows = sampler.read_samples(info.telemetry, offset, *window)
+    rows = _read_samples(info, offset, measurement)
     verdict = decide_verdict(
         measurement.errors,
         lost is None,
@@ -113,19 +95,7 @@ def measure_trial(
         raise EngineError(
             f"{trial.id}: the engine died under this workload ({lost}). Retrying with a new engine."
         )
-    record = {
-        "format": parquet.RECORD_FORMAT,
-        "servegrid": __version__,
-        "spec": trial.spec,
-        "spec_digest": trial.digest,
-        **verdict.record,
-        "client": measurement.facts,
-        "engine": info.engine,
-        "environment": info.environment,
-        "calibration": info.calibration,
-        "metrics_before": measurement.counters_before,
-        "metrics_after": measurement.counters_after,
-    }
+    record = _make_record(trial, verdict, measurement, info)
     if found is not None:
         record["saturation"] = found
     parquet.write_table(parquet.arrow_table(columns.TELEMETRY, rows, record), samples)
@@ -148,6 +118,56 @@ def _known_verdict(trial: Trial, info: AllocationInfo) -> Verdict | None:
     outcomes = pruning.read_outcomes(info.outcomes)
     dominating = pruning.find_dominating(trial.workload, outcomes)
     return None if dominating is None else pruning.dominated_by(dominating)
+
+
+def _send(
+    trial: Trial, workload: Workload, info: AllocationInfo, source_file: Path | None
+) -> Measurement:
+    """Send the requests of `workload`: that of the trial, with the rate of a sweep."""
+    # An open loop has no fixed concurrency: it gets all processes of the client.
+    concurrency = trial.workload.concurrency
+    cpu_sets = info.cpu_sets[: concurrency and workers.processes_needed(concurrency)]
+    if len(cpu_sets) == 1:
+        os.sched_setaffinity(0, cpu_sets[0])
+    with report_work_span():
+        return measure(
+            info.endpoint,
+            workload,
+            info.tokenizer,
+            salt=prompt_salt(trial),
+            counters=server.counter_reader(info.endpoint),
+            cpu_sets=cpu_sets,
+            source_file=source_file,
+        )
+
+
+def _read_samples(
+    info: AllocationInfo, offset: int, measurement: Measurement
+) -> list[dict[str, Any]]:
+    """The samples of all nodes in the time of the measurement, from `offset` of their file on."""
+    window = measurement.facts["window_ns"]
+    others = info.environment.get("other_nodes", ())
+    devices = [device_of(rank, sampler.ENGINE) for rank, _ in enumerate(others, 1)]
+    sampler.wait_for(info.telemetry, offset, window[1], devices, SAMPLES_LATE_S)
+    return sampler.read_samples(info.telemetry, offset, *window)
+
+
+def _make_record(
+    trial: Trial, verdict: Verdict, measurement: Measurement, info: AllocationInfo
+) -> dict[str, Any]:
+    return {
+        "format": parquet.RECORD_FORMAT,
+        "servegrid": __version__,
+        "spec": trial.spec,
+        "spec_digest": trial.digest,
+        **verdict.record,
+        "client": measurement.facts,
+        "engine": info.engine,
+        "environment": info.environment,
+        "calibration": info.calibration,
+        "metrics_before": measurement.counters_before,
+        "metrics_after": measurement.counters_after,
+    }
 
 
 def _describe_death(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.errors import ServegridError
 from servegrid.study.deployment import CPU, EXTERNAL, Deployment
 from servegrid.study.grid import Study, Trial, Workload
@@ -34,23 +36,25 @@ class Walltimes:
     """The upper ends of the 95% intervals, in whole seconds. Predicted when first asked for.
 
     `results` is the folder of the study's results: finished cells in its table calibrate the
-    times.
+    times. Searches are for `slo`.
     """
 
-    def __init__(self, study: Study, results: Path) -> None:
-        self._study, self._results = study, results
+    def __init__(self, study: Study, results: Path, slo: Slo = DEFAULT_SLO) -> None:
+        self._study, self._results, self._slo = study, results, slo
 
     def trial_s(self, trial: Trial) -> int | None:
-        """The time of one trial; None if it cannot be predicted."""
+        """The time of one trial; None if it cannot be predicted.
+
+        A trial that a search is not expected to measure takes only the gap before the next one.
+        """
+        from servegrid.analysis.plan import is_taken
+
         times = _sure(self._times[trial.deployment.name])
         if times is None:
             return None
-        cell_s = 0.0 if self._is_further(trial) else times.cells[trial.workload.cell].high
+        is_measured = is_taken(trial, times.search)
+        cell_s = times.cells[trial.workload.cell].high if is_measured else 0.0
         return math.ceil(cell_s + GAP_S)
-
-    def _is_further(self, trial: Trial) -> bool:
-        """Whether it repeats a cell of a search, which few cells need."""
-        return trial.deployment.name in self._study.searched and trial.number > 1
 
     def start_s(self, deployment: Deployment) -> int | None:
         """The time until the engine serves; None if it cannot be predicted."""
@@ -59,17 +63,24 @@ class Walltimes:
 
     def forecast(self, ids: Collection[str]) -> str | None:
         """What the trials with these ids take in all, as a text; None if nothing is known."""
-        wanted = (trial for trial in self._study.all_trials if trial.id in ids)
-        trials = [trial for trial in wanted if not self._is_further(trial)]
+        from servegrid.analysis.plan import is_taken
+
         parts: list[Range] = []
         starts: dict[str, ExpectedTimes] = {}
-        for trial in trials:
-            if times := self._times[trial.deployment.name]:
+        rest, searched = 0, Counter[bool]()
+        for trial in (trial for trial in self._study.all_trials if trial.id in ids):
+            times = self._times[trial.deployment.name]
+            if times is None:
+                rest += 1
+                continue
+            starts[trial.allocation] = times
+            is_measured = is_taken(trial, times.search)
+            if is_measured:
                 parts.append(times.cells[trial.workload.cell])
-                starts[trial.allocation] = times
+            if times.search is not None and trial.number == 1 and not trial.drift_check:
+                searched[is_measured] += 1
         if not starts:
             return None
-        rest = len(trials) - len(parts)
         parts += [times.start for times in starts.values()]
         value, low, high = (
             format_minutes(sum(getattr(part, end) for part in parts))
@@ -77,8 +88,8 @@ class Walltimes:
         )
         text = f"Expected time: {value} (95% interval: {low} to {high})"
         text += f", with {pluralize(len(starts), 'engine start')}."
-        if any(trial.deployment.name in self._study.searched for trial in trials):
-            text += " A search takes less: this is the time of its whole grid."
+        if searched:
+            text += f" Searches will measure about {searched[True]} of {searched.total()} cells."
         if rest:
             text += f" Not predicted: {pluralize(rest, 'measurement')}."
         unseen = dict.fromkeys(each for times in starts.values() for each in times.unseen.values())
@@ -94,12 +105,12 @@ class Walltimes:
             workloads.setdefault(name, {})[workload.cell] = workload
         earlier = self._earlier()
         return {
-            each.name: self._predict(each, workloads[each.name], earlier.get(each.name))
+            each.name: self._predict(each, list(workloads[each.name].values()), earlier)
             for each in self._study.deployments
         }
 
     def _predict(
-        self, deployment: Deployment, workloads: Mapping[str, Workload], bursts: Bursts | None
+        self, deployment: Deployment, workloads: list[Workload], earlier: Mapping[str, Bursts]
     ) -> ExpectedTimes | None:
         from servegrid.analysis.plan import Site, expected_times
         from servegrid.analysis.predictor import load_calibration
@@ -110,10 +121,12 @@ class Walltimes:
         if deployment.engine == EXTERNAL:
             return None  # another engine than it is said to be may answer
         site = Site(cores=len(os.sched_getaffinity(0)))
+        bursts = earlier.get(deployment.name)
+        slo = self._slo if deployment.name in self._study.searched else None
         try:
             facts = find_model(deployment, models.default_folder(), read_revisions(self._results))
             times = expected_times(
-                deployment, list(workloads.values()), facts, load_calibration(), site, bursts
+                deployment, workloads, facts, load_calibration(), site, bursts, slo
             )
         except ServegridError:  # the checks before a run report it
             return None

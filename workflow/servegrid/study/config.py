@@ -59,7 +59,8 @@ MAX_VALUES, MAX_DEPTH = 100_000, 20
 @cache
 def load_schema() -> dict[str, Any]:
     """The JSON Schema (2020-12) of a study's configuration."""
-    loaded: dict[str, Any] = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # six times as fast, if there
+    loaded: dict[str, Any] = yaml.load(SCHEMA.read_text(encoding="utf-8"), loader)
     return loaded
 
 

@@ -117,7 +117,12 @@ def canonical_json(data: Any) -> str:
 
 def digest_json(data: Any) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of the canonical JSON."""
-    return hashlib.sha256(canonical_json(data).encode()).hexdigest()[:16]
+    return digest_text(canonical_json(data))
+
+
+def digest_text(text: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from servegrid.study.deployment import Deployment, canonical_json, digest_json
+from servegrid.study.deployment import Deployment, canonical_json, digest_json, digest_text
 from servegrid.study.source import Source, uniform_half_width
 
 __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json"]
@@ -231,7 +231,8 @@ class Trial:
             "drift_check": self.drift_check,
         }
 
-    @property
+    # Kept, because Snakemake asks for it, and for the digest of all trials.
+    @cached_property
     def spec_json(self) -> str:
         """The canonical JSON of `spec`."""
         return canonical_json(self.spec)
@@ -239,7 +240,7 @@ class Trial:
     @property
     def digest(self) -> str:
         """The digest of `spec`."""
-        return digest_json(self.spec)
+        return digest_text(self.spec_json)
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Trial:
@@ -331,6 +332,11 @@ class Study:
             concurrency = concurrency or trial.deployment.max_running
             found[name] = max(concurrency, found.get(name, 0))
         return found
+
+    @property
+    def has_rate_fractions(self) -> bool:
+        """Whether a trial waits for the rate at saturation."""
+        return any(trial.workload.rate_fraction is not None for trial in self.trials)
 
     @cached_property
     def _saturation_ids(self) -> set[str]:
