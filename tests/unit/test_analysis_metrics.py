@@ -189,6 +189,7 @@ def test_a_burst_of_two() -> None:
         **dict.fromkeys(latencies("ttfo", 0, 0)),
         **dict.fromkeys(("reasoning_tokens_mean", "responses_without_answer")),
         **dict.fromkeys(("spec_decode_acceptance_rate", "spec_decode_acceptance_length")),
+        "lora": None,
     }
 
 

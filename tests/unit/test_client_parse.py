@@ -111,6 +111,7 @@ def test_usage_per_chunk_counts_the_tokens_of_each_chunk_even_without_text() -> 
         "reasoning_tokens_estimated": None,
         "draft_tokens": None,
         "accepted_draft_tokens": None,
+        "adapter": None,
     }
 
 

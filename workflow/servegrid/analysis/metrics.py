@@ -177,6 +177,7 @@ def cell_row(
         **_latencies("ttfo", ttfo),
         **reasoning.reasoning_columns(inside),
         **server_metrics.speculation_columns(record, requests),
+        "lora": ",".join(deployment.lora) or None,
     }
     return row | _withheld(row, slo) if held_back else row
 

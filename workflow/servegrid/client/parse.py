@@ -47,7 +47,7 @@ class RequestSpec:
 
     A server may add tokens to a prompt that is not sent as token ids, and count more. With
     `may_stop_early`, a response may have fewer output tokens, but at least one. An earlier request
-    had the first `shared_tokens` of the prompt too.
+    had the first `shared_tokens` of the prompt too. `adapter` is the LoRA adapter that it named.
     """
 
     request_id: str
@@ -57,6 +57,7 @@ class RequestSpec:
     form: PromptForm = "ids"
     may_stop_early: bool = False
     shared_tokens: int = 0
+    adapter: str | None = None
 
 
 class _ResponseError(Exception):
@@ -171,6 +172,7 @@ def parse_exchange(exchange: Exchange, spec: RequestSpec, key: str | None = None
         "reasoning_tokens_estimated": answer.estimated,
         "draft_tokens": response.draft_tokens,
         "accepted_draft_tokens": response.accepted_draft_tokens,
+        "adapter": spec.adapter,
     }
     return ParsedExchange(row, len(response.skipped))
 

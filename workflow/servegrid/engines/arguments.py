@@ -26,6 +26,8 @@ _DEPLOYMENT_KEYS = {
     "served_model_name": "model",
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",
+    "chat_template": "chat_template",
+    "lora_modules": "lora",
 }
 """Arguments of vLLM that a deployment sets with another key, and that key."""
 

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from servegrid.engines.base import Site
+from servegrid.engines.extras import find_extras
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path, wait_until
 from servegrid.engines.startup_errors import startup_error
 from servegrid.errors import ConfigError, EngineError, ModelError
@@ -45,6 +46,7 @@ _DEPLOYMENT_KEYS = {
     "model_alias": "model",
     "n_ctx": "max_model_len",
     "n_parallel": "max_num_seqs",
+    "chat_template": "chat_template",
 }
 _SITE_KEYS = ("hostnames", "port", "api_keys")
 
@@ -73,9 +75,12 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
     """See `servegrid.engines.start_engine`."""
     started = time.monotonic()
     _check_package(deployment)
+    extras = find_extras(deployment)
     settings = llamacpp_settings(
         deployment, find_gguf(deployment, site.models, site.revisions), compute_threads()
     )
+    if extras.template is not None:
+        settings["chat_template"] = extras.template.read_text(encoding="utf-8")
     key = secrets.token_urlsafe(24)
     with start_reaper() as reaper:
         socket = socket_path(site, reaper.folder)
@@ -90,6 +95,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
                 model=deployment.model,
                 api_key=key,
                 socket=str(socket) if socket else None,
+                api=deployment.api,
                 started_here=True,
             )
             wait_until(lambda: is_healthy(endpoint), started + site.startup_s, deployment.name)
@@ -103,6 +109,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
                 "gpus": server.reported["gpus"],
                 "model_files": models.file_digests(Path(settings["model.path"])),
                 "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
+                **extras.facts,
             }
             yield LlamaCppEngine(endpoint, facts, server.process)
         finally:

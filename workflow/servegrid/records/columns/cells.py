@@ -493,7 +493,13 @@ CELLS = (
         pa.float64(),
         "tokens",
         "Speculative decoding: mean tokens of a step that had a draft, which is 1 + accepted "
-        "draft tokens / drafts",
+        "draft tokens / drafts; null for llama.cpp, which does not count drafts",
+    ),
+    Column(
+        "lora",
+        pa.string(),
+        "",
+        "LoRA adapters that the requests name in turn, separated by commas; null if none",
     ),
 )
 """One row per cell and trial, for cells and for drift checks."""

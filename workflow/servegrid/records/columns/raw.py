@@ -78,6 +78,9 @@ REQUESTS = (
         "tokens",
         "Those of draft_tokens that the model accepted",
     ),
+    Column(
+        "adapter", pa.string(), "", "LoRA adapter that the request named; null if it named none"
+    ),
 )
 """One row per request."""
 
