@@ -117,8 +117,18 @@ def test_a_missing_or_damaged_adapter_is_refused_before_submission(
 
 def test_a_missing_chat_template_is_refused_before_submission(tmp_path: Path) -> None:
     wanted = study(api="chat", chat_template=str(tmp_path / "none.jinja"))
-    with pytest.raises(ModelError, match=r"chat_template `.*none\.jinja`: there is no file"):
-        check_ready(wanted, tmp_path / "results" / "cells")
+    cells = tmp_path / "results" / "cells"
+    with pytest.raises(
+        ModelError, match=r"chat_template `.*none\.jinja`: .* cannot be read \(No s"
+    ):
+        check_ready(wanted, cells)
+    (tmp_path / "none.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"none\.jinja is no text in UTF-8\. Name a template"):
+        check_ready(wanted, cells)
+    (tmp_path / "none.jinja").unlink()
+    (tmp_path / "none.jinja").mkdir()
+    with pytest.raises(ModelError, match=r"cannot be read \(Is a directory\)"):
+        check_ready(wanted, cells)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,14 @@ def test_the_protocol_follows_from_the_options_of_vllm_bench(
     assert found == [concurrency, rate]
 
 
+def test_the_acceptance_of_drafted_tokens_is_imported(tmp_path: Path) -> None:
+    drafts = {"spec_decode_acceptance_rate": 62.5, "spec_decode_acceptance_length": 2.5}
+    (row,) = import_results(tmp_path, VLLM | drafts).to_dict("records")
+    assert row["spec_decode_acceptance_rate"] == 0.625
+    assert row["spec_decode_acceptance_length"] == 2.5
+    assert row["requests"] == 12
+
+
 def test_arrivals_of_another_burstiness_are_another_cell(tmp_path: Path) -> None:
     runs = [VLLM | {"request_rate": 5.0, "burstiness": each} for each in (0.5, 2.0, 0.5)]
     runs[2] |= {"date": "20261130-000000"}

@@ -35,6 +35,7 @@ class Extras:
     """The chat template of a deployment, None for the model's own, and its adapters by name."""
 
     template: Path | None
+    template_text: str
     adapters: Mapping[str, Adapter]
 
     @property
@@ -73,19 +74,28 @@ class Extras:
 def find_extras(deployment: Deployment) -> Extras:
     """The files on this machine. Raises ModelError, which names the key, if one is missing."""
     where = f"deployment `{deployment.name}`"
-    template = None
+    template, text = None, ""
     if deployment.chat_template is not None:
         template = _absolute(deployment.chat_template)
-        if not template.is_file():
-            raise ModelError(
-                f"{where}: chat_template `{deployment.chat_template}`: there is no file "
-                f"{template}. Correct the path."
-            )
+        text = _read_template(template, f"{where}: chat_template `{deployment.chat_template}`")
     adapters = {
         name: _find_adapter(path, f"{where}: lora.{name} `{path}`")
         for name, path in deployment.lora.items()
     }
-    return Extras(template, adapters)
+    return Extras(template, text, adapters)
+
+
+def _read_template(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(
+            f"{where}: {path} cannot be read ({error.strerror}). Correct the path."
+        ) from None
+    except UnicodeDecodeError:
+        raise ModelError(
+            f"{where}: {path} is no text in UTF-8. Name a template in Jinja."
+        ) from None
 
 
 def _find_adapter(path: str, where: str) -> Adapter:

@@ -79,13 +79,13 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
     settings = llamacpp_settings(
         deployment, find_gguf(deployment, site.models, site.revisions), compute_threads()
     )
-    if extras.template is not None:
-        settings["chat_template"] = extras.template.read_text(encoding="utf-8")
+    # Not part of `settings`, which are recorded: the record names the file and its digest.
+    template = {} if extras.template is None else {"chat_template": extras.template_text}
     key = secrets.token_urlsafe(24)
     with start_reaper() as reaper:
         socket = socket_path(site, reaper.folder)
         address = {"hostnames": [str(socket or LOOPBACK)], "port": 0, "api_keys": [key]}
-        server = _Server(deployment.name, settings | address)
+        server = _Server(deployment.name, settings | template | address)
         try:
             reaper.watch([psutil.Process(server.process.pid)])
             wait_until(server.is_listening, started + site.startup_s, deployment.name)

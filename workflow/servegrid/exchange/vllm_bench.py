@@ -78,7 +78,7 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
         input_len=input_len,
         output_len=output_len,
         requests=requests,
-        metrics=metrics,
+        metrics=metrics | _parse_speculation(result),
         notes=notes,
         # Equal rates of different burstiness are different cells.
         parameters=_sweep_parameters(result) | ({"burstiness": burstiness} if burstiness else {}),
@@ -121,6 +121,16 @@ def _parse_load(
         f"{source}: burstiness is {result['burstiness']}, but it must be more than 0. "
         "Run vllm bench serve again."
     )
+
+
+def _parse_speculation(result: Mapping[str, Any]) -> dict[str, Any]:
+    """How many drafted tokens were accepted, if the server drafts. The file has the rate in %."""
+    if "spec_decode_acceptance_rate" not in result:
+        return {}
+    return {
+        "spec_decode_acceptance_rate": float(result["spec_decode_acceptance_rate"]) / 100,
+        "spec_decode_acceptance_length": float(result["spec_decode_acceptance_length"]),
+    }
 
 
 def _sweep_parameters(result: Mapping[str, Any]) -> dict[str, Any]:
