@@ -362,6 +362,8 @@ def test_the_reasoning_is_told_apart_from_the_answer(
         # No reasoning: the answer starts with the first token, even if that has no text.
         ([{"content": ""}, *[{"content": "a"}] * 3], (100, None, None)),
         ([{"refusal": "no"}] * 4, (100, None, None)),
+        # A first token without text, such as half of a character, is part of the reasoning.
+        ([{"content": ""}, {"reasoning": "a"}, *[{"content": "b"}] * 2], (300, 2, True)),
         # Only a reasoning: the limit of tokens cut it off.
         ([{"reasoning": "a"}] * 4, (None, 4, True)),
         # vLLM sends the end of the reasoning and the start of the answer in one chunk.
