@@ -13,14 +13,18 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from tokenizers import Tokenizer
 
 from helpers.demo_model import DemoModel
 from helpers.serving import EngineProcess, http_client
 from helpers.sources import check_counted_tokens, sourced_workloads
+from servegrid.analysis.buffering import describe_buffering
+from servegrid.analysis.reasoning import reasoning_columns
+from servegrid.analysis.server_metrics import speculation_columns
 from servegrid.client import measure
 from servegrid.engines import Site, start_engine
 from servegrid.errors import ConfigError, EngineError
-from servegrid.study.grid import Deployment
+from servegrid.study.grid import Deployment, Workload
 
 pytestmark = pytest.mark.crowded
 
@@ -117,6 +121,69 @@ def test_all_slots_are_used_and_the_server_stays_healthy(
             time.sleep(0.02)
         assert (running, waiting) == (8, 4)
         assert [r.result()["usage"]["completion_tokens"] for r in requests] == [40] * 12
+
+
+THINKING = """{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' }}
+{%- if message.reasoning_content is defined and message.reasoning_content -%}
+{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+{%- endif -%}
+{{ message.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n<think>\\n' }}{%- endif -%}"""
+"""The model answers as if it had begun to reason, and never ends that."""
+
+
+def test_a_chat_with_a_template_of_its_own_whose_reasoning_is_told_apart(
+    demo_model: DemoModel, llamacpp_deployment: Deployment, tmp_path: Path
+) -> None:
+    file = tmp_path / "thinking.jinja"
+    file.write_text(THINKING, encoding="utf-8")
+    deployment = replace(llamacpp_deployment, api="chat", chat_template=str(file))
+    workload = Workload("burst", 2, 31, 12, 2, warmup_waves=0)
+    with start_engine(deployment, site(demo_model)) as engine:
+        measured = measure(engine.endpoint, workload, demo_model.folder, "a chat")
+        facts = engine.facts
+    assert facts["chat_template"].keys() == {"thinking.jinja"}
+    assert measured.errors == [None] * 2
+    tokenizer = Tokenizer.from_file(str(demo_model.folder / "tokenizer.json"))
+    around = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    added = len(tokenizer.encode(around.format("Hello"), add_special_tokens=False).ids) - 1
+    assert measured.facts["prompt_tokens_added"] == added
+    for row in measured.requests.to_pylist():
+        assert (row["completion_tokens"], row["reasoning_tokens"]) == (12, 12)
+        assert row["reasoning_tokens_estimated"]  # llama.cpp does not count them
+        assert row["first_token_ns"] and row["first_output_token_ns"] is None
+    assert reasoning_columns(measured.requests) == {
+        "reasoning_tokens_mean": 12,
+        "responses_without_answer": 2,
+    }
+
+
+def test_speculative_decoding_is_counted_and_does_not_look_held_back(
+    demo_model: DemoModel, llamacpp_deployment: Deployment
+) -> None:
+    """n-grams need no second model. The small model repeats itself, so drafts are accepted."""
+    deployment = replace(
+        llamacpp_deployment,
+        engine_args={
+            **llamacpp_deployment.engine_args,
+            "speculative.types": ["COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE"],
+            "speculative.ngram_simple.size_n": 2,
+            "speculative.ngram_simple.size_m": 8,
+        },
+    )
+    workload = Workload("burst", 2, 31, 80, 2, warmup_waves=0)
+    with start_engine(deployment, site(demo_model)) as engine:
+        measured = measure(engine.endpoint, workload, demo_model.folder, "drafts")
+    assert measured.errors == [None] * 2
+    for row in measured.requests.to_pylist():
+        assert 0 < row["accepted_draft_tokens"] <= row["draft_tokens"]
+        assert row["completion_tokens"] == sum(row["chunk_tokens"]) == 80
+    assert describe_buffering(measured.requests) is None
+    record = {"metrics_before": None, "metrics_after": None}
+    rate = speculation_columns(record, measured.requests)["spec_decode_acceptance_rate"]
+    assert rate is not None and 0 < rate <= 1
 
 
 def test_requests_without_the_api_key_are_refused(

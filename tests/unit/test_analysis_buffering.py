@@ -84,6 +84,39 @@ def test_responses_that_stream_are_not(stamps: list[float], tokens: list[int]) -
     assert describe_buffering(requests(stamps, tokens)) is None
 
 
+# llama.cpp with speculative decoding: after the first token, steps of 9 tokens, each in a chunk of
+# its own. Of each step, 8 tokens were drafted and accepted.
+STEPS_OF_NINE = [100.0, *(100.0 + 150 * (1 + number // 9) for number in range(36))]
+
+
+@pytest.mark.parametrize(
+    ("stamps", "accepted", "evidence"),
+    [
+        (STEPS_OF_NINE, 32, None),
+        # The same stream without a word of drafts: something held the tokens back.
+        (STEPS_OF_NINE, None, "86% of the chunks with tokens"),
+        # More chunks share a read than were accepted.
+        (STEPS_OF_NINE, 20, "32% of the chunks with tokens"),
+        # A gateway that sends everything at the end.
+        ([700.0] * 37, 32, "4 of 4 responses arrived in one piece"),
+    ],
+)
+def test_tokens_of_one_step_of_speculative_decoding_are_not_held_back(
+    stamps: list[float], accepted: int | None, evidence: str | None
+) -> None:
+    table = requests(stamps, [1] * 37, draft_tokens=40, accepted_draft_tokens=accepted)
+    found = describe_buffering(table)
+    assert found == evidence or (found is not None and found.startswith(str(evidence)))
+
+
+@pytest.mark.parametrize("step", [2, 5, 17])
+def test_chunks_with_all_tokens_of_a_step_are_not_held_back(step: int) -> None:
+    """vLLM with speculative decoding: the first token, then a chunk of several every 40 ms."""
+    stamps = [100.0 + 40 * number for number in range(7)]
+    assert describe_buffering(requests(stamps, [1, *[step] * 6])) is None
+    assert describe_buffering(requests(stamps[:2], [1, step])) is None
+
+
 def test_failed_requests_and_empty_tables_show_nothing() -> None:
     assert describe_buffering(requests([1.0], [1], count=0)) is None
     assert describe_buffering(requests([500.0] * 9, [1] * 9, error="reset: x")) is None

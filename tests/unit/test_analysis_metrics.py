@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers.deployments import SMALL_VLLM
-from servegrid.analysis import efficiency, server_metrics
+from servegrid.analysis import efficiency, reasoning, server_metrics
 from servegrid.analysis.metrics import cell_row
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.records import columns, parquet
@@ -186,7 +186,90 @@ def test_a_burst_of_two() -> None:
         "prompt_tokens_mean": None,
         "prefix_hit_rate": None,
         "expected_prefix_hit_rate": None,
+        **dict.fromkeys(latencies("ttfo", 0, 0)),
+        **dict.fromkeys(("reasoning_tokens_mean", "responses_without_answer")),
+        **dict.fromkeys(("spec_decode_acceptance_rate", "spec_decode_acceptance_length")),
+        "lora": None,
     }
+
+
+def answered(at: int | None, reasoning: int | None) -> dict[str, Any]:
+    """What is known of a reasoning model's response; the time is in ms after START."""
+    return {
+        "first_output_token_ns": None if at is None else START + at * MS,
+        "reasoning_tokens": reasoning,
+    }
+
+
+def test_the_time_to_first_output_token_starts_after_the_reasoning() -> None:
+    row = cell([TWO[0] | answered(201, 1), TWO[1] | answered(802, 1)])
+    assert row["ttft_s_mean"] == pytest.approx(0.15)  # 0.1 and 0.2: the first token of any kind
+    assert row["ttfo_s_mean"] == pytest.approx(0.5)  # 0.2 and 0.8
+    assert (row["reasoning_tokens_mean"], row["responses_without_answer"]) == (1.0, 0)
+    assert row["tpot_s_mean"] == pytest.approx(0.15)  # the reasoning arrived, so its tokens count
+
+
+def test_a_response_that_ends_within_its_reasoning_has_no_first_output_token() -> None:
+    row = cell([TWO[0] | answered(201, 1), TWO[1] | answered(None, 4)])
+    assert row["ttfo_s_mean"] == pytest.approx(0.2)
+    assert (row["reasoning_tokens_mean"], row["responses_without_answer"]) == (2.5, 1)
+
+
+def test_tokens_of_a_reasoning_that_never_arrived_do_not_shorten_tpot() -> None:
+    """Six tokens, two of them hidden: 0.3 s and 0.6 s for three gaps between four tokens."""
+    hidden = [
+        each | answered(at, 2) | {"completion_tokens": 6}
+        for each, at in zip(TWO, (101, 202), strict=True)
+    ]
+    row = cell(hidden)
+    assert row["tpot_s_mean"] == pytest.approx(0.15)
+    assert row["ttfo_s_mean"] == row["ttft_s_mean"]
+    # 0.15 s per token is met by the first request only, 0.4 s by both.
+    assert cell(hidden, slo=Slo(1.0, tpot_s=0.15))["slo_attainment"] == 0.5
+    assert cell(hidden, slo=Slo(1.0, tpot_s=0.4))["slo_attainment"] == 1.0
+
+
+def test_records_from_before_reasoning_was_told_apart_have_none() -> None:
+    later = ("first_output_token_ns", "reasoning_tokens", "reasoning_tokens_estimated")
+    table = parquet.arrow_table(columns.REQUESTS, TWO).drop_columns(list(later))
+    assert reasoning.hidden_tokens(table).tolist() == [0, 0]
+    assert set(reasoning.reasoning_columns(table).values()) == {None}
+
+
+SPECULATIVE = [1, 3, 2, 4]
+"""Tokens of four steps of speculative decoding, at 100, 140, 180 and 220 ms."""
+STEPS = [101, 141, 181, 221]
+
+
+def test_tpot_and_itl_are_per_token_if_a_chunk_has_several() -> None:
+    row = cell([request(1, STEPS, SPECULATIVE, 221, chunk_tokens_estimated=False)])
+    assert row["tpot_s_mean"] == pytest.approx(0.12 / 9)  # nine tokens after the first
+    # 40 ms among 3, 2 and 4 tokens: the sum is 0.12 s, for nine tokens.
+    assert row["itl_s_mean"] == pytest.approx(0.12 / 9)
+    assert row["itl_s_p50"] == pytest.approx(0.04 / 3)
+    assert row["itl_max_s_p50"] == pytest.approx(0.04 / 2)
+    assert row["itl_per_chunk_s_mean"] == pytest.approx(0.04)
+
+
+def test_itl_is_unknown_if_only_the_total_of_several_tokens_per_chunk_is_known() -> None:
+    estimated = request(1, STEPS, [3, 2, 3, 2], 221, chunk_tokens_estimated=True)
+    row = cell([estimated])
+    assert {row[f"itl_s_{each}"] for each in ("mean", "p50")} == {None}
+    assert row["itl_max_s_p50"] is None
+    assert row["tpot_s_mean"] == pytest.approx(0.12 / 9)
+    assert row["itl_per_chunk_s_mean"] == pytest.approx(0.04)
+    # No pause was longer than 40 ms. Whether tokens were 20 ms apart is not known.
+    assert cell([estimated], slo=Slo(1.0, itl_s=0.041))["slo_attainment"] == 1.0
+    assert cell([estimated], slo=Slo(1.0, itl_s=0.039))["slo_attainment"] == 0.0
+    known = request(1, STEPS, SPECULATIVE, 221, chunk_tokens_estimated=False)
+    assert cell([estimated, known])["itl_s_mean"] == pytest.approx(0.12 / 9)
+
+
+def test_an_estimate_is_good_enough_if_nearly_all_chunks_have_one_token() -> None:
+    """Eleven tokens in ten chunks, 10 ms apart: nine or more chunks have one token."""
+    stamps = [101 + 10 * number for number in range(10)]
+    row = cell([request(1, stamps, [2, *[1] * 9], 191, chunk_tokens_estimated=True)])
+    assert row["itl_s_p50"] == pytest.approx(0.01)
 
 
 def test_hit_rates_of_the_prefix_cache() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from servegrid.analysis.server_metrics import server_columns
+from servegrid.analysis.server_metrics import server_columns, speculation_columns
 from servegrid.records import columns, parquet
 
 MS = 1_000_000
@@ -75,6 +75,42 @@ def test_histograms_and_counters_cover_only_the_workload() -> None:
         "prefix_hit_tokens": 0,
     }
     assert columns_with().keys() <= {column.name for column in columns.CELLS}
+
+
+SPEC = "vllm:spec_decode_num_{}_total".format
+
+
+@pytest.mark.parametrize(
+    ("drafts", "drafted", "accepted", "rate", "length"),
+    [
+        # 40 steps with 4 drafted tokens each, of which 1.5 were accepted.
+        (40.0, 160.0, 60.0, 0.375, 2.5),
+        (40.0, 160.0, 0.0, 0.0, 1.0),
+        (0.0, 0.0, 0.0, None, None),
+    ],
+)
+def test_the_acceptance_of_drafted_tokens(
+    drafts: float, drafted: float, accepted: float, rate: float | None, length: float | None
+) -> None:
+    names = [SPEC(each) for each in ("drafts", "draft_tokens", "accepted_tokens")]
+    before = dict(zip(names, (5.0, 20.0, 7.0), strict=True))
+    after = dict(zip(names, (5 + drafts, 20 + drafted, 7 + accepted), strict=True))
+    record = {"metrics_before": before, "metrics_after": after}
+    found = speculation_columns(record, parquet.arrow_table(columns.REQUESTS, []))
+    assert list(found.values()) == [rate, length]
+
+
+def test_drafted_tokens_of_llama_cpp_come_from_its_responses() -> None:
+    record = {"metrics_before": None, "metrics_after": None}
+    rows = [
+        {"draft_tokens": 34, "accepted_draft_tokens": 30},
+        {"draft_tokens": 6, "accepted_draft_tokens": 0},
+        {},
+    ]
+    table = parquet.arrow_table(columns.REQUESTS, rows)
+    assert list(speculation_columns(record, table).values()) == [0.75, None]
+    older = table.drop_columns(["draft_tokens", "accepted_draft_tokens"])
+    assert list(speculation_columns(record, older).values()) == [None, None]
 
 
 def test_the_older_name_of_the_inter_token_latency_is_read() -> None:

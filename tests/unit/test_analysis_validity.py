@@ -49,6 +49,7 @@ ROW = {
     "prompt_tokens": 7,
     "completion_tokens": 3,
     "requested_tokens": 3,
+    "reasoning_tokens": 3,
     "user": 0,
     "done_ns": 301 * MS,
     "error": None,
@@ -157,6 +158,10 @@ def as_text(server_counts: tuple[int, int], added: int | None, cached: float = 0
 
 
 BROKEN: dict[str, tuple[Callable[[], Evidence], str]] = {
+    "more reasoning tokens than output tokens": (
+        lambda: evidence(row={"reasoning_tokens": 4}),
+        "tokens: 1 of 2 responses have more reasoning tokens than output tokens",
+    ),
     "too few output tokens": (
         lambda: evidence(row={"completion_tokens": 2, "chunk_tokens": [1, 1]}),
         "tokens: 1 of 2 responses have a wrong number of tokens, by the server's count",

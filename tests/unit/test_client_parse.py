@@ -106,6 +106,12 @@ def test_usage_per_chunk_counts_the_tokens_of_each_chunk_even_without_text() -> 
         "sent_tokens": 7,
         "shared_tokens": 0,
         "cached_tokens": None,
+        "first_output_token_ns": None,  # completions do not tell reasoning and answer apart
+        "reasoning_tokens": None,
+        "reasoning_tokens_estimated": None,
+        "draft_tokens": None,
+        "accepted_draft_tokens": None,
+        "adapter": None,
     }
 
 
@@ -307,6 +313,103 @@ def test_a_first_chunk_of_a_chat_with_text_has_a_token() -> None:
     both = chat_chunk({"role": "assistant", "content": "a"})
     result = row(stream(both, *[chat_chunk({"content": "b"})] * 3, FINAL, "[DONE]"), spec=CHAT)
     assert tokens_of(result) == [(100, 1), (200, 1), (300, 1), (400, 1)]
+
+
+def reasoning_of(result: dict[str, Any]) -> tuple[int | None, int | None, bool | None]:
+    assert result["error"] is None
+    keys = ("first_output_token_ns", "reasoning_tokens", "reasoning_tokens_estimated")
+    first, tokens, estimated = (result[key] for key in keys)
+    return first, tokens, estimated
+
+
+THINK = [{"reasoning": "a"}, {"content": ""}, {"reasoning": "b"}, {"content": "c"}]
+
+
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize(
+    ("counts", "reported", "found"),
+    [
+        # The server counts. A marker between reasoning and answer is in neither.
+        ((1, 2, 3, 4), {"completion_tokens_details": {"reasoning_tokens": 2}}, (400, 2, False)),
+        ((1, 2, 3, 4), {"reasoning_tokens": 2}, (400, 2, False)),
+        # It does not: by the chunks. That without text belongs to the reasoning before it.
+        ((1, 2, 3, 4), {}, (400, 3, True)),
+        ((1, 1, 2, 4), {}, (400, 2, True)),
+        ((None,) * 4, {}, (400, 3, True)),
+        # A count of 0 beside a text of a reasoning is none.
+        ((1, 2, 3, 4), {"completion_tokens_details": {"reasoning_tokens": 0}}, (400, 3, True)),
+    ],
+)
+def test_the_reasoning_is_told_apart_from_the_answer(
+    key: str,
+    counts: tuple[int | None, ...],
+    reported: dict[str, Any],
+    found: tuple[int, int, bool],
+) -> None:
+    deltas = [json.loads(json.dumps(each).replace("reasoning", key)) for each in THINK]
+    chunks = map(chat_chunk, deltas, counts)
+    final = json.dumps({"choices": [], "usage": usage(4) | reported})
+    result = row(stream(*chunks, final, "[DONE]"), spec=CHAT)
+    assert reasoning_of(result) == found
+    # The first token of any kind, and all tokens.
+    assert (result["first_token_ns"], result["completion_tokens"]) == (100, 4)
+    assert sum(result["chunk_tokens"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("deltas", "found"),
+    [
+        # No reasoning: the answer starts with the first token, even if that has no text.
+        ([{"content": ""}, *[{"content": "a"}] * 3], (100, None, None)),
+        ([{"refusal": "no"}] * 4, (100, None, None)),
+        # A first token without text, such as half of a character, is part of the reasoning.
+        ([{"content": ""}, {"reasoning": "a"}, *[{"content": "b"}] * 2], (300, 2, True)),
+        # Only a reasoning: the limit of tokens cut it off.
+        ([{"reasoning": "a"}] * 4, (None, 4, True)),
+        # vLLM sends the end of the reasoning and the start of the answer in one chunk.
+        ([{"reasoning": "a"}, {"reasoning": "b", "content": "c"}, *[{"content": "d"}] * 2],
+         (200, 1, True)),
+        # Between two parts of an answer.
+        ([{"reasoning": "a"}, {"content": "b"}, {"reasoning": "c"}, {"content": "d"}],
+         (200, 2, True)),
+    ],
+)  # fmt: skip
+def test_the_answer_starts_with_its_first_token(
+    deltas: list[dict[str, Any]], found: tuple[int | None, int | None, bool | None]
+) -> None:
+    chunks = map(chat_chunk, deltas, (1, 2, 3, 4))
+    assert reasoning_of(row(stream(*chunks, FINAL, "[DONE]"), spec=CHAT)) == found
+
+
+def test_a_reasoning_that_is_not_sent_is_known_by_the_usage() -> None:
+    final = json.dumps(
+        {
+            "choices": [],
+            "usage": usage(4) | {"completion_tokens_details": {"reasoning_tokens": 3}},
+        }
+    )
+    result = row(stream(chat_chunk({"content": "a"}), final, "[DONE]"), spec=CHAT)
+    assert reasoning_of(result) == (100, 3, False)
+    assert tokens_of(result) == [(100, 4)]
+
+
+@pytest.mark.parametrize(("total", "completion"), [(11, 1), (8, 4), (None, 4)])
+def test_a_server_may_count_the_reasoning_beside_the_answer(
+    total: int | None, completion: int
+) -> None:
+    """As xAI does: 7 prompt tokens, 1 of the answer and 3 of the reasoning are 11."""
+    counts = usage(completion) | {"completion_tokens_details": {"reasoning_tokens": 3}}
+    final = json.dumps({"choices": [], "usage": counts | {"total_tokens": total}})
+    result = row(stream(chat_chunk({"content": "a"}), final, "[DONE]"), spec=CHAT)
+    assert (result["error"], result["completion_tokens"]) == (None, 4)
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, "3", True])
+def test_a_count_of_reasoning_tokens_that_is_none_is_malformed(count: Any) -> None:
+    wrong = usage(4) | {"completion_tokens_details": {"reasoning_tokens": count}}
+    final = json.dumps({"choices": [], "usage": wrong})
+    result = row(stream(chat_chunk({"content": "a"}), final, "[DONE]"), spec=CHAT)
+    assert result["error"].startswith("malformed: an event is not a completion chunk")
 
 
 @pytest.mark.parametrize("chunk", ['{"choices": [{"text": " a"}]}', '{"choices": [{"delta": 1}]}'])

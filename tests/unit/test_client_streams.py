@@ -341,6 +341,49 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         ),
         1,
     ),
+    # vLLM 0.32.0: entrypoints/openai/chat_completion/serving.py, with a parser of reasonings and
+    # continuous usage. No value is null. The token that ends the reasoning has no chunk of its own.
+    "vllm chat with reasoning": (
+        "messages",
+        lines(
+            *(
+                json.dumps(
+                    {
+                        "object": "chat.completion.chunk",
+                        "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
+                        "usage": {
+                            "prompt_tokens": 7,
+                            "completion_tokens": tokens,
+                            "total_tokens": 7 + tokens,
+                            "completion_tokens_details": {"reasoning_tokens": min(tokens, 2)},
+                        },
+                    }
+                )
+                for tokens, delta, finish in [
+                    (0, ROLE, None),
+                    (1, {"reasoning": "a"}, None),
+                    (2, {"reasoning": " b"}, None),
+                    (3, {"content": " c"}, None),
+                    (4, {"content": " d"}, "length"),
+                ]
+            ),
+            f'{{"object":"chat.completion.chunk","choices":[],{USAGE}}}',
+            "[DONE]",
+        ),
+        2,
+    ),
+    # llama.cpp: after what xllamacpp 2026.10.11549 sent with `speculative.types` NGRAM_SIMPLE. Each
+    # token of a step is an event of its own. The last chunk has the usage and the timings.
+    "llama.cpp completions with speculative decoding": (
+        "ids",
+        lines(
+            *[text(each) for each in ("4", " ", "1", " ")],
+            f'{{"choices":[{{"text":"","index":0,"logprobs":null,"finish_reason":"length"}}],{USAGE},'
+            '"timings":{"predicted_n":4,"predicted_ms":817.761,"draft_n":3,"draft_n_accepted":2}}',
+            "[DONE]",
+        ),
+        1,
+    ),
     # LiteLLM's proxy, from what users show in BerriAI/litellm#8450 and #28735: the usage comes
     # after the last chunk, with a choice.
     "litellm chat": (
@@ -372,6 +415,21 @@ STREAMS: dict[str, tuple[PromptForm, list[bytes], int]] = {
         4,
     ),
 }
+
+
+def test_what_streams_say_about_reasoning_and_drafts() -> None:
+    form, reads, _ = STREAMS["vllm chat with reasoning"]
+    row = parse(*reads, form=form).row
+    assert (row["first_token_ns"], row["first_output_token_ns"]) == (200, 400)
+    assert (row["reasoning_tokens"], row["reasoning_tokens_estimated"]) == (2, False)
+    form, reads, _ = STREAMS["llama.cpp completions with speculative decoding"]
+    row = parse(*reads, form=form).row
+    assert (row["draft_tokens"], row["accepted_draft_tokens"]) == (3, 2)
+    form, reads, _ = STREAMS["openrouter chat"]
+    row = parse(*reads, form=form).row
+    # Its four tokens are all of the reasoning, and only its chunks say so.
+    assert (row["first_output_token_ns"], row["draft_tokens"]) == (None, None)
+    assert (row["reasoning_tokens"], row["reasoning_tokens_estimated"]) == (4, True)
 
 
 def test_an_empty_finish_reason_ends_no_stream() -> None:

@@ -36,6 +36,12 @@ OPTIONS = {
     "--hf-overrides",
     "--middleware",
     "--max-num-batched-tokens",
+    "--speculative-config",
+    "--enable-lora",
+    "--no-enable-lora",
+    "--lora-modules",
+    "--max-loras",
+    "--max-lora-rank",
 }
 PARALLEL = {
     "--pipeline-parallel-size",
@@ -149,6 +155,14 @@ def test_mappings_become_json_and_lists_become_words() -> None:
     assert flags["--middleware"] == ["one", "two"]
     assert flags["--max-num-batched-tokens"] == ["2048"]
     assert flags["--disable-log-stats"] == []
+
+
+def test_speculative_decoding_is_passed_as_json() -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    flags = rendered(ON_CPU, speculative_config=ngram)
+    assert flags["--speculative-config"] == [
+        '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}'
+    ]
 
 
 def test_false_becomes_the_negative_flag_or_nothing() -> None:

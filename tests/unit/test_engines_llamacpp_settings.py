@@ -60,10 +60,11 @@ class Kind(enum.IntEnum):
 class Parameters:
     """As strict as llama.cpp's parameters."""
 
-    __slots__ = ("cpuparams", "kind", "model_alias", "n_ctx")
+    __slots__ = ("cpuparams", "kind", "kinds", "model_alias", "n_ctx")
 
     def __init__(self) -> None:
         self.kind = Kind.F16
+        self.kinds = [Kind.F16]
         self.model_alias: set[str] = set()
         self.n_ctx = 0
         self.cpuparams = SimpleNamespace(n_threads=-1)
@@ -77,6 +78,8 @@ def test_settings_can_be_nested_attributes_enumerations_and_sets() -> None:
     )
     assert (parameters.n_ctx, parameters.cpuparams.n_threads) == (4, 2)
     assert (parameters.kind, parameters.model_alias) == (Kind.Q8_0, {"small"})
+    apply_settings({"kinds": ["Q8_0", "F16"]}, parameters)
+    assert parameters.kinds == [Kind.Q8_0, Kind.F16]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ def test_settings_can_be_nested_attributes_enumerations_and_sets() -> None:
             {"nothing.like.it": 1},
             r"engine_args\.nothing\.like\.it: llama\.cpp has no such setting\. Remove it\.",
         ),
+        ({"kinds": ["Q9"]}, r"engine_args\.kinds: llama\.cpp does not accept \['Q9'\]"),
         ({"kind": "Q9"}, r"engine_args\.kind: llama\.cpp does not accept 'Q9'"),
     ],
 )

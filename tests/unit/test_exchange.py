@@ -9,19 +9,23 @@ import copy
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from llmd_benchmark_report.schema_v0_2 import BenchmarkReportV02
+from llmd_benchmark_report.schema_v0_2 import BenchmarkReportV02, LoadStandardized
 
 from helpers.bundling import STUDY, TRIALS, write_results
 from servegrid.analysis import tables
 from servegrid.analysis.comparison import compare
 from servegrid.cli.main import main
 from servegrid.errors import ComparisonError
+from servegrid.exchange import llmd
 from servegrid.exchange.imported import IMPORTED, assign_users
+from servegrid.study.grid import Workload
+from servegrid.study.source import Distribution, FileFacts, Source
 
 DATA = Path(__file__).parents[1] / "data"
 VLLM = json.loads((DATA / "vllm-bench-0.32.json").read_text())
@@ -116,6 +120,7 @@ def test_files_with_the_same_workload_are_trials_of_a_cell(tmp_path: Path) -> No
         ({"max_concurrency": 12}, "burst", 12, None),
         ({"request_rate": 5.0, "max_concurrency": None}, "poisson", None, 5.0),
         ({"request_rate": 5.0, "burstiness": math.inf}, "constant", None, 5.0),
+        ({"request_rate": 5.0, "burstiness": 0.5}, "gamma", None, 5.0),
     ],
 )
 def test_the_protocol_follows_from_the_options_of_vllm_bench(
@@ -129,6 +134,29 @@ def test_the_protocol_follows_from_the_options_of_vllm_bench(
     assert row["protocol"] == protocol
     found = [None if pd.isna(row[key]) else row[key] for key in ("concurrency", "request_rate")]
     assert found == [concurrency, rate]
+
+
+def test_the_acceptance_of_drafted_tokens_is_imported(tmp_path: Path) -> None:
+    drafts = {"spec_decode_acceptance_rate": 62.5, "spec_decode_acceptance_length": 2.5}
+    (row,) = import_results(tmp_path, VLLM | drafts).to_dict("records")
+    assert row["spec_decode_acceptance_rate"] == 0.625
+    assert row["spec_decode_acceptance_length"] == 2.5
+    assert row["requests"] == 12
+
+
+def test_arrivals_of_another_burstiness_are_another_cell(tmp_path: Path) -> None:
+    runs = [VLLM | {"request_rate": 5.0, "burstiness": each} for each in (0.5, 2.0, 0.5)]
+    runs[2] |= {"date": "20261130-000000"}
+    cells = import_results(tmp_path, *runs)
+    assert cells["burstiness"].tolist() == [0.5, 2.0, 0.5]
+    assert cells["trial"].tolist() == [1, 1, 2]
+    assert [name.rpartition("_")[2] for name in cells["deployment"]] == [
+        "burstiness-0.5",
+        "burstiness-2.0",
+        "burstiness-0.5",
+    ]
+    (row,) = import_results(tmp_path / "one", runs[0]).to_dict("records")
+    assert "burstiness" not in row["deployment"]
 
 
 def test_a_failed_request_is_counted_and_reported(tmp_path: Path) -> None:
@@ -155,7 +183,7 @@ def strategy(kind: str) -> Any:
         ("{}\n{}", "result-0.json[1]: was not written by vllm bench serve or guidellm"),
         ("[]", "was not written by vllm bench serve or guidellm"),
         ("[{}, []]", "result-0.json[0]: was not written by vllm bench serve or guidellm"),
-        (VLLM | {"request_rate": 2.0, "burstiness": 0.5}, "burstiness is 0.5"),
+        (VLLM | {"request_rate": 2.0, "burstiness": 0.0}, "burstiness is 0.0, but it must be more"),
         (VLLM | {"ramp_up_strategy": "linear"}, "its request rate rose during the run"),
         (VLLM | {"ttfts": VLLM["ttfts"][:-1]}, "ttfts 11"),
         (VLLM | {"itls": [None] * 12}, "has an unexpected structure"),
@@ -305,14 +333,14 @@ def test_one_result_that_cannot_be_taken_leaves_the_others_in(
         "serve_overrides": {},
         "bench_overrides": {"max_concurrency": 8},
     }
-    bursty = VLLM | {"request_rate": 2.0, "burstiness": 0.5}
+    bursty = VLLM | {"request_rate": 2.0, "ramp_up_strategy": "linear"}
     appended = "\n".join(map(json.dumps, (VLLM, bursty, VLLM | {"itls": [None] * 12})))
     cells = import_results(tmp_path, appended, failure, VLLM)
     assert cells["trial"].tolist() == [1, 2]
     printed = capsys.readouterr().err
     assert "left out: 3 of 5 benchmarks" in printed
     for reason in (
-        "result-0.json[1]: burstiness is 0.5",
+        "result-0.json[1]: its request rate rose during the run",
         "result-0.json[2]: has an unexpected structure",
         "result-1.json: this run of vllm bench sweep failed (CalledProcessError: exit status 1)",
     ):
@@ -438,6 +466,52 @@ def test_a_trial_is_exported_as_a_benchmark_report_of_llm_d(results: Path) -> No
     assert "rate_qps" not in exported["scenario"]["load"]["standardized"], "unknown"
     accelerator = exported["scenario"]["stack"][0]["standardized"]["accelerator"]
     assert (accelerator["model"], accelerator["count"]) == ("cpu", 0)
+
+
+SHA = "0" * 64
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "prompts"),
+    [
+        (None, "sampled", {"distribution": "fixed", "value": 31}),
+        (Source("random"), "random", {"distribution": "fixed", "value": 31}),
+        (
+            Source("random", input_lens=Distribution("lognormal", 0.5, 90)),
+            "random",
+            {"distribution": "other", "value": 31, "max": 90},
+        ),
+        (
+            Source("file", file=FileFacts(SHA, 9)),
+            "sampled",
+            {"distribution": "other", "value": 31, "max": 31},
+        ),
+        (
+            Source(
+                "trace",
+                file=FileFacts(SHA, 9, max_input_len=70, max_output_len=20, shares_blocks=True),
+            ),
+            "random",
+            {"distribution": "other", "value": 31, "max": 70},
+        ),
+        (
+            Source("trace", file=FileFacts(SHA, 9, max_input_len=70, max_output_len=20)),
+            "sampled",
+            {"distribution": "other", "value": 31, "max": 70},
+        ),
+    ],
+)
+def test_a_report_of_llm_d_says_where_prompts_come_from(
+    source: Source | None, kind: str, prompts: dict[str, Any]
+) -> None:
+    workload = Workload("burst", 2, 31, 10, 2, source=source)
+    load = llmd._format_load(workload, "servegrid")["standardized"]
+    assert (load["source"], load["input_seq_len"]) == (kind, prompts)
+    LoadStandardized(**load)
+    spread = llmd._format_load(replace(workload, output_spread=0.2), "servegrid")["standardized"]
+    if source is None:
+        uniform = {"distribution": "uniform", "value": 10, "min": 8, "max": 12}
+        assert spread["output_seq_len"] == uniform
 
 
 def test_every_trial_has_its_own_uid(results: Path) -> None:

@@ -1,9 +1,11 @@
 """The roofline, calculated by hand with round numbers, and compared with published figures."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from servegrid.analysis.efficiency import find_hardware
 from servegrid.errors import ConfigError
 from servegrid.reference import data
 from servegrid.reference.roofline import (
@@ -72,6 +74,14 @@ def test_the_bound_of_a_burst_by_hand() -> None:
     shape = ModelShape(5e9, 5e9, 1e9, 1, 1, kv_bytes_per_token=0, weight_bytes=10e9)
     assert burst_bound(shape, Hardware(1e12, 1e30), 1, 2, 2) == pytest.approx(0.016)
     assert burst_bound(shape, Hardware(1e30, 1e12), 1, 2, 2) == pytest.approx(0.018 + 0.004)
+
+
+@pytest.mark.parametrize("key", ["speculative_config", "speculative-config", "speculative.types"])
+def test_there_is_no_bound_with_speculative_decoding(key: str) -> None:
+    """A step may give several tokens for one read of the weights."""
+    assert find_hardware(MISTRAL) is not None
+    assert find_hardware(replace(MISTRAL, engine_args={key: {"method": "ngram"}})) is None
+    assert find_hardware(replace(MISTRAL, engine_args={key: None})) is not None
 
 
 def test_no_published_cell_is_faster_than_its_bound() -> None:

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 
 from servegrid.study.deployment import EMULATED
 
-REQUEST_COLUMNS = ("sent_ns", "token_ns", "completion_tokens", "error")
-"""The columns of `columns.REQUESTS` that `describe_buffering` needs."""
+REQUEST_COLUMNS = ("sent_ns", "token_ns", "completion_tokens", "error", "accepted_draft_tokens")
+"""The columns of `columns.REQUESTS` that `describe_buffering` needs. Older records lack the last
+one."""
 
 MAX_COALESCED = 0.25
 """The fraction of the chunks that may be read together with the previous one. From one half on,
@@ -59,7 +60,7 @@ def describe_buffering(requests: pa.Table) -> str | None:
         return None
     repeated = np.diff(times, prepend=times[0] - 1) == 0
     repeated[starts] = False
-    coalesced = float(repeated.sum() / times.size)
+    coalesced = max(int(repeated.sum()) - _sent_with_others(served), 0) / times.size
     if coalesced > MAX_COALESCED:
         return f"{coalesced:.0%} of the chunks with tokens were read together with the previous one"
     tokens = served["completion_tokens"].to_numpy()
@@ -67,3 +68,14 @@ def describe_buffering(requests: pa.Table) -> str | None:
     if whole.mean() > MAX_WHOLE:
         return f"{whole.sum()} of {len(whole)} responses arrived in one piece"
     return None
+
+
+def _sent_with_others(requests: pa.Table) -> int:
+    """The tokens that llama.cpp sent at the time of others, because they are of one step.
+
+    With speculative decoding, the model accepts several drafted tokens in one step. llama.cpp sends
+    each in a chunk of its own, right after the previous one.
+    """
+    if "accepted_draft_tokens" not in requests.column_names:
+        return 0
+    return int(pc.sum(requests["accepted_draft_tokens"]).as_py() or 0)

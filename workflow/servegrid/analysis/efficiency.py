@@ -39,7 +39,10 @@ def find_hardware(deployment: Deployment) -> Hardware | None:
     There is none for a CPU, for a GPU that `data.gpus()` does not have, and with speculative
     decoding.
     """
-    if not deployment.gpu_count or deployment.engine_args.get("speculative_config"):
+    arguments = deployment.engine_args
+    # vLLM's `speculative_config`, llama.cpp's `speculative.types`
+    drafts = any(key.startswith("speculative") and each for key, each in arguments.items())
+    if not deployment.gpu_count or drafts:
         return None
     try:
         return deployment_hardware(deployment)

@@ -17,7 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from servegrid.analysis import buffering, client_error, energy, server_metrics, stationarity
+from servegrid.analysis import (
+    buffering,
+    client_error,
+    energy,
+    reasoning,
+    server_metrics,
+    stationarity,
+)
 from servegrid.analysis.energy import Power, gpu_columns, is_engine, mean_power
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
@@ -33,7 +40,9 @@ REQUEST_COLUMNS = (
     "token_ns",
     "chunk_tokens",
     "completion_tokens",
-    *("prompt_tokens", "shared_tokens", "cached_tokens"),
+    *("prompt_tokens", "shared_tokens", "cached_tokens", "chunk_tokens_estimated"),
+    *reasoning.REQUEST_COLUMNS,
+    *("draft_tokens", "accepted_draft_tokens"),
 )
 """The columns of `columns.REQUESTS` that `cell_row` needs."""
 
@@ -46,6 +55,10 @@ TELEMETRY_COLUMNS = (
 
 SERVEGRID_ORIGIN = "servegrid"
 """The `origin` of cells that servegrid measured itself."""
+
+MAX_TOKENS_PER_CHUNK = 1.1
+"""The mean tokens per chunk up to which an estimate of the tokens of each chunk is good enough: at
+least 90% of the chunks then have exactly one token."""
 
 _Floats = npt.NDArray[np.float64]
 
@@ -86,6 +99,8 @@ def cell_row(
         **client_error.client_columns(record),
         "prompt_tokens_mean": _mean(_floats(part.requests["prompt_tokens"])),
         **server_metrics.prefix_columns(record, requests),
+        **reasoning.reasoning_columns(part.requests),
+        **server_metrics.speculation_columns(record, requests),
     }
     if buffering.held_back(record, requests) is not None:
         row |= _withheld(row, slo)
@@ -160,6 +175,7 @@ def _identity(record: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
         "burstiness": workload.burstiness,
         "rate_fraction": workload.rate_fraction,
         "source": "text" if workload.source is None else workload.source.label,
+        "lora": ",".join(deployment.lora) or None,
     }
 
 
@@ -171,7 +187,10 @@ def _latency_columns(
     due = inside["scheduled_ns" if workload.is_open_loop else "sent_ns"]
     ttft = _seconds(due, inside["first_token_ns"])
     e2el = _seconds(due, last_token_ns(inside))
-    itl, per_chunk, coalesced = _itl_s(inside)
+    ttfo = _seconds(due, reasoning.column_or_null(inside, "first_output_token_ns"))
+    is_known = knows_itl(inside)
+    itl = _itl_s(inside.filter(pa.array(is_known)))[0]
+    per_chunk, coalesced = _itl_s(inside)[1:]
     longest = longest_itl_s(inside)
     met = int(_meets(slo, inside, ttft, e2el, longest, time_scale(record)).sum())
     mean_tokens = _mean(_floats(inside["completion_tokens"]))
@@ -188,11 +207,12 @@ def _latency_columns(
         "seconds_per_100_tokens": None if per_token_s is None else 100 * per_token_s,
         **_latencies("ttft", ttft),
         **_latencies("ttft_from_sent", _seconds(inside["sent_ns"], inside["first_token_ns"])),
-        **_latencies("tpot", _tpot_s(ttft, e2el, inside["completion_tokens"])),
+        **_latencies("tpot", _tpot_s(ttft, e2el, streamed_tokens(inside))),
         **_latencies("itl", itl),
         **_latencies("itl_per_chunk", per_chunk),
-        "itl_max_s_p50": _median(longest),
+        "itl_max_s_p50": _median(longest[is_known]),
         **_latencies("e2el", e2el),
+        **_latencies("ttfo", ttfo),
         "coalesced_chunk_fraction": coalesced,
         "goodput_requests_per_s": _ratio(met, part.seconds),
         "slo_attainment": _ratio(met, asked),
@@ -225,7 +245,7 @@ def measured_workload(record: Mapping[str, Any]) -> Workload:
 
 def _withheld(row: Mapping[str, Any], slo: Slo) -> dict[str, None]:
     """Null for every figure that depends on when single tokens arrived."""
-    prefixes = ("ttft_", "tpot_", "itl_") + (
+    prefixes = ("ttft_", "ttfo_", "tpot_", "itl_") + (
         ("goodput_requests_per_s", "slo_attainment") if slo.needs_arrivals else ()
     )
     return {name: None for name in row if name.startswith(prefixes)}
@@ -359,15 +379,30 @@ def _meets(
     slo: Slo, requests: pa.Table, ttft: _Floats, e2el: _Floats, longest: _Floats, scale: float
 ) -> npt.NDArray[np.bool_]:
     """Which of the served requests meet the SLO, in real time if they were emulated."""
-    tokens = _floats(requests["completion_tokens"])
+    tokens = streamed_tokens(requests)
     met: npt.NDArray[np.bool_] = slo.is_met(ttft / scale, e2el / scale, tokens, longest / scale)
     return met
+
+
+def knows_itl(requests: pa.Table) -> npt.NDArray[np.bool_]:
+    """For which requests it is known how many tokens each chunk has, so that itl is known too.
+
+    A server that reports no usage per chunk may still send several tokens per chunk, for example
+    with speculative decoding. Their total is known, but not which chunk has how many.
+    """
+    chunks = pc.list_value_length(requests["token_ns"]).to_numpy()
+    estimated = reasoning.column_or_null(requests, "chunk_tokens_estimated")
+    is_estimated = pc.fill_null(estimated.cast(pa.bool_()), False).to_numpy()
+    tokens = _floats(requests["completion_tokens"])
+    known: npt.NDArray[np.bool_] = ~(is_estimated & (tokens > MAX_TOKENS_PER_CHUNK * chunks))
+    return known
 
 
 def longest_itl_s(requests: pa.Table) -> _Floats:
     """The longest inter-token latency of each request in s; NaN if it has only one chunk.
 
-    As for `itl`, the time before a chunk with several tokens is divided among them.
+    As for `itl`, the time before a chunk with several tokens is divided among them. If it is not
+    known how many these are, all of it counts: the user has seen this pause.
     """
     stamps = requests["token_ns"].combine_chunks()
     longest = np.full(len(stamps), np.nan)
@@ -377,6 +412,7 @@ def longest_itl_s(requests: pa.Table) -> _Floats:
     if not several.any():
         return longest
     tokens = requests["chunk_tokens"].combine_chunks().flatten().to_numpy()
+    tokens = np.where(np.repeat(knows_itl(requests), counts), tokens, 1)
     starts = np.cumsum(counts) - counts
     gaps = np.diff(times, prepend=times[0]) / np.maximum(tokens, 1) / 1e9
     gaps[starts[counts > 0]] = -math.inf
@@ -424,8 +460,13 @@ def _latencies(name: str, values: _Floats) -> dict[str, float | None]:
     }
 
 
-def _tpot_s(ttft: _Floats, e2el: _Floats, tokens: pa.ChunkedArray) -> _Floats:
-    gaps = _floats(tokens) - 1
+def streamed_tokens(requests: pa.Table) -> _Floats:
+    """The output tokens of each request that arrived: all but those of a hidden reasoning."""
+    return _floats(requests["completion_tokens"]) - reasoning.hidden_tokens(requests)
+
+
+def _tpot_s(ttft: _Floats, e2el: _Floats, tokens: _Floats) -> _Floats:
+    gaps = tokens - 1
     tpot: _Floats = (e2el - ttft) / np.where(gaps > 0, gaps, np.nan)
     return tpot
 

@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from servegrid.telemetry.counters import (
+    ACCEPTED_TOKENS,
+    DRAFT_TOKENS,
+    DRAFTS,
     E2EL,
     ITL,
     PREEMPTIONS,
@@ -70,6 +73,29 @@ def prefix_columns(record: Mapping[str, Any], requests: pa.Table) -> dict[str, f
     return {
         "prefix_hit_rate": None if hits is None or not looked_up else hits / looked_up,
         "expected_prefix_hit_rate": None if expected is None or not prompts else expected / prompts,
+    }
+
+
+def speculation_columns(record: Mapping[str, Any], requests: pa.Table) -> dict[str, float | None]:
+    """How many drafted tokens the model accepted, by the definitions of `vllm bench serve`.
+
+    Each draft is one step of the model, which adds one token of its own to the accepted ones. The
+    server's counters decide; without them, llama.cpp's counts in the responses.
+    """
+    drafts, drafted, accepted = (
+        increase(record["metrics_before"], record["metrics_after"], names)
+        for names in (DRAFTS, DRAFT_TOKENS, ACCEPTED_TOKENS)
+    )
+    if drafted is None and "draft_tokens" in requests.column_names:
+        drafted = pc.sum(requests["draft_tokens"]).as_py()
+        accepted = pc.sum(requests["accepted_draft_tokens"]).as_py()
+    return {
+        "spec_decode_acceptance_rate": accepted / drafted
+        if accepted is not None and drafted
+        else None,
+        "spec_decode_acceptance_length": 1 + accepted / drafts
+        if accepted is not None and drafts
+        else None,
     }
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from servegrid.analysis import buffering, stationarity
 from servegrid.analysis.client_error import client_headroom
 from servegrid.analysis.metrics import in_flight_mean, samples_in, stationary_window
+from servegrid.analysis.reasoning import column_or_null
 from servegrid.analysis.server_metrics import expected_hits
 from servegrid.analysis.stationarity import find_window
 from servegrid.records.verdict import was_served
@@ -95,7 +96,7 @@ REQUEST_COLUMNS = (
     *stationarity.REQUEST_COLUMNS,
     *buffering.REQUEST_COLUMNS,
     *("first_token_ns", "chunk_tokens", "prompt_tokens", "completion_tokens", "requested_tokens"),
-    *("sent_tokens", "shared_tokens"),
+    *("sent_tokens", "shared_tokens", "reasoning_tokens"),
 )
 """The columns of `columns.REQUESTS` that the rules need."""
 TELEMETRY_COLUMNS = ("time_ns", "throttle_reasons", "waiting")
@@ -130,6 +131,10 @@ def _check_tokens(evidence: Evidence) -> str | None:
         )
         if wrong:
             return f"{wrong} of {len(counts)} responses have a wrong number of tokens, {source}"
+    thought = column_or_null(rows, "reasoning_tokens").to_pylist()
+    wrong = sum((part or 0) > whole for part, whole in zip(thought, counted, strict=True))
+    if wrong:
+        return f"{wrong} of {len(counted)} responses have more reasoning tokens than output tokens"
     return None
 
 
@@ -346,7 +351,8 @@ RULES: Mapping[str, Rule] = {
         "Every request has exactly the requested number of prompt and output tokens, by the "
         "server's count. If prompts are sent as text, the server may add tokens: the same number "
         "to every prompt, unless prompts differ in length. If output_len_exact is false, a "
-        "response may have fewer output tokens, but at least one",
+        "response may have fewer output tokens, but at least one. Reasoning tokens are part of the "
+        "output tokens",
         _check_tokens,
     ),
     "no_steady_state": Rule(
@@ -399,7 +405,8 @@ RULES: Mapping[str, Rule] = {
     ),
     "buffered": Rule(
         "Nothing between the server and the client holds tokens back: at most "
-        f"{buffering.MAX_COALESCED:.0%} of the chunks are read together with the previous one "
+        f"{buffering.MAX_COALESCED:.0%} of the chunks are read together with the previous one, "
+        "without those of accepted draft tokens, which llama.cpp sends at one time "
         f"(unless they follow each other within {1e3 * buffering.MIN_CHUNK_S:.0f} ms), and at most "
         f"{buffering.MAX_WHOLE:.0%} of the responses arrive in one piece with "
         f"{buffering.MIN_TOKENS} or more tokens. Otherwise the cell has no ttft, tpot and itl; "

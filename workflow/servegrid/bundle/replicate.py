@@ -202,7 +202,7 @@ def is_replicable(deployment: Deployment) -> bool:
     tokenizer are names of the demo or of Hugging Face, and each of its `engine_args` is one of
     REPLICABLE_ARGUMENTS with a plain value.
     """
-    if deployment.endpoint is not None:
+    if deployment.endpoint is not None or deployment.chat_template or deployment.lora:
         return False
     models = (deployment.checkpoint, deployment.tokenizer)
     if not all(_MODEL_NAME.fullmatch(each) for each in models):

@@ -313,7 +313,7 @@ class _Sender:
         numbered = count()
         for wave, prepared in enumerate(waves):
             requests = (
-                self.builder.completion(f"{prefix}{number}", prompt, length.output_len)
+                self.builder.completion(f"{prefix}{number}", prompt, length.output_len, number)
                 for prompt, number, length in zip(prepared, numbered, lengths, strict=False)
             )
             left_s = started + timeout_s - time.monotonic()
@@ -333,7 +333,7 @@ class _Sender:
             sent = 1 + max((each.number for each in results[-1].exchanges), default=-1)
             specs.append(
                 [
-                    self._spec(f"{prefix}{number}", wave, length)
+                    self._spec(f"{prefix}{number}", number, wave, length)
                     for number, length in islice(asked, sent)
                 ]
             )
@@ -341,7 +341,7 @@ class _Sender:
                 after_wave(sum(len(result.exchanges) for result in results))
         return _Sent(results, specs, time.monotonic() - started, self.builder.client)
 
-    def _spec(self, name: str, wave: int, lengths: RequestLengths) -> RequestSpec:
+    def _spec(self, name: str, number: int, wave: int, lengths: RequestLengths) -> RequestSpec:
         return RequestSpec(
             request_id=self.builder.request_id(name),
             wave=wave,
@@ -350,6 +350,7 @@ class _Sender:
             shared_tokens=lengths.shared_len,
             form=self.builder.form,
             may_stop_early=not self.builder.endpoint.output_len_exact,
+            adapter=self.builder.endpoint.adapter(number),
         )
 
 

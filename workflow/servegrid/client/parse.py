@@ -4,7 +4,7 @@ Events are parsed as the WHATWG HTML standard defines server-sent events (sectio
 as OpenAI's completions and chat completions APIs define them. Servers and gateways also send events
 that are no chunks, for example pings: these are skipped and counted. What could make the counts of
 tokens wrong fails the request. vLLM's usage per chunk is used if the server sends it. In a chat,
-the reasoning texts of vLLM and llama.cpp count as text too.
+the text of a reasoning counts as text too, and its tokens are told apart from those of the answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from servegrid.client.failures import Failure, FailureKind
@@ -34,7 +34,11 @@ _MAX_COUNT = 2**31 - 1
 """The columns of token counts have 32 bits."""
 _BROKEN_OFF = ("abort", "aborted", "cancelled", "canceled", "error", "timeout")
 """Values of finish_reason of a response that is not complete, although its stream is."""
-_CHAT_TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal")
+_ANSWER_KEYS = ("content", "refusal")
+_REASONING_KEYS = ("reasoning_content", "reasoning")
+"""`reasoning` in newer vLLM and OpenRouter; `reasoning_content` in older vLLM, SGLang, llama.cpp
+and TensorRT-LLM."""
+_Text = Literal["", "reasoning", "answer"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class RequestSpec:
 
     A server may add tokens to a prompt that is not sent as token ids, and count more. With
     `may_stop_early`, a response may have fewer output tokens, but at least one. An earlier request
-    had the first `shared_tokens` of the prompt too.
+    had the first `shared_tokens` of the prompt too. `adapter` is the LoRA adapter that it named.
     """
 
     request_id: str
@@ -53,6 +57,7 @@ class RequestSpec:
     form: PromptForm = "ids"
     may_stop_early: bool = False
     shared_tokens: int = 0
+    adapter: str | None = None
 
 
 class _ResponseError(Exception):
@@ -72,12 +77,32 @@ class _Event(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """One chunk with a choice: its arrival, and the server's count of tokens so far."""
+    """One chunk with a choice: its arrival, its text, and the server's count of tokens so far."""
 
     arrival_ns: int
-    has_text: bool
+    text: _Text
     finished: bool
     tokens_so_far: int | None
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.text)
+
+
+class _Arrivals(NamedTuple):
+    """The chunks with tokens, and the tokens of each: None without any usage."""
+
+    chunks: list[_Chunk]
+    tokens: list[int] | None
+    estimated: bool | None
+
+
+class _Answer(NamedTuple):
+    """Where the answer starts, and the tokens of the reasoning before it."""
+
+    first_ns: int | None = None
+    reasoning_tokens: int | None = None
+    estimated: bool | None = None
 
 
 @dataclass
@@ -88,6 +113,9 @@ class _Response:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+    draft_tokens: int | None = None
+    accepted_draft_tokens: int | None = None
     done: bool = False
     finished: bool = False
     """Whether a chunk had a finish_reason."""
@@ -116,7 +144,9 @@ def parse_exchange(exchange: Exchange, spec: RequestSpec, key: str | None = None
         _parse_response(exchange, response, chat=spec.form == "messages")
     except _ResponseError as error:
         failure = failure or error.failure
-    token_ns, chunk_tokens, estimated = _token_arrivals(response)
+    arrivals = _token_arrivals(response)
+    token_ns = [chunk.arrival_ns for chunk in arrivals.chunks]
+    answer = _find_answer(response, arrivals, chat=spec.form == "messages")
     failure = failure or _check_response(response, spec)
     row = {
         "request_id": spec.request_id,
@@ -126,8 +156,8 @@ def parse_exchange(exchange: Exchange, spec: RequestSpec, key: str | None = None
         "sent_ns": exchange.sent_ns,
         "first_token_ns": token_ns[0] if token_ns else None,
         "token_ns": token_ns,
-        "chunk_tokens": chunk_tokens,
-        "chunk_tokens_estimated": estimated,
+        "chunk_tokens": arrivals.tokens,
+        "chunk_tokens_estimated": arrivals.estimated,
         "done_ns": exchange.done_ns,
         "status": None if exchange.head is None else exchange.head.status,
         "error": None if failure is None else _describe_failure(failure, key),
@@ -137,6 +167,12 @@ def parse_exchange(exchange: Exchange, spec: RequestSpec, key: str | None = None
         "sent_tokens": spec.prompt_tokens,
         "shared_tokens": spec.shared_tokens,
         "cached_tokens": response.cached_tokens,
+        "first_output_token_ns": answer.first_ns,
+        "reasoning_tokens": answer.reasoning_tokens,
+        "reasoning_tokens_estimated": answer.estimated,
+        "draft_tokens": response.draft_tokens,
+        "accepted_draft_tokens": response.accepted_draft_tokens,
+        "adapter": spec.adapter,
     }
     return ParsedExchange(row, len(response.skipped))
 
@@ -345,13 +381,8 @@ def _add_chunk(response: _Response, arrival_ns: int, chunk: dict[str, Any], chat
     try:
         so_far = None
         if (usage := chunk.get("usage")) is not None:
-            so_far = _parse_count(usage.get("completion_tokens"))
-            response.prompt_tokens = _latest(usage.get("prompt_tokens"), response.prompt_tokens)
-            response.completion_tokens = _latest(so_far, response.completion_tokens)
-            details = usage.get("prompt_tokens_details")
-            if isinstance(details, dict):
-                cached = _parse_count(details.get("cached_tokens"))
-                response.cached_tokens = _latest(cached, response.cached_tokens)
+            so_far = _add_usage(response, usage)
+        _add_drafts(response, chunk.get("timings"))
         if choices := chunk.get("choices"):
             choice = choices[0]
             # TGI's completions have an empty reason until the last chunk.
@@ -359,21 +390,54 @@ def _add_chunk(response: _Response, arrival_ns: int, chunk: dict[str, Any], chat
             finished = reason is not None
             if reason in _BROKEN_OFF:
                 response.broken_off = reason
-            has_text = _has_text(choice, chat)
+            text = _text_of(choice, chat)
             # The first chunk of a chat only names the role and carries no token. Some gateways
             # send the usage after the last chunk, with an empty choice.
-            is_opening = chat and not (response.chunks or has_text or finished or so_far)
-            is_closing = response.finished and not has_text
+            is_opening = chat and not (response.chunks or text or finished or so_far)
+            is_closing = response.finished and not text
             if not is_opening and not is_closing:
-                response.chunks.append(_Chunk(arrival_ns, has_text, finished, so_far))
+                response.chunks.append(_Chunk(arrival_ns, text, finished, so_far))
             response.finished = response.finished or finished
     except (KeyError, TypeError, IndexError, AttributeError, ValueError):
         shown = json.dumps(chunk)
         raise _ResponseError("malformed", f"an event is not a completion chunk: {shown}") from None
 
 
-def _has_text(choice: dict[str, Any], chat: bool) -> bool:
-    """Whether a choice has text; in a chat, of the reasoning or of the answer.
+def _add_usage(response: _Response, usage: dict[str, Any]) -> int | None:
+    """Add a usage to the response; returns its output tokens. Raises ValueError if it is wrong."""
+    prompt = _parse_count(usage.get("prompt_tokens"))
+    tokens = _parse_count(usage.get("completion_tokens"))
+    details = usage.get("completion_tokens_details")
+    # SGLang has the count beside the others.
+    place = details if isinstance(details, dict) else usage
+    reasoning = _parse_count(place.get("reasoning_tokens"))
+    # xAI counts the reasoning beside the completion tokens; its total has both.
+    if reasoning and prompt is not None and tokens is not None:
+        is_beside = usage.get("total_tokens") == prompt + tokens + reasoning
+        tokens += reasoning if is_beside else 0
+    response.prompt_tokens = _latest(prompt, response.prompt_tokens)
+    response.completion_tokens = _latest(tokens, response.completion_tokens)
+    response.reasoning_tokens = _latest(reasoning, response.reasoning_tokens)
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, dict):
+        cached = _parse_count(details.get("cached_tokens"))
+        response.cached_tokens = _latest(cached, response.cached_tokens)
+    return tokens
+
+
+def _add_drafts(response: _Response, timings: Any) -> None:
+    """Add llama.cpp's timings, which count the tokens of its speculative decoding.
+
+    Raises ValueError if one is no count.
+    """
+    if isinstance(timings, dict):
+        drafted, accepted = timings.get("draft_n"), timings.get("draft_n_accepted")
+        response.draft_tokens = _latest(drafted, response.draft_tokens)
+        response.accepted_draft_tokens = _latest(accepted, response.accepted_draft_tokens)
+
+
+def _text_of(choice: dict[str, Any], chat: bool) -> _Text:
+    """What the text of a choice belongs to; in a chat with both, to the answer, which starts there.
 
     Text and delta may be missing or null. Raises ValueError if the choice is of the other API, and
     TypeError or AttributeError if a value has another type.
@@ -383,12 +447,14 @@ def _has_text(choice: dict[str, Any], chat: bool) -> bool:
     if content is None:
         if choice.get(other) is not None:
             raise ValueError
-        return False
+        return ""
     if chat:
-        return any(content.get(key) for key in _CHAT_TEXT_KEYS)
+        if any(content.get(key) for key in _ANSWER_KEYS):
+            return "answer"
+        return "reasoning" if any(content.get(key) for key in _REASONING_KEYS) else ""
     if not isinstance(content, str):
         raise TypeError
-    return bool(content)
+    return "answer" if content else ""
 
 
 def _latest(value: Any, before: int | None) -> int | None:
@@ -405,26 +471,48 @@ def _parse_count(value: Any) -> int | None:
     return int(value)
 
 
-def _token_arrivals(response: _Response) -> tuple[list[int], list[int] | None, bool | None]:
-    """Arrival and tokens of each chunk with tokens, and whether the tokens are estimated.
+def _token_arrivals(response: _Response) -> _Arrivals:
+    """The chunks with tokens, and whether their tokens are estimated.
 
-    Without any usage the tokens are None, and the arrivals are those of the chunks with text.
+    Without any usage the tokens are None, and the chunks are those with text.
     """
     with_text = [chunk for chunk in response.chunks if chunk.has_text]
     total = response.completion_tokens
     if total is None:
-        return [chunk.arrival_ns for chunk in with_text], None, None
+        return _Arrivals(with_text, None, None)
     chunks, counts = response.chunks, _tokens_per_chunk(response.chunks, total)
     estimated = counts is None
     if counts is None:
         chunks = _chunks_with_tokens(response.chunks, with_text, total)
         counts = split_tokens(total, len(chunks))
-    tokens = [(chunk.arrival_ns, count) for chunk, count in zip(chunks, counts, strict=True)]
-    return (
-        [arrival for arrival, count in tokens if count],
-        [count for _, count in tokens if count],
-        estimated,
-    )
+    tokens = [pair for pair in zip(chunks, counts, strict=True) if pair[1]]
+    return _Arrivals([chunk for chunk, _ in tokens], [count for _, count in tokens], estimated)
+
+
+def _find_answer(response: _Response, arrivals: _Arrivals, chat: bool) -> _Answer:
+    """The first token of the answer and the tokens of the reasoning, as far as they are known.
+
+    A chunk without text belongs to what came before it; at the start, to the reasoning if there is
+    one. If the server reports 0 reasoning tokens and sends such a text, it does not count them, as
+    vLLM with some parsers: then the tokens of these chunks are an estimate. Completions have one
+    text for both.
+    """
+    if not chat:
+        return _Answer()
+    has_reasoning = any(chunk.text == "reasoning" for chunk in response.chunks)
+    part: _Text = "reasoning" if has_reasoning else "answer"
+    first_ns, in_chunks = None, 0
+    for chunk, tokens in zip(
+        arrivals.chunks, arrivals.tokens or [0] * len(arrivals.chunks), strict=True
+    ):
+        part = chunk.text or part
+        if part == "answer" and first_ns is None:
+            first_ns = chunk.arrival_ns
+        in_chunks += tokens * (part == "reasoning")
+    if response.reasoning_tokens or not has_reasoning:
+        reported = response.reasoning_tokens
+        return _Answer(first_ns, reported, None if reported is None else False)
+    return _Answer(first_ns) if arrivals.tokens is None else _Answer(first_ns, in_chunks, True)
 
 
 def _tokens_per_chunk(chunks: list[_Chunk], total: int) -> list[int] | None:

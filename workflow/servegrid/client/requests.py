@@ -90,8 +90,12 @@ class RequestBuilder:
     def request_id(self, name: str) -> str:
         return f"{self.salt}/{name}"
 
-    def completion(self, name: str, prompt: Prompt, output_len: int) -> httpx.Request:
+    def completion(
+        self, name: str, prompt: Prompt, output_len: int, number: int = 0
+    ) -> httpx.Request:
         """A streamed completion of exactly `output_len` tokens, even if the model would stop.
+
+        If the endpoint has LoRA adapters, `number` says whose turn it is.
 
         An endpoint that may stop early is asked for the same: its responses are then as long as it
         can make them.
@@ -104,7 +108,7 @@ class RequestBuilder:
             f"{self.endpoint.api_path}/{'chat/' if chat else ''}completions",
             headers={**self.endpoint.extra_headers, "X-Request-Id": self.request_id(name)},
             json={
-                "model": self.endpoint.model,
+                "model": self.endpoint.adapter(number) or self.endpoint.model,
                 **content,
                 self.length_key: output_len,
                 **self._without_omitted(

@@ -26,6 +26,8 @@ _DEPLOYMENT_KEYS = {
     "served_model_name": "model",
     "max_model_len": "max_model_len",
     "max_num_seqs": "max_num_seqs",
+    "chat_template": "chat_template",
+    "lora_modules": "lora",
 }
 """Arguments of vLLM that a deployment sets with another key, and that key."""
 
@@ -42,7 +44,7 @@ def format_arguments(
 
     `defaults` comes from `default_arguments`. The deployment's `engine_args` override it; the value
     null leaves the choice to vLLM. True and false become flags, a list becomes several words, and a
-    mapping becomes JSON.
+    mapping becomes JSON, also within a list.
 
     Raises ConfigError with the key if servegrid sets this argument itself, or if vLLM `version`
     does not know it.
@@ -159,8 +161,12 @@ def _format_argument(key: str, value: Any, options: Collection[str]) -> list[str
     if isinstance(value, Mapping):
         return [flag, json.dumps(value, sort_keys=True)]
     if isinstance(value, list | tuple):
-        return [flag, *map(str, value)]
+        return [flag, *map(_format_item, value)]
     return [flag, str(value)]
+
+
+def _format_item(value: Any) -> str:
+    return json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else str(value)
 
 
 def _flag(key: str, negated: bool = False) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 
 from servegrid.engines.base import Site
+from servegrid.engines.extras import find_extras
 from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path, wait_until
 from servegrid.engines.startup_errors import startup_error
 from servegrid.errors import ConfigError, EngineError, ModelError
@@ -45,6 +46,7 @@ _DEPLOYMENT_KEYS = {
     "model_alias": "model",
     "n_ctx": "max_model_len",
     "n_parallel": "max_num_seqs",
+    "chat_template": "chat_template",
 }
 _SITE_KEYS = ("hostnames", "port", "api_keys")
 
@@ -73,14 +75,17 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
     """See `servegrid.engines.start_engine`."""
     started = time.monotonic()
     _check_package(deployment)
+    extras = find_extras(deployment)
     settings = llamacpp_settings(
         deployment, find_gguf(deployment, site.models, site.revisions), compute_threads()
     )
+    # Not part of `settings`, which are recorded: the record names the file and its digest.
+    template = {} if extras.template is None else {"chat_template": extras.template_text}
     key = secrets.token_urlsafe(24)
     with start_reaper() as reaper:
         socket = socket_path(site, reaper.folder)
         address = {"hostnames": [str(socket or LOOPBACK)], "port": 0, "api_keys": [key]}
-        server = _Server(deployment.name, settings | address)
+        server = _Server(deployment.name, settings | template | address)
         try:
             reaper.watch([psutil.Process(server.process.pid)])
             wait_until(server.is_listening, started + site.startup_s, deployment.name)
@@ -90,6 +95,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
                 model=deployment.model,
                 api_key=key,
                 socket=str(socket) if socket else None,
+                api=deployment.api,
                 started_here=True,
             )
             wait_until(lambda: is_healthy(endpoint), started + site.startup_s, deployment.name)
@@ -103,6 +109,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[LlamaCppEngine]
                 "gpus": server.reported["gpus"],
                 "model_files": models.file_digests(Path(settings["model.path"])),
                 "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
+                **extras.facts,
             }
             yield LlamaCppEngine(endpoint, facts, server.process)
         finally:

@@ -18,8 +18,9 @@ from typing import Any
 def apply_settings(settings: Mapping[str, Any], params: Any) -> None:
     """Set each attribute of `params` that `settings` names; the key `a.b` is attribute b of a.
 
-    The value of an enumeration is the member's name, the value of a set is a list. Raises
-    ValueError with the key if there is no such attribute or if it does not accept the value.
+    The value of an enumeration is the member's name, also within a list; the value of a set is a
+    list. Raises ValueError with the key if there is no such attribute or if it does not accept the
+    value.
     """
     for key, value in settings.items():
         *path, name = key.split(".")
@@ -46,6 +47,8 @@ def apply_settings(settings: Mapping[str, Any], params: Any) -> None:
 def _convert(value: Any, current: Any) -> Any:
     if isinstance(current, enum.Enum):
         return type(current)[value]
+    if isinstance(current, list) and any(isinstance(each, enum.Enum) for each in current):
+        return [type(current[0])[each] for each in value]
     return set(value) if isinstance(current, set) else value
 
 

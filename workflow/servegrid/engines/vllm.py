@@ -30,6 +30,7 @@ from servegrid.engines import (
     vllm_nodes,
 )
 from servegrid.engines.base import Nodes, Site
+from servegrid.engines.extras import Extras, find_extras
 from servegrid.engines.listening import (
     BACKLOG,
     LOOPBACK,
@@ -96,6 +97,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
     clock, nodes = _Clock(), site.nodes
     deadline = clock.started + site.startup_s
     checkpoint = models.locate(deployment.checkpoint, site.models, site.revisions)
+    extras = find_extras(deployment)
     with contextlib.ExitStack() as stack:
         reaper = stack.enter_context(start_reaper())
         stack.enter_context(network.warnings_shown(reaper.folder))
@@ -103,14 +105,16 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
         check_socket_path(reaper.folder / str(uuid.uuid4()))  # vLLM names its sockets like this
         with set_environment(engine_environment(reaper.folder, nodes)):
             api = _load_api(deployment)
-            words = _command_line(deployment, checkpoint, api)
+            words = _command_line(deployment, checkpoint, extras, api)
             listener = stack.enter_context(_listener(path))
             endpoint = Endpoint(
                 base_url=_base_url(listener),
                 model=deployment.model,
                 api_key=secrets.token_urlsafe(24),
                 socket=str(path) if path else None,
+                api=deployment.api,
                 started_here=True,
+                adapters=tuple(deployment.lora),
             )
             clock.lap("import")
             _check_gpus(deployment, site, checkpoint, api)
@@ -155,6 +159,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
             "engine_args": words,
             "packages": _versions(RECORDED_PACKAGES),
             "model_files": models.file_digests(checkpoint),
+            **extras.facts,
             "bring_up_s": clock.laps,
         }
         if nodes is not None:
@@ -249,7 +254,9 @@ def _node_arguments(nodes: Nodes | None, store: Any) -> list[str]:
     return vllm_nodes.node_arguments(0, len(nodes.hosts), nodes.addresses[0], store.port)
 
 
-def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.VllmApi) -> list[str]:
+def _command_line(
+    deployment: Deployment, checkpoint: Path, extras: Extras, api: vllm_api.VllmApi
+) -> list[str]:
     kv_cache = None
     if not deployment.gpu_count:
         config = checkpoint / "config.json"
@@ -259,6 +266,7 @@ def _command_line(deployment: Deployment, checkpoint: Path, api: vllm_api.VllmAp
             psutil.virtual_memory().total,
         )
     defaults = arguments.default_arguments(deployment, str(checkpoint), kv_cache)
+    defaults |= extras.vllm_arguments
     return arguments.format_arguments(deployment, defaults, api.options, api.version)
 
 

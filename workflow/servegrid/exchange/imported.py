@@ -42,7 +42,8 @@ class ImportedResult:
     computed. `input_len` and `output_len` are tokens per request; if requests differ, they are
     rounded means and `notes` say so. `itl_known` is False if the client reports no times between
     tokens. `started` is a text in the client's own format. `parameters` are those of a sweep, with
-    the number of the run.
+    the number of the run. `burstiness` is the shape of the gamma-distributed times between
+    arrivals; None for other protocols.
     """
 
     source: str
@@ -59,6 +60,7 @@ class ImportedResult:
     notes: Sequence[str] = ()
     itl_known: bool = True
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    burstiness: float | None = None
 
 
 def drop_repeated(results: Sequence[ImportedResult]) -> tuple[list[ImportedResult], list[str]]:
@@ -246,6 +248,7 @@ def _workload(result: ImportedResult) -> Workload:
         input_len=result.input_len,
         output_len=result.output_len,
         requests=result.metrics.get("requests") if rows is None else len(rows),
+        burstiness=result.burstiness,
     )
 
 

@@ -15,6 +15,7 @@ from servegrid.analysis.titles import EARLY_STOP
 from servegrid.records.columns import PERCENTILES
 from servegrid.study.deployment import EMULATED, Deployment, digest_json
 from servegrid.study.grid import Trial, Workload
+from servegrid.study.source import Source
 
 VERSION = "0.2.1"
 
@@ -81,24 +82,44 @@ def _format_parallelism(deployment: Deployment, engine: Mapping[str, Any]) -> di
 
 def _format_load(workload: Workload, origin: str) -> dict[str, Any]:
     """llm-d calls a workload a load."""
-    spread = workload.max_output_len - workload.output_len
-    output = {"distribution": "fixed", "value": workload.output_len}
-    if spread:
-        limits = {"min": workload.output_len - spread, "max": workload.output_len + spread}
-        output = {"distribution": "uniform", "value": workload.output_len, **limits}
     return {
         "metadata": {"cfg_id": digest_json(workload.spec), "description": workload.protocol},
         "standardized": {
             "tool": origin,
             "tool_version": __version__,
-            "source": "random",
-            "input_seq_len": {"distribution": "fixed", "value": workload.input_len},
-            "output_seq_len": output,
+            "source": _prompt_source(workload.source or Source()),
+            "input_seq_len": _format_lengths(workload, workload.input_len, workload.max_input_len),
+            "output_seq_len": _format_lengths(
+                workload, workload.output_len, workload.max_output_len
+            ),
             "rate_qps": workload.request_rate,
             "concurrency": workload.concurrency,
         },
         "native": {"config": workload.spec},
     }
+
+
+def _prompt_source(source: Source) -> str:
+    """`random` in llm-d means tokens drawn from the vocabulary, `sampled` means from data.
+
+    Texts of the corpus and of files are data. Of a trace with blocks, only the blocks are known.
+    """
+    has_blocks = source.kind == "trace" and source.file is not None and source.file.shares_blocks
+    return "random" if source.kind == "random" or has_blocks else "sampled"
+
+
+def _format_lengths(workload: Workload, mean: int, longest: int) -> dict[str, Any]:
+    """The distribution of lengths: fixed, uniform as `output_spread` says, or up to a maximum.
+
+    The texts of a file have at most the workload's lengths.
+    """
+    has_texts = workload.source is not None and workload.source.kind == "file"
+    if longest == mean and not has_texts:
+        return {"distribution": "fixed", "value": mean}
+    if workload.has_fixed_lengths:
+        lowest = 2 * mean - longest
+        return {"distribution": "uniform", "value": mean, "min": lowest, "max": longest}
+    return {"distribution": "other", "value": mean, "max": longest}
 
 
 def _format_metrics(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +129,7 @@ def _format_metrics(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any
         "requests": {
             "total": row["requests"],
             "failures": row["failed_requests"],
-            "input_length": {"units": "count", "mean": workload.input_len},
+            "input_length": {"units": "count", "mean": _input_length(workload, row)},
             "output_length": {"units": "count", "mean": _output_length(workload, row)},
         },
         "latency": {
@@ -124,9 +145,17 @@ def _format_metrics(workload: Workload, row: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def _input_length(workload: Workload, row: Mapping[str, Any]) -> float | None:
+    """The mean of what was sent, if prompts differ in length."""
+    if workload.has_fixed_lengths:
+        return workload.input_len
+    mean: float | None = row["prompt_tokens_mean"]
+    return mean
+
+
 def _output_length(workload: Workload, row: Mapping[str, Any]) -> float | None:
-    """The mean of what came, if that may be less than what was requested."""
-    if row["output_len_exact"]:
+    """The mean of what came, if that may differ from what was requested on average."""
+    if row["output_len_exact"] and workload.has_fixed_lengths:
         return workload.output_len
     mean: float | None = row["completion_tokens_mean"]
     return mean

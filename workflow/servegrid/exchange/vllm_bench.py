@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from servegrid.analysis.metrics import measured_workload, time_scale
+from servegrid.analysis.metrics import MAX_TOKENS_PER_CHUNK, measured_workload, time_scale
 from servegrid.analysis.slo import Slo
 from servegrid.errors import ExchangeError
 from servegrid.exchange.imported import (
@@ -48,9 +48,10 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
     """One result: from its requests if it was saved with `--save-detailed`, else from its metrics.
 
     In the second case the throughput covers the whole run. Raises ExchangeError, which names
-    `source` and the key, for example if the arrivals are not a Poisson process.
+    `source` and the key, for example if its request rate rose during the run.
     """
     protocol, concurrency, rate = _parse_load(result, source)
+    burstiness = float(result["burstiness"]) if protocol == "gamma" else None
     detailed = all(result.get(key) for key in _DETAILS)
     requests, metrics = None, {}
     if detailed:
@@ -77,9 +78,11 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
         input_len=input_len,
         output_len=output_len,
         requests=requests,
-        metrics=metrics,
+        metrics=metrics | _parse_speculation(result),
         notes=notes,
-        parameters=_sweep_parameters(result),
+        # Equal rates of different burstiness are different cells.
+        parameters=_sweep_parameters(result) | ({"burstiness": burstiness} if burstiness else {}),
+        burstiness=burstiness,
     )
 
 
@@ -94,7 +97,10 @@ def refuse_failure(failure: Mapping[str, Any], source: str) -> ImportedResult:
 def _parse_load(
     result: Mapping[str, Any], source: str
 ) -> tuple[Protocol, int | None, float | None]:
-    """Protocol, concurrency and request rate. A burstiness of infinity means equal intervals."""
+    """Protocol, concurrency and request rate. A burstiness of infinity means equal intervals.
+
+    Any other burstiness is the shape of gamma-distributed intervals, as in servegrid.
+    """
     if result.get("ramp_up_strategy"):
         raise ExchangeError(
             f"{source}: its request rate rose during the run (ramp_up_strategy "
@@ -109,10 +115,22 @@ def _parse_load(
         return "poisson", None, rate
     if math.isinf(burstiness):
         return "constant", None, rate
+    if burstiness > 0:
+        return "gamma", None, rate
     raise ExchangeError(
-        f"{source}: burstiness is {result['burstiness']}. Servegrid's protocol `poisson` has "
-        "burstiness 1, and `constant` has `inf`. Import a result with one of these."
+        f"{source}: burstiness is {result['burstiness']}, but it must be more than 0. "
+        "Run vllm bench serve again."
     )
+
+
+def _parse_speculation(result: Mapping[str, Any]) -> dict[str, Any]:
+    """How many drafted tokens were accepted, if the server drafts. The file has the rate in %."""
+    if "spec_decode_acceptance_rate" not in result:
+        return {}
+    return {
+        "spec_decode_acceptance_rate": float(result["spec_decode_acceptance_rate"]) / 100,
+        "spec_decode_acceptance_length": float(result["spec_decode_acceptance_length"]),
+    }
 
 
 def _sweep_parameters(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,8 +249,7 @@ def format_result(
     prompts = sum(row["prompt_tokens"] or workload.input_len for row in served)
     tokens = sum(row["completion_tokens"] for row in served)
     good = {name: _count_good(slo, served, time_scale(record)) for name, slo in classes.items()}
-    api = record["engine"].get("api")
-    backend = "openai-chat" if api == "chat" else "openai"
+    backend = "openai-chat" if deployment.is_chat else "openai"
     return {
         "date": datetime.fromisoformat(record["client"]["started_at"]).strftime(_DATE),
         "endpoint_type": backend,
@@ -299,7 +316,13 @@ def _count_good(slo: Slo, served: Sequence[Mapping[str, Any]], scale: float) -> 
 
 
 def _itls(row: Mapping[str, Any]) -> list[float]:
-    """Inter-token latencies in s: the gaps between chunks, divided among the tokens of each."""
+    """Inter-token latencies in s: the gaps between chunks, divided among the tokens of each.
+
+    If it is not known how many tokens each has, all of a gap counts, as in `metrics`.
+    """
+    chunks = MAX_TOKENS_PER_CHUNK * len(row["token_ns"])
+    if row["chunk_tokens_estimated"] and row["completion_tokens"] > chunks:
+        return _gaps(row)
     return [gap / tokens for gap, tokens in zip(_gaps(row), row["chunk_tokens"][1:], strict=True)]
 
 

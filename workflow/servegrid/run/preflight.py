@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from servegrid.engines import EMULATED, EXTERNAL
+from servegrid.engines.extras import find_extras
 from servegrid.errors import ModelError
 from servegrid.run.revisions import (
     Measured,
@@ -23,11 +24,11 @@ from servegrid.study.tokenizer import MissingPackageError
 def check_ready(study: Study, cells: str | Path) -> None:
     """Raise an error if this machine can already see that a deployment of the study will fail.
 
-    ModelError: a model is missing, prompts cannot be made with its tokenizer, or it has another
-    revision than the cells that are measured. ConfigError: the arguments of an emulated deployment
-    are wrong. LoadError: a text of a workload's file is too long. EngineError: the API key of an
-    external deployment is missing. Of deployments whose records in the folder `cells` are complete,
-    only the revision is checked.
+    ModelError: a model, a LoRA adapter or a chat template is missing, prompts cannot be made with
+    its tokenizer, or it has another revision than the cells that are measured. ConfigError: the
+    arguments of an emulated deployment are wrong. LoadError: a text of a workload's file is too
+    long. EngineError: the API key of an external deployment is missing. Of deployments whose
+    records in the folder `cells` are complete, only the revision is checked.
 
     The revisions of models of the Hugging Face Hub become part of the lock file beside `cells`.
     """
@@ -56,6 +57,7 @@ def check_ready(study: Study, cells: str | Path) -> None:
         used |= {name: commit for name, commit in found.items() if commit}
         if deployment.name in measured:
             check_same_revisions(deployment, measured[deployment.name], used, results)
+        find_extras(deployment)
         try:
             _check_models(deployment, {**pinned, **used})
             _check_files(study, deployment, {**pinned, **used})

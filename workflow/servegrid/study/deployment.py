@@ -10,12 +10,13 @@ from functools import cached_property
 from typing import Any, Self
 
 from servegrid.errors import ConfigError
-from servegrid.study.endpoint import ExternalEndpoint, check_extras
+from servegrid.study.endpoint import Api, ExternalEndpoint, check_extras
 from servegrid.study.parallelism import Parallelism, read_parallelism
 
 EMULATED = "emulated"
 """The engine that needs no hardware and no model."""
 VLLM = "vllm"
+LLAMACPP = "llamacpp"
 EXTERNAL = "external"
 """The engine of an endpoint that somebody else has started."""
 CPU = "cpu"
@@ -46,10 +47,16 @@ class Deployment:
     endpoint: ExternalEndpoint | None = None
     network: str | None = None
     """The network that it must use between several nodes; None if any will do."""
+    api: Api = "completions"
+    """The API of an engine that servegrid starts; an endpoint has its own."""
+    chat_template: str | None = None
+    """The file of the chat template; None for the model's own."""
+    lora: Mapping[str, str] = field(default_factory=dict)
+    """The folders of LoRA adapters, by the names that requests use in turn."""
 
     @property
     def spec(self) -> dict[str, Any]:
-        """All fields as plain JSON data. `endpoint` and `network` are left out if they are None."""
+        """All fields as plain JSON data, without those that were added later and are not set."""
         return dict(self._spec)
 
     # Kept, because Snakemake asks for them once per trial.
@@ -60,8 +67,9 @@ class Deployment:
             del spec["endpoint"]
         else:
             spec["endpoint"] = self.endpoint.spec
-        if self.network is None:
-            del spec["network"]
+        for key, default in _LATER:
+            if spec[key] == default:
+                del spec[key]
         return spec
 
     @classmethod
@@ -81,6 +89,11 @@ class Deployment:
     def output_len_exact(self) -> bool:
         """Whether every response must have exactly as many tokens as it was asked for."""
         return self.endpoint is None or self.endpoint.output_len_exact
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is asked through the chat API, so that prompts are texts."""
+        return (self.api if self.endpoint is None else self.endpoint.api) == "chat"
 
     @property
     def environment(self) -> str:
@@ -108,6 +121,15 @@ class Deployment:
     def max_running(self) -> int:
         """The most requests that it runs at once: vLLM applies `max_num_seqs` to each copy."""
         return self.max_num_seqs * self.parallelism.data
+
+
+_LATER: tuple[tuple[str, Any], ...] = (
+    ("network", None),
+    ("api", "completions"),
+    ("chat_template", None),
+    ("lora", {}),
+)
+"""Keys of a specification that it has only with another value than this: older cells stay."""
 
 
 def canonical_json(data: Any) -> str:
@@ -145,6 +167,7 @@ def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
             f"{where}.network: only vLLM on GPUs uses InfiniBand between nodes. Remove the key."
         )
     (_check_external_keys if external else _check_managed_keys)(entry, where)
+    _check_served_keys(entry, where)
     if entry["engine"] == VLLM:
         read_parallelism(entry.get("engine_args", {}), gpu_count, where)
     endpoint = ExternalEndpoint(**entry["endpoint"]) if external else None
@@ -165,6 +188,9 @@ def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
         engine_args=entry.get("engine_args", {}),
         endpoint=endpoint,
         network=entry.get("network"),
+        api=entry.get("api", "completions"),
+        chat_template=entry.get("chat_template"),
+        lora=entry.get("lora", {}),
     )
 
 
@@ -178,6 +204,33 @@ def _check_managed_keys(entry: Mapping[str, Any], where: str) -> None:
         raise ConfigError(
             f"{where}.endpoint: servegrid starts the engine `{entry['engine']}` itself. Remove the "
             f"key, or write `engine: {EXTERNAL}` to benchmark a server that already runs."
+        )
+
+
+def _check_served_keys(entry: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError if the engine cannot serve as `api`, `chat_template` and `lora` say."""
+    engine = entry["engine"]
+    for key, engines in (
+        ("api", (VLLM, LLAMACPP)),
+        ("chat_template", (VLLM, LLAMACPP)),
+        ("lora", (VLLM,)),
+    ):
+        if key in entry and engine not in engines:
+            instead = {
+                "api": "Remove the key; for a server that already runs, write `endpoint.api`.",
+                "chat_template": "Remove the key; a server that already runs has its template.",
+                "lora": "Remove the key; for a server that already runs, name the adapter as "
+                "`endpoint.model`.",
+            }
+            raise ConfigError(f"{where}.{key}: not for the engine `{engine}`. {instead[key]}")
+    if "chat_template" in entry and entry.get("api") != "chat":
+        raise ConfigError(
+            f"{where}.chat_template: only chats have a template, and completions have none. "
+            "Add `api: chat`, or remove the key."
+        )
+    if entry["model"] in entry.get("lora", {}):
+        raise ConfigError(
+            f"{where}.lora: `{entry['model']}` is the name of the model. Rename the adapter."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
@@ -27,7 +27,8 @@ class Endpoint:
 
     With `https`, the certificates in `ca_file` are trusted too; with `verify_tls` false, all are.
     GET `health_path` answers 200 within `health_timeout_s` while the server works; if it is None,
-    only a connection shows that. `output_len_exact` is that of `ExternalEndpoint`.
+    only a connection shows that. `output_len_exact` is that of `ExternalEndpoint`. With `adapters`,
+    requests name these LoRA adapters in turn, instead of the model.
     """
 
     base_url: str
@@ -44,6 +45,11 @@ class Endpoint:
     health_path: str | None = "/health"
     health_timeout_s: float = 5.0
     output_len_exact: bool = True
+    adapters: Sequence[str] = ()
+
+    def adapter(self, number: int) -> str | None:
+        """The LoRA adapter that request `number` names, from 0; None if there are none."""
+        return self.adapters[number % len(self.adapters)] if self.adapters else None
 
     @property
     def models_path(self) -> str:

@@ -256,7 +256,6 @@ def _check_prompts_fit(deployment: Deployment, workloads: Sequence[Workload], wh
 
 def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], where: str) -> None:
     """Raise ConfigError if the deployment cannot get the prompts in a form that it takes."""
-    is_chat = deployment.endpoint is not None and deployment.endpoint.api == "chat"
     for workload in workloads:
         kind = "text" if workload.source is None else workload.source.kind
         if kind == "file" and deployment.engine == EMULATED:
@@ -264,7 +263,7 @@ def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], wh
                 f"{where}: workload.source: an emulated engine has no tokenizer, which counts the "
                 "tokens of a file. Use another engine, or another kind of source."
             )
-        if is_chat and workload.source is not None and workload.source.needs_ids:
+        if deployment.is_chat and workload.source is not None and workload.source.needs_ids:
             raise ConfigError(
                 f"{where}: workload.source: random ids, `prefix_len` and `hash_ids` are token ids, "
                 "but a chat takes text. Use `kind: text` without a prefix, or `api: completions`."

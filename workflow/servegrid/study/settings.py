@@ -90,6 +90,7 @@ def _check_settings(
         )
     others = {"name", "model", "checkpoint", "tokenizer", "quantization", "engine", "gpu"}
     others |= {"gpu_count", "engine_args", "endpoint", "workload", "sweep"}
+    others |= {"api", "chat_template", "lora", "network"}
     for key in swept:
         if key in others:
             raise ConfigError(

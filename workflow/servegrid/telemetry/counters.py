@@ -27,6 +27,9 @@ PREFIX_QUERIES: Names = (
     "vllm:prefix_cache_queries_total",
     "vllm:gpu_prefix_cache_queries_total",
 )
+DRAFTS: Names = ("vllm:spec_decode_num_drafts_total",)
+DRAFT_TOKENS: Names = ("vllm:spec_decode_num_draft_tokens_total",)
+ACCEPTED_TOKENS: Names = ("vllm:spec_decode_num_accepted_tokens_total",)
 GAUGES: Names = (*RUNNING, *WAITING, *KV_CACHE_USAGE, *PREEMPTIONS)
 TTFT: Names = ("vllm:time_to_first_token_seconds",)
 ITL: Names = ("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")

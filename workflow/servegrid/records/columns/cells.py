@@ -226,12 +226,14 @@ CELLS = (
     *_latencies(
         "tpot",
         "Time per output token after the first: (e2el - ttft) / (tokens - 1), with the tokens that "
-        "came; a response of one token has none",
+        "came, by the server's count and without a reasoning that the server keeps to itself; a "
+        "response of one token has none",
     ),
     *_latencies(
         "itl",
         "Inter-token latency: time between two chunks with tokens, divided by the tokens of the "
-        "later chunk",
+        "later chunk. Without requests for which only the total of the tokens is known and which "
+        "have more than 1.1 tokens per chunk",
     ),
     *_latencies(
         "itl_per_chunk",
@@ -254,7 +256,8 @@ CELLS = (
         pa.float64(),
         "0 to 1",
         "Fraction of the chunks with tokens that were read together with the previous chunk and "
-        "have the same time stamp",
+        "have the same time stamp. With speculative decoding, llama.cpp sends the tokens of a step "
+        "at one time, in one chunk each",
     ),
     Column(
         "output_tokens_per_s",
@@ -337,7 +340,8 @@ CELLS = (
         "server_itl_s_mean",
         pa.float64(),
         "s",
-        "Inter-token latency, measured by the server, mean over all requests",
+        "Inter-token latency, measured by the server, mean over all requests; with speculative "
+        "decoding, vLLM measures the time of a step, which can have several tokens",
     ),
     Column(
         "server_queue_s_mean",
@@ -456,6 +460,46 @@ CELLS = (
         "0 to 1",
         "The hit rate of an unlimited prefix cache, from the starts that prompts share; null if "
         "prefix caching is off",
+    ),
+    *_latencies(
+        "ttfo",
+        "Time to first output token, as AIPerf calls it: as ttft, but to the first token of the "
+        "answer, after the reasoning. Equal to ttft without a reasoning; null for completions. "
+        "responses_without_answer have none",
+    ),
+    Column(
+        "reasoning_tokens_mean",
+        pa.float64(),
+        "tokens",
+        "Reasoning tokens of a response, by the server's count or by the chunks: mean over the "
+        "requests in the window that report them. completion_tokens_mean includes them",
+    ),
+    Column(
+        "responses_without_answer",
+        pa.int32(),
+        "requests",
+        "Requests in the window whose response ended within the reasoning; null if no reasoning "
+        "tokens are known",
+    ),
+    Column(
+        "spec_decode_acceptance_rate",
+        pa.float64(),
+        "0 to 1",
+        "Speculative decoding: accepted draft tokens / draft tokens, by the server's counters; "
+        "null if it drafted none or does not report it",
+    ),
+    Column(
+        "spec_decode_acceptance_length",
+        pa.float64(),
+        "tokens",
+        "Speculative decoding: mean tokens of a step that had a draft, which is 1 + accepted "
+        "draft tokens / drafts; null for llama.cpp, which does not count drafts",
+    ),
+    Column(
+        "lora",
+        pa.string(),
+        "",
+        "LoRA adapters that the requests name in turn, separated by commas; null if none",
     ),
 )
 """One row per cell and trial, for cells and for drift checks."""

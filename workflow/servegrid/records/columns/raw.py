@@ -45,6 +45,42 @@ REQUESTS = (
         "Prompt tokens from the server's prefix cache, by the usage of its response; null if the "
         "usage does not say",
     ),
+    Column(
+        "first_output_token_ns",
+        pa.int64(),
+        _TIME,
+        "Arrival of the first chunk with tokens of the answer, not of the reasoning; null if none "
+        "came, and for completions, which do not tell the two apart",
+    ),
+    Column(
+        "reasoning_tokens",
+        pa.int32(),
+        "tokens",
+        "Output tokens of the reasoning, as the server counted them, or the tokens of the chunks "
+        "with reasoning; null if neither is known. completion_tokens includes them",
+    ),
+    Column(
+        "reasoning_tokens_estimated",
+        pa.bool_(),
+        "",
+        "True if the server did not count reasoning_tokens, so that they come from the chunks",
+    ),
+    Column(
+        "draft_tokens",
+        pa.int32(),
+        "tokens",
+        "Tokens that speculative decoding drafted for this response, as llama.cpp counts them; "
+        "null if the response does not say",
+    ),
+    Column(
+        "accepted_draft_tokens",
+        pa.int32(),
+        "tokens",
+        "Those of draft_tokens that the model accepted",
+    ),
+    Column(
+        "adapter", pa.string(), "", "LoRA adapter that the request named; null if it named none"
+    ),
 )
 """One row per request."""
 
