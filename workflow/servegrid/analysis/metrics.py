@@ -102,6 +102,7 @@ def cell_row(
         "quantization": deployment.quantization,
         "gpu": deployment.gpu,
         "gpu_count": deployment.gpu_count,
+        "replicas": deployment.replicas,
         "engine": record["engine"]["engine"],
         "engine_version": record["engine"].get("version"),
         "origin": record.get("origin", SERVEGRID_ORIGIN),

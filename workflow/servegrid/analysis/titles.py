@@ -44,7 +44,10 @@ def deployment_title(cells: pd.DataFrame) -> str:
     'mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0'
     """
     first = cells.iloc[0]
+    replicas = first["replicas"] if "replicas" in cells else 1
     hardware = hardware_title(first["gpu"], first["gpu_count"])
+    if not pd.isna(replicas) and replicas > 1:
+        hardware += f" in {replicas:.0f} replicas"
     return " · ".join([first["model"], first["quantization"], hardware, _engine_title(cells)])
 
 
