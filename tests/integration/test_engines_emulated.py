@@ -80,6 +80,18 @@ def test_a_closed_loop_is_not_faster_than_a_single_request(engine: Engine) -> No
     assert min(e2el) > 1.8 * 0.05 - 0.002  # never faster than alone
 
 
+def test_replicas_share_the_load_behind_one_endpoint() -> None:
+    """16 requests of 480 tokens. In the article, 8 take 3.0 s on two V100, and 16 take 4.2 s."""
+    arguments = {"timing": "inria-2024", "time_scale": 0.2, "replicas": 2}
+    with start_engine(replace(MISTRAL, gpu_count=4, engine_args=arguments), SITE) as engine:
+        result = measured(engine, workload(16, 480))
+    assert result.errors == [None] * 16
+    rows = result.requests.to_pylist()
+    took = (max(row["done_ns"] for row in rows) - min(row["sent_ns"] for row in rows)) / 1e9
+    assert 3.0 * 0.2 - 0.002 < took < 4.2 * 0.2 - 0.002
+    assert engine.facts["data_parallel_size"] == 2
+
+
 @with_fault("http_500", concurrency=4)
 def test_http_500(engine: Engine) -> None:
     assert verdict(engine, measured(engine, workload(2))) == "ok"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -403,3 +404,103 @@ def test_the_page_of_published_data_has_their_figures_and_source(
         # As `servegrid capacity --published inria-2024 --input-len 119` computes it.
         assert json.loads(row.get_attribute("data-row"))["users_carried"] == 437
         assert found.page.locator("#validity, #provenance, #tables").count() == 0
+
+
+CLASSES = {"chat": Slo(ttft_s=1.2), "code": Slo(tokens_per_s_per_user=1, e2el_s=60)}
+RATES = (0.5, 1.0, 2.0)
+GOODPUT = {"chat": (0.5, 0.75, 0.25), "code": (0.5, 1.0, 1.5)}
+"""Requests per second that meet each class, at RATES. At the last rate, 1.6 are answered."""
+
+
+def attainment_of(deployment: str) -> pd.DataFrame:
+    """A table of `columns.SLO` of open loops at RATES."""
+    rows = [
+        {
+            "deployment": deployment,
+            "protocol": "poisson",
+            "request_rate": rate,
+            "input_len": 31,
+            "output_len": 100,
+            "slo_class": name,
+            "slo": str(CLASSES[name]),
+            "whole_run": rate == 2,
+            "slo_attainment": goodput / rate,
+            "goodput_requests_per_s": goodput,
+            "goodput_requests_per_s_low": 0.9 * goodput,
+            "goodput_requests_per_s_high": 1.1 * goodput,
+            "requests_per_s": min(rate, 1.6),
+        }
+        for name, values in GOODPUT.items()
+        for rate, goodput in zip(RATES, values, strict=True)
+    ]
+    frame = pd.DataFrame(rows, columns=[column.name for column in columns.SLO])
+    return cast_columns(frame, columns.SLO)
+
+
+@pytest.fixture(scope="module")
+def classes_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Path]:
+    """Open loops of one deployment, and bursts of it and of another one, with two SLO classes."""
+    open_loop = {"protocol": "poisson", "concurrency": None}
+    rows = [trial(0, 1, 31, request_rate=rate) | open_loop for rate in RATES]
+    rows += [row for row in REPEATED if row["protocol"] == "burst" and row["valid"]]
+    cells = study(*rows)
+    summary = summarise(cells)
+    results = compose.StudyResults(
+        *(cells, summary, compute_frontier(summary, Slo())),
+        *(compare_with_published(summary, None), Slo(), None, ["distinct"], []),
+        slo_classes=CLASSES,
+        attainment=attainment_of("deployment-0"),
+    )
+    file = tmp_path_factory.mktemp("classes") / "index.html"
+    demand = Demand(ttft_s=1.2, slo_class="chat")
+    text = compose.render_study_page("classes", results, demand, HARDWARE)
+    file.write_text(text, encoding="utf-8")
+    return summary, file
+
+
+def test_goodput_is_drawn_for_each_class_against_the_request_rate(
+    chromium: Any, classes_page: tuple[pd.DataFrame, Path]
+) -> None:
+    with open_page(chromium, classes_page[1]) as found:
+        workloads = found.page.locator("select[name=workload] option").all_inner_texts()
+        open_loop = next(text for text in workloads if text.startswith("poisson"))
+        found.page.select_option("select[name=workload]", label=open_loop)
+        found.wait_for_charts()
+        labels = found.page.eval_on_selector_all(
+            "#goodput .mark-symbol.role-mark path",
+            "points => points.map(point => point.getAttribute('aria-label'))",
+        )
+        for name in ("answered", "goodput, chat", "goodput, code"):
+            assert len([label for label in labels if name in label]) == len(RATES), labels
+        legend = found.page.locator("#goodput .role-legend-label").all_text_contents()
+        assert {"answered", "goodput, chat", "goodput, code"} <= set(legend)
+        caption = found.page.locator("#goodput-caption").inner_text()
+        assert "Hollow markers: no stationary part" in caption
+        assert "Bars: 95% intervals." in caption
+        bursts = next(text for text in workloads if text.startswith("burst"))
+        found.page.select_option("select[name=workload]", label=bursts)
+        found.wait_for_charts()
+        assert not found.page.locator("#goodput-figure").is_visible()
+        assert found.messages == []
+
+
+def test_a_class_of_users_brings_its_limits_into_the_plan(
+    chromium: Any, classes_page: tuple[pd.DataFrame, Path]
+) -> None:
+    summary, file = classes_page
+    with open_page(chromium, file) as found:
+        for name in ("chat", "code"):
+            found.page.select_option("#demand [name=slo_class]", name)
+            limits = CLASSES[name]
+            typed = found.page.locator("#demand [name=ttft_s]").input_value()
+            assert typed == ("" if limits.ttft_s is None else f"{limits.ttft_s:g}")
+            expected = plan_capacity(summary, Demand(**asdict(limits), slo_class=name), HARDWARE)
+            rows = found.page.eval_on_selector_all(
+                "#plan tbody tr", "rows => rows.map(row => JSON.parse(row.dataset.row))"
+            )
+            carried = [row.get("users_carried") for row in rows]
+            assert carried == [
+                None if pd.isna(value) else value for value in expected["users_carried"]
+            ]
+            assert len(set(carried)) > 1
+        assert found.messages == []

@@ -129,6 +129,7 @@ def test_a_burst_of_two() -> None:
         "quantization": "awq",
         "gpu": "a100-40gb",
         "gpu_count": 2,
+        "replicas": 1,
         "engine": "emulated",
         "engine_version": "0.32.0",
         "origin": "servegrid",

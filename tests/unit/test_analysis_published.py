@@ -62,7 +62,10 @@ def test_an_interval_widens_the_range() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"trials_valid": 0}, {"gpu": "h100"}, {"input_len": 30}, {"protocol": "closed_loop"}],
+    [
+        *({"trials_valid": 0}, {"gpu": "h100"}, {"input_len": 30}, {"protocol": "closed_loop"}),
+        {"replicas": 2},
+    ],
 )
 def test_only_equal_and_valid_cells_are_compared(other: dict[str, Any]) -> None:
     assert compare_with_published(measured(**other), INRIA).empty

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from servegrid.analysis.server_metrics import server_columns, speculation_columns
+from servegrid.analysis.server_metrics import prefix_columns, server_columns, speculation_columns
 from servegrid.records import columns, parquet
+from servegrid.telemetry.counters import gauge_columns
+from servegrid.telemetry.server import parse_metrics
 
 MS = 1_000_000
 VLLM = "vllm:{}_seconds_{}".format
@@ -155,3 +157,53 @@ def test_requests_without_a_token_do_not_count_for_the_overhead() -> None:
     unsent = {"sent_ns": None, "first_token_ns": None}
     row = columns_with(requests=[*REQUESTS, failed, unsent])
     assert row["ttft_client_overhead_s"] == pytest.approx(0.02)
+
+
+REPLICAS = """\
+vllm:num_requests_running{{engine="0",model_name="m"}} {running[0]}
+vllm:num_requests_running{{engine="1",model_name="m"}} {running[1]}
+vllm:num_requests_waiting{{engine="0",model_name="m"}} 0.0
+vllm:num_requests_waiting{{engine="1",model_name="m"}} 2.0
+vllm:kv_cache_usage_perc{{engine="0",model_name="m"}} 0.25
+vllm:kv_cache_usage_perc{{engine="1",model_name="m"}} 0.75
+vllm:num_preemptions_total{{engine="0",model_name="m"}} {preempted[0]}
+vllm:num_preemptions_total{{engine="1",model_name="m"}} {preempted[1]}
+vllm:prefix_cache_queries_total{{engine="0",model_name="m"}} {asked[0]}
+vllm:prefix_cache_queries_total{{engine="1",model_name="m"}} {asked[1]}
+vllm:prefix_cache_hits_total{{engine="0",model_name="m"}} {hits[0]}
+vllm:prefix_cache_hits_total{{engine="1",model_name="m"}} {hits[1]}
+vllm:time_to_first_token_seconds_bucket{{engine="0",le="+Inf",model_name="m"}} 9.0
+vllm:time_to_first_token_seconds_count{{engine="0",model_name="m"}} {count[0]}
+vllm:time_to_first_token_seconds_count{{engine="1",model_name="m"}} {count[1]}
+vllm:time_to_first_token_seconds_sum{{engine="0",model_name="m"}} {total[0]}
+vllm:time_to_first_token_seconds_sum{{engine="1",model_name="m"}} {total[1]}
+"""
+"""What vLLM with two replicas reports: each metric by `engine`."""
+
+
+def page(**values: tuple[float, float]) -> dict[str, float]:
+    return parse_metrics(REPLICAS.format(**values))
+
+
+def test_the_metrics_of_all_replicas_are_one_figure() -> None:
+    before = page(
+        running=(0, 0), preempted=(1, 2), asked=(50, 0), hits=(10, 0), count=(1, 0), total=(5.0, 0)
+    )
+    after = page(
+        running=(3, 4),
+        preempted=(1, 5),
+        asked=(150, 100),
+        hits=(60, 0),
+        count=(4, 1),
+        total=(5.3, 0.5),
+    )
+    found = columns_with(before, after, samples=[gauge_columns(after)])
+    # Three requests of 0.3 s in all on one replica, one of 0.5 s on the other.
+    assert found["server_ttft_s_mean"] == pytest.approx(0.8 / 4)
+    assert (found["running_mean"], found["waiting_max"]) == (7, 2)
+    assert found["kv_cache_usage_max"] == 0.75  # of the fullest replica
+    assert (found["preemptions"], found["prefix_hit_tokens"]) == (3, 50)
+    prompts = [{"prompt_tokens": 100}, {"prompt_tokens": 100}]
+    record = {"metrics_before": before, "metrics_after": after, "engine": {}}
+    rates = prefix_columns(record, parquet.arrow_table(columns.REQUESTS, prompts))
+    assert rates["prefix_hit_rate"] == pytest.approx(50 / 200)  # 50 of 100 + 100 looked up

@@ -54,6 +54,19 @@ def test_equal_titles_are_distinguished_by_name() -> None:
     ]
 
 
+def test_of_a_sweep_titles_have_the_settings_and_not_the_whole_name() -> None:
+    start = "m_q4_1_llamacpp_cpu"
+    names = [start, f"{start}-prefix_caching", f"{start}_n_batch-8_n_ubatch-4", f"{start}2"]
+    cells = pd.DataFrame([ROW | {"deployment": name} for name in names])
+    title = "m · q4_1 · CPU · llama.cpp 0.9"
+    assert list(deployment_titles(cells).values()) == [
+        title,
+        f"{title} (prefix_caching)",
+        f"{title} (n_batch-8_n_ubatch-4)",
+        f"{title} ({start}2)",
+    ]
+
+
 def test_titles_list_all_known_versions() -> None:
     versions = ["0.9", "0.10", None]
     cells = pd.DataFrame([ROW | {"engine_version": version} for version in versions])

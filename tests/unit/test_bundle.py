@@ -29,7 +29,7 @@ from helpers.bundling import (
     write_trial,
 )
 from servegrid.analysis.tables import gather_study
-from servegrid.bundle.check import PASS, Check
+from servegrid.bundle.check import PASS, SKIP, Check
 from servegrid.bundle.derive import AnalysisInputs, write_tables
 from servegrid.bundle.pack import Sources, pack
 from servegrid.bundle.unpack import unpack_bundle
@@ -768,3 +768,51 @@ def test_a_bundle_leaves_out_the_file_of_a_workload_and_verifies_without_it(
             if (file := tar.extractfile(member)) is not None:
                 content = file.read()
                 assert b"private question" not in content and b"confidential" not in content
+
+
+def write_chats(folder: Path, text: str) -> tuple[Path, dict[str, Any]]:
+    """A file of a user, a study that asks for it in bundles, and its results but one.
+
+    A partial bundle has no tables and figures, so it is quick to make.
+    """
+    chats = folder / "confidential" / "chats.jsonl"
+    chats.parent.mkdir()
+    chats.write_text(2 * (json.dumps({"prompt": text}) + "\n"), encoding="utf-8")
+    source = {"kind": "file", "path": str(chats), "in_bundle": True}
+    workload = {"concurrency": [1, 2], "input_len": 31, "output_len": 10, "source": source}
+    study = {**STUDY, "workload": workload}
+    for trial in parse_study(study).trials[:-1]:
+        write_trial(folder / "results" / "cells", trial)
+    return chats, study
+
+
+def test_a_bundle_has_the_file_of_a_workload_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats, study = write_chats(tmp_path, "a question")
+    content, digests = chats.read_bytes(), {each.digest for each in parse_study(study).trials}
+    bundle = make_bundle(tmp_path, study)
+    name = f"data/{hashlib.sha256(content).hexdigest()}.jsonl"
+    chats.unlink()
+    assert {check.status for check in verify(bundle)} == {PASS, SKIP}
+    folder = unpack_bundle(bundle, tmp_path / "unpacked")
+    assert (folder / name).read_bytes() == content
+    config = json.loads((folder / "config/study.json").read_text())
+    assert "confidential" not in json.dumps(config)
+    monkeypatch.chdir(folder)
+    again = parse_study(config)
+    assert {each.digest for each in again.trials} == digests
+    assert {again.source_file(each) for each in again.trials} == {name}
+
+    def change(tree: Path) -> None:
+        (tree / name).write_text('{"prompt": "another question"}\n')
+
+    problems = failed(tamper(bundle, tmp_path, change, rehash=True))
+    assert f"{name}: its name is not the digest of its content" in problems["integrity"]
+
+
+def test_a_secret_in_the_file_of_a_workload_is_no_part_of_a_bundle(tmp_path: Path) -> None:
+    _, study = write_chats(tmp_path, f"My key is {TOKEN}")
+    with pytest.raises(BundleError, match=r"would contain secrets .*\n  data/[0-9a-f]{64}\.jsonl"):
+        make_bundle(tmp_path, study)
+    assert not list(tmp_path.glob("results/bundles/*.tar.gz"))

@@ -2,7 +2,8 @@
 
 import os
 
-from servegrid.run.cores import CpuSets, assign_cpu_sets, hardware_threads, pinned_to
+from servegrid.node.environment import hardware_threads
+from servegrid.run.cores import CpuSets, assign_cpu_sets, pinned_to
 
 
 def paired(core: int) -> frozenset[int]:

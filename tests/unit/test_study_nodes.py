@@ -41,7 +41,8 @@ def test_workers_are_divided_evenly(deployment: Deployment, nodes: int, each: in
     [
         (on_gpus(3), 2, "its 3 workers cannot be divided evenly among 2 nodes"),
         (SMALL_VLLM, 2, "its 1 workers cannot be divided evenly among 2 nodes"),
-        (on_gpus(4, data_parallel_size=2), 2, "not data or prefill context parallelism"),
+        (on_gpus(4, data_parallel_size=2), 2, "(`replicas`, data parallelism) on one node only"),
+        (on_gpus(4, prefill_context_parallel_size=2), 2, "not prefill context parallelism"),
         (on_gpus(4, "llamacpp"), 2, "starts llamacpp on one node only"),
         (on_gpus(0, "external"), 2, "starts external on one node only"),
         (on_gpus(4, distributed_executor_backend="ray"), 2, "supports only `mp`, not `ray`"),

@@ -143,3 +143,17 @@ def test_with_one_bring_up_there_is_no_verdict() -> None:
     settings = {"a": ("base", {"x": 1}), "b": ("base", {"x": 2})}
     (row,) = compare_settings(cells({"a": [100.0], "b": [150.0]}), settings).to_dict("records")
     assert (row["speed, second / first"], row["verdict"]) == ("1.500", "not tested")
+
+
+def test_a_queue_is_an_effect_of_a_setting_but_other_broken_rules_are_not() -> None:
+    settings = {"a": ("base", {"max_num_seqs": 1}), "b": ("base", {"max_num_seqs": 4})}
+    table = cells({"a": [100.0], "b": [300.0]})
+    queued = table.assign(valid=[False, True])
+    for rules, expected in (
+        (["server_queueing"], ["3.000"]),
+        (["server_queueing", "drift"], []),
+        (["drift"], []),
+    ):
+        frame = queued.assign(invalid_rules=pd.Series([rules, None], dtype=object))
+        found = compare_settings(frame, settings)
+        assert found["speed, second / first"].tolist() == expected

@@ -17,6 +17,7 @@ from servegrid.study.config import parse_study
 from servegrid.study.grid import Study, Trial, Workload
 from servegrid.study.source import Source
 from servegrid.study.source_files import (
+    bundled_name,
     drop_paths,
     read_conversations,
     read_lengths,
@@ -135,6 +136,10 @@ def test_a_uniform_distribution_reaches_as_far_as_its_deviation_says() -> None:
         ),
         ({"kind": "text", "input_lens": {"distribution": "uniform"}}, "`cv` is missing"),
         ({"kind": "txt"}, "'txt' is not one of `text`, `random`, `file`, `trace`"),
+        (
+            {"kind": "text", "in_bundle": True},
+            r"source\.in_bundle: there is no file without `path`",
+        ),
     ],
 )
 def test_contradicting_keys_are_refused(source: dict[str, Any], message: str) -> None:
@@ -382,3 +387,21 @@ def test_a_chat_cannot_send_prompts_that_are_only_token_ids() -> None:
         parse_study(full)
     full["workload"]["source"] = {"kind": "text"}
     assert parse_study(full).trials
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "suffix"),
+    [
+        ("file", "chats.txt", ".jsonl"),
+        ("file", "chats.PARQUET", ".parquet"),
+        ("file", "a/chats.json", ".json"),
+        ("trace", "azure.log", ".csv"),
+        ("trace", "mooncake.jsonl", ".jsonl"),
+    ],
+)
+def test_in_a_bundle_a_file_is_still_read_in_the_same_way(
+    kind: str, path: str, suffix: str
+) -> None:
+    digest = "ab" * 32
+    named = bundled_name({"kind": kind, "path": path, "facts": {"sha256": digest}})
+    assert named == f"data/{digest}{suffix}"

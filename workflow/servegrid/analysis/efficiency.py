@@ -60,15 +60,22 @@ def cell_bound(
     """The seconds per 100 tokens that no engine can undercut; None if there is no strict bound.
 
     `hardware` comes from `find_hardware`. There is no bound if equal prompts share a prefix cache.
-    Times of an emulated engine are taken without its scale.
+    Times of an emulated engine are taken without its scale. With several replicas, it is the bound
+    of the busiest one: it has its share of the GPUs, and at least its share of the requests.
     """
     prefix_len = 0 if workload.source is None else workload.source.prefix_len
     are_alike = workload.prompts == "identical" or prefix_len > 0
     shared = are_alike and deployment.engine_args.get("enable_prefix_caching")
     if hardware is None or shared or not workload.has_fixed_lengths:
         return None
-    length = workload.output_len
-    return 100 * burst_bound(shape, hardware, concurrency, workload.input_len, length) / length
+    length, count = workload.output_len, _independent_replicas(deployment, shape)
+    one, requests = hardware.share(count), max(concurrency / count, min(concurrency, 1.0))
+    return 100 * burst_bound(shape, one, requests, workload.input_len, length) / length
+
+
+def _independent_replicas(deployment: Deployment, shape: ModelShape) -> int:
+    """The replicas that share nothing. Those of a model with experts share the experts in vLLM."""
+    return deployment.replicas if shape.experts == 1 else 1
 
 
 def add_efficiency(
@@ -108,7 +115,8 @@ def _fill(
     for load, workload, row in zip(loads, workloads, rows, strict=True):
         bound = cell_bound(deployment, shape, hardware, workload, load)
         if bound is not None:
-            row |= _against_bound(bound, shape, workload, load, row)
+            busy = min(_independent_replicas(deployment, shape), max(load, 1.0))
+            row |= _against_bound(bound, shape, workload, load, row, busy)
     if deployment.gpu == CPU:
         return  # the number of its cores is not recorded
     traits = deployment_traits(deployment, placement, device)
@@ -131,18 +139,26 @@ def _in_flight(workload: Workload, row: Mapping[str, Any]) -> float:
 
 
 def _against_bound(
-    bound: float, shape: ModelShape, workload: Workload, load: float, row: Mapping[str, Any]
+    bound: float,
+    shape: ModelShape,
+    workload: Workload,
+    load: float,
+    row: Mapping[str, Any],
+    busy: float,
 ) -> dict[str, float]:
-    """The columns about the bound. Times of an emulated engine are taken without its scale."""
+    """The columns about the bound. Times of an emulated engine are taken without its scale.
+
+    `busy` is the number of replicas with requests: each reads the weights for itself.
+    """
     # The tokens of a response that stopped early are fewer than the bound is for.
     if not row.get("output_len_exact", True):
         return {"bound_s_per_100_tokens": bound}
     measured = row["seconds_per_100_tokens"] / (row["time_scale"] or 1.0)
     seconds = measured * workload.output_len / 100
-    work = burst_work(shape, load, workload.input_len, workload.output_len)
+    work = burst_work(shape, load / busy, workload.input_len, workload.output_len)
     return {
         "bound_s_per_100_tokens": bound,
         "measured_over_bound": measured / bound,
-        "achieved_bandwidth_gb_s": work.read / seconds / 1e9,
-        "achieved_tflops": work.flop / seconds / 1e12,
+        "achieved_bandwidth_gb_s": busy * work.read / seconds / 1e9,
+        "achieved_tflops": busy * work.flop / seconds / 1e12,
     }

@@ -152,6 +152,7 @@ def _identity(record: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
         "quantization": deployment.quantization,
         "gpu": deployment.gpu,
         "gpu_count": deployment.gpu_count,
+        "replicas": deployment.replicas,
         "engine": record["engine"]["engine"],
         "engine_version": record["engine"].get("version"),
         "origin": record.get("origin", SERVEGRID_ORIGIN),

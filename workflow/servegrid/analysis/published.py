@@ -51,11 +51,14 @@ def compare_with_published(
     `measured` is a table of `columns.SUMMARY`. Only valid figures of exact output lengths count,
     and emulated ones only if `emulated`. The ratio is measured / published seconds. Its range
     assumes the published value anywhere within its rounding, and the measured value anywhere in its
-    95% interval. Without published data, the table has no rows.
+    95% interval. Deployments with several replicas are left out. Without published data, the table
+    has no rows.
     """
     if published is None:
         return tables.from_rows([], columns.PUBLISHED_COMPARISON)
-    usable = (measured["trials_valid"] > 0) & ~stops_early(measured)
+    # Published tables are of one copy of the model, which had all the GPUs.
+    alone = measured["replicas"].fillna(1).eq(1).astype(bool)
+    usable = (measured["trials_valid"] > 0) & ~stops_early(measured) & alone
     valid = measured[usable].dropna(subset="seconds_per_100_tokens")
     is_emulated = valid["engine"] == EMULATED
     valid = valid.assign(emulated=is_emulated)[is_emulated <= emulated]

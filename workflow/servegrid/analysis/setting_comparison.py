@@ -16,6 +16,7 @@ from servegrid.errors import ComparisonError
 
 Settings = Mapping[str, tuple[str, Mapping[str, Any]]]
 """Base and settings of each swept deployment, from `study.settings.swept_settings`."""
+QUEUEING = "server_queueing"
 HEAD = ("deployment", "setting", "change", "other settings", "speed, second / first", "verdict")
 
 
@@ -24,8 +25,10 @@ def compare_settings(cells: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 
     `cells` is a table of `columns.CELLS`. The ratio is of output tokens/s over the cells that both
     deployments have, with its 95% interval over bring-ups; without two bring-ups there is none. The
-    verdicts control the false discovery rate over all pairs.
+    verdicts control the false discovery rate over all pairs. Cells whose requests waited in the
+    server count as valid, because that is what a setting such as `max_num_seqs` changes.
     """
+    cells = _with_queues(cells)
     rows, ratios = [], []
     for base, key, first, second in _pairs(settings):
         ratio = _compare(cells, first, second)
@@ -51,6 +54,15 @@ def _pairs(settings: Settings) -> Iterator[tuple[str, str, str, str]]:
         different = [key for key in one if base == other_base and one[key] != other[key]]
         if len(different) == 1:
             yield base, different[0], first, second
+
+
+def _with_queues(cells: pd.DataFrame) -> pd.DataFrame:
+    """`cells`, of which those that break no other rule than QUEUEING are valid."""
+    queued = [
+        pd.api.types.is_list_like(rules) and list(rules) == [QUEUEING]
+        for rules in cells["invalid_rules"]
+    ]
+    return cells.assign(valid=cells["valid"].mask(pd.Series(queued, index=cells.index), True))
 
 
 def _compare(cells: pd.DataFrame, first: str, second: str) -> Ratio | None:

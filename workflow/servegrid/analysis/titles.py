@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
-from servegrid.study.deployment import EMULATED
+from servegrid.study.deployment import CPU, EMULATED
 from servegrid.study.grid import OPEN_LOOPS
 from servegrid.study.text import pluralize
 
@@ -44,19 +45,34 @@ def deployment_title(cells: pd.DataFrame) -> str:
     'mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0'
     """
     first = cells.iloc[0]
+    replicas = first["replicas"] if "replicas" in cells else 1
     hardware = hardware_title(first["gpu"], first["gpu_count"])
+    if not pd.isna(replicas) and replicas > 1:
+        hardware += f" in {replicas:.0f} replicas"
     return " · ".join([first["model"], first["quantization"], hardware, _engine_title(cells)])
 
 
 def deployment_titles(cells: pd.DataFrame) -> dict[str, str]:
-    """The titles of all deployments by name, in study order. Equal titles also get the name."""
-    titles = {
-        str(name): deployment_title(rows) for name, rows in cells.groupby("deployment", sort=False)
-    }
+    """The titles of all deployments by name, in study order.
+
+    Equal titles also get what their name says beyond the title, such as the settings of a sweep.
+    """
+    by_name = {str(name): rows for name, rows in cells.groupby("deployment", sort=False)}
+    titles = {name: deployment_title(rows) for name, rows in by_name.items()}
     repeated = {title for title, count in Counter(titles.values()).items() if count > 1}
+    own = {name: _own_part(name, by_name[name].iloc[0]) for name in titles}
     return {
-        name: f"{title} ({name})" if title in repeated else title for name, title in titles.items()
+        name: f"{title} ({own[name]})" if title in repeated and own[name] else title
+        for name, title in titles.items()
     }
+
+
+def _own_part(name: str, row: pd.Series[Any]) -> str:
+    """A deployment's name without the start that servegrid makes from what a title says too."""
+    gpus = row["gpu"] if row["gpu"] == CPU else f"{row['gpu_count']}x{row['gpu']}"
+    start = "_".join(map(str, (row["model"], row["quantization"], row["engine"], gpus)))
+    rest = name.removeprefix(start)
+    return name if rest[:1] not in ("", "_", "-") else rest[1:]
 
 
 def hardware_title(gpu: str, gpu_count: int) -> str:

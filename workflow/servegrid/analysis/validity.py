@@ -218,7 +218,7 @@ def _check_queue(evidence: Evidence) -> str | None:
         return None
     copies = evidence.record["engine"].get("data_parallel_size") or 1
     if workload.concurrency > max_num_seqs * copies:
-        of_each = f" of each of {copies} copies" if copies > 1 else ""
+        of_each = f" of each of {copies} replicas" if copies > 1 else ""
         return (
             f"max_num_seqs {max_num_seqs}{of_each} is less than concurrency {workload.concurrency}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from servegrid.bundle import crate
 from servegrid.bundle.layout import (
@@ -14,6 +14,7 @@ from servegrid.bundle.layout import (
 from servegrid.bundle.limits import JSON_BYTES, read_json
 from servegrid.bundle.tarball import UnpackedArchive
 from servegrid.errors import BundleError
+from servegrid.study.source_files import BUNDLED
 
 
 def find_integrity_problems(tree: Path, unpacked: UnpackedArchive) -> list[str]:
@@ -32,6 +33,11 @@ def find_integrity_problems(tree: Path, unpacked: UnpackedArchive) -> list[str]:
         f"{name}: differs from its hash in {MANIFEST}"
         for name in sorted(listed.keys() & actual.keys())
         if listed[name] != actual[name]
+    ]
+    problems += [
+        f"{name}: its name is not the digest of its content"
+        for name, digest in sorted(actual.items())
+        if name.startswith(f"{BUNDLED}/") and PurePosixPath(name).stem != digest
     ]
     if not unpacked.root.endswith(f"-{manifest_digest(manifest)}"):
         problems.append(

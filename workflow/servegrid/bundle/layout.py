@@ -8,7 +8,10 @@ the workflow that measured the study is in a folder of its own, where nothing lo
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import PurePosixPath
+
+from servegrid.study.source_files import BUNDLED, BUNDLED_SUFFIXES
 
 BUNDLE_FORMAT = 2
 """Raise it if a bundle gets other files or a file gets another meaning."""
@@ -49,10 +52,17 @@ def is_allowed(name: str) -> bool:
         return path.name in RECORDS
     if name.startswith(f"{SOURCE}/"):
         return True
+    if name.startswith(f"{BUNDLED}/"):
+        return str(path.parent) == BUNDLED and is_digest(path.stem, path.suffix)
     for folder, suffixes in _SUFFIXES.items():
         if name.startswith(f"{folder}/"):
             return path.suffix in suffixes
     return name in _FILES or (path.parent == _PUBLISHED and path.suffix == ".csv")
+
+
+def is_digest(stem: str, suffix: str) -> bool:
+    """Whether this is the name of a user's file in a bundle: its SHA-256, and a known ending."""
+    return bool(re.fullmatch(r"[0-9a-f]{64}", stem)) and suffix in BUNDLED_SUFFIXES
 
 
 def manifest_digest(manifest: bytes) -> str:

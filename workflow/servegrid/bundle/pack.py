@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,12 @@ from servegrid.records import parquet
 from servegrid.study.config import parse_study
 from servegrid.study.deployment import canonical_json
 from servegrid.study.grid import Study, Trial
-from servegrid.study.source_files import drop_paths, resolve_sources
+from servegrid.study.source_files import (
+    BUNDLED,
+    bundled_name,
+    resolve_sources,
+    with_bundled_paths,
+)
 
 BUNDLE_LOG = "results/logs/bundle.log"
 """The log of packing itself. It is still being written, so it is not in the bundle."""
@@ -128,7 +134,7 @@ def pack(
         }
         redacted = {trial: redactor.redact_data(record) for trial, record in records.items()}
         for name, data in (
-            (CONFIGURATION, _stage_published(tree, config, folder)),
+            (CONFIGURATION, _stage_files(tree, config, folder)),
             (METADATA, metadata),
             (ENVIRONMENTS, describe.describe_environments(redacted)),
             (MODELS, describe.describe_models(study, redacted)),
@@ -225,12 +231,19 @@ def _stage_sources(tree: Path, made_with: Sources, redactor: Redactor) -> dict[s
     return source
 
 
-def _stage_published(tree: Path, config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
-    """Copy the CSV file of published data, if the study names one; the bundle's configuration.
+def _stage_files(tree: Path, config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """Copy the files that a bundle may have; the bundle's configuration.
 
-    The files of workloads are not copied: the configuration has their facts instead.
+    These are the CSV file of published data, if the study names one, and files of workloads with
+    `in_bundle`. Of other files of workloads, the configuration has only the facts.
     """
-    config = drop_paths(resolve_sources(config)[0])
+    resolved, _ = resolve_sources(config)
+    for entry in resolved["deployments"]:
+        source = entry.get("workload", {}).get("source", {})
+        if "path" in source and source.get("in_bundle"):
+            (tree / BUNDLED).mkdir(exist_ok=True)
+            shutil.copyfile(source["path"], tree / bundled_name(source))
+    config = with_bundled_paths(resolved)
     name = published_path(config)
     if name is None:
         return config

@@ -45,7 +45,7 @@ REPLICABLE_ARGUMENTS = frozenset(
         # llama.cpp
         *("n_batch", "n_ubatch", "cache_type_k", "cache_type_v", "flash_attn_type"),
         # the emulated engine
-        *("timing", "time_scale", "startup_s"),
+        *("timing", "time_scale", "startup_s", "replicas"),
     }
 )
 """Engine arguments that a bundle may set for a replication. Others can load code, such as

@@ -185,10 +185,10 @@ def _engine_packages(kind: str, deployments: Sequence[Deployment]) -> list[str]:
 def _on_nodes(
     profile: Profile, request: ResourceRequest, deployments: Sequence[Deployment]
 ) -> list[tuple[Deployment, int]]:
-    """The deployments of a kind that take several nodes, with this number."""
+    """The deployments of a kind that not every vLLM can start, each with its number of nodes."""
     counted = [
         (each, count_nodes(each, profile.kinds.get(request.kind, {})))
         for each in deployments
         if each.node_kind == request.kind
     ]
-    return [(each, nodes) for each, nodes in counted if nodes > 1]
+    return [(each, nodes) for each, nodes in counted if nodes > 1 or each.replicas > 1]

@@ -32,7 +32,7 @@ def check_container(
 ) -> Iterator[Finding]:
     """Check the container of a kind of `file`; `engines` are packages that it must contain.
 
-    `on_nodes` are the kind's deployments that take several nodes, with their number.
+    `on_nodes` are the kind's deployments that not every vLLM can start, with their nodes.
 
     What only a node can show, such as a program that `setup` loads, is skipped.
     """

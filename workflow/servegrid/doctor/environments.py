@@ -84,7 +84,7 @@ def check_environment(
 def check_start(
     kind: str, environment: Environment, on_nodes: Sequence[tuple[Deployment, int]], file: str
 ) -> Iterator[Finding]:
-    """Check that the environment's vLLM can start the deployments that take several nodes."""
+    """Check that the environment's vLLM can start deployments on several nodes and replicas."""
     version = environment.packages.get("vllm")
     for deployment, nodes in on_nodes:
         if problem := version_problem(deployment, nodes, version):
@@ -92,7 +92,11 @@ def check_start(
             yield GROUP.fail(f"kind {kind}", problem.partition(". ")[0], remedy)
             return
     if on_nodes and version:
-        yield GROUP.ok(f"kind {kind}", f"vLLM {version} can start on several nodes")
+        what = (
+            *(["on several nodes"] if any(nodes > 1 for _, nodes in on_nodes) else []),
+            *(["several replicas"] if any(each.replicas > 1 for each, _ in on_nodes) else []),
+        )
+        yield GROUP.ok(f"kind {kind}", f"vLLM {version} can start {' and '.join(what)}")
 
 
 def environment_remedy(python: str) -> str:
@@ -123,7 +127,8 @@ def check_environments(
     """Check the interpreter of each kind. A kind without its own uses this interpreter.
 
     A relative path starts in the current folder, as it does for the executor. `on_nodes` has the
-    deployments of each kind that take several nodes, with their number; `file` describes the kinds.
+    deployments of each kind that not every vLLM can start, with their nodes; `file` describes the
+    kinds.
     """
     yield from check_main_python(sys.executable)
     results: dict[str, CommandResult] = {}

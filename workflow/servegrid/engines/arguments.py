@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from servegrid.errors import ConfigError
@@ -97,14 +97,13 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of KV cache for `max_num_seqs` requests of `max_model_len` tokens on a CPU.
 
-    Each token needs, per layer and KV head, a key and a value of `head_dim` numbers of 16 bits, or
-    of 32 if `dtype` says so; these sizes come from `model_config`, the model's config.json. The
-    result is at most
-    `KV_CACHE_LIMIT_BYTES` and a quarter of `memory_bytes`, the machine's memory. This limit is also
-    the result if config.json lacks these sizes. It is always enough for one request, because vLLM
-    does not start with less.
+    Each replica gets them. Each token needs, per layer and KV head, a key and a value of `head_dim`
+    numbers of 16 bits, or of 32 if `dtype` says so; these sizes come from `model_config`, the
+    model's config.json. All replicas together get at most `KV_CACHE_LIMIT_BYTES` and a quarter of
+    `memory_bytes`, the machine's memory. This limit is also the result if config.json lacks these
+    sizes. It is always enough for one request, because vLLM does not start with less.
     """
-    limit = min(KV_CACHE_LIMIT_BYTES, memory_bytes // 4)
+    limit = min(KV_CACHE_LIMIT_BYTES, memory_bytes // 4) // deployment.replicas
     try:
         heads = model_config["num_attention_heads"]
         head_dim = model_config.get("head_dim") or model_config["hidden_size"] // heads
@@ -116,6 +115,26 @@ def kv_cache_bytes(
     per_token: int = layers * kv_heads * head_dim * 2 * (4 if single else 2)
     per_request = per_token * -(-deployment.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
     return max(per_request, min(limit, per_request * deployment.max_num_seqs))
+
+
+def worker_cores(
+    cores: Collection[int], workers: int, siblings: Callable[[int], frozenset[int]]
+) -> str:
+    """The cores of each of vLLM's workers on a CPU, as VLLM_CPU_OMP_THREADS_BIND wants them.
+
+    vLLM 0.32 itself binds all replicas to the same cores. Like vLLM, this takes one hardware thread
+    of each physical core, unless there are too few; `siblings` returns the threads of a core.
+
+    >>> worker_cores(range(8), 2, lambda core: frozenset({core % 4, core % 4 + 4}))
+    '0,1|2,3'
+    """
+    physical = sorted({min(siblings(core) & frozenset(cores)) for core in cores})
+    usable = physical if len(physical) >= workers else sorted(cores)
+    each = len(usable) // workers
+    if not each:
+        return "nobind"
+    parts = (usable[number * each : (number + 1) * each] for number in range(workers))
+    return "|".join(",".join(map(str, part)) for part in parts)
 
 
 def _check_no_option(deployment: Deployment, key: str, value: Any) -> None:

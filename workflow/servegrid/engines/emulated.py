@@ -13,7 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from servegrid import __version__
@@ -24,6 +24,7 @@ from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
 from servegrid.errors import ConfigError, EngineError, NotServableError
 from servegrid.node.reaper import start_reaper
 from servegrid.records.verdict import OOM_AT_START
+from servegrid.study.deployment import REPLICAS
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
 
@@ -38,7 +39,8 @@ class EmulatedSettings:
     `timing` is the name of a published study, `roofline`, or the path of a CSV file in the format
     of the published studies. All times are multiplied by `time_scale` (for a quick rehearsal) and
     by `slowdown` (to make a deployment slower than its table). A start takes `startup_s` seconds;
-    it is not scaled.
+    it is not scaled. `replicas` comes from the deployment's own key: each has the timing of its
+    share of the GPUs.
     """
 
     timing: str = "roofline"
@@ -46,6 +48,7 @@ class EmulatedSettings:
     slowdown: float = 1.0
     startup_s: float = 0.0
     faults: tuple[Mapping[str, Any], ...] = ()
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,9 @@ def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tu
     Raises ConfigError with the deployment and the key if an argument is unknown or has a wrong
     value, or if the table or the roofline model has no data for the deployment.
     """
-    known = [field.name for field in fields(EmulatedSettings)]
+    known = [field.name for field in fields(EmulatedSettings) if field.name != REPLICAS]
     for key in deployment.engine_args:
-        if key not in known:
+        if key not in (*known, REPLICAS):
             raise ConfigError(_unknown_argument(deployment, f"engine_args.{key}", key, known))
     settings = EmulatedSettings(**deployment.engine_args)
     for key in ("time_scale", "slowdown"):
@@ -88,7 +91,8 @@ def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tu
         _parse_fault(deployment, number, fault) for number, fault in enumerate(settings.faults)
     )
     scale = settings.time_scale * settings.slowdown
-    return settings, load_timing(deployment, settings.timing).scaled(scale), faults
+    one = replace(deployment, gpu_count=deployment.gpu_count // settings.replicas)
+    return settings, load_timing(one, settings.timing).scaled(scale), faults
 
 
 @contextlib.contextmanager
@@ -111,7 +115,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[EmulatedEngine]
             socket=str(path) if path else None,
             started_here=True,
         )
-        server = EmulatedServer(listener, timing, faults, endpoint)
+        server = EmulatedServer(listener, timing, faults, endpoint, settings.replicas)
         stack.callback(server.stop)
         server.start()
         facts = {
@@ -120,6 +124,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[EmulatedEngine]
             "timing": settings.timing,
             "time_scale": settings.time_scale,
             "engine_args": dict(deployment.engine_args),
+            "data_parallel_size": settings.replicas,
             "bring_up_s": {"engine": round(time.monotonic() - started, 3)},
         }
         yield EmulatedEngine(endpoint, facts, server)

@@ -1,7 +1,9 @@
 """The server of the emulated engine: OpenAI's streaming completions with simulated latencies.
 
 It runs in a thread of the allocation's process. Requests share the engine as in a real one: the
-current number of requests in flight decides how fast each request advances.
+current number of requests in flight decides how fast each request advances. With several replicas,
+each has requests of its own: a new request goes to the one with the fewest in flight, and equal
+ones take turns, as in vLLM.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ class Fault:
     """A fault that the engine shows on purpose.
 
     It affects requests with at least `input_len` prompt tokens while at least `concurrency` are in
-    flight. `seconds` is the extra time of a slow start.
+    flight on their replica. `seconds` is the extra time of a slow start.
     """
 
     kind: str
@@ -61,6 +63,7 @@ class _Request:
     input_len: int
     output_len: int
     arrived: float
+    replica: int = 0
     position: float = 0.0
     stalled: bool = False
     refusal: str | None = None
@@ -84,7 +87,10 @@ class _Request:
 
 
 class EmulatedServer:
-    """Serves on `listener` from `start` until `stop`, or until a fault ends it."""
+    """Serves on `listener` from `start` until `stop`, or until a fault ends it.
+
+    `timing` is that of one of the `replicas`.
+    """
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class EmulatedServer:
         timing: Timing,
         faults: Sequence[Fault],
         endpoint: Endpoint,
+        replicas: int = 1,
     ) -> None:
         self._listener, self._timing, self._faults = listener, timing, faults
         self._endpoint = endpoint
@@ -102,6 +109,8 @@ class EmulatedServer:
         self._arrived = asyncio.Event()
         self._waiting: list[_Request] = []
         self._active: list[_Request] = []
+        self._in_flight = [0] * replicas
+        self._first_asked = 0
         self._transports: set[asyncio.Transport] = set()
 
     def start(self) -> None:
@@ -163,7 +172,8 @@ class EmulatedServer:
     async def _completions(self, http: web.Request) -> web.StreamResponse:
         assert isinstance(http.transport, asyncio.Transport)
         body = await http.json()
-        request = _Request(_tokens(body["prompt"]), int(body["max_tokens"]), time.monotonic())
+        lengths = _tokens(body["prompt"]), int(body["max_tokens"])
+        request = _Request(*lengths, time.monotonic(), self._choose_replica())
         self._transports.add(http.transport)
         self._waiting.append(request)
         self._arrived.set()
@@ -171,9 +181,22 @@ class EmulatedServer:
             return await self._answer(http, body, request)
         finally:
             self._transports.discard(http.transport)
-            for queue in (self._waiting, self._active):
-                if request in queue:
-                    queue.remove(request)
+            self._remove(request)
+
+    def _choose_replica(self) -> int:
+        """The replica for a new request, which counts as in flight there until `_remove`."""
+        count = len(self._in_flight)
+        order = [(self._first_asked + number) % count for number in range(count)]
+        self._first_asked = (self._first_asked + 1) % count
+        chosen = min(order, key=lambda replica: self._in_flight[replica])
+        self._in_flight[chosen] += 1
+        return chosen
+
+    def _remove(self, request: _Request) -> None:
+        for queue in (self._waiting, self._active):
+            if request in queue:
+                queue.remove(request)
+                self._in_flight[request.replica] -= 1
 
     async def _answer(
         self, http: web.Request, body: dict[str, Any], request: _Request
@@ -243,7 +266,7 @@ class EmulatedServer:
 
     def _advance(self, request: _Request, seconds: float) -> float:
         """Advance a request by `seconds`; returns the seconds until its next token."""
-        in_flight = len(self._active) + len(self._waiting)
+        in_flight = self._in_flight[request.replica]
         times = self._timing(in_flight, request.input_len)
         if request.position < 1:
             self._apply_faults(request, in_flight, times is None)
@@ -254,7 +277,7 @@ class EmulatedServer:
         if math.floor(request.position) > before:
             request.changed.set()
         if request.position >= request.output_len and request in self._active:
-            self._active.remove(request)
+            self._remove(request)
         return request.due_in(times.ttft_s, times.itl_s)
 
     def _apply_faults(self, request: _Request, in_flight: int, unknown: bool) -> None:

@@ -44,7 +44,7 @@ from servegrid.engines.vllm_server import EngineExitedError, VllmServer
 from servegrid.engines.vllm_worker import WorkerExtension
 from servegrid.errors import EngineError
 from servegrid.node import processes
-from servegrid.node.environment import set_environment
+from servegrid.node.environment import hardware_threads, set_environment
 from servegrid.node.reaper import start_reaper
 from servegrid.study import models
 from servegrid.study.endpoint import Endpoint
@@ -60,6 +60,8 @@ ENVIRONMENT = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 """The GPU order of NVML; no usage reports and no downloads; no fork of a process with threads."""
+
+CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 
 RECORDED_PACKAGES = (
     "torch",
@@ -103,7 +105,7 @@ def start_engine(deployment: Deployment, site: Site) -> Iterator[VllmEngine]:
         stack.enter_context(network.warnings_shown(reaper.folder))
         path = socket_path(site, reaper.folder)
         check_socket_path(reaper.folder / str(uuid.uuid4()))  # vLLM names its sockets like this
-        with set_environment(engine_environment(reaper.folder, nodes)):
+        with set_environment(engine_environment(reaper.folder, nodes) | _cores(deployment)):
             api = _load_api(deployment)
             words = _command_line(deployment, checkpoint, extras, api)
             listener = stack.enter_context(_listener(path))
@@ -207,6 +209,14 @@ def engine_environment(folder: Path, nodes: Nodes | None = None) -> dict[str, st
         found |= vllm_nodes.node_environment(nodes.addresses[nodes.rank], nodes.interface)
         found |= network.nccl_variables(folder)
     return found
+
+
+def _cores(deployment: Deployment) -> dict[str, str]:
+    """On a CPU, each replica gets cores of its own, unless the variable says which."""
+    if deployment.gpu_count or deployment.replicas == 1 or CORES_VARIABLE in os.environ:
+        return {}
+    cores, workers = os.sched_getaffinity(0), deployment.parallelism.workers
+    return {CORES_VARIABLE: arguments.worker_cores(cores, workers, hardware_threads)}
 
 
 class _Clock:

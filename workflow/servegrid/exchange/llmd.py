@@ -73,7 +73,7 @@ def _format_parallelism(deployment: Deployment, engine: Mapping[str, Any]) -> di
     """What vLLM has recorded; for other engines, all GPUs are taken for tensor parallel."""
     copies = engine.get("data_parallel_size")
     return {
-        "tp": engine.get("tensor_parallel_size") or max(1, deployment.gpu_count),
+        "tp": engine.get("tensor_parallel_size") or deployment.parallelism.tensor,
         "pp": engine.get("pipeline_parallel_size"),
         "dp": copies,
         "dp_local": copies,

@@ -21,6 +21,7 @@ import psutil
 from servegrid.errors import ConfigError
 
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 def use_safe_path() -> None:
@@ -121,3 +122,13 @@ def find_vllm(site: Mapping[str, Any]) -> str | None:
     found = sorted(python.parent.parent.glob("lib/python3*/site-packages/vllm*.dist-info"))
     named = [re.fullmatch(r"vllm(?:_\w+)?-(.+)\.dist-info", path.name) for path in found]
     return next((match[1] for match in named if match), None)
+
+
+def hardware_threads(core: int) -> frozenset[int]:
+    """The hardware threads on the same physical core as `core`; only `core` if unknown."""
+    found = {core}
+    with contextlib.suppress(OSError, ValueError):
+        for part in Path(_TOPOLOGY.format(core)).read_text(encoding="utf-8").strip().split(","):
+            first, _, last = part.partition("-")
+            found |= {*range(int(first), int(last or first) + 1)}
+    return frozenset(found)

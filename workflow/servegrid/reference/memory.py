@@ -110,12 +110,14 @@ def place(deployment: Deployment, shape: ModelShape, device: Device) -> Placemen
     """How vLLM places the deployment.
 
     Tensor and pipeline parallelism split the weights. Tensor parallelism splits the KV cache by
-    heads; with more GPUs than KV heads, a head is stored several times. Raises ConfigError if
+    heads; with more GPUs than KV heads, a head is stored several times. Replicas have a copy of the
+    weights each, but vLLM divides the experts of a model among all of them. Raises ConfigError if
     `engine_args` contradict `gpu_count`.
     """
     sizes, arguments = deployment.parallelism, deployment.engine_args
     gpus = sizes.tensor * sizes.pipeline
-    weights = shape.weight_bytes / gpus
+    shared = shape.expert_share * (1 - 1 / sizes.data)
+    weights = shape.weight_bytes * (1 - shared) / gpus
     repeats = max(1.0, sizes.tensor / shape.kv_heads) if shape.kv_heads else 1.0
     kv_share = repeats / gpus
     if device.memory_bytes is None:

@@ -58,12 +58,17 @@ class ModelShape:
         With E experts of which each token uses k, n tokens use E·(1 - (1 - k/E)^n) on average, if
         they choose independently and with equal probability.
         """
+        missed: float = (1 - self.active_experts / self.experts) ** tokens
+        return self.weight_bytes * (1 - self.expert_share * missed)
+
+    @property
+    def expert_share(self) -> float:
+        """The share of the parameters that is in experts; 0 for a dense model."""
         if self.experts == 1:
-            return self.weight_bytes
+            return 0.0
         unused = self.experts - self.active_experts
         expert = (self.params - self.active_params) / unused
-        missed: float = (1 - self.active_experts / self.experts) ** tokens
-        return self.weight_bytes * (1 - expert * self.experts * missed / self.params)
+        return expert * self.experts / self.params
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class Hardware:
 
     bandwidth: float
     flops: float
+
+    def share(self, count: int) -> Hardware:
+        """One of `count` equal parts."""
+        return Hardware(self.bandwidth / count, self.flops / count)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def _block(plan: DeploymentPlan, study: StudyPlan, all_cells: bool) -> Iterator[
     yield f"{plan.deployment.name}  (model: {plan.source})"
     if (nodes := study.site.nodes.get(plan.deployment.name, 1)) > 1:
         yield f"  nodes: {nodes}"
+    if plan.deployment.replicas > 1:
+        yield f"  replicas: {plan.deployment.replicas}"
     if plan.unknown:
         yield f"  not predicted: {plan.unknown}"
         return

@@ -6,14 +6,12 @@ import contextlib
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from servegrid.client import workers
+from servegrid.node.environment import hardware_threads
 
 MIN_CORES_TO_SPLIT = 8
 """On a node with fewer cores, the engine would be slower without those of the client."""
-
-_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,6 @@ def assign_cpu_sets(
     physical = {(siblings or hardware_threads)(core) & all_cores for core in all_cores}
     client = tuple(sorted(physical, key=min)[-processes:])
     return CpuSets(all_cores.difference(*client), client)
-
-
-def hardware_threads(core: int) -> frozenset[int]:
-    """The hardware threads on the same physical core as `core`; only `core` if unknown."""
-    found = {core}
-    with contextlib.suppress(OSError, ValueError):
-        for part in Path(_TOPOLOGY.format(core)).read_text(encoding="utf-8").strip().split(","):
-            first, _, last = part.partition("-")
-            found |= {*range(int(first), int(last or first) + 1)}
-    return frozenset(found)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from servegrid.errors import ConfigError
 from servegrid.study.endpoint import Api, ExternalEndpoint, check_extras
-from servegrid.study.parallelism import Parallelism, read_parallelism
+from servegrid.study.parallelism import DATA, Parallelism, read_parallelism
 
 EMULATED = "emulated"
 """The engine that needs no hardware and no model."""
@@ -19,6 +19,9 @@ VLLM = "vllm"
 LLAMACPP = "llamacpp"
 EXTERNAL = "external"
 """The engine of an endpoint that somebody else has started."""
+REPLICAS = "replicas"
+_REPLICA_ARGUMENTS = {VLLM: DATA, EMULATED: REPLICAS}
+"""The argument of each engine that can serve several copies of a model behind one endpoint."""
 CPU = "cpu"
 """The kind of a node without GPUs."""
 GPU_MEMORY_UTILIZATION = 0.90
@@ -113,14 +116,20 @@ class Deployment:
     @property
     def parallelism(self) -> Parallelism:
         """How its GPUs work together. Raises ConfigError if its `engine_args` contradict them."""
-        if self.engine != VLLM:
-            return Parallelism(tensor=max(1, self.gpu_count))
-        return read_parallelism(self.engine_args, self.gpu_count, f"deployment `{self.name}`")
+        if self.engine == VLLM:
+            return read_parallelism(self.engine_args, self.gpu_count, f"deployment `{self.name}`")
+        replicas = self.engine_args.get(REPLICAS, 1) if self.engine == EMULATED else 1
+        return Parallelism(tensor=max(1, self.gpu_count // replicas), data=replicas)
+
+    @property
+    def replicas(self) -> int:
+        """The copies of the model behind its endpoint, among which it divides the requests."""
+        return self.parallelism.data
 
     @property
     def max_running(self) -> int:
-        """The most requests that it runs at once: vLLM applies `max_num_seqs` to each copy."""
-        return self.max_num_seqs * self.parallelism.data
+        """The most requests that it runs at once: vLLM applies `max_num_seqs` to each replica."""
+        return self.max_num_seqs * self.replicas
 
 
 _LATER: tuple[tuple[str, Any], ...] = (
@@ -150,12 +159,13 @@ def digest_text(text: str) -> str:
 def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
     """The deployment of an entry that matches the schema. Errors name its place `where`.
 
-    Raises ConfigError if gpu_count does not match the kind of GPU or vLLM's parallel sizes, if the
-    entry has only one of `engine: external` and `endpoint`, or if the weights or the tokenizer are
-    missing.
+    Raises ConfigError if gpu_count does not match the kind of GPU, the replicas or vLLM's parallel
+    sizes, if the engine cannot serve several replicas, if the entry has only one of `engine:
+    external` and `endpoint`, or if the weights or the tokenizer are missing.
     """
     on_cpu = entry["gpu"] == CPU
-    gpu_count = entry.get("gpu_count", 0 if on_cpu else 1)
+    replicas = entry.get(REPLICAS, 1)
+    gpu_count = entry.get("gpu_count", 0 if on_cpu else replicas)
     if on_cpu != (gpu_count == 0):
         raise ConfigError(
             f"{where}.gpu_count: {gpu_count} is not valid with gpu `{entry['gpu']}`. "
@@ -168,12 +178,17 @@ def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
         )
     (_check_external_keys if external else _check_managed_keys)(entry, where)
     _check_served_keys(entry, where)
+    _check_replicas(entry, gpu_count, where)
+    arguments = entry.get("engine_args", {})
+    if replicas > 1:
+        arguments = {**arguments, _REPLICA_ARGUMENTS[entry["engine"]]: replicas}
     if entry["engine"] == VLLM:
-        read_parallelism(entry.get("engine_args", {}), gpu_count, where)
+        read_parallelism(arguments, gpu_count, where)
     endpoint = ExternalEndpoint(**entry["endpoint"]) if external else None
     gpus = CPU if on_cpu else f"{gpu_count}x{entry['gpu']}"
     engine = f"{EXTERNAL}-{endpoint.engine}" if endpoint else entry["engine"]
-    parts = (entry["model"], entry["quantization"], engine, gpus)
+    parts = [entry["model"], entry["quantization"], engine, gpus]
+    parts += [f"{REPLICAS}-{replicas}"] if replicas > 1 else []
     return Deployment(
         name=entry.get("name", "_".join(parts)),
         model=entry["model"],
@@ -185,7 +200,7 @@ def parse_deployment(entry: Mapping[str, Any], where: str) -> Deployment:
         gpu_count=gpu_count,
         max_model_len=entry["max_model_len"],
         max_num_seqs=entry.get("max_num_seqs", 256),
-        engine_args=entry.get("engine_args", {}),
+        engine_args=arguments,
         endpoint=endpoint,
         network=entry.get("network"),
         api=entry.get("api", "completions"),
@@ -231,6 +246,36 @@ def _check_served_keys(entry: Mapping[str, Any], where: str) -> None:
     if entry["model"] in entry.get("lora", {}):
         raise ConfigError(
             f"{where}.lora: `{entry['model']}` is the name of the model. Rename the adapter."
+        )
+
+
+def _check_replicas(entry: Mapping[str, Any], gpu_count: int, where: str) -> None:
+    engine, replicas = entry["engine"], entry.get(REPLICAS, 1)
+    argument = _REPLICA_ARGUMENTS.get(engine)
+    given = {key.replace("-", "_") for key in entry.get("engine_args", {})}
+    if argument in given and (REPLICAS in entry or engine == EMULATED):
+        raise ConfigError(
+            f"{where}: engine_args.{argument} is set by the deployment's own key `{REPLICAS}`. Set "
+            "that key and remove the argument."
+        )
+    if replicas == 1:
+        return
+    if argument is None:
+        known = " and ".join(f"`{each}`" for each in _REPLICA_ARGUMENTS)
+        remedy = (
+            "give `gpu_count` and `max_num_seqs` of all replicas of the server"
+            if engine == EXTERNAL
+            else "measure one replica; the capacity plan says how many of it are needed"
+        )
+        raise ConfigError(
+            f"{where}.{REPLICAS}: only {known} serve several replicas behind one endpoint, "
+            f"`{engine}` does not. Remove the key, and {remedy}."
+        )
+    if gpu_count % replicas:
+        raise ConfigError(
+            f"{where}.gpu_count: {gpu_count} GPUs cannot be divided evenly among {replicas} "
+            f"replicas. `gpu_count` counts the GPUs of all replicas: set it to {replicas} times "
+            "those of one."
         )
 
 

@@ -13,6 +13,9 @@ from typing import Any
 from servegrid.study.deployment import EMULATED, VLLM, Deployment
 
 MIN_VLLM = (0, 12)
+MIN_VLLM_REPLICAS = (0, 11)
+"""Before this vLLM, GPUs older than A100 got its engine V0, which starts no replicas: it waits for
+them for ever. From here on, all GPUs get V1."""
 BACKEND = "distributed_executor_backend"
 
 
@@ -34,10 +37,17 @@ def nodes_problem(deployment: Deployment, nodes: int) -> str | None:
     if deployment.engine != VLLM:
         return f"{needs}, but servegrid starts {deployment.engine} on one node only. {remedy}"
     parallelism = deployment.parallelism
-    if parallelism.data * parallelism.prefill_context > 1:
+    if parallelism.data > 1:
+        return (
+            f"{needs}, but servegrid starts the {parallelism.data} replicas of a deployment "
+            "(`replicas`, data parallelism) on one node only. Measure one replica, as a deployment "
+            "of its own: the capacity plan says how many of it are needed. Or choose a kind of "
+            "node with enough GPUs."
+        )
+    if parallelism.prefill_context > 1:
         return (
             f"{needs}, but on several nodes servegrid supports tensor and pipeline parallelism "
-            f"only, not data or prefill context parallelism. {remedy}"
+            f"only, not prefill context parallelism. {remedy}"
         )
     if parallelism.workers % nodes:
         return (
@@ -57,11 +67,21 @@ def nodes_problem(deployment: Deployment, nodes: int) -> str | None:
 
 
 def version_problem(deployment: Deployment, nodes: int, vllm: str | None) -> str | None:
-    """Why this version of vLLM cannot run on several nodes; None if it can, or is unknown."""
-    if nodes == 1 or deployment.engine != VLLM or vllm is None:
+    """Why this version of vLLM cannot run on several nodes, or several replicas.
+
+    None if it can, or is unknown.
+    """
+    if deployment.engine != VLLM or vllm is None:
         return None
     found = tuple(map(int, re.findall(r"\d+", vllm)[:2]))
-    if len(found) < 2 or found >= MIN_VLLM:
+    if len(found) == 2 and found < MIN_VLLM_REPLICAS and deployment.replicas > 1:
+        return (
+            f"deployment `{deployment.name}` has {deployment.replicas} replicas, but vLLM {vllm} "
+            f"of the kind `{deployment.gpu}` may start the engine V0, which has none. vLLM "
+            f"{'.'.join(map(str, MIN_VLLM_REPLICAS))} and newer can: use another environment "
+            "(`python` of the kind), or measure one replica."
+        )
+    if nodes == 1 or len(found) < 2 or found >= MIN_VLLM:
         return None
     return (
         f"deployment `{deployment.name}` needs {deployment.gpu_count} GPUs on {nodes} nodes, but "

@@ -61,7 +61,7 @@ def read_parallelism(engine_args: Mapping[str, Any], gpu_count: int, where: str)
         if given[key] not in (None, False):
             raise ConfigError(
                 f"{where}: engine_args.{key} spreads the model over several servers, but servegrid "
-                f"starts one. Remove the argument. `{DATA}` starts several copies. If a node has "
+                f"starts one. Remove the argument. `replicas` starts several copies. If a node has "
                 "too few GPUs, servegrid takes several nodes."
             )
     sizes = {key: _size(given.get(key), key, where) for key in (PIPELINE, DATA, PREFILL_CONTEXT)}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from servegrid.errors import ConfigError
-from servegrid.study.deployment import CPU, EXTERNAL, VLLM, parse_deployment
+from servegrid.study.deployment import CPU, EXTERNAL, REPLICAS, VLLM, parse_deployment
 from servegrid.study.parallelism import DATA, PIPELINE, PREFILL_CONTEXT, TENSOR
 
-KEYS = ("max_num_seqs", "max_model_len")
+KEYS = ("max_num_seqs", "max_model_len", REPLICAS)
 """Keys of a deployment that a sweep can change; all other names are arguments of the engine."""
 _CLOSE = 0.85
 """How alike a name must be to one of KEYS to be taken for a slip."""
@@ -48,6 +48,8 @@ def expand_sweep(entry: Mapping[str, Any], where: str) -> list[SweptEntry]:
         settings = dict(zip(swept, values, strict=True))
         changed = _with_settings(plain, settings)
         plain_name = parse_deployment(changed, where).name
+        if REPLICAS in settings:  # the name says it already
+            plain_name = plain_name.removesuffix(f"_{REPLICAS}-{settings[REPLICAS]}")
         name = "_".join([plain_name, *(f"{key}-{_word(each)}" for key, each in settings.items())])
         base = found[0].base if found else plain_name
         found.append(SweptEntry(changed | {"name": name}, base, settings))
@@ -70,7 +72,8 @@ def _with_settings(entry: Mapping[str, Any], settings: Mapping[str, Any]) -> dic
     found = dict(entry) | {key: value for key, value in settings.items() if key in KEYS}
     if TENSOR in arguments and entry["gpu"] != CPU and entry["engine"] == VLLM:
         # The deployment's key for it is the number of all GPUs.
-        others = (arguments.get(key, 1) for key in (PIPELINE, DATA, PREFILL_CONTEXT))
+        others = [arguments.get(key, 1) for key in (PIPELINE, DATA, PREFILL_CONTEXT)]
+        others.append(found.get(REPLICAS, 1))
         found["gpu_count"] = arguments.pop(TENSOR) * math.prod(others)
     return found | {"engine_args": arguments}
 

@@ -185,6 +185,8 @@ def _check_keys(keys: Mapping[str, Any], kind: Kind, where: str) -> None:
             f"{where}: the kind `{kind}` needs `path`, the file. Add it. A bundle does not contain "
             "the file: ask its authors."
         )
+    if keys.get("in_bundle") and "facts" not in keys:
+        raise ConfigError(f"{where}.in_bundle: there is no file without `path`. Remove it.")
     if "facts" in keys:
         for key in ("input_lens", "output_lens", "prefix_len"):
             if key in keys:

@@ -21,6 +21,8 @@ from servegrid.errors import ConfigError
 from servegrid.study.source import BLOCK_TOKENS, NEEDS_FILE, FileFacts
 
 MAX_TOKENS = 2**31 - 1
+BUNDLED, BUNDLED_SUFFIXES = "data", (".csv", ".json", ".jsonl", ".parquet")
+"""The folder of a bundle for files of users, and the endings of their names there."""
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -125,6 +127,27 @@ def drop_paths(config: Mapping[str, Any]) -> dict[str, Any]:
             drop(entry) if isinstance(entry, Mapping) else entry for entry in entries
         ]
     return dropped
+
+
+def with_bundled_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with facts, as `resolve_sources` returns it; only what a bundle has keeps a path.
+
+    These are the files with `in_bundle`. In a bundle they are named after their SHA-256.
+    """
+    found = drop_paths(config)
+    for entry, given in zip(found["deployments"], config["deployments"], strict=True):
+        source = given.get("workload", {}).get("source", {})
+        if "path" in source and source.get("in_bundle"):
+            entry["workload"]["source"]["path"] = bundled_name(source)
+    return found
+
+
+def bundled_name(source: Mapping[str, Any]) -> str:
+    """The path in a bundle of the file of a source with `path` and `facts`."""
+    suffix = Path(source["path"]).suffix.lower()
+    if suffix not in BUNDLED_SUFFIXES:  # how a file is read depends on it
+        suffix = ".jsonl" if source["kind"] == "file" else ".csv"
+    return f"{BUNDLED}/{source['facts']['sha256']}{suffix}"
 
 
 def _read_facts(source: Mapping[str, Any], context: int) -> FileFacts:

@@ -40,7 +40,14 @@ CELLS = (
     Column("model", pa.string(), "", "Name of the model"),
     Column("quantization", pa.string(), "", "Number format of the weights"),
     Column("gpu", pa.string(), "", "Kind of GPU, or `cpu`"),
-    Column("gpu_count", pa.int32(), "", "GPUs of the deployment"),
+    Column("gpu_count", pa.int32(), "", "GPUs of the deployment, with all its replicas"),
+    Column(
+        "replicas",
+        pa.int32(),
+        "",
+        "Copies of the model in the deployment, among which it divides the requests; null in older "
+        "tables",
+    ),
     Column("engine", pa.string(), "", "Engine that served the model"),
     Column("engine_version", pa.string(), "", "Version of the engine"),
     Column(

@@ -18,7 +18,8 @@ def _from_cells(*names: str) -> tuple[Column, ...]:
 _EMULATED = Column("emulated", pa.bool_(), "", "True if the engine is emulated")
 
 SUMMARY_KEYS = _from_cells(
-    *("deployment", "model", "quantization", "gpu", "gpu_count", "engine", "time_scale"),
+    *("deployment", "model", "quantization", "gpu", "gpu_count", "replicas", "engine"),
+    "time_scale",
     *("protocol", "concurrency", "request_rate", "input_len", "output_len", "output_len_exact"),
 )
 """The columns that identify a cell."""
@@ -290,8 +291,14 @@ CAPACITY_PLAN = (
         "Users that the plan puts on one replica: 90% of users_carried_low, or of users_carried "
         "if that is null; 85% with prompts of several lengths",
     ),
-    Column("replicas", pa.int32(), "", "Replicas for all users, who are split evenly"),
-    Column("gpus", pa.int32(), "", "GPUs of all replicas"),
+    Column(
+        "replicas",
+        pa.int32(),
+        "",
+        "Copies of the whole deployment for all users, who are split evenly. If the deployment "
+        "itself has several replicas, each copy has as many",
+    ),
+    Column("gpus", pa.int32(), "", "GPUs of all copies of the deployment"),
     Column("in_flight_mean", pa.float64(), "requests", "Mean requests in flight on all replicas"),
     Column("output_tokens_per_s", pa.float64(), "tokens/s", "Mean output tokens/s of all users"),
     Column("purchase", pa.float64(), _MONEY, "Price of all GPUs"),
