@@ -45,6 +45,18 @@ REQUESTS = (
         "Prompt tokens from the server's prefix cache, by the usage of its response; null if the "
         "usage does not say",
     ),
+    Column(
+        "conversation",
+        pa.int32(),
+        "",
+        "Number of the conversation that the request is a turn of, from 0; null without `turns`",
+    ),
+    Column(
+        "turn",
+        pa.int32(),
+        "",
+        "Which of the user's turns in the conversation it is, from 1; null without `turns`",
+    ),
 )
 """One row per request."""
 
