@@ -106,6 +106,8 @@ def test_usage_per_chunk_counts_the_tokens_of_each_chunk_even_without_text() -> 
         "sent_tokens": 7,
         "shared_tokens": 0,
         "cached_tokens": None,
+        "conversation": None,
+        "turn": None,
     }
 
 
