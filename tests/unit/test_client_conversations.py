@@ -54,7 +54,7 @@ def carried(composed: Composed | None) -> tuple[object, ...]:
 
 def test_the_history_is_exactly_what_the_server_has_processed() -> None:
     dialogues = Dialogues(iter([script([1, 2, 3], [4, 5], [6]), script([8])]), "ids", None)
-    assert carried(dialogues.open(0)) == ([1, 2, 3], 0, 1, 3, 0)
+    assert carried(dialogues.begin(0, 0)) == ([1, 2, 3], 0, 1, 3, 0)
     second = dialogues.follow(0, answered(ids=[70, 71], prompt_tokens=3))
     # The KV of 71 was never computed: 3 + 2 - 1 tokens are in the server's cache.
     assert carried(second) == ([1, 2, 3, 70, 71, 4, 5], 0, 2, 7, 4)
@@ -69,16 +69,16 @@ def test_the_history_is_exactly_what_the_server_has_processed() -> None:
 def test_after_a_failed_turn_the_next_conversation_begins() -> None:
     scripts = [script([1], [2]), script([3], [4], shared_len=1)]
     dialogues = Dialogues(iter(scripts), "ids", None)
-    dialogues.open(7)
+    dialogues.begin(7, 3)
     assert carried(dialogues.follow(7, None)) == ([3], 1, 1, 1, 1)
     assert carried(dialogues.follow(7, answered(ids=[9], prompt_tokens=1)))[0] == [3, 9, 4]
 
 
 def test_users_do_not_start_at_the_same_turn_and_take_conversations_as_they_come() -> None:
     turns = [[1], [2], [3]]
-    dialogues = Dialogues((script(*turns) for _ in range(9)), "ids", None)
+    dialogues = Dialogues((script(*turns) for _ in range(9)), "ids", None, staggered=True)
     for user in range(4):
-        dialogues.open_staggered(user, user)
+        dialogues.begin(user, user)
     played = {user: [0] for user in range(4)}
     for _ in range(3):
         for user in range(4):
@@ -93,7 +93,7 @@ def test_users_do_not_start_at_the_same_turn_and_take_conversations_as_they_come
 def test_a_share_has_its_own_conversations_of_all_and_skips_rows_that_cannot_be_sent() -> None:
     scripts = [script([1]), Script(()), script([3])]
     dialogues = Dialogues(iter(scripts), "ids", None, share=(1, 3))
-    assert carried(dialogues.open(0)) == ([1], 1, 1, 1, 0)
+    assert carried(dialogues.begin(0, 0)) == ([1], 1, 1, 1, 0)
     assert carried(dialogues.follow(0, None)) == ([3], 7, 1, 1, 0)
     assert dialogues.rows_left_out == 1
 
@@ -102,7 +102,7 @@ def test_a_conversation_ends_before_its_prompt_is_too_long() -> None:
     scripts = [script([1, 2, 3], [4, 5]), script([8])]
     for longest, expected in ((7, [1, 2, 3, 70, 71, 4, 5]), (6, [8])):
         dialogues = Dialogues(iter(scripts), "ids", None, longest)
-        dialogues.open(0)
+        dialogues.begin(0, 0)
         assert carried(dialogues.follow(0, answered(ids=[70, 71])))[0] == expected
         assert dialogues.cut == (longest == 6)
 
@@ -111,18 +111,18 @@ def test_without_token_ids_the_text_of_the_answer_is_carried(word_tokenizer: Pat
     tokenizer = open_tokenizer(word_tokenizer)
     ids = tokenizer.encode("the river of").ids
     dialogues = Dialogues(iter([script(ids[:1], ids[2:])]), "ids", tokenizer)
-    dialogues.open(0)
+    dialogues.begin(0, 0)
     assert carried(dialogues.follow(0, answered("river"))) == (ids, 0, 2, 3, 3)
     texts = (UserTurn("the", 1, 2, 0.0), UserTurn("of", 1, 2, 0.0))
     dialogues = Dialogues(iter([Script(texts)]), "text", tokenizer)
-    dialogues.open(0)
+    dialogues.begin(0, 0)
     found = dialogues.follow(0, answered(" river", prompt_tokens=1))
     assert carried(found) == ("the river\n\nof", 0, 2, 3, 2)
 
 
 def test_without_a_tokenizer_an_answer_has_as_many_tokens_as_the_server_counted() -> None:
     dialogues = Dialogues(iter([script([1], [2])]), "ids", None)
-    dialogues.open(0)
+    dialogues.begin(0, 0)
     prompt, *_, input_len, _ = carried(dialogues.follow(0, Answer("a b c", None, 1, 5)))
     assert isinstance(prompt, list)
     assert (prompt[0], prompt[-1], len(prompt), input_len) == (1, 2, 7, 7)
@@ -224,6 +224,7 @@ def test_a_file_gives_the_turns_of_its_users_and_the_lengths_of_its_answers(
     ]
     assert longest_script(made, "text").turns[0].prompt == "the river\n\nthe water"
     assert sorted(len(each.turns) for each in made.scripts("ids")) == [1, 3]
+    assert not made.staggered
     assert made.keys == {"return_token_ids": True, "cache_salt": "cell"}
 
 
@@ -255,7 +256,7 @@ def test_drawn_conversations_have_the_lengths_and_the_prefix_of_the_study(
     source = Source(kind, prefix_len=40, prefix_groups=2, turns=3)  # type: ignore[arg-type]
     workload = Workload("closed_loop", 2, 60, 10, 6, think_time_s=1.0, source=source)
     made = open_content(workload, word_tokenizer.parent, "cell", warm_up_requests=2)
-    assert isinstance(made, Conversations)
+    assert isinstance(made, Conversations) and made.staggered
     scripts = take(made.scripts("ids"), 5)
     for each in scripts:
         assert [len(turn.prompt) for turn in each.turns] == [60, 60, 60]

@@ -49,7 +49,7 @@ class Composer:
         self.cut = self.rows_left_out = 0
         self._dialogues, self._prepare, self._answer = dialogues, prepare, read
         self._users = len(positions)
-        composed = (dialogues.open_staggered(*each) for each in enumerate(positions))
+        composed = (dialogues.begin(*each) for each in enumerate(positions))
         self.openings = [prepare(each) for each in composed if each is not None]
         self.rows_left_out = dialogues.rows_left_out
         self._unsent = bytearray()

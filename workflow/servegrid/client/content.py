@@ -349,6 +349,11 @@ class Conversations(Content):
         return None
 
     @property
+    def staggered(self) -> bool:
+        """Whether all conversations have as many turns, so that users must not begin alike."""
+        return False
+
+    @property
     def keys(self) -> Mapping[str, Any]:
         """Keys of its requests that a server may refuse: vLLM then names the tokens of answers."""
         return {"return_token_ids": True}
@@ -374,6 +379,10 @@ class DrawnConversations(Conversations):
         self._later = DrawnContent(
             replace(workload, source=source), tokenizer, salt, part="later turns/"
         )
+
+    @property
+    def staggered(self) -> bool:
+        return True
 
     def lengths(self, form: PromptForm) -> Iterator[RequestLengths]:
         return self._first.lengths(form)

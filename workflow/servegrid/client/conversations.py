@@ -81,7 +81,9 @@ class Dialogues:
     `scripts` are those of one process: every `count`-th of all, from number `index` on. `tokenizer`
     counts texts; without one, an answer whose token ids are unknown becomes random ids. A
     conversation ends before a prompt with its history would have more than `longest` tokens: `cut`
-    counts these. `rows_left_out` counts the scripts without turns.
+    counts these. `rows_left_out` counts the scripts without turns. With `staggered`, the first
+    conversation of the users has 1, 2, … turns for one user after another: without this, all would
+    be at the same turn at the same time.
     """
 
     def __init__(
@@ -91,10 +93,11 @@ class Dialogues:
         tokenizer: TextTokenizer | None,
         longest: int | None = None,
         share: tuple[int, int] = (0, 1),
+        staggered: bool = False,
     ) -> None:
         self.cut = self.rows_left_out = 0
         self._scripts, self._form, self._tokenizer = scripts, form, tokenizer
-        self._longest = longest
+        self._longest, self._staggered = longest, staggered
         self._next_number, self._step = share
         self._stock: deque[tuple[int, Script]] = deque()
         self._current: dict[int, _Dialogue] = {}
@@ -118,11 +121,18 @@ class Dialogues:
             self.rows_left_out += 1
         return False
 
-    def open(self, user: int, most: int | None = None) -> Composed | None:
-        """The first turn of the user's next conversation, of which `most` turns are played.
+    def begin(self, user: int, position: int) -> Composed | None:
+        """The first request of the user at `position` among all users.
 
-        None if there is no further conversation. Raises LoadError as `stock`.
+        None if there is no conversation. Raises LoadError as `stock`.
         """
+        if not self._stock and not self.stock():
+            return None
+        turns = len(self._stock[0][1].turns)
+        return self._open(user, 1 + position % turns if self._staggered else turns)
+
+    def _open(self, user: int, most: int | None = None) -> Composed | None:
+        """The first turn of the user's next conversation, of which `most` turns are played."""
         self._current.pop(user, None)
         if not self._stock and not self.stock():
             return None
@@ -133,16 +143,6 @@ class Dialogues:
         self._current[user] = found
         return self._compose(found, script.shared_len)
 
-    def open_staggered(self, user: int, position: int) -> Composed | None:
-        """As `open`, for the first conversation of the user at `position` among all users.
-
-        It has 1, 2, … turns for one user after another. Without this, all users would be at the
-        same turn at the same time.
-        """
-        if not self._stock and not self.stock():
-            return None
-        return self.open(user, 1 + position % len(self._stock[0][1].turns))
-
     def follow(self, user: int, answer: Answer | None) -> Composed | None:
         """The user's next request, after the `answer` to the last one.
 
@@ -151,12 +151,12 @@ class Dialogues:
         """
         dialogue = self._current.get(user)
         if dialogue is None or answer is None or dialogue.turn + 1 == len(dialogue.turns):
-            return self.open(user)
+            return self._open(user)
         turn = dialogue.turns[dialogue.turn + 1]
         prompt, input_len = self._extend(dialogue, answer, turn)
         if self._longest is not None and input_len > self._longest:
             self.cut += 1
-            return self.open(user)
+            return self._open(user)
         dialogue.turn += 1
         dialogue.prompt, dialogue.input_len = prompt, input_len
         # The server never computes the KV of the last token of an answer: it samples it only.

@@ -374,14 +374,18 @@ class _Sender:
 
         def dialogues(share: tuple[int, int]) -> Dialogues:
             scripts = islice(content.scripts(form), share[0], None, share[1])
-            return Dialogues(scripts, form, tokenizer, content.longest, share)
+            return Dialogues(scripts, form, tokenizer, content.longest, share, content.staggered)
 
         def build(composed: Composed) -> httpx.Request:
             turn = composed.turn
             return builder.completion(turn.name, composed.prompt, turn.output_len)
 
-        first = dialogues((0, 1)).open(0)
-        assert first is not None
+        first = dialogues((0, 1)).begin(0, 0)
+        if first is None:
+            raise LoadError(
+                f"`{self.workload.cell}`: the file has no conversation that is short enough. Raise "
+                "`input_len` or `output_len`."
+            )
         load = ConversationLoad(
             dialogues=dialogues,
             build=build,

@@ -85,6 +85,11 @@ class FileFacts:
     context: int = 0
     turns: int = 0
 
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The fields as plain JSON data; `turns` only if it is set: older cells stay the same."""
+        return {key: value for key, value in asdict(self).items() if key != "turns" or value}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -113,8 +118,8 @@ class Source:
     def spec(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as plain JSON data."""
         data = asdict(self)
-        if self.file is not None and not self.file.turns:
-            del data["file"]["turns"]  # cells without turns stay the same
+        if self.file is not None:
+            data["file"] = self.file.spec
         return {
             field.name: data[field.name]
             for field in fields(self)

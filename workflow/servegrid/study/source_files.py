@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,7 @@ def resolve_sources(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         if "path" in source:
             facts = _read_facts(source, entry["max_model_len"])
             paths[facts.sha256] = source["path"]
-            source = {**source, "facts": asdict(facts)}
+            source = {**source, "facts": facts.spec}
             entry = {**entry, "workload": {**workload, "source": source}}
         deployments.append(entry)
     return {**config, "deployments": deployments}, paths
