@@ -151,9 +151,10 @@ class Source:
     @property
     def mean_turns(self) -> float:
         """The turns of the user per conversation, as a mean."""
-        if self.turns != "all":
-            return float(self.turns)
-        return 1.0 if self.file is None else max(1.0, self.file.turns / self.file.rows)
+        if self.file is not None and self.has_turns:
+            return self.file.turns / self.file.rows
+        assert self.turns != "all"
+        return float(self.turns)
 
     @property
     def needs_ids(self) -> bool:
