@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from helpers.faulty_server import FaultScript, start_faulty_server
 from helpers.scripted_server import EVENT_STREAM, Answer, Request, refusal, scripted_server
 from helpers.sources import DEPLOYMENT
 from helpers.tokenizing import make_tokenizer
@@ -210,6 +211,18 @@ def test_after_a_failed_turn_the_user_begins_the_next_conversation() -> None:
     failed = [row for row in measured.requests.to_pylist() if row["error"]]
     assert [(row["conversation"], row["turn"]) for row in failed] == [(1, 1)]
     assert failed[0]["error"].startswith("http_status: 503")
+
+
+def test_a_turn_that_was_cut_off_after_its_last_token_has_failed() -> None:
+    fault = FaultScript(fault="close", fault_after=4, fault_on=r"/1\.1$")
+    with start_faulty_server(fault) as server:
+        measured = measure(server.endpoint, replace(LOOP, concurrency=1, requests=4), None, "cell")
+    rows = measured.requests.to_pylist()
+    assert [(row["conversation"], row["turn"]) for row in rows] == [(0, 1), (1, 1), (2, 1), (2, 2)]
+    assert [row["error"] is None for row in rows] == [True, False, True, True]
+    assert rows[1]["error"].startswith("truncated")
+    # The mock server names no token ids, and there is no tokenizer: only the number is right.
+    assert rows[3]["sent_tokens"] == rows[3]["prompt_tokens"] == 20 + 3 + 20
 
 
 def test_a_load_by_time_ends_in_the_middle_of_conversations() -> None:

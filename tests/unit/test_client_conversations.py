@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from servegrid.client import content
+from servegrid.client.composer import Composer
 from servegrid.client.content import Conversations, open_content
 from servegrid.client.conversations import Answer, Composed, Dialogues, Script, UserTurn
+from servegrid.client.inflight import PreparedRequest, Turn
 from servegrid.client.parse import parse_answer
 from servegrid.client.prompts import PromptForm
 from servegrid.errors import LoadError
@@ -284,3 +288,49 @@ def test_texts_of_a_chat_are_messages(word_tokenizer: Path) -> None:
     ((role, text),) = [tuple(each.values()) for each in first.prompt]  # type: ignore[union-attr]
     assert role == "user"
     assert len(open_tokenizer(word_tokenizer).encode(text).ids) == 20
+
+
+def prepare(composed: Composed) -> PreparedRequest:
+    return PreparedRequest("POST", str(composed.prompt).encode(), None, 5, composed.turn)
+
+
+def asked(composer: Composer, user: int, response: bytes) -> PreparedRequest | None:
+    composer.ask(user, response)
+    for _ in range(200):
+        composer.flush()
+        for number, request in composer.replies(timeout_s=0.05):
+            assert number == user
+            return request
+    raise AssertionError("no reply")
+
+
+def test_the_composers_process_builds_what_its_dialogues_say() -> None:
+    """Also a response that is larger than a socket takes at once."""
+    scripts = [script([1], [2]), Script(()), script([3])]
+    dialogues = Dialogues(iter(scripts), "ids", None, longest=3)
+    large = 10**5
+
+    def read(response: bytes) -> Answer | None:
+        return answered(ids=[len(response) // large], prompt_tokens=1)
+
+    with Composer(dialogues, prepare, read, [0]) as composer:
+        assert [each.data for each in composer.openings] == [b"[1]"]
+        found = asked(composer, 0, b"x" * 9 * large)
+        assert found == PreparedRequest("POST", b"[1, 9, 2]", None, 5, Turn(0, 2, 3, 2, 1))
+        found = asked(composer, 0, b"x")
+        assert found is not None and found.turn == Turn(2, 1, 1, 2, 0)
+        assert asked(composer, 0, b"x") is None
+        assert composer.rows_left_out == 1
+    assert composer.fileno() == -1
+
+
+def test_a_composer_that_is_killed_is_an_error() -> None:
+    def read(response: bytes) -> Answer | None:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+    with (
+        Composer(Dialogues(iter([script([1])]), "ids", None), prepare, read, [0]) as composer,
+        pytest.raises(LoadError, match="was killed from outside"),
+    ):
+        asked(composer, 0, b"x")

@@ -12,7 +12,7 @@ import contextlib
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -104,7 +104,7 @@ class Composer:
         except OSError:
             raise_killed()
 
-    def replies(self, timeout_s: float = 0.0) -> Iterator[tuple[int, PreparedRequest | None]]:
+    def replies(self, timeout_s: float = 0.0) -> list[tuple[int, PreparedRequest | None]]:
         """Users with their next requests that are ready; None if there is no conversation left.
 
         Waits for `timeout_s`. Raises LoadError if the process was killed.
@@ -115,27 +115,32 @@ class Composer:
         try:
             data = self._socket.recv(_READ)
         except BlockingIOError:
-            return
+            return []
         except OSError:
             data = b""
         if not data:
             raise_killed()
         self._received += data
-        at = 0
-        while len(self._received) >= at + _REPLY.size:
-            user, found, think_ns, *rest = _REPLY.unpack_from(self._received, at)
-            *turn, cut, left_out, size = rest
-            end = at + _REPLY.size + size
-            if len(self._received) < end:
-                break
-            request = bytes(self._received[at + _REPLY.size : end])
-            self.cut, self.rows_left_out = cut, left_out
-            yield (
-                user,
-                PreparedRequest(_METHOD, request, None, think_ns, Turn(*turn)) if found else None,
-            )
-            at = end
+        found, at = [], 0
+        while (reply := self._parse_reply(at)) is not None:
+            user, request, at = reply
+            found.append((user, request))
         del self._received[:at]
+        return found
+
+    def _parse_reply(self, start: int) -> tuple[int, PreparedRequest | None, int] | None:
+        """The user, the request and the end of the reply at `start`; None if it is incomplete."""
+        if len(self._received) < (begin := start + _REPLY.size):
+            return None
+        user, found, think_ns, *turn, cut, left_out, size = _REPLY.unpack_from(
+            self._received, start
+        )
+        if len(self._received) < (end := begin + size):
+            return None
+        self.cut, self.rows_left_out = cut, left_out
+        request = bytes(self._received[begin:end])
+        made = PreparedRequest(_METHOD, request, None, think_ns, Turn(*turn)) if found else None
+        return user, made, end
 
     # In its own process.
 
