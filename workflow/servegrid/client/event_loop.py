@@ -184,12 +184,13 @@ class EventLoop:
         if self._queue_full:
             timeout_s = min(timeout_s, _QUEUE_RETRY_S)
             waiting, self._queue_full = self._queue_full, []
-            for queued in waiting:
-                assert queued.connection is not None
-                self._connect(queued, queued.connection)
+            for user in waiting:
+                assert user.connection is not None
+                self._connect(user, user.connection)
         for descriptor, events in self._epoll.poll(max(timeout_s, 0)):
-            user = self._by_descriptor.get(descriptor)
-            if user is None:
+            try:
+                user = self._by_descriptor[descriptor]
+            except KeyError:  # costs nothing where all descriptors are of connections
                 self._handle_supply()
                 continue
             connection, request = user.connection, user.request
