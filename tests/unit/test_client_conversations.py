@@ -116,7 +116,8 @@ def test_without_token_ids_the_text_of_the_answer_is_carried(word_tokenizer: Pat
     ids = tokenizer.encode("the river of").ids
     dialogues = Dialogues(iter([script(ids[:1], ids[2:])]), "ids", tokenizer)
     dialogues.begin(0, 0)
-    assert carried(dialogues.follow(0, answered("river"))) == (ids, 0, 2, 3, 3)
+    found = dialogues.follow(0, answered("river", prompt_tokens=1))
+    assert carried(found) == (ids, 0, 2, 3, 2)
     texts = (UserTurn("the", 1, 2, 0.0), UserTurn("of", 1, 2, 0.0))
     dialogues = Dialogues(iter([Script(texts)]), "text", tokenizer)
     dialogues.begin(0, 0)
@@ -230,6 +231,26 @@ def test_a_file_gives_the_turns_of_its_users_and_the_lengths_of_its_answers(
     assert sorted(len(each.turns) for each in made.scripts("ids")) == [1, 3]
     assert not made.staggered
     assert made.keys == {"return_token_ids": True, "cache_salt": "cell"}
+
+
+def test_rows_with_the_same_system_prompt_share_their_start(
+    tmp_path: Path, word_tokenizer: Path
+) -> None:
+    """A system prompt of 40 words, then a question: whole blocks of 16 tokens are shared."""
+    system = " ".join(["the water of the river"] * 8)
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": system},
+                {"role": "user", "content": question},
+            ]
+        }
+        for question in ("and", "of")
+    ]
+    path = tmp_path / "same.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    made = opened(path, word_tokenizer.parent)
+    assert [each.shared_len for each in made.scripts("ids")] == [0, 32]
 
 
 def test_histories_that_are_too_long_are_refused_or_cut(file: Path, word_tokenizer: Path) -> None:

@@ -451,6 +451,7 @@ class FileConversations(Conversations):
     def scripts(self, form: PromptForm) -> Iterator[Script]:
         rng = random.Random(f"{self.workload.seed}/{self.salt}/rows")
         tokenizer = _open_tokenizer(self.tokenizer)
+        seen: set[int] = set()
         for number, row in enumerate(rng.sample(self._rows, len(self._rows))):
             turns = _encode_turns(row, self.workload, tokenizer, form)
             if isinstance(turns, str):
@@ -468,8 +469,26 @@ class FileConversations(Conversations):
                         next(thinks),
                     )
                     for each in turns
-                )
+                ),
+                _shared_start(turns[0].ids, seen),
             )
+
+
+def _shared_start(ids: Sequence[int], seen: set[int]) -> int:
+    """The tokens at the start of a prompt that an earlier one had, such as a system prompt.
+
+    In blocks of DISTINCT_TOKENS. `seen` has the hashes of all starts so far; those of `ids` are
+    added.
+    """
+    shared = start = 0
+    is_known = True
+    for at in range(0, len(ids) - prompts.DISTINCT_TOKENS + 1, prompts.DISTINCT_TOKENS):
+        end = at + prompts.DISTINCT_TOKENS
+        start = hash((start, *ids[at:end]))
+        is_known = is_known and start in seen
+        shared = end if is_known else shared
+        seen.add(start)
+    return shared
 
 
 def _sent_as(turn: _Encoded, form: PromptForm) -> Prompt:

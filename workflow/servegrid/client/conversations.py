@@ -170,7 +170,7 @@ class Dialogues:
             number=dialogue.turn + 1,
             input_len=dialogue.input_len,
             output_len=turn.output_len,
-            shared_len=min(shared_len, dialogue.input_len),
+            shared_len=shared_len,
         )
         return Composed(dialogue.prompt, turn.think_s, facts)
 
