@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,11 @@ def test_rows_with_the_same_system_prompt_share_their_start(
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     made = opened(path, word_tokenizer.parent)
     assert [each.shared_len for each in made.scripts("ids")] == [0, 32]
+    source = replace(made.source, turns=1)
+    single = open_content(
+        replace(made.workload, requests=2, source=source), word_tokenizer.parent, "cell", path
+    )
+    assert [each.shared_len for each in single.lengths("ids")] == [0, 32]
 
 
 def test_histories_that_are_too_long_are_refused_or_cut(file: Path, word_tokenizer: Path) -> None:

@@ -307,13 +307,15 @@ class FileContent(Content):
             rng = random.Random(f"{self.workload.seed}/{self.salt}/rows")
             order = rng.sample(self._rows, len(self._rows))
             tokenizer = _open_tokenizer(self.tokenizer)
-            self._left_out, found = 0, list[_Encoded]()
+            self._left_out, found, seen = 0, list[_Encoded](), set[int]()
             for row in order:
                 if len(found) == self.workload.requests:
                     break
                 encoded = _encode(row, self.workload, tokenizer, form)
                 if isinstance(encoded, _Encoded):
-                    found.append(encoded)
+                    shared_len = _shared_start(encoded.ids, seen)
+                    lengths = encoded.lengths._replace(shared_len=shared_len)
+                    found.append(encoded._replace(lengths=lengths))
                 elif self.source.on_bad_rows == "skip":
                     self._left_out += 1
                 else:
