@@ -39,7 +39,15 @@ def sourced_workloads(folder: Path) -> Iterator[tuple[Workload, Path | None]]:
     trace.write_text(TRACE, encoding="utf-8")
     lens = {"distribution": "lognormal", "cv": 0.5, "max": 200}
     keys = {"protocol": "burst", "concurrency": 3, "input_len": 60, "output_len": 8}
+    talk = {"protocol": "closed_loop", "input_len": 100, "output_len": 8}
     for own in (
+        {**talk, "concurrency": 2, "requests_per_user": 3, "source": {"kind": "text", "turns": 3}},
+        {
+            **talk,
+            "concurrency": 1,
+            "requests_per_user": 4,
+            "source": {"kind": "file", "path": str(chats), "turns": "all"},
+        },
         {**keys, "source": {"kind": "text", "input_lens": lens}},
         {**keys, "source": {"kind": "random", "input_lens": lens, "output_lens": lens}},
         {**keys, "source": {"kind": "file", "path": str(chats)}},

@@ -541,3 +541,21 @@ def test_the_memory_peak_is_null_if_one_gpu_is_unknown(unknown: str) -> None:
         sample(10, device, None if device == unknown else 5) for device in ("GPU-a", "GPU-b")
     ]
     assert cell(TWO, [*samples, sample(10, "engine", 9)])["memory_peak_bytes"] is None
+
+
+def test_expected_hits_of_a_conversation_are_whole_blocks_of_its_history() -> None:
+    """Turns of 100 tokens and answers of 30: the server has the KV of 129 and 259 tokens."""
+    rows = [
+        {"prompt_tokens": 100, "shared_tokens": 0, "cached_tokens": 0},
+        {"prompt_tokens": 230, "shared_tokens": 129, "cached_tokens": 128},
+        {"prompt_tokens": 360, "shared_tokens": 259, "cached_tokens": 256},
+    ]
+    table = parquet.arrow_table(columns.REQUESTS, rows)
+    for block, expected in ((16, 128 + 256), (32, 128 + 256), (100, 100 + 200)):
+        record = {
+            "engine": {"prefix_caching": True, "kv_block_tokens": block},
+            "metrics_before": {},
+            "metrics_after": {},
+        }
+        rates = server_metrics.prefix_columns(record, table)
+        assert rates["expected_prefix_hit_rate"] == pytest.approx(expected / 690)

@@ -180,7 +180,9 @@ def test_rows_of_a_file_are_drawn_once_each_and_counted_to_the_token(
     assert list(file_content(tmp_path, words, rows, requests=12).prompts("ids")) == sent
     assert list(file_content(tmp_path, words, rows, requests=12, seed=1).prompts("ids")) != sent
     everything = list(file_content(tmp_path, words, rows, requests=20).lengths("ids"))
-    assert sorted(everything) == [(number, number, 0) for number in range(1, 21)]
+    assert sorted(each[:2] for each in everything) == [(number, number) for number in range(1, 21)]
+    # Five rows have 16 words or more, so after the first of these, four start as an earlier one.
+    assert sorted(each.shared_len for each in everything) == [0] * 16 + [16] * 4
 
 
 def test_the_answer_of_a_conversation_sets_its_output_length(tmp_path: Path, words: Path) -> None:

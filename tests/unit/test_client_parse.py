@@ -112,6 +112,8 @@ def test_usage_per_chunk_counts_the_tokens_of_each_chunk_even_without_text() -> 
         "draft_tokens": None,
         "accepted_draft_tokens": None,
         "adapter": None,
+        "conversation": None,
+        "turn": None,
     }
 
 

@@ -405,3 +405,78 @@ def test_in_a_bundle_a_file_is_still_read_in_the_same_way(
     digest = "ab" * 32
     named = bundled_name({"kind": kind, "path": path, "facts": {"sha256": digest}})
     assert named == f"data/{digest}{suffix}"
+
+
+CHAT = {
+    "messages": [
+        USER,
+        {"role": "assistant", "content": "Mild."},
+        USER,
+        {"role": "assistant", "content": "Very."},
+    ]
+}
+
+
+def test_the_turns_of_conversations_are_requests_of_a_cell() -> None:
+    source = {"kind": "text", "turns": 4, "prefix_len": 10}
+    keys = {"protocol": "closed_loop", "concurrency": 16, "input_len": 100, "output_len": 50}
+    (trial,) = study({**keys, "source": source}).trials
+    workload = trial.workload
+    assert workload.source == Source("text", turns=4, prefix_len=10)
+    assert workload.source.label == "text, 4 turns"
+    assert not workload.has_fixed_lengths
+    # The last turn: 4 turns of 100 tokens and 3 answers of 50. The mean of 100, 250, 400, 550.
+    assert (workload.max_input_len, workload.max_output_len) == (550, 50)
+    assert workload.mean_input_len == 325
+    # As many conversations as a closed loop has requests: 2 · 16 + 6 · 16, of 4 turns.
+    assert workload.requests == 512
+    assert Workload.from_spec(workload.spec) == workload
+    assert trial.workload.spec["source"] == {"turns": 4, "prefix_len": 10}
+    (few,) = study({**keys, "source": source, "requests_per_user": 3}).trials
+    assert few.workload.requests == 48
+    (fits,) = study({**keys, "source": source}, max_model_len=600).trials
+    assert fits.unsupported is None
+    with pytest.raises(ConfigError, match="the last turn of a conversation: input_len 550 plus"):
+        study({**keys, "source": source}, max_model_len=599)
+
+
+def test_a_file_says_how_many_turns_its_users_have(tmp_path: Path) -> None:
+    path = write(tmp_path / "chats.jsonl", lines(*[CHAT] * 100, *[{"prompt": "a"}] * 100))
+    keys = {"protocol": "closed_loop", "concurrency": 2, "input_len": 100}
+    source = {"kind": "file", "path": str(path)}
+    (plain,) = study({**keys, "source": source}).trials
+    assert "turns" not in plain.spec["workload"]["source"]["file"]  # older cells stay the same
+    (trial,) = study({**keys, "source": {**source, "turns": "all"}}).trials
+    facts = trial.workload.source
+    assert facts is not None and facts.file is not None
+    assert (facts.file.rows, facts.file.turns, facts.mean_turns) == (200, 300, 1.5)
+    # 2 · 2 conversations of 1.5 turns at the start and the end, and 64 requests in between.
+    assert (trial.workload.requests, trial.workload.max_input_len) == (70, 100)
+    assert Trial.from_spec(trial.spec) == trial
+    assert facts.label == f"file {facts.file.sha256[:8]}, all turns"
+    with pytest.raises(ConfigError, match=r"has 300 turns of users, and `.*` needs 302"):
+        study({**keys, "source": {**source, "turns": "all"}, "requests_per_user": 151})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"protocol": "burst"}, "the protocol is `closed_loop`, not `burst`"),
+        ({"protocol": ["closed_loop", "poisson"], "request_rate": 1}, "not `poisson`"),
+        ({"prompts": "identical"}, "are not `identical`"),
+        ({"source": {"kind": "text", "turns": "all"}}, "`all` is only for the kind `file`"),
+        ({"source": {"kind": "text", "turns": 1}}, "turns"),
+        ({"source": {"kind": "trace", "turns": 2}}, "is only for the kind `text` or `random`"),
+    ],
+)
+def test_turns_that_cannot_be_played_are_refused(changes: dict[str, Any], message: str) -> None:
+    keys = {"protocol": "closed_loop", "concurrency": 2, "input_len": 50}
+    with pytest.raises(ConfigError, match=message):
+        study({**keys, "source": {"kind": "random", "turns": 2}, **changes})
+
+
+def test_lengths_of_a_file_are_those_of_single_requests(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.csv", AZURE)
+    source = {"kind": "random", "path": str(path), "turns": 2}
+    with pytest.raises(ConfigError, match="each turn would need a length"):
+        study({"protocol": "closed_loop", "concurrency": 2, "source": source})

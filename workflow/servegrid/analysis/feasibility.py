@@ -144,7 +144,7 @@ def cell_outlook(
     """Whether `in_flight` requests of a cell run at once, or some of them wait."""
     if problem := Trial(deployment, workload, 1).unsupported:
         return Outlook(CANNOT, f"{problem}: it gets the verdict unsupported")
-    tokens = workload.input_len + workload.max_output_len
+    tokens = round(workload.mean_input_len) + workload.max_output_len
     held = placement.sequences(tokens) if placement.kv_pool < math.inf else math.inf
     if in_flight <= min(held, deployment.max_running):
         return Outlook(FITS)

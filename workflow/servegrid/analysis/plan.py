@@ -415,7 +415,7 @@ def _points(workloads: Sequence[Workload], predictor: Predictor) -> Points:
             else open_loop_load(workload, predictor)[0]
             for workload in workloads
         ],
-        [workload.input_len for workload in workloads],
+        [workload.mean_input_len for workload in workloads],
         [workload.output_len for workload in workloads],
     )
 

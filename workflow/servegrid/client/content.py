@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from itertools import chain, count, cycle, islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, count, cycle, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from servegrid.client import prompts, schedule
+from servegrid.client.conversations import SEPARATOR, Script, UserTurn
 from servegrid.client.prompts import Prompt, PromptForm
 from servegrid.errors import LoadError, ModelError
 from servegrid.study.grid import Workload
@@ -22,6 +24,7 @@ from servegrid.study.source import BLOCK_TOKENS, Source
 from servegrid.study.source_files import (
     Arrival,
     Conversation,
+    Message,
     Rows,
     read_conversations,
     read_lengths,
@@ -89,6 +92,8 @@ def open_content(
     or is not that of the study, and ConfigError if it has a bad row.
     """
     source = workload.source or Source()
+    if source.file is None and source.has_turns:
+        return DrawnConversations(workload, tokenizer, salt, warm_up_requests)
     if source.file is None:
         return DrawnContent(workload, tokenizer, salt, warm_up_requests=warm_up_requests)
     if source_file is None:
@@ -103,7 +108,8 @@ def open_content(
             "cells of the new file are other cells."
         )
     if source.kind == "file":
-        return FileContent(workload, tokenizer, salt, rows.rows, source_file)
+        made = FileConversations if source.has_turns else FileContent
+        return made(workload, tokenizer, salt, rows.rows, source_file)
     if source.kind == "trace":
         return TraceContent(workload, tokenizer, salt, rows.rows)
     return DrawnContent(workload, tokenizer, salt, rows.rows, warm_up_requests)
@@ -301,13 +307,15 @@ class FileContent(Content):
             rng = random.Random(f"{self.workload.seed}/{self.salt}/rows")
             order = rng.sample(self._rows, len(self._rows))
             tokenizer = _open_tokenizer(self.tokenizer)
-            self._left_out, found = 0, list[_Encoded]()
+            self._left_out, found, seen = 0, list[_Encoded](), set[int]()
             for row in order:
                 if len(found) == self.workload.requests:
                     break
                 encoded = _encode(row, self.workload, tokenizer, form)
                 if isinstance(encoded, _Encoded):
-                    found.append(encoded)
+                    shared_len = _shared_start(encoded.ids, seen)
+                    lengths = encoded.lengths._replace(shared_len=shared_len)
+                    found.append(encoded._replace(lengths=lengths))
                 elif self.source.on_bad_rows == "skip":
                     self._left_out += 1
                 else:
@@ -326,6 +334,200 @@ class FileContent(Content):
         return self._left_out
 
 
+class Conversations(Content):
+    """The conversations of a workload whose requests are turns. They may have no end.
+
+    `lengths` and `prompts` are those of the first turns. Later ones carry answers of the server, so
+    only the load knows them (see `Dialogues`).
+    """
+
+    @abstractmethod
+    def scripts(self, form: PromptForm) -> Iterator[Script]:
+        """Each conversation as it is known before. Raises LoadError if there cannot be such one."""
+
+    @property
+    def longest(self) -> int | None:
+        """The largest prompt that is sent, in tokens; None if the lengths of turns limit it."""
+        return None
+
+    @property
+    def staggered(self) -> bool:
+        """Whether all conversations have as many turns, so that users must not begin alike."""
+        return False
+
+    @property
+    def keys(self) -> Mapping[str, Any]:
+        """Keys of its requests that a server may refuse: vLLM then names the tokens of answers."""
+        return {"return_token_ids": True}
+
+    def _think_times(self, number: int) -> Iterator[float]:
+        """The think times after the turns of one conversation, in s."""
+        salt = f"{self.salt}/conversation {number}"
+        return schedule.think_times(self.workload, salt) or repeat(0.0)
+
+
+class DrawnConversations(Conversations):
+    """Conversations of a fixed number of turns from the corpus, or of random ids.
+
+    Each turn has a drawn length. The first one starts with a shared prefix, if there is one.
+    """
+
+    def __init__(
+        self, workload: Workload, tokenizer: Path | None, salt: str, warm_up_requests: int = 0
+    ) -> None:
+        super().__init__(workload, tokenizer, salt)
+        source = replace(self.source, prefix_len=0, prefix_groups=1)
+        self._first = DrawnContent(workload, tokenizer, salt, warm_up_requests=warm_up_requests)
+        self._later = DrawnContent(
+            replace(workload, source=source), tokenizer, salt, part="later turns/"
+        )
+
+    @property
+    def staggered(self) -> bool:
+        return True
+
+    def lengths(self, form: PromptForm) -> Iterator[RequestLengths]:
+        return self._first.lengths(form)
+
+    def prompts(self, form: PromptForm) -> Iterator[Prompt]:
+        return self._first.prompts(form)
+
+    def warm_up(self) -> Content:
+        return self._first.warm_up()
+
+    def scripts(self, form: PromptForm) -> Iterator[Script]:
+        assert isinstance(self.source.turns, int)
+        first, later = (
+            zip(each.prompts(form), each.lengths(form), strict=False)
+            for each in (self._first, self._later)
+        )
+        for number, opening in enumerate(first):
+            drawn = [opening, *islice(later, self.source.turns - 1)]
+            turns = tuple(
+                UserTurn(_as_form(prompt, form), length.input_len, length.output_len, think_s)
+                for (prompt, length), think_s in zip(drawn, self._think_times(number), strict=False)
+            )
+            yield Script(turns, opening[1].shared_len)
+
+
+def _as_form(prompt: Prompt, form: PromptForm) -> Prompt:
+    if form == "messages" and isinstance(prompt, str):
+        return [Message("user", prompt).for_api()]
+    return prompt
+
+
+class FileConversations(Conversations):
+    """The conversations of a file, each played at most once, in an order as in FileContent.
+
+    The answers in the file only say how long those of the server are. `input_len` of the workload
+    is the longest prompt with its history.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        tokenizer: Path | None,
+        salt: str,
+        rows: Sequence[Conversation],
+        path: Path,
+    ) -> None:
+        super().__init__(workload, tokenizer, salt)
+        self._rows, self._path = rows, path
+
+    @property
+    def longest(self) -> int | None:
+        return self.workload.input_len
+
+    @property
+    def keys(self) -> Mapping[str, Any]:
+        # Other trials play the same rows: vLLM must not find those in its prefix cache.
+        return {**super().keys, "cache_salt": self.salt}
+
+    def lengths(self, form: PromptForm) -> Iterator[RequestLengths]:
+        played = (script.turns for script in self.scripts(form) if script.turns)
+        return (RequestLengths(turns[0].input_len, turns[0].output_len) for turns in played)
+
+    def prompts(self, form: PromptForm) -> Iterator[Prompt]:
+        return (script.turns[0].prompt for script in self.scripts(form) if script.turns)
+
+    def scripts(self, form: PromptForm) -> Iterator[Script]:
+        rng = random.Random(f"{self.workload.seed}/{self.salt}/rows")
+        tokenizer = _open_tokenizer(self.tokenizer)
+        seen: set[int] = set()
+        for number, row in enumerate(rng.sample(self._rows, len(self._rows))):
+            turns = _encode_turns(row, self.workload, tokenizer, form)
+            if isinstance(turns, str):
+                if self.source.on_bad_rows != "skip":
+                    raise LoadError(_refusal(self._path, row, turns))
+                yield Script(())
+                continue
+            thinks = self._think_times(number)
+            yield Script(
+                tuple(
+                    UserTurn(
+                        _sent_as(each, form),
+                        each.lengths.input_len,
+                        each.lengths.output_len,
+                        next(thinks),
+                    )
+                    for each in turns
+                ),
+                _shared_start(turns[0].ids, seen),
+            )
+
+
+def _shared_start(ids: Sequence[int], seen: set[int]) -> int:
+    """The tokens at the start of a prompt that an earlier one had, such as a system prompt.
+
+    In blocks of DISTINCT_TOKENS. `seen` has the hashes of all starts so far; those of `ids` are
+    added.
+    """
+    shared = start = 0
+    is_known = True
+    for at in range(0, len(ids) - prompts.DISTINCT_TOKENS + 1, prompts.DISTINCT_TOKENS):
+        end = at + prompts.DISTINCT_TOKENS
+        start = hash((start, *ids[at:end]))
+        is_known = is_known and start in seen
+        shared = end if is_known else shared
+        seen.add(start)
+    return shared
+
+
+def _sent_as(turn: _Encoded, form: PromptForm) -> Prompt:
+    if form == "ids":
+        return turn.ids
+    return turn.row.text if form == "text" else [each.for_api() for each in turn.row.messages]
+
+
+def _encode_turns(
+    row: Conversation, workload: Workload, tokenizer: TextTokenizer, form: PromptForm
+) -> list[_Encoded] | str:
+    """The turns of a row, each with its own tokens only, or why it cannot be sent.
+
+    With `on_bad_rows: skip`, only its first turn must fit: later ones may be cut.
+    """
+    source = workload.source or Source()
+    found: list[_Encoded] = []
+    history = 0
+    for number, turn in enumerate(row.user_turns(None if source.turns == "all" else source.turns)):
+        encoded = _encode(turn, workload, tokenizer, form)
+        if isinstance(encoded, str):
+            return f"turn {number + 1} {encoded}" if number else encoded
+        if number and form == "ids":
+            ids = tokenizer.encode(f"{SEPARATOR}{turn.text}").ids
+            lengths = encoded.lengths._replace(input_len=len(ids))
+            encoded = encoded._replace(ids=ids, lengths=lengths)
+        history += encoded.lengths.input_len
+        if history > workload.input_len and source.on_bad_rows != "skip":
+            return (
+                f"turn {number + 1} has {history} prompt tokens with its history, and input_len "
+                f"allows {workload.input_len}"
+            )
+        history += encoded.lengths.output_len
+        found.append(encoded)
+    return found
+
+
 def check_lengths(path: Path, workload: Workload, tokenizer: Path) -> None:
     """Raise LoadError if a row of a file is too long, or too few are usable for the workload.
 
@@ -333,6 +535,9 @@ def check_lengths(path: Path, workload: Workload, tokenizer: Path) -> None:
     """
     source, opened = workload.source or Source(), open_tokenizer(tokenizer)
     rows = read_conversations(path, source.on_bad_rows).rows
+    if source.has_turns:
+        _check_turns(path, rows, workload, opened)
+        return
     left_out = 0
     for row in rows:
         # No token has less than a byte; some tokenizers add one.
@@ -346,6 +551,22 @@ def check_lengths(path: Path, workload: Workload, tokenizer: Path) -> None:
             left_out += 1
     if len(rows) - left_out < (workload.requests or 1):
         raise LoadError(_shortage(path, len(rows) - left_out, workload))
+
+
+def _check_turns(
+    path: Path, rows: Sequence[Conversation], workload: Workload, tokenizer: TextTokenizer
+) -> None:
+    """As `check_lengths`, for rows that are conversations."""
+    usable = 0
+    for row in rows:
+        turns = _encode_turns(row, workload, tokenizer, "ids")
+        if isinstance(turns, str):
+            if (workload.source or Source()).on_bad_rows != "skip":
+                raise LoadError(_refusal(path, row, turns))
+            continue
+        usable += len(turns)
+    if usable < (workload.requests or 1):
+        raise LoadError(_shortage(path, usable, workload, "turns of users"))
 
 
 def _open_tokenizer(tokenizer: Path | None) -> TextTokenizer:
@@ -387,8 +608,8 @@ def _refusal(path: Path, row: Conversation, problem: str) -> str:
     )
 
 
-def _shortage(path: Path, usable: int, workload: Workload) -> str:
+def _shortage(path: Path, usable: int, workload: Workload, what: str = "usable rows") -> str:
     return (
-        f"{path}: has {usable} usable rows, and `{workload.cell}` needs {workload.requests or 1}: "
+        f"{path}: has {usable} {what}, and `{workload.cell}` needs {workload.requests or 1}: "
         "no row is sent twice. Lower `concurrency` or `requests_per_user`, or add rows."
     )

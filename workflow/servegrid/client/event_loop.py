@@ -24,7 +24,7 @@ from servegrid.client.sockets import WOULD_BLOCK, Connection, ServerAddress
 from servegrid.client.supply import RequestSupply
 
 _QUEUE_RETRY_S = 0.01
-_FOREVER_NS = 10**18
+FOREVER_NS = 10**18
 MAX_RESPONSE_BYTES = 2**26
 """Allowed size of one response. A chunk of vLLM has 0.3 kB, so this is over 100,000 tokens. All
 responses together may take half of the memory that is free at the start."""
@@ -116,7 +116,7 @@ class EventLoop:
         now = self.start_ns / 1e9
         deadline, next_check = now + self._timeouts.timeout_s, now + self._timeouts.check_s
         self._send_until_ns = self.start_ns + int(
-            min(self._timeouts.send_duration_s * 1e9, _FOREVER_NS)
+            min(self._timeouts.send_duration_s * 1e9, FOREVER_NS)
         )
         if self._timeouts.timeout_s <= 0:
             self._time_out_all()
@@ -188,7 +188,11 @@ class EventLoop:
                 assert user.connection is not None
                 self._connect(user, user.connection)
         for descriptor, events in self._epoll.poll(max(timeout_s, 0)):
-            user = self._by_descriptor[descriptor]
+            try:
+                user = self._by_descriptor[descriptor]
+            except KeyError:  # costs nothing where all descriptors are of connections
+                self._handle_supply()
+                continue
             connection, request = user.connection, user.request
             assert connection is not None
             if not user.connected:
@@ -200,6 +204,9 @@ class EventLoop:
                 self._send(user, connection, request)
             else:
                 self._receive(user, connection, request)
+
+    def _handle_supply(self) -> None:
+        """Take what a supply of requests has sent that has a descriptor of its own."""
 
     # Connections.
 

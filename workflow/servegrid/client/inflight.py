@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from servegrid.client.failures import Failure
 from servegrid.client.http1 import Framing
@@ -36,18 +37,39 @@ class Timeouts:
         return max(min(_CHECK_S, self.connect_s / 4), _SHORTEST_CHECK_S)
 
 
+class Turn(NamedTuple):
+    """Which turn of a conversation a request is, and what it asks for.
+
+    `conversation` counts from 0 and `number`, the user's turn in it, from 1. `input_len` are the
+    tokens of its prompt with the history, `output_len` those of its answer, and `shared_len` those
+    at the start of its prompt that an unlimited prefix cache has from earlier requests.
+    """
+
+    conversation: int
+    number: int
+    input_len: int
+    output_len: int
+    shared_len: int
+
+    @property
+    def name(self) -> str:
+        """Its name in the workload: `12.1` is the first turn of conversation 12."""
+        return f"{self.conversation}.{self.number}"
+
+
 @dataclass(frozen=True)
 class PreparedRequest:
     """A request as bytes, and when it is due.
 
     In an open loop it is due `due_ns` after the start. Otherwise the next free user sends it, and
-    thinks for `think_ns` after the response.
+    thinks for `think_ns` after the response. `turn` is None unless it is one of a conversation.
     """
 
     method: str
     data: bytes
     due_ns: int | None = None
     think_ns: int = 0
+    turn: Turn | None = None
 
 
 class InFlightRequest:

@@ -2,8 +2,8 @@
 
 burst: waves of `concurrency` simultaneous requests; a wave starts when the one before has ended.
 closed_loop: `concurrency` users, who each send the next request when the last one has ended and
-their think time is over. poisson: an open loop, in which requests are due at random times with a
-given rate, independent of the responses.
+their think time is over; it may be the next turn of a conversation. poisson: an open loop, in which
+requests are due at random times with a given rate, independent of the responses.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,19 @@ import httpx
 import pyarrow as pa
 
 from servegrid.client import schedule
-from servegrid.client.content import Content, RequestLengths, open_content
-from servegrid.client.parse import ParsedExchange, RequestSpec, parse_exchange
+from servegrid.client.content import Content, Conversations, RequestLengths, open_content
+from servegrid.client.conversations import Composed, Dialogues
+from servegrid.client.inflight import Turn
+from servegrid.client.parse import ParsedExchange, RequestSpec, parse_answer, parse_exchange
 from servegrid.client.prompts import Prompt
 from servegrid.client.requests import Probe, RequestBuilder, http_client, negotiate, sent_key
-from servegrid.client.transport import MeasuringTransport, WaveResult
+from servegrid.client.transport import ConversationLoad, MeasuringTransport, WaveResult
 from servegrid.errors import LoadError
 from servegrid.node.network import find_proxy, tls_context
 from servegrid.records import columns, parquet
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Workload
+from servegrid.study.tokenizer import open_tokenizer
 
 MIN_AHEAD = 1000
 """Requests that are prepared before the start of a load by time; more for more users."""
@@ -69,6 +73,7 @@ class Measurement:
       how many the server's count of prompt tokens exceeds `input_len`, because its template adds
       tokens to a text; None if requests differ in this
     - `rows_left_out`: rows of the workload's file that were drawn and were too long
+    - `conversations_cut`: conversations that ended early, because the next prompt was too long
     - `warmup_s`: duration of the warm-up; `warmup_errors`: its failures, with their number
     - `left`: prepared requests that were not sent within the workload's duration, 0 if there are
       no further distinct prompts of this length;
@@ -127,34 +132,21 @@ def measure(
     proxy = None if endpoint.socket is not None else find_proxy(endpoint.base_url)
     transport = MeasuringTransport(endpoint.socket, tls)
     with http_client(endpoint, transport) as client:
-        builder = RequestBuilder(client, endpoint, salt)
+        more = content.keys if isinstance(content, Conversations) else {}
+        builder = RequestBuilder(client, endpoint, salt, more=more)
         sender = _Sender(transport, builder, workload, content, cpu_sets)
         sender, warmup = _warm_up(sender, endpoint)
         total = len(arrivals or ()) or workload.requests
-        waves: list[_Prompts]
-        ahead = None
-        if workload.duration_s is None:
-            assert total is not None
-            prepared = sender.make_prompts(total)
-            waves = _split_into_waves(
-                prepared, sender.users if workload.protocol == "burst" else total
-            )
-        else:
-            ahead = max(MIN_AHEAD, 2 * sender.users)
-            waves = [content.prompts(sender.builder.form)]
+        send = _prepare_load(
+            sender,
+            arrivals,
+            None if progress is None else lambda ended: progress(ended, total or 0),
+        )
         if progress is not None:
             progress(0, total or 0)
         counters_before = counters(0)
         started_at = datetime.now(UTC)
-        sent = sender.send(
-            "",
-            waves,
-            workload.timeout_s + (workload.duration_s or 0.0),
-            due_s=arrivals,
-            think_s=schedule.think_times(workload, salt),
-            after_wave=None if progress is None else lambda ended: progress(ended, total or 0),
-            ahead=ahead,
-        )
+        sent = send()
     before_parsing = time.process_time()
     parsed = sent.parse()
     rows = [exchange.row for exchange in parsed]
@@ -170,7 +162,8 @@ def measure(
         "length_key": sender.builder.length_key,
         "prompt_form": sender.builder.form,
         "prompt_tokens_added": _prompt_tokens_added(rows),
-        "rows_left_out": content.rows_left_out,
+        "rows_left_out": content.rows_left_out + sum(wave.rows_left_out for wave in sent.waves),
+        "conversations_cut": sum(wave.conversations_cut for wave in sent.waves),
         **_wave_facts(sent.waves),
         **_send_lag(rows),
         "stopped_early": sum(
@@ -189,6 +182,36 @@ def measure(
     completed = sum(row["error"] is None for row in rows)
     return Measurement(
         parquet.arrow_table(columns.REQUESTS, rows), facts, counters_before, counters(completed)
+    )
+
+
+def _prepare_load(
+    sender: _Sender, arrivals: list[float] | None, after_wave: Callable[[int], None] | None
+) -> Callable[[], _Sent]:
+    """Make the prompts that are known before the start. Returns what sends the load."""
+    workload, content = sender.workload, sender.content
+    timeout_s = workload.timeout_s + (workload.duration_s or 0.0)
+    if isinstance(content, Conversations):
+        return partial(sender.converse, content, timeout_s, after_wave)
+    waves: list[_Prompts]
+    ahead = None
+    if workload.duration_s is None:
+        total = len(arrivals or ()) or workload.requests
+        assert total is not None
+        prepared = sender.make_prompts(total)
+        waves = _split_into_waves(prepared, sender.users if workload.protocol == "burst" else total)
+    else:
+        ahead = max(MIN_AHEAD, 2 * sender.users)
+        waves = [content.prompts(sender.builder.form)]
+    return partial(
+        sender.send,
+        "",
+        waves,
+        timeout_s,
+        due_s=arrivals,
+        think_s=schedule.think_times(workload, content.salt),
+        after_wave=after_wave,
+        ahead=ahead,
     )
 
 
@@ -255,7 +278,7 @@ class _Sent:
     """Finished waves, with what their requests asked for."""
 
     waves: list[WaveResult]
-    specs: list[list[RequestSpec]]
+    specs: Sequence[Mapping[int, RequestSpec]]
     duration_s: float
     client: httpx.Client
 
@@ -306,7 +329,7 @@ class _Sender:
         """
         started = time.monotonic()
         results: list[WaveResult] = []
-        specs: list[list[RequestSpec]] = []
+        specs: list[Mapping[int, RequestSpec]] = []
         lengths = self.content.lengths(self.builder.form)
         # The same lengths again, for those requests that were sent.
         asked = enumerate(self.content.lengths(self.builder.form))
@@ -332,14 +355,67 @@ class _Sender:
             )
             sent = 1 + max((each.number for each in results[-1].exchanges), default=-1)
             specs.append(
-                [
-                    self._spec(f"{prefix}{number}", number, wave, length)
-                    for number, length in islice(asked, sent)
-                ]
+                {
+                    position: self._spec(f"{prefix}{number}", number, wave, length)
+                    for position, (number, length) in enumerate(islice(asked, sent))
+                }
             )
             if after_wave is not None:
                 after_wave(sum(len(result.exchanges) for result in results))
         return _Sent(results, specs, time.monotonic() - started, self.builder.client)
+
+    def converse(
+        self, content: Conversations, timeout_s: float, after_wave: Callable[[int], None] | None
+    ) -> _Sent:
+        """Let the users play conversations, all of them within `timeout_s`."""
+        started = time.monotonic()
+        form, builder = self.builder.form, self.builder
+        tokenizer = None if content.tokenizer is None else open_tokenizer(content.tokenizer)
+
+        def dialogues(share: tuple[int, int]) -> Dialogues:
+            scripts = islice(content.scripts(form), share[0], None, share[1])
+            return Dialogues(scripts, form, tokenizer, content.longest, share, content.staggered)
+
+        def build(composed: Composed) -> httpx.Request:
+            turn = composed.turn
+            return builder.completion(
+                turn.name, composed.prompt, turn.output_len, turn.conversation
+            )
+
+        first = dialogues((0, 1)).begin(0, 0)
+        if first is None:
+            raise LoadError(
+                f"`{self.workload.cell}`: the file has no conversation that is short enough. Raise "
+                "`input_len` or `output_len`."
+            )
+        load = ConversationLoad(
+            dialogues=dialogues,
+            build=build,
+            read=partial(parse_answer, chat=form == "messages"),
+            first=build(first),
+            most=self.workload.requests,
+        )
+        result = self.transport.send_conversations(
+            load,
+            self.users,
+            timeout_s=started + timeout_s - time.monotonic(),
+            idle_timeout_s=self.workload.idle_timeout_s,
+            send_duration_s=self.workload.duration_s or math.inf,
+            cpu_sets=self.cpu_sets,
+        )
+        specs = {
+            each.number: self._turn_spec(each.turn)
+            for each in result.exchanges
+            if each.turn is not None
+        }
+        if after_wave is not None:
+            after_wave(len(result.exchanges))
+        return _Sent([result], [specs], time.monotonic() - started, builder.client)
+
+    def _turn_spec(self, turn: Turn) -> RequestSpec:
+        lengths = RequestLengths(turn.input_len, turn.output_len, turn.shared_len)
+        spec = self._spec(turn.name, turn.conversation, 0, lengths)
+        return replace(spec, conversation=turn.conversation, turn=turn.number)
 
     def _spec(self, name: str, number: int, wave: int, lengths: RequestLengths) -> RequestSpec:
         return RequestSpec(
@@ -370,7 +446,8 @@ def _wave_facts(waves: list[WaveResult]) -> dict[str, Any]:
 
 
 def _prompt_tokens_added(rows: list[dict[str, Any]]) -> int | None:
-    served = (row for row in rows if row["error"] is None)
+    # A template also adds tokens to each later turn of a conversation.
+    served = (row for row in rows if row["error"] is None and row["turn"] in (None, 1))
     added = {row["prompt_tokens"] - row["sent_tokens"] for row in served}
     return added.pop() if len(added) == 1 else None
 

@@ -17,8 +17,9 @@ from http import HTTPStatus
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
+from servegrid.client.conversations import Answer
 from servegrid.client.failures import Failure, FailureKind
-from servegrid.client.http1 import HttpSyntaxError
+from servegrid.client.http1 import HttpSyntaxError, parse_head
 from servegrid.client.prompts import PromptForm
 from servegrid.client.transport import Exchange
 from servegrid.records.tokens import split_tokens
@@ -48,6 +49,7 @@ class RequestSpec:
     A server may add tokens to a prompt that is not sent as token ids, and count more. With
     `may_stop_early`, a response may have fewer output tokens, but at least one. An earlier request
     had the first `shared_tokens` of the prompt too. `adapter` is the LoRA adapter that it named.
+    `conversation` and `turn` are null without conversations.
     """
 
     request_id: str
@@ -58,6 +60,8 @@ class RequestSpec:
     may_stop_early: bool = False
     shared_tokens: int = 0
     adapter: str | None = None
+    conversation: int | None = None
+    turn: int | None = None
 
 
 class _ResponseError(Exception):
@@ -123,6 +127,8 @@ class _Response:
     """A finish_reason that says that the server gave up."""
     skipped: list[bytes] = field(default_factory=list)
     """The data of the events that are no chunks."""
+    kept: list[dict[str, Any]] | None = None
+    """All chunks, if they are wanted."""
 
 
 class ParsedExchange(NamedTuple):
@@ -173,8 +179,36 @@ def parse_exchange(exchange: Exchange, spec: RequestSpec, key: str | None = None
         "draft_tokens": response.draft_tokens,
         "accepted_draft_tokens": response.accepted_draft_tokens,
         "adapter": spec.adapter,
+        "conversation": spec.conversation,
+        "turn": spec.turn,
     }
     return ParsedExchange(row, len(response.skipped))
+
+
+def parse_answer(raw: bytes, chat: bool) -> Answer | None:
+    """The answer in the bytes of a response; None if it is a failure, or has no tokens or usage.
+
+    In a chat it is the content without the reasoning: chat clients do not send that back.
+    """
+    response = _Response(kept=[])
+    try:
+        exchange = Exchange(0, None, None, None, 0, [0], [len(raw)], raw, parse_head(raw), None)
+        _parse_response(exchange, response, chat)
+    except (_ResponseError, HttpSyntaxError):
+        return None
+    counts = response.prompt_tokens, response.completion_tokens
+    if not response.finished or counts[0] is None or not counts[1]:
+        return None
+    texts, ids = [], list[int]()
+    for chunk in response.kept or ():
+        for choice in (chunk.get("choices") or ())[:1]:
+            texts.append((choice.get("delta") or {}).get("content") if chat else choice.get("text"))
+            ids += choice.get("token_ids") or ()
+    text = "".join(text for text in texts if isinstance(text, str))
+    if chat:
+        text = text.rpartition("</think>")[2]
+    has_all = len(ids) == counts[1] and all(type(each) is int for each in ids)
+    return Answer(text, ids if has_all else None, counts[0], counts[1])
 
 
 def _describe_failure(failure: Failure, key: str | None) -> str:
@@ -235,6 +269,8 @@ def _parse_response(exchange: Exchange, response: _Response, chat: bool) -> None
             response.skipped.append(event.data)
         else:
             _add_chunk(response, event.arrival_ns, chunk, chat)
+            if response.kept is not None:
+                response.kept.append(chunk)
 
 
 def _error_message(exchange: Exchange) -> str:

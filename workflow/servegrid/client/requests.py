@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Literal
@@ -77,7 +78,7 @@ class RequestBuilder:
     """Builds the requests of one workload for one endpoint. Their ids start with `salt`.
 
     `form` is how prompts are sent, `length_key` the key with the number of output tokens. The keys
-    in `omitted_keys` are not sent.
+    in `omitted_keys` are not sent. `more` are further keys that a server may refuse.
     """
 
     client: httpx.Client
@@ -86,6 +87,12 @@ class RequestBuilder:
     form: PromptForm = "ids"
     length_key: LengthKey = "max_tokens"
     omitted_keys: frozenset[str] = frozenset()
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def optional_keys(self) -> tuple[str, ...]:
+        """The keys that a server may refuse."""
+        return (*OPTIONAL_KEYS, *self.more)
 
     def request_id(self, name: str) -> str:
         return f"{self.salt}/{name}"
@@ -112,7 +119,7 @@ class RequestBuilder:
                 **content,
                 self.length_key: output_len,
                 **self._without_omitted(
-                    {"min_tokens": output_len, "ignore_eos": True, "temperature": 0}
+                    {"min_tokens": output_len, "ignore_eos": True, "temperature": 0, **self.more}
                 ),
                 "stream": True,
                 "stream_options": {
@@ -162,7 +169,7 @@ class Probe:
 def negotiate_keys(builder: RequestBuilder, probe: Probe) -> RequestBuilder:
     """Find out which keys the server accepts, by requests as the workload sends them.
 
-    Returns `builder`, without those OPTIONAL_KEYS that the server refuses, and with the length key
+    Returns `builder`, without those optional keys that the server refuses, and with the length key
     that it knows. A refusal that names no key is tried once without all of them, then key by key.
     Raises LoadError if the server cannot be reached, and RequestRefused if it refuses anything else
     that would make every request fail. An overloaded or failing server raises nothing: the
@@ -175,7 +182,7 @@ def negotiate_keys(builder: RequestBuilder, probe: Probe) -> RequestBuilder:
     if response.status_code not in _KEY_REFUSALS:
         raise _refusal(response, message)
     if key := _named_key(message, builder):
-        if key in OPTIONAL_KEYS:
+        if key in builder.optional_keys:
             return negotiate_keys(builder.without(key), probe)
         if key == "max_tokens":
             return negotiate_keys(replace(builder, length_key="max_completion_tokens"), probe)
@@ -196,7 +203,7 @@ def _is_refusal(response: httpx.Response, form: PromptForm) -> bool:
 
 def _negotiate_one_by_one(builder: RequestBuilder, probe: Probe) -> RequestBuilder | None:
     """The request with as many optional keys as the server accepts; None if it accepts none."""
-    bare = builder.without(*OPTIONAL_KEYS)
+    bare = builder.without(*builder.optional_keys)
     if bare == builder:
         return None
     others: tuple[LengthKey, ...] = ("max_tokens", "max_completion_tokens")
@@ -204,7 +211,7 @@ def _negotiate_one_by_one(builder: RequestBuilder, probe: Probe) -> RequestBuild
     accepted = next((form for form in forms if _is_accepted(form, probe)), None)
     if accepted is None:
         return None
-    for key in OPTIONAL_KEYS:
+    for key in builder.optional_keys:
         more = replace(accepted, omitted_keys=accepted.omitted_keys - {key})
         if key not in builder.omitted_keys and _is_accepted(more, probe):
             accepted = more
@@ -218,8 +225,12 @@ def _is_accepted(builder: RequestBuilder, probe: Probe) -> bool:
 
 def _named_key(message: str, builder: RequestBuilder) -> str | None:
     """The key that a refusal is about, if it names one that the request has."""
-    keys = (*(key for key in OPTIONAL_KEYS if key not in builder.omitted_keys), builder.length_key)
-    found = (key for key in (*keys, *_OTHER_KEYS) if re.search(rf"\b{key}\b", message))
+    optional = (key for key in builder.optional_keys if key not in builder.omitted_keys)
+    found = (
+        key
+        for key in (*optional, builder.length_key, *_OTHER_KEYS)
+        if re.search(rf"\b{key}\b", message)
+    )
     return next(found, None)
 
 

@@ -11,26 +11,22 @@ import contextlib
 import fcntl
 import os
 import select
-import signal
 import struct
-import traceback
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from types import TracebackType
 from typing import Self
 
 from servegrid.client.inflight import PreparedRequest
-from servegrid.client.workers import die_with
-from servegrid.errors import ServegridError
+from servegrid.client.workers import end_helper, start_helper
 
 _FRAME = struct.Struct("qqI")
 """`due_ns` or -1, `think_ns`, and the size of the request in bytes."""
 _READ = 1 << 18
 _PIPE_SIZE = 1 << 20
 _METHOD = "POST"
-_NICE = 10
-"""The process gives way to the client and to an engine on this CPU, but still makes progress."""
 
 
 class RequestSupply:
@@ -51,20 +47,8 @@ class RequestSupply:
         self._pid: int | None = None
 
     def __enter__(self) -> Self:
-        parent = os.getpid()
         self._reader, writer = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                die_with(parent)
-                _close_all_but(writer)
-                _produce(self._requests, writer)
-            except ServegridError:
-                pass  # There are no more prompts of this kind: the supply ends.
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(0)
+        self._pid = start_helper(partial(_produce, self._requests, writer), writer)
         os.close(writer)
         os.set_blocking(self._reader, False)
         return self
@@ -79,9 +63,7 @@ class RequestSupply:
             os.close(self._reader)
             self._reader = None
         if self._pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+            end_helper(self._pid)
             self._pid = None
 
     def __bool__(self) -> bool:
@@ -142,9 +124,6 @@ class RequestSupply:
 
 def _produce(requests: Iterator[PreparedRequest], writer: int) -> None:
     """Write the requests to the pipe, which blocks while it is full."""
-    # Rust threads of the parent do not exist here.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.nice(_NICE)
     with contextlib.suppress(OSError):
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     for request in requests:
@@ -152,12 +131,3 @@ def _produce(requests: Iterator[PreparedRequest], writer: int) -> None:
         data = memoryview(_FRAME.pack(due_ns, request.think_ns, len(request.data)) + request.data)
         while data:
             data = data[os.write(writer, data) :]
-
-
-def _close_all_but(kept: int) -> None:
-    """Close the parent's connections: the server would else not see that the parent closes them."""
-    for name in os.listdir("/proc/self/fd"):
-        descriptor = int(name)
-        if descriptor > 2 and descriptor != kept:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)

@@ -7,7 +7,7 @@ import gc
 import ssl
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice, repeat
@@ -16,6 +16,9 @@ from math import inf
 import httpx
 
 from servegrid.client import workers
+from servegrid.client.composer import Composer, Prepare, Read
+from servegrid.client.conversation_loop import ConversationLoop
+from servegrid.client.conversations import Composed, Dialogues
 from servegrid.client.event_loop import EventLoop
 from servegrid.client.failures import Failure, FailureKind
 from servegrid.client.http1 import (
@@ -25,7 +28,7 @@ from servegrid.client.http1 import (
     body_spans,
     serialize_request,
 )
-from servegrid.client.inflight import InFlightRequest, PreparedRequest, Timeouts, User
+from servegrid.client.inflight import InFlightRequest, PreparedRequest, Timeouts, Turn, User
 from servegrid.client.sockets import (
     ServerAddress,
     StampSource,
@@ -48,7 +51,7 @@ _HTTPX_ERRORS: dict[FailureKind, type[httpx.TransportError]] = {
 class Exchange:
     """One request and its response, unparsed. Times are ns of CLOCK_MONOTONIC.
 
-    `number` is the position of the request in its wave.
+    `number` is the position of the request in its wave. `turn` is None without conversations.
 
     `arrival_ns` and `received` have one entry per read: when it arrived, and how many bytes of
     `raw` had arrived by then. `scheduled_ns` is when the request was due: at the start of the
@@ -67,7 +70,8 @@ class Exchange:
     raw: bytes
     head: ResponseHead | None
     failure: Failure | None
-    resent: bool
+    resent: bool = False
+    turn: Turn | None = None
 
     def body_spans(self) -> Iterator[Span]:
         """Positions of the body's pieces in `raw`. Raises HttpSyntaxError at a damaged chunk."""
@@ -82,6 +86,7 @@ class WaveResult:
     `stamps` is who took the arrival timestamps. `offset_before_ns` and `offset_after_ns` are
     CLOCK_REALTIME minus CLOCK_MONOTONIC. `cpu_s` is the CPU time of each process. `left` is the
     number of requests that were ready and not sent, and `waits` how often none was ready.
+    `conversations_cut` and `rows_left_out` are those of `Dialogues`.
     """
 
     exchanges: list[Exchange]
@@ -92,6 +97,8 @@ class WaveResult:
     cpu_s: list[float]
     left: int = 0
     waits: int = 0
+    conversations_cut: int = 0
+    rows_left_out: int = 0
 
 
 class MeasuringTransport(httpx.BaseTransport):
@@ -175,6 +182,43 @@ class MeasuringTransport(httpx.BaseTransport):
         pool += loop.users[users:]
         return result
 
+    def send_conversations(
+        self,
+        load: ConversationLoad,
+        users: int,
+        *,
+        timeout_s: float,
+        idle_timeout_s: float,
+        send_duration_s: float = inf,
+        cpu_sets: Sequence[Collection[int]] = (),
+    ) -> WaveResult:
+        """Let `users` play the conversations of `load`, each one after another.
+
+        Users connect and their first requests are built before the start. A process of its own
+        builds the others from the responses (see `Composer`). Otherwise as `send_wave`.
+        """
+        headers = self._proxy_headers(load.first.url)
+
+        def prepare(composed: Composed) -> PreparedRequest:
+            request = _prepare(load.build(composed), None, _ns(composed.think_s), headers)
+            return replace(request, turn=composed.turn)
+
+        raise_open_file_limit(users)
+        timeouts = Timeouts(timeout_s, idle_timeout_s, send_duration_s)
+        server = self._resolve(load.first, timeouts)
+        if len(cpu_sets) > 1:
+            tasks = [
+                partial(
+                    _converse,
+                    *(load, prepare, server, timeouts, (index, len(cpu_sets))),
+                    [User(number) for number in range(len(range(index, users, len(cpu_sets))))],
+                )
+                for index in range(len(cpu_sets))
+            ]
+            return _merge(workers.run_parallel(tasks, cpu_sets))
+        pool = self._user_pool(load.first, users)[:users]
+        return _converse(load, prepare, server, timeouts, _ALL, pool)
+
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Handle one request for httpx. Its read timeout limits the time for the whole response."""
         timeout_s = request.extensions.get("timeout", {}).get("read") or inf
@@ -242,6 +286,42 @@ _Share = tuple[int, int]
 _ALL: _Share = (0, 1)
 
 
+@dataclass(frozen=True)
+class ConversationLoad:
+    """What users send who play conversations.
+
+    `dialogues` makes the share of one process: its index and the number of processes. `build` makes
+    requests, all to the server of `first`. `read` takes the bytes of a response. At most `most`
+    requests are sent in all; None without a limit.
+    """
+
+    dialogues: Callable[[tuple[int, int]], Dialogues]
+    build: Callable[[Composed], httpx.Request]
+    read: Read
+    first: httpx.Request
+    most: int | None
+
+
+def _converse(
+    load: ConversationLoad,
+    prepare: Prepare,
+    server: ServerAddress,
+    timeouts: Timeouts,
+    share: _Share,
+    users: list[User],
+    wait_for_start: WaitForStart = time.monotonic_ns,
+) -> WaveResult:
+    """The share of one process: every `count`-th conversation and user from `index`."""
+    index, count = share
+    most = None if load.most is None else len(range(index, load.most, count))
+    positions = [index + user.number * count for user in users]
+    composer = Composer(load.dialogues(share), prepare, load.read, positions)
+    with composer:
+        loop = ConversationLoop(server, users, composer, most, timeouts)
+        result = _run(loop, server.stamps, share, wait_for_start)
+    return replace(result, conversations_cut=composer.cut, rows_left_out=composer.rows_left_out)
+
+
 def _run(
     loop: EventLoop,
     stamps: StampSource,
@@ -301,6 +381,8 @@ def _merge(results: Sequence[WaveResult]) -> WaveResult:
         cpu_s=[cpu_s for result in results for cpu_s in result.cpu_s],
         left=sum(result.left for result in results),
         waits=sum(result.waits for result in results),
+        conversations_cut=sum(result.conversations_cut for result in results),
+        rows_left_out=sum(result.rows_left_out for result in results),
     )
 
 
@@ -348,6 +430,7 @@ def _exchanges(loop: EventLoop, stamps: StampSource, share: _Share = _ALL) -> li
                 head=request.framing.head,
                 failure=request.failure,
                 resent=request.resent,
+                turn=request.prepared.turn,
             )
         )
     return exchanges

@@ -27,6 +27,8 @@ START_DELAY_S = 0.005
 """Time from when all processes are ready to the common start, so that each learns of it before."""
 
 _PR_SET_PDEATHSIG = 1
+_HELPER_NICE = 10
+"""A helper gives way to the client and to an engine on this CPU, but still makes progress."""
 _START = struct.Struct("q")
 _READY = b"r"
 
@@ -108,7 +110,7 @@ class _Worker(Generic[Result]):
         try:
             error, result = pickle.loads(self._received)
         except (pickle.UnpicklingError, EOFError):
-            _raise_killed()
+            raise_killed()
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
@@ -121,7 +123,8 @@ class _Worker(Generic[Result]):
         os.waitpid(self._pid, 0)
 
 
-def _raise_killed() -> NoReturn:
+def raise_killed() -> NoReturn:
+    """Raise LoadError: a process of the client has ended before its work was done."""
     raise LoadError(
         "A process of the load client was killed from outside (out of memory?). This measurement "
         "is lost. To repeat it, run the same command again."
@@ -148,6 +151,46 @@ def _run_task(
     while data:
         data = data[os.write(result_writer, data) :]
     os._exit(0)
+
+
+def start_helper(task: Callable[[], None], kept: int) -> int:
+    """Fork a process of low priority that runs `task` and ends. Returns its id.
+
+    It has no open file but `kept` and the standard ones: the server would else not see that the
+    parent closes a connection. A ServegridError ends it quietly.
+    """
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        die_with(parent)
+        _close_all_but(kept)
+        # Rust threads of the parent do not exist here.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        os.nice(_HELPER_NICE)
+        task()
+    except ServegridError:
+        pass
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def end_helper(pid: int) -> None:
+    """End a process of `start_helper` and wait for its end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def _close_all_but(kept: int) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        descriptor = int(name)
+        if descriptor > 2 and descriptor != kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
 
 def die_with(parent: int) -> None:

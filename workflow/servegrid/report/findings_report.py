@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from servegrid.analysis.caching_comparison import CAPTION
 from servegrid.analysis.findings import format_max_within_slo, format_n_half
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import workload_title
@@ -74,11 +75,21 @@ def frontier_table(frontier: pd.DataFrame, titles: Mapping[str, str]) -> pd.Data
 
 
 def render_findings(
-    statements: Sequence[str], table: pd.DataFrame, slo: Slo, notes: Sequence[str]
+    statements: Sequence[str],
+    table: pd.DataFrame,
+    slo: Slo,
+    notes: Sequence[str],
+    caching: pd.DataFrame | None = None,
 ) -> str:
-    """The findings and the frontier as Markdown. `notes` come first."""
+    """The findings and the frontier as Markdown. `notes` come first.
+
+    `caching` is the table of `caching_comparison.compare_caching`.
+    """
+    compared = []
+    if caching is not None and not caching.empty:
+        compared = ["## Prefix caching off and on", CAPTION, as_markdown(caching)]
     if not statements:
-        return "\n\n".join(["# Findings", *notes, NO_FINDINGS]) + "\n"
+        return "\n\n".join(["# Findings", *notes, NO_FINDINGS, *compared]).rstrip() + "\n"
     return "\n\n".join(
         [
             "# Findings",
@@ -86,6 +97,7 @@ def render_findings(
             bullets(statements).rstrip(),
             frontier_caption(slo),
             as_markdown(table),
+            *compared,
         ]
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis import findings, goodput, tables, titles
+from servegrid.analysis.caching_comparison import compare_caching
 from servegrid.analysis.capacity import load_prices, parse_demand, parse_demands, plan_capacity
 from servegrid.analysis.plan import DeploymentPlan, plan_study
 from servegrid.analysis.predictor import load_calibration
@@ -58,7 +59,9 @@ def write_findings(
     sentences = findings.describe_findings(summary, frontier, slo, names)
     markup.write_texts(
         {
-            paths["findings"]: findings_report.render_findings(sentences, table, slo, notes),
+            paths["findings"]: findings_report.render_findings(
+                sentences, table, slo, notes, compare_caching(summary, cells, names)
+            ),
             paths["frontier_tex"]: markup.as_latex(
                 table, findings_report.frontier_caption(slo), "tab:frontier"
             ),

@@ -33,6 +33,8 @@ _PREFIX_CACHING: Mapping[str, Mapping[str, Any]] = {
     "llamacpp": {"cache_prompt": True, "slot_prompt_similarity": 0.1},
 }
 """The arguments that switch the prefix cache of an engine on. Servegrid's default is off."""
+PREFIX_CACHING_SUFFIX = "-prefix_caching"
+"""What is added to the name of a deployment whose prefix cache is on."""
 
 
 def expand(config: Mapping[str, Any]) -> Study:
@@ -207,7 +209,7 @@ def _variants(entry: Mapping[str, Any], where: str) -> Iterator[tuple[Mapping[st
     for enabled in as_list(entry.get("prefix_caching", False)):
         if enabled:
             arguments = {**entry.get("engine_args", {}), **_PREFIX_CACHING[entry["engine"]]}
-            yield {**plain, "engine_args": arguments}, "-prefix_caching"
+            yield {**plain, "engine_args": arguments}, PREFIX_CACHING_SUFFIX
         else:
             yield plain, ""
 

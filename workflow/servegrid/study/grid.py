@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -138,9 +139,28 @@ class Workload:
 
     @property
     def max_input_len(self) -> int:
-        """The largest prompt length of its requests, in tokens."""
+        """The largest prompt length of its requests, in tokens, with the history of a turn."""
         longest = self._longest("input")
-        return self.input_len if longest is None else longest
+        longest = self.input_len if longest is None else longest
+        return round(self._with_history(longest, self.max_output_len, self._drawn_turns))
+
+    @property
+    def mean_input_len(self) -> float:
+        """The mean prompt length of its requests, in tokens, with the history of a turn."""
+        # The mean of the turns 1 to n is the one in their middle.
+        return self._with_history(self.input_len, self.output_len, (self._drawn_turns + 1) / 2)
+
+    @property
+    def _drawn_turns(self) -> int:
+        """The turns of a conversation whose turns have `input_len` tokens; 1 without turns."""
+        turns = 1 if self.source is None else self.source.turns
+        is_file = self.source is not None and self.source.kind == "file"
+        return 1 if turns == "all" or is_file else turns
+
+    @staticmethod
+    def _with_history(input_len: int, output_len: int, turn: float) -> float:
+        """The prompt of a turn, from 1: all turns up to it and all answers before it."""
+        return turn * input_len + (turn - 1) * output_len
 
     def _longest(self, what: Literal["input", "output"]) -> int | None:
         """The largest length that the source has; None if it is that of the workload."""
@@ -189,7 +209,9 @@ class Trial:
             return None  # its longest prompt need not have its longest output; rows fit one by one
         if not longest or workload.max_input_len + workload.max_output_len <= longest:
             return None  # imported results do not say it
+        with_history = workload.source is not None and workload.source.has_turns
         return (
+            f"{'the last turn of a conversation: ' if with_history else ''}"
             f"input_len {workload.max_input_len} plus output_len {workload.max_output_len} is more "
             f"than max_model_len {longest}"
         )
@@ -393,8 +415,13 @@ def by_bring_up(trials: Sequence[Trial]) -> dict[tuple[str, int], list[Trial]]:
     return groups
 
 
-def count_requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float) -> int | None:
-    """The number of requests of a workload; None if it has a duration instead."""
+def count_requests(
+    keys: Mapping[str, Any], protocol: Protocol, intensity: float, turns: float = 1.0
+) -> int | None:
+    """The number of requests of a workload; None if it has a duration instead.
+
+    By default, users have as many conversations of `turns` requests as they would have requests.
+    """
     if protocol == "burst":
         return int(intensity) * int(keys.get("requests_per_user", 1))
     if keys.get("duration_s") is not None:
@@ -403,4 +430,5 @@ def count_requests(keys: Mapping[str, Any], protocol: Protocol, intensity: float
         return OPEN_LOOP_REQUESTS
     if "requests_per_user" in keys:
         return int(intensity) * int(keys["requests_per_user"])
-    return 2 * int(intensity) + max(MIN_STATIONARY_REQUESTS, 6 * int(intensity))
+    start_and_end, between = 2 * int(intensity) * turns, 6 * int(intensity) * turns
+    return math.ceil(start_and_end + max(MIN_STATIONARY_REQUESTS, between))

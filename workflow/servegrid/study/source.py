@@ -69,7 +69,8 @@ class FileFacts:
 
     For a trace also the rounded means of the lengths, the largest ones, in tokens, and `span_s`,
     the time from the first to the last row. `shares_blocks` is whether it has hash_ids. Rows with
-    more than `context` tokens, prompt and output together, are among those left out.
+    more than `context` tokens, prompt and output together, are among those left out. `turns` is the
+    number of the user's turns in all usable rows, if the source has the key `turns`.
     """
 
     sha256: str
@@ -82,6 +83,12 @@ class FileFacts:
     span_s: float = 0.0
     shares_blocks: bool = False
     context: int = 0
+    turns: int = 0
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The fields as plain JSON data; `turns` only if it is set: older cells stay the same."""
+        return {key: value for key, value in asdict(self).items() if key != "turns" or value}
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class Source:
     and `output_lens`, or jointly from the rows of `file`. `file` sends the texts of `file`, and
     `trace` sends requests of the lengths of `file` at its times, `speedup` times as fast. Only the
     first `first_s` seconds of a trace are used. With `prefix_len`, that many tokens at the start
-    of a prompt are one of `prefix_groups` common prefixes.
+    of a prompt are one of `prefix_groups` common prefixes. With `turns`, requests are the turns of
+    conversations: that many of each user, or `all` that a row of a file has.
     """
 
     kind: Kind = "text"
@@ -104,11 +112,14 @@ class Source:
     first_s: float | None = None
     prefix_len: int = 0
     prefix_groups: int = 1
+    turns: int | Literal["all"] = 1
 
     @property
     def spec(self) -> dict[str, Any]:
         """The fields that differ from their defaults, as plain JSON data."""
         data = asdict(self)
+        if self.file is not None:
+            data["file"] = self.file.spec
         return {
             field.name: data[field.name]
             for field in fields(self)
@@ -129,7 +140,21 @@ class Source:
     @property
     def has_fixed_lengths(self) -> bool:
         """Whether all requests have the same lengths, but for `output_spread`."""
-        return self.file is None and self.input_lens is None and self.output_lens is None
+        are_drawn = self.input_lens is not None or self.output_lens is not None
+        return self.file is None and not are_drawn and not self.has_turns
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether its requests are the turns of conversations."""
+        return self.turns != 1
+
+    @property
+    def mean_turns(self) -> float:
+        """The turns of the user per conversation, as a mean."""
+        if self.file is not None and self.has_turns:
+            return self.file.turns / self.file.rows
+        assert self.turns != "all"
+        return float(self.turns)
 
     @property
     def needs_ids(self) -> bool:
@@ -139,8 +164,9 @@ class Source:
 
     @property
     def label(self) -> str:
-        """Its kind, and the first digits of its file's SHA-256: `trace 1f2e3d4c`."""
-        return self.kind if self.file is None else f"{self.kind} {self.file.sha256[:8]}"
+        """Its kind, and the first digits of its file's SHA-256: `trace 1f2e3d4c`; its turns."""
+        name = self.kind if self.file is None else f"{self.kind} {self.file.sha256[:8]}"
+        return f"{name}, {self.turns} turns" if self.has_turns else name
 
 
 NEEDS_FILE: tuple[Kind, ...] = ("file", "trace")
@@ -164,7 +190,7 @@ def parse_source(keys: Mapping[str, Any], where: str) -> Source | None:
     return None if source == Source() else source
 
 
-_COPIED = ("on_bad_rows", "first_s", "prefix_len", "prefix_groups")
+_COPIED = ("on_bad_rows", "first_s", "prefix_len", "prefix_groups", "turns")
 _ALLOWED: Mapping[str, tuple[Kind, ...]] = {
     "input_lens": ("text", "random"),
     "output_lens": ("text", "random"),
@@ -172,6 +198,7 @@ _ALLOWED: Mapping[str, tuple[Kind, ...]] = {
     "prefix_groups": ("text", "random"),
     "speedup": ("trace",),
     "first_s": ("trace",),
+    "turns": ("text", "random", "file"),
 }
 
 
@@ -193,6 +220,16 @@ def _check_keys(keys: Mapping[str, Any], kind: Kind, where: str) -> None:
                 raise ConfigError(
                     f"{where}.{key}: the lengths already come from the file. Remove one of the two."
                 )
+    if "turns" in keys and kind != "file":
+        if keys["turns"] == "all":
+            raise ConfigError(
+                f"{where}.turns: `all` is only for the kind `file`. Write a number of turns."
+            )
+        if "facts" in keys:
+            raise ConfigError(
+                f"{where}.turns: each turn would need a length, and a row of the file has the "
+                "lengths of one request. Remove `path` or `turns`."
+            )
     if "prefix_groups" in keys and "prefix_len" not in keys:
         raise ConfigError(f"{where}.prefix_groups: needs `prefix_len`. Add it, or remove this key.")
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,26 @@ class Conversation:
         """All messages as one prompt, with an empty line in between."""
         return "\n\n".join(message.text for message in self.messages)
 
+    def user_turns(self, limit: int | None) -> list[Conversation]:
+        """The turns of the user, at most `limit` of them, each with the answer that it recorded.
+
+        A turn has the messages since the answer before it, such as a system message. What an
+        assistant says before the first turn is part of that. More messages of the assistant after
+        an answer are left out: servers answer with one.
+        """
+        turns: list[Conversation] = []
+        waiting: list[Message] = []
+        asked = False
+        for message in self.messages:
+            if message.role != "assistant" or not (asked or turns):
+                waiting.append(message)
+                asked = asked or message.role == "user"
+            elif asked:
+                turns.append(replace(self, messages=tuple(waiting), answer=message.text))
+                waiting, asked = [], False
+        turns.append(replace(self, messages=tuple(waiting)))
+        return turns[:limit]
+
 
 class Arrival(NamedTuple):
     """One row of a trace: seconds since its first row, lengths in tokens, and blocks.
@@ -105,7 +125,7 @@ def resolve_sources(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         if "path" in source:
             facts = _read_facts(source, entry["max_model_len"])
             paths[facts.sha256] = source["path"]
-            source = {**source, "facts": asdict(facts)}
+            source = {**source, "facts": facts.spec}
             entry = {**entry, "workload": {**workload, "source": source}}
         deployments.append(entry)
     return {**config, "deployments": deployments}, paths
@@ -154,7 +174,11 @@ def _read_facts(source: Mapping[str, Any], context: int) -> FileFacts:
     path, on_bad_rows = Path(source["path"]), source.get("on_bad_rows", "refuse")
     if source["kind"] == "file":
         conversations = read_conversations(path, on_bad_rows)
-        return FileFacts(conversations.sha256, len(conversations.rows), conversations.left_out)
+        facts = FileFacts(conversations.sha256, len(conversations.rows), conversations.left_out)
+        if (turns := source.get("turns", 1)) == 1:
+            return facts
+        limit = None if turns == "all" else turns
+        return replace(facts, turns=sum(len(row.user_turns(limit)) for row in conversations.rows))
     if source["kind"] not in NEEDS_FILE:
         return _describe_arrivals(read_lengths(path, on_bad_rows, context), context)
     return _describe_arrivals(

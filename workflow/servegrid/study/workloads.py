@@ -16,7 +16,7 @@ from servegrid.study.grid import (
     Workload,
     count_requests,
 )
-from servegrid.study.source import NEEDS_FILE, Source, parse_source
+from servegrid.study.source import NEEDS_FILE, FileFacts, Source, parse_source
 
 
 def expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
@@ -48,7 +48,9 @@ def _expand_lengths(keys: Mapping[str, Any], source: Source | None) -> list[Work
             request_rate=intensity if protocol in OPEN_LOOPS and not is_sweep else None,
             input_len=input_len,
             output_len=output_len,
-            requests=count_requests(keys, protocol, intensity),
+            requests=count_requests(
+                keys, protocol, intensity, 1.0 if source is None else source.mean_turns
+            ),
             duration_s=None if protocol == "burst" else keys.get("duration_s"),
             think_time_s=keys.get("think_time_s", 0.0) if protocol == "closed_loop" else 0.0,
             burstiness=float(keys["burstiness"]) if protocol == "gamma" else None,
@@ -116,6 +118,12 @@ def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str
             )
         if workload.prompts == "identical" and not source.has_fixed_lengths:
             raise ConfigError(f"{place}: prompts of different lengths are not `identical`.")
+        if source.has_turns and workload.protocol != "closed_loop":
+            raise ConfigError(
+                f"{place}.turns: a user's next turn waits for the answer to the last one, so the "
+                f"protocol is `closed_loop`, not `{workload.protocol}`. Write `protocol: "
+                "closed_loop`, or remove `turns`."
+            )
         if source.output_lens is not None and workload.output_spread:
             raise ConfigError(
                 f"{place}.output_lens: `output_spread` is a second distribution. Remove one of the "
@@ -132,13 +140,19 @@ def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str
         ):
             if drawn is not None and drawn.max < mean:
                 raise ConfigError(f"{place}.{key}.max: {drawn.max} is less than the mean {mean}.")
-        rows = source.file.rows if source.kind == "file" and source.file else None
-        if rows is not None and (workload.requests or 1) > rows:
-            raise ConfigError(
-                f"{place}: the file has {rows} usable rows, and `{workload.cell}` needs "
-                f"{workload.requests}: no row is sent twice. Lower `concurrency` or "
-                "`requests_per_user`, or add rows."
-            )
+        if source.kind == "file" and source.file:
+            _check_enough(source, source.file, workload, place)
+
+
+def _check_enough(source: Source, file: FileFacts, workload: Workload, place: str) -> None:
+    """Raise ConfigError if a file has too few rows, or too few turns, for a workload."""
+    has, what = (file.turns, "turns of users") if source.has_turns else (file.rows, "usable rows")
+    if (workload.requests or 1) > has:
+        raise ConfigError(
+            f"{place}: the file has {has} {what}, and `{workload.cell}` needs "
+            f"{workload.requests}: no row is sent twice. Lower `concurrency` or "
+            "`requests_per_user`, or add rows."
+        )
 
 
 def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:

@@ -81,6 +81,18 @@ REQUESTS = (
     Column(
         "adapter", pa.string(), "", "LoRA adapter that the request named; null if it named none"
     ),
+    Column(
+        "conversation",
+        pa.int32(),
+        "",
+        "Number of the conversation that the request is a turn of, from 0; null without `turns`",
+    ),
+    Column(
+        "turn",
+        pa.int32(),
+        "",
+        "Which of the user's turns in the conversation it is, from 1; null without `turns`",
+    ),
 )
 """One row per request."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from servegrid.analysis.caching_comparison import compare_caching
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.engine_comparison import compare_engines
 from servegrid.analysis.findings import compute_frontier, describe_findings
@@ -104,6 +105,7 @@ def render_study_page(
             *([sections.plan_section(results.outcomes, titles)] if results.outcomes else []),
             sections.engines_section(compare_engines(summary, cells)),
             *_settings_sections(results),
+            *_caching_sections(results, titles),
             sections.validity_section(cells),
             sections.provenance_section(results.allocations),
         ],
@@ -151,6 +153,11 @@ def _settings_sections(results: StudyResults) -> list[Section]:
     if not results.settings:
         return []
     return [sections.settings_section(compare_settings(results.cells, results.settings))]
+
+
+def _caching_sections(results: StudyResults, titles: Mapping[str, str]) -> list[Section]:
+    compared = compare_caching(results.summary, results.cells, titles)
+    return [] if compared.empty else [sections.caching_section(compared)]
 
 
 def _published_sections(results: StudyResults, titles: Mapping[str, str]) -> list[Section]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from servegrid.analysis import caching_comparison
 from servegrid.analysis.feasibility import CANNOT, FITS, QUEUES, UNKNOWN
 from servegrid.analysis.plan import DeploymentPlan
 from servegrid.analysis.review import DeploymentReview
@@ -113,6 +114,12 @@ def settings_section(ratios: pd.DataFrame) -> Section:
         "deployments."
     )
     return Section("settings", title, tables=[frame_table(caption, ratios)])
+
+
+def caching_section(compared: pd.DataFrame) -> Section:
+    """Prefix caching off and on, a table of `caching_comparison.compare_caching`."""
+    table = frame_table(caching_comparison.CAPTION, compared)
+    return Section("caching", "Prefix caching off and on", tables=[table])
 
 
 def plan_section(
