@@ -162,7 +162,7 @@ def check_servable(
             "but the profile starts a process on the first one only. Write `submitit-follower: "
             "servegrid.run.service:follow` into its config.yaml."
         )
-    if problem is None and deployment.engine == VLLM:
+    if problem is None and (nodes > 1 or deployment.replicas > 1):
         problem = version_problem(deployment, nodes, find_vllm(site))
     if problem is not None:
         raise ConfigError(problem)

@@ -118,7 +118,8 @@ class Deployment:
         """How its GPUs work together. Raises ConfigError if its `engine_args` contradict them."""
         if self.engine == VLLM:
             return read_parallelism(self.engine_args, self.gpu_count, f"deployment `{self.name}`")
-        replicas = self.engine_args.get(REPLICAS, 1) if self.engine == EMULATED else 1
+        given = self.engine_args.get(REPLICAS) if self.engine == EMULATED else None
+        replicas = given if isinstance(given, int) and given > 0 else 1  # a record can say anything
         return Parallelism(tensor=max(1, self.gpu_count // replicas), data=replicas)
 
     @property
