@@ -47,6 +47,9 @@ class Endpoint:
     output_len_exact: bool = True
     adapters: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapters", tuple(self.adapters))  # from JSON it is a list
+
     def adapter(self, number: int) -> str | None:
         """The LoRA adapter that request `number` names, from 0; None if there are none."""
         return self.adapters[number % len(self.adapters)] if self.adapters else None
