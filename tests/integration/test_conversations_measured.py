@@ -28,6 +28,7 @@ CACHING = {"cache_prompt": True, "slot_prompt_similarity": 0.1}
 
 @pytest.mark.crowded
 @pytest.mark.timeout(300)
+@pytest.mark.chaos
 def test_llamacpp_finds_the_history_in_its_cache(
     demo_model: DemoModel, llamacpp_deployment: Deployment
 ) -> None:
