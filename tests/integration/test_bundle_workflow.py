@@ -86,19 +86,23 @@ def modification_times(folder: Path) -> dict[str, int]:
     return {each.relative_to(folder).as_posix(): each.stat().st_mtime_ns for each in found}
 
 
+def bundle_study(site: Path, imported: Path) -> Path:
+    """Measure the study in a folder with a trap. Returns the bundle."""
+    set_trap(site, imported)
+    config = site / "study.json"
+    config.write_text(json.dumps(STUDY))
+    snakemake(site, config)
+    snakemake(site, config, "bundle")
+    (bundle,) = (site / "results" / "bundles").iterdir()
+    return bundle
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_study_is_bundled_and_verified_and_continued_elsewhere(
     tmp_path: Path, imported: Path
 ) -> None:
-    site = tmp_path / "site"
-    set_trap(site, imported)
-    config = site / "study.json"
-    config.write_text(json.dumps(STUDY))
-
-    snakemake(site, config)
-    snakemake(site, config, "bundle")
-    (bundle,) = (site / "results" / "bundles").iterdir()
+    bundle = bundle_study(tmp_path / "site", imported)
 
     elsewhere, home = tmp_path / "elsewhere", tmp_path / "home"
     set_trap(elsewhere, imported)
@@ -138,13 +142,7 @@ def test_a_study_is_bundled_and_verified_and_continued_elsewhere(
 @pytest.mark.chaos
 @pytest.mark.timeout(900)
 def test_a_cell_of_a_bundle_is_measured_again_elsewhere(tmp_path: Path, imported: Path) -> None:
-    site = tmp_path / "site"
-    set_trap(site, imported)
-    config = site / "study.json"
-    config.write_text(json.dumps(STUDY))
-    snakemake(site, config)
-    snakemake(site, config, "bundle")
-    (bundle,) = (site / "results" / "bundles").iterdir()
+    bundle = bundle_study(tmp_path / "site", imported)
 
     elsewhere = tmp_path / "elsewhere"
     set_trap(elsewhere, imported)

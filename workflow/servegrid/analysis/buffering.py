@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from servegrid.records.parquet import column_or_null
 from servegrid.study.deployment import EMULATED
 
 REQUEST_COLUMNS = ("sent_ns", "token_ns", "completion_tokens", "error", "accepted_draft_tokens")
@@ -76,6 +77,4 @@ def _sent_with_others(requests: pa.Table) -> int:
     With speculative decoding, the model accepts several drafted tokens in one step. llama.cpp sends
     each in a chunk of its own, right after the previous one.
     """
-    if "accepted_draft_tokens" not in requests.column_names:
-        return 0
-    return int(pc.sum(requests["accepted_draft_tokens"]).as_py() or 0)
+    return pc.sum(column_or_null(requests, "accepted_draft_tokens")).as_py() or 0

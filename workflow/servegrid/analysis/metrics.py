@@ -29,6 +29,7 @@ from servegrid.analysis.energy import Power, gpu_columns, is_engine, mean_power
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.analysis.stationarity import Window, find_window
 from servegrid.records.columns import CELLS, PERCENTILES
+from servegrid.records.parquet import column_or_null
 from servegrid.records.verdict import was_served
 from servegrid.study.grid import Trial, Workload
 
@@ -188,7 +189,7 @@ def _latency_columns(
     due = inside["scheduled_ns" if workload.is_open_loop else "sent_ns"]
     ttft = _seconds(due, inside["first_token_ns"])
     e2el = _seconds(due, last_token_ns(inside))
-    ttfo = _seconds(due, reasoning.column_or_null(inside, "first_output_token_ns"))
+    ttfo = _seconds(due, column_or_null(inside, "first_output_token_ns"))
     is_known = knows_itl(inside)
     itl = _itl_s(inside.filter(pa.array(is_known)))[0]
     per_chunk, coalesced = _itl_s(inside)[1:]
@@ -392,7 +393,7 @@ def knows_itl(requests: pa.Table) -> npt.NDArray[np.bool_]:
     with speculative decoding. Their total is known, but not which chunk has how many.
     """
     chunks = pc.list_value_length(requests["token_ns"]).to_numpy()
-    estimated = reasoning.column_or_null(requests, "chunk_tokens_estimated")
+    estimated = column_or_null(requests, "chunk_tokens_estimated")
     is_estimated = pc.fill_null(estimated.cast(pa.bool_()), False).to_numpy()
     tokens = _floats(requests["completion_tokens"])
     known: npt.NDArray[np.bool_] = ~(is_estimated & (tokens > MAX_TOKENS_PER_CHUNK * chunks))

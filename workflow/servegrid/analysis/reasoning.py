@@ -5,22 +5,15 @@ A server may stream the text of a reasoning, or keep it to itself and only count
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from servegrid.records.parquet import column_or_null
+
 REQUEST_COLUMNS = ("first_token_ns", "first_output_token_ns", "reasoning_tokens")
 """The columns of `columns.REQUESTS` that this module needs. Older records lack the last two."""
-
-
-def column_or_null(requests: pa.Table, name: str) -> Any:
-    """A column of integers; all null if the record is older than the column."""
-    if name in requests.column_names:
-        return requests[name]
-    return pa.chunked_array([pa.nulls(requests.num_rows, pa.int64())])
 
 
 def hidden_tokens(requests: pa.Table) -> npt.NDArray[np.int64]:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from servegrid.records.parquet import column_or_null
 from servegrid.telemetry.counters import (
     ACCEPTED_TOKENS,
     DRAFT_TOKENS,
@@ -67,8 +68,8 @@ def prefix_columns(record: Mapping[str, Any], requests: pa.Table) -> dict[str, f
     prompts = pc.sum(requests["prompt_tokens"]).as_py()
     hits = increase(before, after, PREFIX_HITS)
     looked_up = increase(before, after, PREFIX_QUERIES) or prompts
-    if hits is None and "cached_tokens" in requests.column_names:
-        hits, looked_up = pc.sum(requests["cached_tokens"]).as_py(), prompts
+    if hits is None:
+        hits, looked_up = pc.sum(column_or_null(requests, "cached_tokens")).as_py(), prompts
     expected = expected_hits(record, requests)
     return {
         "prefix_hit_rate": None if hits is None or not looked_up else hits / looked_up,
@@ -86,16 +87,16 @@ def speculation_columns(record: Mapping[str, Any], requests: pa.Table) -> dict[s
         increase(record["metrics_before"], record["metrics_after"], names)
         for names in (DRAFTS, DRAFT_TOKENS, ACCEPTED_TOKENS)
     )
-    if drafted is None and "draft_tokens" in requests.column_names:
-        drafted = pc.sum(requests["draft_tokens"]).as_py()
-        accepted = pc.sum(requests["accepted_draft_tokens"]).as_py()
+    if drafted is None:
+        drafted, accepted = (
+            pc.sum(column_or_null(requests, name)).as_py()
+            for name in ("draft_tokens", "accepted_draft_tokens")
+        )
+    if accepted is None:
+        return {"spec_decode_acceptance_rate": None, "spec_decode_acceptance_length": None}
     return {
-        "spec_decode_acceptance_rate": accepted / drafted
-        if accepted is not None and drafted
-        else None,
-        "spec_decode_acceptance_length": 1 + accepted / drafts
-        if accepted is not None and drafts
-        else None,
+        "spec_decode_acceptance_rate": accepted / drafted if drafted else None,
+        "spec_decode_acceptance_length": 1 + accepted / drafts if drafts else None,
     }
 
 

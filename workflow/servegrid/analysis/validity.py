@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from servegrid.analysis import buffering, stationarity
 from servegrid.analysis.client_error import client_headroom
 from servegrid.analysis.metrics import in_flight_mean, samples_in, stationary_window
-from servegrid.analysis.reasoning import column_or_null
 from servegrid.analysis.server_metrics import expected_hits
 from servegrid.analysis.stationarity import find_window
+from servegrid.records.parquet import column_or_null
 from servegrid.records.verdict import was_served
 from servegrid.study.grid import Trial
 from servegrid.telemetry.counters import (

@@ -268,8 +268,27 @@ class _Encoded(NamedTuple):
     lengths: RequestLengths
 
 
-class FileContent(Content):
-    """Texts of a file, each sent at most once, in an order that the seed and the salt draw.
+class _FileRows(Content):
+    """The rows of a file, each sent at most once, in an order that the seed and the salt draw."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        tokenizer: Path | None,
+        salt: str,
+        rows: Sequence[Conversation],
+        path: Path,
+    ) -> None:
+        super().__init__(workload, tokenizer, salt)
+        self._rows, self._path = rows, path
+
+    def _draw_order(self) -> list[Conversation]:
+        rng = random.Random(f"{self.workload.seed}/{self.salt}/rows")
+        return rng.sample(self._rows, len(self._rows))
+
+
+class FileContent(_FileRows):
+    """The texts of a file as single requests.
 
     All messages of a conversation are one prompt, with an empty line in between; in a chat, the
     server's template joins them. A row's output length is its `output_tokens`, or that of its
@@ -284,8 +303,7 @@ class FileContent(Content):
         rows: Sequence[Conversation],
         path: Path,
     ) -> None:
-        super().__init__(workload, tokenizer, salt)
-        self._rows, self._path = rows, path
+        super().__init__(workload, tokenizer, salt, rows, path)
         self._drawn: dict[PromptForm, list[_Encoded]] = {}
         self._left_out = 0
 
@@ -293,22 +311,14 @@ class FileContent(Content):
         return (each.lengths for each in self._draw(form))
 
     def prompts(self, form: PromptForm) -> Iterator[Prompt]:
-        for row, ids, _ in self._draw(form):
-            if form == "ids":
-                yield ids
-            elif form == "text":
-                yield row.text
-            else:
-                yield [message.for_api() for message in row.messages]
+        return (_sent_as(each, form) for each in self._draw(form))
 
     def _draw(self, form: PromptForm) -> list[_Encoded]:
         """The drawn rows, encoded once: as many as the workload needs, or all usable ones."""
         if form not in self._drawn:
-            rng = random.Random(f"{self.workload.seed}/{self.salt}/rows")
-            order = rng.sample(self._rows, len(self._rows))
             tokenizer = _open_tokenizer(self.tokenizer)
             self._left_out, found, seen = 0, list[_Encoded](), set[int]()
-            for row in order:
+            for row in self._draw_order():
                 if len(found) == self.workload.requests:
                     break
                 encoded = _encode(row, self.workload, tokenizer, form)
@@ -416,23 +426,12 @@ def _as_form(prompt: Prompt, form: PromptForm) -> Prompt:
     return prompt
 
 
-class FileConversations(Conversations):
-    """The conversations of a file, each played at most once, in an order as in FileContent.
+class FileConversations(Conversations, _FileRows):
+    """The conversations of a file.
 
     The answers in the file only say how long those of the server are. `input_len` of the workload
     is the longest prompt with its history.
     """
-
-    def __init__(
-        self,
-        workload: Workload,
-        tokenizer: Path | None,
-        salt: str,
-        rows: Sequence[Conversation],
-        path: Path,
-    ) -> None:
-        super().__init__(workload, tokenizer, salt)
-        self._rows, self._path = rows, path
 
     @property
     def longest(self) -> int | None:
@@ -451,10 +450,9 @@ class FileConversations(Conversations):
         return (script.turns[0].prompt for script in self.scripts(form) if script.turns)
 
     def scripts(self, form: PromptForm) -> Iterator[Script]:
-        rng = random.Random(f"{self.workload.seed}/{self.salt}/rows")
         tokenizer = _open_tokenizer(self.tokenizer)
         seen: set[int] = set()
-        for number, row in enumerate(rng.sample(self._rows, len(self._rows))):
+        for number, row in enumerate(self._draw_order()):
             turns = _encode_turns(row, self.workload, tokenizer, form)
             if isinstance(turns, str):
                 if self.source.on_bad_rows != "skip":

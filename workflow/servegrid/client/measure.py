@@ -140,6 +140,7 @@ def measure(
         send = _prepare_load(
             sender,
             arrivals,
+            total,
             None if progress is None else lambda ended: progress(ended, total or 0),
         )
         if progress is not None:
@@ -186,9 +187,15 @@ def measure(
 
 
 def _prepare_load(
-    sender: _Sender, arrivals: list[float] | None, after_wave: Callable[[int], None] | None
+    sender: _Sender,
+    arrivals: list[float] | None,
+    total: int | None,
+    after_wave: Callable[[int], None] | None,
 ) -> Callable[[], _Sent]:
-    """Make the prompts that are known before the start. Returns what sends the load."""
+    """Make the prompts that are known before the start. Returns what sends the load.
+
+    `total` is the number of requests; None if the workload has a duration instead.
+    """
     workload, content = sender.workload, sender.content
     timeout_s = workload.timeout_s + (workload.duration_s or 0.0)
     if isinstance(content, Conversations):
@@ -196,7 +203,6 @@ def _prepare_load(
     waves: list[_Prompts]
     ahead = None
     if workload.duration_s is None:
-        total = len(arrivals or ()) or workload.requests
         assert total is not None
         prepared = sender.make_prompts(total)
         waves = _split_into_waves(prepared, sender.users if workload.protocol == "burst" else total)

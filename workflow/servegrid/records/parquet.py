@@ -155,6 +155,13 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> tuple[dict[st
         raise RecordError(f"{path.name} is damaged ({error})") from error
 
 
+def column_or_null(table: pa.Table, name: str) -> Any:
+    """A column of integers; all null if the record of `table` is older than the column."""
+    if name in table.column_names:
+        return table[name]
+    return pa.chunked_array([pa.nulls(table.num_rows, pa.int64())])
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a Parquet file, without reading its rows.
 

@@ -223,22 +223,29 @@ def _check_managed_keys(entry: Mapping[str, Any], where: str) -> None:
         )
 
 
+_SERVED_KEYS = {
+    "api": (
+        (VLLM, LLAMACPP),
+        "Remove the key; for a server that already runs, write `endpoint.api`.",
+    ),
+    "chat_template": (
+        (VLLM, LLAMACPP),
+        "Remove the key; a server that already runs has its template.",
+    ),
+    "lora": (
+        (VLLM,),
+        "Remove the key; for a server that already runs, name the adapter as `endpoint.model`.",
+    ),
+}
+"""Which engines have these keys, and what to do for others."""
+
+
 def _check_served_keys(entry: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if the engine cannot serve as `api`, `chat_template` and `lora` say."""
     engine = entry["engine"]
-    for key, engines in (
-        ("api", (VLLM, LLAMACPP)),
-        ("chat_template", (VLLM, LLAMACPP)),
-        ("lora", (VLLM,)),
-    ):
+    for key, (engines, remedy) in _SERVED_KEYS.items():
         if key in entry and engine not in engines:
-            instead = {
-                "api": "Remove the key; for a server that already runs, write `endpoint.api`.",
-                "chat_template": "Remove the key; a server that already runs has its template.",
-                "lora": "Remove the key; for a server that already runs, name the adapter as "
-                "`endpoint.model`.",
-            }
-            raise ConfigError(f"{where}.{key}: not for the engine `{engine}`. {instead[key]}")
+            raise ConfigError(f"{where}.{key}: not for the engine `{engine}`. {remedy}")
     if "chat_template" in entry and entry.get("api") != "chat":
         raise ConfigError(
             f"{where}.chat_template: only chats have a template, and completions have none. "
