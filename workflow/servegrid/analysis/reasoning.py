@@ -1,4 +1,4 @@
-"""What a cell says about the reasoning of its model, as told apart by the client. Pure.
+"""What a cell says about the reasoning of its model, as the client counts it. Pure.
 
 A server may stream the text of a reasoning, or keep it to itself and only count its tokens.
 """

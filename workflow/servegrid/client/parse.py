@@ -4,7 +4,7 @@ Events are parsed as the WHATWG HTML standard defines server-sent events (sectio
 as OpenAI's completions and chat completions APIs define them. Servers and gateways also send events
 that are no chunks, for example pings: these are skipped and counted. What could make the counts of
 tokens wrong fails the request. vLLM's usage per chunk is used if the server sends it. In a chat,
-the text of a reasoning counts as text too, and its tokens are told apart from those of the answer.
+the text of a reasoning counts as text too, and its tokens are counted apart from the answer.
 """
 
 from __future__ import annotations
