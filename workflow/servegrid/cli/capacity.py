@@ -153,7 +153,7 @@ def _capacity(options: argparse.Namespace) -> int:
     demand = _find_demand(capacity.parse_demands(study), options.slo_class)
     if options.trace:  # instead of the study's users
         keys = {"kind": "trace", "path": str(options.trace)}
-        demand = capacity.with_recorded(demand, read_recorded(keys, "--trace"))
+        demand = capacity.with_recorded(demand, read_recorded(keys, named="--trace"))
     if demand.requests_per_s is not None and (options.users or options.logged_in):
         raise ConfigError(
             "--users, --logged-in: the trace has a request rate instead. Remove these options."

@@ -203,6 +203,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     if seconds < _HOUR_S:
         return f"{seconds / 60:.3g} minutes"
-    if seconds < _DAY_S:
+    if seconds < 2 * _DAY_S:
         return f"{seconds / _HOUR_S:.3g} hours"
     return f"{seconds / _DAY_S:.3g} days"

@@ -118,7 +118,7 @@ def resolve_users(config: Mapping[str, Any]) -> dict[str, Any]:
     if keys is None:
         return dict(config)
     if "path" in keys:
-        users = read_recorded(keys, KEY, config.get("deployments", ()))
+        users = read_recorded(keys, config.get("deployments", ()))
         keys = {name: value for name, value in keys.items() if name not in ("path", "tokenizer")}
         keys["facts"] = users.spec
     _check_assumptions(capacity, RecordedUsers.from_spec(keys["facts"]))
@@ -167,21 +167,23 @@ def _comes_from(key: str, kind: str) -> ConfigError:
 
 
 def read_recorded(
-    keys: Mapping[str, Any], where: str = KEY, deployments: Sequence[Mapping[str, Any]] = ()
+    keys: Mapping[str, Any],
+    deployments: Sequence[Mapping[str, Any]] = (),
+    named: str | None = None,
 ) -> RecordedUsers:
-    """The figures of the file that the keys of `users_from` describe. Errors name `where`.
+    """The figures of the file that the keys of `users_from` describe.
 
-    The entries `deployments` of a study have the tokenizer, unless the keys name one. Raises
-    ConfigError if the file cannot be used.
+    The entries `deployments` of a study have the tokenizer, unless the keys name one. `named` is
+    what names the path, if it is no key. Raises ConfigError if the file cannot be used.
     """
     path, on_bad_rows = Path(keys["path"]), keys.get("on_bad_rows", "refuse")
     if keys["kind"] == "trace":
-        read = read_user_requests(path, on_bad_rows, keys.get("first_s"), where)
+        read = read_user_requests(path, on_bad_rows, keys.get("first_s"), KEY, named)
         try:
             return describe_trace(read.rows, read.sha256, read.left_out)
         except ValueError as error:
             raise ConfigError(f"{path}: {error} Name a longer trace, or raise `first_s`.") from None
-    conversations = read_conversations(path, on_bad_rows, where)
+    conversations = read_conversations(path, on_bad_rows, KEY)
     tokenizer = _open_tokenizer(keys.get("tokenizer"), deployments)
     turns = keys.get("turns", 1)
     return describe_conversations(

@@ -244,14 +244,18 @@ def read_lengths(path: Path, on_bad_rows: str, context: int) -> Rows[Arrival]:
 
 
 def read_user_requests(
-    path: Path, on_bad_rows: str, first_s: float | None = None, key: str = WORKLOAD_SOURCE
+    path: Path, on_bad_rows: str, first_s: float | None, key: str, named: str | None = None
 ) -> Rows[UserRequest]:
     """As `read_trace`, of requests of any length, with their sessions and response times.
+
+    Errors name the `key` of the file, and what names its path, if this is not below it.
 
     These are the columns `Session ID` (or `SessionID`, `session_id`) and `Elapsed time`, as
     BurstGPT names them.
     """
-    read = _read(path, _trace_rows(path), _parse_user_request, on_bad_rows, _check_order, key)
+    read = _read(
+        path, _trace_rows(path), _parse_user_request, on_bad_rows, _check_order, key, named
+    )
     start = read.rows[0].time_s
     rows = [row._replace(time_s=row.time_s - start) for row in read.rows]
     return replace(read, rows=[row for row in rows if first_s is None or row.time_s < first_s])
@@ -273,14 +277,14 @@ def _describe_arrivals(read: Rows[Arrival], context: int) -> FileFacts:
     )
 
 
-def file_sha256(path: Path, key: str = WORKLOAD_SOURCE) -> str:
-    """The SHA-256 of a file, the path of `key`. Raises ConfigError if it cannot be read."""
+def file_sha256(path: Path, key: str = f"{WORKLOAD_SOURCE}.path") -> str:
+    """The SHA-256 of the file that `key` names. Raises ConfigError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}). Correct `{key}.path`, which is relative "
+            f"{path}: cannot be read ({error.strerror}). Correct `{key}`, which is relative "
             "to the working directory, or the permissions."
         ) from error
 
@@ -298,8 +302,9 @@ def _read(
     on_bad_rows: str,
     check: Callable[[str, Row, Row], None] | None = None,
     key: str = WORKLOAD_SOURCE,
+    named: str | None = None,
 ) -> Rows[Row]:
-    sha256 = file_sha256(path, key)
+    sha256 = file_sha256(path, named or f"{key}.path")
     rows: list[Row] = []
     left_out = 0
     try:
