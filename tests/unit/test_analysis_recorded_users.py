@@ -95,6 +95,10 @@ def test_the_think_time_is_recorded_or_follows_from_the_time_between_requests() 
     assert plan(trace(cycle_s=15.0))["users_logged_in"] == 7
     # 0.44 × (20 + 1 / 0.78) = 9.36.
     assert plan(trace(cycle_s=15.0, think_time_s=20.0))["users_logged_in"] == 10
+    # Half of the requests are the last ones: 0.44 × (0.5 × 20 + 1 / 0.78) = 4.96, and
+    # 0.44 × (0.5 × 15 + 0.5 / 0.78) = 3.58.
+    assert plan(trace(cycle_s=15.0, think_time_s=20.0, followed=0.5))["users_logged_in"] == 5
+    assert plan(trace(cycle_s=15.0, followed=0.5))["users_logged_in"] == 4
     # Faster than the modelled response: at least the requests in flight are users.
     assert plan(trace(cycle_s=0.1))["users_logged_in"] == 1
     # The number of replicas does not depend on it.

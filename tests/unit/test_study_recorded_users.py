@@ -101,6 +101,7 @@ def test_the_think_time_is_between_the_response_and_the_next_request() -> None:
     times += [(800 - 40 + 3600.0, "a")]
     found = describe_trace([UserRequest(time, 9, 9, name, 10.0) for time, name in times])
     assert (found.cycle_s, found.think_time_s, found.sessions) == (40.0, 30.0, 2)
+    assert found.followed == pytest.approx(38 / 41, abs=1e-4)
     unknown = describe_trace([UserRequest(time, 9, 9, name) for time, name in times])
     assert (unknown.cycle_s, unknown.think_time_s) == (40.0, None)
 

@@ -68,7 +68,8 @@ class Demand:
     `prompt_mix`, and responses have their mean length. With `requests_per_s`, that many requests
     arrive at the busiest time, and `users` and `logged_in` do not count: how many users these are
     follows from Little's law. With `cycle_s`, the mean time from a request to the next one of the
-    same user, the think time is this less the modelled response time.
+    same user, the think time is this less the modelled response time. After the share `followed` of
+    the requests, users think and send another one; after the others, they leave.
     """
 
     users: int = 1000
@@ -87,6 +88,7 @@ class Demand:
     recorded: RecordedUsers | None = None
     requests_per_s: float | None = None
     cycle_s: float | None = None
+    followed: float = 1.0
 
     @property
     def slo(self) -> Slo:
@@ -162,6 +164,7 @@ def with_recorded(demand: Demand, users: RecordedUsers) -> Demand:
         load_factor=_if_known(users.load_factor, demand.load_factor),
         think_time_s=_if_known(users.think_time_s, demand.think_time_s),
         cycle_s=users.cycle_s if users.think_time_s is None else None,
+        followed=_if_known(users.followed, 1.0),
     )
 
 
@@ -359,7 +362,12 @@ def _size_by_rate(curves: LatencyCurves, demand: Demand) -> tuple[dict[str, Any]
     """The replicas for a request rate; no load if too few requests meet the SLO at any rate.
 
     The numbers of users follow from rates by Little's law (A proof for the queuing formula
-    L = λW, 1961): users = rate × (think time + response time).
+    L = λW, 1961): users = rate × (think time + response time), where the last request of a user has
+    no think time after it. The rate does not depend on how fast responses are: users come, send
+    their requests and leave. The load of such a partly-open system on the server is that of an open
+    loop of the same rate (Baskett et al., Open, closed, and mixed networks of queues, 1975;
+    Schroeder et al., Open versus closed: a cautionary tale, 2006). If the same users stay, a slow
+    server gets fewer requests, and the plan has some replicas more than they need.
     """
 
     def carried(rows: Rows | None, slo_attainment: float = demand.slo_attainment) -> float | None:
@@ -403,8 +411,10 @@ def _users_of(seconds: Sequence[float], rate: float, demand: Demand) -> float:
     """The users who send a rate of requests to one replica."""
     in_flight = open_mean_in_flight(seconds, rate)
     if demand.cycle_s is None:
-        return rate * demand.think_time_s + in_flight
-    return max(rate * demand.cycle_s, in_flight)
+        return rate * demand.followed * demand.think_time_s + in_flight
+    # The last request of a user takes the response time only.
+    stay = rate * demand.followed * demand.cycle_s + (1 - demand.followed) * in_flight
+    return max(stay, in_flight)
 
 
 def _costs(

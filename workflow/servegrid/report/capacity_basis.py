@@ -91,7 +91,8 @@ def _sessions(users: RecordedUsers) -> list[str]:
     texts = [
         f"{pluralize(users.sessions or 0, 'session')} with requests in the busiest window.",
         f"From a request to the next one of the session: {users.cycle_s:,.3g} s on average. "
-        f"Breaks of more than {BREAK_S / 60:g} minutes do not count.",
+        f"{100 * (users.followed or 0):.3g}% of the requests have a next one within "
+        f"{BREAK_S / 60:g} minutes.",
     ]
     if users.think_time_s is not None:
         texts.append(

@@ -50,9 +50,9 @@ class RecordedUsers:
     A trace also has its length `span_s`, and in its busiest window of `window_s` seconds the number
     of requests, their mean lengths, the `dispersion` of the arrivals (the variance of the counts in
     intervals of INTERVAL_S over their mean: 1 for a Poisson process) and the number of different
-    `sessions`. If it has sessions, `cycle_s` is the mean time between two requests of one, and if
-    it has response times, `think_time_s` is that time less the first one's response time. Pairs
-    with a longer time than BREAK_S do not count.
+    `sessions`. If it has sessions, `followed` is the share of the requests that have a next one in
+    their session, within BREAK_S, and `cycle_s` is the mean time until then. If it has response
+    times too, `think_time_s` is that time less the response time.
     """
 
     kind: Literal["trace", "file"]
@@ -69,6 +69,7 @@ class RecordedUsers:
     window_output_len: float | None = None
     dispersion: float | None = None
     sessions: int | None = None
+    followed: float | None = None
     cycle_s: float | None = None
     think_time_s: float | None = None
 
@@ -221,7 +222,7 @@ def describe_trace(
     first, last = busiest_window(times, window_s)
     busiest = requests[first:last]
     sessions = {each.session for each in busiest} - {None}
-    cycle_s, think_time_s = _between_requests(requests)
+    followed, cycle_s, think_time_s = _between_requests(requests)
     return RecordedUsers(
         kind="trace",
         sha256=sha256,
@@ -237,6 +238,7 @@ def describe_trace(
         window_output_len=_mean([each.output_len for each in busiest]),
         dispersion=_dispersion(times[first:last], window_s),
         sessions=None if cycle_s is None else len(sessions),
+        followed=followed,
         cycle_s=cycle_s,
         think_time_s=think_time_s,
     )
@@ -311,20 +313,20 @@ def _dispersion(times: Sequence[float], window_s: float) -> float | None:
     return round(variance / mean, 3)
 
 
-def _between_requests(requests: Sequence[UserRequest]) -> tuple[float | None, float | None]:
-    """The mean time between two requests of a session, and the mean think time in it.
+def _between_requests(
+    requests: Sequence[UserRequest],
+) -> tuple[float | None, float | None, float | None]:
+    """The share of requests that are followed by another one of their session, the mean time in
+    between, and the mean think time in it.
 
     None if it is not known: fewer than half of the requests have a session, there are fewer than
     MIN_GAPS pairs, or a request of a pair has no response time.
     """
-    if 2 * sum(each.session is not None for each in requests) < len(requests):
-        return None, None
-    before: dict[str, UserRequest] = {}
+    own = [each for each in requests if each.session is not None]
+    before: dict[str | None, UserRequest] = {}
     gaps: list[float] = []
     thinks: list[float] = []
-    for request in requests:
-        if request.session is None:
-            continue
+    for request in own:
         last = before.get(request.session)
         before[request.session] = request
         if last is None or (gap := request.time_s - last.time_s) > BREAK_S:
@@ -332,9 +334,10 @@ def _between_requests(requests: Sequence[UserRequest]) -> tuple[float | None, fl
         gaps.append(gap)
         if last.response_s is not None:
             thinks.append(max(0.0, gap - last.response_s))
-    if len(gaps) < MIN_GAPS or not any(gaps):
-        return None, None
-    return _mean(gaps), _mean(thinks) if len(thinks) == len(gaps) and any(thinks) else None
+    if 2 * len(own) < len(requests) or len(gaps) < MIN_GAPS or not any(gaps):
+        return None, None, None
+    think_time_s = _mean(thinks) if len(thinks) == len(gaps) and any(thinks) else None
+    return round(len(gaps) / len(own), 4), _mean(gaps), think_time_s
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -309,7 +309,8 @@ function sizeByUsers(curves, demand) {
 // The users who send a rate of requests to one replica, by Little's law.
 function usersOf(seconds, rate, demand) {
   const busy = openMeanInFlight(seconds, rate);
-  return demand.cycle_s === null ? rate * demand.think_time_s + busy : Math.max(rate * demand.cycle_s, busy);
+  if (demand.cycle_s === null) return rate * demand.followed * demand.think_time_s + busy;
+  return Math.max(rate * demand.followed * demand.cycle_s + (1 - demand.followed) * busy, busy);
 }
 
 // The same as sizeByUsers for a request rate.

@@ -1,0 +1,183 @@
+"""The plan for a recorded trace against simulations in which users and server are known.
+
+Users come, send requests with a known think time in between, and leave. They load one simulated
+server, which records a trace. The plan knows this trace and the times of another server. Then the
+busiest window of the trace is replayed against the planned number of such servers and against one
+fewer, and users who send as often as in the busiest window do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity, with_recorded
+from servegrid.study.recorded_users import RecordedUsers, describe_trace
+from servegrid.study.source_files import UserRequest
+from simulation.server import Server, serve
+from simulation.test_capacity import LEVELS, LIMIT_S, THINK_S, summary
+
+RECORDING = Server(base_s=3.0, slope_s=0.01, max_num_seqs=10_000)
+PLANNED = Server(base_s=5.0, slope_s=0.15, max_num_seqs=10_000)
+REQUESTS_PER_USER = 8
+RECORDED_S, WARM_UP_S, WINDOW_S = 4 * 3600.0, 1200.0, 300.0
+
+
+class Request(NamedTuple):
+    """A request of a user; `size` is 1 for the measured output length."""
+
+    user: int
+    arrived: float
+    ended: float
+    size: float
+
+    @property
+    def meets_slo(self) -> bool:
+        return (self.ended - self.arrived) / self.size <= LIMIT_S
+
+
+def simulate(
+    server: Server, arrivals: Sequence[tuple[float, int]], stays: float, rng: np.random.Generator
+) -> list[Request]:
+    """The requests of users who come at `arrivals` and stay with this probability after each."""
+    sizes: list[float] = []
+
+    def draw() -> float:
+        sizes.append(float(rng.exponential()))
+        return sizes[-1]
+
+    def after(ended: float, _user: int) -> float | None:
+        return ended + float(rng.exponential(THINK_S)) if rng.random() < stays else None
+
+    served = sorted(serve(server, arrivals, after, draw), key=lambda each: each.arrived)
+    # Nothing waits on these servers, so sizes are drawn in the order of the arrivals.
+    return [
+        Request(each.user, each.arrived, each.ended, size)
+        for each, size in zip(served, sizes, strict=True)
+    ]
+
+
+def come_and_go(
+    server: Server, requests_per_s: float, seconds: float, rng: np.random.Generator
+) -> list[Request]:
+    """Users who come as a Poisson process and send REQUESTS_PER_USER requests on average."""
+    rate = requests_per_s / REQUESTS_PER_USER
+    times = np.cumsum(rng.exponential(1 / rate, round(rate * seconds)))
+    users = [(float(time), user) for user, time in enumerate(times)]
+    found = simulate(server, users, 1 - 1 / REQUESTS_PER_USER, rng)
+    return [each for each in found if WARM_UP_S < each.arrived < seconds]
+
+
+def planned(recorded: RecordedUsers) -> dict[Any, Any]:
+    cells = summary(
+        [
+            {
+                "protocol": "closed_loop",
+                "concurrency": n,
+                "input_len": 31,
+                "seconds_per_100_tokens": PLANNED.seconds(n),
+            }
+            for n in (*LEVELS, 256)
+        ]
+    )
+    demand = with_recorded(Demand(), recorded)
+    (row,) = plan_capacity(cells, demand, HardwarePrices("USD", {})).to_dict("records")
+    return row
+
+
+def as_trace(requests: Sequence[Request]) -> list[UserRequest]:
+    return [
+        UserRequest(each.arrived, 31, 100, str(each.user), each.ended - each.arrived)
+        for each in requests
+    ]
+
+
+def replay(requests: Sequence[Request], replicas: int, rng: np.random.Generator) -> float:
+    """The attainment in the busiest window if each request goes to a random replica."""
+    times = np.array([each.arrived for each in requests])
+    counts = np.searchsorted(times, times + WINDOW_S) - np.arange(len(times))
+    begin = times[int(np.argmax(counts))]
+    # What is in flight when the window begins comes from the time before it.
+    arrivals = times[(begin - WARM_UP_S <= times) & (times < begin + WINDOW_S)]
+    chosen = rng.integers(replicas, size=len(arrivals))
+    met = [
+        each.meets_slo
+        for replica in range(replicas)
+        for each in simulate(
+            PLANNED, [(float(time), 0) for time in arrivals[chosen == replica]], 0.0, rng
+        )
+        if each.arrived >= begin
+    ]
+    return float(np.mean(met))
+
+
+def present(requests: Sequence[Request], until: float) -> float:
+    """The mean number of users between their first request and their last response."""
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    for each in requests:
+        first.setdefault(each.user, each.arrived)
+        last[each.user] = each.ended
+    spent = sum(min(last[user], until) - first[user] for user in first)
+    return spent / (until - WARM_UP_S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("requests_per_s", [6.0, 10.0, 14.2])
+def test_the_planned_replicas_carry_the_busiest_window_and_one_fewer_do_not(
+    requests_per_s: float,
+) -> None:
+    rng = np.random.default_rng(round(10 * requests_per_s))
+    trace = come_and_go(RECORDING, requests_per_s, RECORDED_S, rng)
+    recorded = describe_trace(as_trace(trace))
+    rate = recorded.busiest_requests_per_s
+    # What the trace says is what the users did. The busiest of some 40 windows is above the mean.
+    assert rate is not None and 1 <= rate / requests_per_s < 1.15
+    assert recorded.think_time_s == pytest.approx(THINK_S, rel=0.02)
+    assert recorded.followed == pytest.approx(1 - 1 / REQUESTS_PER_USER, rel=0.02)
+    row = planned(recorded)
+    replicas = int(row["replicas"])
+    assert row["requests_per_s_per_replica"] >= rate / replicas
+    in_window = [replay(trace, each, rng) for each in (replicas, replicas - 1)]
+    # As if the busiest window lasted for hours: the users of one replica.
+    users = come_and_go(PLANNED, rate / replicas, RECORDED_S, rng)
+    more = come_and_go(PLANNED, rate / (replicas - 1), RECORDED_S, rng)
+    lasting = [float(np.mean([each.meets_slo for each in found])) for found in (users, more)]
+    found = replicas * present(users, RECORDED_S)
+    print(f"{rate:.2f}/s, {replicas} replicas: {in_window} in the window, {lasting} for hours")
+    print(f"planned {row['users_logged_in']} users, simulated {found:.0f}")
+    assert min(in_window[0], lasting[0]) >= 0.95 > max(in_window[1], lasting[1])
+    assert row["users_logged_in"] == pytest.approx(found, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_rate_that_a_replica_carries_is_within_3_percent() -> None:
+    rng = np.random.default_rng(1)
+    trace = come_and_go(RECORDING, 6.0, RECORDED_S, rng)
+    carried = planned(describe_trace(as_trace(trace)))["requests_per_s_carried"]
+    met = {
+        factor: np.mean(
+            [each.meets_slo for each in come_and_go(PLANNED, factor * carried, 8 * 3600.0, rng)]
+        )
+        for factor in (0.97, 1.03)
+    }
+    print(f"{carried:.3f} requests/s: {met}")
+    assert met[0.97] >= 0.95 > met[1.03]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dispersion", "is_carried"), [(2, True), (4, True), (10, False)])
+def test_how_bursty_arrivals_may_be(dispersion: float, is_carried: bool) -> None:
+    """The plan takes it that the dispersion is 1. The share of a replica covers some more."""
+    rng = np.random.default_rng(1)
+    trace = come_and_go(RECORDING, 6.0, RECORDED_S, rng)
+    rate = planned(describe_trace(as_trace(trace)))["requests_per_s_per_replica"]
+    # Of intervals with a gamma distribution of this shape, counts have this dispersion.
+    times = np.cumsum(rng.gamma(1 / dispersion, dispersion / rate, 100_000))
+    found = simulate(PLANNED, [(float(time), 0) for time in times], 0.0, rng)
+    met = np.mean([each.meets_slo for each in found])
+    print(f"dispersion {dispersion}: {met:.3f}")
+    assert (met >= 0.95) is is_carried
