@@ -291,17 +291,14 @@ RECORDED = RecordedUsers(
 )
 FILE = RecordedUsers("file", "0" * 64, 100, 60.0, ((20, 40), (119, 58), (125, 2)), output_len=90.0)
 RECORDED_USERS: list[tuple[RecordedUsers, dict[str, Any], dict[str, str], dict[str, Any]]] = [
-    (RECORDED, {}, {}, {}),
     (replace(RECORDED, cycle_s=80.0, followed=0.75, sessions=9), {}, {}, {}),
     (replace(RECORDED, cycle_s=80.0, think_time_s=70.0, followed=0.75, sessions=9), {}, {}, {}),
     (RECORDED, {"e2el_s": 9.0, "slo_attainment": 0.5}, {}, {}),
     (RECORDED, {}, {"requests_per_s": "9.5"}, {"requests_per_s": 9.5}),
     (RECORDED, {}, {"input_len": "119"}, {"input_len": 119}),
     (RECORDED, {"slo_attainment": 0.98}, {}, {}),
-    (replace(RECORDED, output_len=160.0), {}, {}, {}),
     (replace(RECORDED, input_lens=((20, 98), (2000, 2))), {}, {}, {}),
     (FILE, {}, {}, {}),
-    (FILE, {}, {"users": "7"}, {"users": 7}),
 ]
 
 
