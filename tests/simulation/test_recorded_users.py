@@ -18,7 +18,8 @@ from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity, w
 from servegrid.study.recorded_users import RecordedUsers, describe_trace
 from servegrid.study.source_files import UserRequest
 from simulation.server import Server, serve
-from simulation.test_capacity import LEVELS, LIMIT_S, THINK_S, summary
+from simulation.stepped_engine import Engine, closed_loop_seconds, slo_attainment
+from simulation.test_capacity import LEVELS, LIMIT_S, THINK_S, summary, users_carried
 
 RECORDING = Server(base_s=3.0, slope_s=0.01, max_num_seqs=10_000)
 PLANNED = Server(base_s=5.0, slope_s=0.15, max_num_seqs=10_000)
@@ -40,9 +41,16 @@ class Request(NamedTuple):
 
 
 def simulate(
-    server: Server, arrivals: Sequence[tuple[float, int]], stays: float, rng: np.random.Generator
+    server: Server,
+    arrivals: Sequence[tuple[float, int]],
+    stays: float,
+    rng: np.random.Generator,
+    until: float = float("inf"),
 ) -> list[Request]:
-    """The requests of users who come at `arrivals` and stay with this probability after each."""
+    """The requests of users who come at `arrivals` and stay with this probability after each.
+
+    At the time `until`, all leave.
+    """
     sizes: list[float] = []
 
     def draw() -> float:
@@ -50,7 +58,8 @@ def simulate(
         return sizes[-1]
 
     def after(ended: float, _user: int) -> float | None:
-        return ended + float(rng.exponential(THINK_S)) if rng.random() < stays else None
+        has_left = ended > until or rng.random() >= stays
+        return None if has_left else ended + float(rng.exponential(THINK_S))
 
     served = sorted(serve(server, arrivals, after, draw), key=lambda each: each.arrived)
     # Nothing waits on these servers, so sizes are drawn in the order of the arrivals.
@@ -154,6 +163,26 @@ def test_the_planned_replicas_carry_the_busiest_window_and_one_fewer_do_not(
 
 
 @pytest.mark.slow
+def test_users_who_stay_get_a_replica_more_than_they_need() -> None:
+    rng, users = np.random.default_rng(1), 800
+
+    def stay(server: Server, count: int) -> list[Request]:
+        start = [(float(rng.exponential(THINK_S)), user) for user in range(count)]
+        found = simulate(server, start, 1.0, rng, RECORDED_S / 2)
+        return [each for each in found if WARM_UP_S < each.arrived < RECORDED_S / 2]
+
+    recorded = describe_trace(as_trace(stay(RECORDING, users)))
+    assert recorded.sessions == pytest.approx(users, rel=0.02)
+    replicas = int(planned(recorded)["replicas"])
+    met = {
+        each: float(np.mean([one.meets_slo for one in stay(PLANNED, -(-users // each))]))
+        for each in (replicas, replicas - 1, replicas - 2)
+    }
+    print(f"planned {replicas} replicas: {met}")
+    assert met[replicas - 1] >= 0.95 > met[replicas - 2]
+
+
+@pytest.mark.slow
 def test_the_rate_that_a_replica_carries_is_within_3_percent() -> None:
     rng = np.random.default_rng(1)
     trace = come_and_go(RECORDING, 6.0, RECORDED_S, rng)
@@ -178,6 +207,35 @@ def test_how_bursty_arrivals_may_be(dispersion: float, is_carried: bool) -> None
     # Of intervals with a gamma distribution of this shape, counts have this dispersion.
     times = np.cumsum(rng.gamma(1 / dispersion, dispersion / rate, 100_000))
     found = simulate(PLANNED, [(float(time), 0) for time in times], 0.0, rng)
-    met = np.mean([each.meets_slo for each in found])
+    met = float(np.mean([each.meets_slo for each in found]))
     print(f"dispersion {dispersion}: {met:.3f}")
     assert (met >= 0.95) is is_carried
+
+
+@pytest.mark.slow
+def test_lengths_between_measured_ones_give_users_within_15_percent() -> None:
+    """Measured: the article's lengths. Recorded: others, on an engine simulated step by step."""
+    engine, lengths, requests = Engine(), (80, 200, 650, 1200, 1800), (30, 30, 20, 15, 5)
+    cells = summary(
+        [
+            {
+                "protocol": "closed_loop",
+                "concurrency": n,
+                "input_len": length,
+                "seconds_per_100_tokens": closed_loop_seconds(engine, length, n),
+            }
+            for length in (31, 119, 480, 822, 2193)
+            for n in LEVELS
+        ]
+    )
+    pairs = tuple(zip(lengths, requests, strict=True))
+    recorded = RecordedUsers("file", "0" * 64, sum(requests), 0.0, pairs)
+    users = users_carried(cells, recorded=recorded)
+
+    def attainment(count: int) -> float:
+        rng, shares = np.random.default_rng(count), np.array(requests) / sum(requests)
+        return slo_attainment(engine, np.array(lengths), shares, count, THINK_S, LIMIT_S, 3000, rng)
+
+    few, many = attainment(int(users / 1.15)), attainment(int(users / 0.85))
+    print(f"planned {users} users; {few:.3f} with 1 / 1.15 of them, {many:.3f} with 1 / 0.85")
+    assert few >= 0.95 > many
