@@ -288,6 +288,7 @@ RECORDED = RecordedUsers(
     span_s=200_000.0,
     window_s=300.0,
     window_requests=900,
+    dispersion=2.6,
 )
 FILE = RecordedUsers("file", "0" * 64, 100, 60.0, ((20, 40), (119, 58), (125, 2)), output_len=90.0)
 RECORDED_USERS: list[tuple[RecordedUsers, dict[str, Any], dict[str, str], dict[str, Any]]] = [

@@ -9,6 +9,7 @@ fewer, and users who send as often as in the busiest window do the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,18 +199,33 @@ def test_the_rate_that_a_replica_carries_is_within_3_percent() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dispersion", "is_carried"), [(2, True), (4, True), (10, False)])
-def test_how_bursty_arrivals_may_be(dispersion: float, is_carried: bool) -> None:
-    """The plan takes it that the dispersion is 1. The share of a replica covers some more."""
-    rng = np.random.default_rng(1)
-    trace = come_and_go(RECORDING, 6.0, RECORDED_S, rng)
-    rate = planned(describe_trace(as_trace(trace)))["requests_per_s_per_replica"]
+@pytest.mark.parametrize("dispersion", [4, 10, 20])
+def test_bursty_arrivals_meet_the_slo_on_the_planned_replicas(dispersion: int) -> None:
+    rng, requests_per_s = np.random.default_rng(dispersion), 7.2
     # Of intervals with a gamma distribution of this shape, counts have this dispersion.
-    times = np.cumsum(rng.gamma(1 / dispersion, dispersion / rate, 100_000))
-    found = simulate(PLANNED, [(float(time), 0) for time in times], 0.0, rng)
-    met = float(np.mean([each.meets_slo for each in found]))
-    print(f"dispersion {dispersion}: {met:.3f}")
-    assert (met >= 0.95) is is_carried
+    shape = 1 / dispersion
+
+    def arrivals(rate: float, count: int) -> list[float]:
+        return [float(time) for time in np.cumsum(rng.gamma(shape, 1 / shape / rate, count))]
+
+    def met(rate: float) -> float:
+        """The attainment of the requests that go to one replica of all."""
+        share = rate / requests_per_s
+        kept = [time for time in arrivals(requests_per_s, 200_000) if rng.random() < share]
+        found = simulate(PLANNED, [(time, 0) for time in kept], 0.0, rng)
+        return float(np.mean([each.meets_slo for each in found]))
+
+    trace = [UserRequest(time, 31, 100) for time in arrivals(requests_per_s, 40_000)]
+    recorded = describe_trace(trace)
+    assert recorded.dispersion == pytest.approx(dispersion, rel=0.35)
+    # The busiest window has more requests by chance: as if this were not so.
+    same = replace(recorded, window_requests=round(300 * requests_per_s))
+    row, plain = planned(same), planned(replace(same, dispersion=None))
+    found = {int(each["replicas"]): met(requests_per_s / each["replicas"]) for each in (row, plain)}
+    print(f"dispersion {recorded.dispersion}: {found}")
+    assert found[int(row["replicas"])] >= 0.95
+    if dispersion == 20:  # less is covered by the share of a replica that is not used
+        assert found[int(plain["replicas"])] < 0.95
 
 
 @pytest.mark.slow

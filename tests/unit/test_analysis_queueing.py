@@ -17,6 +17,7 @@ from servegrid.analysis.queueing import (
     rate_carried,
     requests_per_s,
     slo_probability,
+    split_dispersion,
     users_carried,
 )
 
@@ -162,3 +163,17 @@ def test_many_users_who_think_for_long_are_a_poisson_process() -> None:
     seconds = MIXTRAL.interpolated()
     closed = in_flight_distribution(seconds, 400_000, 400_000 / 4.0)[:100]
     assert open_distribution(seconds, 4.0)[:100] == pytest.approx(closed, rel=0.01, abs=1e-5)
+
+
+def test_bursty_arrivals_are_groups() -> None:
+    # Two at a time, and groups of two: one group at a time, which is M/M/1 at a rate of 1/4.
+    assert rate_carried([1.0, 1.0], [(2, 1.0)], 0.75, dispersion=2.0) == pytest.approx(2 * 0.25)
+    assert open_mean_in_flight([1.0, 1.0], 0.5, dispersion=2.0) == pytest.approx(2 / 3)
+    # 1.5 requests take 2 s, between 1 s and 3 s.
+    assert open_mean_in_flight([1.0, 3.0], 0.3, 1.5) == pytest.approx(1.5 * 0.4 / 0.6)
+    # A group that is larger than what meets the SLO, or than what was measured.
+    assert rate_carried([1.0, 1.0], [(1, 1.0)], 0.75, dispersion=2.0) == 0
+    assert rate_carried([1.0], [(1, 1.0)], 0.75, dispersion=2.0) == 0
+    assert open_mean_in_flight([1.0], 0.1, dispersion=2.0) == math.inf
+    assert open_mean_in_flight([1.0], 0.0, dispersion=2.0) == 0
+    assert split_dispersion(3.0, 4) == 1.5

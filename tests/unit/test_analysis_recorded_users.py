@@ -117,6 +117,19 @@ def test_the_load_factor_of_a_day_counts_for_the_costs() -> None:
     )
 
 
+def test_bursts_need_more_replicas_which_share_them() -> None:
+    # Two requests can be in flight. With a dispersion of 2, one replica has groups of two: M/M/1,
+    # 0.9 × 2 × 0.25 = 0.45 requests/s. For the 0.44 of the trace, one is enough.
+    two = summary({"concurrency": 2, "seconds_per_100_tokens": 1.0})
+    one = plan(trace(dispersion=2.0), two)
+    assert (one["replicas"], one["requests_per_s_per_replica"]) == (1, pytest.approx(0.45))
+    assert one["in_flight_mean"] == pytest.approx(2 * 0.22 / 0.78)
+    # Groups of 3 are more than two in flight. Of two replicas, each has a dispersion of 2.
+    more = plan(trace(dispersion=3.0), two)
+    assert (more["replicas"], more["requests_per_s_per_replica"]) == (2, pytest.approx(0.45))
+    assert plan(trace(dispersion=0.5), two)["replicas"] == plan(trace(), two)["replicas"] == 1
+
+
 def test_lengths_between_measured_ones_keep_their_mean() -> None:
     # 250 is a quarter of the way from 200 to 400. 50 counts as 100, and 500 as 400.
     found = cover_lengths([(50, 1), (100, 2), (250, 4), (500, 1)], [400, 100, 200])
@@ -243,10 +256,11 @@ def test_measured_recorded_assumed_and_modelled_are_told_apart() -> None:
         assert text in recorded
     for text in ("registered", "between a response", "mean load of a week", "prompt lengths"):
         assert text not in assumed
-    short = describe_basis(with_recorded(Demand(), trace(dispersion=3.0)), HARDWARE)
+    short = describe_basis(with_recorded(Demand(), trace()), HARDWARE)
     assert "On average, 60 s pass" in " ".join(short["Assumed"])
     assert "The mean load of a week is 0.3" in " ".join(short["Assumed"])
-    assert "burstier than the plan assumes" in " ".join(short["From the trace 1f2e3d4c"])
+    assert "like a Poisson process: the trace is too short" in " ".join(short["Assumed"])
+    assert "per 10 s, within 100 s: 1.2" in recorded and "Poisson process" not in assumed
     plain = describe_basis(Demand(), HARDWARE)
     assert list(plain) == ["Measured", "Assumed", "Modelled"]
     assert "1000 registered users" in plain["Assumed"][0]

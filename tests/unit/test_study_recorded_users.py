@@ -95,6 +95,18 @@ def test_the_dispersion_of_arrivals() -> None:
     assert describe_trace(requests(0, 99)).dispersion is None
 
 
+def test_a_slow_change_of_the_rate_is_no_burst() -> None:
+    # One request per 10 s for an hour, then ten at equal distances.
+    slow = [10.0 * number for number in range(360)]
+    fast = [3600.0 + number for number in range(3600)]
+    assert describe_trace(requests(*slow, *fast)).dispersion == 0
+    # Pairs at the same time: counts per 10 s are 0 and 2 in turn, except in the busiest window.
+    pairs = [20.0 * (number // 2) for number in range(360)]
+    found = describe_trace(requests(*pairs, *fast)).dispersion
+    # 12 windows with the variance 30 / 29 and the mean 1, and 11 full ones with 0 and 10.
+    assert found == pytest.approx(12 * 30 / 29 / (12 + 110), abs=1e-3)
+
+
 def test_the_think_time_is_between_the_response_and_the_next_request() -> None:
     # Two sessions send every 40 s; a response takes 10 s. A break of an hour does not count.
     times = [(40.0 * number, name) for number in range(20) for name in ("a", "b")]

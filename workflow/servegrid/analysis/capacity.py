@@ -28,6 +28,7 @@ from servegrid.analysis.queueing import (
     open_mean_in_flight,
     rate_carried,
     requests_per_s,
+    split_dispersion,
     users_carried,
 )
 from servegrid.analysis.slo import ONLY_CLASS, Slo, parse_slo_classes
@@ -69,7 +70,9 @@ class Demand:
     arrive at the busiest time, and `users` and `logged_in` do not count: how many users these are
     follows from Little's law. With `cycle_s`, the mean time from a request to the next one of the
     same user, the think time is this less the modelled response time. After the share `followed` of
-    the requests, users think and send another one; after the others, they leave.
+    the requests, users think and send another one; after the others, they leave. `dispersion` is
+    the variance of the number of arrivals in a short time, divided by its mean: 1 for a Poisson
+    process, more if they are burstier.
     """
 
     users: int = 1000
@@ -89,6 +92,7 @@ class Demand:
     requests_per_s: float | None = None
     cycle_s: float | None = None
     followed: float = 1.0
+    dispersion: float = 1.0
 
     @property
     def slo(self) -> Slo:
@@ -165,6 +169,7 @@ def with_recorded(demand: Demand, users: RecordedUsers) -> Demand:
         think_time_s=_if_known(users.think_time_s, demand.think_time_s),
         cycle_s=users.cycle_s if users.think_time_s is None else None,
         followed=_if_known(users.followed, 1.0),
+        dispersion=max(1.0, _if_known(users.dispersion, 1.0)),
     )
 
 
@@ -370,21 +375,20 @@ def _size_by_rate(curves: LatencyCurves, demand: Demand) -> tuple[dict[str, Any]
     server gets fewer requests, and the plan has some replicas more than they need.
     """
 
+    total = demand.requests_per_s
+    assert total is not None
+    replicas = _replicas_for(total, curves, demand)
+    bursts = split_dispersion(demand.dispersion, replicas or 1)
+
     def carried(rows: Rows | None, slo_attainment: float = demand.slo_attainment) -> float | None:
-        if rows is None:
-            return None
-        mean = _mean_seconds(curves, rows, demand)
-        return rate_carried(mean, _allowed(curves, rows, demand), slo_attainment)
+        return None if rows is None else _rate_of(curves, rows, demand, slo_attainment, bursts)
 
     def users(rows: Rows | None, rate: float | None) -> int | None:
         if rows is None or rate is None:
             return None
-        return math.floor(_users_of(_mean_seconds(curves, rows, demand), rate, demand))
+        return math.floor(_users_of(_mean_seconds(curves, rows, demand), rate, demand, bursts))
 
-    total = demand.requests_per_s
-    assert total is not None
     rate, low, high = map(carried, (curves.seconds, curves.slow, curves.fast))
-    assert rate is not None
     size: dict[str, Any] = {
         "users_carried": users(curves.seconds, rate),
         "users_carried_low": users(curves.slow, low),
@@ -393,23 +397,58 @@ def _size_by_rate(curves: LatencyCurves, demand: Demand) -> tuple[dict[str, Any]
         "requests_per_s_carried": rate,
         "requests_per_s_carried_low": low,
     }
-    most = _share_used(curves) * (rate if low is None else low)
-    if not most:
+    if replicas is None:
         return size, None
-    replicas = math.ceil(total / most)
+    most = _most_per_replica(curves, demand, bursts)
     seconds = _mean_seconds(curves, curves.seconds, demand)
-    busy = open_mean_in_flight(seconds, total / replicas)
+    each = total / replicas
     size |= {
         "users_per_replica": users(curves.seconds, most),
-        "users_logged_in": math.ceil(replicas * _users_of(seconds, total / replicas, demand)),
+        "users_logged_in": math.ceil(replicas * _users_of(seconds, each, demand, bursts)),
         "requests_per_s_per_replica": most,
     }
-    return size, _Load(replicas, total / replicas, busy)
+    return size, _Load(replicas, each, open_mean_in_flight(seconds, each, bursts))
 
 
-def _users_of(seconds: Sequence[float], rate: float, demand: Demand) -> float:
+def _rate_of(
+    curves: LatencyCurves, rows: Rows, demand: Demand, slo_attainment: float, dispersion: float
+) -> float:
+    """The rate that one replica carries."""
+    mean = _mean_seconds(curves, rows, demand)
+    return rate_carried(mean, _allowed(curves, rows, demand), slo_attainment, dispersion)
+
+
+def _most_per_replica(curves: LatencyCurves, demand: Demand, dispersion: float) -> float:
+    """The rate that the plan puts on one replica at most."""
+    rows = curves.seconds if curves.slow is None else curves.slow
+    rate = _rate_of(curves, rows, demand, demand.slo_attainment, dispersion)
+    return _share_used(curves) * rate
+
+
+def _replicas_for(total: float, curves: LatencyCurves, demand: Demand) -> int | None:
+    """The fewest replicas for a request rate; None if there cannot be enough.
+
+    Each of more replicas has a smaller and less bursty part of the requests.
+    """
+
+    def is_enough(replicas: int) -> bool:
+        bursts = split_dispersion(demand.dispersion, replicas)
+        return total / replicas <= _most_per_replica(curves, demand, bursts)
+
+    if not _most_per_replica(curves, demand, 1.0):
+        return None
+    low, high = 0, 1
+    while not is_enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if is_enough(middle) else (middle, high)
+    return high
+
+
+def _users_of(seconds: Sequence[float], rate: float, demand: Demand, dispersion: float) -> float:
     """The users who send a rate of requests to one replica."""
-    in_flight = open_mean_in_flight(seconds, rate)
+    in_flight = open_mean_in_flight(seconds, rate, dispersion)
     if demand.cycle_s is None:
         return rate * demand.followed * demand.think_time_s + in_flight
     # The last request of a user takes the response time only.

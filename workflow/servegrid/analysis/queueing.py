@@ -18,6 +18,11 @@ averages, 1982). Only the mean size matters here too (Cohen, The multiple phase 
 generalized processor sharing, 1979). This is the limit of many users who think for long, and needs
 no think time. Users who wait for a slow server send fewer requests; here they do not, so the server
 carries a little less than with the same rate from few users.
+
+Arrivals can be burstier: their counts have a dispersion (variance / mean) of z instead of 1. By
+Hayward's approximation they then load the server like a Poisson process of groups of z requests
+(Fredericks, Congestion in blocking systems - a simple approximation technique, 1980). A simulation
+shows how far that holds (docs/statistics.md).
 """
 
 from __future__ import annotations
@@ -179,31 +184,62 @@ meet the SLO must do so, it is between."""
 
 
 def rate_carried(
-    seconds: Sequence[float], allowed: AllowedInFlight, slo_attainment: float
+    seconds: Sequence[float],
+    allowed: AllowedInFlight,
+    slo_attainment: float,
+    dispersion: float = 1.0,
 ) -> float:
-    """The highest rate of a Poisson process whose requests meet the SLO with the probability
+    """The highest rate of arrivals whose requests meet the SLO with the probability
     `slo_attainment`; 0 if there is none.
 
-    The other arguments are those of `slo_probability`.
+    `dispersion` is at least 1. The other arguments are those of `slo_probability`.
     """
-    low, high = 0.0, len(seconds) / seconds[-1]
+    groups = _by_groups(seconds, dispersion)
+    limits = [(math.floor(limit / dispersion), share) for limit, share in allowed]
+    if not groups:
+        return 0.0
+    low, high = 0.0, len(groups) / groups[-1]
     least = _NO_RATE * high
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        seen = open_distribution(seconds, middle)
-        probability = math.fsum(share * math.fsum(seen[:limit]) for limit, share in allowed)
+        seen = open_distribution(groups, middle)
+        probability = math.fsum(share * math.fsum(seen[:limit]) for limit, share in limits)
         low, high = (middle, high) if probability >= slo_attainment - ROUNDING else (low, middle)
-    return low if low > least else 0.0
+    return dispersion * low if low > least else 0.0
 
 
-def open_mean_in_flight(seconds: Sequence[float], rate: float) -> float:
-    """The mean number of requests in flight or waiting, of a Poisson process of `rate`.
+def open_mean_in_flight(seconds: Sequence[float], rate: float, dispersion: float = 1.0) -> float:
+    """The mean number of requests in flight or waiting, of arrivals with a rate and a dispersion.
 
     Infinite without a steady state.
     """
-    load = rate * seconds[-1] / len(seconds)
+    groups = _by_groups(seconds, dispersion)
+    if not rate or not groups:
+        return math.inf if rate else 0.0
+    load = rate / dispersion * groups[-1] / len(groups)
     if load >= 1:
         return math.inf
-    distribution = open_distribution(seconds, rate)
+    distribution = open_distribution(groups, rate / dispersion)
     waiting = distribution[-1] * load / (1 - load)
-    return math.fsum(n * probability for n, probability in enumerate(distribution)) + waiting
+    mean = math.fsum(n * probability for n, probability in enumerate(distribution)) + waiting
+    return dispersion * mean
+
+
+def split_dispersion(dispersion: float, replicas: int) -> float:
+    """The dispersion on one replica, if each request goes to a random one.
+
+    Of independent points that are kept with the probability p, counts have the dispersion
+    1 + p (z - 1) (Cox and Isham, Point processes, 1980).
+    """
+    return 1 + (dispersion - 1) / replicas
+
+
+def _by_groups(seconds: Sequence[float], size: float) -> list[float]:
+    """`seconds` at 1, 2, … groups of `size` requests in flight, interpolated linearly."""
+    groups = []
+    for number in range(1, math.floor(len(seconds) / size) + 1):
+        position = number * size
+        before = math.floor(position)
+        low, high = seconds[before - 1], seconds[min(before, len(seconds) - 1)]
+        groups.append(low + (high - low) * (position - before))
+    return groups

@@ -11,8 +11,6 @@ from servegrid.study.text import pluralize
 MEASURED = "Measured"
 ASSUMED = "Assumed"
 MODELLED = "Modelled"
-BURSTY = 1.7
-"""With 30 intervals, the dispersion of a Poisson process is larger in 1% of the cases."""
 _HOUR_S, _DAY_S = 3600.0, 86_400.0
 
 
@@ -60,7 +58,11 @@ def _recorded(users: RecordedUsers) -> list[str]:
         _peak(users),
     ]
     if users.dispersion is not None:
-        texts.append(_dispersion(users.dispersion))
+        texts.append(
+            f"Variance / mean of the requests per {INTERVAL_S:g} s, within "
+            f"{_duration(users.window_s)}: {users.dispersion:.3g} (1 for a Poisson process; more "
+            "for bursts)."
+        )
     return [*texts, *_sessions(users)]
 
 
@@ -69,20 +71,6 @@ def _peak(users: RecordedUsers) -> str:
     if users.load_factor is None:
         return f"{mean}. It has less than a day, so it does not say what the load factor is."
     return f"{mean}, a load factor of {users.load_factor:.3g}."
-
-
-def _dispersion(value: float) -> str:
-    text = (
-        f"Variance / mean of the requests per {INTERVAL_S:g} s in the busiest window: {value:.3g} "
-        "(1 for a Poisson process)."
-    )
-    if value <= BURSTY:
-        return text
-    return (
-        f"{text} The arrivals are burstier than the plan assumes, so more requests can miss the "
-        "SLO. To see how many, replay the trace against the planned replicas: `kind: trace` under "
-        "`workload.source`."
-    )
 
 
 def _sessions(users: RecordedUsers) -> list[str]:
@@ -120,6 +108,8 @@ def _assumed(demand: Demand, hardware: HardwarePrices) -> list[str]:
         )
     if demand.recorded_lengths is None:
         texts.append(_prompts(demand))
+    if demand.requests_per_s is not None and recorded and recorded.dispersion is None:
+        texts.append("Requests arrive like a Poisson process: the trace is too short to say.")
     if recorded is not None:
         texts.append(
             f"A token of the {recorded.kind} is a token of each model. The users to plan for are "
@@ -166,8 +156,9 @@ def _modelled(demand: Demand) -> list[str]:
         )
     else:
         texts += [
-            "How many requests are in flight: requests arrive independently of each other at the "
-            "rate of the busiest window (Poisson process), and are split evenly among replicas.",
+            "How many requests are in flight: requests arrive at the rate of the busiest window "
+            "and go to a random replica. They are as bursty as recorded: a Poisson process of "
+            "groups, whose size is the variance / mean (Hayward's approximation).",
             "Response times, and from them the numbers of users: requests/s × (think time + "
             "response time), Little's law."
             + (

@@ -57,8 +57,7 @@ of them meets the SLO, for every prompt length. Limits on latencies apply to the
 the SLO. The model is a finite-population queue (machine repairman model). Its service rate \
 depends on the number of requests in flight. For the range in brackets, all times are at the ends \
 of their 95% intervals at once, so it is wider than a 95% interval. With a trace there is a \
-request rate instead: its requests arrive as a Poisson process, and numbers of users follow by \
-Little's law.
+request rate instead, and numbers of users follow by Little's law.
 - **Users at which 50% of requests meet the SLO**: if this is close to the number of users per \
 replica, a few more users slow down many requests.
 - **Replicas**: each replica gets 90% of the users or requests/s that it can carry (of the low end \

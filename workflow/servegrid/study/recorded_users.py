@@ -6,6 +6,7 @@ file, and the plan follows from them alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -48,11 +49,11 @@ class RecordedUsers:
     `input_len` and `output_len` are exact means in tokens. A file may not know its output lengths.
 
     A trace also has its length `span_s`, and in its busiest window of `window_s` seconds the number
-    of requests, their mean lengths, the `dispersion` of the arrivals (the variance of the counts in
-    intervals of INTERVAL_S over their mean: 1 for a Poisson process) and the number of different
-    `sessions`. If it has sessions, `followed` is the share of the requests that have a next one in
-    their session, within BREAK_S, and `cycle_s` is the mean time until then. If it has response
-    times too, `think_time_s` is that time less the response time.
+    of requests, their mean lengths and the number of different `sessions`. The `dispersion` of its
+    arrivals is the variance of the counts in intervals of INTERVAL_S over their mean, within such
+    windows: 1 for a Poisson process. If it has sessions, `followed` is the share of the requests
+    that have a next one in their session, within BREAK_S, and `cycle_s` is the mean time until
+    then. If it has response times too, `think_time_s` is that time less the response time.
     """
 
     kind: Literal["trace", "file"]
@@ -236,7 +237,7 @@ def describe_trace(
         window_requests=len(busiest),
         window_input_len=_mean([each.input_len for each in busiest]),
         window_output_len=_mean([each.output_len for each in busiest]),
-        dispersion=_dispersion(times[first:last], window_s),
+        dispersion=_dispersion(times, window_s, first),
         sessions=None if cycle_s is None else len(sessions),
         followed=followed,
         cycle_s=cycle_s,
@@ -302,15 +303,28 @@ def group_lengths(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, count) for length, count in reversed(groups))
 
 
-def _dispersion(times: Sequence[float], window_s: float) -> float | None:
+def _dispersion(times: Sequence[float], window_s: float, busiest: int) -> float | None:
+    """The dispersion of the arrivals in all windows, or in the one from `busiest` on if larger.
+
+    Windows have a rate of their own, so that a slow change of the rate is no burst.
+    """
     intervals = math.floor(window_s / INTERVAL_S)
     if intervals < MIN_INTERVALS:
         return None
-    counted = Counter(math.floor((time - times[0]) / INTERVAL_S) for time in times)
-    counts = [counted[number] for number in range(intervals)]
+    full = int((times[-1] - times[0]) // window_s)
+    starts = [times[0] + number * window_s for number in range(full)]
+    variances, means = zip(*(_moments(times, start, intervals) for start in starts), strict=True)
+    variance, mean = _moments(times, times[busiest], intervals)
+    everywhere = math.fsum(variances) / math.fsum(means) if any(means) else 0.0
+    return round(max(everywhere, variance / mean), 3)
+
+
+def _moments(times: Sequence[float], start: float, intervals: int) -> tuple[float, float]:
+    """The variance and the mean of the counts in intervals of INTERVAL_S from `start` on."""
+    edges = [bisect_left(times, start + number * INTERVAL_S) for number in range(intervals + 1)]
+    counts = [end - begin for begin, end in itertools.pairwise(edges)]
     mean = math.fsum(counts) / intervals
-    variance = math.fsum((count - mean) ** 2 for count in counts) / (intervals - 1)
-    return round(variance / mean, 3)
+    return math.fsum((count - mean) ** 2 for count in counts) / (intervals - 1), mean
 
 
 def _between_requests(

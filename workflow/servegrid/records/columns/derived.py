@@ -350,7 +350,7 @@ CAPACITY_PLAN = (
         "requests_per_s_carried",
         pa.float64(),
         "requests/s",
-        "Highest request rate on one replica at which the fraction `slo_attainment` of the "
+        "Highest request rate on one of the replicas at which the fraction `slo_attainment` of the "
         "requests meets the SLO; only with a trace in `users_from`. users_carried and the other "
         "numbers of users then follow by Little's law",
     ),

@@ -96,26 +96,45 @@ function openDistribution(seconds, rate) {
   return weights.map((weight) => weight / total);
 }
 
-function rateCarried(seconds, allowed, sloAttainment) {
-  let [low, high] = [0, seconds.length / seconds.at(-1)];
+// `seconds` at 1, 2, … groups of `size` requests in flight.
+function byGroups(seconds, size) {
+  return Array.from({ length: Math.floor(seconds.length / size) }, (_, index) => {
+    const position = (index + 1) * size;
+    const before = Math.floor(position);
+    const [low, high] = [seconds[before - 1], seconds[Math.min(before, seconds.length - 1)]];
+    return low + (high - low) * (position - before);
+  });
+}
+
+function rateCarried(seconds, allowed, sloAttainment, dispersion) {
+  const groups = byGroups(seconds, dispersion);
+  const limits = allowed.map(([limit, share]) => [Math.floor(limit / dispersion), share]);
+  if (!groups.length) return 0;
+  let [low, high] = [0, groups.length / groups.at(-1)];
   const least = NO_RATE * high;
   for (let step = 0; step < HALVINGS; step++) {
     const middle = (low + high) / 2;
-    const seen = openDistribution(seconds, middle);
+    const seen = openDistribution(groups, middle);
     const upTo = (limit) => seen.slice(0, limit).reduce((a, b) => a + b, 0);
-    const probability = allowed.reduce((sum, [limit, share]) => sum + share * upTo(limit), 0);
+    const probability = limits.reduce((sum, [limit, share]) => sum + share * upTo(limit), 0);
     if (probability >= sloAttainment - ROUNDING) low = middle;
     else high = middle;
   }
-  return low > least ? low : 0;
+  return low > least ? dispersion * low : 0;
 }
 
-function openMeanInFlight(seconds, rate) {
-  const load = (rate * seconds.at(-1)) / seconds.length;
+function openMeanInFlight(seconds, rate, dispersion) {
+  const groups = byGroups(seconds, dispersion);
+  if (!rate || !groups.length) return rate ? Infinity : 0;
+  const load = ((rate / dispersion) * groups.at(-1)) / groups.length;
   if (load >= 1) return Infinity;
-  const distribution = openDistribution(seconds, rate);
-  return distribution.reduce((sum, p, n) => sum + n * p, 0) + (distribution.at(-1) * load) / (1 - load);
+  const distribution = openDistribution(groups, rate / dispersion);
+  const mean = distribution.reduce((sum, p, n) => sum + n * p, 0) + (distribution.at(-1) * load) / (1 - load);
+  return dispersion * mean;
 }
+
+// The dispersion on one replica, if each request goes to a random one.
+const splitDispersion = (dispersion, replicas) => 1 + (dispersion - 1) / replicas;
 
 // How recorded prompt lengths become measured ones; see analysis.latency_curves.cover_lengths.
 function coverLengths(recorded, lengths) {
@@ -307,18 +326,42 @@ function sizeByUsers(curves, demand) {
 }
 
 // The users who send a rate of requests to one replica, by Little's law.
-function usersOf(seconds, rate, demand) {
-  const busy = openMeanInFlight(seconds, rate);
+function usersOf(seconds, rate, demand, dispersion) {
+  const busy = openMeanInFlight(seconds, rate, dispersion);
   if (demand.cycle_s === null) return rate * demand.followed * demand.think_time_s + busy;
   return Math.max(rate * demand.followed * demand.cycle_s + (1 - demand.followed) * busy, busy);
+}
+
+function rateOf(curves, times, demand, sloAttainment, dispersion) {
+  return rateCarried(meanSeconds(curves, times, demand), allowedWithMissing(curves, times, demand), sloAttainment, dispersion);
+}
+
+// The rate that the plan puts on one replica at most.
+function mostPerReplica(curves, demand, dispersion) {
+  return shareUsed(curves) * rateOf(curves, curves.slow ?? curves.seconds, demand, demand.slo_attainment, dispersion);
+}
+
+// The fewest replicas for a request rate; null if there cannot be enough.
+function replicasFor(total, curves, demand) {
+  const isEnough = (replicas) => total / replicas <= mostPerReplica(curves, demand, splitDispersion(demand.dispersion, replicas));
+  if (!mostPerReplica(curves, demand, 1)) return null;
+  let [low, high] = [0, 1];
+  while (!isEnough(high)) [low, high] = [high, 2 * high];
+  while (high - low > 1) {
+    const middle = Math.floor((low + high) / 2);
+    if (isEnough(middle)) high = middle;
+    else low = middle;
+  }
+  return high;
 }
 
 // The same as sizeByUsers for a request rate.
 function sizeByRate(curves, demand) {
   const total = demand.requests_per_s;
-  const carried = (times, sloAttainment) =>
-    times && rateCarried(meanSeconds(curves, times, demand), allowedWithMissing(curves, times, demand), sloAttainment);
-  const users = (times, rate) => (times ? Math.floor(usersOf(meanSeconds(curves, times, demand), rate, demand)) : null);
+  const replicas = replicasFor(total, curves, demand);
+  const bursts = splitDispersion(demand.dispersion, replicas ?? 1);
+  const carried = (times, sloAttainment) => times && rateOf(curves, times, demand, sloAttainment, bursts);
+  const users = (times, rate) => (times ? Math.floor(usersOf(meanSeconds(curves, times, demand), rate, demand, bursts)) : null);
   const [rate, low, high] = [curves.seconds, curves.slow, curves.fast].map((times) => carried(times, demand.slo_attainment));
   const size = {
     users_carried: users(curves.seconds, rate),
@@ -328,18 +371,18 @@ function sizeByRate(curves, demand) {
     requests_per_s_carried: rate,
     requests_per_s_carried_low: low,
   };
-  const most = shareUsed(curves) * (low ?? rate);
-  if (!most) return [size, null];
-  const replicas = Math.ceil(total / most);
+  if (replicas === null) return [size, null];
+  const most = mostPerReplica(curves, demand, bursts);
   const seconds = meanSeconds(curves, curves.seconds, demand);
+  const each = total / replicas;
   return [
     {
       ...size,
       users_per_replica: users(curves.seconds, most),
-      users_logged_in: Math.ceil(replicas * usersOf(seconds, total / replicas, demand)),
+      users_logged_in: Math.ceil(replicas * usersOf(seconds, each, demand, bursts)),
       requests_per_s_per_replica: most,
     },
-    { replicas, rate: total / replicas, busy: openMeanInFlight(seconds, total / replicas), share: 1 },
+    { replicas, rate: each, busy: openMeanInFlight(seconds, each, bursts), share: 1 },
   ];
 }
 
