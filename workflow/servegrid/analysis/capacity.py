@@ -23,6 +23,7 @@ from servegrid.analysis.latency_curves import (
     weighted_mean,
 )
 from servegrid.analysis.queueing import (
+    MAX_USERS,
     ROUNDING,
     mean_in_flight,
     open_mean_in_flight,
@@ -50,6 +51,9 @@ MAX_NOT_COVERED = 0.05
 """There is no plan if a larger share of recorded users' requests, or of their prompt tokens, is
 beyond the longest measured prompt. Requests beyond it count as if they missed the SLO, so their
 share must also leave room for the SLO."""
+MAX_INT = 2**31 - 1
+MAX_REPLICAS = 1_000_000
+"""The search for the number of replicas stops near this number."""
 _HOUR_S, _YEAR_H, _KWH_J = 3600.0, 8766.0, 3.6e6
 
 
@@ -386,7 +390,8 @@ def _size_by_rate(curves: LatencyCurves, demand: Demand) -> tuple[dict[str, Any]
     def users(rows: Rows | None, rate: float | None) -> int | None:
         if rows is None or rate is None:
             return None
-        return math.floor(_users_of(_mean_seconds(curves, rows, demand), rate, demand, bursts))
+        seconds = _mean_seconds(curves, rows, demand)
+        return math.floor(min(_users_of(seconds, rate, demand, bursts), MAX_USERS))
 
     rate, low, high = map(carried, (curves.seconds, curves.slow, curves.fast))
     size: dict[str, Any] = {
@@ -402,9 +407,10 @@ def _size_by_rate(curves: LatencyCurves, demand: Demand) -> tuple[dict[str, Any]
     most = _most_per_replica(curves, demand, bursts)
     seconds = _mean_seconds(curves, curves.seconds, demand)
     each = total / replicas
+    at_once = replicas * _users_of(seconds, each, demand, bursts)
     size |= {
         "users_per_replica": users(curves.seconds, most),
-        "users_logged_in": math.ceil(replicas * _users_of(seconds, each, demand, bursts)),
+        "users_logged_in": math.ceil(min(at_once, MAX_INT)),
         "requests_per_s_per_replica": most,
     }
     return size, _Load(replicas, each, open_mean_in_flight(seconds, each, bursts))
@@ -440,6 +446,8 @@ def _replicas_for(total: float, curves: LatencyCurves, demand: Demand) -> int | 
     low, high = 0, 1
     while not is_enough(high):
         low, high = high, 2 * high
+        if high > MAX_REPLICAS:
+            return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_enough(middle) else (middle, high)

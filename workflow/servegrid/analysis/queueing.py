@@ -195,17 +195,26 @@ def rate_carried(
     `dispersion` is at least 1. The other arguments are those of `slo_probability`.
     """
     groups = _by_groups(seconds, dispersion)
-    limits = [(math.floor(limit / dispersion), share) for limit, share in allowed]
-    if not groups:
-        return 0.0
     low, high = 0.0, len(groups) / groups[-1]
     least = _NO_RATE * high
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         seen = open_distribution(groups, middle)
-        probability = math.fsum(share * math.fsum(seen[:limit]) for limit, share in limits)
+        probability = math.fsum(
+            share * _up_to(seen, limit / dispersion) for limit, share in allowed
+        )
         low, high = (middle, high) if probability >= slo_attainment - ROUNDING else (low, middle)
     return dispersion * low if low > least else 0.0
+
+
+def _up_to(seen: Sequence[float], limit: float) -> float:
+    """The probability that fewer groups are seen than `limit`, interpolated between whole ones.
+
+    The last of `seen` is all that wait or more, which are too many.
+    """
+    limit = min(limit, len(seen) - 1)
+    whole = math.floor(limit)
+    return math.fsum(seen[:whole]) + (limit - whole) * seen[whole]
 
 
 def open_mean_in_flight(seconds: Sequence[float], rate: float, dispersion: float = 1.0) -> float:
@@ -214,8 +223,6 @@ def open_mean_in_flight(seconds: Sequence[float], rate: float, dispersion: float
     Infinite without a steady state.
     """
     groups = _by_groups(seconds, dispersion)
-    if not rate or not groups:
-        return math.inf if rate else 0.0
     load = rate / dispersion * groups[-1] / len(groups)
     if load >= 1:
         return math.inf
@@ -235,7 +242,12 @@ def split_dispersion(dispersion: float, replicas: int) -> float:
 
 
 def _by_groups(seconds: Sequence[float], size: float) -> list[float]:
-    """`seconds` at 1, 2, … groups of `size` requests in flight, interpolated linearly."""
+    """`seconds` at 1, 2, … groups of `size` requests in flight, interpolated linearly.
+
+    Of a group that is larger than what was measured, some requests wait.
+    """
+    if size > len(seconds):
+        return [seconds[-1] * size / len(seconds)]
     groups = []
     for number in range(1, math.floor(len(seconds) / size) + 1):
         position = number * size

@@ -7,6 +7,8 @@ const SAME_PROMPT_FACTOR = 1.5;
 const MAX_USERS = 1e6;
 const MAX_NOT_COVERED = 0.05;
 const HALVINGS = 50;
+const MAX_REPLICAS = 1e6;
+const MAX_INT = 2 ** 31 - 1;
 const NO_RATE = 1e-6;
 const YEAR_S = 8766 * 3600;
 const KWH_J = 3.6e6;
@@ -98,6 +100,7 @@ function openDistribution(seconds, rate) {
 
 // `seconds` at 1, 2, … groups of `size` requests in flight.
 function byGroups(seconds, size) {
+  if (size > seconds.length) return [(seconds.at(-1) * size) / seconds.length];
   return Array.from({ length: Math.floor(seconds.length / size) }, (_, index) => {
     const position = (index + 1) * size;
     const before = Math.floor(position);
@@ -108,14 +111,16 @@ function byGroups(seconds, size) {
 
 function rateCarried(seconds, allowed, sloAttainment, dispersion) {
   const groups = byGroups(seconds, dispersion);
-  const limits = allowed.map(([limit, share]) => [Math.floor(limit / dispersion), share]);
-  if (!groups.length) return 0;
+  const limits = allowed.map(([limit, share]) => [limit / dispersion, share]);
   let [low, high] = [0, groups.length / groups.at(-1)];
   const least = NO_RATE * high;
   for (let step = 0; step < HALVINGS; step++) {
     const middle = (low + high) / 2;
     const seen = openDistribution(groups, middle);
-    const upTo = (limit) => seen.slice(0, limit).reduce((a, b) => a + b, 0);
+    const upTo = (limit) => {
+      const [whole, rest] = [Math.floor(Math.min(limit, groups.length)), Math.min(limit, groups.length) % 1];
+      return seen.slice(0, whole).reduce((a, b) => a + b, 0) + rest * seen[whole];
+    };
     const probability = limits.reduce((sum, [limit, share]) => sum + share * upTo(limit), 0);
     if (probability >= sloAttainment - ROUNDING) low = middle;
     else high = middle;
@@ -125,7 +130,6 @@ function rateCarried(seconds, allowed, sloAttainment, dispersion) {
 
 function openMeanInFlight(seconds, rate, dispersion) {
   const groups = byGroups(seconds, dispersion);
-  if (!rate || !groups.length) return rate ? Infinity : 0;
   const load = ((rate / dispersion) * groups.at(-1)) / groups.length;
   if (load >= 1) return Infinity;
   const distribution = openDistribution(groups, rate / dispersion);
@@ -346,7 +350,10 @@ function replicasFor(total, curves, demand) {
   const isEnough = (replicas) => total / replicas <= mostPerReplica(curves, demand, splitDispersion(demand.dispersion, replicas));
   if (!mostPerReplica(curves, demand, 1)) return null;
   let [low, high] = [0, 1];
-  while (!isEnough(high)) [low, high] = [high, 2 * high];
+  while (!isEnough(high)) {
+    [low, high] = [high, 2 * high];
+    if (high > MAX_REPLICAS) return null;
+  }
   while (high - low > 1) {
     const middle = Math.floor((low + high) / 2);
     if (isEnough(middle)) high = middle;
@@ -361,7 +368,7 @@ function sizeByRate(curves, demand) {
   const replicas = replicasFor(total, curves, demand);
   const bursts = splitDispersion(demand.dispersion, replicas ?? 1);
   const carried = (times, sloAttainment) => times && rateOf(curves, times, demand, sloAttainment, bursts);
-  const users = (times, rate) => (times ? Math.floor(usersOf(meanSeconds(curves, times, demand), rate, demand, bursts)) : null);
+  const users = (times, rate) => (times ? Math.floor(Math.min(usersOf(meanSeconds(curves, times, demand), rate, demand, bursts), MAX_USERS)) : null);
   const [rate, low, high] = [curves.seconds, curves.slow, curves.fast].map((times) => carried(times, demand.slo_attainment));
   const size = {
     users_carried: users(curves.seconds, rate),
@@ -379,7 +386,7 @@ function sizeByRate(curves, demand) {
     {
       ...size,
       users_per_replica: users(curves.seconds, most),
-      users_logged_in: Math.ceil(replicas * usersOf(seconds, each, demand, bursts)),
+      users_logged_in: Math.ceil(Math.min(replicas * usersOf(seconds, each, demand, bursts), MAX_INT)),
       requests_per_s_per_replica: most,
     },
     { replicas, rate: each, busy: openMeanInFlight(seconds, each, bursts), share: 1 },
