@@ -138,8 +138,10 @@ def test_a_server_that_breaks_down_under_load_has_a_plan() -> None:
     row = plan(trace(window_requests=4), rows, tokens_per_s_per_user=50.0)
     assert row["replicas"] == 9  # 0.04 / (0.9 × 0.005)
     assert row["users_at_50pct_slo"] == 1_000_000
-    # All requests but those that are longer must meet the SLO: no number of replicas is enough.
-    alone = plan(trace(input_lens=((100, 96), (101, 4)), dispersion=2.0), slo_attainment=0.96)
+    # All requests that are not too long must meet the SLO, but for 1.2 in a million. More than a
+    # million replicas could do that.
+    slack = {"slo_attainment": 0.96 - 1.2e-6}
+    alone = plan(trace(input_lens=((100, 96), (101, 4)), dispersion=2.0), **slack)
     assert alone["reason"] == "too few requests meet the SLO, even with one user"
 
 

@@ -233,6 +233,9 @@ def test_facts_of_a_trace_have_a_rate() -> None:
     }
     with pytest.raises(ConfigError, match="facts: are not those of a trace"):
         parse_study(config({"users_from": {"kind": "trace", "facts": facts}}))
+    huge = facts | {"input_lens": [[1, 10**400]]}
+    with pytest.raises(ConfigError, match=r"facts\.input_lens\[0\]\[1\]: .* is more than"):
+        parse_study(config({"users_from": {"kind": "trace", "facts": huge}}))
     both = {"kind": "trace", "path": "t.csv", "facts": facts}
     with pytest.raises(ConfigError, match="writes this key in place of `path`"):
         parse_study(config({"users_from": both}))
