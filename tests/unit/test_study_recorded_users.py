@@ -81,8 +81,9 @@ def test_the_rates_of_a_day_and_its_load_factor() -> None:
 def test_less_than_a_day_has_no_load_factor_and_a_short_trace_is_its_own_window() -> None:
     users = describe_trace(requests(0, 10, 40, 150))
     assert (users.window_s, users.window_requests, users.load_factor) == (150.0, 4, None)
-    with pytest.raises(ValueError, match="has 2 requests within 0 s"):
-        describe_trace(requests(7, 7))
+    for end in (7, 7.0001):
+        with pytest.raises(ValueError, match="has 2 requests within 0 s"):
+            describe_trace(requests(7, end))
 
 
 def test_the_dispersion_of_arrivals() -> None:
@@ -128,6 +129,8 @@ def test_too_few_requests_with_a_session_say_nothing_about_users() -> None:
     assert enough.cycle_s == 40.0
     assert describe_trace(with_session[:30]).cycle_s is None  # 29 pairs
     assert describe_trace(with_session[:31]).cycle_s == 40.0
+    at_once = [each._replace(time_s=each.time_s * 1e-6) for each in with_session]
+    assert describe_trace([*at_once, UserRequest(9.0, 9, 9)]).cycle_s is None
 
 
 def test_close_lengths_count_as_the_longest_of_them() -> None:

@@ -216,7 +216,7 @@ def describe_trace(
     Raises ValueError if it has no rate.
     """
     times = [each.time_s for each in requests]
-    span_s = times[-1] - times[0] if times else 0.0
+    span_s = round(times[-1] - times[0], 3) if times else 0.0
     if not span_s:
         raise ValueError(f"has {len(times)} requests within 0 s, so it has no request rate.")
     window_s = min(WINDOW_S, span_s)
@@ -232,8 +232,8 @@ def describe_trace(
         input_lens=group_lengths([each.input_len for each in requests]),
         output_len=_mean([each.output_len for each in requests]),
         left_out=left_out,
-        span_s=round(span_s, 3),
-        window_s=round(window_s, 3),
+        span_s=span_s,
+        window_s=window_s,
         window_requests=len(busiest),
         window_input_len=_mean([each.input_len for each in busiest]),
         window_output_len=_mean([each.output_len for each in busiest]),
@@ -348,9 +348,9 @@ def _between_requests(
         gaps.append(gap)
         if last.response_s is not None:
             thinks.append(max(0.0, gap - last.response_s))
-    if 2 * len(own) < len(requests) or len(gaps) < MIN_GAPS or not any(gaps):
+    if 2 * len(own) < len(requests) or len(gaps) < MIN_GAPS or not _mean(gaps):
         return None, None, None
-    think_time_s = _mean(thinks) if len(thinks) == len(gaps) and any(thinks) else None
+    think_time_s = _mean(thinks) or None if len(thinks) == len(gaps) else None
     return round(len(gaps) / len(own), 4), _mean(gaps), think_time_s
 
 
