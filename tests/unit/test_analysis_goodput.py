@@ -265,7 +265,7 @@ def test_without_a_served_request_there_is_no_rate() -> None:
     [
         ([1, 2, 4], [1, 1.95, 2.1], [False, False, True], (2, 4), "between 2 and 4 requests/s"),
         ([1, 2, 4], [1, 2, 3.9], [False] * 3, (4, None), "not saturated up to 4 requests/s"),
-        ([1, 2], [0.5, 0.5], [True] * 2, (None, 1), "saturated below 1 requests/s"),
+        ([1, 2], [0.5, 0.5], [True] * 2, (None, 1), "already saturated at 1 requests/s"),
         ([2, 1, 4], [1.8, 1, 4], [False] * 3, (1, 2), "between 1 and 2"),  # 4 may be a fluke
         ([1, 2], [0.96, 1.89], [True, False], (1, 2), "between 1 and 2"),  # 95% of 2 are 1.9
     ],

@@ -379,7 +379,7 @@ REFUSED = [
     ),
     (
         lambda c: c["workload"].pop("input_len"),
-        ["workload: `input_len` is missing", "Prompt length"],
+        ["workload: `input_len` is missing", "Add it: the prompt length"],
     ),
     (lambda c: c["deployments"][1].pop("engine"), ["deployments[1]: `engine` is missing"]),
     (

@@ -128,7 +128,7 @@ def test_a_uniform_distribution_reaches_as_far_as_its_deviation_says() -> None:
         ),
         (
             {"kind": "text", "input_lens": {"distribution": "normal", "cv": 0.3, "max": 99}},
-            r"input_lens\.max: 99 is less than the mean 100",
+            r"input_lens\.max: 99 is less than the mean 100. Raise it, or lower `input_len`",
         ),
         (
             {"kind": "text", "output_lens": {"distribution": "uniform", "cv": 0.6}},

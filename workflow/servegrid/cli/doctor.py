@@ -23,7 +23,13 @@ def add_doctor(subcommands: Any) -> None:
         "failed, 1 if a check failed, 2 if the profile or the study cannot be read.",
     )
     add = parser.add_argument
-    add("--profile", required=True, type=Path, metavar="DIR", help="such as profiles/plafrim")
+    add(
+        "--profile",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a profile, such as profiles/plafrim",
+    )
     add("--configfile", type=Path, metavar="FILE", help="a study, such as config/inria-2024.yaml")
     add(
         "--directory",

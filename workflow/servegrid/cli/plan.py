@@ -29,7 +29,7 @@ def add_plan(subcommands: Any) -> None:
         "--profile",
         type=Path,
         metavar="DIR",
-        help="such as profiles/plafrim: its nodes and its time limit",
+        help="a profile, such as profiles/plafrim: its nodes and time limit count",
     )
     add_directory(parser)
     add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")

@@ -75,10 +75,10 @@ def _saturation(row: Mapping[Any, Any], titles: Mapping[str, str]) -> str:
     )
     below, above = row["rate_followed"], row["rate_not_followed"]
     if pd.isna(below):
-        return f"{prefix}saturated below {above:.3g} requests/s, the lowest measured rate."
+        return f"{prefix}already saturated at {above:.3g} requests/s, the lowest measured rate."
     if pd.isna(above):
         return f"{prefix}not saturated up to {below:.3g} requests/s, the highest measured rate."
-    return f"{prefix}saturated between {below:.3g} and {above:.3g} requests/s."
+    return f"{prefix}becomes saturated between {below:.3g} and {above:.3g} requests/s."
 
 
 def render_slo(

@@ -117,7 +117,10 @@ def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str
                 f"{place}: its prompts differ, so they are not `identical`. Remove `prompts`."
             )
         if workload.prompts == "identical" and not source.has_fixed_lengths:
-            raise ConfigError(f"{place}: prompts of different lengths are not `identical`.")
+            raise ConfigError(
+                f"{place}: prompts of different lengths are not `identical`. Remove `prompts`, or "
+                "the distribution of the lengths."
+            )
         if source.has_turns and workload.protocol != "closed_loop":
             raise ConfigError(
                 f"{place}.turns: a user's next turn waits for the answer to the last one, so the "
@@ -139,7 +142,10 @@ def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str
             ("output_lens", source.output_lens, workload.output_len),
         ):
             if drawn is not None and drawn.max < mean:
-                raise ConfigError(f"{place}.{key}.max: {drawn.max} is less than the mean {mean}.")
+                raise ConfigError(
+                    f"{place}.{key}.max: {drawn.max} is less than the mean {mean}. Raise it, or "
+                    f"lower `{key[:-1]}`."
+                )
         if source.kind == "file" and source.file:
             _check_enough(source, source.file, workload, place)
 
@@ -159,7 +165,7 @@ def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if a key that a protocol needs is missing."""
     protocols = as_list(keys.get("protocol", "burst"))
     if "input_len" not in keys:
-        raise ConfigError("workload: `input_len` is missing. Prompt length in tokens.")
+        raise ConfigError("workload: `input_len` is missing. Add it: the prompt length in tokens.")
     for protocol in protocols:
         if protocol == "trace":
             raise ConfigError(
