@@ -205,6 +205,9 @@ def test_the_table_has_one_row_per_cell_and_class() -> None:
     text = render_slo(made, find_saturation(made), {"d": "The deployment"}, [])
     assert "chat: 0.001 tokens/s, the first token within 0.2 s." in text
     assert "| The deployment | burst, 4 output tokens | 31 | 4 users | chat | 60% [" in text
+    assert "\n\n\n" not in text
+    alone = render_slo(made.assign(concurrency=1), find_saturation(made), {}, [])
+    assert "| 1 user |" in alone
 
 
 def test_classes_are_read_and_the_first_is_the_studys() -> None:
