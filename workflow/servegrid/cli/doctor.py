@@ -36,7 +36,8 @@ def add_doctor(subcommands: Any) -> None:
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="folder that will contain results/; default: this folder",
+        help="working directory of the study, as for snakemake: it will contain results/, and "
+        "paths in the study are relative to it; default: this folder",
     )
     add(
         "--network",

@@ -21,6 +21,7 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
 
 from servegrid.errors import ConfigError
+from servegrid.study.directory import inside
 from servegrid.study.expand import expand
 from servegrid.study.grid import Study
 from servegrid.study.source_files import resolve_sources
@@ -92,17 +93,23 @@ def from_snakemake(config: Mapping[str, Any], files: Sequence[str]) -> Study:
     return parse_study(config, files)
 
 
-def load_study(file: Path) -> Study:
-    """The study in a YAML file. Raises ConfigError if the file cannot be read or is not valid."""
-    return parse_study(load_mapping(file), [file])
+def load_study(file: Path, directory: Path = Path()) -> Study:
+    """The study in a YAML file, whose own paths are relative to `directory`.
+
+    Raises ConfigError if the file cannot be read or is not valid.
+    """
+    mapping = load_mapping(file)
+    with inside(directory):
+        return parse_study(mapping, [file])
 
 
-def load_settings(file: Path | None) -> dict[str, Any]:
+def load_settings(file: Path | None, directory: Path = Path()) -> dict[str, Any]:
     """The keys of a study, such as `slo`; none without a file. Raises ConfigError, as above."""
     if file is None:
         return {}
     study = load_mapping(file)
-    parse_study(study, [file])
+    with inside(directory):
+        parse_study(study, [file])
     return study
 
 

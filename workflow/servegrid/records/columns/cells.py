@@ -180,8 +180,9 @@ CELLS = (
         "Latency as in Bendi-Ouis et al. (2024): makespan of a wave (burst), else mean e2el, "
         "divided by output_len, times 100; null if the workload was not served. If "
         "output_len_exact is false, or if `source` sets the lengths, divided by "
-        "completion_tokens_mean. If it is false, the time to first token is then shared by fewer tokens, and a wave ends with its longest response, so the value is "
-        "higher than with exact lengths",
+        "completion_tokens_mean. If it is false, the time to first token is then shared by fewer "
+        "tokens, and a wave ends with its longest response, so the value is higher than with exact "
+        "lengths",
     ),
     Column(
         "bound_s_per_100_tokens",
