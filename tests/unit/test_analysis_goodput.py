@@ -288,6 +288,8 @@ def test_saturation_is_the_largest_rate_that_the_throughput_follows(
         for rate, each, whole in zip(rates, answered, whole_run, strict=True)
         for name in ("chat", "code")
     ]
+    few = rows[0] | {"request_rate": 0.01, "requests_per_s": 0.001, "requests": 19}
+    rows.append(few | {"offered_requests_per_s": 0.01})  # it says nothing
     names = [column.name for column in columns.SLO]
     saturation = find_saturation(cast_columns(pd.DataFrame(rows, columns=names), columns.SLO))
     (row,) = saturation.astype(object).where(saturation.notna(), None).to_dict("records")
