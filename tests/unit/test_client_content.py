@@ -219,7 +219,7 @@ def test_too_long_rows_are_refused_or_left_out_and_counted(tmp_path: Path, words
         content.check_lengths(path, with_source(source, requests=1), words)
     skipping = with_source(replace(source, on_bad_rows="skip"), requests=1)
     content.check_lengths(path, skipping, words)
-    with pytest.raises(LoadError, match=r"has 1 usable rows, and `.*` needs 2"):
+    with pytest.raises(LoadError, match=r"has 1 usable row, and `.*` needs 2"):
         content.check_lengths(path, replace(skipping, requests=2), words)
     made = open_content(replace(skipping, requests=None, duration_s=1.0), words, "cell", path)
     assert list(made.lengths("ids")) == [(100, 50, 0)]

@@ -276,7 +276,7 @@ def test_histories_that_are_too_long_are_refused_or_cut(file: Path, word_tokeniz
     assert len(longest_script(skipping, "ids").turns) == 3  # it is cut while it is played
     too_short = opened(file, words, input_len=3)
     assert [each.turns for each in too_short.scripts("ids")] == [(), ()]
-    with pytest.raises(LoadError, match=r"has 0 turns of users, and .* needs 4"):
+    with pytest.raises(LoadError, match=r"has 0 user turns, and .* needs 4"):
         content.check_lengths(file, too_short.workload, words)
 
 

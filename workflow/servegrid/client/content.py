@@ -31,6 +31,7 @@ from servegrid.study.source_files import (
     read_lengths,
     read_trace,
 )
+from servegrid.study.text import pluralize
 from servegrid.study.tokenizer import TextTokenizer, open_tokenizer
 
 _WARM_UP_LENGTHS = 1000
@@ -548,7 +549,7 @@ def _check_turns(
             continue
         usable += len(turns)
     if usable < (workload.requests or 1):
-        raise LoadError(_shortage(path, usable, workload, "turns of users"))
+        raise LoadError(_shortage(path, usable, workload, "user turn"))
 
 
 def _open_tokenizer(tokenizer: Path | None) -> TextTokenizer:
@@ -590,8 +591,9 @@ def _refusal(path: Path, row: Conversation, problem: str) -> str:
     )
 
 
-def _shortage(path: Path, usable: int, workload: Workload, what: str = "usable rows") -> str:
+def _shortage(path: Path, usable: int, workload: Workload, what: str = "usable row") -> str:
     return (
-        f"{path}: has {usable} {what}, and `{workload.cell}` needs {workload.requests or 1}: "
-        "no row is sent twice. Lower `concurrency` or `requests_per_user`, or add rows."
+        f"{path}: has {pluralize(usable, what)}, and `{workload.cell}` needs "
+        f"{workload.requests or 1}: no row is sent twice. Lower `concurrency` or "
+        "`requests_per_user`, or add rows."
     )

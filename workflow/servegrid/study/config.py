@@ -53,6 +53,18 @@ _Validator = validators.extend(  # type: ignore[no-untyped-call]
     validators={"pattern": _check_pattern},
     type_checker=_TYPES.redefine_many({"number": _is_finite_number, "integer": _is_whole_number}),
 )
+_TYPE_NAMES = {
+    "object": "a mapping",
+    "array": "a list",
+    "string": "a text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "empty",
+}
+"""What users of YAML call the types of JSON Schema."""
+MAX_DESCRIPTION = 240
+"""An error quotes at most about so many characters of a key's description."""
 MAX_VALUES, MAX_DEPTH = 100_000, 20
 """Allowed values in a configuration, and allowed levels of nesting."""
 
@@ -250,7 +262,7 @@ def _describe_error(error: Any, rules: Mapping[str, Any]) -> str:
 
 
 def _description(rules: Mapping[str, Any], schema_path: Iterable[str | int]) -> str:
-    """The description of the innermost key on `schema_path`."""
+    """The start of the description of the innermost key on `schema_path`."""
     node: Any = rules
     nearest = ""
     for step in schema_path:
@@ -259,7 +271,19 @@ def _description(rules: Mapping[str, Any], schema_path: Iterable[str | int]) -> 
         node = node[step]
         if isinstance(node, dict):
             nearest = node.get("description", nearest)
-    return nearest
+    return _first_sentences(nearest)
+
+
+def _first_sentences(text: str) -> str:
+    """As many sentences as an error has room for; config/README.md has all of them.
+
+    >>> _first_sentences("One. Two: a, b.")
+    'One. Two: a, b.'
+    """
+    sentences = re.split(r"(?<=[.!])\s+", text)
+    lengths = itertools.accumulate(len(each) + 1 for each in sentences)
+    count = sum(length <= MAX_DESCRIPTION for length in lengths)
+    return " ".join(sentences[: max(1, count)])
 
 
 def _describe_value_error(error: Any) -> str:
@@ -276,8 +300,8 @@ def _describe_value_error(error: Any) -> str:
             return f"{shown} must be less than {error.validator_value}."
         case "type":
             types = error.validator_value
-            expected = types if isinstance(types, str) else " or ".join(types)
-            return f"{shown} is not of type {expected}."
+            names = [_TYPE_NAMES[each] for each in ([types] if isinstance(types, str) else types)]
+            return f"{shown} is not {' or '.join(names)}."
         case "enum":
             valid = ", ".join(f"`{each}`" for each in error.validator_value)
             return f"{shown} is not one of {valid}."
