@@ -555,8 +555,8 @@ def _check_turns(
 def _open_tokenizer(tokenizer: Path | None) -> TextTokenizer:
     if tokenizer is None:
         raise LoadError(
-            "Counting the tokens of a file's texts needs a tokenizer. Name the model's "
-            "tokenizer.json."
+            "Counting the tokens of a file's texts needs a tokenizer. Name the folder of the "
+            "model's tokenizer.json as `tokenizer`."
         )
     try:
         return open_tokenizer(tokenizer)
