@@ -129,12 +129,12 @@ def prompt_notes(cells: pd.DataFrame) -> list[str]:
     if (has_turns & ~is_file).any():
         notes.append(
             'Conversations: "prompt tokens" are those of one turn, without the history before it. '
-            "The column `prompt_tokens_mean` of the cells counts the history too."
+            "The column prompt_tokens_mean of the cells counts the history too."
         )
     if is_file.any():
         notes.append(
             'Prompts from a file: "prompt tokens" and "output tokens" are the longest that the '
-            "study allows. The columns `prompt_tokens_mean` and `completion_tokens_mean` of the "
+            "study allows. The columns prompt_tokens_mean and completion_tokens_mean of the "
             "cells have the means. In the capacity plan, every response has the longest length."
         )
     return notes
