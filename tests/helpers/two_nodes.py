@@ -74,7 +74,9 @@ class TwoNodes:
         for rank in range(2):
             self.read(rank)
         self.up, self.part = self.read(0), self.read(1)
-        self.all = [psutil.Process(pid) for pid in self.up["pids"] + self.part["pids"]]
+        pids = self.up["pids"] + self.part["pids"]
+        self.all = [psutil.Process(pid) for pid in pids]
+        self.commands = {each.pid: " ".join(each.cmdline()) for each in self.all}
 
     def read(self, rank: int) -> dict[str, Any]:
         stdout = self.processes[rank].stdout
@@ -101,7 +103,8 @@ class TwoNodes:
         """Neither a process of the engine nor a temporary file, on either node."""
         began = time.monotonic()
         _, left = psutil.wait_procs(self.all, timeout=limit_s)
-        assert left == []
+        states = [(each.status(), self.commands[each.pid]) for each in left if each.is_running()]
+        assert left == [], states
         print(f"nothing is left after {time.monotonic() - began:.1f} s")
         for process in self.processes:
             process.wait(30)

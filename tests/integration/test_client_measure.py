@@ -390,7 +390,8 @@ def test_a_server_that_refuses_token_ids_gets_text(demo_model: DemoModel) -> Non
 
 
 @pytest.mark.parametrize(
-    ("status", "message"), [(401, "refuses the API key"), (404, "does not know the model")]
+    ("status", "message"),
+    [(401, "refuses the API key.*with --api-key-env"), (404, "does not know the model.*streams")],
 )
 def test_a_refusal_of_all_requests_is_one_error(status: int, message: str) -> None:
     script = FaultScript(fault="status", status=status, fault_on="")

@@ -129,7 +129,7 @@ def test_vllms_hit_rate_is_the_expected_one_and_the_page_shows_off_and_on(tmp_pa
     assert set(cells.loc["d", "prefix_hit_tokens"]) == {0}
     for trial in (1, 2):
         row = cells.loc[("d-prefix_caching", trial)]
-        assert row["expected_prefix_hit_rate"] > 0.3
+        assert row["expected_prefix_hit_rate"] > 0.2  # blocks of 128 tokens on a CPU: below 0.5
         assert row["prefix_hit_rate"] == pytest.approx(row["expected_prefix_hit_rate"], rel=0.02)
         assert "prefix_cache" not in list(row["invalid_rules"])
     page = (tmp_path / "results/report/index.html").read_text(encoding="utf-8")

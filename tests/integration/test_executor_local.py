@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from helpers.processes import HANG_S, wait_for_end
+
 pytestmark = pytest.mark.crowded
 
 TOY = Path(__file__).parent / "executor"
-HANG_S = 90
 
 
 def toy_path() -> str:
@@ -69,8 +70,7 @@ class Workspace:
         return self.folder / "output.log"
 
     def end(self, process: subprocess.Popen[bytes], status: int) -> str:
-        process.wait(timeout=HANG_S)
-        output = self.output.read_text()
+        output = wait_for_end(process, self.output)
         assert process.returncode == status, output
         return output
 

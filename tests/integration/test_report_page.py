@@ -547,6 +547,27 @@ def test_goodput_is_drawn_for_each_class_against_the_request_rate(
         assert found.messages == []
 
 
+def test_open_loops_alone_have_charts_of_usual_size_and_short_rates(
+    chromium: Any, tmp_path: Path
+) -> None:
+    """Without tokens/s per user, the chart of the SLO's line alone was 1.8e308 pixels high."""
+    rates = (0.1241666137193376, 2.0)
+    open_loop = {"protocol": "poisson", "concurrency": None, "output_tokens_per_s_per_user": None}
+    cells = study(*(trial(0, 1, 31, request_rate=rate) | open_loop for rate in rates))
+    with open_page(chromium, write_page(cells, tmp_path / "open.html")) as found:
+        found.wait_for_charts()
+        assert found.page.locator("select[name=metric]").input_value() == "output_tokens_per_s"
+        labels = found.page.locator("#heatmap .role-axis-label text").all_text_contents()
+        assert {"0.124", "2"} <= set(labels)
+        ticks = found.page.locator("#curves .role-axis-label text").all_text_contents()
+        assert {"0.124", "2"} <= set(ticks)
+        assert found.page.evaluate("document.documentElement.scrollHeight") < 10_000
+        assert not found.page.locator("#pareto").is_visible()
+        caption = found.page.locator("#pareto-caption").inner_text()
+        assert caption == "At a request rate, there are no output tokens/s per user."
+        assert found.messages == []
+
+
 def test_a_class_of_users_brings_its_limits_into_the_plan(
     chromium: Any, classes_page: tuple[pd.DataFrame, Path]
 ) -> None:

@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from helpers.cluster import Cluster, Options, missing, private_cluster
+from helpers.processes import wait_for_end
 
 TOY = Path(__file__).parents[1] / "integration" / "executor"
 PLAFRIM_KINDS = Path(__file__).parents[2] / "profiles" / "plafrim" / "kinds.yaml"
-HANG_S = 280
 KIND = {"slurm_partition": "routage", "slurm_exclusive": True, "slurm_mem": "0"}
 GPU = KIND | {"slurm_constraint": "sirocco"}
 
@@ -90,8 +90,7 @@ class Workspace:
         return self.folder / "output.log"
 
     def end(self, process: subprocess.Popen[bytes], status: int = 0) -> str:
-        process.wait(timeout=HANG_S)
-        output = self.log.read_text()
+        output = wait_for_end(process, self.log)
         assert process.returncode == status, output[-6000:]
         return output
 

@@ -14,6 +14,7 @@ import yaml
 
 from helpers.cluster import Node, Options
 from helpers.hub import running_hub
+from helpers.processes import HANG_S
 from servegrid.records import parquet
 from servegrid.study import models
 from slurm.conftest import Workspace, with_options
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.slow,
     pytest.mark.crowded,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +72,7 @@ def servegrid(work: Workspace, *arguments: str) -> str:
         env=work.cluster.env | work.env,
         capture_output=True,
         encoding="utf-8",
-        timeout=250,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -14,7 +14,7 @@ from servegrid.doctor.profile import Profile
 from servegrid.doctor.resources import build_request
 from slurm.conftest import Workspace
 
-pytestmark = [pytest.mark.crowded, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.crowded]
 
 GPU = "PartitionName=gpu Default=YES MaxTime=2-00:00:00 DefaultTime=01:00:00 State=UP"
 ALL = f"{GPU} Nodes=ALL"

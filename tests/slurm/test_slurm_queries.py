@@ -12,7 +12,7 @@ import pytest
 from helpers.cluster import Options
 from slurm.conftest import GPU, TOY, Workspace, with_options
 
-pytestmark = [pytest.mark.crowded, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.crowded, pytest.mark.slow]
 
 V100 = GPU | {"slurm_constraint": "v100"}
 

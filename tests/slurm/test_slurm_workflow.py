@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from helpers.cluster import Cluster
+from helpers.processes import wait_for_end
 from helpers.tokenizing import make_tokenizer
 from slurm.conftest import KIND, Workspace
 
@@ -35,8 +36,7 @@ class Study(Workspace):
             *("--submitit-kinds", str(ROOT / "profiles/plafrim/kinds.yaml")),
         ]
         process = self.launch(*options, *arguments)
-        process.wait(timeout=800)
-        output = self.log.read_text()
+        output = wait_for_end(process, self.log, 800)
         return f"{output}\nstatus {process.returncode}"
 
     def cells(self) -> pd.DataFrame:

@@ -205,6 +205,9 @@ def test_the_table_has_one_row_per_cell_and_class() -> None:
     text = render_slo(made, find_saturation(made), {"d": "The deployment"}, [])
     assert "chat: 0.001 tokens/s, the first token within 0.2 s." in text
     assert "| The deployment | burst, 4 output tokens | 31 | 4 users | chat | 60% [" in text
+    assert "\n\n\n" not in text
+    alone = render_slo(made.assign(concurrency=1), find_saturation(made), {}, [])
+    assert "| 1 user |" in alone
 
 
 def test_classes_are_read_and_the_first_is_the_studys() -> None:
@@ -265,7 +268,7 @@ def test_without_a_served_request_there_is_no_rate() -> None:
     [
         ([1, 2, 4], [1, 1.95, 2.1], [False, False, True], (2, 4), "between 2 and 4 requests/s"),
         ([1, 2, 4], [1, 2, 3.9], [False] * 3, (4, None), "not saturated up to 4 requests/s"),
-        ([1, 2], [0.5, 0.5], [True] * 2, (None, 1), "saturated below 1 requests/s"),
+        ([1, 2], [0.5, 0.5], [True] * 2, (None, 1), "already saturated at 1 requests/s"),
         ([2, 1, 4], [1.8, 1, 4], [False] * 3, (1, 2), "between 1 and 2"),  # 4 may be a fluke
         ([1, 2], [0.96, 1.89], [True, False], (1, 2), "between 1 and 2"),  # 95% of 2 are 1.9
     ],
@@ -285,6 +288,8 @@ def test_saturation_is_the_largest_rate_that_the_throughput_follows(
         for rate, each, whole in zip(rates, answered, whole_run, strict=True)
         for name in ("chat", "code")
     ]
+    few = rows[0] | {"request_rate": 0.01, "requests_per_s": 0.001, "requests": 19}
+    rows.append(few | {"offered_requests_per_s": 0.01})  # it says nothing
     names = [column.name for column in columns.SLO]
     saturation = find_saturation(cast_columns(pd.DataFrame(rows, columns=names), columns.SLO))
     (row,) = saturation.astype(object).where(saturation.notna(), None).to_dict("records")

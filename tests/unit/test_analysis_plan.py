@@ -277,6 +277,17 @@ def test_an_open_loop_above_what_is_completed_queues() -> None:
     assert fast.outlook.status == QUEUES and "1000 requests/s arrive" in str(fast.outlook.why)
 
 
+def test_the_rates_of_a_sweep_are_shown_with_three_digits() -> None:
+    """A fraction of a predicted rate has many; the plan of a sweep had 5.33169 requests/s."""
+    swept = study({"protocol": "poisson", "request_rate": "sweep"}, max_num_seqs=8)
+    cells = plan(swept).deployments[0].cells
+    above = next(each for each in cells if each.workload.rate_fraction == 1.3)
+    sentence = re.fullmatch(
+        r"([\d.]+) requests/s arrive, and about (\S+) are completed", above.outlook.why or ""
+    )
+    assert sentence is not None and len(sentence[1].replace(".", "").strip("0")) <= 3
+
+
 def test_more_requests_than_max_num_seqs_queue() -> None:
     (cell,) = plan(study({"concurrency": 9}, max_num_seqs=8)).deployments[0].cells
     assert cell.outlook == (QUEUES, "9 requests, and max_num_seqs lets 8 run")

@@ -8,6 +8,7 @@ from servegrid.analysis.titles import (
     emulation_notes,
     hardware_title,
     intensity_title,
+    prompt_notes,
     with_intensity,
     workload_title,
 )
@@ -44,6 +45,20 @@ def test_titles_are_in_study_order() -> None:
         "a": "m · q4_1 · CPU · vLLM 0.9",
     }
     assert list(deployment_titles(cells)) == ["d", "a"]
+
+
+def test_a_note_says_what_the_prompt_length_of_conversations_and_files_is() -> None:
+    def notes(*sources: str | None) -> list[str]:
+        return prompt_notes(pd.DataFrame([ROW | {"source": each} for each in sources]))
+
+    assert prompt_notes(pd.DataFrame([ROW])) == []  # an older table
+    assert notes(None, "text", "trace 0a1b2c3d") == []
+    (conversations,) = notes("text", "random, 3 turns")
+    assert conversations.startswith("Conversations: ") and "one turn" in conversations
+    for source in ("file 0a1b2c3d", "file 0a1b2c3d, all turns"):
+        (file,) = notes(source)
+        assert file.startswith("Prompts from a file: ") and "the longest" in file
+    assert notes("file 0a1b2c3d", "text, 2 turns") == [conversations, file]
 
 
 def test_equal_titles_are_distinguished_by_name() -> None:

@@ -571,7 +571,7 @@ HOSTILE_CONTENT = {
     "no study": (
         edit_json("config/study.json", workload=[1]),
         "completeness",
-        "workload: [1] is not of type object",
+        "workload: [1] is not a mapping",
     ),
     "another format": (
         edit_json("bundle.json", format=1),

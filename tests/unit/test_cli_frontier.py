@@ -31,9 +31,9 @@ def test_the_frontier_as_text() -> None:
         "d: 2 of 6 cells measured, 2 trials. SLO: 5 tokens/s.\n"
         "\n"
         "Burst, 100 output tokens per request; concurrent requests:\n"
-        "  prompt tokens  most that meets it  least that misses it\n"
-        "             31                   1                     –  not known yet\n"
-        "            119                   1                     –  not known yet\n"
+        "  prompt tokens  largest load that meets the SLO  smallest that misses it\n"
+        "             31                                1                        –  not known yet\n"
+        "            119                                1                        –  not known yet\n"
         "\n"
         "Next: burst-c2-i31-o100, trial 2.\n"
     )

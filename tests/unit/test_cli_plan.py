@@ -104,6 +104,25 @@ def test_every_study_of_config_has_a_plan(name: str, capsys: pytest.CaptureFixtu
     assert ("no data of a CPU" in text) == on_cpu
 
 
+def test_the_plan_on_a_cpu_names_no_gpu_hours_and_few_requests_and_fractions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_cpu = STUDY["deployments"][0] | {"gpu": "cpu", "gpu_count": 0}
+    users = {"protocol": "closed_loop", "concurrency": 1, "requests_per_user": 5, "input_len": 9}
+    few = write_study(tmp_path, deployments=[on_cpu], workload=users)
+    assert main(["plan", "--configfile", str(few), "--directory", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "GPU-hours: 0, because no deployment has a GPU.\n" in text
+    assert "Too few requests for valid figures: closed_loop-c1-i9-o100. At least 20" in text
+    assert "rows: load, columns" in text
+    rates = {"protocol": "poisson", "request_rate": "sweep", "input_len": 9}
+    swept = write_study(tmp_path, workload=rates)
+    assert main(["plan", "--configfile", str(swept), "--directory", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "rows: rate / rate at saturation, columns: prompt tokens" in text
+    assert "Too few" not in text and "because no deployment" not in text
+
+
 def test_a_deployment_that_cannot_work_sets_the_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,8 +181,11 @@ def test_rows_of_a_file_are_drawn_once_each_and_counted_to_the_token(
     assert list(file_content(tmp_path, words, rows, requests=12, seed=1).prompts("ids")) != sent
     everything = list(file_content(tmp_path, words, rows, requests=20).lengths("ids"))
     assert sorted(each[:2] for each in everything) == [(number, number) for number in range(1, 21)]
-    # Five rows have 16 words or more, so after the first of these, four start as an earlier one.
-    assert sorted(each.shared_len for each in everything) == [0] * 16 + [16] * 4
+    # All rows repeat one word: the shorter of two is the start of the longer one.
+    longest = 0
+    for each in everything:
+        assert each.shared_len == min(each.input_len, longest)
+        longest = max(longest, each.input_len)
 
 
 def test_the_answer_of_a_conversation_sets_its_output_length(tmp_path: Path, words: Path) -> None:
@@ -192,7 +195,9 @@ def test_the_answer_of_a_conversation_sets_its_output_length(tmp_path: Path, wor
 
     made = file_content(tmp_path, words, [chat("it is so"), chat("no " * 90)], requests=2)
     # be, kind, why, ?: four words; the answers have 3 and 90 words, of which 50 are allowed.
-    assert sorted(made.lengths("ids")) == [(4, 3, 0), (4, 50, 0)]
+    lengths = list(made.lengths("ids"))
+    assert sorted(each[:2] for each in lengths) == [(4, 3), (4, 50)]
+    assert [each.shared_len for each in lengths] == [0, 4]  # both rows have the same prompt
     assert set(made.prompts("text")) == {"be kind\n\nwhy ?"}
     assert next(made.prompts("messages")) == [
         {"role": "system", "content": "be kind"},
@@ -214,7 +219,7 @@ def test_too_long_rows_are_refused_or_left_out_and_counted(tmp_path: Path, words
         content.check_lengths(path, with_source(source, requests=1), words)
     skipping = with_source(replace(source, on_bad_rows="skip"), requests=1)
     content.check_lengths(path, skipping, words)
-    with pytest.raises(LoadError, match=r"has 1 usable rows, and `.*` needs 2"):
+    with pytest.raises(LoadError, match=r"has 1 usable row, and `.*` needs 2"):
         content.check_lengths(path, replace(skipping, requests=2), words)
     made = open_content(replace(skipping, requests=None, duration_s=1.0), words, "cell", path)
     assert list(made.lengths("ids")) == [(100, 50, 0)]

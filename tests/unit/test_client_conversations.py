@@ -237,7 +237,7 @@ def test_a_file_gives_the_turns_of_its_users_and_the_lengths_of_its_answers(
 def test_rows_with_the_same_system_prompt_share_their_start(
     tmp_path: Path, word_tokenizer: Path
 ) -> None:
-    """A system prompt of 40 words, then a question: whole blocks of 16 tokens are shared."""
+    """A system prompt of 40 words, then a question: llama.cpp finds all 40 in its cache."""
     system = " ".join(["the water of the river"] * 8)
     rows = [
         {
@@ -251,12 +251,12 @@ def test_rows_with_the_same_system_prompt_share_their_start(
     path = tmp_path / "same.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     made = opened(path, word_tokenizer.parent)
-    assert [each.shared_len for each in made.scripts("ids")] == [0, 32]
+    assert [each.shared_len for each in made.scripts("ids")] == [0, 40]
     source = replace(made.source, turns=1)
     single = open_content(
         replace(made.workload, requests=2, source=source), word_tokenizer.parent, "cell", path
     )
-    assert [each.shared_len for each in single.lengths("ids")] == [0, 32]
+    assert [each.shared_len for each in single.lengths("ids")] == [0, 40]
 
 
 def test_histories_that_are_too_long_are_refused_or_cut(file: Path, word_tokenizer: Path) -> None:
@@ -276,7 +276,7 @@ def test_histories_that_are_too_long_are_refused_or_cut(file: Path, word_tokeniz
     assert len(longest_script(skipping, "ids").turns) == 3  # it is cut while it is played
     too_short = opened(file, words, input_len=3)
     assert [each.turns for each in too_short.scripts("ids")] == [(), ()]
-    with pytest.raises(LoadError, match=r"has 0 turns of users, and .* needs 4"):
+    with pytest.raises(LoadError, match=r"has 0 user turns, and .* needs 4"):
         content.check_lengths(file, too_short.workload, words)
 
 

@@ -22,7 +22,7 @@ from servegrid.doctor.models import check_deployment_models
 from servegrid.doctor.profile import Profile, count_nodes
 from servegrid.doctor.resources import build_request
 from servegrid.engines.external import resolve_endpoint
-from servegrid.errors import ConfigError, EngineError
+from servegrid.errors import ConfigError, EngineError, ModelError
 from servegrid.run import service
 from servegrid.run.preflight import check_ready
 from servegrid.run.service import AllocationInfo, check_allocated_gpus
@@ -184,6 +184,12 @@ def test_an_api_key_goes_to_no_other_server(allowed: str, url: str) -> None:
 def test_a_study_cannot_send_any_variable_of_the_environment_to_its_own_server() -> None:
     with pytest.raises(ConfigError, match=r"TOKEN_URL is not set\. Export the URL of the server"):
         api_key_for("https://attacker.example", "TOKEN", {"TOKEN": "secret"})
+
+
+def test_a_missing_tokenizer_is_not_called_a_checkpoint(tmp_path: Path) -> None:
+    missing = study(tokenizer=str(tmp_path / "none"))
+    with pytest.raises(ModelError, match=rf"tokenizer `{tmp_path}/none`: there is no file"):
+        check_ready(missing, tmp_path)
 
 
 def test_a_missing_api_key_is_reported_before_anything_starts(

@@ -141,7 +141,10 @@ def write(folder: Path, trial: Trial, verdict: Verdict) -> Path:
     where = {"allocation": "a", "started": "2026-11-23T01:02:03+00:00"}
     engine = {"engine": "emulated", "time_scale": 0.005}
     samples = requests.with_name("telemetry.parquet")
-    assert write_unmeasured(trial, verdict, requests, samples, engine, where) == verdict.name
+    # Allocations of all engines but the emulated one calibrate the load client.
+    calibration = {"arrival_error_s_p99": 1e-5, "cpu_s_per_1000_events": 0.01}
+    written = write_unmeasured(trial, verdict, requests, samples, engine, where, calibration)
+    assert written == verdict.name
     return requests
 
 
@@ -211,6 +214,7 @@ def test_cells_that_were_not_tried_are_rows_of_the_table(tmp_path: Path) -> None
     assert cells["valid"].isna().all()
     assert cells["seconds_per_100_tokens"].isna().all()
     assert set(cells["requests"]) == {0}
+    assert cells["client_headroom"].isna().all()
     tables.write_cells(cells, tmp_path / "cells.parquet", tmp_path / "cells.csv")
     record = parquet.read_record(tmp_path / study.trials[-1].id / "requests.parquet")
     assert record["environment"] == {"allocation": None, "started": None}

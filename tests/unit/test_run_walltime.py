@@ -125,6 +125,14 @@ def test_the_forecast_adds_starts_and_trials_up_and_names_what_was_never_seen(
     assert times.forecast(set()) is None
 
 
+def test_the_forecast_names_cells_with_too_few_requests(tmp_path: Path) -> None:
+    made = study(VLLM, protocol="closed_loop", concurrency=[1, 8], requests_per_user=8)
+    text = Walltimes(made, tmp_path).forecast({trial.id for trial in made.trials})
+    # One user: 8 - 2 requests; eight users: 64 - 16. Two prompt lengths each.
+    assert text is not None
+    assert "\nToo few requests for valid figures: closed_loop-c1-i31-o100 and 1 more. " in text
+
+
 def test_the_forecast_of_an_unknown_cpu_is_labelled(tmp_path: Path) -> None:
     made = study(VLLM | {"gpu": "cpu", "gpu_count": 0})
     text = Walltimes(made, tmp_path).forecast({trial.id for trial in made.trials})

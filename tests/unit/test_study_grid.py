@@ -1,5 +1,6 @@
 """A configuration expands to the expected trials and ids, or is refused with a clear error."""
 
+import contextlib
 import copy
 import json
 import re
@@ -90,7 +91,10 @@ def test_a_closed_loop_has_64_requests_between_the_first_and_the_last_of_each_us
 
 
 def test_a_poisson_workload_has_a_rate_and_no_concurrency() -> None:
-    workloads = workloads_with(protocol="poisson", request_rate=[0.5, 4], think_time_s=2)
+    both = workloads_with(
+        protocol=["closed_loop", "poisson"], request_rate=[0.5, 4], think_time_s=2
+    )
+    workloads = [workload for workload in both if workload.protocol == "poisson"]
     assert [workload.cell for workload in workloads] == [
         "poisson-r0.5-i31-o100",
         "poisson-r4-i31-o100",
@@ -371,7 +375,7 @@ REFUSED = [
     ),
     (
         lambda c: c["workload"].update(input_len="long"),
-        ["workload.input_len: 'long' is not of type integer"],
+        ["workload.input_len: 'long' is not a whole number"],
     ),
     (
         lambda c: c["workload"].update(protocol="brst"),
@@ -379,7 +383,7 @@ REFUSED = [
     ),
     (
         lambda c: c["workload"].pop("input_len"),
-        ["workload: `input_len` is missing", "Prompt length"],
+        ["workload: `input_len` is missing", "Add it: the prompt length"],
     ),
     (lambda c: c["deployments"][1].pop("engine"), ["deployments[1]: `engine` is missing"]),
     (
@@ -439,7 +443,7 @@ REFUSED = [
     (lambda c: c.update(deployments=[]), ["deployments: the list is empty"]),
     (
         lambda c: c.update(capacity={"think_time_s": float("inf")}),
-        ["capacity.think_time_s: inf is not of type number", "Mean time"],
+        ["capacity.think_time_s: inf is not a number", "Mean time"],
     ),
     (
         lambda c: c.update(
@@ -587,7 +591,7 @@ def test_gamma_and_profile_are_part_of_the_specification() -> None:
             {"protocol": "profile", "request_rate": 1, "rate_profile": [0, 0], "duration_s": 9},
             "has no factor above 0",
         ),
-        ({"protocol": "poisson", "request_rate": "swep"}, "'swep' is not of type number"),
+        ({"protocol": "poisson", "request_rate": "swep"}, "'swep' is not a number"),
         ({"protocol": "gamma", "request_rate": 1, "burstiness": 0}, "0 must be greater than 0"),
     ],
 )
@@ -597,9 +601,55 @@ def test_rates_that_make_no_sense_are_refused(workload: dict[str, Any], message:
 
 
 @pytest.mark.parametrize(
+    ("workload", "own", "message"),
+    [
+        ({"request_rate": "sweep"}, {}, "workload.request_rate: is only for `poisson`, `gamma`"),
+        ({"think_time_s": 2}, {}, "workload.think_time_s: is only for `closed_loop`, and the"),
+        ({"duration_s": 9}, {}, "and the protocol is `burst`. Write `protocol: closed_loop`, or"),
+        (
+            {"protocol": "poisson", "request_rate": 1, "requests_per_user": 9},
+            {},
+            "workload.requests_per_user: is only for `burst` and `closed_loop`",
+        ),
+        ({}, {"think_time_s": 2}, "deployments[0].workload.think_time_s: is only for"),
+        # Of a list, and of all deployments, one protocol is enough; 0 is the default.
+        ({"protocol": ["burst", "closed_loop"], "think_time_s": 2}, {}, None),
+        ({"think_time_s": 2}, {"protocol": "closed_loop"}, None),
+        ({"think_time_s": 0}, {}, None),
+    ],
+)
+def test_a_key_that_no_protocol_uses_is_refused(
+    workload: dict[str, Any], own: dict[str, Any], message: str | None
+) -> None:
+    """`request_rate: sweep` without `protocol: poisson` measured bursts, and said nothing."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["workload"].update(workload)
+        config["deployments"][0]["workload"] = own
+
+    with (
+        contextlib.nullcontext()
+        if message is None
+        else pytest.raises(ConfigError, match=re.escape(message or ""))
+    ):
+        parse_study(changed_config(change))
+
+
+def test_an_error_quotes_only_the_start_of_a_long_description() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse_study(
+            changed_config(lambda c: c["workload"].update(source={"kind": "text", "turns": 0}))
+        )
+    assert "source.turns: 0 is less than 2. Number of the user's turns in each conv" in str(
+        error.value
+    )
+    assert len(str(error.value)) < 330
+
+
+@pytest.mark.parametrize(
     ("slo", "message"),
     [
-        ({"ttft": 1}, "slo.ttft: 1 is not of type object. A class of users"),
+        ({"ttft": 1}, "slo.ttft: 1 is not a mapping. A class of users"),
         ({"chat": {"ttft": 1}}, "slo.chat: unknown key `ttft`. Did you mean `ttft_s`?"),
         ({"chat": {"ttft_s": 1}, "ttft_s": 1}, "slo: `ttft_s` is a limit and `chat` is a class"),
         ({"a b": {"ttft_s": 1}}, "slo: 'a b' is not a name"),

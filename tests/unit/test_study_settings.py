@@ -81,7 +81,7 @@ def test_tensor_parallel_size_sets_the_number_of_gpus() -> None:
         ({"max_num_seqs": [1]}, {"max_num_seqs": 2}, "sets `max_num_seqs` itself too"),
         ({"block_size": [1]}, {"engine_args": {"block_size": 2}}, "sets `block_size` itself too"),
         ({"tensor_parallel_size": [1]}, {"gpu_count": 2}, "Remove `gpu_count`."),
-        ({"max_num_seqs": 8}, {}, "deployments[0].sweep.max_num_seqs: 8 is not of type array"),
+        ({"max_num_seqs": 8}, {}, "deployments[0].sweep.max_num_seqs: 8 is not a list"),
         ({"max num": [8]}, {}, "'max num' is not a name"),
     ],
 )

@@ -128,7 +128,7 @@ def test_a_uniform_distribution_reaches_as_far_as_its_deviation_says() -> None:
         ),
         (
             {"kind": "text", "input_lens": {"distribution": "normal", "cv": 0.3, "max": 99}},
-            r"input_lens\.max: 99 is less than the mean 100",
+            r"input_lens\.max: 99 is less than the mean 100. Raise it, or lower `input_len`",
         ),
         (
             {"kind": "text", "output_lens": {"distribution": "uniform", "cv": 0.6}},
@@ -228,6 +228,14 @@ def test_a_file_that_cannot_be_read_is_one_error(
         study({"concurrency": 1, "input_len": 100, "source": source})
 
 
+def test_if_all_rows_are_bad_the_first_reason_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "[]\n{}\n")
+    source = {"kind": "file", "path": str(path), "on_bad_rows": "skip"}
+    message = "all of its rows are bad; the first one is line 1: is not a JSON object"
+    with pytest.raises(ConfigError, match=message):
+        study({"concurrency": 1, "input_len": 100, "source": source})
+
+
 def test_a_file_is_known_by_its_digest_and_not_by_its_path(tmp_path: Path) -> None:
     text = lines(*({"prompt": f"Question {number}?"} for number in range(4)))
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -281,7 +289,7 @@ def test_a_trace_is_replayed_faster_and_only_its_start(tmp_path: Path) -> None:
     assert (slow.protocol, slow.cell) == ("trace", "trace-r0.05-i200-o30")
     (start,) = study({"source": {"kind": "trace", "path": str(path), "first_s": 40}}).trials
     assert (start.workload.requests, start.workload.input_len) == (2, 200)
-    with pytest.raises(ConfigError, match="the trace has 1 rows within 0 s, so it has no rate"):
+    with pytest.raises(ConfigError, match="the trace has 1 row within 0 s, so it has no rate"):
         study({"source": {"kind": "trace", "path": str(path), "first_s": 4}})
 
 
@@ -454,7 +462,7 @@ def test_a_file_says_how_many_turns_its_users_have(tmp_path: Path) -> None:
     assert (trial.workload.requests, trial.workload.max_input_len) == (70, 100)
     assert Trial.from_spec(trial.spec) == trial
     assert facts.label == f"file {facts.file.sha256[:8]}, all turns"
-    with pytest.raises(ConfigError, match=r"has 300 turns of users, and `.*` needs 302"):
+    with pytest.raises(ConfigError, match=r"has 300 user turns, and `.*` needs 302"):
         study({**keys, "source": {**source, "turns": "all"}, "requests_per_user": 151})
 
 

@@ -21,8 +21,9 @@ HEAD = (
 CAPTION = (
     "Each cell with prefix caching off and on: medians, with their 95% intervals if there are "
     "several trials. Prompt tokens: the mean, with the history of conversations. Hit rate: the "
-    "share of the prompt tokens that came from the cache, and that of a cache without a limit. A "
-    "star marks figures that are not valid."
+    "share of the prompt tokens that came from the cache, and in brackets the share that an "
+    "unlimited cache would supply. A star marks figures that are not valid. A dash: not served, or "
+    "no stationary part."
 )
 
 

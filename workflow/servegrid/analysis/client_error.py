@@ -25,10 +25,10 @@ def client_headroom(record: Mapping[str, Any]) -> float | None:
     """Token events per second that the client could receive / those that it received in this cell.
 
     The maximum assumes that all processes of the client work without a pause. None if there is no
-    successful calibration, or if the cell received no chunk.
+    successful calibration, or if the cell received no chunk, as when it was not run.
     """
     calibration, client = record["calibration"] or {}, record["client"]
-    if "cpu_s_per_1000_events" not in calibration or not client["token_chunks"]:
+    if "cpu_s_per_1000_events" not in calibration or not client.get("token_chunks"):
         return None
     start_ns, end_ns = client["window_ns"]
     maximum = client["processes"] * 1000 / calibration["cpu_s_per_1000_events"]

@@ -23,6 +23,7 @@ from servegrid.analysis.slo import Slo
 from servegrid.analysis.stationarity import Window
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
+from servegrid.study.few_requests import MIN_REQUESTS
 from servegrid.study.grid import OPEN_LOOPS, Trial
 
 HELD_BACK = "the responses were held back, so when their tokens came is not known"
@@ -191,10 +192,13 @@ def find_saturation(slo: pd.DataFrame) -> pd.DataFrame:
     throughput still follows the offered rate (W. J. Dally and B. Towles, Principles and Practices
     of Interconnection Networks, 2004, chapter 23; in R. Jain, The Art of Computer Systems
     Performance Analysis, 1991, its usable capacity). This rate lies between the largest measured
-    rate that the throughput follows, with all lower ones, and the next measured one.
+    rate that the throughput follows, with all lower ones, and the next measured one. Rates with
+    fewer than MIN_REQUESTS requests do not count: the time of their last response alone makes the
+    throughput smaller than the offered rate.
     """
     rates = slo[slo["protocol"].isin(OPEN_LOOPS) & (slo["protocol"] != "profile")]
     rates = rates.dropna(subset=["request_rate", "requests_per_s", "offered_requests_per_s"])
+    rates = rates[rates["requests"].fillna(MIN_REQUESTS) >= MIN_REQUESTS]
     rates = rates.drop_duplicates([*_KEYS, "request_rate"])
     rows = []
     for key, cells in rates.groupby(_KEYS, sort=False):

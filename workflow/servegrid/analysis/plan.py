@@ -526,10 +526,18 @@ def _outlook(
         if workload.request_rate > highest:
             return Outlook(
                 QUEUES,
-                f"{workload.request_rate:g} requests/s arrive, and about {highest:.2g} are "
-                "completed",
+                f"{_rounded(workload.request_rate, 3)} requests/s arrive, and about "
+                f"{_rounded(highest, 2)} are completed",
             )
     return cell_outlook(deployment, placement, workload, in_flight)
+
+
+def _rounded(value: float, digits: int) -> str:
+    """
+    >>> _rounded(5.33169, 3), _rounded(1234.0, 2)
+    ('5.33', '1200')
+    """
+    return f"{float(f'{value:.{digits}g}'):g}"
 
 
 def run_time(workload: Workload, response_s: Range) -> Range:

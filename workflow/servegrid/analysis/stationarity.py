@@ -16,12 +16,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from servegrid.study.few_requests import MIN_REQUESTS
 from servegrid.study.grid import Workload
 
 BATCH_SIZE = 5
 """Requests per batch; the series consists of batch means, as in MSER-5."""
-MIN_REQUESTS = 20
-"""Minimum number of requests that end between the start and the end."""
 NEGLIGIBLE_SHIFT = 0.01
 """A transient that shifts the mean by at most this fraction is not cut."""
 MAX_CHANGE = 0.10

@@ -119,9 +119,30 @@ def early_stop_notes(cells: pd.DataFrame) -> list[str]:
     ]
 
 
+def prompt_notes(cells: pd.DataFrame) -> list[str]:
+    """What `input_len` is where it is not the length of the prompts: conversations and files."""
+    if "source" not in cells:  # an older table, or published figures
+        return []
+    sources = cells["source"].dropna().astype(str)
+    is_file, has_turns = sources.str.startswith("file"), sources.str.endswith("turns")
+    notes = []
+    if (has_turns & ~is_file).any():
+        notes.append(
+            'Conversations: "prompt tokens" are those of one turn, without the history before it. '
+            "The column prompt_tokens_mean of the cells counts the history too."
+        )
+    if is_file.any():
+        notes.append(
+            'Prompts from a file: "prompt tokens" and "output tokens" are the longest that the '
+            "study allows. The columns prompt_tokens_mean and completion_tokens_mean of the "
+            "cells have the means. In the capacity plan, every response has the longest length."
+        )
+    return notes
+
+
 def figure_notes(cells: pd.DataFrame) -> list[str]:
     """All notes that must be shown with figures of these cells."""
-    return [*emulation_notes(cells), *early_stop_notes(cells)]
+    return [*emulation_notes(cells), *early_stop_notes(cells), *prompt_notes(cells)]
 
 
 def _tokens_range(rows: pd.DataFrame) -> str:

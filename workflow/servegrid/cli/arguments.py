@@ -18,7 +18,8 @@ def add_directory(parser: ArgumentParser) -> None:
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="folder that contains results/; default: this folder",
+        help="working directory of the study, as for snakemake: it contains results/, and paths in "
+        "the study are relative to it; default: this folder",
     )
 
 

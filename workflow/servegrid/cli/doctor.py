@@ -23,14 +23,21 @@ def add_doctor(subcommands: Any) -> None:
         "failed, 1 if a check failed, 2 if the profile or the study cannot be read.",
     )
     add = parser.add_argument
-    add("--profile", required=True, type=Path, metavar="DIR", help="such as profiles/plafrim")
+    add(
+        "--profile",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a profile, such as profiles/plafrim",
+    )
     add("--configfile", type=Path, metavar="FILE", help="a study, such as config/inria-2024.yaml")
     add(
         "--directory",
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="folder that will contain results/; default: this folder",
+        help="working directory of the study, as for snakemake: it will contain results/, and "
+        "paths in the study are relative to it; default: this folder",
     )
     add(
         "--network",

@@ -51,7 +51,12 @@ def add_import(subcommands: Any) -> None:
     add("--quantization", default="", metavar="Q", help="quantization of the weights")
     add("--engine", metavar="E", help="engine of the server, for example vllm")
     add("--model", default="", metavar="M", help="name of the model; default: as in the file")
-    add("--deployment", default="", metavar="NAME", help="name; default: made of the rest")
+    add(
+        "--deployment",
+        default="",
+        metavar="NAME",
+        help="name of the deployment; default: made from the other options",
+    )
     parser.set_defaults(run=_import)
 
 

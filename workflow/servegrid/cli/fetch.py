@@ -41,10 +41,10 @@ def _fetch(options: argparse.Namespace) -> int:
     if options.configfile is None:
         _fetch_demo()
         return 0
-    study = load_study(options.configfile)
+    study = load_study(options.configfile, options.directory)
     if all(each.engine == EMULATED for each in study.deployments):
         print("All deployments are emulated and need no model.")
-    _fetch_models(study, options.directory / "results")
+    _fetch_models(study, options.directory)
     return 0
 
 
@@ -71,12 +71,14 @@ def _needed_models(study: Study) -> dict[str, bool]:
     return needed
 
 
-def _fetch_models(study: Study, results: Path) -> None:
+def _fetch_models(study: Study, directory: Path) -> None:
     from servegrid.run.revisions import check_same_revisions, find_measured, pinned_commits
     from servegrid.study import models
+    from servegrid.study.directory import inside
     from servegrid.study.hub import HubName, check_disk_space, plan_download
     from servegrid.study.revisions import read_revisions
 
+    results = directory / "results"
     measured = find_measured(study, results / "cells")
     pinned = pinned_commits(measured.values(), read_revisions(results))
     needed = _needed_models(study)
@@ -86,8 +88,9 @@ def _fetch_models(study: Study, results: Path) -> None:
         if name.startswith(models.DEMO):
             if not _is_here(name):
                 _fetch_demo()
-        elif hub_name is None or Path(name).expanduser().exists():
-            print(f"{name}: {models.locate(name, models.default_folder())}")
+        elif hub_name is None or (directory / Path(name).expanduser()).exists():
+            with inside(directory):
+                print(f"{name}: {models.locate(name, models.default_folder())}")
         else:
             commit = pinned.get(name) or hub_name.commit
             downloads[name] = plan_download(hub_name, commit, weights)

@@ -40,10 +40,11 @@ def _frontier(options: argparse.Namespace) -> int:
     from servegrid.reference.checkpoint import find_model
     from servegrid.report.frontier_report import render_frontier
     from servegrid.study import config, models
+    from servegrid.study.directory import inside
     from servegrid.study.revisions import read_revisions
 
-    study = config.load_study(options.configfile)
-    slo = parse_slo(config.load_settings(options.configfile))
+    study = config.load_study(options.configfile, options.directory)
+    slo = parse_slo(config.load_settings(options.configfile, options.directory))
     names = [deployment.name for deployment in study.deployments]
     if options.deployment is not None and options.deployment not in names:
         raise ConfigError(
@@ -55,7 +56,8 @@ def _frontier(options: argparse.Namespace) -> int:
     texts, complete = [], True
     for name in names if options.deployment is None else [options.deployment]:
         trials = [trial for trial in study.trials if trial.deployment.name == name]
-        facts = find_model(trials[0].deployment, models.default_folder(), revisions)
+        with inside(options.directory):
+            facts = find_model(trials[0].deployment, models.default_folder(), revisions)
         predict = make_predict(trials[0], facts, cores)
         for bring_up in sorted({trial.bring_up for trial in trials}):
             group = tuple(trial for trial in trials if trial.bring_up == bring_up)

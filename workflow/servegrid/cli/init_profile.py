@@ -21,7 +21,9 @@ def add_init_profile(subcommands: Any) -> None:
         "does. Submits nothing and replaces nothing. Exit status: 0 if no check failed, 1 if a "
         "check failed, 2 if no profile was written.",
     )
-    parser.add_argument("name", metavar="NAME", help="such as the name of the cluster")
+    parser.add_argument(
+        "name", metavar="NAME", help="name of the profile, such as that of the cluster"
+    )
     parser.set_defaults(run=_init_profile)
 
 

@@ -52,8 +52,14 @@ def add_load(subcommands: Any) -> None:
     length = parser.add_mutually_exclusive_group(required=True).add_argument
     length("--requests", type=positive_int, metavar="R", help="total number of requests")
     length("--duration", type=positive_float, metavar="S", help="seconds; not for burst")
-    add("--input-len", required=True, type=positive_int, metavar="I", help="prompt tokens each")
-    add("--output-len", required=True, type=positive_int, metavar="O", help="output tokens each")
+    add("--input-len", required=True, type=positive_int, metavar="I", help="tokens of each prompt")
+    add(
+        "--output-len",
+        required=True,
+        type=positive_int,
+        metavar="O",
+        help="tokens of each response",
+    )
     add(
         "--think-time",
         type=arguments.non_negative_float,

@@ -29,7 +29,7 @@ def add_plan(subcommands: Any) -> None:
         "--profile",
         type=Path,
         metavar="DIR",
-        help="such as profiles/plafrim: its nodes and its time limit",
+        help="a profile, such as profiles/plafrim: its nodes and time limit count",
     )
     add_directory(parser)
     add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
@@ -59,15 +59,17 @@ def _plan(options: argparse.Namespace) -> int:
     from servegrid.reference.hardware import find_hardware_file
     from servegrid.report import plan_report
     from servegrid.study import config, models
+    from servegrid.study.directory import inside
     from servegrid.study.revisions import read_revisions
 
-    study = config.load_study(options.configfile)
+    study = config.load_study(options.configfile, options.directory)
     site = _read_site(options.profile, study)
     prices = load_prices(options.hardware or find_hardware_file())
     results = options.directory / "results"
     revisions = read_revisions(results)
     folder = models.default_folder()
-    facts = {each.name: find_model(each, folder, revisions) for each in study.deployments}
+    with inside(options.directory):
+        facts = {each.name: find_model(each, folder, revisions) for each in study.deployments}
     measured, cells = earlier.load_measured(study, results)
     if options.review:
         if cells is None:
@@ -83,7 +85,7 @@ def _plan(options: argparse.Namespace) -> int:
     bursts = earlier.earlier_bursts(study, cells)
     calibration = refit(load_calibration(), own_tables(study, facts, site, bursts))
     done = frozenset(trial.id for trial in measured)
-    slo = parse_slo(config.load_settings(options.configfile))
+    slo = parse_slo(config.load_settings(options.configfile, options.directory))
     plan = plan_study(study, facts, calibration, site, done, bursts, slo)
     if options.json:
         print(plan_report.plan_json(plan, prices))

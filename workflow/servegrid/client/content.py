@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from servegrid.client import prompts, schedule
 from servegrid.client.conversations import SEPARATOR, Script, UserTurn
 from servegrid.client.prompts import Prompt, PromptForm
+from servegrid.client.shared_starts import SharedStarts
 from servegrid.errors import LoadError, ModelError
 from servegrid.study.grid import Workload
 from servegrid.study.source import BLOCK_TOKENS, Source
@@ -30,6 +31,7 @@ from servegrid.study.source_files import (
     read_lengths,
     read_trace,
 )
+from servegrid.study.text import pluralize
 from servegrid.study.tokenizer import TextTokenizer, open_tokenizer
 
 _WARM_UP_LENGTHS = 1000
@@ -317,13 +319,13 @@ class FileContent(_FileRows):
         """The drawn rows, encoded once: as many as the workload needs, or all usable ones."""
         if form not in self._drawn:
             tokenizer = _open_tokenizer(self.tokenizer)
-            self._left_out, found, seen = 0, list[_Encoded](), set[int]()
+            self._left_out, found, starts = 0, list[_Encoded](), SharedStarts()
             for row in self._draw_order():
                 if len(found) == self.workload.requests:
                     break
                 encoded = _encode(row, self.workload, tokenizer, form)
                 if isinstance(encoded, _Encoded):
-                    shared_len = _shared_start(encoded.ids, seen)
+                    shared_len = starts.add(encoded.ids)
                     lengths = encoded.lengths._replace(shared_len=shared_len)
                     found.append(encoded._replace(lengths=lengths))
                 elif self.source.on_bad_rows == "skip":
@@ -451,7 +453,7 @@ class FileConversations(Conversations, _FileRows):
 
     def scripts(self, form: PromptForm) -> Iterator[Script]:
         tokenizer = _open_tokenizer(self.tokenizer)
-        seen: set[int] = set()
+        starts = SharedStarts()
         for number, row in enumerate(self._draw_order()):
             turns = _encode_turns(row, self.workload, tokenizer, form)
             if isinstance(turns, str):
@@ -470,25 +472,8 @@ class FileConversations(Conversations, _FileRows):
                     )
                     for each in turns
                 ),
-                _shared_start(turns[0].ids, seen),
+                starts.add(turns[0].ids),
             )
-
-
-def _shared_start(ids: Sequence[int], seen: set[int]) -> int:
-    """The tokens at the start of a prompt that an earlier one had, such as a system prompt.
-
-    In blocks of DISTINCT_TOKENS. `seen` has the hashes of all starts so far; those of `ids` are
-    added.
-    """
-    shared = start = 0
-    is_known = True
-    for at in range(0, len(ids) - prompts.DISTINCT_TOKENS + 1, prompts.DISTINCT_TOKENS):
-        end = at + prompts.DISTINCT_TOKENS
-        start = hash((start, *ids[at:end]))
-        is_known = is_known and start in seen
-        shared = end if is_known else shared
-        seen.add(start)
-    return shared
 
 
 def _sent_as(turn: _Encoded, form: PromptForm) -> Prompt:
@@ -564,14 +549,14 @@ def _check_turns(
             continue
         usable += len(turns)
     if usable < (workload.requests or 1):
-        raise LoadError(_shortage(path, usable, workload, "turns of users"))
+        raise LoadError(_shortage(path, usable, workload, "user turn"))
 
 
 def _open_tokenizer(tokenizer: Path | None) -> TextTokenizer:
     if tokenizer is None:
         raise LoadError(
-            "Counting the tokens of a file's texts needs a tokenizer. Name the model's "
-            "tokenizer.json."
+            "Counting the tokens of a file's texts needs a tokenizer. Name the folder of the "
+            "model's tokenizer.json as `tokenizer`."
         )
     try:
         return open_tokenizer(tokenizer)
@@ -606,8 +591,9 @@ def _refusal(path: Path, row: Conversation, problem: str) -> str:
     )
 
 
-def _shortage(path: Path, usable: int, workload: Workload, what: str = "usable rows") -> str:
+def _shortage(path: Path, usable: int, workload: Workload, what: str = "usable row") -> str:
     return (
-        f"{path}: has {usable} {what}, and `{workload.cell}` needs {workload.requests or 1}: "
-        "no row is sent twice. Lower `concurrency` or `requests_per_user`, or add rows."
+        f"{path}: has {pluralize(usable, what)}, and `{workload.cell}` needs "
+        f"{workload.requests or 1}: no row is sent twice. Lower `concurrency` or "
+        "`requests_per_user`, or add rows."
     )

@@ -105,7 +105,7 @@ def _text_prompts(
     if tokenizer is None:
         raise LoadError(
             "Prompts are sent as text, so counting their tokens needs a tokenizer. Name the "
-            "model's tokenizer.json."
+            "model's tokenizer.json with --tokenizer, or in a study as `tokenizer`."
         )
     rng = random.Random(f"{workload.seed}/{salt}")
     corpus = _tokenize_corpus(tokenizer)

@@ -244,10 +244,17 @@ def _refusal(response: httpx.Response, message: str, key: str | None = None) -> 
             status,
         )
     refuses = _REFUSALS[status] if key is None else f"refuses the key `{key}` of the request"
+    remedy = (
+        "servegrid needs a server that streams completions with a fixed number of output tokens, "
+        "and reports their usage."
+    )
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        remedy = (
+            "Export its key in a variable, and name the variable with --api-key-env, or in a "
+            "study as `endpoint.api_key_env`."
+        )
     return RequestRefused(
-        f"{url}: the server {refuses} (HTTP {status}: {message}). servegrid needs a server "
-        "that streams completions with a fixed number of output tokens, and reports their usage.",
-        status,
+        f"{url}: the server {refuses} (HTTP {status}: {message}). {remedy}", status
     )
 
 

@@ -37,7 +37,7 @@ def run_checks(
     Raises ConfigError before the first finding if the profile or the study cannot be read.
     """
     profile = Profile.load(profile_folder)
-    study = load_study(study_file) if study_file else None
+    study = load_study(study_file, directory) if study_file else None
     if network_of is not None:
         network.check_kind_name(profile, network_of)
     checks = _run_checks(profile, study, study_file or Path(), directory)
@@ -103,7 +103,7 @@ def _run_checks(
     if study is not None:
         mounts = files.read_mounts() if uses_slurm else None
         revisions = read_revisions(directory / "results")
-        yield from models.check_models(study.deployments, study_file, mounts, revisions)
+        yield from models.check_models(study.deployments, study_file, mounts, revisions, directory)
 
 
 def _check_slurm(

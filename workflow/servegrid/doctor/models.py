@@ -12,6 +12,7 @@ from servegrid.doctor.report import Finding, Group
 from servegrid.errors import ModelError
 from servegrid.study import models, tokenizer
 from servegrid.study.deployment import EMULATED
+from servegrid.study.directory import inside
 from servegrid.study.grid import Deployment
 from servegrid.study.hub import HubName
 
@@ -87,10 +88,11 @@ def check_models(
     study: Path,
     mounts: Sequence[Mount] | None,
     revisions: Mapping[str, str] | None = None,
+    directory: Path = Path(),
 ) -> Iterator[Finding]:
     """Check all models of a study. `mounts` is None if no other machine has to see them.
 
-    `revisions` come from the study's lock file.
+    `revisions` come from the study's lock file. Paths of models are relative to `directory`.
     """
     with_model = [each for each in deployments if each.engine != EMULATED]
     if not with_model:
@@ -102,10 +104,14 @@ def check_models(
     yield GROUP.ok("settings", f"{text}; engines download no models")
     folder = models.default_folder()
     if mounts is not None:
-        yield from _check_caches(with_model, folder, mounts)
+        with inside(directory):
+            found = list(_check_caches(with_model, folder, mounts))
+        yield from found
     locate = functools.partial(models.locate, revisions=revisions)
     for deployment in with_model:
-        yield from check_deployment_models(deployment, locate, folder, study)
+        with inside(directory):
+            found = list(check_deployment_models(deployment, locate, folder, study))
+        yield from found
 
 
 def _check_caches(

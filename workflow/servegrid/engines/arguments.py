@@ -101,7 +101,8 @@ def kv_cache_bytes(
     numbers of 16 bits, or of 32 if `dtype` says so; these sizes come from `model_config`, the
     model's config.json. All replicas together get at most `KV_CACHE_LIMIT_BYTES` and a quarter of
     `memory_bytes`, the machine's memory. This limit is also the result if config.json lacks these
-    sizes. It is always enough for one request, because vLLM does not start with less.
+    sizes. It is always enough for one request, because vLLM does not start with less. vLLM uses the
+    first block of the cache for nothing (`null_block` of its BlockPool), so there is one more.
     """
     limit = min(KV_CACHE_LIMIT_BYTES, memory_bytes // 4) // deployment.replicas
     try:
@@ -114,7 +115,8 @@ def kv_cache_bytes(
     single = deployment.engine_args.get("dtype") in ("float", "float32")
     per_token: int = layers * kv_heads * head_dim * 2 * (4 if single else 2)
     per_request = per_token * -(-deployment.max_model_len // BLOCK_TOKENS) * BLOCK_TOKENS
-    return max(per_request, min(limit, per_request * deployment.max_num_seqs))
+    unused = per_token * BLOCK_TOKENS
+    return max(unused + per_request, min(limit, unused + per_request * deployment.max_num_seqs))
 
 
 def worker_cores(

@@ -164,7 +164,7 @@ def _send_test_request(
 ) -> dict[str, Any]:
     """The client's facts about a short request. Raises EngineError if the request fails."""
     where = f"deployment `{deployment.name}`: {external.url}"
-    tokenizer = models.locate(deployment.tokenizer, site.models, site.revisions)
+    tokenizer = models.locate(deployment.tokenizer, site.models, site.revisions, "tokenizer")
     try:
         measurement = measure(endpoint, TEST_WORKLOAD, tokenizer, f"bring-up-{time.time_ns()}")
     except RequestRefused as error:

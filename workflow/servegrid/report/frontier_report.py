@@ -10,7 +10,7 @@ from servegrid.analysis.titles import intensity_title, workload_title
 from servegrid.study.grid import Trial
 from servegrid.study.text import pluralize
 
-_HEAD = ("prompt tokens", "most that meets it", "least that misses it", "")
+_HEAD = ("prompt tokens", "largest load that meets the SLO", "smallest that misses it", "")
 
 
 def render_frontier(search: Search, upcoming: Trial | None) -> str:

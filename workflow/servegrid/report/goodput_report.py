@@ -33,7 +33,11 @@ HEAD = (
 def _row(row: Mapping[Any, Any], titles: Mapping[str, str]) -> list[str]:
     mark = ("*" if row["whole_run"] is True else "") + ("" if row["valid"] else "!")
     by_rate = pd.isna(row["concurrency"])
-    load = f"{row['request_rate']:.3g} requests/s" if by_rate else f"{row['concurrency']} users"
+    load = (
+        f"{row['request_rate']:.3g} requests/s"
+        if by_rate
+        else pluralize(row["concurrency"], "user")
+    )
     attainment = [row[f"slo_attainment{end}"] for end in ("", "_low", "_high")]
     goodput = [row[f"goodput_requests_per_s{end}"] for end in ("", "_low", "_high")]
     workload = f"{protocol_title(row['protocol'])}, {row['output_len']} output tokens"
@@ -75,18 +79,18 @@ def _saturation(row: Mapping[Any, Any], titles: Mapping[str, str]) -> str:
     )
     below, above = row["rate_followed"], row["rate_not_followed"]
     if pd.isna(below):
-        return f"{prefix}saturated below {above:.3g} requests/s, the lowest measured rate."
+        return f"{prefix}already saturated at {above:.3g} requests/s, the lowest measured rate."
     if pd.isna(above):
         return f"{prefix}not saturated up to {below:.3g} requests/s, the highest measured rate."
-    return f"{prefix}saturated between {below:.3g} and {above:.3g} requests/s."
+    return f"{prefix}becomes saturated between {below:.3g} and {above:.3g} requests/s."
 
 
 def render_slo(
     slo: pd.DataFrame, saturation: pd.DataFrame, titles: Mapping[str, str], notes: Sequence[str]
 ) -> str:
     """Attainment, goodput and saturation as Markdown. `notes` come first."""
-    blocks = ["# SLO attainment and goodput", *notes, bullets(describe_classes(slo))]
+    blocks = ["# SLO attainment and goodput", *notes, bullets(describe_classes(slo)).rstrip()]
     if len(saturation):
-        blocks += ["## Saturation", bullets(describe_saturation(saturation, titles))]
+        blocks += ["## Saturation", bullets(describe_saturation(saturation, titles)).rstrip()]
     blocks += [CAPTION, INVALID, as_markdown(slo_texts(slo, titles)).rstrip()]
     return "\n\n".join(blocks) + "\n"

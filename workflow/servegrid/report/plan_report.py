@@ -12,6 +12,7 @@ from servegrid.analysis.capacity import HardwarePrices
 from servegrid.analysis.feasibility import CANNOT, FITS, GIB, QUEUES, UNKNOWN
 from servegrid.analysis.plan import CellPlan, DeploymentPlan, Range, StudyPlan
 from servegrid.analysis.review import DeploymentReview
+from servegrid.study.few_requests import describe_few_requests
 from servegrid.study.text import pluralize
 
 MAX_EVIDENCE = 2
@@ -57,7 +58,10 @@ def _totals(plan: StudyPlan, prices: HardwarePrices) -> Iterator[str]:
     rest = len(plan.deployments) - len(known)
     unknown = f", without {pluralize(rest, 'deployment')} that are not predicted" if rest else ""
     hours = _sum(each.gpu_hours for each in known)
-    yield f"GPU-hours: {_interval(hours)} (95% interval){unknown}."
+    if any(each.deployment.gpu_count for each in plan.deployments):
+        yield f"GPU-hours: {_interval(hours)} (95% interval){unknown}."
+    else:
+        yield f"GPU-hours: 0, because no deployment has a GPU{unknown}."
     if energy := _sum(each.energy_kwh for each in known):
         yield f"Energy of the GPUs: {_interval(energy)} kWh, at 70% (40 to 100%) of their limits."
     if cost := _sum(each.cost(prices) for each in known):
@@ -97,6 +101,8 @@ def _block(plan: DeploymentPlan, study: StudyPlan, all_cells: bool) -> Iterator[
                 f"  bring-up {each.bring_up} may need {parts} allocations of "
                 f"{study.site.runtime_s / 3600:g} h"
             )
+    if few := describe_few_requests(cell.workload for cell in plan.cells if cell.missing):
+        yield f"  {few}"
     if plan.teach:
         yield f"  cells that teach most: {', '.join(plan.teach)}"
     yield from (_cell_lines(plan) if all_cells else _grids(plan))
@@ -141,11 +147,14 @@ def _grids(plan: DeploymentPlan) -> Iterator[str]:
         group = groups.setdefault((workload.protocol, workload.output_len), {})
         group[workload.intensity, workload.input_len] = cell
     for (protocol, length), cells in groups.items():
+        swept = any(cell.workload.rate_fraction is not None for cell in cells.values())
+        load_title = "rate / rate at saturation" if swept else "load"
         loads = sorted({load for load, _ in cells})
         prompts = sorted({prompt for _, prompt in cells})
         yield (
             f"  {protocol}, {length} output tokens: seconds per 100 tokens, × ÷ "
-            f"{_typical_factor(cells.values()):.2g}; rows: load, columns: prompt tokens"
+            f"{_typical_factor(cells.values()):.2g}; rows: {load_title}, columns: prompt "
+            "tokens"
         )
         rows = [["", *map(str, prompts)]]
         for load in loads:

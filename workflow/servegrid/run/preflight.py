@@ -97,7 +97,9 @@ def _check_files(study: Study, deployment: Deployment, revisions: Mapping[str, s
                 needed[path] = workload
     for path, workload in needed.items():
         if workload.source is not None and workload.source.kind == "file":
-            folder = models.locate(deployment.tokenizer, models.default_folder(), revisions)
+            folder = models.locate(
+                deployment.tokenizer, models.default_folder(), revisions, "tokenizer"
+            )
             with contextlib.suppress(MissingPackageError):
                 content.check_lengths(Path(path), workload, folder)
 
@@ -112,7 +114,7 @@ def _check_models(deployment: Deployment, revisions: Mapping[str, str]) -> None:
         if models.find_revision(deployment.checkpoint, revisions):
             hub.check_weights(checkpoint)
     try:
-        prompts.check_tokenizer(models.locate(deployment.tokenizer, folder, revisions))
+        prompts.check_tokenizer(models.locate(deployment.tokenizer, folder, revisions, "tokenizer"))
     except MissingPackageError:
         # The job's own Python, which has the engine, may have the package.
         if deployment.environment == "main":

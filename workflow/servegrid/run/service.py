@@ -334,7 +334,7 @@ def _tokenizer(deployment: Deployment, site: Site) -> Path | None:
     return (
         None
         if deployment.engine == EMULATED
-        else models.locate(deployment.tokenizer, site.models, site.revisions)
+        else models.locate(deployment.tokenizer, site.models, site.revisions, "tokenizer")
     )
 
 

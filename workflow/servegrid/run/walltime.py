@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from servegrid.analysis.slo import DEFAULT_SLO, Slo
 from servegrid.errors import ServegridError
 from servegrid.study.deployment import CPU, EXTERNAL, Deployment
+from servegrid.study.few_requests import describe_few_requests
 from servegrid.study.grid import Study, Trial, Workload
 from servegrid.study.text import pluralize
 
@@ -62,13 +63,18 @@ class Walltimes:
         return None if times is None else math.ceil(times.start.high + START_EXTRA_S)
 
     def forecast(self, ids: Collection[str]) -> str | None:
-        """What the trials with these ids take in all, as a text; None if nothing is known."""
+        """What the trials with these ids take in all, as a text; None if nothing is known.
+
+        It names cells with too few requests.
+        """
         from servegrid.analysis.plan import is_taken
 
         parts: list[Range] = []
         starts: dict[str, ExpectedTimes] = {}
         rest, searched = 0, Counter[bool]()
-        for trial in (trial for trial in self._study.all_trials if trial.id in ids):
+        trials = [trial for trial in self._study.all_trials if trial.id in ids]
+        few = describe_few_requests(trial.workload for trial in trials)
+        for trial in trials:
             times = self._times[trial.deployment.name]
             if times is None:
                 rest += 1
@@ -80,7 +86,7 @@ class Walltimes:
             if times.search is not None and trial.number == 1 and not trial.drift_check:
                 searched[is_measured] += 1
         if not starts:
-            return None
+            return few
         parts += [times.start for times in starts.values()]
         value, low, high = (
             format_minutes(sum(getattr(part, end) for part in parts))
@@ -95,7 +101,7 @@ class Walltimes:
         unseen = dict.fromkeys(each for times in starts.values() for each in times.unseen.values())
         if unseen:
             text += f"\nThe prediction has no data of {', '.join(unseen)}: it may be far off."
-        return text
+        return text if few is None else f"{text}\n{few}"
 
     @cached_property
     def _times(self) -> Mapping[str, ExpectedTimes | None]:

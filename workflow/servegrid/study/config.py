@@ -21,6 +21,7 @@ from jsonschema import Draft202012Validator, validators
 from jsonschema.exceptions import ValidationError, best_match
 
 from servegrid.errors import ConfigError
+from servegrid.study.directory import inside
 from servegrid.study.expand import expand
 from servegrid.study.grid import Study
 from servegrid.study.source_files import resolve_sources
@@ -52,6 +53,18 @@ _Validator = validators.extend(  # type: ignore[no-untyped-call]
     validators={"pattern": _check_pattern},
     type_checker=_TYPES.redefine_many({"number": _is_finite_number, "integer": _is_whole_number}),
 )
+_TYPE_NAMES = {
+    "object": "a mapping",
+    "array": "a list",
+    "string": "a text",
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "null": "empty",
+}
+"""What users of YAML call the types of JSON Schema."""
+MAX_DESCRIPTION = 240
+"""An error quotes at most about so many characters of a key's description."""
 MAX_VALUES, MAX_DEPTH = 100_000, 20
 """Allowed values in a configuration, and allowed levels of nesting."""
 
@@ -92,17 +105,23 @@ def from_snakemake(config: Mapping[str, Any], files: Sequence[str]) -> Study:
     return parse_study(config, files)
 
 
-def load_study(file: Path) -> Study:
-    """The study in a YAML file. Raises ConfigError if the file cannot be read or is not valid."""
-    return parse_study(load_mapping(file), [file])
+def load_study(file: Path, directory: Path = Path()) -> Study:
+    """The study in a YAML file, whose own paths are relative to `directory`.
+
+    Raises ConfigError if the file cannot be read or is not valid.
+    """
+    mapping = load_mapping(file)
+    with inside(directory):
+        return parse_study(mapping, [file])
 
 
-def load_settings(file: Path | None) -> dict[str, Any]:
+def load_settings(file: Path | None, directory: Path = Path()) -> dict[str, Any]:
     """The keys of a study, such as `slo`; none without a file. Raises ConfigError, as above."""
     if file is None:
         return {}
     study = load_mapping(file)
-    parse_study(study, [file])
+    with inside(directory):
+        parse_study(study, [file])
     return study
 
 
@@ -243,7 +262,7 @@ def _describe_error(error: Any, rules: Mapping[str, Any]) -> str:
 
 
 def _description(rules: Mapping[str, Any], schema_path: Iterable[str | int]) -> str:
-    """The description of the innermost key on `schema_path`."""
+    """The start of the description of the innermost key on `schema_path`."""
     node: Any = rules
     nearest = ""
     for step in schema_path:
@@ -252,7 +271,19 @@ def _description(rules: Mapping[str, Any], schema_path: Iterable[str | int]) -> 
         node = node[step]
         if isinstance(node, dict):
             nearest = node.get("description", nearest)
-    return nearest
+    return _first_sentences(nearest)
+
+
+def _first_sentences(text: str) -> str:
+    """As many sentences as an error has room for; config/README.md has all of them.
+
+    >>> _first_sentences("One. Two: a, b.")
+    'One. Two: a, b.'
+    """
+    sentences = re.split(r"(?<=[.!])\s+", text)
+    lengths = itertools.accumulate(len(each) + 1 for each in sentences)
+    count = sum(length <= MAX_DESCRIPTION for length in lengths)
+    return " ".join(sentences[: max(1, count)])
 
 
 def _describe_value_error(error: Any) -> str:
@@ -269,8 +300,8 @@ def _describe_value_error(error: Any) -> str:
             return f"{shown} must be less than {error.validator_value}."
         case "type":
             types = error.validator_value
-            expected = types if isinstance(types, str) else " or ".join(types)
-            return f"{shown} is not of type {expected}."
+            names = [_TYPE_NAMES[each] for each in ([types] if isinstance(types, str) else types)]
+            return f"{shown} is not {' or '.join(names)}."
         case "enum":
             valid = ", ".join(f"`{each}`" for each in error.validator_value)
             return f"{shown} is not one of {valid}."

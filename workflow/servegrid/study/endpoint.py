@@ -157,7 +157,10 @@ def check_extras(body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
         where = f"extra_headers: `{name}`"
         if not _HEADER_NAME.fullmatch(name) or not (value.isascii() and value.isprintable()):
-            raise ConfigError(f"{where} is not a header of HTTP, or its value is not. Correct it.")
+            raise ConfigError(
+                f"{where} is not a valid name of an HTTP header, or its value is not printable "
+                "ASCII. Correct it."
+            )
         if name.lower() in _OWN_HEADERS:
             raise ConfigError(f"{where}: servegrid sets this header itself. Remove it.")
         if _SECRET_HEADER.search(name):

@@ -22,7 +22,7 @@ from servegrid.study.grid import (
 )
 from servegrid.study.recorded_users import check_users_from
 from servegrid.study.settings import expand_sweep
-from servegrid.study.workloads import as_list, expand_workloads
+from servegrid.study.workloads import as_list, check_used, expand_workloads, protocols_of
 
 MAX_TRIALS = 1_000_000
 SEARCH_TRIALS = 3
@@ -65,6 +65,12 @@ def expand(config: Mapping[str, Any]) -> Study:
         positions[name] = position
         keys[name] = {**config["workload"], **variant.get("workload", {})}
         trials += _expand_trials(deployment, keys[name], where)
+        check_used(variant.get("workload", {}), protocols_of(keys[name]), f"{where}.workload")
+    check_used(
+        config["workload"],
+        {each for of_one in keys.values() for each in protocols_of(of_one)},
+        "workload",
+    )
     kept = tuple(trial for trial in trials if _is_selected(trial, config))
     if not config.get("allow_emulated_mix", False):
         _check_emulated_mix(kept)

@@ -52,23 +52,28 @@ def default_folder() -> Path:
     return Path(cache).expanduser().absolute() / "servegrid" / "models"
 
 
-def locate(checkpoint: str, models: Path, revisions: Mapping[str, str] | None = None) -> Path:
+def locate(
+    checkpoint: str,
+    models: Path,
+    revisions: Mapping[str, str] | None = None,
+    key: str = "checkpoint",
+) -> Path:
     """The path of a deployment's `checkpoint` or `tokenizer`. Nothing is downloaded.
 
     `checkpoint` is `demo:NAME` (see `fetch`, which writes to the folder `models`), a path, or the
     name `org/name` or `org/name@revision` of a model in the user's Hugging Face cache. Of this one,
     the commit in `revisions` is used, else the one that the cache has for the revision. Raises
-    ModelError if it does not exist.
+    ModelError if it does not exist; the error names the `key` of the study.
     """
     if checkpoint.startswith(DEMO):
-        return _locate_demo(checkpoint, models)
+        return _locate_demo(checkpoint, models, key)
     path = Path(checkpoint).expanduser().absolute()
     if path.exists():
         return path
     name = HubName.parse(checkpoint)
     if name is None:
         raise ModelError(
-            f"checkpoint `{checkpoint}`: there is no file or folder {path}, and this is no name of "
+            f"{key} `{checkpoint}`: there is no file or folder {path}, and this is no name of "
             "a model in the Hugging Face cache. Correct the path."
         )
     commit = (revisions or {}).get(checkpoint) or hub.find_commit(name)
@@ -76,7 +81,7 @@ def locate(checkpoint: str, models: Path, revisions: Mapping[str, str] | None = 
         return found
     revision = commit or name.revision
     raise ModelError(
-        f"checkpoint `{checkpoint}`: there is no file or folder {path}, and no model of this name "
+        f"{key} `{checkpoint}`: there is no file or folder {path}, and no model of this name "
         f"{f'with the revision {revision} ' if revision else ''}in the Hugging Face cache. Correct "
         "the name, or download the model on a machine with a network: `servegrid fetch "
         f"--configfile STUDY` or `hf download {name.repo}"
@@ -134,18 +139,16 @@ def file_digests(path: Path, weights: bool = False) -> dict[str, Any]:
     }
 
 
-def _locate_demo(checkpoint: str, models: Path) -> Path:
+def _locate_demo(checkpoint: str, models: Path, key: str) -> Path:
     name = checkpoint.removeprefix(DEMO)
     known = (DEMO_FOLDER, DEMO_GGUF)
     if name not in known:
         names = " or ".join(f"`{DEMO}{each}`" for each in known)
-        raise ModelError(
-            f"checkpoint `{checkpoint}`: the demo has no model of this name. Use {names}."
-        )
+        raise ModelError(f"{key} `{checkpoint}`: the demo has no model of this name. Use {names}.")
     path = models / name
     if not path.exists():
         raise ModelError(
-            f"checkpoint `{checkpoint}`: {path} is missing. Run `make model` or `servegrid fetch`."
+            f"{key} `{checkpoint}`: {path} is missing. Run `make model` or `servegrid fetch`."
         )
     return path
 

@@ -306,7 +306,7 @@ def _read(
 ) -> Rows[Row]:
     sha256 = file_sha256(path, named or f"{key}.path")
     rows: list[Row] = []
-    left_out = 0
+    left_out, first_bad = 0, ""
     try:
         for place, found in objects:
             try:
@@ -319,7 +319,7 @@ def _read(
                         f"{path}: {place}: {error}. Correct it, or leave such rows out with "
                         f"`on_bad_rows: skip` under `{key}`."
                     ) from None
-                left_out += 1
+                left_out, first_bad = left_out + 1, first_bad or f"{place}: {error}"
                 continue
             if check is not None and rows:
                 check(f"{path}: {place}", rows[-1], row)
@@ -327,7 +327,9 @@ def _read(
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 ({error}). Save it as UTF-8.") from error
     if not rows:
-        reason = f"all {left_out} rows are bad" if left_out else "the file is empty"
+        reason = "the file is empty"
+        if left_out:
+            reason = f"all of its rows are bad; the first one is {first_bad}"
         raise ConfigError(f"{path}: has no row to send: {reason}. Name another file.")
     return Rows(rows, left_out, sha256)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from servegrid.study.grid import (
     count_requests,
 )
 from servegrid.study.source import NEEDS_FILE, FileFacts, Source, parse_source
+from servegrid.study.text import pluralize
 
 
 def expand_workloads(keys: Mapping[str, Any], where: str) -> list[Workload]:
@@ -81,7 +82,7 @@ def _expand_trace(keys: Mapping[str, Any], source: Source, where: str) -> list[W
     assert facts is not None
     if facts.rows < 2 or not facts.span_s:
         raise ConfigError(
-            f"{where}: workload.source: the trace has {facts.rows} rows within "
+            f"{where}: workload.source: the trace has {pluralize(facts.rows, 'row')} within "
             f"{facts.span_s:g} s, so it has no rate. Name a longer trace, or raise `first_s`."
         )
     rate = (facts.rows - 1) / facts.span_s
@@ -117,7 +118,10 @@ def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str
                 f"{place}: its prompts differ, so they are not `identical`. Remove `prompts`."
             )
         if workload.prompts == "identical" and not source.has_fixed_lengths:
-            raise ConfigError(f"{place}: prompts of different lengths are not `identical`.")
+            raise ConfigError(
+                f"{place}: prompts of different lengths are not `identical`. Remove `prompts`, or "
+                "the distribution of the lengths."
+            )
         if source.has_turns and workload.protocol != "closed_loop":
             raise ConfigError(
                 f"{place}.turns: a user's next turn waits for the answer to the last one, so the "
@@ -139,17 +143,20 @@ def _check_source_fits(source: Source, workloads: Sequence[Workload], where: str
             ("output_lens", source.output_lens, workload.output_len),
         ):
             if drawn is not None and drawn.max < mean:
-                raise ConfigError(f"{place}.{key}.max: {drawn.max} is less than the mean {mean}.")
+                raise ConfigError(
+                    f"{place}.{key}.max: {drawn.max} is less than the mean {mean}. Raise it, or "
+                    f"lower `{key[:-1]}`."
+                )
         if source.kind == "file" and source.file:
             _check_enough(source, source.file, workload, place)
 
 
 def _check_enough(source: Source, file: FileFacts, workload: Workload, place: str) -> None:
     """Raise ConfigError if a file has too few rows, or too few turns, for a workload."""
-    has, what = (file.turns, "turns of users") if source.has_turns else (file.rows, "usable rows")
+    has, what = (file.turns, "user turn") if source.has_turns else (file.rows, "usable row")
     if (workload.requests or 1) > has:
         raise ConfigError(
-            f"{place}: the file has {has} {what}, and `{workload.cell}` needs "
+            f"{place}: the file has {pluralize(has, what)}, and `{workload.cell}` needs "
             f"{workload.requests}: no row is sent twice. Lower `concurrency` or "
             "`requests_per_user`, or add rows."
         )
@@ -159,7 +166,7 @@ def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if a key that a protocol needs is missing."""
     protocols = as_list(keys.get("protocol", "burst"))
     if "input_len" not in keys:
-        raise ConfigError("workload: `input_len` is missing. Prompt length in tokens.")
+        raise ConfigError("workload: `input_len` is missing. Add it: the prompt length in tokens.")
     for protocol in protocols:
         if protocol == "trace":
             raise ConfigError(
@@ -189,6 +196,34 @@ def _check_workload_keys(keys: Mapping[str, Any], where: str) -> None:
         )
     if "profile" in protocols and not any(keys["rate_profile"]):
         raise ConfigError(f"{where}: `rate_profile` has no factor above 0. Add one.")
+
+
+_PROTOCOLS_OF = {
+    "request_rate": ("poisson", "gamma", "profile"),
+    "think_time_s": ("closed_loop",),
+    "requests_per_user": ("burst", "closed_loop"),
+    "duration_s": ("closed_loop", "poisson", "gamma", "profile"),
+}
+"""Keys that other protocols would silently ignore."""
+
+
+def check_used(given: Mapping[str, Any], protocols: Collection[str], where: str) -> None:
+    """Raise ConfigError if none of the protocols uses one of the keys `given` in `where`."""
+    for key in given.keys() & _PROTOCOLS_OF.keys():
+        if given[key] and not set(_PROTOCOLS_OF[key]) & set(protocols):
+            names = [f"`{name}`" for name in _PROTOCOLS_OF[key]]
+            kinds = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+            raise ConfigError(
+                f"{where}.{key}: is only for {kinds}, and the protocol is "
+                f"{' and '.join(f'`{each}`' for each in sorted(protocols))}. Write "
+                f"`protocol: {_PROTOCOLS_OF[key][0]}`, or remove `{key}`."
+            )
+
+
+def protocols_of(keys: Mapping[str, Any]) -> list[str]:
+    """The protocols of a workload with these keys."""
+    is_trace = keys.get("source", {}).get("kind") == "trace"
+    return as_list(keys.get("protocol", "trace" if is_trace else "burst"))
 
 
 def as_list(value: Any) -> list[Any]:

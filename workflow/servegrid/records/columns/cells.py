@@ -82,8 +82,19 @@ CELLS = (
         "requests/s",
         "Mean request rate of an open loop; null for other protocols",
     ),
-    Column("input_len", pa.int32(), "tokens", "Prompt length"),
-    Column("output_len", pa.int32(), "tokens", "Output length: the mean over the requests"),
+    Column(
+        "input_len",
+        pa.int32(),
+        "tokens",
+        "Prompt length: the mean over the requests; for conversations, that of one turn; for a "
+        "`file`, the longest one allowed",
+    ),
+    Column(
+        "output_len",
+        pa.int32(),
+        "tokens",
+        "Output length: the mean over the requests; for a `file`, the longest one allowed",
+    ),
     Column(
         "output_spread",
         pa.float64(),
@@ -168,9 +179,10 @@ CELLS = (
         "s",
         "Latency as in Bendi-Ouis et al. (2024): makespan of a wave (burst), else mean e2el, "
         "divided by output_len, times 100; null if the workload was not served. If "
-        "output_len_exact is false, divided by completion_tokens_mean: the time to first token is "
-        "then shared by fewer tokens, and a wave ends with its longest response, so the value is "
-        "higher than with exact lengths",
+        "output_len_exact is false, or if `source` sets the lengths, divided by "
+        "completion_tokens_mean. If it is false, the time to first token is then shared by fewer "
+        "tokens, and a wave ends with its longest response, so the value is higher than with exact "
+        "lengths",
     ),
     Column(
         "bound_s_per_100_tokens",
@@ -446,7 +458,7 @@ CELLS = (
         pa.string(),
         "",
         "Where prompts and lengths come from: `text`, `random`, `file` or `trace`, and the first "
-        "digits of the file's SHA-256; null if imported",
+        "digits of the file's SHA-256; for conversations, also their turns; null if imported",
     ),
     Column(
         "prompt_tokens_mean",

@@ -76,7 +76,8 @@ SATURATION = (
         pa.float64(),
         "requests/s",
         "Largest measured rate with which the server kept up, as with all lower ones: "
-        "requests_per_s was at least 95% of offered_requests_per_s; null if there is none",
+        "requests_per_s was at least 95% of offered_requests_per_s; null if there is none. Rates "
+        "with fewer than 20 requests do not count",
     ),
     Column(
         "rate_not_followed",

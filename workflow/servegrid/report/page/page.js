@@ -262,7 +262,9 @@ function drawPareto({ deployment, workload, inputLen, cells }) {
   byId("pareto-caption").textContent = points.length
     ? `Output tokens/s of all users against output tokens/s per user, at ${lengthRange(near)} prompt tokens. ${capitalise(payload.workloads[workload].title)}. ` +
       "Filled markers are Pareto-optimal: no other point is better in both. Numbers: concurrency." + (hasLimit ? " Dashed line: the SLO." : "")
-    : "At a request rate, there are no output tokens/s per user.";
+    : isOpenLoop(workload) ? "At a request rate, there are no output tokens/s per user." : "No cell has output tokens/s per user.";
+  byId("pareto").hidden = !points.length;
+  if (!points.length) return Promise.resolve();
   const spec = withColours(charts.pareto, drawn);
   if (!hasLimit) spec.layer.pop();
   return draw("pareto", spec, { cells: points, limit: [{ limit }] });
@@ -283,6 +285,18 @@ function drawGoodput({ deployment, workload, inputLen }) {
     (rows.some((row) => row.whole_run) ? "Hollow markers: no stationary part, so the whole run counts. " : "") +
     (rows.some((row) => row.low !== null) ? "Bars: 95% intervals." : "");
   return draw("goodput", charts.goodput, { cells: [...rows.map(named), ...answered], offered });
+}
+
+function isOpenLoop(workload) {
+  return payload.workloads[workload].axis === "requests per second";
+}
+
+// A workload that has no value of the selected metric gets the first metric of which it has one.
+function chooseMetric() {
+  const { metric, cells } = selection();
+  const known = (each) => cells.some((cell) => metricValues(cell, each).length);
+  const other = known(metric) ? undefined : payload.metrics.find(known);
+  if (other) byId("view").elements.metric.value = other.column;
 }
 
 function offerLengths() {
@@ -422,8 +436,12 @@ function ruleOfThumb(demand) {
 }
 
 if (byId("view")) {
-  byId("view").addEventListener("change", drawCharts);
+  byId("view").addEventListener("change", (event) => {
+    if (event.target.name === "workload") chooseMetric();
+    drawCharts();
+  });
   dark.addEventListener("change", drawCharts);
+  chooseMetric();
   drawCharts();
 }
 if (byId("demand")) {
