@@ -83,7 +83,8 @@ def render_config_readme(text: str) -> str:
     Raises ValueError if a mark is missing.
     """
     schema = load_schema()
-    names = ("slo", "capacity", "workload", "deployment", "endpoint", "source", "distribution")
+    names = ("slo", "capacity", "users_from", "workload", "deployment", "endpoint", "source")
+    names += ("distribution",)
     objects = {"study": schema} | {name: schema["$defs"][name] for name in names}
     for name, described in objects.items():
         before, start, rest = text.partition(START.format(name))

@@ -87,12 +87,21 @@ def modification_times(folder: Path) -> dict[str, int]:
 
 
 def bundle_study(site: Path, imported: Path) -> Path:
-    """Measure the study in a folder with a trap. Returns the bundle."""
+    """Measure the study in a folder with a trap. Returns the bundle.
+
+    The capacity plan is for the users of a trace, which is gone afterwards.
+    """
     set_trap(site, imported)
-    config = site / "study.json"
-    config.write_text(json.dumps(STUDY))
+    config, trace = site / "study.json", site / "trace.csv"
+    users_from = {"kind": "trace", "path": trace.name}
+    config.write_text(json.dumps({**STUDY, "capacity": {"users_from": users_from}}))
+    rows = "".join(f"{number},31,9\n" for number in range(401))
+    trace.write_text(f"Timestamp,Request tokens,Response tokens\n{rows}", encoding="utf-8")
     snakemake(site, config)
+    plan = site / "results" / "tables" / "capacity.md"
+    assert "Busiest 5 minutes: 1 requests/s (300 requests)" in plan.read_text(encoding="utf-8")
     snakemake(site, config, "bundle")
+    trace.unlink()
     (bundle,) = (site / "results" / "bundles").iterdir()
     return bundle
 

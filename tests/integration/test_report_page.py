@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from helpers.browsing import browser, open_page
-from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
+from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity, with_recorded
 from servegrid.analysis.findings import compute_frontier
 from servegrid.analysis.published import compare_with_published
 from servegrid.analysis.slo import Slo
@@ -22,6 +22,7 @@ from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns
 from servegrid.reference.published import load_published
 from servegrid.report.page import compose
+from servegrid.study.recorded_users import RecordedUsers
 
 pytestmark = pytest.mark.crowded
 
@@ -272,19 +273,81 @@ def test_the_plan_in_the_page_equals_the_plan_in_python(
             for name, value in typed_in.items():
                 control = found.page.locator(f"#demand [name={name}]")
                 control.select_option(value) if name == "input_len" else control.fill(value)
-            rows = found.page.eval_on_selector_all(
-                "#plan tbody tr", "rows => rows.map(row => JSON.parse(row.dataset.row))"
-            )
             own = expected[expected["protocol"] == protocol].to_dict("records")
-            assert len(rows) == len(own) == 7
-            for shown, computed in zip(rows, own, strict=True):
-                for name in set(expected.columns) - {"gpu", "gpu_count", "protocol", "output_len"}:
-                    value = None if pd.isna(computed[name]) else computed[name]
-                    if isinstance(value, float):
-                        assert shown[name] == pytest.approx(value, rel=1e-9), name
-                    else:
-                        assert shown.get(name) == value, name
+            compare_plans(found.page, own, set(expected.columns))
         assert found.messages == []
+
+
+RECORDED = RecordedUsers(
+    kind="trace",
+    sha256="1f2e3d4c" + 56 * "0",
+    requests=100_000,
+    input_len=60.0,
+    input_lens=((20, 40_000), (60, 30_000), (119, 27_000), (125, 3_000)),
+    output_len=110.0,
+    span_s=200_000.0,
+    window_s=300.0,
+    window_requests=900,
+    dispersion=2.6,
+)
+FILE = RecordedUsers("file", "0" * 64, 100, 60.0, ((20, 40), (119, 58), (125, 2)), output_len=90.0)
+RECORDED_USERS: list[tuple[RecordedUsers, dict[str, Any], dict[str, str], dict[str, Any]]] = [
+    (replace(RECORDED, cycle_s=80.0, followed=0.75, sessions=9), {}, {}, {}),
+    (replace(RECORDED, cycle_s=80.0, think_time_s=70.0, followed=0.75, sessions=9), {}, {}, {}),
+    (RECORDED, {"e2el_s": 9.0, "slo_attainment": 0.5}, {}, {}),
+    (RECORDED, {}, {"requests_per_s": "9.5"}, {"requests_per_s": 9.5}),
+    (RECORDED, {}, {"input_len": "119"}, {"input_len": 119}),
+    (RECORDED, {"slo_attainment": 0.98}, {}, {}),
+    (replace(RECORDED, input_lens=((20, 98), (2000, 2))), {}, {}, {}),
+    (FILE, {}, {}, {}),
+]
+
+
+@pytest.mark.parametrize(("recorded", "demand", "typed_in", "changed"), RECORDED_USERS)
+def test_the_plan_for_recorded_users_equals_the_plan_in_python(
+    chromium: Any,
+    repeated_study: tuple[pd.DataFrame, Path, Path],
+    tmp_path: Path,
+    recorded: RecordedUsers,
+    demand: dict[str, Any],
+    typed_in: dict[str, str],
+    changed: dict[str, Any],
+) -> None:
+    wanted = with_recorded(Demand(**demand), recorded)
+    page = write_page(study(*REPEATED), tmp_path / "index.html", wanted)
+    expected = plan_capacity(repeated_study[0], replace(wanted, **changed), HARDWARE)
+    with open_page(chromium, page) as found:
+        form = found.page.locator("#demand")
+        assert form.locator("[name=users]").count() == (recorded.kind == "file")
+        assert form.locator("[name=requests_per_s]").count() == (recorded.kind == "trace")
+        basis = found.page.locator("#basis").text_content()
+        for title in ("Measured", f"From the {recorded.label}", "Assumed", "Modelled"):
+            assert title in basis
+        for name, value in typed_in.items():
+            control = form.locator(f"[name={name}]")
+            control.select_option(value) if name == "input_len" else control.fill(value)
+        for workload, protocol in enumerate(("burst", "closed_loop")):
+            found.page.select_option("select[name=plan_workload]", str(workload))
+            own = expected[expected["protocol"] == protocol].to_dict("records")
+            compare_plans(found.page, own, set(expected.columns))
+        headline = found.page.locator("#headline").inner_text()
+        if recorded.kind == "trace":
+            assert f"{changed.get('requests_per_s', 3):g} requests/s" in headline
+        assert found.messages == []
+
+
+def compare_plans(page: Any, own: list[dict[Any, Any]], names: set[str]) -> None:
+    rows = page.eval_on_selector_all(
+        "#plan tbody tr", "rows => rows.map(row => JSON.parse(row.dataset.row))"
+    )
+    assert len(rows) == len(own) == 7
+    for shown, computed in zip(rows, own, strict=True):
+        for name in names - {"gpu", "gpu_count", "protocol", "output_len"}:
+            value = None if pd.isna(computed[name]) else computed[name]
+            if isinstance(value, float):
+                assert shown[name] == pytest.approx(value, rel=1e-9), name
+            else:
+                assert shown.get(name) == value, name
 
 
 def test_the_rule_of_thumb_is_exact_for_many_users(

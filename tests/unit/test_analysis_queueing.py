@@ -12,8 +12,12 @@ from servegrid.analysis.queueing import (
     isotonic_fit,
     max_in_flight,
     mean_in_flight,
+    open_distribution,
+    open_mean_in_flight,
+    rate_carried,
     requests_per_s,
     slo_probability,
+    split_dispersion,
     users_carried,
 )
 
@@ -125,3 +129,55 @@ def simulated(
             met += len(ends_at) < allowed
         heapq.heappush(ends_at, work + 1.0)
     return met / (requests - 1000)
+
+
+def test_an_open_loop_is_known_from_queueing_theory() -> None:
+    # One request at a time (M/M/1) at a load of 1/4: p(n) = 3/4 × 1/4^n, 1/3 in flight on average.
+    assert open_distribution([1.0], 0.25) == pytest.approx([3 / 4, 1 / 4])
+    assert open_mean_in_flight([1.0], 0.25) == pytest.approx(1 / 3)
+    # Two at a time (M/M/2) at a load of 1/2: Erlang's C gives 1/3 that wait, and 4/3 in the system.
+    assert open_distribution([1.0, 1.0], 1.0) == pytest.approx([1 / 3, 1 / 3, 1 / 3])
+    assert open_mean_in_flight([1.0, 1.0], 1.0) == pytest.approx(4 / 3)
+    # As many as come (M/G/∞): a Poisson distribution, here with the mean 5 × 2.
+    seen = open_distribution([2.0] * 200, 5.0)
+    assert seen[10] == pytest.approx(math.exp(-10) * 10**10 / math.factorial(10))
+    assert open_mean_in_flight([2.0] * 200, 5.0) == pytest.approx(10)
+
+
+def test_without_a_steady_state_all_requests_wait() -> None:
+    assert open_distribution([1.0, 1.0], 2.0) == [0.0, 0.0, 1.0]
+    assert open_mean_in_flight([1.0, 1.0], 2.0) == math.inf
+    assert open_distribution([1.0], 0.0) == [1.0, 0.0]
+
+
+def test_the_rate_that_a_server_carries() -> None:
+    # A request meets a limit of 1 s if it finds none: in 1 - rate of the cases.
+    assert rate_carried([1.0], [(1, 1.0)], 0.75) == pytest.approx(0.25)
+    # A tenth never does, so 0.9 (1 - rate) must be 0.75.
+    assert rate_carried([1.0], [(1, 0.9), (0, 0.1)], 0.75) == pytest.approx(1 / 6)
+    assert rate_carried([1.0], [(1, 0.75), (0, 0.25)], 0.75) == 0
+    assert rate_carried([1.0], [(0, 1.0)], 0.75) == 0
+
+
+def test_many_users_who_think_for_long_are_a_poisson_process() -> None:
+    seconds = MIXTRAL.interpolated()
+    closed = in_flight_distribution(seconds, 400_000, 400_000 / 4.0)[:100]
+    assert open_distribution(seconds, 4.0)[:100] == pytest.approx(closed, rel=0.01, abs=1e-5)
+
+
+def test_bursty_arrivals_are_groups() -> None:
+    # Two at a time, and groups of two: one group at a time, which is M/M/1 at a rate of 1/4.
+    assert rate_carried([1.0, 1.0], [(2, 1.0)], 0.75, dispersion=2.0) == pytest.approx(2 * 0.25)
+    assert open_mean_in_flight([1.0, 1.0], 0.5, dispersion=2.0) == pytest.approx(2 / 3)
+    # 1.5 requests take 2 s, between 1 s and 3 s.
+    assert open_mean_in_flight([1.0, 3.0], 0.3, 1.5) == pytest.approx(1.5 * 0.4 / 0.6)
+    # Of a group of two, half meets the SLO if it finds no other one: half of 1 - rate / 2 in all.
+    assert rate_carried([1.0, 1.0], [(1, 1.0)], 0.75, dispersion=2.0) == 0
+    assert rate_carried([1.0, 1.0], [(1, 1.0)], 0.375, dispersion=2.0) == pytest.approx(0.5)
+    # Measured for three in flight, which all meet the SLO: one group of two, and no half of one.
+    assert rate_carried([1.0] * 3, [(3, 1.0)], 0.75, dispersion=2.0) == pytest.approx(0.5)
+    # Measured for one in flight: a group of two takes 2 s.
+    assert open_mean_in_flight([1.0], 0.5, dispersion=2.0) == pytest.approx(2.0)
+    assert open_mean_in_flight([1.0], 1.0, dispersion=2.0) == math.inf
+    assert open_mean_in_flight([1.0], 0.0, dispersion=2.0) == 0
+    assert split_dispersion(3.0, 4) == 1.5

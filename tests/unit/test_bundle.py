@@ -770,6 +770,53 @@ def test_a_bundle_leaves_out_the_file_of_a_workload_and_verifies_without_it(
                 assert b"private question" not in content and b"confidential" not in content
 
 
+def test_a_bundle_has_the_figures_of_the_plans_users_and_not_their_trace(tmp_path: Path) -> None:
+    trace = tmp_path / "confidential" / "trace.csv"
+    trace.parent.mkdir()
+    rows = [f"{number},session-of-alice,31,9\n" for number in range(100)]
+    head = "Timestamp,Session ID,Request tokens,Response tokens\n"
+    trace.write_text(head + "".join(rows), encoding="utf-8")
+    study = {**STUDY, "capacity": {"users_from": {"kind": "trace", "path": str(trace)}}}
+    write_results(tmp_path, study)
+    bundle = make_bundle(tmp_path, study)
+    trace.unlink()
+    assert {check.status for check in verify(bundle)} == {PASS}
+    root = extract(bundle, tmp_path / "extracted")
+    for path in root.rglob("*"):
+        assert "trace.csv" not in path.name
+        if path.is_file():
+            content = path.read_bytes()
+            assert b"of-alice" not in content and b"confidential" not in content
+    report = (root / "results/tables/capacity.md").read_text(encoding="utf-8")
+    assert "1.01 requests/s (100 requests)" in report
+    facts = json.loads((root / "config/study.json").read_text())["capacity"]["users_from"]["facts"]
+    assert (facts["requests"], facts["input_lens"], facts["cycle_s"]) == (100, [[31, 100]], 1)
+
+    def change(tree: Path) -> None:
+        """Another rate, as if more users had been recorded."""
+        path = tree / "config/study.json"
+        config = json.loads(path.read_text())
+        config["capacity"]["users_from"]["facts"]["window_requests"] = 50
+        path.write_text(json.dumps(config))
+
+    problems = failed(tamper(bundle, tmp_path, change, rehash=True))
+    assert "capacity.parquet" in problems["tables"]
+
+
+def test_a_bundle_cannot_name_a_file_of_this_machine_as_the_plans_users(
+    bundle: Path, tmp_path: Path
+) -> None:
+    def change(tree: Path) -> None:
+        path = tree / "config/study.json"
+        users_from = {"kind": "trace", "path": "/etc/passwd"}
+        config = json.loads(path.read_text()) | {"capacity": {"users_from": users_from}}
+        path.write_text(json.dumps(config))
+
+    problems = failed(tamper(bundle, tmp_path, change, rehash=True))
+    assert "users_from: `path`, the file, is missing" in problems["completeness"]
+    assert "passwd" not in " ".join(problems.values())
+
+
 def write_chats(folder: Path, text: str) -> tuple[Path, dict[str, Any]]:
     """A file of a user, a study that asks for it in bundles, and its results but one.
 

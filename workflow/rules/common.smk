@@ -12,6 +12,7 @@ from servegrid.run.preflight import check_ready
 from servegrid.run.search_plan import forget_left_out, plan_file, write_plans
 from servegrid.run.walltime import Walltimes
 from servegrid.study.config import from_snakemake
+from servegrid.study.recorded_users import resolve_users
 from snakemake_logger_plugin_servegrid import forecast
 
 use_safe_path()
@@ -23,6 +24,9 @@ with reraise_as(WorkflowError):
     published_from_config(config, workflow.configfiles)
     if workflow.is_main_process:
         forget_left_out(study, parse_slo(config))
+        # Tables, page and bundle have the figures of this file, as it is now, and not its path.
+        if "users_from" in config.get("capacity", {}):
+            config["capacity"].update(resolve_users(config)["capacity"])
 
 HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 

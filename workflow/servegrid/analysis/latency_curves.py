@@ -30,7 +30,8 @@ class LatencyCurves:
     known. `ttft`, `e2el`, `tpot` and `itl_max` are the median latencies in the same form; None if
     one is not known.
     `joules` is the energy per output token at 1, 2, … requests in flight, if it is known.
-    `untested_above` says that no higher concurrency was measured.
+    `untested_above` says that no higher concurrency was measured. `coverage` says how the lengths
+    of recorded users became those of the rows; None without such users.
     """
 
     prompt_tokens: str
@@ -45,6 +46,7 @@ class LatencyCurves:
     untested_above: bool
     tpot: Rows | None = None
     itl_max: Rows | None = None
+    coverage: Coverage | None = None
 
 
 def requests_in_flight(cells: pd.DataFrame) -> pd.Series[float]:
@@ -59,27 +61,30 @@ def requests_in_flight(cells: pd.DataFrame) -> pd.Series[float]:
 
 
 def latency_curves(
-    cells: pd.DataFrame, prompt_shares: Mapping[int, float] | None, slo: Slo
+    cells: pd.DataFrame,
+    prompt_shares: Mapping[int, float] | None,
+    slo: Slo,
+    recorded: Sequence[tuple[int, int]] | None = None,
 ) -> LatencyCurves | str:
     """The latency curves of one deployment, protocol and output length; or why there are none.
 
     `cells` are rows of `columns.SUMMARY`. `prompt_shares` are prompt lengths with their shares;
-    None means all measured lengths, equally frequent. A curve ends below the lowest concurrency
-    that was not served. There are no curves if `slo` limits a latency that is not known.
+    None means all measured lengths, equally frequent. With `recorded`, pairs of a prompt length and
+    its requests, the shares are those of `cover_lengths` instead. A curve ends below the lowest
+    concurrency that was not served. There are no curves if `slo` limits a latency that is not
+    known.
     """
-    valid = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
-    default = 1.0 if prompt_shares is None else 0.0
-    shares = dict.fromkeys(cells["input_len"].unique().tolist(), default)
-    for length, share in (prompt_shares or {}).items():
-        nearest = nearest_length(list(shares), length)
-        if nearest is None:
-            return f"prompts of about {length} tokens were not measured"
-        shares[nearest] += share
+    valid = _usable(cells)
+    coverage = None
+    if recorded is None or valid.empty:
+        shares = _shares_of(cells["input_len"].unique().tolist(), prompt_shares)
+        if isinstance(shares, str):
+            return shares
+    else:
+        coverage = cover_lengths(recorded, valid["input_len"].unique().tolist())
+        shares = coverage.shares
     wanted = [length for length, share in shares.items() if share]
     cells, valid = (table[table["input_len"].isin(wanted)] for table in (cells, valid))
-    failed = cells[cells["trials_served"] == 0].groupby("input_len")["concurrency"].min()
-    end = valid["input_len"].map(failed).astype(float).fillna(math.inf)
-    valid = valid[valid["concurrency"] < end]
     if valid.empty:
         return "there is no valid cell"
     valid = valid.assign(in_flight=requests_in_flight(valid))
@@ -124,6 +129,79 @@ def latency_curves(
         itl_max=medians["itl_max"],
         joules=_joules(by_length, normalised, limit),
         untested_above=not tested_above.any(),
+        coverage=coverage,
+    )
+
+
+def _usable(cells: pd.DataFrame) -> pd.DataFrame:
+    """The valid cells below the lowest concurrency of their prompt length that was not served."""
+    valid = cells[cells["trials_valid"] > 0].dropna(subset="seconds_per_100_tokens")
+    failed = cells[cells["trials_served"] == 0].groupby("input_len")["concurrency"].min()
+    end = valid["input_len"].map(failed).astype(float).fillna(math.inf)
+    return valid[valid["concurrency"] < end]
+
+
+def _shares_of(
+    measured: Sequence[int], prompt_shares: Mapping[int, float] | None
+) -> Mapping[int, float] | str:
+    """The share of each measured length, or why a length has none."""
+    shares = dict.fromkeys(measured, 1.0 if prompt_shares is None else 0.0)
+    for length, share in (prompt_shares or {}).items():
+        nearest = nearest_length(list(shares), length)
+        if nearest is None:
+            return f"prompts of about {length} tokens were not measured"
+        shares[nearest] += share
+    return shares
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How recorded prompt lengths became measured ones.
+
+    `shares` has the share of each measured length; they sum up to 1. The share `requests_missing`
+    of the requests is longer than the longest measured prompt, and `tokens_missing` is the share
+    of all prompt tokens beyond this length.
+    """
+
+    shares: Mapping[int, float]
+    requests_missing: float
+    tokens_missing: float
+
+    @property
+    def longest(self) -> int:
+        """The longest measured length."""
+        return max(self.shares)
+
+    @property
+    def mean(self) -> float:
+        """The mean prompt length of the plan, in tokens."""
+        return math.fsum(length * share for length, share in self.shares.items())
+
+
+def cover_lengths(recorded: Sequence[tuple[int, int]], measured: Sequence[int]) -> Coverage:
+    """The shares of measured prompt lengths that stand for recorded ones, pairs with counts.
+
+    A length between two measured ones counts partly as each of them, so that the mean length stays
+    the same: the plan interpolates times linearly in the prompt length, as it does in the load. A
+    length below the shortest measured one counts as this one, which takes longer. A length above
+    the longest one counts as this one, which takes less time, so its request is missing.
+    """
+    lengths = sorted(measured)
+    counts = dict.fromkeys(lengths, 0.0)
+    beyond = 0
+    for length, count in recorded:
+        within = min(max(length, lengths[0]), lengths[-1])
+        above = next(each for each in lengths if each >= within)
+        below = max(each for each in lengths if each <= within)
+        upper = 0.0 if above == below else (within - below) / (above - below)
+        counts[above] += count * upper
+        counts[below] += count * (1 - upper)
+        beyond += count * max(0, length - lengths[-1])
+    total = sum(count for _, count in recorded)
+    return Coverage(
+        {length: count / total for length, count in counts.items()},
+        sum(count for length, count in recorded if length > lengths[-1]) / total,
+        beyond / sum(length * count for length, count in recorded),
     )
 
 

@@ -45,6 +45,7 @@ from servegrid.records import parquet
 from servegrid.study.config import parse_study
 from servegrid.study.deployment import canonical_json
 from servegrid.study.grid import Study, Trial
+from servegrid.study.recorded_users import resolve_users
 from servegrid.study.source_files import (
     BUNDLED,
     bundled_name,
@@ -235,9 +236,10 @@ def _stage_files(tree: Path, config: Mapping[str, Any], folder: Path) -> Mapping
     """Copy the files that a bundle may have; the bundle's configuration.
 
     These are the CSV file of published data, if the study names one, and files of workloads with
-    `in_bundle`. Of other files of workloads, the configuration has only the facts.
+    `in_bundle`. Of other files of workloads, and of the file of the capacity plan's users, the
+    configuration has only the facts.
     """
-    resolved, _ = resolve_sources(config)
+    resolved, _ = resolve_sources(resolve_users(config))
     for entry in resolved["deployments"]:
         source = entry.get("workload", {}).get("source", {})
         if "path" in source and source.get("in_bundle"):

@@ -40,6 +40,13 @@ def add_capacity(subcommands: Any) -> None:
         metavar="FILE",
         help="prices; default: config/hardware.yaml if it exists, else those of this package",
     )
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="a trace of users, as in `capacity.users_from`: its request rate at the busiest time "
+        "instead of --users and --logged-in, its prompt lengths and its mean output length",
+    )
     add("--users", type=arguments.positive_int, metavar="N", help="registered users")
     add(
         "--logged-in",
@@ -130,18 +137,32 @@ def _find_demand(demands: Sequence[Demand], name: str | None) -> Demand:
     return demands[0] if name is None else by_name[name]
 
 
+def _names(record: Any) -> set[str]:
+    return {field.name for field in fields(record)}
+
+
 def _capacity(options: argparse.Namespace) -> int:
     from servegrid.analysis import capacity, published, tables
     from servegrid.reference.hardware import find_hardware_file
     from servegrid.report import capacity_report
     from servegrid.study import config
+    from servegrid.study.recorded_users import read_recorded
 
     study = config.load_settings(options.configfile)
-    given = {field.name: getattr(options, field.name) for field in fields(capacity.Demand)}
+    given = {name: getattr(options, name) for name in _names(capacity.Demand) & set(vars(options))}
     demand = _find_demand(capacity.parse_demands(study), options.slo_class)
+    if options.trace:  # instead of the study's users
+        keys = {"kind": "trace", "path": str(options.trace)}
+        demand = capacity.with_recorded(demand, read_recorded(keys, named="--trace"))
+    if demand.requests_per_s is not None and (options.users or options.logged_in):
+        raise ConfigError(
+            "--users, --logged-in: the trace has a request rate instead. Remove these options."
+        )
     if options.prompt_mix or options.input_len:  # instead of the study's prompts
         demand = replace(demand, input_len=None, prompt_mix=None)
     demand = replace(demand, **{name: value for name, value in given.items() if value is not None})
+    if options.think_time_s:  # instead of the trace's
+        demand = replace(demand, cycle_s=None)
     hardware = capacity.load_prices(options.hardware or find_hardware_file())
     if options.published:
         summary = published.published_summary(load_published(options.published))

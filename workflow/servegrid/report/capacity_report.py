@@ -10,8 +10,8 @@ import pandas as pd
 from servegrid.analysis import rule_of_thumb
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.titles import EARLY_STOP, stops_early, workload_title
+from servegrid.report.capacity_basis import describe_basis
 from servegrid.report.markup import as_markdown
-from servegrid.study.text import pluralize
 
 HEAD = (
     "deployment",
@@ -25,6 +25,17 @@ HEAD = (
     "price per token/s",
     "price per million tokens (at peak load)",
     "energy cost per million tokens",
+)
+
+RECORDED_HEAD = (
+    "deployment",
+    "requests/s that one replica carries",
+    "requests/s per replica, at most",
+    "mean response time, s (modelled)",
+    "users at the busiest time",
+    "mean prompt tokens of the plan",
+    "requests beyond the longest measured prompt",
+    "prompt tokens beyond it",
 )
 
 NO_USERS = (
@@ -45,12 +56,13 @@ of them meets the SLO, for every prompt length. Limits on latencies apply to the
 - **Users per replica**: the most logged-in users at which the required share of requests meets \
 the SLO. The model is a finite-population queue (machine repairman model). Its service rate \
 depends on the number of requests in flight. For the range in brackets, all times are at the ends \
-of their 95% intervals at once, so it is wider than a 95% interval.
+of their 95% intervals at once, so it is wider than a 95% interval. With a trace there is a \
+request rate instead, and numbers of users follow by Little's law.
 - **Users at which 50% of requests meet the SLO**: if this is close to the number of users per \
 replica, a few more users slow down many requests.
-- **Replicas**: each replica gets 90% of the users that it can carry (of the low end of the \
-range, if there is one), or 85% with prompts of several lengths. Users are split evenly among \
-replicas.
+- **Replicas**: each replica gets 90% of the users or requests/s that it can carry (of the low end \
+of the range, if there is one), or 85% with prompts of several lengths. The load is split evenly \
+among replicas.
 - **Price per million tokens**: the price of the GPUs divided by the tokens that they produce in \
 their years in use, with the mean load of a week. In brackets, as if the busiest time lasted all \
 week.
@@ -68,17 +80,20 @@ price are left out."""
 
 def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: HardwarePrices) -> str:
     """The capacity plan, a table of `columns.CAPACITY_PLAN`, with its assumptions and method."""
-    blocks = ["# Capacity plan", _assumptions(demand, hardware)]
+    blocks = ["# Capacity plan", _basis(demand, hardware)]
     for (protocol, output_len), rows in plan.groupby(["protocol", "output_len"], sort=False):
         workload = workload_title(str(protocol), int(str(output_len)))
         blocks += [f"## {workload.capitalize()}", as_markdown(capacity_table(rows)).rstrip()]
+        if demand.recorded is not None and rows["replicas"].notna().any():
+            blocks.append(as_markdown(_recorded_table(rows)).rstrip())
     if plan.empty:
         blocks.append(NO_USERS)
     if plan["emulated"].any():
         blocks.append("Emulated: these figures do not come from hardware.")
     if stops_early(plan).any():
         blocks.append(EARLY_STOP_NOTE)
-    return "\n\n".join([*blocks, METHOD, _rule_of_thumb_note(demand)]) + "\n"
+    note = [] if demand.requests_per_s is not None else [_rule_of_thumb_note(demand)]
+    return "\n\n".join([*blocks, METHOD, *note]) + "\n"
 
 
 def render_capacity_reports(
@@ -96,6 +111,13 @@ def render_capacity_reports(
         for text, demand in zip(texts, demands, strict=True)
     ]
     return "\n".join(headed)
+
+
+def caption(demand: Demand) -> str:
+    """The caption of a plan as a table."""
+    if demand.requests_per_s is None:
+        return f"Capacity plan for {demand.users} users."
+    return f"Capacity plan for {demand.requests_per_s:.3g} requests/s."
 
 
 def render_rule_of_thumb() -> str:
@@ -125,37 +147,31 @@ def capacity_table(plan: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([_row(row) for row in plan.to_dict("records")], columns=list(HEAD))
 
 
-def _assumptions(demand: Demand, hardware: HardwarePrices) -> str:
-    prompts = "All measured prompt lengths have equal shares"
-    if demand.input_len is not None:
-        prompts = f"Prompts have about {demand.input_len} tokens"
-    elif demand.prompt_mix is not None:
-        total = sum(demand.prompt_mix.values())
-        parts = [f"{share / total:.3g} of {length}" for length, share in demand.prompt_mix.items()]
-        prompts = f"Prompts have about {next(iter(demand.prompt_mix))} tokens"
-        if len(parts) > 1:
-            prompts = f"Prompts have several lengths: {', '.join(parts)} tokens"
-    limits = [
-        f"{name} at most {limit:g} s (median)"
-        for name, limit in (
-            ("the time to first token is", demand.ttft_s),
-            ("the end-to-end latency is", demand.e2el_s),
-            ("the time per output token is", demand.tpot_s),
-            ("the longest inter-token latency of a request is", demand.itl_s),
-        )
-        if limit is not None
-    ]
-    return (
-        f"{pluralize(demand.users, 'registered user')}. At the busiest time, a share of "
-        f"{demand.logged_in:.4g} is logged in ({pluralize(demand.concurrent_users, 'user')}). The "
-        f"mean load of a week is {demand.load_factor:g} of that. On average, "
-        f"{demand.think_time_s:g} s "
-        f"pass between a response and the next request of the same user. {prompts}. "
-        f"{100 * demand.slo_attainment:g}% of requests must get at least "
-        f"{demand.tokens_per_s_per_user:g} output tokens/s, including the time to first token"
-        f"{''.join(f', and {limit}' for limit in limits)}. "
-        f"Prices are for GPUs only, in {hardware.currency}."
+def _basis(demand: Demand, hardware: HardwarePrices) -> str:
+    """What is measured, and what is not, one list for each."""
+    return "\n\n".join(
+        "\n".join([f"{title}:", "", *(f"- {point}" for point in points)])
+        for title, points in describe_basis(demand, hardware).items()
     )
+
+
+def _recorded_table(plan: pd.DataFrame) -> pd.DataFrame:
+    """How the planned rows stand for recorded users, as texts."""
+    planned = plan[plan["replicas"].notna()]
+    rows = [
+        (
+            str(row["deployment"]),
+            _format_number(row["requests_per_s_carried"]),
+            _format_number(row["requests_per_s_per_replica"]),
+            _format_number(row["response_s_mean"]),
+            _format_number(row["users_logged_in"]),
+            _format_number(row["prompt_tokens_mean"]),
+            _format_percent(row["requests_not_covered"]),
+            _format_percent(row["prompt_tokens_not_covered"]),
+        )
+        for row in planned.to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=list(RECORDED_HEAD))
 
 
 def _row(row: Mapping[Any, Any]) -> list[str]:
@@ -191,6 +207,10 @@ def _rule_of_thumb_note(demand: Demand) -> str:
         f"active: {active.mean:g} requests in flight on average, at most {active.p95} for 95% and "
         f"at most {active.p99} for 99% of the time (binomial)."
     )
+
+
+def _format_percent(share: Any) -> str:
+    return "–" if share is None or pd.isna(share) else f"{100 * share:.3g}%"
 
 
 def _format_number(value: Any) -> str:

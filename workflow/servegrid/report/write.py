@@ -133,7 +133,7 @@ def write_capacity_plan(
             paths["markdown"]: capacity_report.render_capacity_reports(plans, demands, prices),
             paths["latex"]: markup.as_latex(
                 capacity_report.capacity_table(planned),
-                f"Capacity plan for {demands[0].users} users.",
+                capacity_report.caption(demands[0]),
                 "tab:capacity",
             ),
         }

@@ -20,6 +20,7 @@ from servegrid.study.grid import (
     by_bring_up,
     saturation_trial_of,
 )
+from servegrid.study.recorded_users import check_users_from
 from servegrid.study.settings import expand_sweep
 from servegrid.study.workloads import as_list, check_used, expand_workloads, protocols_of
 
@@ -46,6 +47,7 @@ def expand(config: Mapping[str, Any]) -> Study:
     """
     _check_size(config)
     _check_prompt_mix(config.get("capacity", {}))
+    check_users_from(config.get("capacity", {}))
     _check_slo_classes(config.get("slo", {}))
     trials: list[Trial] = []
     keys: dict[str, Mapping[str, Any]] = {}

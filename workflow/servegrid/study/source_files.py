@@ -23,6 +23,7 @@ from servegrid.study.source import BLOCK_TOKENS, NEEDS_FILE, FileFacts
 MAX_TOKENS = 2**31 - 1
 BUNDLED, BUNDLED_SUFFIXES = "data", (".csv", ".json", ".jsonl", ".parquet")
 """The folder of a bundle for files of users, and the endings of their names there."""
+WORKLOAD_SOURCE = "workload.source"
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -95,7 +96,21 @@ class Arrival(NamedTuple):
     blocks: tuple[int, ...] = ()
 
 
-Row = TypeVar("Row", Conversation, Arrival)
+class UserRequest(NamedTuple):
+    """One row of a trace as a request of a user: as an `Arrival`, without blocks.
+
+    `session` is the user's session, and `response_s` how long the response took; None if the trace
+    does not know it.
+    """
+
+    time_s: float
+    input_len: int
+    output_len: int
+    session: str | None = None
+    response_s: float | None = None
+
+
+Row = TypeVar("Row", Conversation, Arrival, UserRequest)
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,10 @@ def drop_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         return {**owner, "workload": {**workload, "source": source}}
 
     dropped = drop(config)
+    capacity = config.get("capacity")
+    if isinstance(capacity, Mapping) and isinstance(capacity.get("users_from"), Mapping):
+        kept = {key: value for key, value in capacity["users_from"].items() if key != "path"}
+        dropped["capacity"] = {**capacity, "users_from": kept}
     if isinstance(entries := config.get("deployments"), list):
         dropped["deployments"] = [
             drop(entry) if isinstance(entry, Mapping) else entry for entry in entries
@@ -186,14 +205,16 @@ def _read_facts(source: Mapping[str, Any], context: int) -> FileFacts:
     )
 
 
-def read_conversations(path: Path, on_bad_rows: str) -> Rows[Conversation]:
+def read_conversations(
+    path: Path, on_bad_rows: str, key: str = WORKLOAD_SOURCE
+) -> Rows[Conversation]:
     """The conversations of a JSONL, JSON or Parquet file.
 
     A row has OpenAI's `messages`, a `prompt` with or without `output_tokens`, or `conversations`
-    as ShareGPT has them. Raises ConfigError if the file cannot be read or has no usable row, and
-    unless `on_bad_rows` is `skip`, at the first bad row.
+    as ShareGPT has them. Raises ConfigError, which names the `key` of the file, if it cannot be
+    read or has no usable row, and unless `on_bad_rows` is `skip`, at the first bad row.
     """
-    return _read(path, _objects(path), _parse_conversation, on_bad_rows)
+    return _read(path, _objects(path), _parse_conversation, on_bad_rows, key=key)
 
 
 def read_trace(
@@ -208,9 +229,8 @@ def read_trace(
     Mooncake (timestamp in ms, input_length, output_length, hash_ids). Raises ConfigError as
     `read_conversations`, and always if a row is earlier than the row before it.
     """
-    objects = _objects(path) if path.suffix.lower() in (".jsonl", ".json") else _csv_rows(path)
     parse = partial(_parse_arrival, context=context)
-    read = _read(path, objects, parse, on_bad_rows, check=_check_order)
+    read = _read(path, _trace_rows(path), parse, on_bad_rows, check=_check_order)
     start = read.rows[0].time_s
     rows = [row._replace(time_s=row.time_s - start) for row in read.rows]
     if first_s is not None:
@@ -220,8 +240,25 @@ def read_trace(
 
 def read_lengths(path: Path, on_bad_rows: str, context: int) -> Rows[Arrival]:
     """As `read_trace`, of which only the lengths count: rows may be in any order."""
-    objects = _objects(path) if path.suffix.lower() in (".jsonl", ".json") else _csv_rows(path)
-    return _read(path, objects, partial(_parse_lengths, context=context), on_bad_rows)
+    return _read(path, _trace_rows(path), partial(_parse_lengths, context=context), on_bad_rows)
+
+
+def read_user_requests(
+    path: Path, on_bad_rows: str, first_s: float | None, key: str, named: str | None = None
+) -> Rows[UserRequest]:
+    """As `read_trace`, of requests of any length, with their sessions and response times.
+
+    Errors name the `key` of the file, and what names its path, if this is not below it.
+
+    These are the columns `Session ID` (or `SessionID`, `session_id`) and `Elapsed time`, as
+    BurstGPT names them.
+    """
+    read = _read(
+        path, _trace_rows(path), _parse_user_request, on_bad_rows, _check_order, key, named
+    )
+    start = read.rows[0].time_s
+    rows = [row._replace(time_s=row.time_s - start) for row in read.rows]
+    return replace(read, rows=[row for row in rows if first_s is None or row.time_s < first_s])
 
 
 def _describe_arrivals(read: Rows[Arrival], context: int) -> FileFacts:
@@ -240,15 +277,15 @@ def _describe_arrivals(read: Rows[Arrival], context: int) -> FileFacts:
     )
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file. Raises ConfigError if it cannot be read."""
+def file_sha256(path: Path, key: str = f"{WORKLOAD_SOURCE}.path") -> str:
+    """The SHA-256 of the file that `key` names. Raises ConfigError if it cannot be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}). Correct `workload.source.path`, which is "
-            "relative to the working directory, or the permissions."
+            f"{path}: cannot be read ({error.strerror}). Correct `{key}`, which is relative "
+            "to the working directory, or the permissions."
         ) from error
 
 
@@ -264,8 +301,10 @@ def _read(
     parse: Callable[[Mapping[str, Any], str], Row],
     on_bad_rows: str,
     check: Callable[[str, Row, Row], None] | None = None,
+    key: str = WORKLOAD_SOURCE,
+    named: str | None = None,
 ) -> Rows[Row]:
-    sha256 = file_sha256(path)
+    sha256 = file_sha256(path, named or f"{key}.path")
     rows: list[Row] = []
     left_out, first_bad = 0, ""
     try:
@@ -278,7 +317,7 @@ def _read(
                 if on_bad_rows != "skip":
                     raise ConfigError(
                         f"{path}: {place}: {error}. Correct it, or leave such rows out with "
-                        "`on_bad_rows: skip` under `workload.source`."
+                        f"`on_bad_rows: skip` under `{key}`."
                     ) from None
                 left_out, first_bad = left_out + 1, first_bad or f"{place}: {error}"
                 continue
@@ -348,6 +387,10 @@ def _parquet_rows(path: Path) -> _Numbered:
                     yield f"row {number}", {k: v for k, v in row.items() if v is not None}
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not a Parquet file ({error}). Write it again.") from error
+
+
+def _trace_rows(path: Path) -> _Numbered:
+    return _objects(path) if path.suffix.lower() in (".jsonl", ".json") else _csv_rows(path)
 
 
 def _csv_rows(path: Path) -> _Numbered:
@@ -460,6 +503,18 @@ def _parse_arrival(row: Mapping[str, Any], place: str, context: int) -> Arrival:
     return _parse_lengths(row, place, context)._replace(time_s=_time_s(names[0], row[names[0]]))
 
 
+_SESSIONS, _RESPONSE = ("Session ID", "SessionID", "session_id"), "Elapsed time"
+
+
+def _parse_user_request(row: Mapping[str, Any], place: str) -> UserRequest:
+    arrival = _parse_arrival(row, place, context=2 * MAX_TOKENS)
+    session = next((str(row[name]) for name in _SESSIONS if row.get(name) not in (None, "")), None)
+    response_s = None
+    if row.get(_RESPONSE) not in (None, ""):
+        response_s = _time_s(_RESPONSE, row[_RESPONSE])
+    return UserRequest(*arrival[:3], session, response_s)
+
+
 def _length(row: Mapping[str, Any], name: str) -> int:
     value = row[name]
     try:
@@ -512,7 +567,7 @@ def _blocks(row: Mapping[str, Any], input_len: int) -> tuple[int, ...]:
     return tuple(blocks)
 
 
-def _check_order(place: str, before: Arrival, row: Arrival) -> None:
+def _check_order(place: str, before: Arrival | UserRequest, row: Arrival | UserRequest) -> None:
     if row.time_s < before.time_s:
         raise ConfigError(
             f"{place}: goes back in time, by {before.time_s - row.time_s:g} s. Sort the trace by "

@@ -334,6 +334,60 @@ CAPACITY_PLAN = (
         _MONEY,
         "Price of the energy for a million output tokens",
     ),
+    Column(
+        "users_logged_in",
+        pa.int32(),
+        "users",
+        "Users at the busiest time. With a trace, modelled: requests/s × (think time + "
+        "response_s_mean)",
+    ),
+    Column(
+        "response_s_mean",
+        pa.float64(),
+        "s",
+        "Mean response time at the busiest time: modelled from measured times",
+    ),
+    Column(
+        "requests_per_s_carried",
+        pa.float64(),
+        "requests/s",
+        "Highest request rate on one of the replicas at which the fraction `slo_attainment` of the "
+        "requests meets the SLO; only with a trace in `users_from`. users_carried and the other "
+        "numbers of users then follow by Little's law",
+    ),
+    Column(
+        "requests_per_s_carried_low",
+        pa.float64(),
+        "requests/s",
+        "requests_per_s_carried with all times at the slow end of their 95% intervals",
+    ),
+    Column(
+        "requests_per_s_per_replica",
+        pa.float64(),
+        "requests/s",
+        "Request rate that the plan puts on one replica at most: the same share of the rate that "
+        "it carries as users_per_replica is of users",
+    ),
+    Column(
+        "prompt_tokens_mean",
+        pa.float64(),
+        "tokens",
+        "Mean prompt length in the plan, of the measured lengths that stand for those of "
+        "`users_from`",
+    ),
+    Column(
+        "requests_not_covered",
+        pa.float64(),
+        "",
+        "Share of the requests of `users_from` whose prompts are longer than the longest measured "
+        "one. They count as this one for the load, and as if they missed the SLO",
+    ),
+    Column(
+        "prompt_tokens_not_covered",
+        pa.float64(),
+        "",
+        "Share of the prompt tokens of `users_from` beyond the longest measured prompt",
+    ),
     Column("reason", pa.string(), "", "Why there is no plan; null if there is one"),
     Column(
         "slo_class",

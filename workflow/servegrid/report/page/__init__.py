@@ -68,11 +68,15 @@ class FormField:
 
 @dataclass(frozen=True)
 class PageTexts:
-    """The sentences of the page that depend on where the data come from."""
+    """The sentences of the page that depend on where the data come from.
+
+    `basis` has what the capacity plan rests on, as `capacity_basis.describe_basis` returns it.
+    """
 
     summary: str
     reset: str
     footer: str
+    basis: Mapping[str, Sequence[str]]
 
 
 def render_html(

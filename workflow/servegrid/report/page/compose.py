@@ -24,6 +24,7 @@ from servegrid.analysis.setting_comparison import Settings, compare_settings
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.titles import deployment_titles, hardware_title, workload_title
 from servegrid.reference.published import PublishedData
+from servegrid.report.capacity_basis import describe_basis
 from servegrid.report.findings_report import frontier_table
 from servegrid.report.page import FormField, PageTexts, Section, render_html, sections
 from servegrid.report.page.payload import build_payload, count_results, list_workloads
@@ -92,6 +93,7 @@ def render_study_page(
             summary=sections.summary_sentence(count_results(summary, cells), cells),
             reset="Reset to the study's assumptions",
             footer="The figures come from the records of the study.",
+            basis=describe_basis(demand, hardware),
         ),
         form_fields(summary, demand, hardware, list(results.slo_classes)),
         [
@@ -131,6 +133,7 @@ def render_published_page(
             f"{served} served. Published figures, not measured by servegrid.",
             reset="Reset to the default assumptions",
             footer=f"The figures come from: {published.source.citation}.",
+            basis=describe_basis(demand, hardware),
         ),
         form_fields(summary, demand, hardware),
         [
@@ -192,32 +195,14 @@ def form_fields(
     lengths = sorted(int(length) for length in summary["input_len"].unique())
     prompts: list[tuple[Any, str]] = [("", "all measured lengths, in equal shares")]
     prompts += [("prompt_mix", "the study's prompt mix")] if demand.prompt_mix else []
+    if demand.recorded is not None:
+        prompts += [("recorded", f"the lengths of the {demand.recorded.kind}")]
     prompts += [(length, str(length)) for length in lengths]
     chosen = demand.input_len or ("prompt_mix" if demand.prompt_mix else "")
+    chosen = chosen or ("recorded" if demand.recorded is not None else "")
     currency = hardware.currency
     return [
-        FormField("users", "Registered users", demand.users, minimum=1, step="1"),
-        FormField(
-            "logged_in",
-            "Logged in at the busiest time, %",
-            _text(100 * demand.logged_in),
-            0.001,
-            100,
-        ),
-        FormField(
-            "think_time_s",
-            "Think time between response and next request, s",
-            _text(demand.think_time_s),
-            0.1,
-            7200,
-        ),
-        FormField(
-            "load_factor",
-            "Load factor: mean load / load at the busiest time, %",
-            _text(100 * demand.load_factor),
-            0.1,
-            100,
-        ),
+        *_user_fields(demand),
         *(
             [
                 FormField(
@@ -284,6 +269,44 @@ def form_fields(
             "years_in_use", "Years in use", _text(hardware.years_in_use), 0.01, required=False
         ),
     ]
+
+
+def _user_fields(demand: Demand) -> list[FormField]:
+    """How much the users send. The label says what comes from recorded users."""
+    recorded = demand.recorded
+    users = [
+        FormField("users", "Registered users", demand.users, minimum=1, step="1"),
+        FormField(
+            "logged_in",
+            "Logged in at the busiest time, %",
+            _text(100 * demand.logged_in),
+            0.001,
+            100,
+        ),
+    ]
+    if demand.requests_per_s is not None:
+        label = "Requests/s at the busiest time (from the trace)"
+        users = [FormField("requests_per_s", label, _text(demand.requests_per_s), 1e-6)]
+    think = FormField(
+        "think_time_s",
+        "Think time between response and next request, s"
+        + (" (from the trace)" if recorded and recorded.think_time_s is not None else ""),
+        _text(demand.think_time_s),
+        0.001 if recorded else 0.1,
+        7200,
+    )
+    if demand.cycle_s is not None:
+        label = "Time from a request to the user's next one, s (from the trace)"
+        think = FormField("cycle_s", label, _text(demand.cycle_s), 0.001, 7200)
+    load_factor = FormField(
+        "load_factor",
+        "Load factor: mean load / load at the busiest time, %"
+        + (" (from the trace)" if recorded and recorded.load_factor is not None else ""),
+        _text(100 * demand.load_factor),
+        min(0.1, 100 * demand.load_factor),
+        100,
+    )
+    return [*users, think, load_factor]
 
 
 def _price_label(gpu: str, currency: str) -> str:

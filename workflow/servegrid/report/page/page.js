@@ -330,12 +330,24 @@ function readDemand() {
   const prices = Object.fromEntries(Object.entries(entries).filter(([name]) => name.startsWith("price:")).map(([name, value]) => [name.slice(6), value]));
   return {
     workload: entries.plan_workload,
-    demand: { ...entries, slo_class: form.elements.slo_class?.value ?? payload.demand.slo_class, prompts: prompts === "" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 }, logged_in: entries.logged_in / 100, load_factor: entries.load_factor / 100, slo_attainment: entries.slo_attainment / 100 },
+    demand: {
+      ...payload.demand, // what the form does not ask, such as the users of a trace
+      ...entries,
+      slo_class: form.elements.slo_class?.value ?? payload.demand.slo_class,
+      prompts: prompts === "" || prompts === "recorded" ? null : prompts === "prompt_mix" ? payload.demand.prompt_mix : { [prompts]: 1 },
+      recorded_lengths: prompts === "recorded" ? payload.demand.recorded.input_lens : null,
+      logged_in: entries.logged_in === undefined ? payload.demand.logged_in : entries.logged_in / 100,
+      load_factor: entries.load_factor / 100,
+      slo_attainment: entries.slo_attainment / 100,
+    },
     hardware: { ...payload.hardware, prices, electricity_per_kwh: entries.electricity_per_kwh, years_in_use: entries.years_in_use },
   };
 }
 
 const atLeast = (row) => (row.max_in_flight_is_lower_bound ? "at least " : "");
+
+const isKnown = (value) => value !== null && value !== undefined;
+const hasRate = (row) => isKnown(row.requests_per_s_carried);
 
 const PLAN_COLUMNS = [
   ["deployment", (row) => row.title],
@@ -351,6 +363,10 @@ const PLAN_COLUMNS = [
   ["price per million tokens at peak load", (row) => formatNumber(row.purchase_per_million_tokens_at_peak)],
   ["J per output token", (row) => formatNumber(row.energy_j_per_output_token)],
   ["energy cost per million tokens", (row) => formatNumber(row.energy_cost_per_million_tokens)],
+  ["requests/s that one replica carries", (row) => formatNumber(row.requests_per_s_carried)],
+  ["users at the busiest time (modelled)", (row) => (hasRate(row) ? formatNumber(row.users_logged_in) : "–")],
+  ["mean response time, s (modelled)", (row) => (hasRate(row) ? formatNumber(row.response_s_mean) : "–")],
+  ["requests with longer prompts than measured, %", (row) => (isKnown(row.requests_not_covered) ? formatNumber(100 * row.requests_not_covered) : "–")],
 ];
 const ALWAYS_SHOWN = 7;
 
@@ -380,7 +396,8 @@ function drawPlan() {
 }
 
 function headline(rows, demand, hardware) {
-  const users = `${count(demand.users, "registered user")} (${formatNumber(concurrentUsers(demand))} logged in, ${formatNumber(demand.think_time_s)} s think time)`;
+  const rate = demand.requests_per_s;
+  const users = isKnown(rate) ? `${formatNumber(rate)} requests/s` : `${count(demand.users, "registered user")} (${formatNumber(concurrentUsers(demand))} logged in, ${formatNumber(demand.think_time_s)} s think time)`;
   const speed = `${formatNumber(demand.tokens_per_s_per_user)} tokens/s`;
   const best = rows.find((each) => each.replicas !== undefined);
   if (!best) return `No deployment of this study is known to serve ${users} with ${speed} each.`;
@@ -390,7 +407,9 @@ function headline(rows, demand, hardware) {
   return (
     `For ${users}, the ${rank} deployment is ${best.title}: ${count(best.replicas, "replica")}${gpus}${cost}. ` +
     `${formatNumber(100 * demand.slo_attainment)}% of requests get at least ${speed}. ` +
-    `One replica can carry ${atLeast(best)}${withInterval(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.` +
+    (isKnown(rate)
+      ? `One replica can carry ${atLeast(best)}${formatNumber(best.requests_per_s_carried)} requests/s.`
+      : `One replica can carry ${atLeast(best)}${withInterval(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.`) +
     (best.emulated ? " These figures are emulated: they do not come from hardware." : "") +
     (best.output_len_exact ? "" : " Its outputs may stop early: the plan takes it that every response has the requested number of tokens, each in the measured time per token.")
   );
@@ -398,6 +417,7 @@ function headline(rows, demand, hardware) {
 
 // Bionic's rule: a tenth of the logged-in users are active. Mean and binomial quantiles.
 function ruleOfThumb(demand) {
+  if (isKnown(demand.requests_per_s)) return ""; // it counts users
   const [trials, share] = [demand.users, demand.logged_in * 0.1];
   let [most, logarithm] = [0, trials * Math.log1p(-share)]; // with many users, the probability itself underflows
   let upTo = Math.exp(logarithm);

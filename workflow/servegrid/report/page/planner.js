@@ -5,6 +5,11 @@ const SHARE_USED = 0.9;
 const SHARE_USED_MIXED = 0.85;
 const SAME_PROMPT_FACTOR = 1.5;
 const MAX_USERS = 1e6;
+const MAX_NOT_COVERED = 0.05;
+const HALVINGS = 50;
+const MAX_REPLICAS = 1e6;
+const MAX_INT = 2 ** 31 - 1;
+const NO_RATE = 1e-6;
 const YEAR_S = 8766 * 3600;
 const KWH_J = 3.6e6;
 
@@ -78,6 +83,85 @@ function meanInFlight(seconds, users, thinkTime) {
   return inFlight(seconds, users, thinkTime).reduce((sum, p, n) => sum + n * p, 0);
 }
 
+// The probabilities of 0, 1, … requests in flight at a Poisson process; the last one is of the highest number or more.
+function openDistribution(seconds, rate) {
+  const highest = seconds.length;
+  const load = (rate * seconds.at(-1)) / highest;
+  if (load >= 1) return [...Array(highest).fill(0), 1];
+  if (!rate) return [1, ...Array(highest).fill(0)];
+  const logarithms = [0];
+  seconds.forEach((each, index) => logarithms.push(logarithms[index] + Math.log(rate) + Math.log(each / (index + 1))));
+  const largest = logarithms.reduce((a, b) => Math.max(a, b));
+  const weights = logarithms.map((each) => Math.exp(each - largest));
+  weights[highest] /= 1 - load;
+  const total = weights.reduce((a, b) => a + b);
+  return weights.map((weight) => weight / total);
+}
+
+// `seconds` at 1, 2, … groups of `size` requests in flight.
+function byGroups(seconds, size) {
+  if (size > seconds.length) return [(seconds.at(-1) * size) / seconds.length];
+  return Array.from({ length: Math.floor(seconds.length / size) }, (_, index) => {
+    const position = (index + 1) * size;
+    const before = Math.floor(position);
+    const [low, high] = [seconds[before - 1], seconds[Math.min(before, seconds.length - 1)]];
+    return low + (high - low) * (position - before);
+  });
+}
+
+function rateCarried(seconds, allowed, sloAttainment, dispersion) {
+  const groups = byGroups(seconds, dispersion);
+  const limits = allowed.map(([limit, share]) => [limit / dispersion, share]);
+  let [low, high] = [0, groups.length / groups.at(-1)];
+  const least = NO_RATE * high;
+  for (let step = 0; step < HALVINGS; step++) {
+    const middle = (low + high) / 2;
+    const seen = openDistribution(groups, middle);
+    const upTo = (limit) => {
+      const [whole, rest] = [Math.floor(Math.min(limit, groups.length)), Math.min(limit, groups.length) % 1];
+      return seen.slice(0, whole).reduce((a, b) => a + b, 0) + rest * seen[whole];
+    };
+    const probability = limits.reduce((sum, [limit, share]) => sum + share * upTo(limit), 0);
+    if (probability >= sloAttainment - ROUNDING) low = middle;
+    else high = middle;
+  }
+  return low > least ? dispersion * low : 0;
+}
+
+function openMeanInFlight(seconds, rate, dispersion) {
+  const groups = byGroups(seconds, dispersion);
+  const load = ((rate / dispersion) * groups.at(-1)) / groups.length;
+  if (load >= 1) return Infinity;
+  const distribution = openDistribution(groups, rate / dispersion);
+  const mean = distribution.reduce((sum, p, n) => sum + n * p, 0) + (distribution.at(-1) * load) / (1 - load);
+  return dispersion * mean;
+}
+
+// The dispersion on one replica, if each request goes to a random one.
+const splitDispersion = (dispersion, replicas) => 1 + (dispersion - 1) / replicas;
+
+// How recorded prompt lengths become measured ones; see analysis.latency_curves.cover_lengths.
+function coverLengths(recorded, lengths) {
+  const counts = new Map(lengths.map((length) => [length, 0]));
+  const [shortest, longest] = [lengths[0], lengths.at(-1)];
+  let [beyond, missing, total, tokens] = [0, 0, 0, 0];
+  for (const [length, count] of recorded) {
+    const within = Math.min(Math.max(length, shortest), longest);
+    const above = lengths.find((each) => each >= within);
+    const below = lengths.findLast((each) => each <= within);
+    const upper = above === below ? 0 : (within - below) / (above - below);
+    counts.set(above, counts.get(above) + count * upper);
+    counts.set(below, counts.get(below) + count * (1 - upper));
+    beyond += count * Math.max(0, length - longest);
+    missing += length > longest ? count : 0;
+    total += count;
+    tokens += length * count;
+  }
+  const shares = new Map(lengths.map((length) => [length, counts.get(length) / total]));
+  const mean = lengths.reduce((sum, length) => sum + length * shares.get(length), 0);
+  return { shares, longest, mean, requestsMissing: missing / total, tokensMissing: beyond / tokens };
+}
+
 function nearestLength(lengths, wanted) {
   const ratio = (length) => Math.max(length, wanted) / Math.min(length, wanted);
   const nearest = lengths.reduce((a, b) => (ratio(b) < ratio(a) ? b : a));
@@ -106,18 +190,21 @@ function triedCells(cells, timeScale, slo) {
 }
 
 // The latency curves of the cells of one deployment and workload, or a text that says why there are none.
-function latencyCurves(cells, outputLen, timeScale, prompts, slo) {
+function latencyCurves(cells, outputLen, timeScale, prompts, slo, recorded) {
+  const failed = cells.filter((cell) => cell.trials[1] === 0);
   let valid = cells.filter((cell) => cell.trials[0] > 0 && cell.seconds_per_100_tokens);
-  const shares = new Map(lengthsIn(cells).map((length) => [length, prompts === null ? 1 : 0]));
-  for (const [length, share] of Object.entries(prompts ?? {})) {
-    const nearest = nearestLength([...shares.keys()], Number(length));
-    if (nearest === null) return `prompts of about ${length} tokens were not measured`;
-    shares.set(nearest, shares.get(nearest) + share);
+  valid = valid.filter((cell) => !failed.some((each) => each.input_len === cell.input_len && each.intensity <= cell.intensity));
+  const coverage = recorded && valid.length ? coverLengths(recorded, lengthsIn(valid)) : null;
+  const shares = coverage?.shares ?? new Map(lengthsIn(cells).map((length) => [length, prompts === null ? 1 : 0]));
+  if (!coverage) {
+    for (const [length, share] of Object.entries(prompts ?? {})) {
+      const nearest = nearestLength([...shares.keys()], Number(length));
+      if (nearest === null) return `prompts of about ${length} tokens were not measured`;
+      shares.set(nearest, shares.get(nearest) + share);
+    }
   }
   cells = cells.filter((cell) => shares.get(cell.input_len) > 0);
   valid = valid.filter((cell) => shares.get(cell.input_len) > 0);
-  const failed = cells.filter((cell) => cell.trials[1] === 0);
-  valid = valid.filter((cell) => !failed.some((each) => each.input_len === cell.input_len && each.intensity <= cell.intensity));
   if (!valid.length) return "there is no valid cell";
   const lengths = lengthsIn(valid);
   const lacking = lengthsIn(cells).filter((length) => !lengths.includes(length));
@@ -156,7 +243,25 @@ function latencyCurves(cells, outputLen, timeScale, prompts, slo) {
     itlMax,
     joules: joules && weightedMean(joules, normalised),
     untestedAbove: !cells.some((cell) => cell.intensity > ends.get(cell.input_len)),
+    coverage,
   };
+}
+
+// Why the measured lengths do not stand for the recorded ones; null if they do.
+function findGap(curves, demand) {
+  const percent = (share, digits) => (digits === undefined ? `${Number((100 * share).toPrecision(6))}` : (100 * share).toFixed(digits));
+  if (curves.coverage) {
+    const { requestsMissing, tokensMissing, longest } = curves.coverage;
+    const limit = Math.min(MAX_NOT_COVERED, 1 - demand.slo_attainment);
+    for (const [share, most, what] of [[requestsMissing, limit, "requests have longer prompts than"], [tokensMissing, MAX_NOT_COVERED, "prompt tokens are beyond"]]) {
+      if (share > most + ROUNDING) return `${percent(share, 1)}% of the ${what} the ${longest} tokens that were measured, and at most ${percent(most)}% may be: measure longer prompts`;
+    }
+  }
+  const recordedLen = demand.recorded?.output_len ?? null;
+  if (recordedLen === null) return null;
+  const ratio = recordedLen / curves.outputLen;
+  if (Math.max(ratio, 1 / ratio) <= SAME_PROMPT_FACTOR) return null;
+  return `outputs of about ${Math.round(recordedLen)} tokens, the mean of the ${demand.recorded.kind}, were not measured`;
 }
 
 // `values` at 1, 2, …, interpolated linearly at `position`; the first or last value outside.
@@ -171,40 +276,133 @@ function concurrentUsers(demand) {
   return Math.max(1, Math.ceil(Math.round(demand.users * demand.logged_in * 1e6) / 1e6));
 }
 
-// How much hardware the demand needs on one deployment, by the names of the columns of the plan.
-function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
-  const seconds = weightedMean(curves.seconds, curves.shares);
+// How many measured requests a mean request of recorded users is; see analysis.capacity.request_size.
+function requestSize(curves, demand) {
+  const recordedLen = demand.recorded?.output_len ?? null;
+  return recordedLen === null ? 1 : Math.max(1, recordedLen / curves.outputLen);
+}
+
+function meanSeconds(curves, rows, demand) {
+  const size = requestSize(curves, demand);
+  return weightedMean(rows, curves.shares).map((each) => size * each);
+}
+
+// For each prompt length, the most requests in flight that meet the SLO, and its share.
+function allowedInFlight(curves, times, demand) {
   const within = (rows, limit) => {
     const mixed = weightedMean(rows, curves.shares);
     return rows.map((row) => maxInFlight(mixed.map((mean) => mean + (row[0] - mixed[0])), limit));
   };
-  const allowed = (times) => {
-    const limits = [[times, curves.outputLen / demand.tokens_per_s_per_user], [curves.ttft, demand.ttft_s], [curves.e2el, demand.e2el_s], [curves.tpot, demand.tpot_s], [curves.itlMax, demand.itl_s]];
-    const found = limits.filter(([, limit]) => limit !== null).map(([rows, limit]) => within(rows, limit));
-    return curves.shares.map((share, index) => [Math.min(...found.map((each) => each[index])), share]);
-  };
-  const most = Math.min(...allowed(curves.seconds).map(([each]) => each));
+  const e2elLimit = demand.e2el_s === null ? null : demand.e2el_s / requestSize(curves, demand);
+  const limits = [[times, curves.outputLen / demand.tokens_per_s_per_user], [curves.ttft, demand.ttft_s], [curves.e2el, e2elLimit], [curves.tpot, demand.tpot_s], [curves.itlMax, demand.itl_s]];
+  const found = limits.filter(([, limit]) => limit !== null).map(([rows, limit]) => within(rows, limit));
+  return curves.shares.map((share, index) => [Math.min(...found.map((each) => each[index])), share]);
+}
+
+// The same, with the requests that are longer than measured: they count as if they missed the SLO.
+function allowedWithMissing(curves, times, demand) {
+  const pairs = allowedInFlight(curves, times, demand);
+  const missing = curves.coverage?.requestsMissing ?? 0;
+  if (!missing) return pairs;
+  const [limit, share] = pairs.pop();
+  return [...pairs, [limit, share - missing], [0, missing]];
+}
+
+const shareUsed = (curves) => (curves.shares.length === 1 ? SHARE_USED : SHARE_USED_MIXED);
+
+// The replicas for a number of users, and the load of one of them; null if not even one user can be served.
+function sizeByUsers(curves, demand) {
   const carried = (times, sloAttainment) =>
-    times && usersCarried(weightedMean(times, curves.shares), allowed(times), demand.think_time_s, sloAttainment);
+    times && usersCarried(meanSeconds(curves, times, demand), allowedWithMissing(curves, times, demand), demand.think_time_s, sloAttainment);
   const [users, low, high] = [curves.seconds, curves.slow, curves.fast].map((times) => carried(times, demand.slo_attainment));
-  const row = {
-    max_in_flight: most,
-    max_in_flight_is_lower_bound: most === seconds.length && curves.untestedAbove,
-    users_carried: users,
-    users_carried_low: low,
-    users_carried_high: high,
-    users_at_50pct_slo: carried(curves.seconds, 0.5),
-  };
+  const size = { users_carried: users, users_carried_low: low, users_carried_high: high, users_at_50pct_slo: carried(curves.seconds, 0.5) };
   const safe = low ?? users;
-  const shareUsed = curves.shares.length === 1 ? SHARE_USED : SHARE_USED_MIXED;
-  const usersPerReplica = safe ? Math.max(1, Math.floor(shareUsed * safe)) : 0;
-  if (!usersPerReplica) return { ...row, reason: "too few requests meet the SLO, even with one user" };
+  const perReplica = safe ? Math.max(1, Math.floor(shareUsed(curves) * safe)) : 0;
+  if (!perReplica) return [size, null];
   const wanted = concurrentUsers(demand);
-  const replicas = Math.ceil(wanted / usersPerReplica);
-  const usersEach = Math.ceil(wanted / replicas);
-  const busy = meanInFlight(seconds, usersEach, demand.think_time_s);
-  const tokens = (((usersEach - busy) / demand.think_time_s) * curves.outputLen * wanted) / usersEach;
-  const capacity = most ? (replicas * most * curves.outputLen) / seconds[most - 1] : null;
+  const replicas = Math.ceil(wanted / perReplica);
+  const each = Math.ceil(wanted / replicas);
+  const busy = meanInFlight(meanSeconds(curves, curves.seconds, demand), each, demand.think_time_s);
+  return [
+    { ...size, users_per_replica: perReplica, users_logged_in: wanted },
+    { replicas, rate: (each - busy) / demand.think_time_s, busy, share: wanted / each / replicas },
+  ];
+}
+
+// The users who send a rate of requests to one replica, by Little's law.
+function usersOf(seconds, rate, demand, dispersion) {
+  const busy = openMeanInFlight(seconds, rate, dispersion);
+  if (demand.cycle_s === null) return rate * demand.followed * demand.think_time_s + busy;
+  return Math.max(rate * demand.followed * demand.cycle_s + (1 - demand.followed) * busy, busy);
+}
+
+function rateOf(curves, times, demand, sloAttainment, dispersion) {
+  return rateCarried(meanSeconds(curves, times, demand), allowedWithMissing(curves, times, demand), sloAttainment, dispersion);
+}
+
+// The rate that the plan puts on one replica at most.
+function mostPerReplica(curves, demand, dispersion) {
+  return shareUsed(curves) * rateOf(curves, curves.slow ?? curves.seconds, demand, demand.slo_attainment, dispersion);
+}
+
+// The fewest replicas for a request rate; null if there cannot be enough.
+function replicasFor(total, curves, demand) {
+  const isEnough = (replicas) => total / replicas <= mostPerReplica(curves, demand, splitDispersion(demand.dispersion, replicas));
+  if (!mostPerReplica(curves, demand, 1)) return null;
+  let [low, high] = [0, 1];
+  while (!isEnough(high)) {
+    [low, high] = [high, 2 * high];
+    if (high > MAX_REPLICAS) return null;
+  }
+  while (high - low > 1) {
+    const middle = Math.floor((low + high) / 2);
+    if (isEnough(middle)) high = middle;
+    else low = middle;
+  }
+  return high;
+}
+
+// The same as sizeByUsers for a request rate.
+function sizeByRate(curves, demand) {
+  const total = demand.requests_per_s;
+  const replicas = replicasFor(total, curves, demand);
+  const bursts = splitDispersion(demand.dispersion, replicas ?? 1);
+  const carried = (times, sloAttainment) => times && rateOf(curves, times, demand, sloAttainment, bursts);
+  const users = (times, rate) => (times ? Math.floor(Math.min(usersOf(meanSeconds(curves, times, demand), rate, demand, bursts), MAX_USERS)) : null);
+  const [rate, low, high] = [curves.seconds, curves.slow, curves.fast].map((times) => carried(times, demand.slo_attainment));
+  const size = {
+    users_carried: users(curves.seconds, rate),
+    users_carried_low: users(curves.slow, low),
+    users_carried_high: users(curves.fast, high),
+    users_at_50pct_slo: users(curves.seconds, carried(curves.seconds, 0.5)),
+    requests_per_s_carried: rate,
+    requests_per_s_carried_low: low,
+  };
+  if (replicas === null) return [size, null];
+  const most = mostPerReplica(curves, demand, bursts);
+  const seconds = meanSeconds(curves, curves.seconds, demand);
+  const each = total / replicas;
+  return [
+    {
+      ...size,
+      users_per_replica: users(curves.seconds, most),
+      users_logged_in: Math.ceil(Math.min(replicas * usersOf(seconds, each, demand, bursts), MAX_INT)),
+      requests_per_s_per_replica: most,
+    },
+    { replicas, rate: each, busy: openMeanInFlight(seconds, each, bursts), share: 1 },
+  ];
+}
+
+// How much hardware the demand needs on one deployment, by the names of the columns of the plan.
+function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
+  const most = Math.min(...allowedInFlight(curves, curves.seconds, demand).map(([each]) => each));
+  const [size, load] = (demand.requests_per_s === null ? sizeByUsers : sizeByRate)(curves, demand);
+  const row = { max_in_flight: most, max_in_flight_is_lower_bound: most === curves.seconds[0].length && curves.untestedAbove, ...size };
+  if (!load) return { ...row, reason: "too few requests meet the SLO, even with one user" };
+  const { replicas, busy } = load;
+  const tokens = load.rate * replicas * load.share * (demand.recorded?.output_len ?? curves.outputLen);
+  const measured = weightedMean(curves.seconds, curves.shares);
+  const capacity = most ? (replicas * most * curves.outputLen) / measured[most - 1] : null;
   const price = hardware.prices[gpu] ?? null;
   const purchase = price === null ? null : price * Math.max(1, gpuCount) * replicas;
   const joules = curves.joules && interpolate(curves.joules, busy);
@@ -212,10 +410,10 @@ function sizeDeployment(curves, demand, hardware, gpu, gpuCount) {
   const perMillion = ifKnown(() => (purchase / (hardware.years_in_use * YEAR_S) / tokens) * 1e6, purchase, hardware.years_in_use);
   return {
     ...row,
-    users_per_replica: usersPerReplica,
     replicas,
     gpus: replicas * gpuCount,
-    in_flight_mean: (busy * wanted) / usersEach,
+    in_flight_mean: busy * replicas * load.share,
+    response_s_mean: busy / load.rate,
     output_tokens_per_s: tokens,
     purchase,
     purchase_per_token_per_s: ifKnown(() => purchase / capacity, purchase, capacity),
@@ -236,11 +434,14 @@ function planCapacity(payload, workload, demand, hardware) {
     const all = payload.cells.filter((cell) => cell.deployment === index && cell.workload === workload);
     const cells = triedCells(all, deployment.time_scale ?? 1, demand);
     if (!cells.length) return [];
-    const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand);
+    const curves = latencyCurves(cells, outputLen, deployment.time_scale ?? 1, demand.prompts, demand, demand.recorded_lengths);
     const head = { deployment: deployment.name, title: deployment.title, emulated: deployment.emulated, output_len_exact: deployment.output_len_exact, slo_class: demand.slo_class };
     if (typeof curves === "string") return [{ ...head, reason: curves }];
-    const size = sizeDeployment(curves, demand, hardware, deployment.gpu, deployment.gpu_count);
-    return [{ ...head, prompt_tokens: curves.promptTokens, ...size }];
+    const { promptTokens, coverage } = curves;
+    const lengths = coverage && { prompt_tokens_mean: coverage.mean, requests_not_covered: coverage.requestsMissing, prompt_tokens_not_covered: coverage.tokensMissing };
+    const gap = findGap(curves, demand);
+    const size = gap ? { reason: gap } : sizeDeployment(curves, demand, hardware, deployment.gpu, deployment.gpu_count);
+    return [{ ...head, prompt_tokens: promptTokens, ...lengths, ...size }];
   });
   const key = (row, name) => row[name] ?? Infinity;
   const order = ["purchase", "gpus", "replicas"];
