@@ -188,12 +188,12 @@ def _modelled(demand: Demand) -> list[str]:
 def _duration(seconds: float) -> str:
     """`90 s`, `5 minutes`, `3.5 hours` or `8 days`.
 
-    >>> [_duration(each) for each in (90, 300, 12_600, 691_200)]
-    ['90 s', '5 minutes', '3.5 hours', '8 days']
+    >>> [_duration(each) for each in (90, 300, 3_600, 12_600, 691_200)]
+    ['90 s', '5 minutes', '60 minutes', '3.5 hours', '8 days']
     """
     if seconds < 300:
         return f"{seconds:.3g} s"
-    if seconds < _HOUR_S:
+    if seconds < 2 * _HOUR_S:
         return f"{seconds / 60:.3g} minutes"
     if seconds < 2 * _DAY_S:
         return f"{seconds / _HOUR_S:.3g} hours"
