@@ -197,3 +197,25 @@ def test_the_reaper_also_cleans_up_after_its_parent_was_killed() -> None:
     assert process.wait(1) == -signal.SIGTERM
     assert not segment.exists()
     assert not folder.exists()
+
+
+def test_the_reaper_ends_an_orphan_that_nobody_named() -> None:
+    """A process of the engine that was starting when the one that started it was killed."""
+    with reaper.start_reaper() as running:
+        starter = (
+            "import subprocess, sys; orphan = subprocess.Popen("
+            "[sys.executable, '-c', 'import time; time.sleep(60)'], "
+            "stdout=subprocess.DEVNULL, start_new_session=True)\n"
+            "print(orphan.pid, flush=True)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", starter],
+            env=os.environ | {"TMPDIR": str(running.folder)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        orphan = psutil.Process(int(done.stdout))
+        assert orphan.is_running()
+    _, left = psutil.wait_procs([orphan], timeout=10)
+    assert left == []

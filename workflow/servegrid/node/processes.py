@@ -43,6 +43,20 @@ def descendants(exclude: Collection[psutil.Process] = ()) -> list[psutil.Process
     ]
 
 
+def started_with(variable: str, value: str) -> list[psutil.Process]:
+    """The processes that were started with this environment variable, whoever their parent is now.
+
+    Only those that this user may look into; without this process and Python's resource tracker,
+    which ends by itself when the others have ended.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(variable) == value:
+                found.append(process)
+    return [process for process in found if not _is_resource_tracker(process)]
+
+
 def terminate(processes: Iterable[psutil.Process], grace_s: float) -> None:
     """Send SIGTERM to `processes`, and SIGKILL to those that still run after `grace_s` seconds.
 

@@ -24,6 +24,9 @@ from servegrid.node.folders import temporary_folder
 
 GRACE_S = 5.0
 PARENT_CHECK_S = 2.0
+FOLDER_VARIABLE = "TMPDIR"
+"""A process whose temporary folder is the reaper's belongs to the engine. The parent may not have
+named it: a process that dies while it starts another one leaves an orphan."""
 STOP_TIMEOUT_S = 2 * GRACE_S + processes.KILL_TIMEOUT_S
 
 
@@ -75,9 +78,10 @@ def start_reaper() -> Iterator[Reaper]:
 
 
 class CleanupSet:
-    """Processes and shared-memory files to remove."""
+    """Processes and shared-memory files to remove, besides the processes that use `folder`."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.processes: set[psutil.Process] = set()
         self.files: set[Path] = set()
 
@@ -97,10 +101,17 @@ class CleanupSet:
         for process in self.processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 engine.update(process.children(recursive=True))
-        self.files |= processes.shared_memory_files(engine)
-        processes.terminate(engine, grace_s)
+        engine.update(self._orphans())
+        while engine:
+            self.files |= processes.shared_memory_files(engine)
+            processes.terminate(engine, grace_s)
+            # Those that were starting; what can't be killed must not hold up the rest.
+            engine = set(self._orphans()) - engine
         for file in self.files:
             file.unlink(missing_ok=True)
+
+    def _orphans(self) -> list[psutil.Process]:
+        return processes.started_with(FOLDER_VARIABLE, str(self.folder))
 
 
 def _identity(process: psutil.Process) -> Iterator[tuple[int, float]]:
@@ -126,11 +137,12 @@ def _read_lines(parent: int) -> Iterator[str]:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    cleanup = CleanupSet()
-    for line in _read_lines(int(sys.argv[1])):
+    parent, folder = int(sys.argv[1]), Path(sys.argv[2])
+    cleanup = CleanupSet(folder)
+    for line in _read_lines(parent):
         cleanup.add(line)
     cleanup.remove(GRACE_S)
-    shutil.rmtree(sys.argv[2], ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
