@@ -243,6 +243,7 @@ def test_a_killed_worker_is_noticed_and_nothing_is_left_behind(
         assert not socket.exists()
 
 
+@pytest.mark.chaos
 def test_a_failed_start_reports_its_cause(demo_model: DemoModel, tmp_path: Path) -> None:
     small = replace(DEPLOYMENT, engine_args={"dtype": "float32", "kv_cache_memory_bytes": 1000})
     with EngineProcess(small, demo_model.models, tmp_path) as serving:

@@ -113,6 +113,7 @@ def test_standard_output_is_utf8_unless_it_is_a_terminal(latin1: dict[str, str])
     assert "×".encode() in expected.stdout
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_a_folder_that_not_all_programs_find_is_refused(
     latin1: dict[str, str], tmp_path: Path

@@ -294,6 +294,7 @@ def test_a_cell_of_another_specification_is_refused_by_name(workspace: Workspace
     assert "Traceback" not in output
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_a_killed_allocation_is_continued_by_the_same_command(workspace: Workspace) -> None:
     workspace.study["workload"] |= {"concurrency": [1, 2, 3, 4], "output_len": 20}

@@ -78,6 +78,7 @@ def servegrid(work: Workspace, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.chaos
 @with_options(ONE_NODE)
 def test_a_new_site_measures_a_model_of_the_hub_offline(
     work: Workspace, monkeypatch: pytest.MonkeyPatch
