@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import pytest
 import yaml
 
 from helpers.deployments import EMULATED_ENTRY
+from servegrid.node import processes
 from servegrid.records import columns, parquet
 from servegrid.study.config import parse_study
 
@@ -136,11 +136,8 @@ def latest(cells: dict[str, int]) -> str:
 
 def abandoned_shared_memory() -> set[str]:
     """Shared memory that no process has mapped, because other tests may run at the same time."""
-    mapped = ""
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError):
-            mapped += Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
-    return {name for name in os.listdir("/dev/shm") if f"/dev/shm/{name}" not in mapped}
+    mapped = processes.shared_memory_files(psutil.process_iter())
+    return {file.name for file in processes.SHARED_MEMORY.iterdir() if file not in mapped}
 
 
 @pytest.fixture
