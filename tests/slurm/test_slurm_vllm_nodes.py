@@ -39,10 +39,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.chaos, pytest.mark
 
 
 class Study(Rehearsal):
-    """One deployment over two nodes, with more cells than end before a time limit is noticed."""
+    """One deployment over two nodes, with more cells than end before a time limit is noticed.
+
+    Slurm looks once per minute, and a cell takes about a second.
+    """
 
     def __init__(self, work: Workspace, model: Path) -> None:
-        self.work, self.deployments, self.cells = work, 1, 24
+        self.work, self.deployments, self.cells = work, 1, 96
         deployment = {
             "name": "two_nodes",
             "model": "smollm2-135m-instruct",
@@ -56,7 +59,7 @@ class Study(Rehearsal):
         }
         workload = {
             "concurrency": [*range(1, 9)],
-            "input_len": [31, 40, 50],
+            "input_len": [*range(20, 68, 4)],
             "output_len": 8,
             "drift_checks": False,
         }
