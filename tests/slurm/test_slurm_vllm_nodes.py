@@ -45,7 +45,7 @@ class Study(Rehearsal):
     """
 
     def __init__(self, work: Workspace, model: Path) -> None:
-        self.work, self.deployments, self.cells = work, 1, 96
+        self.work, self.deployments, self.cells = work, 1, 48
         deployment = {
             "name": "two_nodes",
             "model": "smollm2-135m-instruct",
@@ -59,7 +59,7 @@ class Study(Rehearsal):
         }
         workload = {
             "concurrency": [*range(1, 9)],
-            "input_len": [*range(20, 68, 4)],
+            "input_len": [*range(20, 68, 8)],
             "output_len": 8,
             "drift_checks": False,
         }
