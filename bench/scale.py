@@ -155,12 +155,15 @@ def main() -> None:
     parser.add_argument("--cells", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--jobs", type=int, nargs="+", default=list(JOBS))
     options = parser.parse_args()
-    studies = [measure_study(cells) for cells in options.cells]
-    report(
-        f"studies by their number of cells, {CELLS_PER_DEPLOYMENT} per deployment",
-        tuple(options.cells),
-        {step: [study[step] for study in studies] for step in studies[0]},
-    )
+    studies: list[dict[str, tuple[float, float]]] = []
+    for cells in options.cells:
+        studies.append(measure_study(cells))
+        # After each size, because the largest one takes long.
+        report(
+            f"studies by their number of cells, {CELLS_PER_DEPLOYMENT} per deployment",
+            tuple(options.cells[: len(studies)]),
+            {step: [study[step] for study in studies] for step in studies[0]},
+        )
     report(
         f"{ALLOCATIONS} allocations, at most {AT_A_TIME} at a time, by their number of jobs",
         tuple(options.jobs),
