@@ -148,9 +148,9 @@ def test_a_study_over_two_nodes_survives_every_end_and_is_certified(work: Worksp
         )
         assert left == []
     run.wait(timeout=START_S)
-    assert run.returncode != 0  # somebody has cancelled the job: no other allocation
-    run = study.start()
-    run.wait(timeout=START_S)
+    if run.returncode:  # the jobs of a cancelled allocation fail; the rule tries each once more
+        run = study.start()
+        run.wait(timeout=START_S)
     assert run.returncode == 0, work.log.read_text()[-6000:]
 
     events = Counter(event["event"] for event in study.journal())
