@@ -34,6 +34,17 @@ DEMO_VLLM = replace(
 )
 """The demo's model, which vLLM and llama.cpp can start on any machine."""
 
+DEMO_ENTRY: dict[str, Any] = {
+    "name": "d",
+    "model": DEMO_VLLM.model,
+    "checkpoint": DEMO_VLLM.checkpoint,
+    "quantization": DEMO_VLLM.quantization,
+    "engine": "vllm",
+    "gpu": "cpu",
+    "engine_args": {"dtype": "float32"},
+}
+"""The same as a study has it, without the lengths that it allows."""
+
 EMULATED_ENTRY: dict[str, Any] = {
     "model": "mistral-7b",
     "checkpoint": "mistralai/Mistral-7B-Instruct-v0.2",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from helpers.demo_model import DemoModel
+from helpers.deployments import DEMO_ENTRY
 from helpers.sources import check_counted_tokens
 from servegrid.analysis.server_metrics import prefix_columns
 from servegrid.analysis.tables import load_table
@@ -98,18 +99,8 @@ def test_vllms_hit_rate_is_the_expected_one_and_the_page_shows_off_and_on(tmp_pa
             "source": {"kind": "file", "path": str(tmp_path / "chats.jsonl"), "turns": "all"},
         },
         "deployments": [
-            {
-                "name": "d",
-                "model": "smollm2-135m-instruct",
-                "checkpoint": "demo:smollm2-135m-instruct",
-                "quantization": "fp32",
-                "engine": "vllm",
-                "gpu": "cpu",
-                "max_model_len": 1024,
-                "max_num_seqs": 8,
-                "engine_args": {"dtype": "float32"},
-                "prefix_caching": [False, True],
-            }
+            DEMO_ENTRY
+            | {"max_model_len": 1024, "max_num_seqs": 8, "prefix_caching": [False, True]},
         ],
     }
     config = tmp_path / "study.json"

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from helpers.demo_model import DemoModel
-from helpers.deployments import DEMO_VLLM
+from helpers.deployments import DEMO_ENTRY, DEMO_VLLM
 from helpers.serving import EngineProcess, http_client
 from servegrid.analysis.tables import load_table
 from servegrid.client import measure
@@ -25,16 +25,7 @@ from servegrid.study.grid import Workload
 from servegrid.telemetry.server import counter_reader
 
 ROOT = Path(__file__).parents[2]
-ENTRY: dict[str, Any] = {
-    "name": "d",
-    "model": "smollm2-135m-instruct",
-    "checkpoint": "demo:smollm2-135m-instruct",
-    "quantization": "fp32",
-    "engine": "vllm",
-    "gpu": "cpu",
-    "max_model_len": 256,
-    "engine_args": {"dtype": "float32"},
-}
+ENTRY = DEMO_ENTRY | {"max_model_len": 256}
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(1800)]
 

@@ -111,6 +111,7 @@ class UserRequest(NamedTuple):
 
 
 Row = TypeVar("Row", Conversation, Arrival, UserRequest)
+TimedRow = TypeVar("TimedRow", Arrival, UserRequest)
 
 
 @dataclass(frozen=True)
@@ -231,11 +232,7 @@ def read_trace(
     """
     parse = partial(_parse_arrival, context=context)
     read = _read(path, _trace_rows(path), parse, on_bad_rows, check=_check_order)
-    start = read.rows[0].time_s
-    rows = [row._replace(time_s=row.time_s - start) for row in read.rows]
-    if first_s is not None:
-        rows = [row for row in rows if row.time_s < first_s]
-    return replace(read, rows=rows)
+    return _from_start(read, first_s)
 
 
 def read_lengths(path: Path, on_bad_rows: str, context: int) -> Rows[Arrival]:
@@ -256,9 +253,16 @@ def read_user_requests(
     read = _read(
         path, _trace_rows(path), _parse_user_request, on_bad_rows, _check_order, key, named
     )
+    return _from_start(read, first_s)
+
+
+def _from_start(read: Rows[TimedRow], first_s: float | None) -> Rows[TimedRow]:
+    """The rows within the first `first_s` seconds of a trace, with times from its first row on."""
     start = read.rows[0].time_s
     rows = [row._replace(time_s=row.time_s - start) for row in read.rows]
-    return replace(read, rows=[row for row in rows if first_s is None or row.time_s < first_s])
+    if first_s is not None:
+        rows = [row for row in rows if row.time_s < first_s]
+    return replace(read, rows=rows)
 
 
 def _describe_arrivals(read: Rows[Arrival], context: int) -> FileFacts:
