@@ -18,7 +18,7 @@ report: "workflow/report/study.rst"
 
 
 wildcard_constraints:
-    deployment="|".join(re.escape(deployment.name) for deployment in study.deployments),
+    deployment="[^/]+",
     trial=r"\d+(?:-bring_up-\d+)?",
 
 
@@ -26,11 +26,12 @@ localrules:
     all,
 
 
-FILES = "measure gather goodput tabulate plot findings plan_capacity render bundle"
-# The rule `refuse` only if it has cells: Snakemake would look for them among all others.
-for file in FILES.split() + ["refuse"] * bool(study.unsupported):
+# One file per rule. The rule `refuse` only if it has cells: Snakemake would look for them among all
+# others.
+DERIVED = "gather summarise goodput tabulate plot findings plan_capacity render".split()
+for name in ["measure", *DERIVED, "bundle", *["refuse"] * bool(study.unsupported)]:
 
-    include: f"workflow/rules/{file}.smk"
+    include: f"workflow/rules/{name}.smk"
 
 
 onstart:
@@ -41,10 +42,5 @@ rule all:
     default_target: True
     input:
         deleted_records,
-        derived=[
-            *(each.output for each in (rules.gather, rules.summarise, rules.findings)),
-            *(each.output for each in (rules.goodput, rules.plan_capacity)),
-            rules.plot_overview.output,
-            of_each_deployment(rules.tabulate.output + rules.plot.output),
-            rules.render.output,
-        ],
+        # Each file by itself: for lists in a list, Snakemake's time is the square of their length.
+        derived=[file for name in DERIVED for file in getattr(rules, name).output],

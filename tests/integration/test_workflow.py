@@ -235,6 +235,20 @@ def test_a_dry_run_counts_what_would_run(workspace: Workspace) -> None:
     assert workspace.cells() == {}
 
 
+def test_the_jobs_for_tables_and_figures_do_not_grow_with_the_study(workspace: Workspace) -> None:
+    """Each of them makes Snakemake search all records, so a plan would grow with the square."""
+    (deployment,) = workspace.study["deployments"]
+    workspace.study["deployments"] = [deployment | {"name": f"d{number}"} for number in range(30)]
+    output = workspace.run("--dry-run", "--verbose")
+    assert re.search(r"^measure +120$", output, re.MULTILINE)
+    assert re.search(r"^total +129$", output, re.MULTILINE)
+
+
+def test_an_unknown_cell_is_refused_by_its_name(workspace: Workspace) -> None:
+    output = workspace.run("--dry-run", "results/cells/typo/x/trial-1/requests.parquet", status=1)
+    assert "The study has no trial 'typo/x/trial-1'." in output
+
+
 def test_a_deleted_record_is_missed_though_the_tables_are_there(workspace: Workspace) -> None:
     trials = parse_study(workspace.study).all_trials
     for trial in trials:

@@ -65,7 +65,6 @@ def rules_with_package_files() -> dict[str, str]:
         "summarise",
         "tabulate",
         "plot",
-        "plot_overview",
         "findings",
         "plan_capacity",
         "render",

@@ -28,11 +28,17 @@ with reraise_as(WorkflowError):
         if "users_from" in config.get("capacity", {}):
             config["capacity"].update(resolve_users(config)["capacity"])
 
+DEPLOYMENTS = [deployment.name for deployment in study.deployments]
 HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
 
 def trial_of(wildcards):
-    return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
+    try:
+        return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
+    except KeyError as error:
+        raise WorkflowError(
+            f"The study has no trial {error}. `snakemake --dry-run --verbose` lists its trials."
+        ) from None
 
 
 def saturation_of(wildcards):
@@ -74,10 +80,6 @@ def unless_dry_run(**resources):
     output = workflow.output_settings
     hidden = output.dryrun and not (output.verbose or output.printshellcmds)
     return {} if hidden else resources
-
-
-def of_each_deployment(outputs):
-    return expand(outputs, deployment=[each.name for each in study.deployments])
 
 
 def records(wildcards=None):

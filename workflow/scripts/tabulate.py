@@ -5,8 +5,7 @@ from servegrid.report.latency_table import write_latency_tables
 from servegrid.run.jobscript import redirect_output
 
 with redirect_output(snakemake.log[0]):
-    write_latency_tables(
-        load_table(Path(snakemake.input.cells)),
-        snakemake.wildcards.deployment,
-        {name: Path(path) for name, path in snakemake.output.items()},
-    )
+    cells = load_table(Path(snakemake.input.cells))
+    for number, deployment in enumerate(snakemake.params.deployments):
+        files = {name: Path(paths[number]) for name, paths in snakemake.output.items()}
+        write_latency_tables(cells, deployment, files)
