@@ -1,6 +1,4 @@
 # What is measured: config/. Where it runs: profiles/. What is done: workflow/rules/.
-import re
-
 from snakemake.utils import min_version
 
 min_version("9.27")
@@ -26,10 +24,8 @@ localrules:
     all,
 
 
-# One file per rule. The rule `refuse` only if it has cells: Snakemake would look for them among all
-# others.
 DERIVED = "gather summarise goodput tabulate plot findings plan_capacity render".split()
-for name in ["measure", *DERIVED, "bundle", *["refuse"] * bool(study.unsupported)]:
+for name in ["measure", *DERIVED, "bundle"]:
 
     include: f"workflow/rules/{name}.smk"
 

@@ -9,6 +9,7 @@ from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path, published_from_config
 from servegrid.run.jobscript import reraise_as
 from servegrid.run.preflight import check_ready
+from servegrid.run.refusals import forget_refused, refuse_unsupported
 from servegrid.run.search_plan import forget_left_out, plan_file, write_plans
 from servegrid.run.walltime import Walltimes
 from servegrid.study.config import from_snakemake
@@ -24,6 +25,7 @@ with reraise_as(WorkflowError):
     published_from_config(config, workflow.configfiles)
     if workflow.is_main_process:
         forget_left_out(study, parse_slo(config))
+        forget_refused(study)
         # Tables, page and bundle have the figures of this file, as it is now, and not its path.
         if "users_from" in config.get("capacity", {}):
             config["capacity"].update(resolve_users(config)["capacity"])
@@ -34,11 +36,17 @@ HARDWARE = str(find_hardware_file(Path(workflow.basedir)))
 
 def trial_of(wildcards):
     try:
-        return study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
+        trial = study.trial(wildcards.deployment, wildcards.cell, wildcards.trial)
     except KeyError as error:
         raise WorkflowError(
             f"The study has no trial {error}. `snakemake --dry-run --verbose` lists its trials."
         ) from None
+    if trial.unsupported:
+        raise WorkflowError(
+            f"{trial.id} cannot be measured: {trial.unsupported}. A run without this file as its "
+            "target records the verdict `unsupported`."
+        )
+    return trial
 
 
 def saturation_of(wildcards):
@@ -70,6 +78,7 @@ def prepare_run():
     """Refuse what cannot work, plan the searches, and say how long the missing trials take."""
     with reraise_as(WorkflowError):
         check_ready(study, "results/cells")
+        refuse_unsupported(study)
         write_plans(study, parse_slo(config))
     if expected := walltimes.forecast(missing_trials()):
         logger.info(expected)
@@ -83,10 +92,12 @@ def unless_dry_run(**resources):
 
 
 def records(wildcards=None):
-    """The files of all trials. A function, because only the jobs of `gather` need so many."""
+    """The files that jobs measure. A function, because only `gather` needs so many."""
+    refused = {trial.id for trial in study.unsupported}
     return [
         f"results/cells/{trial.id}/{part}.parquet"
         for trial in study.all_trials
+        if trial.id not in refused
         for part in ("requests", "telemetry")
     ]
 

@@ -1,0 +1,181 @@
+"""Trials that cannot work get their verdict at the start of a run, and lose it when they can."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servegrid.errors import RecordError
+from servegrid.records import parquet
+from servegrid.run import unmeasured
+from servegrid.run.refusals import CELLS, LIST, forget_refused, refuse_unsupported
+from servegrid.study.config import parse_study
+from servegrid.study.grid import Study, Trial
+
+
+@pytest.fixture(autouse=True)
+def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def study(max_model_len: int = 135, **changes: Any) -> Study:
+    """Prompts of 31, 40 and 60 tokens with 100 output tokens each."""
+    deployment = {
+        "model": "m",
+        "checkpoint": "org/m",
+        "quantization": "fp16",
+        "engine": "emulated",
+        "gpu": "v100-16gb",
+        "max_model_len": max_model_len,
+    }
+    return parse_study(
+        {
+            "study": "small",
+            "workload": {"concurrency": [1], "input_len": [31, 40, 60], "drift_checks": False},
+            "deployments": [deployment | changes],
+        }
+    )
+
+
+def of_length(study: Study, input_len: int) -> Trial:
+    return next(trial for trial in study.trials if trial.workload.input_len == input_len)
+
+
+def files(trial: Trial) -> list[Path]:
+    return [CELLS / trial.id / f"{part}.parquet" for part in ("requests", "telemetry")]
+
+
+def record(trial: Trial) -> dict[str, Any]:
+    return parquet.read_record(files(trial)[0])
+
+
+def times(trials: tuple[Trial, ...]) -> list[int]:
+    return [file.stat().st_mtime_ns for trial in trials for file in files(trial)]
+
+
+def test_only_trials_that_cannot_work_get_the_verdict() -> None:
+    small = study()
+    assert refuse_unsupported(small) == [of_length(small, 40).id, of_length(small, 60).id]
+    assert record(of_length(small, 60))["verdict"] == "unsupported"
+    assert record(of_length(small, 60))["verdict_detail"] == (
+        "input_len 60 plus output_len 100 is more than max_model_len 135"
+    )
+    assert not files(of_length(small, 31))[0].exists()
+
+
+def test_a_study_without_such_trials_gets_no_file() -> None:
+    assert refuse_unsupported(study(1000)) == []
+    assert list(Path().iterdir()) == []
+
+
+def test_a_verdict_is_written_once() -> None:
+    small = study()
+    refuse_unsupported(small)
+    before = times(small.unsupported)
+    assert refuse_unsupported(small) == []
+    assert times(small.unsupported) == before
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_deleted_file_is_written_again(part: int) -> None:
+    small = study()
+    refuse_unsupported(small)
+    files(of_length(small, 40))[part].unlink()
+    assert refuse_unsupported(small) == [of_length(small, 40).id]
+    assert all(file.exists() for file in files(of_length(small, 40)))
+
+
+def test_a_changed_specification_gets_a_new_verdict() -> None:
+    refuse_unsupported(study())
+    changed = study(136)
+    assert refuse_unsupported(changed) == [trial.id for trial in changed.unsupported]
+    assert record(of_length(changed, 40))["spec_digest"] == of_length(changed, 40).digest
+
+
+def test_what_can_work_now_is_measured() -> None:
+    refuse_unsupported(study())
+    larger = study(150)
+    assert forget_refused(larger) == [of_length(larger, 40).id]
+    assert not any(file.exists() for file in files(of_length(larger, 40)))
+    assert all(file.exists() for file in files(of_length(larger, 60)))
+    assert forget_refused(larger) == []
+
+
+def write_measured(trial: Trial, name: str = "oom") -> None:
+    nothing: dict[str, Any] = {}
+    verdict = unmeasured.Verdict(name, "it was tried")
+    unmeasured.write_unmeasured(trial, verdict, *files(trial), nothing, nothing)
+
+
+@pytest.mark.parametrize("max_model_len", [135, 150])
+def test_a_measured_record_is_never_removed(max_model_len: int) -> None:
+    """Whatever the list says: of another specification, or of this one."""
+    larger = study(150)
+    listed = of_length(study(max_model_len), 40)
+    write_measured(of_length(larger, 40))
+    LIST.write_text(json.dumps({listed.id: listed.digest}), encoding="utf-8")
+    assert forget_refused(larger) == [listed.id]
+    assert record(of_length(larger, 40))["verdict"] == "oom"
+
+
+def test_an_engine_s_own_verdict_is_kept() -> None:
+    larger = study(150)
+    listed = of_length(study(), 40)
+    write_measured(of_length(larger, 40), "unsupported")
+    LIST.write_text(json.dumps({listed.id: listed.digest}), encoding="utf-8")
+    forget_refused(larger)
+    assert record(of_length(larger, 40))["verdict_detail"] == "it was tried"
+
+
+def test_what_an_older_version_measured_is_kept() -> None:
+    small = study()
+    write_measured(of_length(small, 40))
+    assert refuse_unsupported(small) == [of_length(small, 60).id]
+    assert record(of_length(small, 40))["verdict"] == "oom"
+
+
+def test_the_records_of_a_bundle_are_taken_as_they_are() -> None:
+    """It has no list: the list is no record."""
+    small = study()
+    refuse_unsupported(small)
+    before = times(small.unsupported)
+    LIST.unlink()
+    assert refuse_unsupported(small) == []
+    assert times(small.unsupported) == before
+    larger = study(150)
+    assert forget_refused(larger) == [of_length(larger, 40).id]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a":', '{"a": 1}'])
+def test_a_damaged_list_is_made_anew(text: str) -> None:
+    small = study()
+    refuse_unsupported(small)
+    LIST.write_text(text)
+    assert forget_refused(study(150)) == []
+    assert refuse_unsupported(small) == []
+    assert forget_refused(study(150)) != []
+
+
+def test_a_run_that_ends_between_its_files_is_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older verdict must not look like the present one."""
+    refuse_unsupported(study())
+    changed = study(136)
+
+    def end(*_: Any) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(unmeasured, "refuse_trial", end)
+        refuse_unsupported(changed)
+    refuse_unsupported(changed)
+    for trial in changed.unsupported:
+        assert record(trial)["spec_digest"] == trial.digest
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "results").write_text("a file")
+    with pytest.raises(RecordError, match="results"):
+        refuse_unsupported(study())

@@ -1,0 +1,114 @@
+"""The trials that cannot work: they get their verdict at the start of a run, without a job.
+
+A rule for them would start Python once per trial, and its constraint would name all of them, so
+that the time for a plan is the square of their number.
+
+Snakemake knows nothing of these records. So a list says which trial got its verdict for which
+specification, and `forget_refused` removes the records of trials that can work now.
+
+Every start of Snakemake imports this module, also a dry run. So it imports little, and Arrow only
+if there are such trials.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from servegrid.errors import RecordError
+from servegrid.records.verdict import UNSUPPORTED
+from servegrid.study.grid import Study, Trial
+
+CELLS = Path("results/cells")
+"""Relative to the working directory, as all paths here."""
+LIST = Path("results/unsupported.json")
+"""An object with the digest of the specification of each trial, by `Trial.id`."""
+
+
+def forget_refused(study: Study) -> list[str]:
+    """Remove the records of trials that could not work and can now. Returns the trials' ids.
+
+    They say only that nothing was measured. Raises RecordError if a file cannot be removed.
+    """
+    listed = _read_list()
+    if not listed:
+        return []
+    refused = {trial.id for trial in study.unsupported}
+    possible = [trial.id for trial in study.all_trials if trial.id not in refused]
+    forgotten = [name for name in possible if name in listed]
+    for name in forgotten:
+        record = _record(name)
+        if record.get("verdict") == UNSUPPORTED and record.get("spec_digest") == listed[name]:
+            _remove_records(name)
+    if forgotten:
+        _write_list({name: digest for name, digest in listed.items() if name not in forgotten})
+    return forgotten
+
+
+def refuse_unsupported(study: Study) -> list[str]:
+    """Write the missing records of the trials that cannot work. Returns the trials' ids.
+
+    Raises RecordError if a file cannot be removed or written.
+    """
+    if not study.unsupported:
+        return []
+    from servegrid.run.unmeasured import refuse_trial
+
+    listed = _read_list()
+    missing = [trial for trial in study.unsupported if not _is_recorded(trial, listed)]
+    # A list that names too much does no harm: a run may end here at any moment.
+    for trial in missing:
+        _remove_records(trial.id)
+    current = listed | {trial.id: trial.digest for trial in study.unsupported}
+    if current != listed:
+        _write_list(current)
+    for trial in missing:
+        refuse_trial(trial, *_files(trial.id))
+    return [trial.id for trial in missing]
+
+
+def _is_recorded(trial: Trial, listed: Mapping[str, str]) -> bool:
+    """Whether the trial has its two files, and they are of its present specification."""
+    if not all(file.exists() for file in _files(trial.id)):
+        return False
+    return trial.digest == (listed.get(trial.id) or _record(trial.id).get("spec_digest"))
+
+
+def _record(name: str) -> dict[str, Any]:
+    """The record of a trial; empty if it is missing or damaged."""
+    from servegrid.records import parquet
+
+    with contextlib.suppress(RecordError):
+        return parquet.read_record(_files(name)[0])
+    return {}
+
+
+def _files(name: str) -> tuple[Path, Path]:
+    return CELLS / name / "requests.parquet", CELLS / name / "telemetry.parquet"
+
+
+def _remove_records(name: str) -> None:
+    for file in _files(name):
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise RecordError(f"{file}: cannot be removed ({error.strerror}).") from error
+
+
+def _read_list() -> dict[str, str]:
+    """The list; empty if it is missing or damaged, because the records say the same."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(LIST.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return {name: digest for name, digest in found.items() if isinstance(digest, str)}
+    return {}
+
+
+def _write_list(digests: Mapping[str, str]) -> None:
+    from servegrid.records import parquet
+
+    with parquet.atomic_write(LIST) as temporary:
+        temporary.write_text(json.dumps(digests), encoding="utf-8")
