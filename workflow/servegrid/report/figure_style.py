@@ -24,7 +24,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import ScaledTranslation
 
-from servegrid.analysis.summary import count_trials, served_trials, trial_median, valid_trials
+from servegrid.analysis.summary import TrialMedian, count_trials, trial_medians
 from servegrid.analysis.titles import emulation_label, interval_title
 from servegrid.records import parquet
 
@@ -132,7 +132,8 @@ def line_points(rows: pd.DataFrame, column: str) -> pd.DataFrame:
     Columns: `median`, `low` and `high` of its 95% interval (NaN if unknown), and `mark` (one of
     MARKS, or None).
     """
-    points = {level: _point(trials, column) for level, trials in rows.groupby("intensity")}
+    medians = trial_medians(rows, "intensity", column)
+    points = {level: _point(median) for level, median in medians.items()}
     names = ["median", "low", "high", "mark"]
     frame = pd.DataFrame.from_dict(points, orient="index", columns=names)
     return frame.astype(dict.fromkeys(names[:3], float))
@@ -164,14 +165,13 @@ def draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
     _draw_marks_on_axis(axes, lines)
 
 
-def _point(trials: pd.DataFrame, column: str) -> tuple[float, float, float, str | None]:
-    value, interval = trial_median(trials, column)
-    low, high = interval or (math.nan, math.nan)
-    if served_trials(trials).empty:
+def _point(median: TrialMedian) -> tuple[float, float, float, str | None]:
+    low, high = median.interval or (math.nan, math.nan)
+    if not median.is_served:
         return math.nan, low, high, "not served"
-    if value is None:
+    if median.value is None:
         return math.nan, low, high, "no figure"
-    return value, low, high, "not valid" if valid_trials(trials).empty else None
+    return median.value, low, high, None if median.is_valid else "not valid"
 
 
 def _draw_hollow(axes: Axes, points: pd.Series[float], style: LineStyle) -> None:

@@ -18,13 +18,7 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-from servegrid.analysis.summary import (
-    count_trials,
-    run_trials,
-    served_trials,
-    trial_median,
-    valid_trials,
-)
+from servegrid.analysis.summary import TrialMedian, count_trials, run_trials, trial_medians
 from servegrid.analysis.titles import (
     PROTOCOL_DESCRIPTIONS,
     deployment_title,
@@ -197,29 +191,33 @@ def _as_arrow(tables: Sequence[LatencyTable]) -> pa.Table:
 
 
 def _table(rows: pd.DataFrame) -> LatencyTable:
-    cells: Any = rows.groupby(["intensity", "input_len"])
+    keys = ["intensity", "input_len"]
+    cells: Any = rows.groupby(keys)
+    medians = trial_medians(rows, keys, "seconds_per_100_tokens")
     trials_per_cell, bring_ups = count_trials(rows)
     return LatencyTable(
         protocol=rows["protocol"].iloc[0],
         output_len=int(rows["output_len"].iloc[0]),
         trials=trials_per_cell,
         bring_ups=bring_ups,
-        entries={(float(level), int(length)): _entry(trials) for (level, length), trials in cells},
+        entries={
+            (float(level), int(length)): _entry(trials, medians[level, length])
+            for (level, length), trials in cells
+        },
     )
 
 
-def _entry(trials: pd.DataFrame) -> Entry:
+def _entry(trials: pd.DataFrame, median: TrialMedian) -> Entry:
     tried = run_trials(trials)
     trials = trials if tried.empty else tried  # a cell may need fewer trials than the study allows
-    if served_trials(trials).empty:
+    if not median.is_served:
         return Entry(NOT_SERVED, None, not_served=serving_failures(trials))
-    value, interval = trial_median(trials, "seconds_per_100_tokens")
-    has_valid = not valid_trials(trials).empty
+    interval, not_valid = median.interval, validity_failures(trials)
     return Entry(
-        seconds=NO_FIGURE if value is None else format_seconds(value),
+        seconds=NO_FIGURE if median.value is None else format_seconds(median.value),
         interval=interval and "[{}, {}]".format(*map(format_seconds, interval)),
-        left_out=serving_failures(trials) + (validity_failures(trials) if has_valid else []),
-        not_valid=[] if has_valid else validity_failures(trials),
+        left_out=serving_failures(trials) + (not_valid if median.is_valid else []),
+        not_valid=[] if median.is_valid else not_valid,
         remarks=serving_remarks(trials),
     )
 
