@@ -150,6 +150,29 @@ def test_findings_are_sentences_about_the_figures() -> None:
     )
 
 
+def test_a_prompt_length_that_a_search_decided_by_others_has_no_frontier_of_its_own() -> None:
+    own = PUBLISHED[PUBLISHED["deployment"] == MIXTRAL]
+    cells = own[own["input_len"].isin([31, 119])].copy()
+    # At 20 tokens/s, 100 tokens may take 5 s. 31 tokens: 6.0 s for 32 and 18.5 s for 128 miss it.
+    # 119 tokens: 4.9 s for 16 and 7.6 s for 32; 16 + 16 × 0.1 / 2.7 = 16.6.
+    run = [(31, 32), (31, 128), (119, 16), (119, 32)]
+    pairs = zip(cells["input_len"], cells["concurrency"], strict=True)
+    skipped = [pair not in run for pair in pairs]
+    cells.loc[skipped, ["trials", "trials_served", "trials_valid"]] = 0
+    cells.loc[skipped, "seconds_per_100_tokens"] = None
+    slo = Slo(20.0)
+    frontier = compute_frontier(cells, slo)
+    assert frontier["input_len"].tolist() == [119]
+    (text,) = describe_findings(cells, frontier, slo, {MIXTRAL: "Mixtral"})
+    assert text == (
+        "Mixtral, burst: Most requests in flight that meet the SLO (20 tokens/s): 16 with prompts "
+        "of 119 tokens. Prompts of 31 tokens were decided by cells of other lengths: `servegrid "
+        "frontier` shows them. With prompts of 31 tokens, the time grows by a factor of 3.1 from "
+        "concurrency 32 to 128. Prompts of 119 tokens take 1.3 × the time of prompts of 31 tokens "
+        "at concurrency 32."
+    )
+
+
 def test_the_slo_comes_from_the_study() -> None:
     assert parse_slo({}) == Slo(5.0, None, None)
     text = str(parse_slo({"slo": {"tokens_per_s_per_user": 8, "ttft_s": 2, "e2el_s": 30}}))
