@@ -29,7 +29,7 @@ def add_plan(subcommands: Any) -> None:
         "--profile",
         type=Path,
         metavar="DIR",
-        help="a profile, such as profiles/plafrim: its nodes and time limit count",
+        help="a profile, such as profiles/plafrim, for its nodes and its time limit",
     )
     add_directory(parser)
     add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
@@ -52,7 +52,7 @@ def _plan(options: argparse.Namespace) -> int:
     from servegrid.analysis.capacity import load_prices
     from servegrid.analysis.plan import own_tables, plan_study
     from servegrid.analysis.predictor import load_calibration, refit
-    from servegrid.analysis.review import review_study
+    from servegrid.analysis.review import add_measured, review_study
     from servegrid.analysis.slo import parse_slo
     from servegrid.errors import RecordError
     from servegrid.reference.checkpoint import find_model
@@ -87,6 +87,7 @@ def _plan(options: argparse.Namespace) -> int:
     done = frozenset(trial.id for trial in measured)
     slo = parse_slo(config.load_settings(options.configfile, options.directory))
     plan = plan_study(study, facts, calibration, site, done, bursts, slo)
+    plan = add_measured(plan, cells)
     if options.json:
         print(plan_report.plan_json(plan, prices))
     else:
