@@ -283,6 +283,22 @@ def test_the_review_holds_predictions_against_finished_cells(
     assert "0 of 3" in capsys.readouterr().out
 
 
+def test_the_frontier_says_that_drift_makes_trials_not_valid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_study(tmp_path, workload=STUDY["workload"] | {"drift_checks": True})
+    study = load_study(file, tmp_path)
+    for trial in study.trials:
+        write_trial(tmp_path / "results/cells", trial, 6.0)
+    options = ["frontier", "--configfile", str(file), "--directory", str(tmp_path)]
+    assert main(options) == 0
+    assert "Not valid" not in capsys.readouterr().out
+    for check, seconds in zip(study.drift_checks, (5.0, 6.0, 7.0), strict=True):  # 28% apart
+        write_trial(tmp_path / "results/cells", check, seconds)
+    assert main(options) == 0
+    assert "\nNot valid: 3 of 3 trials." in capsys.readouterr().out
+
+
 def made_plan(study: Study) -> StudyPlan:
     facts = {each.name: find_model(each, Path("/nonexistent")) for each in study.deployments}
     return plan_study(study, facts, load_calibration())
