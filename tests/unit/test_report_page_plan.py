@@ -84,6 +84,12 @@ def test_a_deployment_s_outlook_and_outcome_are_a_row() -> None:
     assert surprises == ["Mistral: burst-c128-i2193-o100: should queue, and no request waited."]
 
 
+def test_a_surprise_ends_with_one_full_stop() -> None:
+    failed = {"verdict": "http_error", "verdict_detail": "503 Too much.", "valid": None}
+    _, surprises = outcome(VLLM, row(1, 1, **failed, seconds_per_100_tokens=None))
+    assert surprises == ["Mistral: burst-c1-i2193-o100: not served, http_error: 503 Too much."]
+
+
 @pytest.mark.parametrize(
     ("change", "outlooks"),
     [({"gpu": "cpu", "gpu_count": 0}, ["2", "0", "0"]), ({"model": "nobody-s"}, ["–"] * 3)],
