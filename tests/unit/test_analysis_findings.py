@@ -94,6 +94,8 @@ def test_a_line_through_exact_times_gives_n_half_without_uncertainty() -> None:
 def test_without_a_slope_there_is_no_n_half() -> None:
     assert fit_line([1, 2, 4, 8], [3.0, 2.9, 2.8, 2.7]) is None
     assert fit_line([1, 2], [1.0, 2.0]) is None
+    # From a study on a CPU: 10.2 s per request and -4.4 s at no load, so n½ would be -0.44.
+    assert fit_line([2, 4, 8], [15.9, 36.3, 76.9]) is None
     # A slope that may be 0 has no upper end.
     fit = fit_line([1, 2, 4, 8], [3.0, 2.9, 3.1, 3.02])
     assert fit is not None and math.isinf(fit.interval[1])

@@ -126,6 +126,15 @@ def test_the_plan_on_a_cpu_names_no_gpu_hours_and_few_requests_and_fractions(
     assert "Too few" not in text and "because no deployment" not in text
 
 
+def test_of_a_search_the_plan_names_no_cells_to_measure_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for grid, named in (("full", True), ("frontier", False)):
+        file = write_study(tmp_path, workload=STUDY["workload"] | {"grid": grid})
+        assert main(["plan", "--configfile", str(file), "--directory", str(tmp_path)]) == 0
+        assert ("measured first, these" in capsys.readouterr().out) == named
+
+
 def test_a_deployment_that_cannot_work_sets_the_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

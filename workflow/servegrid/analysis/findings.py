@@ -66,7 +66,8 @@ class LinearFit:
 
 
 def fit_line(in_flight: Sequence[float], seconds: Sequence[float]) -> LinearFit | None:
-    """The line through times by load; None for fewer than three loads or a slope that is not > 0.
+    """The line through times by load; None for fewer than three loads, or if the slope or the time
+    at no load is not > 0: the throughput then has no limit, or falls with the load.
 
     Least squares of the relative differences, because noise changes times by a factor. The interval
     of the ratio is Fieller's (Some problems in interval estimation, 1954), with Student's t at two
@@ -77,7 +78,7 @@ def fit_line(in_flight: Sequence[float], seconds: Sequence[float]) -> LinearFit 
     n, times = np.array(in_flight, float), np.array(seconds, float)
     design = np.column_stack([1 / times, n / times])
     (base, slope), *_ = np.linalg.lstsq(design, np.ones_like(times), rcond=None)
-    if slope <= 0:
+    if slope <= 0 or base <= 0:
         return None
     differences = 1 - design @ [base, slope]
     degrees = len(times) - 2

@@ -136,7 +136,7 @@ def _block(plan: DeploymentPlan, study: StudyPlan, all_cells: bool) -> Iterator[
     if plan.search is not None and plan.allocations:
         yield (
             f"  the search will measure about {len(plan.search)} of {len(plan.cells)} cells: "
-            "hours, energy and cost are for these"
+            "times, energy and cost are for these"
         )
     for each in plan.allocations:
         if (parts := each.parts(study.site.runtime_s)) > 1 and study.site.runtime_s:
@@ -146,7 +146,7 @@ def _block(plan: DeploymentPlan, study: StudyPlan, all_cells: bool) -> Iterator[
             )
     if few := describe_few_requests(cell.workload for cell in plan.cells if cell.missing):
         yield f"  {few}"
-    if plan.teach:
+    if plan.teach and plan.search is None:
         yield f"  measured first, these narrow the intervals most: {', '.join(plan.teach)}"
     yield from (_cell_lines(plan) if all_cells else _grids(plan))
     reasons = [cell.outlook.why for cell in plan.cells if cell.outlook.why]
