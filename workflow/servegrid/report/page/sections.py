@@ -32,7 +32,7 @@ MAX_SURPRISES = 10
 MAX_ROWS = 200
 """Maximum rows of a table on the page. The files next to the page contain all rows."""
 
-_MAX_EVIDENCE = 120
+_MAX_EVIDENCE = 180
 """Maximum characters of evidence in a table."""
 
 
@@ -184,9 +184,12 @@ def validity_section(cells: pd.DataFrame) -> Section:
     if skipped:
         paragraphs[0] = f"{paragraphs[0]} {pluralize(skipped, 'trial')} not run."
     failed = cells[~is_served]
+    # Each reason for not_run is a row: a cell that ran out of memory can be named there only.
+    reasons = failed["verdict_detail"].where(failed["verdict"] == NOT_RUN).fillna("")
+    groups = failed.groupby(["deployment", "verdict", reasons], sort=False)
     rows = [
         (titles[str(name)], str(verdict), str(len(trials)), _shorten(trials["verdict_detail"]))
-        for (name, verdict), trials in failed.groupby(["deployment", "verdict"], sort=False)
+        for (name, verdict, _), trials in groups
     ]
     broken = Counter(
         (str(name), rule)
@@ -245,5 +248,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _shorten(details: pd.Series[Any]) -> str:
     known = details.dropna()
-    text = "–" if known.empty else " ".join(str(known.iloc[0]).split())
-    return text if len(text) <= _MAX_EVIDENCE else text[: _MAX_EVIDENCE - 1] + "…"
+    if known.empty:
+        return "–"
+    text = " ".join(str(known.iloc[0]).split())
+    return text if len(text) <= _MAX_EVIDENCE else text[:_MAX_EVIDENCE].rsplit(" ", 1)[0] + " …"
