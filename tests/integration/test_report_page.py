@@ -595,6 +595,18 @@ def test_signs_in_the_charts_and_what_the_headline_leaves_out(
         assert found.messages == []
 
 
+@pytest.mark.parametrize(("left_out", "noted"), [(1, True), (8, False)])
+def test_the_headline_says_that_a_search_left_out_lower_loads(
+    left_out: int, noted: bool, chromium: Any, tmp_path: Path
+) -> None:
+    skipped = FAILED | {"verdict": "not_run", "verdict_detail": "not needed by the search"}
+    rows = (*(trial(0, load, 31) for load in (2, 4)), trial(0, left_out, 31) | skipped)
+    with open_page(chromium, write_page(study(*rows), tmp_path / "low.html")) as found:
+        headline = found.page.locator("#headline").inner_text()
+        assert ("A search left out lower loads: a full grid can show" in headline) == noted
+        assert found.messages == []
+
+
 def test_a_class_of_users_brings_its_limits_into_the_plan(
     chromium: Any, classes_page: tuple[pd.DataFrame, Path]
 ) -> None:
