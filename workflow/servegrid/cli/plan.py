@@ -34,7 +34,11 @@ def add_plan(subcommands: Any) -> None:
     add_directory(parser)
     add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
     add("--cells", action="store_true", help="show each cell with its interval and its arithmetic")
-    add("--json", action="store_true", help="print JSON, with all cells")
+    add(
+        "--json",
+        action="store_true",
+        help="print JSON, with all cells: sizes in bytes, times in seconds, energy in kWh",
+    )
     add(
         "--review",
         action="store_true",
