@@ -11,7 +11,13 @@ import pytest
 from servegrid.errors import RecordError
 from servegrid.records import parquet
 from servegrid.run import unmeasured
-from servegrid.run.refusals import CELLS, LIST, forget_refused, refuse_unsupported
+from servegrid.run.refusals import (
+    CELLS,
+    LIST,
+    find_outdated,
+    forget_refused,
+    refuse_unsupported,
+)
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Study, Trial
 
@@ -102,6 +108,17 @@ def test_what_can_work_now_is_measured() -> None:
     assert not any(file.exists() for file in files(of_length(larger, 40)))
     assert all(file.exists() for file in files(of_length(larger, 60)))
     assert forget_refused(larger) == []
+
+
+def test_what_can_work_now_is_found_without_a_change() -> None:
+    assert find_outdated(study(150)) == []
+    refuse_unsupported(study())
+    before = times(study().unsupported)
+    larger = study(150)
+    assert find_outdated(larger) == [of_length(larger, 40).id]
+    assert times(study().unsupported) == before
+    write_measured(of_length(larger, 40))
+    assert find_outdated(larger) == []
 
 
 def write_measured(trial: Trial, name: str = "oom") -> None:
