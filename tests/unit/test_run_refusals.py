@@ -212,6 +212,15 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         refuse_unsupported(study())
 
 
+def test_a_record_that_cannot_be_removed_is_an_error() -> None:
+    refuse_unsupported(study())
+    requests, _ = files(of_length(study(), 40))
+    requests.unlink()
+    requests.mkdir()  # a folder, because root may remove any file
+    with pytest.raises(RecordError, match=r"requests\.parquet: cannot be removed .*writable"):
+        refuse_unsupported(study(136))
+
+
 def test_the_tables_of_a_sweep_have_trials_that_were_not_tried(tmp_path: Path) -> None:
     """They have no rate: the rate at saturation was not needed, or is not known."""
     config = configuration(max_num_seqs=8, name="d") | {"workload": SWEEP}

@@ -108,11 +108,10 @@ def _files(name: str) -> tuple[Path, Path]:
 
 
 def _remove_records(name: str) -> None:
+    from servegrid.records import parquet
+
     for file in _files(name):
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise RecordError(f"{file}: cannot be removed ({error.strerror}).") from error
+        parquet.remove(file)
 
 
 def _read_list() -> dict[str, str]:

@@ -127,14 +127,17 @@ def forget_left_out(study: Study, slo: Slo) -> list[str]:
     """Remove the records of trials that another search left out. Returns the trials' ids.
 
     They say only that nothing was measured. With another SLO, another grid or without a search,
-    these trials may be needed. Measured trials are kept.
+    these trials may be needed. Measured trials are kept. Raises RecordError if a file cannot be
+    removed.
     """
     forgotten = []
     for each in _outdated_lists(study, slo):
+        from servegrid.records import parquet
+
         left_out = [trial for trial in each.outdated if _is_left_out(trial)]
         for trial in left_out:
             for name in ("requests.parquet", "telemetry.parquet"):
-                (CELLS / trial / name).unlink(missing_ok=True)
+                parquet.remove(CELLS / trial / name)
         forgotten += left_out
         each.write_current()
     return forgotten
