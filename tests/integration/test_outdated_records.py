@@ -31,11 +31,13 @@ SEARCHED = {
 FULL = SEARCHED | {"workload": SEARCHED["workload"] | {"grid": "full", "drift_checks": False}}
 
 
-def snakemake(folder: Path, study: dict[str, Any], *arguments: str, status: int = 0) -> str:
+def snakemake(
+    folder: Path, study: dict[str, Any], *arguments: str, target: str = TABLE, status: int = 0
+) -> str:
     config = folder / "study.json"
     config.write_text(json.dumps({"study": "small", **study}), encoding="utf-8")
     command = [
-        *(sys.executable, "-m", "snakemake", TABLE, *arguments),
+        *(sys.executable, "-m", "snakemake", target, *arguments),
         *("--snakefile", str(ROOT / "Snakefile"), "--profile", str(ROOT / "profiles/local")),
         *("--directory", str(folder), "--configfile", str(config)),
     ]
@@ -90,3 +92,15 @@ def test_only_a_run_that_has_the_lock_removes_outdated_records(
     snakemake(tmp_path, now)
     assert verdict not in verdicts(tmp_path)
     assert "Nothing to be done" in snakemake(tmp_path, now, "--dry-run")
+
+
+@pytest.mark.slow
+def test_a_run_of_one_cell_replaces_no_measurement_of_another(tmp_path: Path) -> None:
+    """Only a run of the whole study replaces what was measured with other settings."""
+    snakemake(tmp_path, SUPPORTED)
+    (deployment,) = (tmp_path / "results/cells").iterdir()
+    cell = f"results/cells/{deployment.name}/burst-c1-i31-o100/trial-1/requests.parquet"
+    snakemake(tmp_path, UNSUPPORTED, target=cell)
+    assert verdicts(tmp_path) == ["ok"] * 4
+    snakemake(tmp_path, UNSUPPORTED)
+    assert verdicts(tmp_path) == ["ok"] * 2 + ["unsupported"] * 2

@@ -152,6 +152,18 @@ def test_a_measured_record_is_never_removed(max_model_len: int) -> None:
     assert record(of_length(larger, 40))["verdict"] == "oom"
 
 
+def test_a_measurement_is_replaced_only_if_the_whole_study_is_needed() -> None:
+    """Somebody has lowered max_model_len, and measures one other cell or bundles what there is."""
+    measured = of_length(study(150), 40)
+    write_measured(measured)
+    small = study()
+    assert refuse_unsupported(small, replace=False) == [of_length(small, 60).id]
+    assert record(measured)["verdict"] == "oom"
+    assert find_outdated(study(150)) == []
+    assert refuse_unsupported(small) == [of_length(small, 40).id]
+    assert record(of_length(small, 40))["spec_digest"] == of_length(small, 40).digest
+
+
 def test_an_engine_s_own_verdict_is_kept() -> None:
     larger = study(150)
     listed = of_length(study(), 40)

@@ -94,7 +94,7 @@ def prepare_run():
         search_plan.forget_left_out(study, parse_slo(config))
         refusals.forget_refused(study)
         check_ready(study, "results/cells")
-        refusals.refuse_unsupported(study)
+        refusals.refuse_unsupported(study, replace=bool(WHOLE_STUDY))
         search_plan.write_plans(study, parse_slo(config))
     if expected := walltimes.forecast(missing_trials()):
         logger.info(expected)
@@ -112,8 +112,13 @@ def records_of(name):
     return [f"results/cells/{name}/{part}.parquet" for part in ("requests", "telemetry")]
 
 
+# Not empty if this run needs all records, and not single ones as `bundle_partial` does.
+WHOLE_STUDY = set()
+
+
 def records(wildcards=None):
     """The files that jobs measure. A function, because only `gather` needs so many."""
+    WHOLE_STUDY.add("gather")
     refused = {trial.id for trial in study.unsupported}
     return [
         record

@@ -51,9 +51,11 @@ def forget_refused(study: Study) -> list[str]:
     return forgotten
 
 
-def refuse_unsupported(study: Study) -> list[str]:
+def refuse_unsupported(study: Study, replace: bool = True) -> list[str]:
     """Write the missing records of the trials that cannot work. Returns the trials' ids.
 
+    With `replace`, a record of another specification counts as missing. Otherwise it is kept: it
+    may be a measurement, and a run of one cell or of `bundle_partial` does not need the others.
     Raises RecordError if a file cannot be removed or written.
     """
     if not study.unsupported:
@@ -62,12 +64,14 @@ def refuse_unsupported(study: Study) -> list[str]:
 
     listed = _read_list()
     missing = [trial for trial in study.unsupported if not _is_recorded(trial, listed)]
+    kept = set() if replace else {trial.id for trial in missing if _has_files(trial)}
+    missing = [trial for trial in missing if trial.id not in kept]
     # A list that names too much does no harm: a run may end here at any moment.
     for trial in missing:
         _remove_records(trial.id)
-    current = listed | {trial.id: trial.digest for trial in study.unsupported}
-    if current != listed:
-        _write_list(current)
+    current = {trial.id: trial.digest for trial in study.unsupported if trial.id not in kept}
+    if not current.items() <= listed.items():
+        _write_list(listed | current)
     for trial in missing:
         refuse_trial(trial, *_files(trial.id))
     return [trial.id for trial in missing]
@@ -92,6 +96,10 @@ def _is_recorded(trial: Trial, listed: Mapping[str, str]) -> bool:
     if not all(file.exists() for file in _files(trial.id)):
         return False
     return trial.digest == (listed.get(trial.id) or _record(trial.id).get("spec_digest"))
+
+
+def _has_files(trial: Trial) -> bool:
+    return any(file.exists() for file in _files(trial.id))
 
 
 def _record(name: str) -> dict[str, Any]:
