@@ -137,9 +137,9 @@ def summarise(usages: Collection[UsageStats], seconds: float, command: str) -> l
 
 def _describe_time(usages: Collection[UsageStats]) -> str:
     allocated_s = sum(usage.allocated_s for usage in usages)
-    shares = [f"{sum(usage.jobs_s for usage in usages) / allocated_s:.0%} running jobs"]
+    shares = [f"jobs ran for {sum(usage.jobs_s for usage in usages) / allocated_s:.0%} of it"]
     if work_s := sum(usage.work_s for usage in usages):
-        shares.append(f"{work_s / allocated_s:.0%} work")
+        shares.append(f"their reported work for {work_s / allocated_s:.0%}")
     return f"{format_duration(allocated_s)} allocated ({', '.join(shares)})"
 
 

@@ -568,6 +568,45 @@ def test_open_loops_alone_have_charts_of_usual_size_and_short_rates(
         assert found.messages == []
 
 
+def test_signs_in_the_charts_and_what_the_headline_leaves_out(
+    chromium: Any, tmp_path: Path
+) -> None:
+    """A cell that is not valid is not Pareto-optimal, even if it is the fastest."""
+    broken = {"valid": False, "invalid_rules": ["drifted"], "invalid_evidence": ["differ by 21%"]}
+    skipped = FAILED | {"verdict": "not_run", "verdict_detail": "not needed by the search"}
+    rows = (
+        *(trial(0, load, 31) for load in (2, 4)),
+        trial(0, 1, 31) | broken,
+        trial(0, 8, 31) | skipped,
+        trial(1, 1, 31) | broken,
+    )
+    with open_page(chromium, write_page(study(*rows), tmp_path / "signs.html")) as found:
+        found.page.select_option("select[name=deployment]", "0")
+        found.wait_for_charts()
+        signs = found.page.locator("#heatmap-caption").inner_text()
+        assert "–: not run" in signs and "!: not valid" in signs and "not known" not in signs
+        labels = found.page.locator("#pareto .mark-text.role-mark text").all_text_contents()
+        assert sorted(filter(None, labels)) == ["!", "!", "2", "4"]
+        assert (
+            "!: not valid, so not compared." in found.page.locator("#pareto-caption").inner_text()
+        )
+        headline = found.page.locator("#headline").inner_text()
+        assert "1 other deployment without a plan: the table says why." in headline
+        assert found.messages == []
+
+
+@pytest.mark.parametrize(("left_out", "noted"), [(1, True), (8, False)])
+def test_the_headline_says_that_a_search_left_out_lower_loads(
+    left_out: int, noted: bool, chromium: Any, tmp_path: Path
+) -> None:
+    skipped = FAILED | {"verdict": "not_run", "verdict_detail": "not needed by the search"}
+    rows = (*(trial(0, load, 31) for load in (2, 4)), trial(0, left_out, 31) | skipped)
+    with open_page(chromium, write_page(study(*rows), tmp_path / "low.html")) as found:
+        headline = found.page.locator("#headline").inner_text()
+        assert ("A search left out lower loads: a full grid can show" in headline) == noted
+        assert found.messages == []
+
+
 def test_a_class_of_users_brings_its_limits_into_the_plan(
     chromium: Any, classes_page: tuple[pd.DataFrame, Path]
 ) -> None:

@@ -184,7 +184,7 @@ def test_a_node_is_lost(rehearsal: Rehearsal) -> None:
 @pytest.mark.timeout(LIMIT_S + 60)
 def test_two_nodes_are_preempted(rehearsal: Rehearsal) -> None:
     work = rehearsal.work
-    kinds = yaml.safe_load((ROOT / "profiles/plafrim/kinds.yaml").read_text())
+    kinds = plafrim_kinds()
     work.kinds(**{name: kind | {"slurm_partition": "preempt"} for name, kind in kinds.items()})
 
     def run() -> None:

@@ -94,6 +94,8 @@ def test_a_line_through_exact_times_gives_n_half_without_uncertainty() -> None:
 def test_without_a_slope_there_is_no_n_half() -> None:
     assert fit_line([1, 2, 4, 8], [3.0, 2.9, 2.8, 2.7]) is None
     assert fit_line([1, 2], [1.0, 2.0]) is None
+    # From a study on a CPU: 10.2 s per request and -4.4 s at no load, so n½ would be -0.44.
+    assert fit_line([2, 4, 8], [15.9, 36.3, 76.9]) is None
     # A slope that may be 0 has no upper end.
     fit = fit_line([1, 2, 4, 8], [3.0, 2.9, 3.1, 3.02])
     assert fit is not None and math.isinf(fit.interval[1])
@@ -147,6 +149,29 @@ def test_findings_are_sentences_about_the_figures() -> None:
         "throughput reaches half of its limit with 27 [22, 33] requests in flight. "
         "Prompts of 2193 tokens take 1.3 × the time of prompts of 31 tokens at concurrency 1, and "
         "3.6 × at concurrency 16."
+    )
+
+
+def test_a_prompt_length_that_a_search_decided_by_others_has_no_frontier_of_its_own() -> None:
+    own = PUBLISHED[PUBLISHED["deployment"] == MIXTRAL]
+    cells = own[own["input_len"].isin([31, 119])].copy()
+    # At 20 tokens/s, 100 tokens may take 5 s. 31 tokens: 6.0 s for 32 and 18.5 s for 128 miss it.
+    # 119 tokens: 4.9 s for 16 and 7.6 s for 32; 16 + 16 × 0.1 / 2.7 = 16.6.
+    run = [(31, 32), (31, 128), (119, 16), (119, 32)]
+    pairs = zip(cells["input_len"], cells["concurrency"], strict=True)
+    skipped = [pair not in run for pair in pairs]
+    cells.loc[skipped, ["trials", "trials_served", "trials_valid"]] = 0
+    cells.loc[skipped, "seconds_per_100_tokens"] = None
+    slo = Slo(20.0)
+    frontier = compute_frontier(cells, slo)
+    assert frontier["input_len"].tolist() == [119]
+    (text,) = describe_findings(cells, frontier, slo, {MIXTRAL: "Mixtral"})
+    assert text == (
+        "Mixtral, burst: Most requests in flight that meet the SLO (20 tokens/s): 16 with prompts "
+        "of 119 tokens. Prompts of 31 tokens were decided by cells of other lengths: `servegrid "
+        "frontier` shows them. With prompts of 31 tokens, the time grows by a factor of 3.1 from "
+        "concurrency 32 to 128. Prompts of 119 tokens take 1.3 × the time of prompts of 31 tokens "
+        "at concurrency 32."
     )
 
 

@@ -204,10 +204,12 @@ def test_the_table_has_one_row_per_cell_and_class() -> None:
     assert chat["requests_per_s"] == 2.0
     text = render_slo(made, find_saturation(made), {"d": "The deployment"}, [])
     assert "chat: 0.001 tokens/s, the first token within 0.2 s." in text
-    assert "| The deployment | burst, 4 output tokens | 31 | 4 users | chat | 60% [" in text
+    assert "| The deployment | burst, 4 output tokens | 31 | 4 requests | chat | 60% [" in text
     assert "\n\n\n" not in text
     alone = render_slo(made.assign(concurrency=1), find_saturation(made), {}, [])
-    assert "| 1 user |" in alone
+    assert "| 1 request |" in alone
+    loop = render_slo(made.assign(protocol="closed_loop"), find_saturation(made), {}, [])
+    assert "| 4 users |" in loop
 
 
 def test_classes_are_read_and_the_first_is_the_studys() -> None:

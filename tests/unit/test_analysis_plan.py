@@ -227,7 +227,7 @@ def test_hours_energy_and_cost_by_hand() -> None:
     assert hours is not None
     assert hours.value == pytest.approx(2 * (first.seconds.value + second.seconds.value) / 3600)
     energy = deployment.energy_kwh
-    assert energy is not None and energy.value == pytest.approx(0.7 * 0.4 * hours.value)
+    assert energy is not None and energy.value == pytest.approx(0.7 * 0.25 * hours.value)  # 250 W
     prices = HardwarePrices("EUR", {"a100-40gb": 8766.0}, 0.5, 4.0)  # 0.25 per hour
     cost = deployment.cost(prices)
     assert cost is not None

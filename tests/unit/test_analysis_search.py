@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from helpers.deployments import EMULATED_ENTRY
@@ -116,6 +117,15 @@ def test_the_headroom_is_the_least_of_all_limits(
 def test_the_time_of_a_response_is_that_of_its_output_length() -> None:
     assert trial_figures(row(), Slo()).seconds == pytest.approx(4.0)
     assert trial_figures(row(time_scale=0.5), Slo()).seconds == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(("valid", "breaks"), [(False, True), (True, False), (pd.NA, False)])
+@pytest.mark.parametrize("rate", [None, 2.0])
+def test_a_trial_that_is_not_valid_has_figures_and_is_marked(
+    valid: Any, breaks: bool, rate: float | None
+) -> None:
+    figures = trial_figures(row(valid=valid, request_rate=rate, slo_attainment=1.0), Slo())
+    assert figures.headroom > 1 and figures.breaks_rules is breaks
 
 
 @pytest.mark.parametrize(

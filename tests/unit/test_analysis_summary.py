@@ -8,10 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from servegrid.analysis import summary
+from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
 from servegrid.analysis.slo import Slo
-from servegrid.analysis.summary import count_trials, summarise, tried_cells
+from servegrid.analysis.summary import count_trials, lacks_low_loads, summarise, tried_cells
 from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns, parquet
+from servegrid.report.capacity_report import render_capacity_report, render_capacity_reports
 
 KEYS = {
     "deployment": "d",
@@ -135,3 +137,28 @@ def test_prompt_lengths_that_a_search_decided_by_others_are_left_out(
 ) -> None:
     left = tried_cells(searched(*loads), Slo())
     assert list(left[["input_len", "concurrency"]].itertuples(index=False, name=None)) == kept
+
+
+@pytest.mark.parametrize(
+    ("loads", "lacks"),
+    [
+        ([(31, 8, None), (31, 16, 19.0), (119, 8, 19.0)], True),
+        # A load above, as pruning leaves out; a gap between; a length without any measured load.
+        ([(31, 8, 19.0), (31, 16, None)], False),
+        ([(31, 4, 10.0), (31, 8, None), (31, 16, 19.0)], False),
+        ([(31, 8, 19.0), (119, 8, None)], False),
+    ],
+)
+def test_loads_that_a_search_left_out_below_measured_ones_are_noted(
+    loads: list[tuple[int, int, float | None]], lacks: bool
+) -> None:
+    summary = searched(*loads)
+    sparse = lacks_low_loads(summary)
+    assert sparse == (["d"] if lacks else [])
+    demand, prices = Demand(), HardwarePrices("USD", {})
+    plan = plan_capacity(summary, demand, prices)
+    for text in (
+        render_capacity_report(plan, demand, prices, sparse),
+        render_capacity_reports([plan], [demand], prices, sparse),
+    ):
+        assert ("can show more users and a lower price. This concerns d." in text) == lacks

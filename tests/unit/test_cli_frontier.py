@@ -39,6 +39,16 @@ def test_the_frontier_as_text() -> None:
     )
 
 
+def test_trials_that_are_not_valid_are_counted() -> None:
+    study = parse_study(STUDY)
+    low, high = (study.trial("d", f"burst-c{load}-i31-o100", 1) for load in (1, 4))
+    measured = {low.id: Figures(3.0, None), high.id: Figures(0.5, None, breaks_rules=True)}
+    text = render_frontier(Search(study.trials, Slo(), measured), None)
+    assert "\nNot valid: 1 of 2 trials. They count here, but not in the findings" in text
+    del measured[high.id]
+    assert "Not valid" not in render_frontier(Search(study.trials, Slo(), measured), None)
+
+
 def test_the_command_names_the_first_cell_and_says_that_the_frontier_is_not_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

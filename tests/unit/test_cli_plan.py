@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pandas as pd
 import pytest
 import yaml
 
+from servegrid.analysis.capacity import HardwarePrices
 from servegrid.analysis.earlier import earlier_bursts, find_measured_trials
-from servegrid.analysis.plan import StudyPlan, plan_study
+from servegrid.analysis.plan import AllocationPlan, Range, StudyPlan, plan_study
 from servegrid.analysis.predictor import load_calibration
 from servegrid.analysis.review import review_study
 from servegrid.analysis.tables import gather_trials
 from servegrid.cli.main import main
 from servegrid.records import columns, parquet
 from servegrid.reference.checkpoint import find_model
+from servegrid.report.plan_report import render_plan
 from servegrid.study.config import load_study, parse_study
 from servegrid.study.grid import Study, Trial
 
@@ -47,7 +50,7 @@ def write_study(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def write_trial(folder: Path, trial: Trial, seconds: float) -> None:
+def write_trial(folder: Path, trial: Trial, seconds: float, verdict: str = "ok") -> None:
     """A record of a burst of which each request took `seconds` for 100 tokens."""
     end = round(seconds * SECOND_NS)
     request = {
@@ -66,7 +69,7 @@ def write_trial(folder: Path, trial: Trial, seconds: float) -> None:
         "format": parquet.RECORD_FORMAT,
         "spec": trial.spec,
         "spec_digest": trial.digest,
-        "verdict": "ok",
+        "verdict": verdict,
         "verdict_detail": None,
         "engine": {"engine": "vllm", "version": "0"},
         "client": {"window_ns": [0, end], "cpu_s_busiest": 0.1, "token_chunks": 2},
@@ -114,13 +117,22 @@ def test_the_plan_on_a_cpu_names_no_gpu_hours_and_few_requests_and_fractions(
     text = capsys.readouterr().out
     assert "GPU-hours: 0, because no deployment has a GPU.\n" in text
     assert "Too few requests for valid figures: closed_loop-c1-i9-o100. At least 20" in text
-    assert "rows: load, columns" in text
+    assert "rows: concurrent requests, columns" in text
     rates = {"protocol": "poisson", "request_rate": "sweep", "input_len": 9}
     swept = write_study(tmp_path, workload=rates)
     assert main(["plan", "--configfile", str(swept), "--directory", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "rows: rate / rate at saturation, columns: prompt tokens" in text
     assert "Too few" not in text and "because no deployment" not in text
+
+
+def test_of_a_search_the_plan_names_no_cells_to_measure_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for grid, named in (("full", True), ("frontier", False)):
+        file = write_study(tmp_path, workload=STUDY["workload"] | {"grid": grid})
+        assert main(["plan", "--configfile", str(file), "--directory", str(tmp_path)]) == 0
+        assert ("measured first, these" in capsys.readouterr().out) == named
 
 
 def test_a_deployment_that_cannot_work_sets_the_exit_status(
@@ -215,6 +227,54 @@ def test_what_is_measured_will_not_run_and_teaches(
     )
 
 
+def test_the_plan_shows_measured_times_and_none_for_what_was_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, study = write_study(tmp_path), parse_study(STUDY)
+    for trial, verdict in zip(study.trials, ("ok", "not_run"), strict=False):
+        write_trial(tmp_path / "results/cells", trial, 6.25, verdict)
+    options = ["plan", "--configfile", str(file), "--directory", str(tmp_path)]
+    assert main(options) == 0
+    text = capsys.readouterr().out
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
+    assert (rows["1"], rows["2"]) == (["6.25*"], ["-"])
+    assert float(rows["4"][0]) > 0  # a prediction, without a mark
+    overview = next(line for line in text.splitlines() if line.startswith(NAME)).split()
+    assert overview[3:7] == ["3", "0", "0", "2"]  # fit, queue, can't, done
+    assert "    *: measured, -: not served, or not run\n" in text
+    write_trial(tmp_path / "results/cells", study.trials[2], 7.0)
+    assert main(options) == 0
+    text = capsys.readouterr().out
+    assert "\nNothing is left to measure.\n" in text
+    assert "GPU-hours:" not in text and "95% interval" not in text
+    assert main([*options, "--review", "--json"]) == 0
+    (review,) = json.loads(capsys.readouterr().out)["deployments"]
+    assert review["finished"] == 2  # the one that was not run is no result
+
+
+def test_the_plan_says_how_long_all_allocations_take_and_that_whole_nodes_are_paid(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = STUDY["deployments"][0]
+    study = parse_study(STUDY | {"deployments": [entry, entry | {"name": "second"}]})
+    plan = made_plan(study)
+    times = (Range(7200, 3600, 14400), Range(3600, 1800, 7200))
+    planned = tuple(
+        replace(each, allocations=(AllocationPlan(1, 3, seconds, seconds * (1 / 3600)),))
+        for each, seconds in zip(plan.deployments, times, strict=True)
+    )
+    text = render_plan(replace(plan, deployments=planned), HardwarePrices("USD", {}), False)
+    assert (
+        "\nTime: 3 (1.5 to 6) h if one deployment runs after another, 2 (1 to 4) h if all run at "
+        "the same time, without the wait for nodes.\n"
+    ) in text
+    assert "GPU-hours: 3 (1.5 to 6).\n" in text
+    monkeypatch.chdir(ROOT)
+    options = ["plan", "--configfile", "config/inria-2024.yaml", "--profile", "profiles/plafrim"]
+    assert main(options) == 0  # Codestral in 4 bits uses one of the two GPUs of a node
+    assert "All GPUs of a node count" in capsys.readouterr().out
+
+
 def test_the_review_holds_predictions_against_finished_cells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +290,22 @@ def test_the_review_holds_predictions_against_finished_cells(
     assert review["below_bound"] == 0 and review["covered"] < 3  # three times too slow
     assert main(options) == 0
     assert "0 of 3" in capsys.readouterr().out
+
+
+def test_the_frontier_says_that_drift_makes_trials_not_valid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_study(tmp_path, workload=STUDY["workload"] | {"drift_checks": True})
+    study = load_study(file, tmp_path)
+    for trial in study.trials:
+        write_trial(tmp_path / "results/cells", trial, 6.0)
+    options = ["frontier", "--configfile", str(file), "--directory", str(tmp_path)]
+    assert main(options) == 0
+    assert "Not valid" not in capsys.readouterr().out
+    for check, seconds in zip(study.drift_checks, (5.0, 6.0, 7.0), strict=True):  # 28% apart
+        write_trial(tmp_path / "results/cells", check, seconds)
+    assert main(options) == 0
+    assert "\nNot valid: 3 of 3 trials." in capsys.readouterr().out
 
 
 def made_plan(study: Study) -> StudyPlan:

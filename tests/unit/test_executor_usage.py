@@ -70,9 +70,9 @@ def test_the_summary_says_what_is_left_and_how_to_resume() -> None:
     lines = summarise([usage, UsageStats("alone", jobs={"q"})], 95.0, "snakemake --profile p")
     assert lines == [
         "a: 1 of 2 jobs done, 1 failed, 1 job restart, 2 service starts in 1 allocation "
-        "(job 7), 28 s allocated (46% running jobs, 33% work)",
+        "(job 7), 28 s allocated (jobs ran for 46% of it, their reported work for 33%)",
         "Total: 1 of 2 jobs done in 1 min 35 s, 2 service starts, 1 job restart, "
-        "28 s allocated (46% running jobs, 33% work), "
+        "28 s allocated (jobs ran for 46% of it, their reported work for 33%), "
         "median gap between the work of two jobs 0.70 s",
         "Not done in a: was killed",
         "To resume, run the same command again: snakemake --profile p",

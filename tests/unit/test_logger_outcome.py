@@ -67,7 +67,7 @@ def test_cells_that_are_not_valid_are_counted_by_cause_with_a_remedy() -> None:
 def test_cells_that_were_not_run_are_not_failures() -> None:
     cells = [cell(rules=[]), cell("not_run", None), cell("not_run", None)]
     assert describe_validity(cells, "cells.csv") == [
-        f"Valid cells: 1 of 1. Not run: 2, {REMEDIES['not_run']}."
+        f"Valid cells: 1 of 1. Not run: 2; {REMEDIES['not_run']}."
     ]
 
 

@@ -13,7 +13,7 @@ from servegrid.analysis.summary import summarise
 from servegrid.analysis.tables import cast_columns
 from servegrid.records import columns
 from servegrid.report.page.payload import build_payload
-from servegrid.report.page.sections import plan_section
+from servegrid.report.page.sections import plan_section, validity_section
 from servegrid.report.write import outcomes_of
 from servegrid.study.config import parse_study
 
@@ -84,6 +84,12 @@ def test_a_deployment_s_outlook_and_outcome_are_a_row() -> None:
     assert surprises == ["Mistral: burst-c128-i2193-o100: should queue, and no request waited."]
 
 
+def test_a_surprise_ends_with_one_full_stop() -> None:
+    failed = {"verdict": "http_error", "verdict_detail": "503 Too much.", "valid": None}
+    _, surprises = outcome(VLLM, row(1, 1, **failed, seconds_per_100_tokens=None))
+    assert surprises == ["Mistral: burst-c1-i2193-o100: not served, http_error: 503 Too much."]
+
+
 @pytest.mark.parametrize(
     ("change", "outlooks"),
     [({"gpu": "cpu", "gpu_count": 0}, ["2", "0", "0"]), ({"model": "nobody-s"}, ["–"] * 3)],
@@ -91,6 +97,26 @@ def test_a_deployment_s_outlook_and_outcome_are_a_row() -> None:
 def test_what_the_tables_do_not_know_is_a_dash(change: dict[str, Any], outlooks: list[str]) -> None:
     found, _ = outcome(VLLM | change, row(1, 1, **change))
     assert found[1:] == [*outlooks, "–", "–", "–", "–"]
+
+
+def test_each_reason_for_not_run_is_listed_and_evidence_ends_after_a_word() -> None:
+    long = "128 of 128 requests failed: " + "words " * 40
+    found = (
+        *(row(8, trial, verdict="http_error", verdict_detail=long, valid=None) for trial in (1, 2)),
+        row(1, 1, verdict="not_run", verdict_detail="dominated by burst-c1: oom", valid=None),
+        row(2, 1, verdict="not_run", verdict_detail="not needed by the search", valid=None),
+        row(4, 1, verdict="not_run", verdict_detail="not needed by the search", valid=None),
+    )
+    (shown,) = validity_section(table(*found)).tables
+    assert [list(each)[1:3] for each in shown.rows] == [
+        ["http_error", "2"],
+        ["not_run", "1"],
+        ["not_run", "2"],
+    ]
+    evidence = [each[3] for each in shown.rows]
+    assert evidence[0].endswith("words words …") and len(evidence[0]) < 190
+    assert evidence[1:] == ["dominated by burst-c1: oom", "not needed by the search"]
+    assert 3 in shown.text_columns and 2 not in shown.text_columns
 
 
 def test_without_finished_cells_there_is_no_outcome() -> None:

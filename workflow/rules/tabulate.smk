@@ -2,8 +2,8 @@ localrules:
     tabulate,
 
 
-# One job writes the tables of all deployments, and the next one draws all figures: for a job of
-# each deployment, Snakemake searches all records once, and most of its time is the start of Python.
+# One job for all deployments, here and in `plot`: for every job that reads the table of cells,
+# Snakemake searches the list of all records, and a job's start of Python takes most of its time.
 rule tabulate:
     input:
         cells=rules.gather.output.parquet,

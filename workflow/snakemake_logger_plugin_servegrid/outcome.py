@@ -29,8 +29,9 @@ REMEDIES = {
     "oom": "lower concurrency or input_len, or give the engine more memory",
     "oom_at_start": "raise gpu_count, lower max_model_len, or use larger GPUs or fewer bits",
     "unsupported": "correct the study: the column verdict_detail says what cannot work",
-    NOT_RUN: "the column verdict_detail says why; `prune: false` or `grid: full` under `workload` "
-    "tries these cells as well",
+    NOT_RUN: "the column verdict_detail says why. To run cells that the search did not need, set "
+    "`grid: full`; to run dominated ones, set `prune: false` and delete their folders in "
+    "results/cells",
     "server_died": "see the cell's log; lower the load or give the engine more memory",
     "tokens": "check the tokenizer and the engine's arguments",
     "no_steady_state": "raise requests_per_user or duration_s",
@@ -123,7 +124,7 @@ def describe_validity(cells: Iterable[Mapping[str, Any]], table: str) -> list[st
     valid = sum(each["valid"] is True for each in run)
     counted = f"Valid {noun}: {valid} of {len(run)}."
     if skipped := len(cells) - len(run):
-        counted += f" Not run: {skipped}, {REMEDIES[NOT_RUN]}."
+        counted += f" Not run: {skipped}; {REMEDIES[NOT_RUN]}."
     if valid == len(run):
         return [counted]
     causes: Counter[str] = Counter()

@@ -66,7 +66,8 @@ class LinearFit:
 
 
 def fit_line(in_flight: Sequence[float], seconds: Sequence[float]) -> LinearFit | None:
-    """The line through times by load; None for fewer than three loads or a slope that is not > 0.
+    """The line through times by load; None for fewer than three loads, or if the slope or the time
+    at no load is not > 0: the throughput then has no limit, or falls with the load.
 
     Least squares of the relative differences, because noise changes times by a factor. The interval
     of the ratio is Fieller's (Some problems in interval estimation, 1954), with Student's t at two
@@ -77,7 +78,7 @@ def fit_line(in_flight: Sequence[float], seconds: Sequence[float]) -> LinearFit 
     n, times = np.array(in_flight, float), np.array(seconds, float)
     design = np.column_stack([1 / times, n / times])
     (base, slope), *_ = np.linalg.lstsq(design, np.ones_like(times), rcond=None)
-    if slope <= 0:
+    if slope <= 0 or base <= 0:
         return None
     differences = 1 - design @ [base, slope]
     degrees = len(times) - 2
@@ -119,7 +120,7 @@ def describe_findings(
         times = cells.dropna(subset="seconds_per_100_tokens").pivot(
             index="concurrency", columns="input_len", values="seconds_per_100_tokens"
         )
-        sentences = [_describe_limits(limits, slo)]
+        sentences = [_describe_limits(limits, slo), _describe_left_out(cells, limits)]
         if not times.empty:
             sentences += [_describe_growth(times, limits), _describe_prompts(times)]
         title = f"{titles.get(str(name), name)}, {protocol}"
@@ -178,6 +179,17 @@ def _describe_limits(limits: pd.DataFrame, slo: Slo) -> str:
     return f"Most requests in flight that meet the SLO ({slo}): {', '.join(parts)}."
 
 
+def _describe_left_out(cells: pd.DataFrame, limits: pd.DataFrame) -> str:
+    """The prompt lengths that the table `frontier` does not have; see `summary.tried_cells`."""
+    lengths = sorted(set(cells["input_len"]) - set(limits["input_len"]))
+    if not lengths:
+        return ""
+    return (
+        f"Prompts of {', '.join(map(str, lengths))} tokens were decided by cells of other lengths: "
+        "`servegrid frontier` shows them."
+    )
+
+
 def format_max_within_slo(row: Mapping[Any, Any]) -> str:
     """`118 [112, 124]`, `at least 128`, `none` or `unknown (reason)`, from a row of
     `columns.FRONTIER`."""
@@ -196,12 +208,14 @@ def _describe_growth(times: pd.DataFrame, limits: pd.DataFrame) -> str:
     seconds = times[length].dropna().astype(float)
     if len(seconds) < 2:
         return ""
-    (row,) = limits[limits["input_len"] == length].to_dict("records")
+    row = next(iter(limits[limits["input_len"] == length].to_dict("records")), None)
     text = (
         f"With prompts of {length} tokens, the time grows by a factor of "
         f"{seconds.iloc[-1] / seconds.iloc[0]:.2g} from concurrency {seconds.index[0]} to "
         f"{seconds.index[-1]}."
     )
+    if row is None:  # a search has decided this length by other ones
+        return text
     if not pd.isna(row["n_half"]):
         text += (
             " It grows linearly: the throughput reaches half of its limit with "
@@ -229,8 +243,10 @@ def _describe_prompts(times: pd.DataFrame) -> str:
         return ""
     shortest, longest = complete.columns[0], complete.columns[-1]
     ratios = (complete[longest] / complete[shortest]).astype(float)
-    return (
+    text = (
         f"Prompts of {longest} tokens take {ratios.iloc[0]:.2g} × the time of prompts of "
-        f"{shortest} tokens at concurrency {ratios.index[0]}, and {ratios.iloc[-1]:.2g} × at "
-        f"concurrency {ratios.index[-1]}."
+        f"{shortest} tokens at concurrency {ratios.index[0]}"
     )
+    if len(ratios) > 1:
+        text += f", and {ratios.iloc[-1]:.2g} × at concurrency {ratios.index[-1]}"
+    return f"{text}."

@@ -101,7 +101,8 @@ class Site:
 class CellPlan:
     """One cell. Seconds are per 100 output tokens of a response; None if they are not known.
 
-    `missing` of its `trials` are not measured yet. `run_s` is the time of one trial, with warm-up.
+    `missing` of its `trials` have no record yet. `run_s` is the time of one trial, with warm-up.
+    `measured_s` is the median of the trials that were served.
     """
 
     workload: Workload
@@ -111,6 +112,7 @@ class CellPlan:
     bound_s: float | None = None
     expected_s: Range | None = None
     run_s: Range | None = None
+    measured_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,16 @@ import pandas as pd
 
 from servegrid.analysis.feasibility import CANNOT, QUEUES
 from servegrid.analysis.plan import CellPlan, DeploymentPlan, StudyPlan
+from servegrid.analysis.summary import run_trials
 from servegrid.analysis.validation import percentiles
-from servegrid.records.verdict import NOT_RUN, was_served
+from servegrid.records.verdict import was_served
 
 
 @dataclass(frozen=True)
 class DeploymentReview:
     """One deployment's predictions, made from published tables alone, and its finished cells.
 
+    `finished` counts the trials that were run, `cells` those of them that were served.
     `median_ratio` is predicted / measured; `median` and `p90` are those of |log ratio| as ratios
     in %. `covered` of the `cells` lie in their interval, and `below_bound` are faster than their
     bound. `over_bound` is the median of measured / bound. Figures are None without a served cell
@@ -47,10 +49,30 @@ def review_study(plan: StudyPlan, cells: pd.DataFrame) -> list[DeploymentReview]
     ]
 
 
+def add_measured(plan: StudyPlan, cells: pd.DataFrame | None) -> StudyPlan:
+    """`plan` with the measured times of its cells, from a table of `columns.CELLS`."""
+    if cells is None:
+        return plan
+    seconds: dict[tuple[Any, ...], list[float]] = {}
+    for row in cells.dropna(subset=["seconds_per_100_tokens"]).to_dict("records"):
+        found = seconds.setdefault((row["deployment"], *_key(row)), [])
+        found.append(float(row["seconds_per_100_tokens"]))
+
+    def measured(deployment: DeploymentPlan, cell: CellPlan) -> CellPlan:
+        found = seconds.get((deployment.deployment.name, *_key(vars(cell.workload))))
+        return replace(cell, measured_s=float(np.median(found))) if found else cell
+
+    deployments = tuple(
+        replace(each, cells=tuple(measured(each, cell) for cell in each.cells))
+        for each in plan.deployments
+    )
+    return replace(plan, deployments=deployments)
+
+
 def _review(plan: DeploymentPlan, cells: pd.DataFrame) -> DeploymentReview:
     planned = {_key(vars(cell.workload)): cell for cell in plan.cells}
     logs, covered, below, over, surprises = [], 0, 0, [], []
-    rows: list[dict[Any, Any]] = cells.to_dict("records")
+    rows: list[dict[Any, Any]] = run_trials(cells).to_dict("records")
     for row in rows:
         cell = planned.get(_key(row))
         if cell is None:
@@ -102,6 +124,6 @@ def _surprises(cell: CellPlan, row: Mapping[Any, Any]) -> list[str]:
         found.append(f"{name}: should queue, and no request waited")
     if served and status not in (QUEUES, CANNOT) and not pd.isna(waiting) and waiting > 0:
         found.append(f"{name}: should fit, and up to {waiting:.0f} requests waited")
-    if not served and status != CANNOT and row["verdict"] != NOT_RUN:
+    if not served and status != CANNOT:
         found.append(f"{name}: not served, {row['verdict']}: {row['verdict_detail']}")
     return found

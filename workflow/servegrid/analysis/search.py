@@ -39,11 +39,13 @@ class Figures:
 
     `headroom` is limit / latency, the least of all limits of the SLO, and 0 if the cell was not
     served. `seconds` is the time of a response, without the scale of an emulated engine; None if it
-    is unknown or the workload is an open loop.
+    is unknown or the workload is an open loop. `breaks_rules` says that the trial is not valid: it
+    counts for the search all the same, or the search would measure it again and again.
     """
 
     headroom: float
     seconds: float | None
+    breaks_rules: bool = False
 
 
 def trial_figures(row: Mapping[Any, Any], slo: Slo) -> Figures:
@@ -54,9 +56,11 @@ def trial_figures(row: Mapping[Any, Any], slo: Slo) -> Figures:
     """
     if row["verdict"] not in SERVED:
         return Figures(0.0, None)
+    breaks_rules = _known(row.get("valid"), 1.0) == 0.0
     if row["request_rate"] is not None and not math.isnan(row["request_rate"]):
         missed = 1 - _known(row["slo_attainment"], 0.0)
-        return Figures((1 - GOOD_SHARE) / missed if missed > 0 else math.inf, None)
+        headroom = (1 - GOOD_SHARE) / missed if missed > 0 else math.inf
+        return Figures(headroom, None, breaks_rules)
     scale = _known(row["time_scale"], 1.0)
     per_token = _known(row["seconds_per_100_tokens"]) / scale / 100
     limits = [(per_token * slo.tokens_per_s_per_user, 1.0)]
@@ -70,7 +74,7 @@ def trial_figures(row: Mapping[Any, Any], slo: Slo) -> Figures:
             limits.append((_known(row[column]) / scale, limit))
     headroom = min(limit / value for value, limit in limits)
     seconds = per_token * row["output_len"]
-    return Figures(headroom, None if math.isinf(seconds) else seconds)
+    return Figures(headroom, None if math.isinf(seconds) else seconds, breaks_rules)
 
 
 def _known(value: Any, default: float = math.inf) -> float:
@@ -283,15 +287,22 @@ def make_predict(
     return predict
 
 
-def load_measured(trials: Sequence[Trial], cells: Path, slo: Slo) -> dict[str, Figures]:
+def load_measured(
+    trials: Sequence[Trial], cells: Path, slo: Slo, drift_checks: Sequence[Trial] = ()
+) -> dict[str, Figures]:
     """The figures of the trials that have a record of their specification, by id.
 
     `cells` is the folder of the records. Records that are damaged or say NOT_RUN do not count.
+    `drift_checks` decide on validity only.
     """
-    found = [trial for trial in trials if _is_measured(trial, cells / trial.id)]
+    found, checks = (
+        [trial for trial in group if _is_measured(trial, cells / trial.id)]
+        for group in (trials, drift_checks)
+    )
     if not found:
         return {}
-    rows = tables.gather_trials(found, cells, slo=slo).to_dict("records")
+    drifts = tables.drift_by_allocation(tables.gather_trials(checks, cells)) if checks else None
+    rows = tables.gather_trials(found, cells, drifts, slo).to_dict("records")
     return {trial.id: trial_figures(row, slo) for trial, row in zip(found, rows, strict=True)}
 
 

@@ -102,6 +102,20 @@ def tried_cells(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
     return summary[~skipped & known.astype(bool)]
 
 
+def lacks_low_loads(summary: pd.DataFrame) -> list[str]:
+    """The deployments of which a prompt length was run only above a load that was not run.
+
+    `summary` is a table of `columns.SUMMARY`. Below its lowest measured load, a prompt length has
+    the times of this load, so the capacity plan has too few users rather than too many.
+    """
+    loads = summary["concurrency"].astype(float)
+    skipped = summary["trials"].eq(0).fillna(False).astype(bool)
+    keys = ["deployment", "protocol", "output_len", "input_len"]
+    lowest = loads.where(~skipped).groupby([summary[key] for key in keys]).transform("min")
+    found: list[str] = summary["deployment"][skipped & (loads < lowest)].unique().tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class TrialMedian:
     """The median of a figure over one cell's trials, and its 95% interval.

@@ -143,6 +143,7 @@ def _names(record: Any) -> set[str]:
 
 def _capacity(options: argparse.Namespace) -> int:
     from servegrid.analysis import capacity, published, tables
+    from servegrid.analysis.summary import lacks_low_loads
     from servegrid.reference.hardware import find_hardware_file
     from servegrid.report import capacity_report
     from servegrid.study import config
@@ -169,7 +170,8 @@ def _capacity(options: argparse.Namespace) -> int:
     else:
         summary = tables.load_table(options.tables / "summary.parquet")
     plan = capacity.plan_capacity(summary, demand, hardware)
-    print(capacity_report.render_capacity_report(plan, demand, hardware))
+    sparse = lacks_low_loads(summary)
+    print(capacity_report.render_capacity_report(plan, demand, hardware, sparse))
     if options.published:
         print(capacity_report.render_rule_of_thumb())
     return 0

@@ -61,7 +61,7 @@ def _frontier(options: argparse.Namespace) -> int:
         predict = make_predict(trials[0], facts, cores)
         for bring_up in sorted({trial.bring_up for trial in trials}):
             group = tuple(trial for trial in trials if trial.bring_up == bring_up)
-            measured = load_measured(group, results / "cells", slo)
+            measured = load_measured(group, results / "cells", slo, study.drift_checks)
             search = Search(group, slo, measured, predict)
             upcoming = search.next_trial({trial.id for trial in group})
             complete &= search.is_complete

@@ -29,12 +29,16 @@ def add_plan(subcommands: Any) -> None:
         "--profile",
         type=Path,
         metavar="DIR",
-        help="a profile, such as profiles/plafrim: its nodes and time limit count",
+        help="a profile, such as profiles/plafrim, for its nodes and its time limit",
     )
     add_directory(parser)
     add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
     add("--cells", action="store_true", help="show each cell with its interval and its arithmetic")
-    add("--json", action="store_true", help="print JSON, with all cells")
+    add(
+        "--json",
+        action="store_true",
+        help="print JSON, with all cells: sizes in bytes, times in seconds, energy in kWh",
+    )
     add(
         "--review",
         action="store_true",
@@ -52,7 +56,7 @@ def _plan(options: argparse.Namespace) -> int:
     from servegrid.analysis.capacity import load_prices
     from servegrid.analysis.plan import own_tables, plan_study
     from servegrid.analysis.predictor import load_calibration, refit
-    from servegrid.analysis.review import review_study
+    from servegrid.analysis.review import add_measured, review_study
     from servegrid.analysis.slo import parse_slo
     from servegrid.errors import RecordError
     from servegrid.reference.checkpoint import find_model
@@ -87,6 +91,7 @@ def _plan(options: argparse.Namespace) -> int:
     done = frozenset(trial.id for trial in measured)
     slo = parse_slo(config.load_settings(options.configfile, options.directory))
     plan = plan_study(study, facts, calibration, site, done, bursts, slo)
+    plan = add_measured(plan, cells)
     if options.json:
         print(plan_report.plan_json(plan, prices))
     else:

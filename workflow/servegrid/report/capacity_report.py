@@ -67,9 +67,15 @@ among replicas.
 their years in use, with the mean load of a week. In brackets, as if the busiest time lasted all \
 week.
 
-Between two measured loads, times are interpolated linearly. Nothing is assumed about loads above \
-the highest measured one. Requests of all prompt lengths arrive mixed and share each step of the \
+Between two measured loads, times are interpolated linearly. Below the lowest measured load of a \
+prompt length, its time counts. Nothing is assumed about loads above the highest measured one. \
+Requests of all prompt lengths arrive mixed and share each step of the \
 engine: others slow each request by the same number of seconds as the mean request."""
+
+
+SPARSE_NOTE = """\
+A search left out loads below measured ones: the plan takes the times of the measured ones there. \
+A full grid (`grid: full`) can show more users and a lower price."""
 
 
 BIONIC_ASSUMPTIONS = """\
@@ -78,8 +84,13 @@ not say at which one it was measured. Two systems have twice the tokens/s. Syste
 price are left out."""
 
 
-def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: HardwarePrices) -> str:
-    """The capacity plan, a table of `columns.CAPACITY_PLAN`, with its assumptions and method."""
+def render_capacity_report(
+    plan: pd.DataFrame, demand: Demand, hardware: HardwarePrices, sparse: Sequence[str] = ()
+) -> str:
+    """The capacity plan, a table of `columns.CAPACITY_PLAN`, with its assumptions and method.
+
+    `sparse` are the deployments of `summary.lacks_low_loads`.
+    """
     blocks = ["# Capacity plan", _basis(demand, hardware)]
     for (protocol, output_len), rows in plan.groupby(["protocol", "output_len"], sort=False):
         workload = workload_title(str(protocol), int(str(output_len)))
@@ -88,6 +99,8 @@ def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: Hardwar
             blocks.append(as_markdown(_recorded_table(rows)).rstrip())
     if plan.empty:
         blocks.append(NO_USERS)
+    if sparse:
+        blocks.append(f"{SPARSE_NOTE} This concerns {', '.join(sparse)}.")
     if plan["emulated"].any():
         blocks.append("Emulated: these figures do not come from hardware.")
     if stops_early(plan).any():
@@ -97,11 +110,14 @@ def render_capacity_report(plan: pd.DataFrame, demand: Demand, hardware: Hardwar
 
 
 def render_capacity_reports(
-    plans: Sequence[pd.DataFrame], demands: Sequence[Demand], hardware: HardwarePrices
+    plans: Sequence[pd.DataFrame],
+    demands: Sequence[Demand],
+    hardware: HardwarePrices,
+    sparse: Sequence[str] = (),
 ) -> str:
     """The capacity plans of all SLO classes, each as if all users were of that class."""
     texts = [
-        render_capacity_report(plan, demand, hardware)
+        render_capacity_report(plan, demand, hardware, sparse)
         for plan, demand in zip(plans, demands, strict=True)
     ]
     if len(texts) == 1:

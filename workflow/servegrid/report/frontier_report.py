@@ -31,6 +31,14 @@ def render_frontier(search: Search, upcoming: Trial | None) -> str:
     ):
         title = f"{workload_title(protocol, output_len)}; {intensity_title(protocol)}:"
         lines += ["", title[:1].upper() + title[1:], *_table(list(group))]
+    if broken := sum(each.breaks_rules for each in search.measured.values()):
+        lines += [
+            "",
+            f"Not valid: {broken} of {pluralize(len(search.measured), 'trial')}. They count here, "
+            "but not in the findings and in the capacity plan. Why: invalid_rules in "
+            "results/tables/cells.csv. To measure a cell again, delete its folder in "
+            "results/cells.",
+        ]
     if upcoming is not None:
         lines += ["", f"Next: {upcoming.cell}, trial {upcoming.number}."]
     return "\n".join(lines) + "\n"

@@ -36,7 +36,7 @@ def _row(row: Mapping[Any, Any], titles: Mapping[str, str]) -> list[str]:
     load = (
         f"{row['request_rate']:.3g} requests/s"
         if by_rate
-        else pluralize(row["concurrency"], "user")
+        else pluralize(row["concurrency"], "request" if row["protocol"] == "burst" else "user")
     )
     attainment = [row[f"slo_attainment{end}"] for end in ("", "_low", "_high")]
     goodput = [row[f"goodput_requests_per_s{end}"] for end in ("", "_low", "_high")]

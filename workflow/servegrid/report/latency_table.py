@@ -188,7 +188,9 @@ def _as_arrow(tables: Sequence[LatencyTable]) -> pa.Table:
 
 def _table(rows: pd.DataFrame) -> LatencyTable:
     keys = ["intensity", "input_len"]
-    cells: Any = rows.groupby(keys)
+    # Only the columns of the reasons: a selection of rows copies all columns.
+    reasons = ["verdict", "verdict_detail", "invalid_rules", "invalid_evidence"]
+    cells: Any = rows[keys + reasons].groupby(keys)
     medians = trial_medians(rows, keys, "seconds_per_100_tokens")
     trials_per_cell, bring_ups = count_trials(rows)
     return LatencyTable(

@@ -24,6 +24,7 @@ from servegrid.analysis.published import (
 )
 from servegrid.analysis.review import DeploymentReview, review_study
 from servegrid.analysis.slo import parse_slo, parse_slo_classes
+from servegrid.analysis.summary import lacks_low_loads
 from servegrid.errors import ConfigError
 from servegrid.records import columns
 from servegrid.reference.checkpoint import known_model
@@ -126,11 +127,13 @@ def write_capacity_plan(
     """
     demands, prices = parse_demands(config), load_prices(hardware)
     plans = [plan_capacity(summary, demand, prices) for demand in demands]
-    planned = pd.concat(plans, ignore_index=True)
+    planned, sparse = pd.concat(plans, ignore_index=True), lacks_low_loads(summary)
     tables.save_table(planned, columns.CAPACITY_PLAN, paths["parquet"], paths["csv"])
     markup.write_texts(
         {
-            paths["markdown"]: capacity_report.render_capacity_reports(plans, demands, prices),
+            paths["markdown"]: capacity_report.render_capacity_reports(
+                plans, demands, prices, sparse
+            ),
             paths["latex"]: markup.as_latex(
                 capacity_report.capacity_table(planned),
                 capacity_report.caption(demands[0]),

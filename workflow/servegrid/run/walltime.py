@@ -163,6 +163,8 @@ def _sure(times: ExpectedTimes | None) -> ExpectedTimes | None:
 def format_minutes(seconds: float) -> str:
     """
     >>> [format_minutes(each) for each in (20, 90, 5400)]
-    ['1 min', '2 min', '1.5 h']
+    ['20 s', '2 min', '1.5 h']
     """
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{math.ceil(seconds / 60)} min"

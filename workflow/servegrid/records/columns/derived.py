@@ -220,7 +220,7 @@ FRONTIER = (
         pa.float64(),
         "requests",
         "Hockney's n½ = a / b of the line time = a + b × requests in flight: there, the throughput "
-        "is half of its limit; null if no line with a positive slope fits",
+        "is half of its limit; null if no line with a > 0 and b > 0 fits",
     ),
     Column("n_half_low", pa.float64(), "requests", "Lower end of the 95% interval of n_half"),
     Column(

@@ -20,6 +20,8 @@ from markupsafe import Markup
 from servegrid import __version__
 
 VEGALITE = "6.4"
+LONGEST_NUMBER = 40
+"""Maximum characters of a number with its interval; more are a text that starts with a number."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ class SectionTable:
     @property
     def text_columns(self) -> set[int]:
         """The columns with a text in at least one row. They are left-aligned."""
-        return {index for row in self.rows for index, cell in enumerate(row) if cell[:1].isalpha()}
+        return {
+            index
+            for row in self.rows
+            for index, cell in enumerate(row)
+            if cell[:1].isalpha() or len(cell) > LONGEST_NUMBER
+        }
 
 
 @dataclass(frozen=True)

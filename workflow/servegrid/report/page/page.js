@@ -125,7 +125,7 @@ function cellLabel(cell, metric) {
 // The signs that occur in the heat map of `rows`, explained.
 function signNote(rows, metric) {
   const notes = Object.entries(MARKS).filter(([state]) => rows.some((cell) => cell.state === state)).map(([state, mark]) => `${mark}: ${state}`);
-  if (rows.some((cell) => cellLabel(cell, metric) === "–")) notes.push("–: value not known");
+  if (rows.some((cell) => cell.state !== "not run" && cellLabel(cell, metric) === "–")) notes.push("–: value not known");
   if (rows.length < new Set(rows.map((cell) => cell.intensity)).size * lengthsIn(rows).length) notes.push("blank: not part of the study");
   return notes.length ? `${notes.join("; ")}.` : "";
 }
@@ -253,15 +253,17 @@ function drawPareto({ deployment, workload, inputLen, cells }) {
     per_user: cell.output_tokens_per_s_per_user[0],
     total: cell.output_tokens_per_s[0],
   }));
+  const valid = points.filter((point) => point.state !== "not valid");
   for (const point of points) {
-    const dominated = points.some((other) => other.per_user >= point.per_user && other.total >= point.total && (other.per_user > point.per_user || other.total > point.total));
-    point.optimal = dominated ? "no" : "yes";
+    const dominated = valid.some((other) => other.per_user >= point.per_user && other.total >= point.total && (other.per_user > point.per_user || other.total > point.total));
+    point.optimal = dominated || point.state === "not valid" ? "no" : "yes";
+    point.label = (point.optimal === "yes" ? point.intensity : "") + (MARKS[point.state] ?? "");
   }
   const limit = Number(byId("demand")?.elements.tokens_per_s_per_user.value ?? NaN);
   const hasLimit = Number.isFinite(limit) && !isTimeScaled();
   byId("pareto-caption").textContent = points.length
     ? `Output tokens/s of all users against output tokens/s per user, at ${lengthRange(near)} prompt tokens. ${capitalise(payload.workloads[workload].title)}. ` +
-      "Filled markers are Pareto-optimal: no other point is better in both. Numbers: concurrency." + (hasLimit ? " Dashed line: the SLO." : "")
+      "Filled markers are Pareto-optimal: no other point is better in both. Numbers: concurrency." + (valid.length < points.length ? " !: not valid, so not compared." : "") + (hasLimit ? " Dashed line: the SLO." : "")
     : isOpenLoop(workload) ? "At a request rate, there are no output tokens/s per user." : "No cell has output tokens/s per user.";
   byId("pareto").hidden = !points.length;
   if (!points.length) return Promise.resolve();
@@ -400,6 +402,7 @@ function headline(rows, demand, hardware) {
   const users = isKnown(rate) ? `${formatNumber(rate)} requests/s` : `${count(demand.users, "registered user")} (${formatNumber(concurrentUsers(demand))} logged in, ${formatNumber(demand.think_time_s)} s think time)`;
   const speed = `${formatNumber(demand.tokens_per_s_per_user)} tokens/s`;
   const best = rows.find((each) => each.replicas !== undefined);
+  const unknown = rows.filter((each) => each.replicas === undefined).length;
   if (!best) return `No deployment of this study is known to serve ${users} with ${speed} each.`;
   const gpus = best.gpus ? `, ${count(best.gpus, "GPU")}` : "";
   const cost = best.purchase === null ? "" : `, ${formatNumber(best.purchase)} ${hardware.currency}`;
@@ -410,9 +413,21 @@ function headline(rows, demand, hardware) {
     (isKnown(rate)
       ? `One replica can carry ${atLeast(best)}${formatNumber(best.requests_per_s_carried)} requests/s.`
       : `One replica can carry ${atLeast(best)}${withInterval(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.`) +
+    (lacksLowLoads(best.deployment) ? " A search left out lower loads: a full grid can show more users." : "") +
+    (unknown ? ` ${count(unknown, "other deployment")} without a plan: the table says why.` : "") +
     (best.emulated ? " These figures are emulated: they do not come from hardware." : "") +
     (best.output_len_exact ? "" : " Its outputs may stop early: the plan takes it that every response has the requested number of tokens, each in the measured time per token.")
   );
+}
+
+// Whether a search left out a load below a measured one of the same prompt length; see analysis.summary.lacks_low_loads.
+function lacksLowLoads(name) {
+  const own = payload.cells.filter((cell) => payload.deployments[cell.deployment].name === name);
+  return own.some((cell) => {
+    if (cell.state !== "not run") return false;
+    const run = own.filter((each) => each.state !== "not run" && each.workload === cell.workload && each.input_len === cell.input_len);
+    return run.length > 0 && run.every((each) => each.intensity > cell.intensity);
+  });
 }
 
 // Bionic's rule: a tenth of the logged-in users are active. Mean and binomial quantiles.

@@ -32,7 +32,7 @@ MAX_SURPRISES = 10
 MAX_ROWS = 200
 """Maximum rows of a table on the page. The files next to the page contain all rows."""
 
-_MAX_EVIDENCE = 120
+_MAX_EVIDENCE = 180
 """Maximum characters of evidence in a table."""
 
 
@@ -137,8 +137,8 @@ def plan_section(
     caption = (
         "How many cells the plan expected to fit, to queue or not to work. Predicted / measured: "
         "seconds per 100 tokens, predicted from published tables alone (medians; the 95% interval "
-        "should contain 95% of the cells). Measured / bound: seconds over the least that the "
-        "hardware allows."
+        "should contain 95% of the cells). An error of 100% is a factor of 2, in either direction. "
+        "Measured / bound: seconds over the least that the hardware allows."
     )
     paragraphs = [
         'To see the cells of a deployment, select "measured / lower bound" or "measured / '
@@ -146,7 +146,9 @@ def plan_section(
         "model or the hardware, or there is no strict bound (CPU)."
     ]
     surprises = [
-        f"{titles[each.deployment]}: {text}." for _, each in outcomes for text in each.surprises
+        f"{titles[each.deployment]}: {text.removesuffix('.')}."
+        for _, each in outcomes
+        for text in each.surprises
     ]
     return Section(
         "plan", title, paragraphs, surprises[:MAX_SURPRISES], [_table(caption, head, rows)]
@@ -182,9 +184,12 @@ def validity_section(cells: pd.DataFrame) -> Section:
     if skipped:
         paragraphs[0] = f"{paragraphs[0]} {pluralize(skipped, 'trial')} not run."
     failed = cells[~is_served]
+    # Each reason for not_run is a row: a cell that ran out of memory can be named there only.
+    reasons = failed["verdict_detail"].where(failed["verdict"] == NOT_RUN).fillna("")
+    groups = failed.groupby(["deployment", "verdict", reasons], sort=False)
     rows = [
         (titles[str(name)], str(verdict), str(len(trials)), _shorten(trials["verdict_detail"]))
-        for (name, verdict), trials in failed.groupby(["deployment", "verdict"], sort=False)
+        for (name, verdict, _), trials in groups
     ]
     broken = Counter(
         (str(name), rule)
@@ -243,5 +248,7 @@ def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 def _shorten(details: pd.Series[Any]) -> str:
     known = details.dropna()
-    text = "–" if known.empty else " ".join(str(known.iloc[0]).split())
-    return text if len(text) <= _MAX_EVIDENCE else text[: _MAX_EVIDENCE - 1] + "…"
+    if known.empty:
+        return "–"
+    text = " ".join(str(known.iloc[0]).split())
+    return text if len(text) <= _MAX_EVIDENCE else text[:_MAX_EVIDENCE].rsplit(" ", 1)[0] + " …"
