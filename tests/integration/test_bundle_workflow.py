@@ -130,6 +130,13 @@ def test_a_study_is_bundled_and_verified_and_continued_elsewhere(
     assert (unpacked / "source" / "profiles" / "local" / "config.yaml").exists()
     kept = modification_times(unpacked)
     assert len(kept) == 8
+    # Snakemake has no metadata there: without dates, a changed SLO or changed code did nothing.
+    (jobs,) = [
+        line
+        for line in snakemake(unpacked, unpacked / "config/study.json", "--dry-run").splitlines()
+        if "other jobs to run: " in line
+    ]
+    assert jobs.startswith("8 other jobs to run: gather")
     more = json.loads((unpacked / "config" / "study.json").read_text())
     more["workload"]["trials"] = 3
     (unpacked / "config" / "more.json").write_text(json.dumps(more))

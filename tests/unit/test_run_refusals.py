@@ -8,12 +8,29 @@ from typing import Any
 
 import pytest
 
+from servegrid.analysis.summary import count_trials
+from servegrid.analysis.tables import gather_study
+from servegrid.bundle.derive import AnalysisInputs, write_figures, write_tables
 from servegrid.errors import RecordError
 from servegrid.records import parquet
+from servegrid.reference.hardware import find_hardware_file
 from servegrid.run import unmeasured
-from servegrid.run.refusals import CELLS, LIST, forget_refused, refuse_unsupported
+from servegrid.run.refusals import (
+    CELLS,
+    LIST,
+    find_outdated,
+    forget_refused,
+    refuse_unsupported,
+)
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Study, Trial
+
+SWEEP = {
+    "protocol": "poisson",
+    "request_rate": "sweep",
+    "input_len": [31, 40, 60],
+    "drift_checks": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +40,10 @@ def _in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def study(max_model_len: int = 135, **changes: Any) -> Study:
     """Prompts of 31, 40 and 60 tokens with 100 output tokens each."""
+    return parse_study(configuration(max_model_len, **changes))
+
+
+def configuration(max_model_len: int = 135, **changes: Any) -> dict[str, Any]:
     deployment = {
         "model": "m",
         "checkpoint": "org/m",
@@ -31,13 +52,11 @@ def study(max_model_len: int = 135, **changes: Any) -> Study:
         "gpu": "v100-16gb",
         "max_model_len": max_model_len,
     }
-    return parse_study(
-        {
-            "study": "small",
-            "workload": {"concurrency": [1], "input_len": [31, 40, 60], "drift_checks": False},
-            "deployments": [deployment | changes],
-        }
-    )
+    return {
+        "study": "small",
+        "workload": {"concurrency": [1], "input_len": [31, 40, 60], "drift_checks": False},
+        "deployments": [deployment | changes],
+    }
 
 
 def of_length(study: Study, input_len: int) -> Trial:
@@ -104,10 +123,22 @@ def test_what_can_work_now_is_measured() -> None:
     assert forget_refused(larger) == []
 
 
+def test_what_can_work_now_is_found_without_a_change() -> None:
+    assert find_outdated(study(150)) == []
+    refuse_unsupported(study())
+    before = times(study().unsupported)
+    larger = study(150)
+    assert find_outdated(larger) == [of_length(larger, 40).id]
+    assert times(study().unsupported) == before
+    write_measured(of_length(larger, 40))
+    assert find_outdated(larger) == []
+
+
 def write_measured(trial: Trial, name: str = "oom") -> None:
-    nothing: dict[str, Any] = {}
     verdict = unmeasured.Verdict(name, "it was tried")
-    unmeasured.write_unmeasured(trial, verdict, *files(trial), nothing, nothing)
+    engine = unmeasured.planned_facts(trial.deployment)
+    environment = {"allocation": "a", "started": "a"}
+    unmeasured.write_unmeasured(trial, verdict, *files(trial), engine, environment)
 
 
 @pytest.mark.parametrize("max_model_len", [135, 150])
@@ -119,6 +150,18 @@ def test_a_measured_record_is_never_removed(max_model_len: int) -> None:
     LIST.write_text(json.dumps({listed.id: listed.digest}), encoding="utf-8")
     assert forget_refused(larger) == [listed.id]
     assert record(of_length(larger, 40))["verdict"] == "oom"
+
+
+def test_a_measurement_is_replaced_only_if_the_whole_study_is_needed() -> None:
+    """Somebody has lowered max_model_len, and measures one other cell or bundles what there is."""
+    measured = of_length(study(150), 40)
+    write_measured(measured)
+    small = study()
+    assert refuse_unsupported(small, replace=False) == [of_length(small, 60).id]
+    assert record(measured)["verdict"] == "oom"
+    assert find_outdated(study(150)) == []
+    assert refuse_unsupported(small) == [of_length(small, 40).id]
+    assert record(of_length(small, 40))["spec_digest"] == of_length(small, 40).digest
 
 
 def test_an_engine_s_own_verdict_is_kept() -> None:
@@ -179,3 +222,34 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file")
     with pytest.raises(RecordError, match="results"):
         refuse_unsupported(study())
+
+
+def test_a_record_that_cannot_be_removed_is_an_error() -> None:
+    refuse_unsupported(study())
+    requests, _ = files(of_length(study(), 40))
+    requests.unlink()
+    requests.mkdir()  # a folder, because root may remove any file
+    with pytest.raises(RecordError, match=r"requests\.parquet: cannot be removed .*writable"):
+        refuse_unsupported(study(136))
+
+
+def test_the_tables_of_a_sweep_have_trials_that_were_not_tried(tmp_path: Path) -> None:
+    """They have no rate: the rate at saturation was not needed, or is not known."""
+    config = configuration(max_num_seqs=8, name="d") | {"workload": SWEEP}
+    sweep = parse_study(config)
+    assert len(sweep.unsupported) == 9 * 2  # 8 rates, and the saturation, of prompts of 40 and 60
+    refuse_unsupported(sweep)
+    for trial in sweep.trials:
+        if not trial.unsupported:
+            write_measured(trial, "oom_at_start")
+    cells, drift_checks = gather_study(sweep, CELLS)
+    swept = cells[cells["rate_fraction"].notna()]
+    assert len(swept) == 8 * 3 and swept["request_rate"].isna().all()
+    assert count_trials(cells) == (1, 1)
+    inputs = AnalysisInputs(config, CELLS, find_hardware_file(), cells, drift_checks)
+    write_tables(inputs, tmp_path / "tables")
+    table = (tmp_path / "tables/d.md").read_text(encoding="utf-8")
+    assert "oom_at_start" in table and "trials" not in table
+    write_figures(inputs, tmp_path / "tables", tmp_path)
+    assert (tmp_path / "plots/d.per_user.svg").exists()
+    assert "oom_at_start" in (tmp_path / "report/index.html").read_text(encoding="utf-8")

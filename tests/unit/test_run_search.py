@@ -31,6 +31,7 @@ from servegrid.run import search as run_search
 from servegrid.run.search import Chooser, complete_file, measure_if_needed
 from servegrid.run.search_plan import (
     SearchPlan,
+    find_outdated,
     forget_left_out,
     left_out_file,
     plan_file,
@@ -231,8 +232,11 @@ def test_a_full_grid_keeps_what_a_search_measured_and_measures_the_rest(
     with pytest.raises(RecordError, match=r"another search left out \d trials") as error:
         gather(full)
     assert "rm -r results/cells/" in str(error.value)
-    assert forget_left_out(study, Slo()) == []
+    assert find_outdated(study, Slo()) == forget_left_out(study, Slo()) == []
+    outdated = find_outdated(full, Slo())
+    assert all((CELLS / trial / "requests.parquet").exists() for trial in outdated)
     forgotten = forget_left_out(full, Slo())
+    assert outdated == forgotten and find_outdated(full, Slo()) == []
     assert len(forgotten) == 12 - len(kept) and not kept & set(forgotten)
     left = {trial.id for trial in full.trials if (CELLS / trial.id / "requests.parquet").exists()}
     assert left == kept

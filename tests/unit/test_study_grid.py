@@ -421,6 +421,10 @@ REFUSED = [
         ["deployments[0].name: 'a/b' is not a name"],
     ),
     (
+        lambda c: c["deployments"][1].update(name="summary"),
+        ["deployments[1]: the name `summary` is that of a table", "a different `name`"],
+    ),
+    (
         lambda c: c["deployments"].append(c["deployments"][0]),
         [
             "deployments[2]: the name `small_fp16_vllm_2xa100-40gb` is already that of "

@@ -14,6 +14,8 @@ from typing import Any
 import grimp
 import pytest
 
+from servegrid.study.expand import STUDY_TABLES
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "workflow" / "servegrid"
 RULES = ROOT / "workflow" / "rules"
@@ -114,3 +116,11 @@ def test_a_changed_file_changes_the_digest_of_its_package_and_of_those_above(
     assert digests()[1] != report
     (tmp_path / "workflow/servegrid/study/new.txt").write_text("3", encoding="utf-8")
     assert digests()[0] != analysis
+
+
+def test_no_deployment_can_have_the_name_of_a_table_of_the_whole_study() -> None:
+    """Two rules would write the same file."""
+    texts = [file.read_text(encoding="utf-8") for file in RULES.glob("*.smk")]
+    tables = {name for text in texts for name in re.findall(r'"results/tables/(\w+)\.', text)}
+    assert len(tables) > 5
+    assert tables == STUDY_TABLES

@@ -7,10 +7,10 @@ from servegrid.analysis.slo import parse_slo
 from servegrid.node.environment import use_safe_path, use_utf8
 from servegrid.reference.hardware import find_hardware_file
 from servegrid.reference.published import is_path, published_from_config
+from servegrid.run import refusals, search_plan
 from servegrid.run.jobscript import reraise_as
 from servegrid.run.preflight import check_ready
-from servegrid.run.refusals import forget_refused, refuse_unsupported
-from servegrid.run.search_plan import forget_left_out, plan_file, write_plans
+from servegrid.run.search_plan import plan_file
 from servegrid.run.walltime import Walltimes
 from servegrid.study.config import from_snakemake
 from servegrid.study.recorded_users import resolve_users
@@ -23,9 +23,11 @@ with reraise_as(WorkflowError):
     study = from_snakemake(config, workflow.configfiles)
     # An unknown data set is refused now, not after the benchmark.
     published_from_config(config, workflow.configfiles)
+    # Their records say that nothing was measured, and now it must be.
+    OUTDATED = set()
     if workflow.is_main_process:
-        forget_left_out(study, parse_slo(config))
-        forget_refused(study)
+        OUTDATED.update(search_plan.find_outdated(study, parse_slo(config)))
+        OUTDATED.update(refusals.find_outdated(study))
         # Tables, page and bundle have the figures of this file, as it is now, and not its path.
         if "users_from" in config.get("capacity", {}):
             config["capacity"].update(resolve_users(config)["capacity"])
@@ -55,6 +57,18 @@ def saturation_of(wildcards):
     return [] if found is None else [f"results/cells/{found.id}/requests.parquet"]
 
 
+def hide_outdated(wildcards):
+    """No input. Makes Snakemake take the record of an outdated trial for missing.
+
+    `prepare_run` removes it, but only in a run that has the lock of the folder.
+    """
+    trial = trial_of(wildcards)
+    if trial.id in OUTDATED:
+        for record in records_of(trial.id):
+            workflow.iocache.exists_local[record] = False
+    return []
+
+
 def search_plan_of(deployment):
     """The plan of the deployment's search; an empty text if its whole grid is measured."""
     return str(plan_file(deployment)) if deployment in study.searched else ""
@@ -77,9 +91,11 @@ elif workflow.is_main_process:
 def prepare_run():
     """Refuse what cannot work, plan the searches, and say how long the missing trials take."""
     with reraise_as(WorkflowError):
+        search_plan.forget_left_out(study, parse_slo(config))
+        refusals.forget_refused(study)
         check_ready(study, "results/cells")
-        refuse_unsupported(study)
-        write_plans(study, parse_slo(config))
+        refusals.refuse_unsupported(study, replace=bool(WHOLE_STUDY))
+        search_plan.write_plans(study, parse_slo(config))
     if expected := walltimes.forecast(missing_trials()):
         logger.info(expected)
 
@@ -91,14 +107,24 @@ def unless_dry_run(**resources):
     return {} if hidden else resources
 
 
+def records_of(name):
+    """The two files of the trial with this id."""
+    return [f"results/cells/{name}/{part}.parquet" for part in ("requests", "telemetry")]
+
+
+# Not empty if this run needs all records, and not single ones as `bundle_partial` does.
+WHOLE_STUDY = set()
+
+
 def records(wildcards=None):
     """The files that jobs measure. A function, because only `gather` needs so many."""
+    WHOLE_STUDY.add("gather")
     refused = {trial.id for trial in study.unsupported}
     return [
-        f"results/cells/{trial.id}/{part}.parquet"
+        record
         for trial in study.all_trials
         if trial.id not in refused
-        for part in ("requests", "telemetry")
+        for record in records_of(trial.id)
     ]
 
 
@@ -110,7 +136,12 @@ def deleted_records(wildcards=None):
     """
     if not all(os.path.exists(table) for table in rules.gather.output):
         return []
-    return [record for record in records() if not os.path.exists(record)]
+    outdated = {record for name in OUTDATED for record in records_of(name)}
+    return [
+        record
+        for record in records()
+        if record in outdated or not os.path.exists(record)
+    ]
 
 
 def missing_trials():

@@ -22,5 +22,7 @@ rule gather:
         code=lambda wildcards: package_digest("analysis"),
         specs=lambda wildcards: [trial.digest for trial in study.all_trials],
         slo=config.get("slo", {}),
+        # A trial that a search left out is an error if there is no search.
+        searched=sorted(study.searched),
     script:
         "../scripts/gather.py"

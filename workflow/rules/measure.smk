@@ -1,6 +1,7 @@
 rule measure:
     # Its time does not count: a record that was only copied makes no measurement again.
     input:
+        [hide_outdated] * bool(OUTDATED),
         [ancient(saturation_of)] if study.has_rate_fractions else [],
     output:
         requests="results/cells/{deployment}/{cell}/trial-{trial}/requests.parquet",

@@ -238,9 +238,12 @@ def _rate_columns(workload: Workload, part: _Part, power: Power) -> dict[str, An
 
 
 def measured_workload(record: Mapping[str, Any]) -> Workload:
-    """The workload of a record, with the request rate that was used if it is a sweep's."""
+    """The workload of a record, with the request rate that was used if it is a sweep's.
+
+    A trial that was not tried has no rate: the rate at saturation was not needed, or is not known.
+    """
     workload = Trial.from_spec(record["spec"]).workload
-    if workload.rate_fraction is None:
+    if workload.rate_fraction is None or "saturation" not in record:
         return workload
     return replace(workload, request_rate=record["saturation"]["request_rate"])
 

@@ -57,9 +57,13 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_trials(cells: pd.DataFrame) -> tuple[int, int]:
-    """The largest numbers of trials and of bring-ups of a cell in a table of `columns.CELLS`."""
+    """The largest numbers of trials and of bring-ups of a cell in a table of `columns.CELLS`.
+
+    Trials of a sweep that were not tried do not count: without a rate, they look like one cell.
+    """
     if "verdict" in cells:
         cells = run_trials(cells)
+    cells = cells[cells["concurrency"].notna() | cells["request_rate"].notna()]
     if cells.empty:
         return 0, 0
     groups = cells.groupby(["deployment", *CELL_KEYS], sort=False, dropna=False)

@@ -163,9 +163,12 @@ def intensity_title(protocol: str) -> str:
 
 
 def with_intensity(cells: pd.DataFrame) -> pd.DataFrame:
-    """`cells` with the column `intensity`: the concurrency, or the request rate."""
+    """`cells` with the column `intensity`: the concurrency, or the request rate.
+
+    Without trials of a sweep that were not tried: they have no rate.
+    """
     intensity = cells["concurrency"].astype("Float64").fillna(cells["request_rate"])
-    return cells.assign(intensity=intensity.astype(float))
+    return cells.assign(intensity=intensity.astype(float)).dropna(subset="intensity")
 
 
 def nearest_length(lengths: Sequence[int], wanted: int) -> int | None:

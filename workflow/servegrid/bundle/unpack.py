@@ -14,18 +14,19 @@ from servegrid.errors import BundleError
 from servegrid.run.revisions import commits_by_name
 from servegrid.study.revisions import add_revisions
 
-_OLD_S = 1
-"""A modification time older than any code. Snakemake ignores a time of 0."""
+_OLD_S, _RECORDS_S = 1, 2
+"""Modification times. Records are newer than the tables. Snakemake ignores a time of 0."""
 
 
 def unpack_bundle(archive: Path, folder: Path | None = None) -> Path:
     """Unpack `archive` into the new folder `folder` and return it.
 
-    The default is a folder in the working directory with the bundle's name. All files get an old
-    date, so that Snakemake derives tables and figures again with newer code. Records depend on no
-    file, so they are not measured again. The lock file gets the revisions of the records, so that
-    everything measured there has the same weights. Raises BundleError if the bundle is damaged or
-    not safe, or if the folder exists; then nothing is left behind.
+    The default is a folder in the working directory with the bundle's name. The records get a later
+    date than the tables: Snakemake has no metadata there that shows that the code or the study has
+    changed, and so derives tables and figures again. Records depend on no file, so they are not
+    measured again. The lock file gets the revisions of the records, so that everything measured
+    there has the same weights. Raises BundleError if the bundle is damaged or not safe, or if the
+    folder exists; then nothing is left behind.
     """
     if not archive.is_file():
         raise BundleError(f"{archive}: does not exist. Correct the path.")
@@ -47,7 +48,8 @@ def unpack_bundle(archive: Path, folder: Path | None = None) -> Path:
         target = folder if folder is not None else Path(unpacked.root)
         _check_is_new(target)
         for name in unpacked.sha256:
-            os.utime(tree / name, (_OLD_S, _OLD_S))
+            date = _RECORDS_S if name.startswith(f"{CELLS}/") else _OLD_S
+            os.utime(tree / name, (date, date))
         _pin_revisions(tree / CELLS, archive)
         tree.rename(target)
     return target

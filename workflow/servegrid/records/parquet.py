@@ -132,6 +132,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """Remove a file if it exists. Raises RecordError, with the path, if that fails."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RecordError(
+            f"{path}: cannot be removed ({error.strerror or error}). Make its folder writable, and "
+            "run again."
+        ) from error
+
+
 def remove_half_written(folder: Path) -> None:
     """Remove what killed writers have left in `folder`. No other writer may use it meanwhile."""
     for path in folder.glob(".*.parquet.*"):

@@ -94,15 +94,11 @@ def latency_tables(cells: pd.DataFrame, deployment: str) -> list[LatencyTable]:
     `cells` has the columns of `columns.CELLS`. A cell with several trials shows the median of its
     valid trials, or of its served trials if none is valid.
     """
-    selected = cells[cells["deployment"] == deployment]
+    selected = with_intensity(cells[cells["deployment"] == deployment])
     workloads = selected[["protocol", "output_len"]].drop_duplicates()
     return [
         _table(
-            with_intensity(
-                selected[
-                    (selected["protocol"] == protocol) & (selected["output_len"] == output_len)
-                ]
-            )
+            selected[(selected["protocol"] == protocol) & (selected["output_len"] == output_len)]
         )
         for protocol, output_len in workloads.itertuples(index=False)
     ]

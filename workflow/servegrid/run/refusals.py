@@ -4,7 +4,9 @@ A rule for them would start Python once per trial, and its constraint would name
 that the time for a plan is the square of their number.
 
 Snakemake knows nothing of these records. So a list says which trial got its verdict for which
-specification, and `forget_refused` removes the records of trials that can work now.
+specification. Of trials that can work now, the workflow hides the records from Snakemake, which
+then measures them. `forget_refused` removes the records at the start of that run. A dry run, and a
+start while another run works in the folder, remove nothing.
 
 Every start of Snakemake imports this module, also a dry run. So it imports little, and Arrow only
 if there are such trials.
@@ -28,29 +30,32 @@ LIST = Path("results/unsupported.json")
 """An object with the digest of the specification of each trial, by `Trial.id`."""
 
 
+def find_outdated(study: Study) -> list[str]:
+    """The ids of trials whose records say that they cannot work, and that can now. Only reads."""
+    listed = _read_list()
+    return [name for name in _possible_now(study, listed) if _says_so(name, listed[name])]
+
+
 def forget_refused(study: Study) -> list[str]:
     """Remove the records of trials that could not work and can now. Returns the trials' ids.
 
     They say only that nothing was measured. Raises RecordError if a file cannot be removed.
     """
     listed = _read_list()
-    if not listed:
-        return []
-    refused = {trial.id for trial in study.unsupported}
-    possible = [trial.id for trial in study.all_trials if trial.id not in refused]
-    forgotten = [name for name in possible if name in listed]
+    forgotten = _possible_now(study, listed)
     for name in forgotten:
-        record = _record(name)
-        if record.get("verdict") == UNSUPPORTED and record.get("spec_digest") == listed[name]:
+        if _says_so(name, listed[name]):
             _remove_records(name)
     if forgotten:
         _write_list({name: digest for name, digest in listed.items() if name not in forgotten})
     return forgotten
 
 
-def refuse_unsupported(study: Study) -> list[str]:
+def refuse_unsupported(study: Study, replace: bool = True) -> list[str]:
     """Write the missing records of the trials that cannot work. Returns the trials' ids.
 
+    With `replace`, a record of another specification counts as missing. Otherwise it is kept: it
+    may be a measurement, and a run of one cell or of `bundle_partial` does not need the others.
     Raises RecordError if a file cannot be removed or written.
     """
     if not study.unsupported:
@@ -59,15 +64,31 @@ def refuse_unsupported(study: Study) -> list[str]:
 
     listed = _read_list()
     missing = [trial for trial in study.unsupported if not _is_recorded(trial, listed)]
+    kept = set() if replace else {trial.id for trial in missing if _has_files(trial)}
+    missing = [trial for trial in missing if trial.id not in kept]
     # A list that names too much does no harm: a run may end here at any moment.
     for trial in missing:
         _remove_records(trial.id)
-    current = listed | {trial.id: trial.digest for trial in study.unsupported}
-    if current != listed:
-        _write_list(current)
+    current = {trial.id: trial.digest for trial in study.unsupported if trial.id not in kept}
+    if not current.items() <= listed.items():
+        _write_list(listed | current)
     for trial in missing:
         refuse_trial(trial, *_files(trial.id))
     return [trial.id for trial in missing]
+
+
+def _possible_now(study: Study, listed: Mapping[str, str]) -> list[str]:
+    """The trials of the list that can work now."""
+    if not listed:
+        return []
+    possible = listed.keys() - {trial.id for trial in study.unsupported}
+    return [trial.id for trial in study.all_trials if trial.id in possible]
+
+
+def _says_so(name: str, digest: str) -> bool:
+    """Whether a trial's record says that this specification cannot work."""
+    record = _record(name)
+    return record.get("verdict") == UNSUPPORTED and record.get("spec_digest") == digest
 
 
 def _is_recorded(trial: Trial, listed: Mapping[str, str]) -> bool:
@@ -75,6 +96,10 @@ def _is_recorded(trial: Trial, listed: Mapping[str, str]) -> bool:
     if not all(file.exists() for file in _files(trial.id)):
         return False
     return trial.digest == (listed.get(trial.id) or _record(trial.id).get("spec_digest"))
+
+
+def _has_files(trial: Trial) -> bool:
+    return any(file.exists() for file in _files(trial.id))
 
 
 def _record(name: str) -> dict[str, Any]:
@@ -91,11 +116,10 @@ def _files(name: str) -> tuple[Path, Path]:
 
 
 def _remove_records(name: str) -> None:
+    from servegrid.records import parquet
+
     for file in _files(name):
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            raise RecordError(f"{file}: cannot be removed ({error.strerror}).") from error
+        parquet.remove(file)
 
 
 def _read_list() -> dict[str, str]:

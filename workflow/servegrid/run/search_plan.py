@@ -117,19 +117,55 @@ def search_plans(study: Study, slo: Slo) -> dict[str, SearchPlan]:
     return plans
 
 
+def find_outdated(study: Study, slo: Slo) -> list[str]:
+    """The ids of trials that another search left out and that may be needed now. Only reads."""
+    lists = _outdated_lists(study, slo)
+    return [trial for each in lists for trial in each.outdated if _is_left_out(trial)]
+
+
 def forget_left_out(study: Study, slo: Slo) -> list[str]:
     """Remove the records of trials that another search left out. Returns the trials' ids.
 
     They say only that nothing was measured. With another SLO, another grid or without a search,
-    these trials may be needed. Measured trials are kept.
+    these trials may be needed. Measured trials are kept. Raises RecordError if a file cannot be
+    removed.
     """
+    forgotten = []
+    for each in _outdated_lists(study, slo):
+        from servegrid.records import parquet
+
+        left_out = [trial for trial in each.outdated if _is_left_out(trial)]
+        for trial in left_out:
+            for name in ("requests.parquet", "telemetry.parquet"):
+                parquet.remove(CELLS / trial / name)
+        forgotten += left_out
+        each.write_current()
+    return forgotten
+
+
+@dataclass(frozen=True)
+class _LeftOut:
+    """A list of left-out trials: the entries of the present search, the trials of other ones."""
+
+    file: Path
+    current: list[dict[str, str]]
+    outdated: list[str]
+
+    def write_current(self) -> None:
+        from servegrid.records import parquet
+
+        text = "".join(json.dumps(entry) + "\n" for entry in self.current)
+        with parquet.atomic_write(self.file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _outdated_lists(study: Study, slo: Slo) -> list[_LeftOut]:
+    """The lists that name trials which another search left out."""
     files = sorted(FOLDER.glob("*.left_out.jsonl"))
     if not files:
         return []
-    from servegrid.records import parquet
-
     digests = {name: plan.digest for name, plan in search_plans(study, slo).items()}
-    forgotten = []
+    lists = []
     for file in files:
         entries = _read_lines(file)
         current = [
@@ -137,19 +173,18 @@ def forget_left_out(study: Study, slo: Slo) -> list[str]:
             for entry in entries
             if digests.get(entry["trial"].partition("/")[0]) == entry["search"]
         ]
-        stale = [entry["trial"] for entry in entries if entry not in current]
-        for trial in stale:
-            folder = CELLS / trial
-            with contextlib.suppress(RecordError):
-                if parquet.read_record(folder / "requests.parquet").get("verdict") == NOT_RUN:
-                    for name in ("requests.parquet", "telemetry.parquet"):
-                        (folder / name).unlink(missing_ok=True)
-                    forgotten.append(trial)
-        if stale:
-            text = "".join(json.dumps(entry) + "\n" for entry in current)
-            with parquet.atomic_write(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-    return forgotten
+        outdated = [entry["trial"] for entry in entries if entry not in current]
+        lists.append(_LeftOut(file, current, outdated))
+    return [each for each in lists if each.outdated]
+
+
+def _is_left_out(trial: str) -> bool:
+    """Whether the trial's record says that it was not run; a damaged one does not."""
+    from servegrid.records import parquet
+
+    with contextlib.suppress(RecordError):
+        return parquet.read_record(CELLS / trial / "requests.parquet").get("verdict") == NOT_RUN
+    return False
 
 
 def _read_lines(file: Path) -> list[dict[str, str]]:

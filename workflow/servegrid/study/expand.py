@@ -29,6 +29,11 @@ SEARCH_TRIALS = 3
 """Default of `trials` in a search. Only cells near a limit of the SLO need more than one."""
 DRIFT_CHECK_MIN_TRIALS = 9
 """A bring-up with at least this many trials has drift checks by default."""
+STUDY_TABLES = frozenset(
+    {"capacity", "cells", "drift_checks", "findings", "frontier"}
+    | {"published", "saturation", "slo", "summary"}
+)
+"""The tables of the whole study in `results/tables/`. A deployment's table there has its name."""
 _PREFIX_CACHING: Mapping[str, Mapping[str, Any]] = {
     "vllm": {"enable_prefix_caching": True},
     "llamacpp": {"cache_prompt": True, "slot_prompt_similarity": 0.1},
@@ -41,9 +46,9 @@ PREFIX_CACHING_SUFFIX = "-prefix_caching"
 def expand(config: Mapping[str, Any]) -> Study:
     """All trials and drift checks of a configuration that matches the schema.
 
-    Raises ConfigError if two deployments have the same name, a deployment is not valid (see
-    `parse_deployment`), all prompts with their outputs are longer than `max_model_len`, or
-    `include` and `exclude` leave no cell. The error names the key.
+    Raises ConfigError if a deployment has the name of another one or of a table of the whole study,
+    a deployment is not valid (see `parse_deployment`), all prompts with their outputs are longer
+    than `max_model_len`, or `include` and `exclude` leave no cell. The error names the key.
     """
     _check_size(config)
     _check_prompt_mix(config.get("capacity", {}))
@@ -57,11 +62,7 @@ def expand(config: Mapping[str, Any]) -> Study:
         deployment = parse_deployment(variant, where)
         deployment = replace(deployment, name=deployment.name + suffix)
         name = deployment.name
-        if name in positions:
-            raise ConfigError(
-                f"{where}: the name `{name}` is already that of deployments[{positions[name]}]. "
-                "Remove one of the two, or give one a different `name`."
-            )
+        _check_name(name, positions, where)
         positions[name] = position
         keys[name] = {**config["workload"], **variant.get("workload", {})}
         trials += _expand_trials(deployment, keys[name], where)
@@ -109,6 +110,20 @@ def _expand_entries(
         for swept in expand_sweep(entry, where):
             for variant, suffix in _variants(swept.entry, where):
                 yield position, variant, suffix
+
+
+def _check_name(name: str, positions: Mapping[str, int], where: str) -> None:
+    """Raise ConfigError if another deployment has the name, or a table of the whole study."""
+    if name in positions:
+        raise ConfigError(
+            f"{where}: the name `{name}` is already that of deployments[{positions[name]}]. "
+            "Remove one of the two, or give one a different `name`."
+        )
+    if name in STUDY_TABLES:
+        raise ConfigError(
+            f"{where}: the name `{name}` is that of a table of the whole study in "
+            "results/tables/. Give the deployment a different `name`."
+        )
 
 
 def _expand_trials(deployment: Deployment, keys: Mapping[str, Any], where: str) -> list[Trial]:

@@ -116,6 +116,7 @@ def build_payload(
     metrics += [metric for metric in EFFICIENCY if metric.column in efficiency]
     titles = deployment_titles(cells)
     indices = {deployment: index for index, deployment in enumerate(titles)}
+    shown = with_intensity(summary)
     workloads = list_workloads(summary)
     return {
         "study": name,
@@ -136,9 +137,7 @@ def build_payload(
                 for name, each in efficiency.items()
                 if (key := _cell_key(row)) in each
             }
-            for row in with_intensity(summary)
-            .assign(in_flight=requests_in_flight(summary))
-            .to_dict(orient="records")
+            for row in shown.assign(in_flight=requests_in_flight(shown)).to_dict(orient="records")
         ],
         "slo_classes": {name: asdict(slo) for name, slo in (slo_classes or {}).items()},
         "goodput": [] if attainment is None else _goodput_rows(attainment, indices, workloads),
@@ -184,8 +183,12 @@ def count_results(summary: pd.DataFrame, cells: pd.DataFrame) -> dict[str, int]:
 
 
 def list_workloads(summary: pd.DataFrame) -> list[tuple[str, int]]:
-    """Each protocol and output length of a table of `columns.SUMMARY`, in study order."""
-    return list(summary[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
+    """Each protocol and output length of a table of `columns.SUMMARY`, in study order.
+
+    Without one of which no trial has a rate: nothing of it can be drawn.
+    """
+    shown = with_intensity(summary)
+    return list(shown[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
 
 
 def _state(row: Mapping[Any, Any]) -> str:
