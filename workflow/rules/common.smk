@@ -109,7 +109,9 @@ def unless_dry_run(**resources):
 
 def records_of(name):
     """The two files of the trial with this id."""
-    return [f"results/cells/{name}/{part}.parquet" for part in ("requests", "telemetry")]
+    return [
+        f"results/cells/{name}/{part}.parquet" for part in ("requests", "telemetry")
+    ]
 
 
 # Not empty if this run needs all records, and not single ones as `bundle_partial` does.
