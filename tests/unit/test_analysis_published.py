@@ -81,7 +81,10 @@ def test_emulated_figures_are_compared_on_request_and_at_unscaled_time() -> None
 
 def test_the_report_lists_differences_in_method_or_says_that_nothing_is_comparable() -> None:
     names = [column.name for column in columns.CELLS]
-    rows = [{"engine": "vllm", "engine_version": "0.32.0", "trial": n} for n in (1, 2, 3)]
+    rows = [
+        {"engine": "vllm", "engine_version": "0.32.0", "concurrency": 1, "trial": n}
+        for n in (1, 2, 3)
+    ]
     cells = cast_columns(pd.DataFrame(rows, columns=names), columns.CELLS)
     differences = method_differences(cells, ["distinct", "distinct"], INRIA)
     pairs = compare_with_published(measured(1), INRIA)
