@@ -252,6 +252,8 @@ def test_after_the_time_limit_another_allocation_continues(work: Workspace) -> N
     process = work.start()
     work.wait(lambda: "a1" in work.started())
     os.kill(work.notes("service", "up")[0]["pid"], signal.SIGUSR2)
+    # Not before: else a1 may end before the allocation acts on the signal.
+    work.wait(lambda: len(work.notes("service", "down")) == 1)
     (work.folder / "go").touch()
     output = work.end(process, 0)
     assert (
