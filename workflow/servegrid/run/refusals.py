@@ -18,9 +18,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from servegrid.errors import RecordError
 from servegrid.records.verdict import UNSUPPORTED
 from servegrid.study.grid import Study, Trial
 
@@ -43,11 +41,15 @@ def forget_refused(study: Study) -> list[str]:
     """
     listed = _read_list()
     forgotten = _possible_now(study, listed)
+    if not forgotten:
+        return []
+    from servegrid.run.unmeasured import remove_record
+
     for name in forgotten:
         if _says_so(name, listed[name]):
-            _remove_records(name)
-    if forgotten:
-        _write_list({name: digest for name, digest in listed.items() if name not in forgotten})
+            remove_record(CELLS / name)
+    kept = listed.keys() - set(forgotten)
+    _write_list({name: digest for name, digest in listed.items() if name in kept})
     return forgotten
 
 
@@ -60,66 +62,46 @@ def refuse_unsupported(study: Study, replace: bool = True) -> list[str]:
     """
     if not study.unsupported:
         return []
-    from servegrid.run.unmeasured import refuse_trial
+    from servegrid.run.unmeasured import record_files, refuse_trial, remove_record
 
     listed = _read_list()
     missing = [trial for trial in study.unsupported if not _is_recorded(trial, listed)]
-    kept = set() if replace else {trial.id for trial in missing if _has_files(trial)}
+    kept: set[str] = set()
+    if not replace:
+        kept = {t.id for t in missing if any(map(Path.exists, record_files(CELLS / t.id)))}
     missing = [trial for trial in missing if trial.id not in kept]
     # A list that names too much does no harm: a run may end here at any moment.
     for trial in missing:
-        _remove_records(trial.id)
+        remove_record(CELLS / trial.id)
     current = {trial.id: trial.digest for trial in study.unsupported if trial.id not in kept}
     if not current.items() <= listed.items():
         _write_list(listed | current)
     for trial in missing:
-        refuse_trial(trial, *_files(trial.id))
+        refuse_trial(trial, *record_files(CELLS / trial.id))
     return [trial.id for trial in missing]
 
 
 def _possible_now(study: Study, listed: Mapping[str, str]) -> list[str]:
     """The trials of the list that can work now."""
-    if not listed:
-        return []
-    possible = listed.keys() - {trial.id for trial in study.unsupported}
-    return [trial.id for trial in study.all_trials if trial.id in possible]
+    return [trial.id for trial in study.all_trials if trial.id in listed and not trial.unsupported]
 
 
 def _says_so(name: str, digest: str) -> bool:
     """Whether a trial's record says that this specification cannot work."""
-    record = _record(name)
+    from servegrid.run.unmeasured import read_if_present
+
+    record = read_if_present(CELLS / name)
     return record.get("verdict") == UNSUPPORTED and record.get("spec_digest") == digest
 
 
 def _is_recorded(trial: Trial, listed: Mapping[str, str]) -> bool:
     """Whether the trial has its two files, and they are of its present specification."""
-    if not all(file.exists() for file in _files(trial.id)):
+    from servegrid.run.unmeasured import read_if_present, record_files
+
+    folder = CELLS / trial.id
+    if not all(file.exists() for file in record_files(folder)):
         return False
-    return trial.digest == (listed.get(trial.id) or _record(trial.id).get("spec_digest"))
-
-
-def _has_files(trial: Trial) -> bool:
-    return any(file.exists() for file in _files(trial.id))
-
-
-def _record(name: str) -> dict[str, Any]:
-    """The record of a trial; empty if it is missing or damaged."""
-    from servegrid.records import parquet
-
-    with contextlib.suppress(RecordError):
-        return parquet.read_record(_files(name)[0])
-    return {}
-
-
-def _files(name: str) -> tuple[Path, Path]:
-    return CELLS / name / "requests.parquet", CELLS / name / "telemetry.parquet"
-
-
-def _remove_records(name: str) -> None:
-    from servegrid.records import parquet
-
-    for file in _files(name):
-        parquet.remove(file)
+    return trial.digest == (listed.get(trial.id) or read_if_present(folder).get("spec_digest"))
 
 
 def _read_list() -> dict[str, str]:

@@ -132,12 +132,11 @@ def forget_left_out(study: Study, slo: Slo) -> list[str]:
     """
     forgotten = []
     for each in _outdated_lists(study, slo):
-        from servegrid.records import parquet
+        from servegrid.run.unmeasured import remove_record
 
         left_out = [trial for trial in each.outdated if _is_left_out(trial)]
         for trial in left_out:
-            for name in ("requests.parquet", "telemetry.parquet"):
-                parquet.remove(CELLS / trial / name)
+            remove_record(CELLS / trial)
         forgotten += left_out
         each.write_current()
     return forgotten
@@ -180,11 +179,9 @@ def _outdated_lists(study: Study, slo: Slo) -> list[_LeftOut]:
 
 def _is_left_out(trial: str) -> bool:
     """Whether the trial's record says that it was not run; a damaged one does not."""
-    from servegrid.records import parquet
+    from servegrid.run.unmeasured import read_if_present
 
-    with contextlib.suppress(RecordError):
-        return parquet.read_record(CELLS / trial / "requests.parquet").get("verdict") == NOT_RUN
-    return False
+    return read_if_present(CELLS / trial).get("verdict") == NOT_RUN
 
 
 def _read_lines(file: Path) -> list[dict[str, str]]:

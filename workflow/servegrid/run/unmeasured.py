@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from servegrid import __version__
+from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.records.verdict import UNSUPPORTED, Verdict
 from servegrid.study.deployment import EMULATED, EXTERNAL
@@ -52,6 +54,24 @@ def refuse_trial(trial: Trial, requests: Path, samples: Path) -> str:
     return write_unmeasured(
         trial, verdict, requests, samples, planned_facts(trial.deployment), nowhere
     )
+
+
+def record_files(folder: Path) -> tuple[Path, Path]:
+    """The two files of a trial."""
+    return folder / "requests.parquet", folder / "telemetry.parquet"
+
+
+def read_if_present(folder: Path) -> dict[str, Any]:
+    """The record of a trial; empty if it is missing or damaged."""
+    with contextlib.suppress(RecordError):
+        return parquet.read_record(record_files(folder)[0])
+    return {}
+
+
+def remove_record(folder: Path) -> None:
+    """Remove the files of a trial, if they exist. Raises RecordError if that fails."""
+    for file in record_files(folder):
+        parquet.remove(file)
 
 
 def write_unmeasured(
