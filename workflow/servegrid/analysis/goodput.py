@@ -8,7 +8,7 @@ meet them. A failed request meets none.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from servegrid.analysis import buffering, metrics, stationarity, tables
 from servegrid.analysis.intervals import bring_up_medians, interval, share_interval
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.stationarity import Window
+from servegrid.analysis.summary import rows_by_cell
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.study.few_requests import MIN_REQUESTS
@@ -114,7 +115,11 @@ def slo_table(
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
     rows = []
-    for trials in _trials_by_cell(cells, keys):
+    # All rows at once, because a selection of rows of a table takes a millisecond.
+    needed = cells[[*keys, "valid", "spec_digest", "allocation"]]
+    of_trials: list[dict[Any, Any]] = needed.to_dict("records")
+    for numbers in rows_by_cell(cells, keys):
+        trials = [of_trials[number] for number in numbers]
         first = {key: trials[0][key] for key in keys}
         valid = [trial for trial in trials if trial["valid"] is True]
         used = valid or trials
@@ -124,15 +129,6 @@ def slo_table(
             row |= {"slo_class": name, "slo": str(slo), "valid": bool(valid)}
             rows.append(first | row)
     return tables.from_rows(rows, columns.SLO)
-
-
-def _trials_by_cell(cells: pd.DataFrame, keys: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
-    """The rows of each cell's trials, in the order of `cells`."""
-    # All rows at once, because a selection of rows of a table takes a millisecond.
-    rows = cells[[*keys, "valid", "spec_digest", "allocation"]].to_dict("records")
-    groups: Any = cells.groupby(list(keys), sort=False, dropna=False).indices.values()
-    for trials in sorted(groups, key=lambda found: int(found[0])):
-        yield [{str(name): value for name, value in rows[row].items()} for row in trials]
 
 
 def _figures(found: Sequence[TrialOutcome], allocations: Sequence[Any]) -> dict[str, Any]:

@@ -38,8 +38,7 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     is_run = (cells["verdict"] != NOT_RUN).to_numpy(bool)
     is_valid = is_served & cells["valid"].eq(True).fillna(False).to_numpy(bool)
     first_rows, figures = [], []
-    row_groups: Any = cells.groupby(keys, sort=False, dropna=False).indices.values()
-    for trials in sorted(row_groups, key=lambda rows: int(rows[0])):
+    for trials in rows_by_cell(cells, keys):
         served, valid = trials[is_served[trials]], trials[is_valid[trials]]
         first_rows.append(trials[0])
         used = valid if valid.size else served
@@ -54,6 +53,12 @@ def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     key_values = cells[keys].iloc[first_rows].reset_index(drop=True)
     table = pd.concat([key_values, pd.DataFrame(figures, columns=names)], axis=1)
     return tables.cast_columns(table, columns.SUMMARY)
+
+
+def rows_by_cell(cells: pd.DataFrame, keys: Sequence[str]) -> list[npt.NDArray[np.intp]]:
+    """The row numbers of each cell's trials, in the order of `cells`; `keys` identify a cell."""
+    groups: Any = cells.groupby(list(keys), sort=False, dropna=False).indices.values()
+    return sorted(groups, key=lambda rows: int(rows[0]))
 
 
 def count_trials(cells: pd.DataFrame) -> tuple[int, int]:
