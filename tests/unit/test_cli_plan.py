@@ -252,6 +252,18 @@ def test_the_plan_shows_measured_times_and_none_for_what_was_not_run(
     assert review["finished"] == 2  # the one that was not run is no result
 
 
+def test_a_very_short_time_has_no_sign() -> None:
+    """The minus of an exponent is not the sign of a cell that was not served."""
+    plan = made_plan(parse_study(STUDY))
+    planned = tuple(
+        replace(each, cells=tuple(replace(cell, measured_s=1.5e-5) for cell in each.cells))
+        for each in plan.deployments
+    )
+    text = render_plan(replace(plan, deployments=planned), HardwarePrices("USD", {}), False)
+    assert "1.5e-05*" in text
+    assert "    *: measured\n" in text
+
+
 def test_the_plan_says_how_long_all_allocations_take_and_that_whole_nodes_are_paid(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,8 +207,10 @@ def _grids(plan: DeploymentPlan) -> Iterator[str]:
             row = [cells.get((load, prompt)) for prompt in prompts]
             rows.append([f"{load:g}", *("" if each is None else _value(each) for each in row)])
         yield from (f"    {line}" for line in _table(rows))
-        shown = "".join(value for row in rows[1:] for value in row[1:])
-        if signs := [f"{sign}: {text}" for sign, text in _LEGEND if sign in shown]:
+        # Only at the end of a value: 1e-05 is not a value that is not served.
+        ends = {value[at:] for row in rows[1:] for value in row[1:] for at in (-2, -1)}
+        signs = [f"{sign}: {text}" for sign, text in _LEGEND if ends & {sign, f"{sign}*"}]
+        if signs:
             yield f"    {', '.join(signs)}"
 
 
@@ -234,15 +236,8 @@ def _value(cell: CellPlan) -> str:
 
 def _cell_lines(plan: DeploymentPlan) -> Iterator[str]:
     head = (
-        *(
-            "cell",
-            "outlook",
-            "lower bound",
-            "expected (95% interval)",
-            "measured",
-            "missing trials",
-        ),
-        "why",
+        *("cell", "outlook", "lower bound", "expected (95% interval)", "measured"),
+        *("missing trials", "why"),
     )
     yield "  seconds per 100 tokens; no engine is faster than the lower bound:"
     rows = [
