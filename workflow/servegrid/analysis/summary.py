@@ -113,7 +113,7 @@ def lacks_low_loads(summary: pd.DataFrame) -> list[str]:
     `summary` is a table of `columns.SUMMARY`. Below its lowest measured load, a prompt length has
     the times of this load, so the capacity plan has too few users rather than too many.
     """
-    loads = summary["concurrency"].astype(float)
+    loads = summary["concurrency"].astype(float).fillna(summary["request_rate"].astype(float))
     skipped = summary["trials"].eq(0).fillna(False).astype(bool)
     keys = ["deployment", "protocol", "output_len", "input_len"]
     lowest = loads.where(~skipped).groupby([summary[key] for key in keys]).transform("min")

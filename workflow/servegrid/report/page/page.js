@@ -413,21 +413,11 @@ function headline(rows, demand, hardware) {
     (isKnown(rate)
       ? `One replica can carry ${atLeast(best)}${formatNumber(best.requests_per_s_carried)} requests/s.`
       : `One replica can carry ${atLeast(best)}${withInterval(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.`) +
-    (lacksLowLoads(best.deployment) ? " A search left out lower loads: a full grid can show more users." : "") +
+    (payload.deployments.find((each) => each.name === best.deployment).lacks_low_loads ? " A search left out lower loads: a full grid can show more users." : "") +
     (unknown ? ` ${count(unknown, "other deployment")} without a plan: the table says why.` : "") +
     (best.emulated ? " These figures are emulated: they do not come from hardware." : "") +
     (best.output_len_exact ? "" : " Its outputs may stop early: the plan takes it that every response has the requested number of tokens, each in the measured time per token.")
   );
-}
-
-// Whether a search left out a load below a measured one of the same prompt length; see analysis.summary.lacks_low_loads.
-function lacksLowLoads(name) {
-  const own = payload.cells.filter((cell) => payload.deployments[cell.deployment].name === name);
-  return own.some((cell) => {
-    if (cell.state !== "not run") return false;
-    const run = own.filter((each) => each.state !== "not run" && each.workload === cell.workload && each.input_len === cell.input_len);
-    return run.length > 0 && run.every((each) => each.intensity > cell.intensity);
-  });
 }
 
 // Bionic's rule: a tenth of the logged-in users are active. Mean and binomial quantiles.

@@ -14,7 +14,7 @@ import pandas as pd
 from servegrid.analysis.capacity import Demand, HardwarePrices
 from servegrid.analysis.latency_curves import requests_in_flight
 from servegrid.analysis.slo import Slo
-from servegrid.analysis.summary import CELL_KEYS
+from servegrid.analysis.summary import CELL_KEYS, lacks_low_loads
 from servegrid.analysis.titles import (
     deployment_titles,
     figure_notes,
@@ -116,6 +116,7 @@ def build_payload(
     metrics += [metric for metric in EFFICIENCY if metric.column in efficiency]
     titles = deployment_titles(cells)
     indices = {deployment: index for index, deployment in enumerate(titles)}
+    sparse = lacks_low_loads(summary)
     shown = with_intensity(summary)
     workloads = list_workloads(summary)
     return {
@@ -127,6 +128,7 @@ def build_payload(
         "workloads": [_workload(*workload) for workload in workloads],
         "deployments": [
             _deployment(deployment, titles[deployment], index, summary)
+            | {"lacks_low_loads": deployment in sparse}
             for deployment, index in indices.items()
         ],
         "cells": [
