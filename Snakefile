@@ -38,5 +38,5 @@ rule all:
     default_target: True
     input:
         deleted_records,
-        # Each file by itself: for lists in a list, Snakemake's time is the square of their length.
+        # Each file by itself: with lists in a list, Snakemake's time grows with their squared length.
         derived=[file for name in DERIVED for file in getattr(rules, name).output],

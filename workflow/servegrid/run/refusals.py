@@ -1,7 +1,7 @@
 """The trials that cannot work: they get their verdict at the start of a run, without a job.
 
-A rule for them would start Python once per trial, and its constraint would name all of them, so
-that the time for a plan is the square of their number.
+A rule for them would start Python once per trial. Its constraint would name all of them, and the
+time of a plan would grow with the square of their number.
 
 Snakemake knows nothing of these records. So a list says which trial got its verdict for which
 specification. Of trials that can work now, the workflow hides the records from Snakemake, which
