@@ -245,6 +245,18 @@ def test_a_study_without_measurements_cannot_be_bundled(tmp_path: Path) -> None:
         make_bundle(tmp_path)
 
 
+@pytest.mark.parametrize("limit", ["MEMBERS", "TOTAL_BYTES"])
+def test_results_beyond_the_limits_of_a_bundle_are_refused_before_they_are_copied(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    shutil.copytree(workspace / "results", tmp_path / "results")
+    monkeypatch.setattr(f"servegrid.bundle.tarball.{limit}", 10)
+    monkeypatch.setattr("servegrid.bundle.pack.stage_redacted", None)
+    with pytest.raises(BundleError, match=r"files with .* bytes\. .*Split the study"):
+        make_bundle(tmp_path)
+    assert not any((tmp_path / "results" / "bundles").iterdir())
+
+
 def test_a_secret_that_cannot_be_redacted_is_refused(tmp_path: Path) -> None:
     deployment = STUDY["deployments"][0]
     for change, kind in (

@@ -206,7 +206,7 @@ BOMBS = [
     (
         5 * 2**30,
         2,
-        "'root/source/zeros-0': a bundle has at most 200,000 files of 4,294,967,296 bytes",
+        "'root/source/zeros-0': a bundle has at most 400,000 files of 4,294,967,296 bytes",
     ),
     (10 * 2**30, 1, "a pax header that is not a path"),  # too large for another
 ]

@@ -17,7 +17,7 @@ from servegrid.errors import BundleError
 
 TABLE_ROWS = 20_000_000
 TABLE_BYTES = 4 * 2**30
-JSON_BYTES = 64 * 2**20
+JSON_BYTES = 256 * 2**20
 CONFIGURATION_BYTES = 2**20
 MEMORY_BYTES = 8 * 2**30
 """Memory that the checks may allocate. A small Parquet file can repeat a long text a million times,

@@ -214,6 +214,7 @@ def _stage_results(
     for part in (LOGS,) if partial else (LOGS, *DERIVED):
         found = [f"{part}/{name}" for name in tarball.list_files(folder / part)]
         names += [name for name in found if name != BUNDLE_LOG and is_allowed(name)]
+    tarball.check_limits([folder / name for name in names])
     for name in names:
         stage_redacted(folder / name, tree / name, redactor, name.startswith(LOGS))
 

@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +21,7 @@ from servegrid.bundle.layout import is_allowed
 from servegrid.errors import BundleError
 from servegrid.records import parquet
 
-MEMBERS = 200_000
+MEMBERS = 400_000
 MEMBER_BYTES = 4 * 2**30
 TOTAL_BYTES = 16 * 2**30
 RATIO = 100
@@ -67,6 +67,17 @@ def list_files(tree: Path) -> list[str]:
     """The names of all files below `tree`, with slashes, sorted by their bytes."""
     found = (path.relative_to(tree).as_posix() for path in tree.rglob("*") if path.is_file())
     return sorted(found, key=str.encode)
+
+
+def check_limits(files: Sequence[Path]) -> None:
+    """Raise BundleError if an archive of `files` would exceed what the reader accepts."""
+    total = sum(file.stat().st_size for file in files)
+    if len(files) > MEMBERS or total > TOTAL_BYTES:
+        raise BundleError(
+            f"The results have {len(files):,} files with {total:,} bytes. A bundle has at most "
+            f"{MEMBERS:,} files with {TOTAL_BYTES:,} bytes. Split the study: move some of its "
+            "deployments to a study of their own, and bundle each."
+        )
 
 
 @dataclass(frozen=True)
