@@ -93,19 +93,29 @@ def measure_study(cells: int) -> dict[str, tuple[float, float]]:
                 *("--configfile", f"{name}/study.yaml"),
             )
 
+        def verify() -> tuple[float, float]:
+            (archive,) = folder.glob("results/bundles/*")
+            return measure("-m", "servegrid.cli.main", "verify", str(archive))
+
         steps = {
-            "plan (snakemake -n)": snakemake("all", "--dry-run"),
-            "tables, figures and page": snakemake("all"),
-            "nothing to do": snakemake("all"),
-            "bundle": snakemake("bundle"),
+            "plan (snakemake -n)": lambda: snakemake("all", "--dry-run"),
+            "tables, figures and page": lambda: snakemake("all"),
+            "nothing to do": lambda: snakemake("all"),
+            "bundle": lambda: snakemake("bundle"),
+            "verify": verify,
         }
-        (archive,) = folder.glob("results/bundles/*")
-        steps["verify"] = measure("-m", "servegrid.cli.main", "verify", str(archive))
-        return steps
+        results = {}
+        for step, run in steps.items():
+            results[step] = run()
+            # At once, because a large study takes an hour.
+            print(f"{cells:,} cells, {step}: {_cost(results[step])}", flush=True)
+        return results
 
 
-def measure_executor(jobs: int) -> tuple[float, float]:
-    """CPU seconds and MiB of Snakemake's main process at the end."""
+def measure_executor(jobs: int) -> tuple[float, float, float]:
+    """CPU seconds and MiB of Snakemake's main process, and by how many MiB it grew in the second
+    half of the jobs.
+    """
     names = ("".join(letters) for letters in product(string.ascii_lowercase, repeat=2))
     groups = dict.fromkeys(islice(names, ALLOCATIONS), jobs // ALLOCATIONS)
     with tempfile.TemporaryDirectory() as name:
@@ -127,16 +137,23 @@ def measure_executor(jobs: int) -> tuple[float, float]:
                 stdout=output,
                 stderr=output,
             )
-            seconds = mib = 0.0
+            seconds = mib = half = 0.0
             while main.poll() is None:
                 with contextlib.suppress(psutil.Error):  # it has just ended
                     mib = main.memory_info().rss / 2**20 or mib
                     times = main.cpu_times()
                     seconds = times.user + times.system
+                if not half and len(list((folder / "out").glob("*"))) >= jobs / 2:
+                    half = mib
                 time.sleep(0.2)
         if main.returncode:
             sys.exit((folder / "output.log").read_text(encoding="utf-8")[-5000:])
-        return seconds, mib
+        return seconds, mib, mib - half
+
+
+def _cost(value: tuple[float, float]) -> str:
+    seconds, mib = value
+    return f"{seconds:.1f} s {mib:,.0f} MiB"
 
 
 def report(title: str, sizes: tuple[int, ...], rows: dict[str, list[tuple[float, float]]]) -> None:
@@ -144,7 +161,7 @@ def report(title: str, sizes: tuple[int, ...], rows: dict[str, list[tuple[float,
     heads = "".join(f"{f'{size:,}':>18}" for size in sizes)
     print(f"  {'':<28}{heads}{'growth':>16}")
     for step, values in rows.items():
-        cells = "".join(f"{f'{seconds:.1f} s {mib:,.0f} MiB':>18}" for seconds, mib in values)
+        cells = "".join(f"{_cost(value):>18}" for value in values)
         scale = sizes[-1] / sizes[0]
         growth = [last / first / scale for first, last in zip(values[0], values[-1], strict=True)]
         print(f"  {step:<28}{cells}{f'{growth[0]:.2f} s {growth[1]:.2f} MiB':>16}")
@@ -158,17 +175,19 @@ def main() -> None:
     studies: list[dict[str, tuple[float, float]]] = []
     for cells in options.cells:
         studies.append(measure_study(cells))
-        # After each size, because the largest one takes long.
         report(
             f"studies by their number of cells, {CELLS_PER_DEPLOYMENT} per deployment",
             tuple(options.cells[: len(studies)]),
             {step: [study[step] for study in studies] for step in studies[0]},
         )
+    runs = [measure_executor(jobs) for jobs in options.jobs]
     report(
         f"{ALLOCATIONS} allocations, at most {AT_A_TIME} at a time, by their number of jobs",
         tuple(options.jobs),
-        {"main process": [measure_executor(jobs) for jobs in options.jobs]},
+        {"main process": [(seconds, mib) for seconds, mib, _ in runs]},
     )
+    grown = ", ".join(f"{mib:.1f}" for _, _, mib in runs)
+    print(f"  MiB by which the main process grew in the second half of the jobs: {grown}")
 
 
 if __name__ == "__main__":
