@@ -171,7 +171,7 @@ def judge(headrooms: Sequence[float]) -> Answer:
     meets = middle >= 1
     if abs(middle - 1) > NEAR:
         return Answer(meets, True)
-    if len(headrooms) < 2 or min(headrooms) <= 0:
+    if len(headrooms) < 2 or min(headrooms) <= 0 or math.isinf(max(headrooms)):
         return Answer(meets, False)
     logs = np.log(headrooms)
     error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
