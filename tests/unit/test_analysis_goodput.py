@@ -12,7 +12,7 @@ import pytest
 
 from helpers.deployments import SMALL_VLLM
 from servegrid.analysis.capacity import Demand, HardwarePrices, parse_demands, plan_capacity
-from servegrid.analysis.goodput import find_saturation, slo_table, trial_outcomes
+from servegrid.analysis.goodput import TrialOutcome, find_saturation, slo_table, trial_outcomes
 from servegrid.analysis.intervals import share_interval, wilson
 from servegrid.analysis.metrics import longest_itl_s
 from servegrid.analysis.saturation import saturation_rate
@@ -115,6 +115,10 @@ def test_without_a_stationary_part_the_whole_run_counts() -> None:
     assert found.offered_per_s == pytest.approx(40 / 3.9)
 
 
+def test_a_cell_that_was_not_run_has_that_reason() -> None:
+    assert trial_outcomes(record(), table(), {"c": Slo()})["c"].reason == "no request was sent"
+
+
 @pytest.mark.parametrize(
     ("good", "count", "low", "high"),
     [  # R. G. Newcombe, Two-sided confidence intervals for the single proportion (1998), table I
@@ -210,6 +214,21 @@ def test_the_table_has_one_row_per_cell_and_class() -> None:
     assert "| 1 request |" in alone
     loop = render_slo(made.assign(protocol="closed_loop"), find_saturation(made), {}, [])
     assert "| 4 users |" in loop
+
+
+def test_the_offered_rate_is_the_median_of_bring_ups_as_the_throughput_is() -> None:
+    # One trial in the first bring-up, three in the second. By trials, 9 requests/s are offered.
+    classes = {"all": Slo()}
+    trials = {"w": (10.0, 900), "x": (9.0, 800), "y": (9.0, 800), "z": (9.0, 800)}
+    outcomes = {
+        digest: {"all": TrialOutcome([True] * answered, answered, 100.0, offered)}
+        for digest, (offered, answered) in trials.items()
+    }
+    rows = [
+        {"spec_digest": digest, "allocation": "a" if digest == "w" else "b"} for digest in trials
+    ]
+    (row,) = slo_table(cells(*rows), outcomes, classes).to_dict("records")
+    assert (row["requests_per_s"], row["offered_requests_per_s"]) == (8.5, 9.5)
 
 
 def test_classes_are_read_and_the_first_is_the_studys() -> None:
