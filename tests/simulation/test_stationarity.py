@@ -46,3 +46,16 @@ def test_a_short_overload_is_not_accepted() -> None:
     """Of 500 requests at twice the capacity, up to 97% were accepted by the latencies alone."""
     for server in SERVERS.values():
         assert accepted(server, 2.0, 500, RUNS) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slope_s", "refused"), [(0.05, 0.30), (0.01, 0.62)])
+def test_a_server_of_256_requests_at_once_often_needs_more_than_2000(
+    slope_s: float, refused: float
+) -> None:
+    """The figures of docs/statistics.md: a stable load can be refused, too."""
+    server = Server(base_s=1.0, slope_s=slope_s, max_num_seqs=256)
+    share = 1 - accepted(server, 0.9, REQUESTS, RUNS)
+    print(f"256 at once, slope {slope_s}: refused {share:.0%}")
+    assert share == pytest.approx(refused, abs=0.02)
+    assert accepted(server, 0.9, 10 * REQUESTS, 5) == 1.0
