@@ -131,6 +131,25 @@ def test_a_cell_with_two_bring_ups_each_by_hand() -> None:
     assert cell.stdev == pytest.approx(math.sqrt(0.0002))
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"protocol": "poisson", "concurrency": None, "request_rate": 2.0},
+        {"protocol": "closed_loop", "think_time_s": 60.0},
+    ],
+    ids=["open loop", "users who think"],
+)
+def test_the_speed_is_that_of_a_request_where_users_decide_on_the_throughput(
+    load: dict[str, Any],
+) -> None:
+    # 2 requests/s of 100 tokens are 200 tokens/s, whether a response takes 4 s or 5 s.
+    first, second = (
+        study(trial(200.0, seconds_per_100_tokens=seconds, **load)) for seconds in (4.0, 5.0)
+    )
+    (ratio,) = compare(first, second).deployments
+    assert ratio.ratio == pytest.approx(0.8)
+
+
 def test_bring_ups_that_measured_different_cells_are_pairs() -> None:
     # Two studies that were resumed: their bring-ups have no cell in common. So there are two
     # changes, log 0.8 and log 0.8 + 0.02, and Student's t has one degree of freedom.

@@ -64,9 +64,7 @@ def test_how_far_the_interpolated_load_is_from_one_that_was_left_out() -> None:
             cells[name].tolist() for name in ("concurrency", "seconds_per_100_tokens")
         )
         whole = most(cells, Slo())
-        for below, load, above, took in zip(
-            loads, loads[1:], loads[2:], seconds[1:], strict=False
-        ):
+        for below, load, above, took in zip(loads, loads[1:], loads[2:], seconds[1:], strict=False):
             rest = cells[cells["concurrency"] != load]
             # With the time of this load as the limit, the answer is this load.
             if (found := most(rest, Slo(100 / took / (1 + 1e-9)))) is not None:

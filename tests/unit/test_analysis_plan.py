@@ -305,7 +305,9 @@ def test_users_who_think_are_not_in_flight(scale: float) -> None:
     assert four is not None
     # A response has 100 tokens, so T(4) is the time per 100 tokens.
     thinking = {"protocol": "closed_loop", "concurrency": 60, "requests_per_user": 5}
-    cells = plan(study({**thinking, "think_time_s": 14 * four.value}, **engine)).deployments[0].cells
+    cells = (
+        plan(study({**thinking, "think_time_s": 14 * four.value}, **engine)).deployments[0].cells
+    )
     found = cells[0].expected_s
     assert found is not None and found.value == pytest.approx(four.value, rel=1e-3)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import stdtr
@@ -33,6 +34,7 @@ from servegrid.analysis.titles import EARLY_STOP, figure_notes, stops_early
 from servegrid.errors import ComparisonError
 from servegrid.records.verdict import SERVED
 from servegrid.study.deployment import EMULATED
+from servegrid.study.grid import OPEN_LOOPS
 
 FALSE_DISCOVERY_RATE = 0.05
 """On average, at most this fraction of the verdicts `faster` and `slower` is wrong."""
@@ -47,7 +49,6 @@ et al., Not All GPUs Are Created Equal, SC 2022)."""
 POWER = 0.8
 _NOTHING = 1e-9
 """An eigenvalue below this share of the largest is 0 but for rounding."""
-METRIC = "output_tokens_per_s"
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 NOT_TESTED = "not tested"
 
@@ -273,13 +274,13 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) ->
     The last item of a key says whether the outputs may stop early; it is None if `allow_mixed`, and
     then exact and other outputs have the same key.
     """
-    speeds = cells[METRIC].astype("Float64").to_numpy(float, na_value=math.nan)
+    cells = cells.assign(**{name: None for name in _SETTINGS if name not in cells})  # older tables
+    speeds = _speeds(cells)
     # Imported trials cannot be valid. The user imported them in order to compare them.
     imported = np.array([origin != SERVEGRID_ORIGIN for origin in _origins(cells)], dtype=bool)
     certified = cells["valid"].eq(True).fillna(False).to_numpy(bool)
     is_usable = cells["verdict"].isin(SERVED).to_numpy(bool) & (certified | imported)
     is_usable &= ~np.isnan(speeds)
-    cells = cells.assign(**{name: None for name in _SETTINGS if name not in cells})  # older tables
     names = cells["deployment"].tolist()
     key_values, settings = (
         [cells[name].astype(object).where(cells[name].notna(), None).tolist() for name in wanted]
@@ -299,6 +300,20 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) ->
         if is_usable[row]:
             cell.speeds.setdefault(bring_ups[row], []).append(float(speeds[row]))
     return grouped
+
+
+def _speeds(cells: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """The speed of each trial in output tokens/s; NaN if it is unknown.
+
+    It is that of all users together. In an open loop, and if users think, the users decide on it,
+    however fast the server is: there it is the speed of one request, with its time to first token.
+    """
+    of_all, seconds, think_s = (
+        cells[name].astype("Float64").to_numpy(float, na_value=math.nan)
+        for name in ("output_tokens_per_s", "seconds_per_100_tokens", "think_time_s")
+    )
+    by_users = cells["protocol"].isin(OPEN_LOOPS).to_numpy(bool) | (think_s > 0)
+    return np.where(by_users, 100 / seconds, of_all)
 
 
 def _describe_unmatched(ours: _Cells, theirs: _Cells) -> Iterator[str]:

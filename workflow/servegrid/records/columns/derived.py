@@ -149,8 +149,8 @@ SLO = (
         pa.float64(),
         "requests/s",
         "Requests that were due in the window / its time; with whole_run, all requests / the time "
-        "from the first due one to the last. It varies by chance around request_rate; median as for "
-        "requests_per_s",
+        "from the first due one to the last. It varies by chance around request_rate; median as "
+        "for requests_per_s",
     ),
     Column("reason", pa.string(), "", "Why there are no figures; null if there are"),
 )

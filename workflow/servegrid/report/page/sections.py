@@ -108,7 +108,8 @@ def settings_section(ratios: pd.DataFrame) -> Section:
         )
     caption = (
         "Output tokens/s of two deployments that differ in one setting: second divided by first, "
-        "over the cells that both served, with the 95% interval over bring-ups. With one bring-up "
+        "over the cells that both served, with the 95% interval over bring-ups. At a request rate, "
+        "and if users think, they are the tokens/s of one request. With one bring-up "
         "of either, there is no interval and no verdict. Cells whose requests waited in the server "
         "count too, because a setting can be the reason. The capacity plan above ranks the "
         "deployments."
