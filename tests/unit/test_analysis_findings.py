@@ -7,7 +7,12 @@ import pandas as pd
 import pytest
 
 from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
-from servegrid.analysis.findings import compute_frontier, describe_findings, fit_line
+from servegrid.analysis.findings import (
+    compute_frontier,
+    describe_findings,
+    fit_line,
+    format_max_within_slo,
+)
 from servegrid.analysis.published import published_summary
 from servegrid.analysis.queueing import Curve
 from servegrid.analysis.slo import Slo, parse_slo
@@ -87,6 +92,20 @@ def test_the_interval_of_the_frontier_comes_from_both_ends_of_the_times() -> Non
     (row,) = compute_frontier(cells, Slo()).to_dict("records")
     # 20 / 1.05 = 19.048 s: 64 + 64 × (19.048 - 11.6) / 9.9 = 112.1. 20 / 0.95 = 21.05 s: 125.1.
     assert (row["max_within_slo_low"], row["max_within_slo_high"]) == (112, 125)
+
+
+def test_an_end_of_the_range_at_the_highest_measured_load_is_at_least_this_load() -> None:
+    cells = PUBLISHED[(PUBLISHED["input_len"] == 119) & (PUBLISHED["deployment"] == MIXTRAL)].copy()
+    for end, factor in (("low", 0.9), ("high", 1.05)):
+        cells[f"seconds_per_100_tokens_{end}"] = factor * cells["seconds_per_100_tokens"]
+    (row,) = compute_frontier(cells, Slo()).to_dict("records")
+    # 20 / 0.9 = 22.2 s, and 128 take 21.5 s. More were not measured.
+    assert format_max_within_slo(row) == "118 [112, at least 128]"
+    # 22 / 1.05 = 20.95 s: 64 + 64 × (20.95 - 11.6) / 9.9 = 124.4 at the slow end.
+    (row,) = compute_frontier(cells, Slo(100 / 22)).to_dict("records")
+    assert format_max_within_slo(row) == "at least 128 [124, at least 128]"
+    (row,) = compute_frontier(cells, Slo(4.0)).to_dict("records")
+    assert format_max_within_slo(row) == "at least 128"  # 22.6 s at the slow end
 
 
 def test_the_maximum_is_a_lower_bound_at_the_highest_measured_concurrency() -> None:
