@@ -182,6 +182,17 @@ def judge(headrooms: Sequence[float]) -> Answer:
     return Answer(meets, inside > SURE)
 
 
+def is_share_sure(shares: Sequence[tuple[float, float]], limit: float) -> bool:
+    """Whether all trials together decide if a share of requests is below or above `limit`.
+
+    `shares` has the share in each trial and its number of requests. Chance alone changes a share:
+    the score test at 5% must reject `limit`, as if requests were independent of each other.
+    """
+    requests = math.fsum(count for _, count in shares)
+    share = math.fsum(share * count for share, count in shares) / requests
+    return abs(share - limit) > Z_95 * math.sqrt(limit * (1 - limit) / requests)
+
+
 def student_within(t: float, degrees: int) -> float:
     """The probability that Student's t with `degrees` of freedom lies within ± `t`.
 
