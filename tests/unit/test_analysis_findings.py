@@ -204,6 +204,17 @@ def test_findings_are_sentences_about_the_figures() -> None:
     )
 
 
+def test_sentences_are_about_valid_cells() -> None:
+    own = PUBLISHED[PUBLISHED["deployment"] == MIXTRAL].copy()
+    own.loc[own["concurrency"] == 128, "trials_valid"] = 0
+    (text,) = describe_findings(own, compute_frontier(own, Slo()), Slo(), {MIXTRAL: "Mixtral"})
+    # 3.1 s alone, 10.0 s at 64.
+    assert "the time grows by a factor of 3.2 from concurrency 1 to 64." in text
+    none = own.assign(trials_valid=0)
+    (text,) = describe_findings(none, compute_frontier(none, Slo()), Slo(), {MIXTRAL: "Mixtral"})
+    assert "grows" not in text and "×" not in text
+
+
 def test_a_prompt_length_that_a_search_decided_by_others_has_no_frontier_of_its_own() -> None:
     own = PUBLISHED[PUBLISHED["deployment"] == MIXTRAL]
     cells = own[own["input_len"].isin([31, 119])].copy()

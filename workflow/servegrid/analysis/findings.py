@@ -117,7 +117,9 @@ def describe_findings(
             & (summary["protocol"] == protocol)
             & (summary["output_len"] == output_len)
         ]
-        times = cells.dropna(subset="seconds_per_100_tokens").pivot(
+        # A sentence has no mark for figures that are not valid.
+        valid = cells[cells["trials_valid"].fillna(0) > 0]
+        times = valid.dropna(subset="seconds_per_100_tokens").pivot(
             index="concurrency", columns="input_len", values="seconds_per_100_tokens"
         )
         sentences = [_describe_limits(limits, slo), _describe_left_out(cells, limits)]
