@@ -168,6 +168,29 @@ def test_the_interval_of_attainment_covers_the_truth_also_if_neighbours_are_alik
     assert plain / 400 < 0.5
 
 
+@pytest.mark.parametrize(
+    ("share", "at_least", "at_most"), [(0.9, 0.88, 1.0), (0.95, 0.86, 1.0), (0.99, 0.5, 0.66)]
+)
+def test_the_interval_of_attainment_needs_several_runs_of_misses(
+    share: float, at_least: float, at_most: float
+) -> None:
+    """The limit of the method, as docs/statistics.md says: of 2000 requests, runs of 20 misses on
+    average, so there are 10, 5 and 1 of them. A trial without one does not show that they exist."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        outcomes: list[bool] = []
+        good = bool(rng.random() < share)
+        while len(outcomes) < 2000:
+            mean = 20 * share / (1 - share) if good else 20
+            outcomes += [good] * int(rng.geometric(1 / mean))
+            good = not good
+        low, high = share_interval([outcomes[:2000]], ["a"]) or (0.0, 0.0)
+        covered += low <= share <= high
+    print(f"{share:.0%} of the requests are good: coverage {covered / 400:.0%}")
+    assert at_least <= covered / 400 <= at_most
+
+
 CELL = {
     "deployment": "d",
     "model": "m",
