@@ -52,8 +52,13 @@ def test_stable_loads_are_accepted_and_overload_is_not(
 @pytest.mark.parametrize("name", SERVERS)
 @pytest.mark.parametrize(
     ("burstiness", "utilisation", "low", "high"),
-    [(0.25, 0.6, 0.95, 1.0), (0.25, 0.9, 0.8, 1.0), (0.25, 1.2, 0.0, 0.06)]
-    + [(4.0, 0.9, 0.95, 1.0), (4.0, 1.2, 0.0, 0.01)],
+    [
+        (0.25, 0.6, 0.95, 1.0),
+        (0.25, 0.9, 0.8, 1.0),
+        (0.25, 1.2, 0.0, 0.06),
+        (4.0, 0.9, 0.95, 1.0),
+        (4.0, 1.2, 0.0, 0.01),
+    ],
 )
 def test_bursty_loads_are_judged_by_the_same_rule(
     name: str, burstiness: float, utilisation: float, low: float, high: float

@@ -172,8 +172,8 @@ PUBLISHED_COMPARISON = (
         "ratio_low",
         pa.float64(),
         "",
-        "Lowest ratio within the rounding of published_s and the 95% interval of measured_s; within "
-        "the rounding alone if there is no interval, as with one trial",
+        "Lowest ratio within the rounding of published_s and the 95% interval of measured_s; "
+        "within the rounding alone if there is no interval, as with one trial",
     ),
     Column("ratio_high", pa.float64(), "", "Highest ratio within the same limits"),
 )
