@@ -138,8 +138,8 @@ def plan_section(
     caption = (
         "How many cells the plan expected to fit, to queue or not to work. Predicted / measured: "
         "seconds per 100 tokens, predicted from published tables alone (medians; the 95% interval "
-        "should contain 95% of the cells). An error of 100% is a factor of 2, in either direction. "
-        "Measured / bound: seconds over the least that the hardware allows."
+        "should contain 95% of the trials). An error of 100% is a factor of 2, in either "
+        "direction. Measured / bound: seconds over the least that the hardware allows."
     )
     paragraphs = [
         'To see the cells of a deployment, select "measured / lower bound" or "measured / '
