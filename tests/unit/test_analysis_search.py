@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from helpers.deployments import EMULATED_ENTRY
-from servegrid.analysis.search import Figures, FrontierEntry, Search, trial_figures
+from servegrid.analysis.prediction import Points
+from servegrid.analysis.predictor import Predictor
+from servegrid.analysis.search import (
+    Figures,
+    FrontierEntry,
+    Search,
+    make_predict,
+    trial_figures,
+)
 from servegrid.analysis.slo import Slo
 from servegrid.errors import ConfigError
+from servegrid.reference.checkpoint import find_model
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Study, Trial
 
@@ -175,6 +185,26 @@ def test_the_requests_of_an_open_loop_must_be_enough_for_an_answer(
     search = Search(trials, Slo(), measured)
     answer = search.status(search.grids[0]).answers[0]
     assert (answer.meets, answer.sure) == (meets, sure)
+
+
+def test_users_who_think_are_predicted_by_the_requests_that_they_have_in_flight() -> None:
+    """With 4 in flight, 4 / T(4) requests/s are complete. Then 4 / T(4) × Z users think: 60 - 4."""
+    entry = {**EMULATED_ENTRY, "engine": "vllm", "engine_args": {}, "name": "d"}
+
+    def search(**keys: Any) -> tuple[Search, Predictor]:
+        workload = {"input_len": 31, "output_len": 100, "grid": "frontier", **keys}
+        trials = parse_study({"study": "s", "workload": workload, "deployments": [entry]}).trials
+        predict = make_predict(trials[0], find_model(trials[0].deployment, Path("/none")), 1)
+        assert predict is not None
+        return Search(trials, Slo(40.0), {}, predict), predict([])
+
+    four, predictor = search(concurrency=4)
+    (took,) = predictor.predict(Points.of(4, 31)).seconds
+    keys = {"protocol": "closed_loop", "requests_per_user": 5, "think_time_s": 14 * float(took)}
+    thinking, _ = search(concurrency=60, **keys)
+    expected, found = (each._chances(each.grids[0]) for each in (four, thinking))
+    assert expected is not None and found is not None and 0.01 < expected[0] < 0.99
+    assert found == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_cell_that_others_decide_is_not_needed() -> None:

@@ -313,7 +313,7 @@ def _teach(cells: Sequence[CellPlan], predictor: Predictor, scale: float) -> tup
     ]
     if not workloads:
         return ()
-    chosen = predictor.teach(_points(workloads, predictor, scale), TAUGHT_FIRST)
+    chosen = predictor.teach(expected_points(workloads, predictor, scale), TAUGHT_FIRST)
     return tuple(workloads[index].cell for index in chosen)
 
 
@@ -336,7 +336,7 @@ def searched_cells(
             highest = [open_loop_load(each, predictor)[1] for each in group]
             chances = (loads.intensity * time_scale(deployment) <= highest).astype(float)
         else:
-            points = _points(group, predictor, time_scale(deployment))
+            points = expected_points(group, predictor, time_scale(deployment))
             chances = meeting_chances(predictor, points, response_limit(points, slo))
         found |= {group[at].cell for at in expected_cells(loads, chances, not is_open)}
     return frozenset(found)
@@ -408,7 +408,7 @@ def _by_bring_up(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
     return groups
 
 
-def _points(workloads: Sequence[Workload], predictor: Predictor, scale: float) -> Points:
+def expected_points(workloads: Sequence[Workload], predictor: Predictor, scale: float) -> Points:
     """The cells as bursts. An open loop has the requests in flight that its rate leads to, users
     who think those that their think time leaves. `scale` is that of an emulated engine's times."""
     return Points.of(
@@ -488,7 +488,7 @@ def _predict_cells(
     groups = list(_cells(trials).values())
     workloads = [group[0].workload for group in groups]
     scale = time_scale(deployment)
-    points = _points(workloads, predictor, scale)
+    points = expected_points(workloads, predictor, scale)
     expected = predictor.predict(points)
     hardware = find_hardware(deployment)
     cells = []
@@ -672,7 +672,7 @@ def expected_times(
         return None
     predictor = make_predictor(traits, deployment.engine, calibration, bursts)
     scale = time_scale(deployment)
-    expected = predictor.predict(_points(workloads, predictor, scale))
+    expected = predictor.predict(expected_points(workloads, predictor, scale))
     return ExpectedTimes(
         start=start_time(deployment, facts.shape),
         cells={

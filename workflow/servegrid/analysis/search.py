@@ -19,6 +19,7 @@ import pandas as pd
 
 from servegrid.analysis import frontier, tables
 from servegrid.analysis.frontier import Answer, Decided, Loads
+from servegrid.analysis.plan import expected_points, time_scale
 from servegrid.analysis.prediction import Bursts, Floats, Points, find_traits
 from servegrid.analysis.predictor import Predictor, load_calibration, make_predictor
 from servegrid.analysis.slo import Slo
@@ -231,10 +232,12 @@ class Search:
                 (trials[0].workload, seconds)
                 for each in self.grids
                 for trials in each.cells
-                if (seconds := self._seconds(trials)) is not None
+                # Of users who think, it is not known how many were in flight.
+                if not trials[0].workload.think_time_s
+                and (seconds := self._seconds(trials)) is not None
             ]
         )
-        points = _points(workloads)
+        points = expected_points(workloads, predictor, time_scale(self.trials[0].deployment))
         limit_s = frontier.response_limit(points, self.slo)
         return frontier.meeting_chances(predictor, points, limit_s)
 
