@@ -150,6 +150,13 @@ def test_the_speed_is_that_of_a_request_where_users_decide_on_the_throughput(
     assert ratio.ratio == pytest.approx(0.8)
 
 
+def test_trials_of_a_sweep_that_were_not_tried_are_of_no_cell() -> None:
+    untried = trial(1.0, protocol="poisson", concurrency=None, verdict="unsupported", valid=None)
+    both = study(trial(100.0), untried | {"output_tokens_per_s": None, "rate_fraction": 0.5})
+    found = compare(both, both)
+    assert [cell.ratio for cell in found.cells] == [1.0] and not found.left_out
+
+
 def test_bring_ups_that_measured_different_cells_are_pairs() -> None:
     # Two studies that were resumed: their bring-ups have no cell in common. So there are two
     # changes, log 0.8 and log 0.8 + 0.02, and Student's t has one degree of freedom.

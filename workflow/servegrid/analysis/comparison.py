@@ -275,6 +275,8 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) ->
     then exact and other outputs have the same key.
     """
     cells = cells.assign(**{name: None for name in _SETTINGS if name not in cells})  # older tables
+    # Trials of a sweep that were not tried have no rate, so they are of no cell.
+    cells = cells[cells["concurrency"].notna() | cells["request_rate"].notna()]
     speeds = _speeds(cells)
     # Imported trials cannot be valid. The user imported them in order to compare them.
     imported = np.array([origin != SERVEGRID_ORIGIN for origin in _origins(cells)], dtype=bool)
