@@ -235,6 +235,8 @@ def test_the_table_has_one_row_per_cell_and_class() -> None:
     assert "\n\n\n" not in text
     alone = render_slo(made.assign(concurrency=1), find_saturation(made), {}, [])
     assert "| 1 request |" in alone
+    sweep = render_slo(made.assign(concurrency=pd.NA), find_saturation(made), {}, [])
+    assert "| – | chat |" in sweep  # not tried, so its rate is not known
     loop = render_slo(made.assign(protocol="closed_loop"), find_saturation(made), {}, [])
     assert "| 4 users |" in loop
 
