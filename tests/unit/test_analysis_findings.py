@@ -168,10 +168,10 @@ def test_a_prompt_length_that_a_search_decided_by_others_has_no_frontier_of_its_
     (text,) = describe_findings(cells, frontier, slo, {MIXTRAL: "Mixtral"})
     assert text == (
         "Mixtral, burst: Most requests in flight that meet the SLO (20 tokens/s): 16 with prompts "
-        "of 119 tokens. Prompts of 31 tokens were decided by cells of other lengths: `servegrid "
-        "frontier` shows them. With prompts of 31 tokens, the time grows by a factor of 3.1 from "
-        "concurrency 32 to 128. Prompts of 119 tokens take 1.3 × the time of prompts of 31 tokens "
-        "at concurrency 32."
+        "of 119 tokens. The search decided prompts of 31 tokens by cells of other lengths: "
+        "`servegrid frontier` shows them. With prompts of 31 tokens, the time grows by a "
+        "factor of 3.1 from concurrency 32 to 128. Prompts of 119 tokens take 1.3 × the time of "
+        "prompts of 31 tokens at concurrency 32."
     )
 
 
