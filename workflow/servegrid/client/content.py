@@ -364,7 +364,7 @@ class Conversations(Content):
 
     @property
     def staggered(self) -> bool:
-        """Whether all conversations have equally many turns, so that users must begin differently."""
+        """Whether all conversations have equally many turns: users must then begin differently."""
         return False
 
     @property
