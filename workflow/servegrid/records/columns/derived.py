@@ -62,8 +62,8 @@ SUMMARY = (
         "bring_ups",
         pa.int32(),
         "",
-        "Bring-ups whose trials the values come from. From 2 on, an interval covers what differs "
-        "between bring-ups; with 1, only what differs within it",
+        "Bring-ups whose trials the values come from. With several, an interval covers what "
+        "differs between bring-ups; with 1, only what differs within it",
     ),
     *(column for name in SUMMARY_METRICS for column in _with_interval(name)),
 )
