@@ -185,8 +185,8 @@ def _describe_left_out(cells: pd.DataFrame, limits: pd.DataFrame) -> str:
     if not lengths:
         return ""
     return (
-        f"Prompts of {', '.join(map(str, lengths))} tokens were decided by cells of other lengths: "
-        "`servegrid frontier` shows them."
+        f"The search decided prompts of {', '.join(map(str, lengths))} tokens by cells of other "
+        "lengths: `servegrid frontier` shows them."
     )
 
 
