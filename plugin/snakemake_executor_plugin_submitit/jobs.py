@@ -38,7 +38,7 @@ def job_order(job: JobExecutorInterface) -> int:
 def job_seconds(job: JobExecutorInterface, resource: str) -> float | None:
     """The seconds of a resource, `expected_s` or `expected_start_s`; None if the job has none.
 
-    Raises WorkflowError if it is not a number from 0.
+    Raises WorkflowError if it is not a number, 0 or more.
     """
     seconds = job.resources.get(resource)
     if seconds is None:
@@ -46,7 +46,7 @@ def job_seconds(job: JobExecutorInterface, resource: str) -> float | None:
     if isinstance(seconds, Real) and 0 <= float(seconds) < math.inf:
         return float(seconds)
     raise WorkflowError(
-        f"{job.name}: resources.{resource}: {seconds!r} is not a number of seconds from 0. "
+        f"{job.name}: resources.{resource}: {seconds!r} is not a number of seconds, 0 or more. "
         "Correct it in the rule, or leave it out."
     )
 

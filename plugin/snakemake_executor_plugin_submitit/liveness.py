@@ -180,8 +180,8 @@ class SlurmLiveness:
                 queue.reported = now
                 lines.append(
                     f"{which} has not answered for {format_duration(silence)}: {queue.error}. "
-                    "Allocations continue; an end that they cannot report themselves is noticed "
-                    "when it answers again."
+                    "Allocations continue. The run notices some ends only when squeue "
+                    "answers again."
                 )
         return lines
 

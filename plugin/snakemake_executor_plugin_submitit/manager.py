@@ -341,7 +341,8 @@ class AllocationManager(Generic[Job]):
         if rest:
             self._waiting[name] = rest
         time_limit = format_duration(span.parameters.time_limit_s)
-        split = f"; {pluralize(len(rest), 'job')} more than fit into {time_limit}" if rest else ""
+        left = pluralize(len(rest), "job")
+        split = f", as many as fit into {time_limit}; left: {left}" if rest else ""
         self._progress.report(
             live.progress("", len(jobs) + len(rest)),
             f"Allocation {spec.name}: submitted as job {submission.job_id} with "

@@ -222,7 +222,7 @@ class Parameters:
         if gpus and per_node and nodes < needed:
             raise WorkflowError(
                 f"nodes: {nodes} × gpus_of_node {per_node} is less than the {gpus} GPUs of the "
-                "job. Remove `nodes`: the executor takes as many nodes as there must be."
+                "job. Remove `nodes`: the executor takes as many nodes as it needs."
             )
         if gpus and not _GPU_KEYS & kind.keys():
             values["gpus_per_node"] = math.ceil(gpus / nodes)
@@ -306,8 +306,8 @@ def _check_nodes(cluster: str, nodes: int, on_all_nodes: bool, kind: Mapping[str
         )
     if on_all_nodes and "interface" not in kind:
         raise WorkflowError(
-            f"An allocation needs {nodes} nodes, but its kind of node does not say over which "
-            "network they talk. Set `interface` of the kind, to a name such as ib0 or to a "
+            f"An allocation needs {nodes} nodes, but its kind of node does not name the "
+            "network between them. Set `interface` of the kind, to a name such as ib0 or to a "
             "network such as 10.7.0.0/16 (`ip -br address` on a node shows both)."
         )
 

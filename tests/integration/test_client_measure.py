@@ -279,8 +279,11 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"fault": "status", "status": 503}, "http_status: 503 mock status 503"),
     ({"fault": "reset", "fault_after": 2}, "reset: Connection reset by peer"),
     ({"fault": "reset", "fault_after": 0}, "reset: Connection reset by peer"),
-    ({"fault": "close", "fault_after": 0}, "reset: the server closed without a response"),
-    ({"fault": "close", "fault_after": 2}, "truncated: the server closed after "),
+    (
+        {"fault": "close", "fault_after": 0},
+        "reset: the server closed the connection without a response",
+    ),
+    ({"fault": "close", "fault_after": 2}, "truncated: the server closed the connection after "),
     ({"fault": "end_early", "fault_after": 2}, "truncated: the stream ended without"),
     ({"fault": "malformed_json", "fault_after": 2}, "malformed: an event is not JSON"),
     ({"fault": "malformed_chunk"}, "malformed: not an HTTP response: a chunk size is"),

@@ -101,7 +101,7 @@ def test_a_slow_down_of_10_percent_is_found_in_90_percent() -> None:
         ratios = simulate(generator, 0.02, bring_ups=3, change=math.log(0.9))
         found += sum(each.verdict == "slower" for each in ratios)
         total += len(ratios)
-    print(f"a slow-down of 10%: found in {found / total:.1%}")
+    print(f"a slowdown of 10%: found in {found / total:.1%}")
     assert found / total >= 0.90
 
 

@@ -80,7 +80,7 @@ def test_a_short_overload_is_not_accepted() -> None:
 def test_a_server_of_256_requests_at_once_often_needs_more_than_2000(
     slope_s: float, refused: float
 ) -> None:
-    """The figures of docs/statistics.md: a stable load can be refused, too."""
+    """The values of docs/statistics.md: a stable load can be refused, too."""
     server = Server(base_s=1.0, slope_s=slope_s, max_num_seqs=256)
     share = 1 - accepted(server, 0.9, REQUESTS, RUNS)
     print(f"256 at once, slope {slope_s}: refused {share:.0%}")

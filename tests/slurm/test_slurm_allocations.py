@@ -178,7 +178,7 @@ def test_an_allocation_that_needs_more_than_the_limit_is_split(work: Workspace) 
     output = work.run()
     assert work.outputs() == names("a", 3)
     assert work.started() == ["a0", "a1", "a2"]
-    assert "with 2 jobs; 1 job more than fit into 4 min" in output
+    assert "with 2 jobs, as many as fit into 4 min; left: 1 job" in output
     assert "reached its time limit" not in output
     records = work.records()
     # 1 + 165 + 65 = 231 s

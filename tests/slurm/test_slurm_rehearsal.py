@@ -151,7 +151,7 @@ def test_without_faults(rehearsal: Rehearsal) -> None:
     assert set(cells["engine"]) == {"emulated"}
     assert set(cells["time_scale"]) == {0.005}
     page = rehearsal.work.folder / "results/tables/mistral-7b_fp16_emulated_2xv100-16gb.md"
-    assert "Emulated, times × 0.005: these figures do not come from hardware." in page.read_text()
+    assert "Emulated, times × 0.005: these results do not come from hardware." in page.read_text()
     assert len(list(page.parent.glob("*_emulated_*.md"))) == rehearsal.deployments
     rehearsal.assert_nothing_to_do(target="all")
     # A profile changes no result: another one has nothing to do, either.

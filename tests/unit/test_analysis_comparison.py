@@ -346,7 +346,7 @@ def test_a_limit_that_cannot_be_tested_is_not_passed(
 
 def test_comparisons_of_emulated_figures_have_a_note() -> None:
     emulated = study(trial(1.0, engine="emulated", time_scale=0.05))
-    mark = "emulated, times × 0.05: these figures do not come from hardware."
+    mark = "emulated, times × 0.05: these results do not come from hardware."
     assert compare(emulated, emulated).notes == [f"Both studies: {mark}"]
     mixed = compare(study(trial(1.0)), emulated, allow_mixed=True)
     assert mixed.notes == [f"The second study: {mark}"]

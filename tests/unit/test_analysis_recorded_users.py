@@ -182,20 +182,20 @@ def test_requests_that_are_longer_than_measured_miss_the_slo() -> None:
             ((100, 90), (110, 10)),
             {},
             "10.0% of the requests have longer prompts than the 100 tokens that were measured, "
-            "and at most 5% may be: measure longer prompts",
+            "and the limit is 5%: measure longer prompts",
         ),
         (
             ((100, 97), (110, 3)),
             {"slo_attainment": 0.98},
             "3.0% of the requests have longer prompts than the 100 tokens that were measured, "
-            "and at most 2% may be: measure longer prompts",
+            "and the limit is 2%: measure longer prompts",
         ),
         (
             # 2 × 900 of 9,800 + 2,000 tokens.
             ((100, 98), (1000, 2)),
             {},
             "15.3% of the prompt tokens are beyond the 100 tokens that were measured, "
-            "and at most 5% may be: measure longer prompts",
+            "and the limit is 5%: measure longer prompts",
         ),
     ],
 )

@@ -50,7 +50,7 @@ def test_5000_dollars_suffice_only_for_small_models() -> None:
     assert answers[70] == (
         False,
         "70 billion parameters: 50 tokens/s need hardware for at least 15,000 USD "
-        "(2 × 2 × RTX 4090, 38 tokens/s each). About 5,000 USD do not suffice.",
+        "(2 systems of 2 × RTX 4090, 38 tokens/s each). About 5,000 USD do not suffice.",
     )
 
 

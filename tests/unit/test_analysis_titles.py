@@ -101,12 +101,12 @@ EMULATED = {"engine": "emulated", "time_scale": 1.0}
 def test_emulated_figures_have_a_note_and_measured_ones_do_not() -> None:
     measured, emulated = pd.DataFrame([ROW]), pd.DataFrame([ROW | EMULATED])
     assert emulation_notes(measured) == []
-    assert emulation_notes(emulated) == ["Emulated: these figures do not come from hardware."]
+    assert emulation_notes(emulated) == ["Emulated: these results do not come from hardware."]
     scaled = emulated.assign(time_scale=0.01)
-    notes = ["Emulated, times × 0.01: these figures do not come from hardware."]
+    notes = ["Emulated, times × 0.01: these results do not come from hardware."]
     assert emulation_notes(scaled) == notes
     both = pd.concat([measured, emulated])
-    assert emulation_notes(both) == ["Partly emulated: these figures do not come from hardware."]
+    assert emulation_notes(both) == ["Partly emulated: these results do not come from hardware."]
 
 
 def test_the_intensity_is_the_concurrency_or_the_request_rate() -> None:

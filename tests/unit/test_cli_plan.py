@@ -104,7 +104,7 @@ def test_every_study_of_config_has_a_plan(name: str, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert "GPU-hours" in text and "not predicted" not in text
     on_cpu = name in ("demo.yaml", "external.yaml", "protocols.yaml")
-    assert ("no data of a CPU" in text) == on_cpu
+    assert ("no data for a CPU" in text) == on_cpu
 
 
 def test_the_plan_on_a_cpu_names_no_gpu_hours_and_few_requests_and_fractions(
@@ -116,7 +116,7 @@ def test_the_plan_on_a_cpu_names_no_gpu_hours_and_few_requests_and_fractions(
     assert main(["plan", "--configfile", str(few), "--directory", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "GPU-hours: 0, because no deployment has a GPU.\n" in text
-    assert "Too few requests for valid figures: closed_loop-c1-i9-o100. At least 20" in text
+    assert "Too few requests for valid results: closed_loop-c1-i9-o100. At least 20" in text
     assert "rows: concurrent requests, columns" in text
     rates = {"protocol": "poisson", "request_rate": "sweep", "input_len": 9}
     swept = write_study(tmp_path, workload=rates)

@@ -70,7 +70,7 @@ def test_typed_gres_choose_the_nodes() -> None:
         )
     )
     assert found == {
-        # No feature tells the node without GPUs from the others.
+        # No feature is only on the node without GPUs.
         "cpu": {"slurm_partition": "gpu", "slurm_exclude": "a1,a2,v1"} | WHOLE,
         "a100": {"slurm_partition": "gpu", "gpus_of_node": 4, "slurm_gres": "gpu:a100:4"} | WHOLE,
         "v100": {"slurm_partition": "gpu", "gpus_of_node": 2, "slurm_gres": "gpu:v100:2"} | WHOLE,

@@ -395,7 +395,7 @@ def test_the_plan_and_the_page_say_that_outputs_may_stop_early() -> None:
     }
     report = render_capacity_report(plan, demand, hardware)
     assert f"| d ({MARK}) |" in report and "| e |" in report
-    assert "The plan takes it that every response has the requested number" in report
+    assert "The plan assumes that every response has the requested number" in report
     exact = render_capacity_report(plan[plan["deployment"] == "e"], demand, hardware)
     assert "stop early" not in exact
     payload = build_payload("s", summarise(both), both, pd.DataFrame(), demand, hardware)

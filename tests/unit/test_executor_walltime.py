@@ -161,7 +161,8 @@ def test_the_rest_of_a_split_gets_another_allocation(run: SlurmRun) -> None:
     run.put(*EIGHT, "i")
     assert run.queued() == list("abcdefg")
     assert run.texts == [
-        "Allocation a: submitted as job 7 with 7 jobs; 2 jobs more than fit into 10 min; log: a.log"
+        "Allocation a: submitted as job 7 with 7 jobs, as many as fit into 10 min; left: 2 jobs; "
+        "log: a.log"
     ]
     run.up()
     run.finish(*"abcdefg", each_s=60)  # as expected

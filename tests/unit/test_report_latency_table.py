@@ -164,7 +164,7 @@ def test_emulated_tables_begin_with_a_note(tmp_path: Path) -> None:
     emulated = PLAIN.assign(engine="emulated", time_scale=1.0)
     write_latency_tables(emulated, "d", files(tmp_path))
     lines = (tmp_path / "d.md").read_text().split("\n")
-    assert lines[2] == "Emulated: these figures do not come from hardware."
+    assert lines[2] == "Emulated: these results do not come from hardware."
 
 
 def test_a_cell_shows_the_median_of_its_served_trials() -> None:

@@ -101,7 +101,7 @@ def test_a_deployment_s_outlook_and_outcome_are_a_row() -> None:
     assert found[:4] == ["Mistral", "1", "1", "0"]
     assert found[6].endswith(" of 2")
     assert float(found[7]) > 1
-    assert surprises == ["Mistral: burst-c128-i2193-o100: should queue, and no request waited."]
+    assert surprises == ["Mistral: burst-c128-i2193-o100: should queue, but no request waited."]
 
 
 def test_a_surprise_ends_with_one_full_stop() -> None:

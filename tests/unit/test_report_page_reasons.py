@@ -1,4 +1,4 @@
-"""The page says why a cell has no figure."""
+"""The page says why a cell has no value."""
 
 from __future__ import annotations
 

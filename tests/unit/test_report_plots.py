@@ -183,7 +183,7 @@ def test_emulated_figures_are_marked(tmp_path: Path) -> None:
     for figure in (deployment_figure(emulated, "d", (TOTAL,)), overview_figure(emulated)):
         texts = svg_texts(figure, tmp_path)
         assert "EMULATED" in texts
-        assert "Emulated: these figures do not come from hardware." in " ".join(texts)
+        assert "Emulated: these results do not come from hardware." in " ".join(texts)
     assert "EMULATED" not in svg_texts(overview_figure(cells(PLAIN)), tmp_path)
 
 
@@ -351,7 +351,7 @@ def test_a_cell_without_steady_state_is_a_question_mark(tmp_path: Path) -> None:
     assert crosses(panel(figure)) == []
     assert marked(panel(figure), "$?$") == [2]
     texts = svg_texts(figure, tmp_path)
-    assert "no figure" in texts
+    assert "no value" in texts
     assert "not valid" not in texts  # nothing is drawn so
 
 

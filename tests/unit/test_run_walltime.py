@@ -130,14 +130,14 @@ def test_the_forecast_names_cells_with_too_few_requests(tmp_path: Path) -> None:
     text = Walltimes(made, tmp_path).forecast({trial.id for trial in made.trials})
     # One user: 8 - 2 requests; eight users: 64 - 16. Two prompt lengths each.
     assert text is not None
-    assert "\nToo few requests for valid figures: closed_loop-c1-i31-o100 and 1 more. " in text
+    assert "\nToo few requests for valid results: closed_loop-c1-i31-o100 and 1 more. " in text
 
 
 def test_the_forecast_of_an_unknown_cpu_is_labelled(tmp_path: Path) -> None:
     made = study(VLLM | {"gpu": "cpu", "gpu_count": 0})
     text = Walltimes(made, tmp_path).forecast({trial.id for trial in made.trials})
     assert text is not None
-    assert text.splitlines()[1] == "The prediction has no data of a CPU: it may be far off."
+    assert text.splitlines()[1] == "The prediction has no data for a CPU: it may be far off."
 
 
 def test_the_forecast_of_a_search_is_the_time_of_the_cells_that_prove_its_frontier(

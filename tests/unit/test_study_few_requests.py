@@ -39,6 +39,6 @@ def test_the_sentence_names_a_cell_and_the_keys() -> None:
     text = describe_few_requests([LOOP, one, other, one])
     assert text is not None
     assert text.startswith(
-        "Too few requests for valid figures: closed_loop-c2-i31-o100 and 1 more."
+        "Too few requests for valid results: closed_loop-c2-i31-o100 and 1 more."
     )
     assert text.endswith("Raise `requests_per_user` or `duration_s`.")

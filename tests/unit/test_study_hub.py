@@ -280,7 +280,7 @@ def test_a_small_disk_is_told_before_the_download(
     # A small file, the index, is read to know which shards the engine loads.
     assert fetch(write_study(tmp_path)) == 2
     error = capsys.readouterr().err
-    assert "2.0 MB are to be fetched, but only 1.0 MB are free" in error
+    assert "the download needs 2.0 MB, but only 1.0 MB are free" in error
     assert "HF_HOME" in error
     assert not hub.files() & set(SHARDS)
 

@@ -130,7 +130,7 @@ def test_a_filter_can_name_the_replicas() -> None:
 def test_replicas_on_several_nodes_are_refused_with_a_way_out() -> None:
     problem = nodes_problem(deployment(replicas=2, gpu_count=8), 2)
     assert problem and "needs 8 GPUs on 2 nodes, but servegrid starts the 2 replicas" in problem
-    assert "the capacity plan says how many of it are needed" in problem
+    assert "the capacity plan says how many you need" in problem
 
 
 @pytest.mark.parametrize(

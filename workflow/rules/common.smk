@@ -28,7 +28,7 @@ with reraise_as(WorkflowError):
     if workflow.is_main_process:
         OUTDATED.update(search_plan.find_outdated(study, parse_slo(config)))
         OUTDATED.update(refusals.find_outdated(study))
-        # Tables, page and bundle have the figures of this file, as it is now, and not its path.
+        # Tables, page and bundle have the facts of this file, as it is now, and not its path.
         if "users_from" in config.get("capacity", {}):
             config["capacity"].update(resolve_users(config)["capacity"])
 

@@ -1,3 +1,3 @@
-"""What can these GPUs serve? Deployments, loads, cells, and what was measured in them."""
+"""What can these GPUs serve? Deployments, workloads, cells, and what was measured."""
 
 __version__ = "0.1.0"

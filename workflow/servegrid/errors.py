@@ -37,7 +37,7 @@ class EngineError(ServegridError):
 class NotServableError(EngineError):
     """A deployment cannot start, and no repeat changes that. This is a result of its cells.
 
-    `verdict` is one of `records.verdict.VERDICTS`, `evidence` has the figures behind it.
+    `verdict` is one of `records.verdict.VERDICTS`, `evidence` has the numbers behind it.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""From records to figures: metrics, validity, statistics, findings and the capacity plan."""
+"""From records to results: metrics, validity, statistics, findings and the capacity plan."""

@@ -22,7 +22,7 @@ CAPTION = (
     "Each cell with prefix caching off and on: medians, with their 95% intervals if there are "
     "several trials. Prompt tokens: the mean, with the history of conversations. Hit rate: the "
     "share of the prompt tokens that came from the cache, and in brackets the share that an "
-    "unlimited cache would supply. A star marks figures that are not valid. A dash: not served, or "
+    "unlimited cache would supply. A star marks values that are not valid. A dash: not served, or "
     "no stationary part."
 )
 

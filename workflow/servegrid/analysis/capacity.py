@@ -73,8 +73,8 @@ class Demand:
     `prompt_mix`, and responses have their mean length. With `requests_per_s`, that many requests
     arrive at the busiest time, and `users` and `logged_in` do not count: how many users these are
     follows from Little's law. With `cycle_s`, the mean time from a request to the next one of the
-    same user, the think time is this less the modelled response time. After the share `followed` of
-    the requests, users think and send another one; after the others, they leave. `dispersion` is
+    same user, the think time is this minus the modelled response time. After the share `followed`
+    of the requests, users think and send another one; after the others, they leave. `dispersion` is
     the variance of the number of arrivals in a short time, divided by its mean: 1 for a Poisson
     process, more if they are burstier.
     """
@@ -142,7 +142,7 @@ def parse_demand(study: Mapping[str, Any]) -> Demand:
 def parse_demands(study: Mapping[str, Any]) -> list[Demand]:
     """One demand per SLO class of a study: its users, if all of them were of this class.
 
-    The file of `capacity.users_from` is read, unless its figures are there. Raises ConfigError if
+    The file of `capacity.users_from` is read, unless its facts are there. Raises ConfigError if
     it cannot be used.
     """
     capacity = dict(resolve_users(study).get("capacity", {}))
@@ -249,7 +249,7 @@ def find_gap(curves: LatencyCurves, demand: Demand) -> str | None:
             if share > most + ROUNDING:
                 return (
                     f"{100 * share:.1f}% of the {what} the {coverage.longest} tokens that were "
-                    f"measured, and at most {100 * most:g}% may be: measure longer prompts"
+                    f"measured, and the limit is {100 * most:g}%: measure longer prompts"
                 )
     if recorded is None or recorded.output_len is None:
         return None

@@ -3,7 +3,7 @@
 Two bring-ups of the same deployment differ: in the node, the memory layout, the autotuning. All
 cells and trials of one share that, so however many there are, they are one sample. A deployment's
 ratio is tested with Student's t over the means of its bring-ups in both studies, a cell's ratio
-over its bring-ups. The test takes it that bring-ups vary alike in both studies: with two or three,
+over its bring-ups. The test assumes that bring-ups vary alike in both studies: with two or three,
 their two variances cannot be distinguished. With one bring-up in a study there is a ratio and no
 verdict.
 
@@ -149,7 +149,7 @@ def apply_fdr(ratios: Iterable[Ratio]) -> list[Ratio]:
 
 
 def detectable_slowdown(stdev: float, bring_ups: int) -> float | None:
-    """The smallest slow-down, as a fraction, that the test detects with the probability POWER.
+    """The smallest slowdown, as a fraction, that the test detects with the probability POWER.
 
     `stdev` is the standard deviation between bring-ups (of the logarithms), `bring_ups` their
     number in each study; None if there are fewer than MIN_BRING_UPS. A two-sided test at 5%, with
@@ -165,7 +165,7 @@ def detectable_slowdown(stdev: float, bring_ups: int) -> float | None:
 
 
 def power_analysis(comparison: Comparison) -> Mapping[str, Mapping[int, float | None]]:
-    """For each deployment, the slow-down that 2, 3 and 5 bring-ups per study can detect.
+    """For each deployment, the slowdown that 2, 3 and 5 bring-ups per study can detect.
 
     Where the standard deviation between bring-ups is unknown, it is taken as ASSUMED_STDEV.
     """

@@ -1,7 +1,7 @@
 """How close cells come to their bound, and to the prediction of this package. Pure.
 
 Only the tables of the package are used, not the checkpoint or earlier results, so the same records
-give the same figures on every machine.
+give the same values on every machine.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ NVML reports an energy counter and a momentary power, and neither is exact: an A
 power a quarter of the time, and counters move in steps. The counter is used if there is one, from
 the first to the last sample that shows a step: what lies outside belongs to unfinished steps, which
 made the energy of a 2 s cell up to 8% too small. When each of the two steps happened is known only
-within a sample, so a short cell has no figure. The difference to the sampled power is reported.
+within a sample, so a short cell has no energy. The difference to the sampled power is reported.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def describe_findings(
             & (summary["protocol"] == protocol)
             & (summary["output_len"] == output_len)
         ]
-        # A sentence has no mark for figures that are not valid.
+        # A sentence has no mark for values that are not valid.
         valid = cells[cells["trials_valid"].fillna(0) > 0]
         times = valid.dropna(subset="seconds_per_100_tokens").pivot(
             index="concurrency", columns="input_len", values="seconds_per_100_tokens"
@@ -187,8 +187,8 @@ def _describe_left_out(cells: pd.DataFrame, limits: pd.DataFrame) -> str:
     if not lengths:
         return ""
     return (
-        f"Prompts of {', '.join(map(str, lengths))} tokens were decided by cells of other lengths: "
-        "`servegrid frontier` shows them."
+        f"The search decided prompts of {', '.join(map(str, lengths))} tokens by cells of other "
+        "lengths: `servegrid frontier` shows them."
     )
 
 

@@ -60,7 +60,7 @@ def trial_outcomes(
 
     The requests are those of the window that the metrics come from, and the failed ones. Without a
     stationary part they are all requests, over the time from the first due request to the last end,
-    so that a cell above saturation has a goodput too. Figures of an emulated engine keep its time
+    so that a cell above saturation has a goodput too. Values of an emulated engine keep its time
     scale, except for the limits, which are in real time.
     """
     spec = Trial.from_spec(record["spec"])
@@ -113,7 +113,7 @@ def slo_table(
     """A table of `columns.SLO`, one row per cell and class, in the order of `cells`.
 
     `cells` is a table of `columns.CELLS`; `outcomes` has those of each trial by its spec_digest.
-    The figures come from the valid trials, or from all if none is valid.
+    The values come from the valid trials, or from all if none is valid.
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
     rows = []
@@ -134,7 +134,7 @@ def slo_table(
 
 
 def _figures(found: Sequence[TrialOutcome], allocations: Sequence[Any]) -> dict[str, Any]:
-    """The figures of one cell and class, by names of `columns.SLO`."""
+    """The values of one cell and class, by names of `columns.SLO`."""
     known = [
         (each, allocation)
         for each, allocation in zip(found, allocations, strict=True)

@@ -1,10 +1,10 @@
-"""The 95% interval of a figure that was measured several times. Pure.
+"""The 95% interval of a metric that was measured several times. Pure.
 
 If the trials come from several bring-ups, the unit is the bring-up: the trials of one share what
 makes it differ from the next (node, memory layout, autotuning), so they say little about it. With a
 single bring-up, the unit is the trial, and the interval holds within that bring-up only.
 
-A cell's figure is the median over its trials. Its interval is Student's t on the trials'
+A cell's value is the median over its trials. Its interval is Student's t on the trials'
 logarithms: exp(mean ± t s / √k), with t the 97.5% quantile at k - 1 degrees of freedom. This
 assumes normally distributed logarithms. That suits times and rates: they are positive, and
 disturbances change them by a factor. The geometric mean is then the median of the distribution.

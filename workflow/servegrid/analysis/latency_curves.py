@@ -187,8 +187,8 @@ def cover_lengths(recorded: Sequence[tuple[int, int]], measured: Sequence[int]) 
 
     A length between two measured ones counts partly as each of them, so that the mean length stays
     the same: the plan interpolates times linearly in the prompt length, as it does in the load. A
-    length below the shortest measured one counts as this one, which takes longer. A length above
-    the longest one counts as this one, which takes less time, so its request is missing.
+    length below the shortest measured one counts as that one, which takes longer. A length above
+    the longest one counts as that one, which takes less time, so its request counts as missing.
     """
     lengths = sorted(measured)
     counts = dict.fromkeys(lengths, 0.0)

@@ -1,7 +1,7 @@
 """Computes one trial's row of the table of cells from its raw rows. Pure.
 
 Times come in as nanoseconds and go out as seconds. Unknown values are None: a mean over no request,
-the time per output token of a single token, a figure of a cell that was not served.
+the time per output token of a single token, a metric of a cell that was not served.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def cell_row(
 
 @dataclass(frozen=True)
 class _Part:
-    """The part of a cell that its figures come from.
+    """The part of a cell that its metrics come from.
 
     `requests` are the successful ones that count, `tokens` their output tokens in `seconds`: the
     time of the stationary part `window`, or the makespan if all requests count. `failed` and
@@ -249,7 +249,7 @@ def measured_workload(record: Mapping[str, Any]) -> Workload:
 
 
 def _withheld(row: Mapping[str, Any], slo: Slo) -> dict[str, None]:
-    """Null for every figure that depends on when single tokens arrived."""
+    """Null for every metric that depends on when single tokens arrived."""
     prefixes = ("ttft_", "ttfo_", "tpot_", "itl_") + (
         ("goodput_requests_per_s", "slo_attainment") if slo.needs_arrivals else ()
     )

@@ -71,7 +71,7 @@ class Range:
     high: float
 
     def __add__(self, other: Range) -> Range:
-        """The sum of the ends: errors of one deployment go together."""
+        """The sum of the ends: the errors of one deployment are correlated."""
         return Range(self.value + other.value, self.low + other.low, self.high + other.high)
 
     def __mul__(self, factor: float) -> Range:

@@ -48,7 +48,7 @@ def compare_with_published(
 ) -> pd.DataFrame:
     """Measured cells next to the published ones: one row of `columns.PUBLISHED_COMPARISON` each.
 
-    `measured` is a table of `columns.SUMMARY`. Only valid figures of exact output lengths count,
+    `measured` is a table of `columns.SUMMARY`. Only valid values of exact output lengths count,
     and emulated ones only if `emulated`. The ratio is measured / published seconds. Its range
     assumes the published value anywhere within its rounding, and the measured value anywhere in its
     95% interval. Deployments with several replicas are left out. Without published data, the table

@@ -23,7 +23,7 @@ class DeploymentReview:
     `finished` counts the trials that were run, `cells` those of them that were served.
     `median_ratio` is predicted / measured; `median` and `p90` are those of |log ratio| as ratios
     in %. `covered` of the `cells` lie in their interval, and `below_bound` are faster than their
-    bound. `over_bound` is the median of measured / bound. Figures are None without a served cell
+    bound. `over_bound` is the median of measured / bound. They are None without a served cell
     that was predicted. `surprises` are outlooks that did not come true.
     """
 
@@ -119,11 +119,11 @@ def _surprises(cell: CellPlan, row: Mapping[Any, Any]) -> list[str]:
     waiting = row.get("waiting_max")
     found = []
     if served and status == CANNOT:
-        found.append(f"{name}: should not work ({cell.outlook.why}), and was served")
+        found.append(f"{name}: should not work ({cell.outlook.why}), but was served")
     if served and status == QUEUES and not pd.isna(waiting) and waiting == 0:
-        found.append(f"{name}: should queue, and no request waited")
+        found.append(f"{name}: should queue, but no request waited")
     if served and status not in (QUEUES, CANNOT) and not pd.isna(waiting) and waiting > 0:
-        found.append(f"{name}: should fit, and up to {waiting:.0f} requests waited")
+        found.append(f"{name}: should fit, but up to {waiting:.0f} requests waited")
     if not served and status != CANNOT:
         found.append(f"{name}: not served, {row['verdict']}: {row['verdict_detail']}")
     return found

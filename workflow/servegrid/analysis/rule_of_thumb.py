@@ -1,6 +1,6 @@
 """Bionic's sizing for 1000 users: its rule, its table, and whether its conclusion follows. Pure.
 
-Source: Bionic GPT's page on hardware for 1000 users, 2023. Its figures are tokens per second of
+Source: Bionic GPT's page on hardware for 1000 users, 2023. Its numbers are tokens per second of
 complete systems from several sources. The page does not say at which concurrency they were
 measured.
 """
@@ -55,7 +55,7 @@ def size_systems(active: float | None = None, tokens_per_s: float = TOKENS_PER_S
 
 
 def check_conclusion() -> dict[int, tuple[bool, str]]:
-    """Whether Bionic's figures support its conclusion that about 5000 USD suffice for 1000 users.
+    """Whether Bionic's numbers support its conclusion that about 5000 USD suffice for 1000 users.
 
     By model size in 10⁹ parameters: the answer, and a sentence. `About` means up to 10% more.
     """
@@ -64,7 +64,7 @@ def check_conclusion() -> dict[int, tuple[bool, str]]:
     for params, systems in size_systems().groupby("params_b"):
         cheapest = systems.iloc[0]
         suffices = bool(cheapest["usd"] <= 1.1 * CONCLUSION_USD)
-        count = "" if cheapest["needed"] == 1 else f"{cheapest['needed']} × "
+        count = "" if cheapest["needed"] == 1 else f"{cheapest['needed']} systems of "
         price = f"{cheapest['usd']:,.0f} USD"
         answers[int(str(params))] = (
             suffices,

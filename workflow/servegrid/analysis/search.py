@@ -52,9 +52,9 @@ class Figures:
 
 
 def trial_figures(row: Mapping[Any, Any], slo: Slo) -> Figures:
-    """The figures of a trial from its row of `columns.CELLS`.
+    """What a search needs of a trial, from its row of `columns.CELLS`.
 
-    A figure that is not known does not meet its limit. The headroom of an open loop is the share of
+    A value that is not known does not meet its limit. The headroom of an open loop is the share of
     requests that may miss the SLO / the share that does: goodput, not latency, is its limit.
     """
     if row["verdict"] not in SERVED:
@@ -191,7 +191,7 @@ class Search:
         return Status(answers, settled, decided, unsure)
 
     def needs(self, trial: Trial) -> bool:
-        """Whether a trial that is not measured must be: its cell is not decided without it."""
+        """Whether a trial must still be measured: its cell is not decided without it."""
         grid = self._grid_of[trial.id]
         return bool(self.status(grid).decided.unknown[grid.positions[trial.id]])
 
@@ -304,7 +304,7 @@ def make_predict(
 def load_measured(
     trials: Sequence[Trial], cells: Path, slo: Slo, drift_checks: Sequence[Trial] = ()
 ) -> dict[str, Figures]:
-    """The figures of the trials that have a record of their specification, by id.
+    """What is known of the trials that have a record of their specification, by id.
 
     `cells` is the folder of the records. Records that are damaged or say NOT_RUN do not count.
     `drift_checks` decide on validity only.
@@ -326,7 +326,7 @@ def _is_measured(trial: Trial, folder: Path) -> bool:
 
 
 def check_left_out(study: Study, cells: pd.DataFrame, slo: Slo, folder: Path) -> None:
-    """Raise RecordError if a trial is not measured that the study needs.
+    """Raise RecordError if a trial that the study needs is not measured.
 
     `cells` is the table of the study's trials, in their order. Another search has left these trials
     out, and its list of them is lost; otherwise they would have been removed at the start.

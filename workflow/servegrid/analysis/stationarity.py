@@ -67,8 +67,8 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
 
     It ends when the last request is due, because fewer requests are in flight after that. It starts
     after the first response to every user of a closed loop, because all users start at the same
-    time. It also starts after the start transient of the end-to-end latencies in the order of their
-    ends, in an open loop at least after WARM_UP. The transient is found with MSER-5 (White, Cobb
+    time. It also starts after the initial transient of the end-to-end latencies (in the order of
+    their ends), in an open loop not before WARM_UP. The transient is found with MSER-5 (White, Cobb
     and Spratt, 2000): cut d of the n batch means so that the sum of (x - mean)² over the others,
     divided by (n - d)², is minimal. If a shorter cut changes the mean by at most NEGLIGIBLE_SHIFT,
     it is used instead, because the minimum can be anywhere if all latencies are almost equal. At
@@ -78,9 +78,9 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
     loop also if fewer than half as many ended after WARM_UP, if in an open loop the arrivals exceed
     the ends by more than MAX_GROWTH and GROWTH_DEVIATIONS allow, if the cut is longer than half of
     the series, or if the mean latencies of the two halves of the rest differ by more than
-    MAX_CHANGE and by more than STANDARD_ERRORS. The latencies of neighbouring requests are alike,
-    so the standard error comes from the means of BATCHES batches (Law and Kelton, Simulation
-    Modeling and Analysis, chapter 9).
+    MAX_CHANGE and by more than STANDARD_ERRORS. The latencies of neighbouring requests are
+    correlated, so the standard error comes from the means of BATCHES batches (Law and Kelton,
+    Simulation Modeling and Analysis, chapter 9).
     """
     served = requests.filter(pc.is_null(requests["error"]))
     due = pc.drop_null(requests["scheduled_ns"]).to_numpy()

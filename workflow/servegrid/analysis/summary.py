@@ -26,7 +26,7 @@ CELL_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_len
 def summarise(cells: pd.DataFrame) -> pd.DataFrame:
     """A table of `columns.SUMMARY`, one row per cell, in the order of `cells`.
 
-    `cells` is a table of `columns.CELLS`. The figures come from the valid trials, or from all
+    `cells` is a table of `columns.CELLS`. The values come from the valid trials, or from all
     served trials if none is valid. Trials that were not run do not count as trials.
     """
     keys = [column.name for column in columns.SUMMARY_KEYS]
@@ -84,9 +84,9 @@ def run_trials(trials: pd.DataFrame) -> pd.DataFrame:
 def tried_cells(summary: pd.DataFrame, slo: Slo) -> pd.DataFrame:
     """The rows of `columns.SUMMARY` that say how much load meets the SLO.
 
-    Without cells that were not run. A prompt length with such cells is left out if neither its
-    lowest load was run nor a valid cell has the token rate of the SLO: a search has decided it by
-    other lengths, and its curve would begin above the SLO. If no length would be left, all stay.
+    Cells that were not run are left out. So is a prompt length with such cells if its lowest load
+    was not run and no valid cell has the token rate of the SLO: a search has decided it by other
+    lengths, and its curve would begin above the SLO. If no length would be left, all stay.
     """
     skipped = summary["trials"].eq(0).fillna(False).astype(bool)
     if not skipped.any():
@@ -123,7 +123,7 @@ def lacks_low_loads(summary: pd.DataFrame) -> list[str]:
 
 @dataclass(frozen=True)
 class TrialMedian:
-    """The median of a figure over one cell's trials, and its 95% interval.
+    """The median of a metric over one cell's trials, and its 95% interval.
 
     It comes from the valid trials, or from all served ones if none is valid. None if unknown.
     """

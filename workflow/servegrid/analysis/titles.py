@@ -90,13 +90,13 @@ def emulation_label(cells: pd.DataFrame) -> str | None:
 
 
 def emulation_notes(cells: pd.DataFrame) -> list[str]:
-    """The note that must be shown with emulated figures; empty if all figures are measured."""
+    """The note that must be shown with emulated results; empty if all are measured."""
     label = emulation_label(cells)
     if label is None:
         return []
     scales = sorted(cells["time_scale"].dropna().unique())
     scaled = "" if scales == [1.0] else f", times × {' and '.join(f'{each:g}' for each in scales)}"
-    return [f"{label.capitalize()}{scaled}: these figures do not come from hardware."]
+    return [f"{label.capitalize()}{scaled}: these results do not come from hardware."]
 
 
 def stops_early(cells: pd.DataFrame) -> pd.Series[bool]:
@@ -110,7 +110,7 @@ def stops_early(cells: pd.DataFrame) -> pd.Series[bool]:
 
 
 def early_stop_notes(cells: pd.DataFrame) -> list[str]:
-    """One note per deployment whose outputs may stop early; it must be shown with its figures."""
+    """One note per deployment whose outputs may stop early; it must be shown with its results."""
     return [
         f"{name}: {EARLY_STOP}. Its responses had {_tokens_range(rows)} of "
         f"{_join_lengths(rows['output_len'])} output tokens on average. Its times per token and "
@@ -121,7 +121,7 @@ def early_stop_notes(cells: pd.DataFrame) -> list[str]:
 
 def prompt_notes(cells: pd.DataFrame) -> list[str]:
     """What `input_len` is where it is not the length of the prompts: conversations and files."""
-    if "source" not in cells:  # an older table, or published figures
+    if "source" not in cells:  # an older table, or published data
         return []
     sources = cells["source"].dropna().astype(str)
     is_file, has_turns = sources.str.startswith("file"), sources.str.endswith("turns")
@@ -141,7 +141,7 @@ def prompt_notes(cells: pd.DataFrame) -> list[str]:
 
 
 def figure_notes(cells: pd.DataFrame) -> list[str]:
-    """All notes that must be shown with figures of these cells."""
+    """All notes that must be shown with results of these cells."""
     return [*emulation_notes(cells), *early_stop_notes(cells), *prompt_notes(cells)]
 
 

@@ -1,7 +1,7 @@
 """Decides whether a measured cell is valid, from its raw rows and its record. Pure.
 
 A cell that was not served has a verdict instead. Each rule excludes one reason for a misleading
-figure, such as a wrong token count, a cache, a queue, a late client, or a throttled GPU.
+value, such as a wrong token count, a cache, a queue, a late client, or a throttled GPU.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measures some cells of a bundle again here, and compares them with the bundle.
 
-Only such a replication, on other nodes with other drivers on another day, tests the figures of a
+Only such a replication, on other nodes with other drivers on another day, tests the results of a
 bundle; the checks of `verify` cannot.
 """
 
@@ -58,7 +58,7 @@ _FILTER_KEYS = ("protocol", "concurrency", "request_rate", "input_len", "output_
 
 @dataclass(frozen=True)
 class CellSample:
-    """Cells to measure again: the bundle's name, their study, and the bundle's figures.
+    """Cells to measure again: the bundle's name, their study, and the bundle's results.
 
     `revisions` are the commits that the bundle was measured with, by the model's name.
     """

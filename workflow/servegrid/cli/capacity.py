@@ -21,7 +21,7 @@ def add_capacity(subcommands: Any) -> None:
         "capacity",
         help="plan the hardware that your users need",
         description="Print the capacity plan as Markdown, from the tables of a study or from "
-        "published figures. An assumption that is not an option comes from --configfile; otherwise "
+        "published data. An assumption that is not an option comes from --configfile; otherwise "
         "it has its default.",
     )
     add = parser.add_argument
@@ -31,7 +31,7 @@ def add_capacity(subcommands: Any) -> None:
     source(
         "--published",
         metavar="NAME",
-        help="plan from published figures: inria-2024, or the path of a CSV file",
+        help="plan from published data: inria-2024, or the path of a CSV file",
     )
     add("--configfile", type=Path, metavar="FILE", help="a study; its slo and capacity are used")
     add(

@@ -32,7 +32,12 @@ def add_plan(subcommands: Any) -> None:
         help="a profile, such as profiles/plafrim, for its nodes and its time limit",
     )
     add_directory(parser)
-    add("--hardware", type=Path, metavar="FILE", help="prices; default: config/hardware.yaml")
+    add(
+        "--hardware",
+        type=Path,
+        metavar="FILE",
+        help="prices; default: config/hardware.yaml if it exists, else those of this package",
+    )
     add("--cells", action="store_true", help="show each cell with its interval and its arithmetic")
     add(
         "--json",

@@ -10,9 +10,9 @@ from typing import Any
 def add_report(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         "report",
-        help="write the HTML page of published figures",
+        help="write the HTML page of published data",
         description="Write one HTML page with curves, heat maps, the frontier and the capacity "
-        "plan of published figures. It opens without a network. The page of a study is "
+        "plan of published data. It opens without a network. The page of a study is "
         "results/report/index.html, which snakemake writes.",
     )
     add = parser.add_argument

@@ -107,7 +107,7 @@ def open_content(
     if rows.sha256 != source.file.sha256:
         raise LoadError(
             f"{source_file}: has changed since the study was started. Run the same command again: "
-            "cells of the new file are other cells."
+            "the new file has new cells."
         )
     if source.kind == "file":
         made = FileConversations if source.has_turns else FileContent
@@ -364,7 +364,7 @@ class Conversations(Content):
 
     @property
     def staggered(self) -> bool:
-        """Whether all conversations have as many turns, so that users must not begin alike."""
+        """Whether all conversations have equally many turns: users must then begin differently."""
         return False
 
     @property

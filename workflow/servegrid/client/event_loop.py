@@ -353,10 +353,12 @@ class EventLoop:
 
     def _handle_early_close(self, user: User, request: InFlightRequest) -> None:
         if request.buffer:
-            detail = f"the server closed after {len(request.buffer)} bytes of the response"
+            received = f"{len(request.buffer)} bytes of the response"
+            detail = f"the server closed the connection after {received}"
             self._fail(user, request, "truncated", detail)
         elif not self._resend(user, request):
-            self._fail(user, request, "reset", "the server closed without a response")
+            detail = "the server closed the connection without a response"
+            self._fail(user, request, "reset", detail)
 
     def _resend(self, user: User, request: InFlightRequest) -> bool:
         """Send the request again if the server was just closing the reused connection.

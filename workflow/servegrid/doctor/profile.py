@@ -193,8 +193,8 @@ def _check_node_count(
     if large and "interface" not in parameters:
         return group.fail(
             f"kind {kind}",
-            f"{pluralize(len(large), 'deployment')} on several nodes, but the kind does not say "
-            "over which network they talk",
+            f"{pluralize(len(large), 'deployment')} on several nodes, but the kind does not name "
+            "the network between them",
             f"Set `interface` of `{kind}` in {profile.kinds_file}, to a name such as ib0 or to a "
             "network such as 10.7.0.0/16 (`ip -br address` on a node shows both).",
         )

@@ -48,7 +48,7 @@ set-resources:
     # {why_socket}
     socket: {socket}
     startup_s: 1800       # seconds within which an engine must start
-    runtime: 720          # most minutes per allocation; timeout_min of a kind replaces it
+    runtime: 720          # maximum minutes per allocation; timeout_min of a kind replaces it
 """
 
 

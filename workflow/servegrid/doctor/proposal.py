@@ -258,7 +258,7 @@ def _selection(
         yield Choice("slurm_constraint", "&".join(features), why)
     else:
         names = ",".join(sorted(node.name for node in others))
-        why = "no feature tells these nodes from the others of the partition, so they are excluded"
+        why = "no feature is only on these nodes, so the other nodes of the partition are excluded"
         yield Choice("slurm_exclude", names, why)
 
 

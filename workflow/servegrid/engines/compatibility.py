@@ -226,7 +226,7 @@ def _no_quantization(
         f"quantization `{needs.quantization}` needs compute capability "
         f"{_format_capability(wanted)} in vLLM {software.vllm}, but "
         f"{_describe_gpu(gpu, capability)}. Use a checkpoint with another quantization (GPTQ runs "
-        f"from 6.0 on), or a GPU of {_format_capability(wanted)} or newer."
+        f"on 6.0 and newer), or a GPU of {_format_capability(wanted)} or newer."
     )
 
 

@@ -42,7 +42,7 @@ VERDICTS = {
 """The verdicts and their meanings."""
 
 SERVED = frozenset({OK, QUEUED, PREEMPTED})
-"""The verdicts of workloads that were served: they have figures."""
+"""The verdicts of workloads that were served: they have metrics."""
 
 _VERDICT_OF_ERROR = {
     "timeout": TIMEOUT,
@@ -62,12 +62,12 @@ _MEMORY_FIGURES = {
     "max_model_len": r"max seq len \((\d+)\)",
     "kv_capacity_tokens": r"stored in KV cache \((\d+)\)",
 }
-"""Figures in the memory errors of torch and of vLLM 0.10 to 0.32."""
+"""Numbers in the memory errors of torch and of vLLM 0.10 to 0.32."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One of VERDICTS. `detail` is a text for people, `evidence` has its figures and names.
+    """One of VERDICTS. `detail` is a text for people, `evidence` has its numbers and names.
 
     `detail` is None and `evidence` is empty if the verdict is `ok`. The evidence of `not_run` has a
     `reason`; further keys depend on it.
@@ -88,7 +88,7 @@ class Verdict:
 
 
 def was_served(verdict: str) -> bool:
-    """Whether a workload with this verdict was served, so that it has figures."""
+    """Whether a workload with this verdict was served, so that it has metrics."""
     return verdict in SERVED
 
 
@@ -112,7 +112,7 @@ def decide_verdict(
 
     `errors` has one entry per request: None if it succeeded, else `kind: detail`. The most
     frequent verdict of a request decides; if two are equally frequent, the earlier one does.
-    `strain` are figures of the server's own metrics, see `telemetry.strain`. `death` is what the
+    `strain` are numbers of the server's own metrics, see `telemetry.strain`. `death` is what the
     engine logged when it died. If it or a request says so, the engine ran out of memory.
     """
     outcomes = list(errors)
@@ -141,7 +141,7 @@ def is_out_of_memory(text: str) -> bool:
 
 
 def memory_figures(text: str) -> dict[str, float]:
-    """The figures in a memory error of torch or vLLM: GiB, and tokens.
+    """The numbers in a memory error of torch or vLLM: GiB, and tokens.
 
     >>> memory_figures("CUDA out of memory. Tried to allocate 2.50 GiB.")
     {'tried_gib': 2.5}

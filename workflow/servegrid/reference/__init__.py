@@ -1,1 +1,1 @@
-"""Published figures and shapes of models and GPUs, with their sources; a roofline model."""
+"""Published data and shapes of models and GPUs, with their sources; a roofline model."""

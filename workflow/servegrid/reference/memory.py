@@ -24,7 +24,7 @@ RUNTIME_BYTES = 1.5e9
 BLOCK_TOKENS = 16
 """Tokens per block of vLLM's KV cache on GPUs."""
 CPU_CORE_BANDWIDTH, CPU_CORE_FLOPS = 8e9, 0.15e12
-"""Bytes/s and FLOP/s of one core: round figures of servers with AVX-512, not of any one CPU."""
+"""Bytes/s and FLOP/s of one core: round numbers of servers with AVX-512, not of any one CPU."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def _modelled(demand: Demand) -> list[str]:
             "Response times, and from them the numbers of users: requests/s × (think time + "
             "response time), Little's law."
             + (
-                " The think time is the recorded time between two requests less the modelled "
+                " The think time is the recorded time between two requests minus the modelled "
                 "response time."
                 if demand.cycle_s is not None
                 else ""
@@ -171,9 +171,9 @@ def _modelled(demand: Demand) -> list[str]:
     if demand.recorded_lengths is not None:
         texts.append(
             "A prompt length between two measured ones counts partly as each of them, so that the "
-            "mean stays the same. A shorter prompt than the shortest measured one counts as this "
-            "one. A longer prompt than the longest one counts as this one for the load, and as if "
-            "it missed the SLO; the table has the share of such requests."
+            "mean stays the same. A prompt shorter than the shortest measured length counts "
+            "as that length. A longer prompt than the longest measured one loads the server like "
+            "that one and counts as if it missed the SLO; the table has the share of such requests."
         )
     if recorded is not None and recorded.output_len is not None:
         texts.append(

@@ -45,7 +45,7 @@ NO_USERS = (
 
 EARLY_STOP_NOTE = (
     "Outputs may stop early: these responses had fewer output tokens than requested. The plan "
-    "takes it that every response has the requested number, each token in the measured time. "
+    "assumes that every response has the requested number, each token in the measured time. "
     "Limits on end-to-end latency apply to the shorter responses that were measured, so they are "
     "easier to meet than with the requested number."
 )
@@ -102,7 +102,7 @@ def render_capacity_report(
     if sparse:
         blocks.append(f"{SPARSE_NOTE} This concerns {', '.join(sparse)}.")
     if plan["emulated"].any():
-        blocks.append("Emulated: these figures do not come from hardware.")
+        blocks.append("Emulated: these results do not come from hardware.")
     if stops_early(plan).any():
         blocks.append(EARLY_STOP_NOTE)
     note = [] if demand.requests_per_s is not None else [_rule_of_thumb_note(demand)]
@@ -137,7 +137,7 @@ def caption(demand: Demand) -> str:
 
 
 def render_rule_of_thumb() -> str:
-    """Bionic's sizing table and conclusion as Markdown, from its own figures."""
+    """Bionic's sizing table and conclusion as Markdown, from its own numbers."""
     head = ["10⁹ parameters", "hardware", "tokens/s", "USD", "USD per token/s", "for 50 tokens/s"]
     rows = [
         (

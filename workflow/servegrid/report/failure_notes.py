@@ -1,4 +1,4 @@
-"""Short Markdown notes: why cells have no figure, or why a figure is not valid. Pure.
+"""Short Markdown notes: why cells have no value, or why a value is not valid. Pure.
 
 Cells that share a verdict or a broken rule of validity share a line. A full row or column of the
 table is named as one. The table of cells contains all evidence.

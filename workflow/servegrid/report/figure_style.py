@@ -1,7 +1,7 @@
 """The style of all figures: fonts, colours, panels, lines and marks.
 
 A cell that was not served is a gap in its line and a cross on the axis, never a zero. A cell that
-was served but has no figure is a question mark on the axis. A cell without a valid trial has a
+was served but has no value is a question mark on the axis. A cell without a valid trial has a
 hollow marker. With several trials, a point is their median and a bar is its 95% interval.
 """
 
@@ -38,7 +38,7 @@ LEFT_IN = 0.75
 GAP_IN = 0.22
 PANEL_IN = 2.1
 _MARK_STEP_PT = 5.0
-_MARK_HEIGHT_PT = {"not served": 0.0, "no figure": 5.0}
+_MARK_HEIGHT_PT = {"not served": 0.0, "no value": 5.0}
 """Height of a mark above the axis. A question mark on the axis line would be hard to read."""
 _MAX_BAR = 1.5
 """Bars are cut at this multiple of the highest point. The interval of two trials can be ten times
@@ -67,10 +67,10 @@ STYLE: dict[str, Any] = {
 
 MARKS: Mapping[str, Mapping[str, Any]] = {
     "not served": {"marker": "x", "markersize": 3.5, "markeredgewidth": 1.2},
-    "no figure": {"marker": MarkerStyle("$?$"), "markersize": 6.0, "markeredgewidth": 0.3},
+    "no value": {"marker": MarkerStyle("$?$"), "markersize": 6.0, "markeredgewidth": 0.3},
     "not valid": {"marker": "o", "markerfacecolor": "white"},
 }
-"""Marks of cells that were not served, have no figure, or are not valid."""
+"""Marks of cells that were not served, have no value, or are not valid."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _point(median: TrialMedian) -> tuple[float, float, float, str | None]:
     if not median.is_served:
         return math.nan, low, high, "not served"
     if median.value is None:
-        return math.nan, low, high, "no figure"
+        return math.nan, low, high, "no value"
     return median.value, low, high, None if median.is_valid else "not valid"
 
 
@@ -200,7 +200,7 @@ def _draw_dotted(axes: Axes, points: pd.Series[float], style: LineStyle) -> None
 
 
 def _draw_marks_on_axis(axes: Axes, lines: Sequence[Line]) -> None:
-    """Mark each cell without a figure. Marks of several lines at one place stand side by side."""
+    """Mark each cell without a value. Marks of several lines at one place stand side by side."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     marked: dict[Any, list[tuple[str, Any]]] = {}
@@ -246,7 +246,7 @@ def label_intensity(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def mark_emulated(axes: Axes, rows: pd.DataFrame) -> None:
-    """Write `EMULATED` across a panel if its figures are emulated."""
+    """Write `EMULATED` across a panel if its results are emulated."""
     mark = emulation_label(rows)
     if mark:
         axes.text(

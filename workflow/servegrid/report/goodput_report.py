@@ -14,7 +14,7 @@ from servegrid.study.text import pluralize
 CAPTION = (
     "Attainment: share of the requests that meet the SLO, with its 95% interval; a failed request "
     "misses it. Goodput: requests per second that meet it. Marked with *: there was no stationary "
-    "part, so all requests of the run count, and the figures depend on its length."
+    "part, so all requests of the run count, and the values depend on its length."
 )
 INVALID = "Marked with !: no trial is valid."
 

@@ -51,7 +51,7 @@ NO_FIGURE = "?"
 class Entry:
     """One cell of the table: seconds with their interval, or a sign.
 
-    `not_served` says why the cell has no figure, `left_out` why some of its trials do not count,
+    `not_served` says why the cell has no value, `left_out` why some of its trials do not count,
     and `not_valid` why none of its trials is valid. `remarks` say that requests waited in the
     server or were preempted.
     """
@@ -176,7 +176,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _as_arrow(tables: Sequence[LatencyTable]) -> pa.Table:
-    """The frame with numbers instead of texts. A cell without a figure is null."""
+    """The frame with numbers instead of texts. A cell without a value is null."""
     frame = latency_frame(tables)
     lengths = {
         name: pd.to_numeric(frame[name], errors="coerce")

@@ -98,7 +98,7 @@ def _totals(plan: StudyPlan, prices: HardwarePrices) -> Iterator[str]:
 
 
 def _whole_nodes(plan: StudyPlan) -> str:
-    """That a deployment pays for GPUs that it does not use, if one does."""
+    """The sentence that whole nodes count, if a deployment does not use all their GPUs."""
     charged = any(
         charged_gpus(each.deployment, plan.site) > each.deployment.node_gpus
         for each in plan.deployments
@@ -181,7 +181,7 @@ def _origin(plan: DeploymentPlan) -> str:
     own = f", and {pluralize(plan.observed, 'measured cell')} of its own" if plan.observed else ""
     text = f"published tables{own}"
     if plan.labels:
-        text += f". They have no data of {', '.join(plan.labels)}: the intervals are wide"
+        text += f". They have no data for {', '.join(plan.labels)}: the intervals are wide"
     return text
 
 

@@ -40,9 +40,9 @@ class Outcome:
 def find_dominating(workload: Workload, outcomes: Sequence[Outcome]) -> Outcome | None:
     """The first outcome that shows that `workload` cannot be served; None if none does.
 
-    That is a workload with at most as many users and as long prompts, and with the same other
-    settings, that was not served. It shows nothing if a workload that asks for at least as much was
-    served: then something else was the cause.
+    Its workload was not served, has at most as many users, at most as long prompts, and the same
+    other settings. It shows nothing if a workload that asks for at least as much was served: then
+    something else was the cause.
     """
     served = [each.workload for each in outcomes if was_served(each.verdict)]
     return next(

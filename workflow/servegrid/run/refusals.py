@@ -4,9 +4,9 @@ A rule for them would start Python once per trial. Its constraint would name all
 time of a plan would grow with the square of their number.
 
 Snakemake knows nothing of these records. So a list says which trial got its verdict for which
-specification. Of trials that can work now, the workflow hides the records from Snakemake, which
-then measures them. `forget_refused` removes the records at the start of that run. A dry run, and a
-start while another run works in the folder, remove nothing.
+specification. If a trial can work now, the workflow hides its record from Snakemake, which then
+measures it. `forget_refused` removes such records at the start of that run. A dry run, and a start
+while another run works in the folder, remove nothing.
 
 Every start of Snakemake imports this module, also a dry run. So it imports little, and Arrow only
 if there are such trials.

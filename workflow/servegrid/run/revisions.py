@@ -1,4 +1,4 @@
-"""Finished cells keep their weights: no cell is measured over with another revision of its model.
+"""Finished cells keep their weights: no cell is measured again with another revision of its model.
 
 A record has the commits of checkpoint and tokenizer if these are from the Hugging Face Hub.
 """
@@ -104,7 +104,7 @@ def check_same_revisions(
             )
         raise ModelError(
             f"{wrong} `{_repo(name)}` ({measured.file}), but the study's `{key}: {name}` is "
-            f"{now}, and they would be measured over. To keep them, write "
+            f"{now}. A run would measure these cells again. To keep them, write "
             f"`{key}: {_repo(name)}@{before}`, or give the deployment another `name`. To measure "
             f"them again, first delete {measured.file.parents[2]}."
         )

@@ -100,7 +100,7 @@ class Walltimes:
             text += f" Not predicted: {pluralize(rest, 'measurement')}."
         unseen = dict.fromkeys(each for times in starts.values() for each in times.unseen.values())
         if unseen:
-            text += f"\nThe prediction has no data of {', '.join(unseen)}: it may be far off."
+            text += f"\nThe prediction has no data for {', '.join(unseen)}: it may be far off."
         return text if few is None else f"{text}\n{few}"
 
     @cached_property

@@ -273,7 +273,7 @@ def _check_replicas(entry: Mapping[str, Any], gpu_count: int, where: str) -> Non
         remedy = (
             "give `gpu_count` and `max_num_seqs` of all replicas of the server"
             if engine == EXTERNAL
-            else "measure one replica; the capacity plan says how many of it are needed"
+            else "measure one replica; the capacity plan says how many you need"
         )
         raise ConfigError(
             f"{where}.{REPLICAS}: only {known} serve several replicas behind one endpoint, "

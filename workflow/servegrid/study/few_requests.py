@@ -11,13 +11,13 @@ MIN_REQUESTS = 20
 
 
 def describe_few_requests(workloads: Iterable[Workload]) -> str | None:
-    """Which workloads can hardly have valid figures, and the remedy; None if there are none."""
+    """Which workloads can hardly have valid results, and the remedy; None if there are none."""
     cells = list(dict.fromkeys(each.cell for each in workloads if _has_few(each)))
     if not cells:
         return None
     more = f" and {len(cells) - 1} more" if len(cells) > 1 else ""
     return (
-        f"Too few requests for valid figures: {cells[0]}{more}. At least {MIN_REQUESTS} requests "
+        f"Too few requests for valid results: {cells[0]}{more}. At least {MIN_REQUESTS} requests "
         "must end in the stationary part; the first and the last request of each user of a closed "
         "loop are not in it. Raise `requests_per_user` or `duration_s`."
     )

@@ -200,9 +200,9 @@ def check_disk_space(downloads: Iterable[Download]) -> None:
     free = shutil.disk_usage(cache).free
     if needed and needed + _SPARE_BYTES > free:
         raise ModelError(
-            f"{cache}: {format_bytes(needed)} are to be fetched, but only {format_bytes(free)} are "
-            "free. Free some space, or set HF_HOME to a folder on a larger disk, for this command "
-            "and for the run."
+            f"{cache}: the download needs {format_bytes(needed)}, but only "
+            f"{format_bytes(free)} are free. Free some space, or set HF_HOME to a folder on a "
+            "larger disk, for this command and for the run."
         )
 
 

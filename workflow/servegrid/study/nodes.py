@@ -41,7 +41,7 @@ def nodes_problem(deployment: Deployment, nodes: int) -> str | None:
         return (
             f"{needs}, but servegrid starts the {parallelism.data} replicas of a deployment "
             "(`replicas`, data parallelism) on one node only. Measure one replica, as a deployment "
-            "of its own: the capacity plan says how many of it are needed. Or choose a kind of "
+            "of its own: the capacity plan says how many you need. Or choose a kind of "
             "node with enough GPUs."
         )
     if parallelism.prefill_context > 1:
@@ -103,8 +103,8 @@ def site_problem(
     found = nodes_problem(deployment, nodes)
     if found is None and nodes > 1 and deployment.engine == VLLM and "interface" not in kind:
         found = (
-            f"deployment `{deployment.name}` takes {nodes} nodes, but the kind does not say over "
-            "which network they talk. Set `interface`, to a name such as ib0 or to a network such "
+            f"deployment `{deployment.name}` takes {nodes} nodes, but the kind does not name the "
+            "network between them. Set `interface`, to a name such as ib0 or to a network such "
             "as 10.7.0.0/16 (`servegrid doctor --network` lists both)."
         )
     found = found or version_problem(deployment, nodes, vllm)
@@ -121,5 +121,5 @@ def capacity_problem(gpus: int, nodes: int, per_node: Any, place: str) -> str | 
         return None
     return (
         f"{place}.nodes: {nodes} × gpus_of_node {per_node} is less than the {gpus} GPUs that are "
-        "needed. Remove `nodes`: servegrid takes as many nodes as there must be."
+        "needed. Remove `nodes`: servegrid takes as many nodes as it needs."
     )

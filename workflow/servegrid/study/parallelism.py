@@ -82,6 +82,6 @@ def _size(value: Any, key: str, where: str) -> int:
         return 1
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(
-            f"{where}: engine_args.{key}: {value!r} is not valid. Use a whole number from 1 on."
+            f"{where}: engine_args.{key}: {value!r} is not valid. Use a whole number above 0."
         )
     return value

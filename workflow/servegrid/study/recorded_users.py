@@ -1,6 +1,6 @@
 """What a trace or a file of users says about the users of the capacity plan.
 
-Only derived figures are kept, never the file's content or path: a bundle has them in place of the
+Only derived numbers are kept, never the file's content or path: a bundle has them in place of the
 file, and the plan follows from them alone.
 """
 
@@ -43,7 +43,7 @@ _GROUP = 1.05
 
 @dataclass(frozen=True)
 class RecordedUsers:
-    """The figures of a trace, or of a file of conversations or prompts.
+    """The facts of a trace, or of a file of conversations or prompts.
 
     `input_lens` are pairs of a prompt length and the number of requests with about this length;
     `input_len` and `output_len` are exact means in tokens. A file may not know its output lengths.
@@ -113,7 +113,7 @@ def resolve_users(config: Mapping[str, Any]) -> dict[str, Any]:
     """`config`, which matches the schema, with facts in place of the path of the plan's users.
 
     Without `capacity.users_from`, or if it has facts already, `config` stays as it is. Raises
-    ConfigError if the file cannot be used, or if its figures contradict other keys.
+    ConfigError if the file cannot be used, or if its facts contradict other keys.
     """
     capacity = config.get("capacity", {})
     keys = capacity.get("users_from")
@@ -173,7 +173,7 @@ def read_recorded(
     deployments: Sequence[Mapping[str, Any]] = (),
     named: str | None = None,
 ) -> RecordedUsers:
-    """The figures of the file that the keys of `users_from` describe.
+    """The facts of the file that the keys of `users_from` describe.
 
     The entries `deployments` of a study have the tokenizer, unless the keys name one. `named` is
     what names the path, if it is no key. Raises ConfigError if the file cannot be used.
@@ -211,7 +211,7 @@ def _open_tokenizer(name: str | None, deployments: Sequence[Mapping[str, Any]]) 
 def describe_trace(
     requests: Sequence[UserRequest], sha256: str = "", left_out: int = 0
 ) -> RecordedUsers:
-    """The figures of a trace, whose requests are in the order of their times.
+    """The facts of a trace, whose requests are in the order of their times.
 
     Raises ValueError if it has no rate.
     """
@@ -252,7 +252,7 @@ def describe_conversations(
     sha256: str = "",
     left_out: int = 0,
 ) -> RecordedUsers:
-    """The figures of a file. A row is one request, or with `turns` one request per user turn.
+    """The facts of a file. A row is one request, or with `turns` one request per user turn.
 
     The prompt of a turn has all messages before it, with the answers of the file. The output length
     of a request is its `output_tokens`, or the length of its answer.

@@ -434,7 +434,7 @@ def _count_in(row: Mapping[str, Any]) -> int | None:
     if count is None:
         return None
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_TOKENS:
-        raise _BadRow(f"`output_tokens` is {count!r}, not a number of tokens from 1 on")
+        raise _BadRow(f"`output_tokens` is {count!r}, not a number of tokens above 0")
     return count
 
 
@@ -526,7 +526,7 @@ def _length(row: Mapping[str, Any], name: str) -> int:
     except ValueError:
         length = None
     if isinstance(length, bool) or not isinstance(length, int) or not 1 <= length <= MAX_TOKENS:
-        raise _BadRow(f"`{name}` is {value!r}, not a number of tokens from 1 on")
+        raise _BadRow(f"`{name}` is {value!r}, not a number of tokens above 0")
     return length
 
 

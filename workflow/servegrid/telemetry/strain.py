@@ -11,7 +11,7 @@ from servegrid.telemetry.counters import E2EL, PREEMPTIONS, QUEUE, Counters, Nam
 def measure_strain(
     before: Counters, after: Counters, samples: Iterable[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """The figures that decide between `ok`, `queued` and `preempted`, without unknown ones.
+    """The numbers that decide between `ok`, `queued` and `preempted`, without unknown ones.
 
     `before` and `after` are the server's metrics around the workload, and `samples` are rows of
     `columns.TELEMETRY` during it. `preemptions` is an increase. `waiting_share` is the share of

@@ -129,7 +129,7 @@ CELLS = (
         "verdict_evidence",
         pa.string(),
         "",
-        "The figures and names in verdict_detail as JSON, for example `preemptions`, "
+        "The numbers and names in verdict_detail as JSON, for example `preemptions`, "
         "`waiting_share`, `kv_needed_gib` or `by` (the trial that dominates this one); null if "
         "there are none",
     ),
@@ -251,8 +251,8 @@ CELLS = (
     *_latencies(
         "itl",
         "Inter-token latency: time between two chunks with tokens, divided by the tokens of the "
-        "later chunk. Without requests for which only the total of the tokens is known and which "
-        "have more than 1.1 tokens per chunk",
+        "later chunk. Requests with more than 1.1 tokens per chunk are left out if only the total "
+        "of their tokens is known",
     ),
     *_latencies(
         "itl_per_chunk",

@@ -57,13 +57,13 @@ SUMMARY = (
     *SUMMARY_KEYS,
     Column("trials", pa.int32(), "", "Trials of the cell that were run; 0 if all are `not_run`"),
     Column("trials_served", pa.int32(), "", "Trials that were served"),
-    Column("trials_valid", pa.int32(), "", "Valid trials; if 0, the figures are not valid"),
+    Column("trials_valid", pa.int32(), "", "Valid trials; if 0, the values are not valid"),
     Column(
         "bring_ups",
         pa.int32(),
         "",
-        "Bring-ups whose trials the figures come from. From 2 on, an interval covers what differs "
-        "between bring-ups; with 1, only what differs within it",
+        "Bring-ups whose trials the values come from. With several, an interval covers what "
+        "differs between bring-ups; with 1, only what differs within it",
     ),
     *(column for name in SUMMARY_METRICS for column in _with_interval(name)),
 )
@@ -102,7 +102,7 @@ SLO = (
     *SUMMARY_KEYS,
     Column("slo_class", pa.string(), "", "Class of users; `all` if the study has no classes"),
     Column("slo", pa.string(), "", "The limits of the class"),
-    Column("trials", pa.int32(), "", "Trials that the figures come from: the valid ones, else all"),
+    Column("trials", pa.int32(), "", "Trials that the values come from: the valid ones, else all"),
     Column("valid", pa.bool_(), "", "True if these trials are valid"),
     Column(
         "whole_run",
@@ -110,7 +110,7 @@ SLO = (
         "",
         "True if a trial has no stationary part. Then all its requests count, over the time from "
         "when the first request was due to the end of the last one, as in `vllm bench`; if "
-        "requests arrive faster than the server can answer, the figures depend on the length of "
+        "requests arrive faster than the server can answer, the values depend on the length of "
         "the run",
     ),
     Column("requests", pa.int32(), "requests", "Requests that ended in the window, or failed"),
@@ -127,7 +127,9 @@ SLO = (
         "0 to 1",
         f"Lower {_SHARE_END}reduced by the design effect (docs/statistics.md)",
     ),
-    Column("slo_attainment_high", pa.float64(), "0 to 1", f"Upper {_SHARE_END}reduced likewise"),
+    Column(
+        "slo_attainment_high", pa.float64(), "0 to 1", f"Upper {_SHARE_END}reduced in the same way"
+    ),
     Column(
         "goodput_requests_per_s",
         pa.float64(),
@@ -152,7 +154,7 @@ SLO = (
         "from the first due one to the last. It varies by chance around request_rate; median as "
         "for requests_per_s",
     ),
-    Column("reason", pa.string(), "", "Why there are no figures; null if there are"),
+    Column("reason", pa.string(), "", "Why there are no values; null if there are"),
 )
 """One row per cell and SLO class."""
 
@@ -251,7 +253,7 @@ CAPACITY_PLAN = (
         pa.int32(),
         "requests",
         "Highest number of requests in flight on one replica at which requests of every prompt "
-        "length get the token rate of the SLO",
+        "length meet the SLO",
     ),
     Column(
         "max_in_flight_is_lower_bound",
@@ -264,7 +266,7 @@ CAPACITY_PLAN = (
         pa.int32(),
         "users",
         "Highest number of logged-in users on one replica at which the fraction "
-        "`slo_attainment` of the requests gets the token rate of the SLO",
+        "`slo_attainment` of the requests meets the SLO",
     ),
     Column(
         "users_carried_low",
@@ -284,7 +286,7 @@ CAPACITY_PLAN = (
         "users_at_50pct_slo",
         pa.int32(),
         "users",
-        "Highest number of users at which 50% of the requests get the token rate of the SLO",
+        "Highest number of users at which 50% of the requests meet the SLO",
     ),
     Column(
         "users_per_replica",
@@ -321,7 +323,7 @@ CAPACITY_PLAN = (
         "purchase_per_million_tokens_at_peak",
         pa.float64(),
         _MONEY,
-        "The same if it were the busiest time around the clock",
+        "The same, as if the busiest time lasted all week",
     ),
     Column(
         "energy_j_per_output_token",
@@ -381,7 +383,7 @@ CAPACITY_PLAN = (
         pa.float64(),
         "",
         "Share of the requests of `users_from` whose prompts are longer than the longest measured "
-        "one. They count as this one for the load, and as if they missed the SLO",
+        "one. They load the server like this one, and count as if they missed the SLO",
     ),
     Column(
         "prompt_tokens_not_covered",

@@ -92,7 +92,7 @@ def render_study_page(
         PageTexts(
             summary=sections.summary_sentence(count_results(summary, cells), cells),
             reset="Reset to the study's assumptions",
-            footer="The figures come from the records of the study.",
+            footer="The data come from the records of the study.",
             basis=describe_basis(demand, hardware),
         ),
         form_fields(summary, demand, hardware, list(results.slo_classes)),
@@ -130,9 +130,9 @@ def render_published_page(
         ),
         PageTexts(
             summary=f"{pluralize(len(titles), 'deployment')}, {pluralize(len(summary), 'cell')}: "
-            f"{served} served. Published figures, not measured by servegrid.",
+            f"{served} served. Published data, not measured by servegrid.",
             reset="Reset to the default assumptions",
-            footer=f"The figures come from: {published.source.citation}.",
+            footer=f"The data come from: {published.source.citation}.",
             basis=describe_basis(demand, hardware),
         ),
         form_fields(summary, demand, hardware),

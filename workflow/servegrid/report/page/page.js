@@ -1,5 +1,5 @@
 "use strict";
-// Draws the plan and the charts that the forms select. All figures come from the payload.
+// Draws the plan and the charts that the forms select. All numbers come from the payload.
 const payload = JSON.parse(document.getElementById("payload").textContent);
 const charts = payload.charts;
 const byId = (id) => document.getElementById(id);
@@ -114,7 +114,7 @@ function chartRow(cell, metric) {
   };
 }
 
-const MARKS = { "not served": "✕", "not run": "–", "no figure": "?", "not valid": "!" };
+const MARKS = { "not served": "✕", "not run": "–", "no value": "?", "not valid": "!" };
 
 function cellLabel(cell, metric) {
   const values = metricValues(cell, metric);
@@ -415,8 +415,8 @@ function headline(rows, demand, hardware) {
       : `One replica can carry ${atLeast(best)}${withInterval(best.users_carried, best.users_carried_low, best.users_carried_high)} logged-in users.`) +
     (payload.deployments.find((each) => each.name === best.deployment).lacks_low_loads ? " A search left out lower loads: a full grid can show more users." : "") +
     (unknown ? ` ${count(unknown, "other deployment")} without a plan: the table says why.` : "") +
-    (best.emulated ? " These figures are emulated: they do not come from hardware." : "") +
-    (best.output_len_exact ? "" : " Its outputs may stop early: the plan takes it that every response has the requested number of tokens, each in the measured time per token.")
+    (best.emulated ? " These results are emulated: they do not come from hardware." : "") +
+    (best.output_len_exact ? "" : " Its outputs may stop early: the plan assumes that every response has the requested number of tokens, each in the measured time per token.")
   );
 }
 

@@ -101,7 +101,7 @@ def build_payload(
     slo_classes: Mapping[str, Slo] | None = None,
     attainment: pd.DataFrame | None = None,
 ) -> dict[str, Json]:
-    """All figures and assumptions of the page.
+    """All data and assumptions of the page.
 
     `summary`, `cells` and `pairs` are tables of `columns.SUMMARY`, `CELLS` and
     `PUBLISHED_COMPARISON`. Of `cells`, only the verdicts and the columns that titles need are
@@ -188,7 +188,7 @@ def count_results(summary: pd.DataFrame, cells: pd.DataFrame) -> dict[str, int]:
 def list_workloads(summary: pd.DataFrame) -> list[tuple[str, int]]:
     """Each protocol and output length of a table of `columns.SUMMARY`, in study order.
 
-    Without one of which no trial has a rate: nothing of it can be drawn.
+    Those without a known rate are left out: nothing of them can be drawn.
     """
     shown = with_intensity(summary)
     return list(shown[["protocol", "output_len"]].drop_duplicates().itertuples(index=False))
@@ -200,7 +200,7 @@ def _state(row: Mapping[Any, Any]) -> str:
     if row["trials_served"] == 0:
         return "not served"
     if _known(row["seconds_per_100_tokens"]) is None and _known(row["output_tokens_per_s"]) is None:
-        return "no figure"
+        return "no value"
     return "valid" if row["trials_valid"] > 0 else "not valid"
 
 

@@ -254,7 +254,7 @@ function findGap(curves, demand) {
     const { requestsMissing, tokensMissing, longest } = curves.coverage;
     const limit = Math.min(MAX_NOT_COVERED, 1 - demand.slo_attainment);
     for (const [share, most, what] of [[requestsMissing, limit, "requests have longer prompts than"], [tokensMissing, MAX_NOT_COVERED, "prompt tokens are beyond"]]) {
-      if (share > most + ROUNDING) return `${percent(share, 1)}% of the ${what} the ${longest} tokens that were measured, and at most ${percent(most)}% may be: measure longer prompts`;
+      if (share > most + ROUNDING) return `${percent(share, 1)}% of the ${what} the ${longest} tokens that were measured, and the limit is ${percent(most)}%: measure longer prompts`;
     }
   }
   const recordedLen = demand.recorded?.output_len ?? null;

@@ -229,7 +229,7 @@ def source_section(citation: str, method: Mapping[str, str]) -> Section:
         "source",
         "Source",
         [
-            f"Published: {citation}. servegrid did not measure these figures. The rules of "
+            f"Published: {citation}. servegrid did not measure these values. The rules of "
             "validity cannot be checked, because there are no records of requests."
         ],
         points,
