@@ -83,10 +83,22 @@ def serve(
 
 
 def poisson_load(
-    server: Server, utilisation: float, requests: int, rng: np.random.Generator, spread: bool = True
+    server: Server,
+    utilisation: float,
+    requests: int,
+    rng: np.random.Generator,
+    spread: bool = True,
+    burstiness: float | None = None,
 ) -> pa.Table:
-    """The requests of an open loop at a share of the server's capacity, as records have them."""
-    gaps = rng.exponential(1 / (utilisation * server.capacity), requests)
+    """The requests of an open loop at a share of the server's capacity, as records have them.
+
+    With `burstiness`, the intervals have the gamma distribution of this shape.
+    """
+    mean = 1 / (utilisation * server.capacity)
+    if burstiness is None:
+        gaps = rng.exponential(mean, requests)
+    else:
+        gaps = rng.gamma(burstiness, mean / burstiness, requests)
     sizes = (lambda: float(rng.exponential())) if spread else (lambda: 1.0)
     arrivals = [(float(time), user) for user, time in enumerate(np.cumsum(gaps))]
     return request_table(serve(server, arrivals, sizes=sizes))

@@ -37,6 +37,18 @@ def closed_loop_seconds(engine: Engine, input_len: int, concurrency: int) -> flo
     return float(np.mean(seconds[2 * concurrency :]))
 
 
+def burst(engine: Engine, input_len: int, concurrency: int) -> tuple[float, float]:
+    """The seconds until the last of equal requests has ended that were sent at once, and how many
+    of them were in flight in the mean of this time."""
+    load = Load(engine, np.full(concurrency, input_len))
+    load.add(np.arange(concurrency), 0.0)
+    seconds = 0.0
+    while load.active.any():
+        ended = load.step()
+        seconds += load.now * len(ended)
+    return load.now, seconds / load.now
+
+
 def slo_attainment(
     engine: Engine,
     lengths: npt.NDArray[np.int64],

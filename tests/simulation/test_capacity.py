@@ -12,7 +12,7 @@ from servegrid.analysis.capacity import Demand, HardwarePrices, plan_capacity
 from servegrid.analysis.tables import fill_nulls
 from servegrid.records import columns
 from simulation.server import Server, closed_loop
-from simulation.stepped_engine import Engine, closed_loop_seconds, slo_attainment
+from simulation.stepped_engine import Engine, burst, closed_loop_seconds, slo_attainment
 
 LEVELS = (1, 2, 4, 8, 16, 32, 64, 128)
 LIMIT_S, THINK_S = 20.0, 60.0
@@ -72,6 +72,26 @@ def test_users_with_mixed_prompts_are_within_15_percent(mix: dict[int, int]) -> 
     few, many = attainment(int(planned / 1.15)), attainment(int(planned / 0.85))
     print(f"{mix}: planned {planned} users; {few:.3f} with 1 / 1.15 of them, {many:.3f} / 0.85")
     assert few >= 0.95 > many
+
+
+@pytest.mark.slow
+def test_bursts_of_long_prompts_give_a_plan_with_at_most_20_percent_fewer_users() -> None:
+    engine, length = Engine(), 2193
+    cells: dict[str, list[dict[str, Any]]] = {"burst": [], "closed_loop": []}
+    for n in LEVELS:
+        seconds, in_flight = burst(engine, length, n)
+        of_users = closed_loop_seconds(engine, length, n)
+        for protocol, took, mean in (
+            ("burst", seconds, in_flight),
+            ("closed_loop", of_users, float(n)),
+        ):
+            measured = {"seconds_per_100_tokens": took, "in_flight_mean": mean}
+            cells[protocol].append(
+                {"protocol": protocol, "concurrency": n, "input_len": length, **measured}
+            )
+    bursts, users = (users_carried(summary(rows)) for rows in cells.values())
+    print(f"from bursts {bursts}, from closed loops {users}")
+    assert 0.8 * users <= bursts <= users
 
 
 @pytest.mark.slow

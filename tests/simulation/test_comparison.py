@@ -61,6 +61,39 @@ def test_equal_studies_get_a_false_verdict_in_at_most_5_percent(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (([0, 11], [11, 12]), ([0, 11], [11, 12])),
+        (([0, 6], [6, 12]), ([0, 6], [6, 12])),
+        (([0, 12], [11, 12], [11, 12]), ([0, 12], [0, 12], [0, 12])),
+    ],
+    ids=["both resumed near the end", "both resumed halfway", "one with two more for one cell"],
+)
+def test_the_interval_of_resumed_studies_covers_the_truth(
+    first: tuple[list[int], ...], second: tuple[list[int], ...]
+) -> None:
+    # Each pair says which of the cells an allocation measured. Both studies are equal.
+    generator = random.Random(4)
+
+    def study(allocations: tuple[list[int], ...]) -> list[dict[str, list[float]]]:
+        cells: list[dict[str, list[float]]] = [{} for _ in range(CELLS)]
+        for number, (start, end) in enumerate(allocations):
+            offset = generator.gauss(0, 0.02)
+            for cell in cells[start:end]:
+                cell[str(number)] = [math.exp(offset + generator.gauss(0, 0.005))]
+        return cells
+
+    covered = 0
+    for _ in range(2000):
+        ratio = compare_deployment("", list(zip(study(first), study(second), strict=True)))
+        assert ratio.low is not None and ratio.high is not None
+        covered += ratio.low <= 1 <= ratio.high
+    print(f"{first}, {second}: coverage {covered / 2000:.1%}")
+    assert covered / 2000 >= 0.935
+
+
+@pytest.mark.slow
 def test_a_slow_down_of_10_percent_is_found_in_90_percent() -> None:
     generator = random.Random(2)
     found = total = 0

@@ -169,6 +169,25 @@ def test_a_cell_that_is_not_valid_is_interpolated() -> None:
     assert (row["max_in_flight"], row["max_in_flight_is_lower_bound"]) == (7, True)
 
 
+def test_the_load_of_a_burst_is_its_concurrency_however_early_its_requests_end() -> None:
+    # The last request takes 1 s of 8 at once and 2 s of 16 at once. Others end before, so fewer are
+    # in flight on average. 12 at once take 1.5 s, the limit of 100 tokens at 66.7 tokens/s.
+    rows = summary(
+        *(
+            cell(n, seconds, in_flight_mean=mean, protocol="burst")
+            for n, seconds, mean in ((8, 1.0, 6.0), (16, 2.0, 11.0))
+        )
+    )
+    row = only(plan_capacity(rows, Demand(users=1, tokens_per_s_per_user=66.6), HARDWARE))
+    assert row["max_in_flight"] == 12
+    # 12 × 100 tokens in 1.5 s, on two GPUs.
+    assert row["purchase_per_token_per_s"] == pytest.approx(2 * 8500 / 800)
+    # Of users who think, as many are in flight on average as were measured: 8.5 take 1.5 s.
+    thinking = rows.assign(protocol="closed_loop")
+    row = only(plan_capacity(thinking, Demand(users=1, tokens_per_s_per_user=66.6), HARDWARE))
+    assert row["max_in_flight"] == 8
+
+
 def test_a_deployment_without_a_price_has_no_costs_and_comes_last() -> None:
     rows = summary(cell(1, 1.0, gpu="h100"), cell(1, 1.0, deployment="e"))
     table = plan_capacity(rows, Demand(), HARDWARE)

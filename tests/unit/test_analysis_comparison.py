@@ -131,6 +131,67 @@ def test_a_cell_with_two_bring_ups_each_by_hand() -> None:
     assert cell.stdev == pytest.approx(math.sqrt(0.0002))
 
 
+@pytest.mark.parametrize(
+    "load",
+    [
+        {"protocol": "poisson", "concurrency": None, "request_rate": 2.0},
+        {"protocol": "closed_loop", "think_time_s": 60.0},
+    ],
+    ids=["open loop", "users who think"],
+)
+def test_the_speed_is_that_of_a_request_where_users_decide_on_the_throughput(
+    load: dict[str, Any],
+) -> None:
+    # 2 requests/s of 100 tokens are 200 tokens/s, whether a response takes 4 s or 5 s.
+    first, second = (
+        study(trial(200.0, seconds_per_100_tokens=seconds, **load)) for seconds in (4.0, 5.0)
+    )
+    (ratio,) = compare(first, second).deployments
+    assert ratio.ratio == pytest.approx(0.8)
+
+
+def test_trials_of_a_sweep_that_were_not_tried_are_of_no_cell() -> None:
+    untried = trial(1.0, protocol="poisson", concurrency=None, verdict="unsupported", valid=None)
+    both = study(trial(100.0), untried | {"output_tokens_per_s": None, "rate_fraction": 0.5})
+    found = compare(both, both)
+    assert [cell.ratio for cell in found.cells] == [1.0] and not found.left_out
+
+
+def test_bring_ups_that_measured_different_cells_are_pairs() -> None:
+    # Two studies that were resumed: their bring-ups have no cell in common. So there are two
+    # changes, log 0.8 and log 0.8 + 0.02, and Student's t has one degree of freedom.
+    first = study(trial(100.0), trial(200.0, concurrency=16, allocation="b"))
+    second = study(
+        trial(80.0, allocation="c"),
+        trial(160.0 * math.exp(0.02), concurrency=16, allocation="d"),
+    )
+    (ratio,) = compare(first, second).deployments
+    assert ratio.ratio == pytest.approx(0.8 * math.exp(0.01))
+    # The two changes vary by 0.02 / √2, their mean by 0.02 / √2 / √2.
+    assert ratio.low == pytest.approx(0.8 * math.exp(0.01 - 12.706 * 0.01), rel=1e-5)
+    assert ratio.high == pytest.approx(0.8 * math.exp(0.01 + 12.706 * 0.01), rel=1e-5)
+
+
+def test_a_bring_up_counts_by_its_cells() -> None:
+    # In the first study, bring-up a measured all four cells, b only the last one.
+    levels = (1, 2, 4, 8)
+    fast, slow = 100 * math.exp(0.01), 100 * math.exp(-0.01)
+    first = [trial(fast, concurrency=level) for level in levels]
+    second = [
+        trial(speed, concurrency=level, allocation=allocation)
+        for level in levels
+        for allocation, speed in (("c", fast), ("d", slow))
+    ]
+    found = compare(study(*first, trial(slow, allocation="b")), study(*second))
+    (ratio,) = found.deployments
+    # The first study has the logarithm 0.01 in three cells and 0 in the last, the second 0 in all.
+    assert ratio.ratio == pytest.approx(math.exp(-0.0075))
+    # Both pairs of bring-ups differ by 0.02: variance 0.0002, two degrees of freedom. The weights
+    # are 3.5 / 4 and 0.5 / 4 in the first study, 1 / 2 each in the second.
+    error = math.sqrt(0.0002 * (0.875**2 + 0.125**2 + 2 * 0.5**2))
+    assert ratio.high == pytest.approx(math.exp(-0.0075 + 4.3027 * error), rel=1e-5)
+
+
 def test_the_trials_of_one_bring_up_are_one_sample() -> None:
     first, second = (
         study(*(trial(speed, trial=number, allocation="a") for number in range(1, 9)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import numpy as np
@@ -106,6 +107,7 @@ def test_whatever_is_predicted_the_frontier_is_exact(seed: int) -> None:
         ([1.01, 0.99, 1.0], True, False),  # open: the interval contains the limit
         ([1.02, 1.3, 1.25], True, True),  # the median is what counts
         ([1.02, 0.0, 0.99], False, False),  # one of three was not served
+        ([1.02, math.inf, 0.99], True, False),  # of an open loop: no request missed in one trial
     ],
 )
 def test_a_cell_near_the_limit_is_measured_until_it_is_sure(

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.deployments import SMALL_VLLM
 from servegrid.analysis.capacity import Demand, HardwarePrices, parse_demands, plan_capacity
-from servegrid.analysis.goodput import find_saturation, slo_table, trial_outcomes
+from servegrid.analysis.goodput import TrialOutcome, find_saturation, slo_table, trial_outcomes
 from servegrid.analysis.intervals import share_interval, wilson
 from servegrid.analysis.metrics import longest_itl_s
 from servegrid.analysis.saturation import saturation_rate
@@ -115,6 +115,10 @@ def test_without_a_stationary_part_the_whole_run_counts() -> None:
     assert found.offered_per_s == pytest.approx(40 / 3.9)
 
 
+def test_a_cell_that_was_not_run_has_that_reason() -> None:
+    assert trial_outcomes(record(), table(), {"c": Slo()})["c"].reason == "no request was sent"
+
+
 @pytest.mark.parametrize(
     ("good", "count", "low", "high"),
     [  # R. G. Newcombe, Two-sided confidence intervals for the single proportion (1998), table I
@@ -164,6 +168,29 @@ def test_the_interval_of_attainment_covers_the_truth_also_if_neighbours_are_alik
     assert plain / 400 < 0.5
 
 
+@pytest.mark.parametrize(
+    ("share", "at_least", "at_most"), [(0.9, 0.88, 1.0), (0.95, 0.86, 1.0), (0.99, 0.5, 0.66)]
+)
+def test_the_interval_of_attainment_needs_several_runs_of_misses(
+    share: float, at_least: float, at_most: float
+) -> None:
+    """The limit of the method, as docs/statistics.md says: of 2000 requests, runs of 20 misses on
+    average, so there are 10, 5 and 1 of them. A trial without one does not show that they exist."""
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(400):
+        outcomes: list[bool] = []
+        good = bool(rng.random() < share)
+        while len(outcomes) < 2000:
+            mean = 20 * share / (1 - share) if good else 20
+            outcomes += [good] * int(rng.geometric(1 / mean))
+            good = not good
+        low, high = share_interval([outcomes[:2000]], ["a"]) or (0.0, 0.0)
+        covered += low <= share <= high
+    print(f"{share:.0%} of the requests are good: coverage {covered / 400:.0%}")
+    assert at_least <= covered / 400 <= at_most
+
+
 CELL = {
     "deployment": "d",
     "model": "m",
@@ -208,8 +235,25 @@ def test_the_table_has_one_row_per_cell_and_class() -> None:
     assert "\n\n\n" not in text
     alone = render_slo(made.assign(concurrency=1), find_saturation(made), {}, [])
     assert "| 1 request |" in alone
+    sweep = render_slo(made.assign(concurrency=pd.NA), find_saturation(made), {}, [])
+    assert "| – | chat |" in sweep  # not tried, so its rate is not known
     loop = render_slo(made.assign(protocol="closed_loop"), find_saturation(made), {}, [])
     assert "| 4 users |" in loop
+
+
+def test_the_offered_rate_is_the_median_of_bring_ups_as_the_throughput_is() -> None:
+    # One trial in the first bring-up, three in the second. By trials, 9 requests/s are offered.
+    classes = {"all": Slo()}
+    trials = {"w": (10.0, 900), "x": (9.0, 800), "y": (9.0, 800), "z": (9.0, 800)}
+    outcomes = {
+        digest: {"all": TrialOutcome([True] * answered, answered, 100.0, offered)}
+        for digest, (offered, answered) in trials.items()
+    }
+    rows = [
+        {"spec_digest": digest, "allocation": "a" if digest == "w" else "b"} for digest in trials
+    ]
+    (row,) = slo_table(cells(*rows), outcomes, classes).to_dict("records")
+    assert (row["requests_per_s"], row["offered_requests_per_s"]) == (8.5, 9.5)
 
 
 def test_classes_are_read_and_the_first_is_the_studys() -> None:

@@ -266,6 +266,13 @@ def test_itl_is_unknown_if_only_the_total_of_several_tokens_per_chunk_is_known()
     assert cell([estimated, known])["itl_s_mean"] == pytest.approx(0.12 / 9)
 
 
+def test_an_estimate_of_fewer_tokens_than_chunks_has_one_latency_per_token() -> None:
+    # Three tokens in four chunks: by the estimate, the last chunk has none.
+    row = cell([request(1, STEPS, [1, 1, 1, 0], 221, chunk_tokens_estimated=True)])
+    assert row["itl_s_mean"] == pytest.approx(0.04)
+    assert row["itl_per_chunk_s_mean"] == pytest.approx(0.04)
+
+
 def test_an_estimate_is_good_enough_if_nearly_all_chunks_have_one_token() -> None:
     """Eleven tokens in ten chunks, 10 ms apart: nine or more chunks have one token."""
     stamps = [101 + 10 * number for number in range(10)]

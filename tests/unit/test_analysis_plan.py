@@ -277,6 +277,41 @@ def test_an_open_loop_above_what_is_completed_queues() -> None:
     assert fast.outlook.status == QUEUES and "1000 requests/s arrive" in str(fast.outlook.why)
 
 
+def test_an_emulated_open_loop_has_the_requests_in_flight_of_real_time() -> None:
+    """All times × 0.01: 1000 requests/s are to it what 10 requests/s are to the hardware."""
+    real = plan(study({"protocol": "poisson", "request_rate": 10.0})).deployments[0].cells[0]
+    fast = plan(
+        study(
+            {"protocol": "poisson", "request_rate": 1000.0},
+            engine="emulated",
+            engine_args={"timing": "roofline", "time_scale": 0.01},
+        )
+    )
+    found = fast.deployments[0].cells[0].expected_s
+    assert found is not None and real.expected_s is not None
+    assert found.value == pytest.approx(0.01 * real.expected_s.value)
+    alone = plan(study({"concurrency": 1})).deployments[0].cells[0].expected_s
+    assert alone is not None and real.expected_s.value > 1.05 * alone.value  # several in flight
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_users_who_think_are_not_in_flight(scale: float) -> None:
+    """With 4 in flight, 4 / T(4) requests/s are complete. Then 4 / T(4) × Z users think: 60 - 4."""
+    engine: dict[str, Any] = {"max_num_seqs": 64}
+    if scale != 1:
+        engine |= {"engine": "emulated"}
+        engine |= {"engine_args": {"timing": "roofline", "time_scale": scale}}
+    four = plan(study({"concurrency": 4}, **engine)).deployments[0].cells[0].expected_s
+    assert four is not None
+    # A response has 100 tokens, so T(4) is the time per 100 tokens.
+    thinking = {"protocol": "closed_loop", "concurrency": 60, "requests_per_user": 5}
+    cells = (
+        plan(study({**thinking, "think_time_s": 14 * four.value}, **engine)).deployments[0].cells
+    )
+    found = cells[0].expected_s
+    assert found is not None and found.value == pytest.approx(four.value, rel=1e-3)
+
+
 def test_the_rates_of_a_sweep_are_shown_with_three_digits() -> None:
     """A fraction of a predicted rate has many; the plan of a sweep had 5.33169 requests/s."""
     swept = study({"protocol": "poisson", "request_rate": "sweep"}, max_num_seqs=8)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from helpers.deployments import EMULATED_ENTRY
-from servegrid.analysis.search import Figures, FrontierEntry, Search, trial_figures
+from servegrid.analysis.prediction import Points
+from servegrid.analysis.predictor import Predictor
+from servegrid.analysis.search import (
+    Figures,
+    FrontierEntry,
+    Search,
+    make_predict,
+    trial_figures,
+)
 from servegrid.analysis.slo import Slo
 from servegrid.errors import ConfigError
+from servegrid.reference.checkpoint import find_model
 from servegrid.study.config import parse_study
 from servegrid.study.grid import Study, Trial
 
@@ -53,6 +63,8 @@ def row(**figures: Any) -> dict[str, Any]:
         "ttft_s_p50": 0.5,
         "e2el_s_p50": 4.0,
         "slo_attainment": None,
+        "requests_in_window": 1990,
+        "failed_requests": 10,
         "output_len": 200,
     } | figures
 
@@ -136,6 +148,63 @@ def test_an_open_loop_is_judged_by_its_goodput(attainment: float | None, headroo
     """5% of the requests may miss the SLO. Without a stationary part, all count as missed."""
     figures = trial_figures(row(request_rate=2.0, slo_attainment=attainment), Slo())
     assert figures.headroom == pytest.approx(headroom) and figures.seconds is None
+
+
+@pytest.mark.parametrize(
+    ("shares", "count", "meets", "sure"),
+    [
+        # The share of 2000 requests differs from 95% by up to 1.96 √(0.95 × 0.05 / 2000) = 0.96%.
+        ([0.942], 2000, False, False),
+        ([0.938], 2000, False, True),
+        ([0.958], 2000, True, False),
+        ([0.962], 2000, True, True),
+        ([0.942, 0.943, 0.944], 2000, False, True),  # of 6000: by up to 0.55%
+        # All of 72 are too few, 1.96 √(0.95 × 0.05 / 72) = 5.03%; of 74 it is 4.97%.
+        ([1.0], 72, True, False),
+        ([1.0], 74, True, True),
+        ([None], 0, False, True),  # no stationary part
+    ],
+)
+def test_the_requests_of_an_open_loop_must_be_enough_for_an_answer(
+    shares: list[float | None], count: int, meets: bool, sure: bool
+) -> None:
+    keys = {"protocol": "poisson", "request_rate": [2.0], "input_len": 31, "grid": "frontier"}
+    deployment = {**EMULATED_ENTRY, "name": "d"}
+    trials = parse_study({"study": "s", "workload": keys, "deployments": [deployment]}).trials
+    measured = {
+        each.id: trial_figures(
+            row(
+                request_rate=2.0,
+                slo_attainment=share,
+                requests_in_window=count - 10 if count else None,
+            ),
+            Slo(),
+        )
+        for each, share in zip(trials, shares, strict=False)
+    }
+    search = Search(trials, Slo(), measured)
+    answer = search.status(search.grids[0]).answers[0]
+    assert (answer.meets, answer.sure) == (meets, sure)
+
+
+def test_users_who_think_are_predicted_by_the_requests_that_they_have_in_flight() -> None:
+    """With 4 in flight, 4 / T(4) requests/s are complete. Then 4 / T(4) × Z users think: 60 - 4."""
+    entry = {**EMULATED_ENTRY, "engine": "vllm", "engine_args": {}, "name": "d"}
+
+    def search(**keys: Any) -> tuple[Search, Predictor]:
+        workload = {"input_len": 31, "output_len": 100, "grid": "frontier", **keys}
+        trials = parse_study({"study": "s", "workload": workload, "deployments": [entry]}).trials
+        predict = make_predict(trials[0], find_model(trials[0].deployment, Path("/none")), 1)
+        assert predict is not None
+        return Search(trials, Slo(40.0), {}, predict), predict([])
+
+    four, predictor = search(concurrency=4)
+    (took,) = predictor.predict(Points.of(4, 31)).seconds
+    keys = {"protocol": "closed_loop", "requests_per_user": 5, "think_time_s": 14 * float(took)}
+    thinking, _ = search(concurrency=60, **keys)
+    expected, found = (each._chances(each.grids[0]) for each in (four, thinking))
+    assert expected is not None and found is not None and 0.01 < expected[0] < 0.99
+    assert found == pytest.approx(expected, rel=1e-2)
 
 
 def test_a_cell_that_others_decide_is_not_needed() -> None:

@@ -120,3 +120,21 @@ def test_failed_requests_do_not_count() -> None:
     assert find_window(parquet.arrow_table(columns.REQUESTS, failed), CLOSED_LOOP) == (
         "no request was served"
     )
+
+
+@pytest.mark.parametrize(("served", "left"), [(30, 0), (40, 1), (48, 9), (49, None)])
+def test_an_open_loop_whose_server_died_in_the_warm_up_has_no_steady_state(
+    served: int, left: int | None
+) -> None:
+    # 200 requests, the last one due after 19.9 s, so the warm-up ends after 3.98 s. A request takes
+    # 100 ms: number 39 is the first one that ends later. Those after the last served one fail.
+    rows = open_loop(lambda number: 100.0, requests=200).to_pylist()
+    rows[served:] = [row | {"error": "connect: refused"} for row in rows[served:]]
+    found = find_window(parquet.arrow_table(columns.REQUESTS, rows), POISSON)
+    if left is None:
+        assert isinstance(found, Window)
+    else:
+        assert found == (
+            f"{left} requests ended between the first 20% of the arrivals and the end; at least 10 "
+            "are needed"
+        )

@@ -132,11 +132,13 @@ def test_several_processes_gather_the_same_table(
 
 def test_cells_of_an_allocation_with_drift_are_not_valid(study: StudyFolder) -> None:
     trials, folder = study
-    # Drift checks of a: 1, 1.2 and 1 tokens/s. Only one of b was served, so its drift is unknown.
+    # Drift checks of a: 1, 1.2 and 1 tokens/s. Only one of b was served, so its drift is unknown:
+    # one was not run, and of one a request failed, which made its tokens/s small.
     drift_checks = pd.DataFrame(
         {
-            "allocation": ["a.1 now", "a.1 now", "a.1 now", "b.1 now", "b.1 now"],
-            "output_tokens_per_s": [1.0, 1.2, 1.0, 9.0, None],
+            "allocation": ["a.1 now"] * 3 + ["b.1 now"] * 3,
+            "output_tokens_per_s": [1.0, 1.2, 1.0, 9.0, None, 0.5],
+            "verdict": ["ok", "queued", "ok", "ok", "not_run", "timeout"],
         }
     )
     drifts = drift_by_allocation(drift_checks)

@@ -86,6 +86,18 @@ def test_without_details_the_client_s_own_metrics_are_imported(tmp_path: Path) -
     assert row["ttft_s_p99"] == VLLM["p99_ttft_ms"] / 1e3
 
 
+def test_times_per_token_are_of_the_exact_mean_of_the_output_lengths(tmp_path: Path) -> None:
+    few = [1] * 11 + [6]  # 17 tokens of 12 requests, 1.42 on average; output_len is 1
+    (row,) = import_results(tmp_path / "detailed", VLLM | {"output_lens": few}).to_dict("records")
+    seconds = [ttft + sum(itls) for ttft, itls in zip(VLLM["ttfts"], VLLM["itls"], strict=True)]
+    assert row["output_len"] == 1
+    assert row["seconds_per_100_tokens"] == pytest.approx(100 * sum(seconds) / 17)
+    bare = {key: value for key, value in VLLM.items() if key not in DETAILS}
+    bare |= {"total_output_tokens": 17, "mean_e2el_ms": 340.0}
+    (row,) = import_results(tmp_path / "bare", bare).to_dict("records")
+    assert row["seconds_per_100_tokens"] == pytest.approx(100 * 0.34 * 12 / 17)
+
+
 def test_an_imported_guidellm_result_has_guidellm_s_own_metrics(tmp_path: Path) -> None:
     (row,) = import_results(tmp_path, GUIDELLM).to_dict("records")
     metrics = GUIDELLM["benchmarks"][0]["metrics"]

@@ -68,6 +68,26 @@ def test_the_heat_map_has_the_medians_of_efficiency_over_trials() -> None:
     assert not {"measured_over_bound"} & {metric["column"] for metric in none["metrics"]}
 
 
+def test_efficiency_is_of_the_trials_whose_time_the_page_shows() -> None:
+    """The valid ones; with several bring-ups, the median of their medians."""
+    cells = table(
+        row(1, 1, measured_over_bound=2.0, seconds_per_100_tokens=2.0, allocation="a"),
+        *(
+            row(1, trial, measured_over_bound=took, seconds_per_100_tokens=took, allocation="b")
+            | {"bring_up": 2, "valid": trial < 3}
+            for trial, took in ((1, 3.0), (2, 4.0), (3, 9.0))
+        ),
+        row(128, 1, measured_over_bound=8.0, valid=False),
+    )
+    pairs = pd.DataFrame(columns=[column.name for column in columns.PUBLISHED_COMPARISON])
+    prices = HardwarePrices("USD", {})
+    one, many = build_payload("s", summarise(cells), cells, pairs, Demand(), prices)["cells"]
+    # Of 2, and of 3.5: the median of 3 and 4.
+    assert one["seconds_per_100_tokens"][0] == 2.75
+    assert one["measured_over_bound"] == [2.75]
+    assert many["measured_over_bound"] == [8.0]
+
+
 def outcome(entry: dict[str, Any], *rows: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The row of the only deployment, and the surprises."""
     study = parse_study({"study": "s", "workload": GRID, "deployments": [entry]})

@@ -61,7 +61,7 @@ def _row(
     return [
         title,
         workload_title(str(off["protocol"]), int(off["output_len"])),
-        str(off["concurrency"]) if pd.isna(rate) else f"{rate:g}",
+        _load(off["concurrency"], rate),
         "–" if pd.isna(sent) else f"{sent:.0f}",
         *(_with_interval(side, metric) for metric in METRICS.values() for side in (off, on)),
         "–" if any(map(pd.isna, speeds)) else f"{speeds[1] / speeds[0]:.2f}",
@@ -77,6 +77,12 @@ def _trials(cells: pd.DataFrame, cell: Mapping[Any, Any]) -> pd.DataFrame:
     served = cells[own & cells["verdict"].isin(SERVED)]
     valid = served[served["valid"].eq(True).fillna(False)]
     return served if valid.empty else valid
+
+
+def _load(concurrency: Any, rate: Any) -> str:
+    if not pd.isna(rate):
+        return f"{rate:g}"
+    return "–" if pd.isna(concurrency) else str(concurrency)
 
 
 def _percent(share: Any) -> str:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import stdtr
@@ -33,6 +34,7 @@ from servegrid.analysis.titles import EARLY_STOP, figure_notes, stops_early
 from servegrid.errors import ComparisonError
 from servegrid.records.verdict import SERVED
 from servegrid.study.deployment import EMULATED
+from servegrid.study.grid import OPEN_LOOPS
 
 FALSE_DISCOVERY_RATE = 0.05
 """On average, at most this fraction of the verdicts `faster` and `slower` is wrong."""
@@ -45,7 +47,8 @@ ASSUMED_STDEV = 0.02
 GPUs of one cluster differed by 8% on average, and by up to 22%, in a study of five clusters (Sinha
 et al., Not All GPUs Are Created Equal, SC 2022)."""
 POWER = 0.8
-METRIC = "output_tokens_per_s"
+_NOTHING = 1e-9
+"""An eigenvalue below this share of the largest is 0 but for rounding."""
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 NOT_TESTED = "not tested"
 
@@ -201,41 +204,58 @@ def compare_cell(name: str, first: Speeds, second: Speeds) -> Ratio:
 def compare_deployment(name: str, cells: Sequence[tuple[Speeds, Speeds]]) -> Ratio:
     """The ratio over the cells of a deployment, with Student's t over its bring-ups.
 
-    The ratio is the geometric mean of the cells' ratios. A bring-up's value is the mean, over its
-    cells, of the logarithm of its speed relative to the other study's: so bring-ups that measured
-    different cells can be compared.
+    The ratio is the geometric mean of the cells' ratios. Each bring-up is one sample: what it adds
+    to the logarithms of its cells. If bring-ups measured different cells, as after a study was
+    resumed, each one has the weight in the ratio that its cells give it.
     """
-    changes: list[float] = []
-    values: tuple[dict[str, list[float]], ...] = ({}, {})
+    numbers: dict[tuple[int, str], int] = {}
+    weights: dict[int, float] = {}
+    terms: list[float] = []
+    logs: list[dict[int, float]] = []
     for sides in cells:
-        logs = [
-            {bring_up: statistics.fmean(map(math.log, speeds)) for bring_up, speeds in side.items()}
-            for side in sides
-        ]
-        means = [statistics.fmean(side.values()) for side in logs]
-        changes.append(means[1] - means[0])
-        for side, other_mean, found in zip(logs, reversed(means), values, strict=True):
-            for bring_up, value in side.items():
-                found.setdefault(bring_up, []).append(value - other_mean)
-    change = statistics.fmean(changes)
-    one, other = ([statistics.fmean(each) for each in found.values()] for found in values)
-    return _student(name, change, one, other)
-
-
-def _student(name: str, change: float, one: Sequence[float], other: Sequence[float]) -> Ratio:
-    """The ratio of a change, with Student's t over two samples with one variance."""
-    count = min(len(one), len(other))
-    degrees = len(one) + len(other) - 2
-    squares = sum(
-        (len(values) - 1) * statistics.variance(values)
-        for values in (one, other)
-        if len(values) > 1
-    )
-    stdev = math.sqrt(squares / degrees) if degrees else None
+        values: dict[int, float] = {}
+        for sign, speeds in zip((-1, 1), sides, strict=True):
+            share = sign / len(speeds) / len(cells)
+            for bring_up, each in speeds.items():
+                number = numbers.setdefault((sign, bring_up), len(numbers))
+                values[number] = statistics.fmean(map(math.log, each))
+                weights[number] = weights.get(number, 0.0) + share
+                terms.append(share * values[number])
+        logs.append(values)
+    change, signs = math.fsum(terms), [sign for sign, _ in numbers]
+    count = min(signs.count(-1), signs.count(1))
+    stdev, degrees = _between_bring_ups(logs, signs)
     if count < MIN_BRING_UPS or stdev is None:
         return Ratio(name, math.exp(change), None, None, None, count, stdev)
-    error = stdev * math.sqrt(1 / len(one) + 1 / len(other))
+    error = stdev * math.hypot(*weights.values())
     return _test(name, change, error, degrees, count, stdev)
+
+
+def _between_bring_ups(
+    logs: Sequence[Mapping[int, float]], signs: Sequence[int]
+) -> tuple[float | None, int]:
+    """The standard deviation between bring-ups of a study, and its degrees of freedom.
+
+    `logs` has the logarithms of each cell by the number of the bring-up; `signs` says which study
+    the bring-ups are of. By least squares, a logarithm is the sum of its cell and its bring-up.
+    Bring-ups without a common cell, also by way of others, cannot be compared: each such group
+    costs a degree of freedom, and the change between the studies costs one. None without any.
+    """
+    links, sums = np.zeros((len(signs), len(signs))), np.zeros(len(signs))
+    for values in logs:
+        which, found = list(values), np.array(list(values.values()))
+        links[which, which] += 1
+        links[np.ix_(which, which)] -= 1 / len(which)
+        sums[which] += found - found.mean()
+    sizes, directions = np.linalg.eigh(links)
+    is_group = sizes < _NOTHING * sizes.max()
+    groups, others = directions[:, is_group], directions[:, ~is_group]
+    added = others @ (others.T @ sums / sizes[~is_group])
+    study = np.array(signs, dtype=float)
+    study -= groups @ (groups.T @ study)
+    rest = added - study * (study @ added) / (study @ study)
+    degrees = len(signs) - groups.shape[1] - 1
+    return math.sqrt(rest @ rest / degrees) if degrees else None, degrees
 
 
 @dataclass(frozen=True)
@@ -254,13 +274,15 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) ->
     The last item of a key says whether the outputs may stop early; it is None if `allow_mixed`, and
     then exact and other outputs have the same key.
     """
-    speeds = cells[METRIC].astype("Float64").to_numpy(float, na_value=math.nan)
+    cells = cells.assign(**{name: None for name in _SETTINGS if name not in cells})  # older tables
+    # Trials of a sweep that were not tried have no rate, so they are of no cell.
+    cells = cells[cells["concurrency"].notna() | cells["request_rate"].notna()]
+    speeds = _speeds(cells)
     # Imported trials cannot be valid. The user imported them in order to compare them.
     imported = np.array([origin != SERVEGRID_ORIGIN for origin in _origins(cells)], dtype=bool)
     certified = cells["valid"].eq(True).fillna(False).to_numpy(bool)
     is_usable = cells["verdict"].isin(SERVED).to_numpy(bool) & (certified | imported)
     is_usable &= ~np.isnan(speeds)
-    cells = cells.assign(**{name: None for name in _SETTINGS if name not in cells})  # older tables
     names = cells["deployment"].tolist()
     key_values, settings = (
         [cells[name].astype(object).where(cells[name].notna(), None).tolist() for name in wanted]
@@ -280,6 +302,20 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) ->
         if is_usable[row]:
             cell.speeds.setdefault(bring_ups[row], []).append(float(speeds[row]))
     return grouped
+
+
+def _speeds(cells: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """The speed of each trial in output tokens/s; NaN if it is unknown.
+
+    It is that of all users together. In an open loop, and if users think, the users decide on it,
+    however fast the server is: there it is the speed of one request, with its time to first token.
+    """
+    of_all, seconds, think_s = (
+        cells[name].astype("Float64").to_numpy(float, na_value=math.nan)
+        for name in ("output_tokens_per_s", "seconds_per_100_tokens", "think_time_s")
+    )
+    by_users = cells["protocol"].isin(OPEN_LOOPS).to_numpy(bool) | (think_s > 0)
+    return np.where(by_users, 100 / seconds, of_all)
 
 
 def _describe_unmatched(ours: _Cells, theirs: _Cells) -> Iterator[str]:

@@ -117,7 +117,9 @@ def describe_findings(
             & (summary["protocol"] == protocol)
             & (summary["output_len"] == output_len)
         ]
-        times = cells.dropna(subset="seconds_per_100_tokens").pivot(
+        # A sentence has no mark for values that are not valid.
+        valid = cells[cells["trials_valid"].fillna(0) > 0]
+        times = valid.dropna(subset="seconds_per_100_tokens").pivot(
             index="concurrency", columns="input_len", values="seconds_per_100_tokens"
         )
         sentences = [_describe_limits(limits, slo), _describe_left_out(cells, limits)]
@@ -192,15 +194,21 @@ def _describe_left_out(cells: pd.DataFrame, limits: pd.DataFrame) -> str:
 
 def format_max_within_slo(row: Mapping[Any, Any]) -> str:
     """`118 [112, 124]`, `at least 128`, `none` or `unknown (reason)`, from a row of
-    `columns.FRONTIER`."""
+    `columns.FRONTIER`.
+
+    An end of the range that is the highest measured load is `at least` this load.
+    """
     if not pd.isna(row["reason"]):
         return f"unknown ({row['reason']})"
     highest, low, high = (row[f"max_within_slo{end}"] for end in ("", "_low", "_high"))
     if pd.isna(highest):
         return "none"
-    if row["max_within_slo_is_lower_bound"]:
-        return f"at least {highest}"
-    return f"{highest}" if pd.isna(low) or pd.isna(high) else f"{highest} [{low}, {high}]"
+    text = f"at least {highest}" if row["max_within_slo_is_lower_bound"] else f"{highest}"
+    if pd.isna(low) or pd.isna(high) or (low == highest and row["max_within_slo_is_lower_bound"]):
+        return text
+    is_open = row["max_served_is_lower_bound"] and high >= row["max_served"]
+    is_open |= row["max_within_slo_is_lower_bound"]
+    return f"{text} [{low}, {'at least ' if is_open else ''}{high}]"
 
 
 def _describe_growth(times: pd.DataFrame, limits: pd.DataFrame) -> str:

@@ -171,7 +171,7 @@ def judge(headrooms: Sequence[float]) -> Answer:
     meets = middle >= 1
     if abs(middle - 1) > NEAR:
         return Answer(meets, True)
-    if len(headrooms) < 2 or min(headrooms) <= 0:
+    if len(headrooms) < 2 or min(headrooms) <= 0 or math.isinf(max(headrooms)):
         return Answer(meets, False)
     logs = np.log(headrooms)
     error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
@@ -180,6 +180,17 @@ def judge(headrooms: Sequence[float]) -> Answer:
         return Answer(meets, False)
     inside = 1.0 if error == 0 else student_within(abs(mean) / error, len(logs) - 1)
     return Answer(meets, inside > SURE)
+
+
+def is_share_sure(shares: Sequence[tuple[float, float]], limit: float) -> bool:
+    """Whether all trials together decide if a share of requests is below or above `limit`.
+
+    `shares` has the share in each trial and its number of requests. Chance alone changes a share:
+    the score test at 5% must reject `limit`, as if requests were independent of each other.
+    """
+    requests = math.fsum(count for _, count in shares)
+    share = math.fsum(share * count for share, count in shares) / requests
+    return abs(share - limit) > Z_95 * math.sqrt(limit * (1 - limit) / requests)
 
 
 def student_within(t: float, degrees: int) -> float:

@@ -29,6 +29,7 @@ from servegrid.study.grid import OPEN_LOOPS, Trial
 
 HELD_BACK = "the responses were held back, so when their tokens came is not known"
 NO_END = "the end of a request is not known"
+NO_REQUEST = "no request was sent"
 FOLLOWS = 0.95
 """The throughput follows the offered rate if it is at least this fraction of it."""
 _KEYS = ["deployment", "protocol", "input_len", "output_len"]
@@ -72,7 +73,8 @@ def trial_outcomes(
     inside = served if window is None else metrics.completed_in(served, window)
     seconds = metrics.makespan_s(requests)[0] if window is None else window.seconds
     if not seconds:
-        return dict.fromkeys(classes, TrialOutcome(reason=NO_END))
+        reason = NO_END if requests.num_rows else NO_REQUEST
+        return dict.fromkeys(classes, TrialOutcome(reason=reason))
     is_held_back = buffering.held_back(record, requests) is not None
     due = pc.fill_null(pa.chunked_array([*_due(inside), *_due(failed)]), 0).to_numpy()
     order = due.argsort(kind="stable")
@@ -145,7 +147,9 @@ def _figures(found: Sequence[TrialOutcome], allocations: Sequence[Any]) -> dict[
     count, met = sum(map(len, outcomes)), sum(map(sum, outcomes))
     goodputs = bring_up_medians([sum(each.outcomes) / each.seconds for each in trials], bring_ups)
     rates = bring_up_medians([each.answered / each.seconds for each in trials], bring_ups)
-    offered: list[Any] = [each.offered_per_s for each in trials]
+    offered = [each.offered_per_s for each in trials if each.offered_per_s is not None]
+    # As the throughput that it is compared with: a bring-up counts once, not once per trial.
+    due = bring_up_medians(offered, bring_ups) if len(offered) == len(trials) else None
     low, high = share_interval(outcomes, bring_ups) or (None, None)
     goodput_low, goodput_high = interval(goodputs) or (None, None)
     return {
@@ -160,7 +164,7 @@ def _figures(found: Sequence[TrialOutcome], allocations: Sequence[Any]) -> dict[
         "goodput_requests_per_s_low": goodput_low,
         "goodput_requests_per_s_high": goodput_high,
         "requests_per_s": statistics.median(rates),
-        "offered_requests_per_s": None if None in offered else statistics.median(offered),
+        "offered_requests_per_s": due and statistics.median(due),
     }
 
 

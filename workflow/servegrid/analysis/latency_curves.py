@@ -52,12 +52,16 @@ class LatencyCurves:
 def requests_in_flight(cells: pd.DataFrame) -> pd.Series[float]:
     """The load of each cell, rows of `columns.SUMMARY`: the number of requests in flight.
 
-    It is the concurrency, unless the mean that was measured is below MIN_IN_FLIGHT of it. Then the
-    load is not what the label says, as with users who think, and it is the measured mean.
+    It is the concurrency, unless the mean that was measured in a closed loop is below MIN_IN_FLIGHT
+    of it. Then the load is not what the label says, as with users who think, and it is the measured
+    mean. The load of a burst is always its concurrency: its time ends with the last request, and
+    n requests in that time are its throughput. The mean in flight is lower, because the others have
+    ended before, and it belongs to their mean time.
     """
     labels = cells["concurrency"].astype(float)
     measured = cells["in_flight_mean"].astype(float)
-    return labels.where(~(measured < MIN_IN_FLIGHT * labels), measured)
+    is_label = (cells["protocol"] == "burst") | ~(measured < MIN_IN_FLIGHT * labels)
+    return labels.where(is_label, measured)
 
 
 def latency_curves(

@@ -298,13 +298,13 @@ def _plan_deployment(
         observed=0 if predictor.observed is None else len(predictor.observed.points),
         cells=cells,
         allocations=allocations,
-        teach=_teach(cells, predictor),
+        teach=_teach(cells, predictor, time_scale(deployment)),
         search=search,
         power_w=device.power_w,
     )
 
 
-def _teach(cells: Sequence[CellPlan], predictor: Predictor) -> tuple[str, ...]:
+def _teach(cells: Sequence[CellPlan], predictor: Predictor, scale: float) -> tuple[str, ...]:
     """The names of the cells to measure first, among those that are missing and can work."""
     workloads = [
         cell.workload
@@ -313,7 +313,7 @@ def _teach(cells: Sequence[CellPlan], predictor: Predictor) -> tuple[str, ...]:
     ]
     if not workloads:
         return ()
-    chosen = predictor.teach(_points(workloads, predictor), TAUGHT_FIRST)
+    chosen = predictor.teach(expected_points(workloads, predictor, scale), TAUGHT_FIRST)
     return tuple(workloads[index].cell for index in chosen)
 
 
@@ -336,7 +336,7 @@ def searched_cells(
             highest = [open_loop_load(each, predictor)[1] for each in group]
             chances = (loads.intensity * time_scale(deployment) <= highest).astype(float)
         else:
-            points = _points(group, predictor)
+            points = expected_points(group, predictor, time_scale(deployment))
             chances = meeting_chances(predictor, points, response_limit(points, slo))
         found |= {group[at].cell for at in expected_cells(loads, chances, not is_open)}
     return frozenset(found)
@@ -408,39 +408,65 @@ def _by_bring_up(trials: Iterable[Trial]) -> dict[int, list[Trial]]:
     return groups
 
 
-def _points(workloads: Sequence[Workload], predictor: Predictor) -> Points:
-    """The cells as bursts. An open loop has the requests in flight that its rate leads to."""
+def expected_points(workloads: Sequence[Workload], predictor: Predictor, scale: float) -> Points:
+    """The cells as bursts. An open loop has the requests in flight that its rate leads to, users
+    who think those that their think time leaves. `scale` is that of an emulated engine's times."""
     return Points.of(
-        [
-            workload.concurrency
-            if workload.concurrency is not None
-            else open_loop_load(workload, predictor)[0]
-            for workload in workloads
-        ],
+        [_in_flight(workload, predictor, scale) for workload in workloads],
         [workload.mean_input_len for workload in workloads],
         [workload.output_len for workload in workloads],
     )
 
 
-def open_loop_load(workload: Workload, predictor: Predictor) -> tuple[float, float]:
+def _in_flight(workload: Workload, predictor: Predictor, scale: float) -> float:
+    if workload.concurrency is None:
+        return open_loop_load(workload, predictor, scale)[0]
+    if not workload.think_time_s:
+        return workload.concurrency
+    return _thinking_load(workload.concurrency, workload, predictor, scale)
+
+
+def open_loop_load(
+    workload: Workload, predictor: Predictor, scale: float = 1.0
+) -> tuple[float, float]:
     """The expected requests in flight of an open loop, and the highest rate in requests/s.
 
     With n requests in flight the deployment completes n / T(n) of them per second. Above the
-    highest rate, as many are in flight as it may run.
+    highest rate, as many are in flight as it may run. The rate of the workload is that of an
+    emulated engine whose times have the factor `scale`; the highest one is in real time.
     """
-    top = predictor.traits.max_running * predictor.traits.copies
-    levels = np.unique(np.geomspace(1, max(2, top), 24).round())
-    rates = (
-        levels
-        / predictor.predict(Points.of(levels, workload.input_len, workload.output_len)).seconds
-    )
-    rates = np.maximum.accumulate(rates)
-    wanted = workload.request_rate or (workload.rate_fraction or 0.0) * float(rates[-1])
+    levels, rates = _completed(workload, predictor)
+    wanted = (workload.rate_fraction or 0.0) * float(rates[-1])
+    if workload.request_rate is not None:
+        wanted = workload.request_rate * scale
     if wanted >= rates[-1]:
         return float(levels[-1]), float(rates[-1])
     if wanted <= rates[0]:
         return 1.0, float(rates[-1])
     return float(np.interp(wanted, rates, levels)), float(rates[-1])
+
+
+def _thinking_load(users: int, workload: Workload, predictor: Predictor, scale: float) -> float:
+    """The expected requests in flight of users who think, at least 1.
+
+    With n in flight, n / T(n) responses per second are complete, and by Little's law as many users
+    think as that rate times their think time. The others are in flight.
+    """
+    levels, rates = _completed(workload, predictor)
+    think_time_s = workload.think_time_s / scale
+    of_levels = levels + think_time_s * rates
+    if users > of_levels[-1]:
+        return float(users - think_time_s * rates[-1])
+    return float(np.interp(users, of_levels, levels))
+
+
+def _completed(workload: Workload, predictor: Predictor) -> tuple[Floats, Floats]:
+    """Numbers of requests in flight from 1 on, and the requests/s that they complete."""
+    top = predictor.traits.max_running * predictor.traits.copies
+    levels = np.unique(np.geomspace(1, max(2, top), 24).round())
+    points = Points.of(levels, workload.input_len, workload.output_len)
+    rates: Floats = np.maximum.accumulate(levels / predictor.predict(points).seconds)
+    return levels, rates
 
 
 def time_scale(deployment: Deployment) -> float:
@@ -461,8 +487,9 @@ def _predict_cells(
     open_trials = {id(trial) for trial in missing}
     groups = list(_cells(trials).values())
     workloads = [group[0].workload for group in groups]
-    points = _points(workloads, predictor)
-    expected, scale = predictor.predict(points), time_scale(deployment)
+    scale = time_scale(deployment)
+    points = expected_points(workloads, predictor, scale)
+    expected = predictor.predict(points)
     hardware = find_hardware(deployment)
     cells = []
     for index, (group, workload) in enumerate(zip(groups, workloads, strict=True)):
@@ -479,7 +506,9 @@ def _predict_cells(
         bound = None if bound is None else bound * scale
         per_100 = response * (100 / workload.output_len)
         rated = _with_rate(workload, predictor, scale)
-        outlook = _outlook(deployment, placement, rated, in_flight, bound, predictor)
+        # All users can send at one time, and a cell with more users than may run is not valid.
+        at_once = float(workload.concurrency or in_flight)
+        outlook = _outlook(deployment, placement, rated, at_once, bound, predictor)
         cells.append(
             CellPlan(
                 workload=workload,
@@ -642,8 +671,8 @@ def expected_times(
     if traits is None or facts.shape is None:
         return None
     predictor = make_predictor(traits, deployment.engine, calibration, bursts)
-    expected = predictor.predict(_points(workloads, predictor))
     scale = time_scale(deployment)
+    expected = predictor.predict(expected_points(workloads, predictor, scale))
     return ExpectedTimes(
         start=start_time(deployment, facts.shape),
         cells={

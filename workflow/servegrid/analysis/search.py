@@ -19,6 +19,7 @@ import pandas as pd
 
 from servegrid.analysis import frontier, tables
 from servegrid.analysis.frontier import Answer, Decided, Loads
+from servegrid.analysis.plan import expected_points, time_scale
 from servegrid.analysis.prediction import Bursts, Floats, Points, find_traits
 from servegrid.analysis.predictor import Predictor, load_calibration, make_predictor
 from servegrid.analysis.slo import Slo
@@ -40,12 +41,14 @@ class Figures:
     `headroom` is limit / latency, the least of all limits of the SLO, and 0 if the cell was not
     served. `seconds` is the time of a response, without the scale of an emulated engine; None if it
     is unknown or the workload is an open loop. `breaks_rules` says that the trial is not valid: it
-    counts for the search all the same, or the search would measure it again and again.
+    counts for the search all the same, or the search would measure it again and again. `good` has
+    the share of an open loop's requests that meet the SLO, and their number; None if unknown.
     """
 
     headroom: float
     seconds: float | None
     breaks_rules: bool = False
+    good: tuple[float, float] | None = None
 
 
 def trial_figures(row: Mapping[Any, Any], slo: Slo) -> Figures:
@@ -58,9 +61,11 @@ def trial_figures(row: Mapping[Any, Any], slo: Slo) -> Figures:
         return Figures(0.0, None)
     breaks_rules = _known(row.get("valid"), 1.0) == 0.0
     if row["request_rate"] is not None and not math.isnan(row["request_rate"]):
-        missed = 1 - _known(row["slo_attainment"], 0.0)
-        headroom = (1 - GOOD_SHARE) / missed if missed > 0 else math.inf
-        return Figures(headroom, None, breaks_rules)
+        share = _known(row["slo_attainment"], 0.0)
+        headroom = (1 - GOOD_SHARE) / (1 - share) if share < 1 else math.inf
+        ended = _known(row["requests_in_window"], 0.0)
+        good = (share, ended + _known(row["failed_requests"], 0.0)) if ended else None
+        return Figures(headroom, None, breaks_rules, good)
     scale = _known(row["time_scale"], 1.0)
     per_token = _known(row["seconds_per_100_tokens"]) / scale / 100
     limits = [(per_token * slo.tokens_per_s_per_user, 1.0)]
@@ -139,6 +144,15 @@ class FrontierEntry:
     is_complete: bool
 
 
+def _judge(trials: Sequence[Figures]) -> Answer:
+    """The answer of a cell's trials; of an open loop, its requests must be enough for it."""
+    answer = frontier.judge([trial.headroom for trial in trials])
+    shares = [trial.good for trial in trials if trial.good is not None]
+    if len(shares) < len(trials) or frontier.is_share_sure(shares, GOOD_SHARE):
+        return answer
+    return Answer(answer.meets, False)
+
+
 @dataclass(frozen=True)
 class Search:
     """The search of a deployment in one bring-up: its trials, the SLO and what is measured."""
@@ -165,12 +179,10 @@ class Search:
         """What the measured trials say about a grid."""
         answers, left = {}, {}
         for at, trials in enumerate(grid.cells):
-            known = [
-                self.measured[trial.id].headroom for trial in trials if trial.id in self.measured
-            ]
+            known = [self.measured[trial.id] for trial in trials if trial.id in self.measured]
             left[at] = len(trials) - len(known)
             if known:
-                answers[at] = frontier.judge(known)
+                answers[at] = _judge(known)
         settled = {
             at: answer.meets for at, answer in answers.items() if answer.sure or not left[at]
         }
@@ -220,10 +232,12 @@ class Search:
                 (trials[0].workload, seconds)
                 for each in self.grids
                 for trials in each.cells
-                if (seconds := self._seconds(trials)) is not None
+                # Of users who think, it is not known how many were in flight.
+                if not trials[0].workload.think_time_s
+                and (seconds := self._seconds(trials)) is not None
             ]
         )
-        points = _points(workloads)
+        points = expected_points(workloads, predictor, time_scale(self.trials[0].deployment))
         limit_s = frontier.response_limit(points, self.slo)
         return frontier.meeting_chances(predictor, points, limit_s)
 

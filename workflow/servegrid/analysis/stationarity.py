@@ -74,12 +74,13 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
     it is used instead, because the minimum can be anywhere if all latencies are almost equal. At
     most half of the series of an open loop is cut.
 
-    There is no stationary part if in an open loop the arrivals exceed the ends by more than
-    MAX_GROWTH and GROWTH_DEVIATIONS allow, if the cut is longer than half of the series, or if the
-    mean latencies of the two halves of the rest differ by more than MAX_CHANGE and by more than
-    STANDARD_ERRORS. The latencies of neighbouring requests are correlated, so the standard error
-    comes from the means of BATCHES batches (Law and Kelton, Simulation Modeling and Analysis,
-    chapter 9).
+    There is no stationary part if fewer than MIN_REQUESTS requests ended in between, in an open
+    loop also if fewer than half as many ended after WARM_UP, if in an open loop the arrivals exceed
+    the ends by more than MAX_GROWTH and GROWTH_DEVIATIONS allow, if the cut is longer than half of
+    the series, or if the mean latencies of the two halves of the rest differ by more than
+    MAX_CHANGE and by more than STANDARD_ERRORS. The latencies of neighbouring requests are
+    correlated, so the standard error comes from the means of BATCHES batches (Law and Kelton,
+    Simulation Modeling and Analysis, chapter 9).
     """
     served = requests.filter(pc.is_null(requests["error"]))
     due = pc.drop_null(requests["scheduled_ns"]).to_numpy()
@@ -104,6 +105,12 @@ def find_window(requests: pa.Table, workload: Workload) -> Window | str:
     if is_open:
         warm_up_ends = np.quantile(due, WARM_UP)
         cut = max(cut, int(np.searchsorted(ends, warm_up_ends, side="right")))
+        # None is left if the server died early: what fails has no latency.
+        if (left := len(ends) - cut) < MIN_REQUESTS // 2:
+            return (
+                f"{left} requests ended between the first {WARM_UP:.0%} of the arrivals and the "
+                f"end; at least {MIN_REQUESTS // 2} are needed"
+            )
     window = Window(int(ends[cut - 1]) if cut else start, end)
     if is_open and (growth := _describe_growth(requests, window)):
         return growth

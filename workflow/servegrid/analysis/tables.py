@@ -24,6 +24,7 @@ from servegrid.analysis.validity import Evidence, check_validity
 from servegrid.errors import RecordError
 from servegrid.records import columns, parquet
 from servegrid.records.columns import Column
+from servegrid.records.verdict import SERVED
 from servegrid.study.grid import Study, Trial, canonical_json
 
 _MAX_LISTED = 10
@@ -87,7 +88,8 @@ def drift_by_allocation(drift_checks: pd.DataFrame) -> dict[str, float]:
     (highest - lowest) / median, for allocations with at least two served drift checks.
     `drift_checks` is a table of `columns.CELLS`.
     """
-    speeds = drift_checks.dropna(subset="output_tokens_per_s").groupby("allocation")
+    served = drift_checks[drift_checks["verdict"].isin(SERVED)]
+    speeds = served.dropna(subset="output_tokens_per_s").groupby("allocation")
     known = speeds["output_tokens_per_s"].agg(["min", "median", "max", "count"])
     known = known[known["count"] > 1]
     drifts = (known["max"] - known["min"]) / known["median"]

@@ -137,6 +137,9 @@ def imported_cell_row(result: ImportedResult, trial: Trial, engine: str | None) 
     }
     telemetry = parquet.arrow_table(columns.TELEMETRY, [])
     row = metrics.cell_row(record, requests, telemetry, use_all)
+    if row["seconds_per_100_tokens"] is not None:
+        # output_len is a rounded mean, which is far off if outputs have a few tokens.
+        row["seconds_per_100_tokens"] *= result.output_len / row["completion_tokens_mean"]
     if not result.itl_known:
         row |= {name: None for name in row if name.startswith("itl_")}
         row["coalesced_chunk_fraction"] = None

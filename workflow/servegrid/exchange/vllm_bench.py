@@ -66,7 +66,7 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
             notes += limit_notes(requests, result.get("max_concurrency"))
     else:
         input_len, output_len, notes = _lengths_from_totals(result, source)
-        metrics = _parse_metrics(result, protocol, concurrency, output_len)
+        metrics = _parse_metrics(result, protocol, concurrency)
     return ImportedResult(
         source=source,
         origin=ORIGIN,
@@ -192,12 +192,13 @@ def _lengths_from_totals(result: Mapping[str, Any], source: str) -> tuple[int, i
 
 
 def _parse_metrics(
-    result: Mapping[str, Any], protocol: str, concurrency: int | None, output_len: int
+    result: Mapping[str, Any], protocol: str, concurrency: int | None
 ) -> dict[str, Any]:
     """Columns of `columns.CELLS` from the client's own metrics."""
     completed, duration = int(result["completed"]), float(result["duration"])
     tokens_per_s = float(result["output_throughput"])
-    gaps = int(result["total_output_tokens"]) - completed
+    tokens = int(result["total_output_tokens"])
+    gaps = tokens - completed
     e2el = result.get("mean_e2el_ms")
     seconds = duration if protocol == "burst" else None if e2el is None else e2el / 1e3
     metrics: dict[str, Any] = {
@@ -208,7 +209,9 @@ def _parse_metrics(
         "requests_in_window": completed,
         "output_tokens_per_s": tokens_per_s,
         "output_tokens_per_s_per_user": tokens_per_s / concurrency if concurrency else None,
-        "seconds_per_100_tokens": None if seconds is None else seconds / output_len * 100,
+        "seconds_per_100_tokens": 100 * seconds * completed / tokens
+        if seconds and tokens
+        else None,
     }
     for name in _LATENCIES:
         samples = gaps if name == "itl" else completed

@@ -26,8 +26,10 @@ MAX_LEFT_OUT = 20
 """Maximum number of cells that Markdown lists as left out."""
 
 METHOD = (
-    "Ratio: output tokens/s of the second study divided by the first, with its 95% interval. The "
-    "unit of the tests is the bring-up: all cells and trials of one start of the engine share its "
+    "Ratio: output tokens/s of the second study divided by the first, with its 95% interval. At a "
+    "request rate, and if users think, the users decide on the tokens/s of all requests: there, "
+    "they are those of one request, with its time to first token. The unit of the tests is the "
+    "bring-up: all cells and trials of one start of the engine share its "
     "node and its memory, so they are one sample. Deployments and cells are tested with "
     f"Student's t over their bring-ups. Changes of up to {MIN_EFFECT:.0%} count as no change. On "
     f"average, at most {FALSE_DISCOVERY_RATE:.0%} of the verdicts are wrong (false discovery rate, "

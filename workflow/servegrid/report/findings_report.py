@@ -46,7 +46,7 @@ def published_caption(citation: str) -> str:
     return (
         f"Seconds per 100 tokens. Published: {citation}. The range of a ratio allows for the "
         "rounding of the published value, and for the measured value anywhere in its "
-        "95% interval."
+        "95% interval. A cell of one trial has no interval: its range is that of the rounding."
     )
 
 

@@ -32,12 +32,6 @@ HEAD = (
 
 def _row(row: Mapping[Any, Any], titles: Mapping[str, str]) -> list[str]:
     mark = ("*" if row["whole_run"] is True else "") + ("" if row["valid"] else "!")
-    by_rate = pd.isna(row["concurrency"])
-    load = (
-        f"{row['request_rate']:.3g} requests/s"
-        if by_rate
-        else pluralize(row["concurrency"], "request" if row["protocol"] == "burst" else "user")
-    )
     attainment = [row[f"slo_attainment{end}"] for end in ("", "_low", "_high")]
     goodput = [row[f"goodput_requests_per_s{end}"] for end in ("", "_low", "_high")]
     workload = f"{protocol_title(row['protocol'])}, {row['output_len']} output tokens"
@@ -45,12 +39,19 @@ def _row(row: Mapping[Any, Any], titles: Mapping[str, str]) -> list[str]:
         titles.get(row["deployment"], row["deployment"]),
         workload,
         str(row["input_len"]),
-        load,
+        _load(row),
         row["slo_class"],
         f"{_with_range(attainment, 100, '%')}{mark}",
         f"{_with_range(goodput, 1, '')}{mark}",
         "–" if pd.isna(row["requests_per_s"]) else f"{row['requests_per_s']:.3g}",
     ]
+
+
+def _load(row: Mapping[Any, Any]) -> str:
+    """The requests or users at a time, or the rate; a dash for a sweep's rate that is not known."""
+    if not pd.isna(row["concurrency"]):
+        return pluralize(row["concurrency"], "request" if row["protocol"] == "burst" else "user")
+    return "–" if pd.isna(row["request_rate"]) else f"{row['request_rate']:.3g} requests/s"
 
 
 def _with_range(values: Sequence[Any], factor: float, unit: str) -> str:

@@ -91,7 +91,10 @@ def _totals(plan: StudyPlan, prices: HardwarePrices) -> Iterator[str]:
             f"{prices.years_in_use:g} years."
         )
     if known:
-        yield "In brackets: 95% intervals."
+        yield (
+            "In brackets: 95% intervals. Those of sums, energy and cost have all ends at once, so "
+            "they are wider."
+        )
 
 
 def _whole_nodes(plan: StudyPlan) -> str:

@@ -144,15 +144,15 @@ SLO = (
         pa.float64(),
         "requests/s",
         "Requests that were answered in the window / its time: the throughput in requests; median "
-        "over the trials",
+        "over the trials (of the bring-ups' medians, if there are several)",
     ),
     Column(
         "offered_requests_per_s",
         pa.float64(),
         "requests/s",
         "Requests that were due in the window / its time; with whole_run, all requests / the time "
-        "from the first due one to the last. It varies by chance around request_rate; median over "
-        "the trials",
+        "from the first due one to the last. It varies by chance around request_rate; median as "
+        "for requests_per_s",
     ),
     Column("reason", pa.string(), "", "Why there are no values; null if there are"),
 )
@@ -174,7 +174,8 @@ PUBLISHED_COMPARISON = (
         "ratio_low",
         pa.float64(),
         "",
-        "Lowest ratio within the rounding of published_s and the 95% interval of measured_s",
+        "Lowest ratio within the rounding of published_s and the 95% interval of measured_s; "
+        "within the rounding alone if there is no interval, as with one trial",
     ),
     Column("ratio_high", pa.float64(), "", "Highest ratio within the same limits"),
 )

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from servegrid.analysis.capacity import Demand, HardwarePrices
+from servegrid.analysis.intervals import bring_up_medians
 from servegrid.analysis.latency_curves import requests_in_flight
 from servegrid.analysis.slo import Slo
 from servegrid.analysis.summary import CELL_KEYS, lacks_low_loads
@@ -87,7 +88,7 @@ EFFICIENCY = (
         *(False, 1.0, True),
     ),
 )
-"""Medians over the trials of `columns.CELLS`; `columns.SUMMARY` does not have them."""
+"""Medians over the valid trials of `columns.CELLS`; `columns.SUMMARY` does not have them."""
 
 
 def build_payload(
@@ -248,16 +249,23 @@ _PAIR_KEYS = ("deployment", "protocol", "concurrency", "input_len", "output_len"
 
 
 def _efficiency(cells: pd.DataFrame) -> dict[str, dict[tuple[Any, ...], float]]:
-    """The columns of EFFICIENCY that have values: the median of each cell."""
+    """The columns of EFFICIENCY that have values: the median of each cell.
+
+    As in `columns.SUMMARY`, it is that of the valid trials, or of all if none is valid.
+    """
     if "predicted_over_measured" in cells:
         cells = cells.assign(measured_over_predicted=1 / cells["predicted_over_measured"])
     known = {metric.column for metric in EFFICIENCY} & set(cells.columns)
     found = {}
     for name in sorted(name for name in known if cells[name].notna().any()):
-        values: dict[tuple[Any, ...], list[float]] = {}
+        values: dict[tuple[Any, ...], dict[bool, list[tuple[float, Any]]]] = {}
         for row in cells.dropna(subset=[name]).to_dict("records"):
-            values.setdefault(_cell_key(row), []).append(float(row[name]))
-        found[name] = {key: median(each) for key, each in values.items()}
+            by_validity = values.setdefault(_cell_key(row), {True: [], False: []})
+            by_validity[row["valid"] is True].append((float(row[name]), row["allocation"]))
+        found[name] = {
+            key: median(bring_up_medians(*zip(*(each[True] or each[False]), strict=True)))
+            for key, each in values.items()
+        }
     return found
 
 

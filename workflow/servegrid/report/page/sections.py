@@ -108,7 +108,8 @@ def settings_section(ratios: pd.DataFrame) -> Section:
         )
     caption = (
         "Output tokens/s of two deployments that differ in one setting: second divided by first, "
-        "over the cells that both served, with the 95% interval over bring-ups. With one bring-up "
+        "over the cells that both served, with the 95% interval over bring-ups. At a request rate, "
+        "and if users think, they are the tokens/s of one request. With one bring-up "
         "of either, there is no interval and no verdict. Cells whose requests waited in the server "
         "count too, because a setting can be the reason. The capacity plan above ranks the "
         "deployments."
@@ -137,8 +138,8 @@ def plan_section(
     caption = (
         "How many cells the plan expected to fit, to queue or not to work. Predicted / measured: "
         "seconds per 100 tokens, predicted from published tables alone (medians; the 95% interval "
-        "should contain 95% of the cells). An error of 100% is a factor of 2, in either direction. "
-        "Measured / bound: seconds over the least that the hardware allows."
+        "should contain 95% of the trials). An error of 100% is a factor of 2, in either "
+        "direction. Measured / bound: seconds over the least that the hardware allows."
     )
     paragraphs = [
         'To see the cells of a deployment, select "measured / lower bound" or "measured / '
