@@ -249,7 +249,8 @@ def test_a_study_without_measurements_cannot_be_bundled(tmp_path: Path) -> None:
 def test_results_beyond_the_limits_of_a_bundle_are_refused_before_they_are_copied(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    shutil.copytree(workspace / "results", tmp_path / "results")
+    without_bundles = shutil.ignore_patterns("bundles")
+    shutil.copytree(workspace / "results", tmp_path / "results", ignore=without_bundles)
     monkeypatch.setattr(f"servegrid.bundle.tarball.{limit}", 10)
     monkeypatch.setattr("servegrid.bundle.pack.stage_redacted", None)
     with pytest.raises(BundleError, match=r"files with .* bytes\. .*Split the study"):

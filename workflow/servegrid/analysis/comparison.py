@@ -47,7 +47,7 @@ ASSUMED_STDEV = 0.02
 GPUs of one cluster differed by 8% on average, and by up to 22%, in a study of five clusters (Sinha
 et al., Not All GPUs Are Created Equal, SC 2022)."""
 POWER = 0.8
-_NOTHING = 1e-9
+_ROUNDING = 1e-9
 """An eigenvalue below this share of the largest is 0 but for rounding."""
 FASTER, SLOWER, NO_EVIDENCE = "faster", "slower", "no evidence"
 NOT_TESTED = "not tested"
@@ -248,7 +248,7 @@ def _between_bring_ups(
         links[np.ix_(which, which)] -= 1 / len(which)
         sums[which] += found - found.mean()
     sizes, directions = np.linalg.eigh(links)
-    is_group = sizes < _NOTHING * sizes.max()
+    is_group = sizes < _ROUNDING * sizes.max()
     groups, others = directions[:, is_group], directions[:, ~is_group]
     added = others @ (others.T @ sums / sizes[~is_group])
     study = np.array(signs, dtype=float)
