@@ -23,9 +23,14 @@ def add_directory(parser: ArgumentParser) -> None:
     )
 
 
+MAX_INTEGER, MAX_NUMBER, MIN_NUMBER = 2**31 - 1, 1e12, 1e-12
+"""The limits of values, as in a study."""
+
+
 def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not an integer above 0")
+    # Digits first: Python converts no longer text.
+    if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) <= MAX_INTEGER:
+        raise ArgumentTypeError(f"{text!r} is not an integer above 0, at most {MAX_INTEGER:,}")
     return int(text)
 
 
@@ -38,8 +43,10 @@ def positive_float(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
+    if not number > 0:
         raise ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not MIN_NUMBER <= number <= MAX_NUMBER:
+        raise ArgumentTypeError(f"{text!r} is not between {MIN_NUMBER:g} and {MAX_NUMBER:g}")
     return number
 
 
