@@ -24,6 +24,7 @@ from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
 from servegrid.errors import ConfigError, EngineError, NotServableError
 from servegrid.node.reaper import start_reaper
 from servegrid.records.verdict import OOM_AT_START
+from servegrid.study.config import MAX_NUMBER, MIN_NUMBER
 from servegrid.study.deployment import REPLICAS
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
@@ -85,6 +86,9 @@ def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tu
         raise ConfigError(
             _invalid(deployment, "engine_args.startup_s", settings.startup_s, "a number of seconds")
         )
+    if not isinstance(settings.timing, str):
+        wanted = "`roofline`, the name of a published study or the path of a CSV file"
+        raise ConfigError(_invalid(deployment, "engine_args.timing", settings.timing, wanted))
     if not isinstance(settings.faults, list | tuple):
         raise ConfigError(_invalid(deployment, "engine_args.faults", settings.faults, "a list"))
     faults = tuple(
@@ -185,7 +189,8 @@ def _parse_fault(deployment: Deployment, number: int, given: Any) -> Fault:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (value <= 0 or MIN_NUMBER <= value <= MAX_NUMBER)
 
 
 def _invalid(deployment: Deployment, key: str, value: Any, wanted: str) -> str:

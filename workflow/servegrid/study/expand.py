@@ -12,6 +12,7 @@ from servegrid.study.deployment import EMULATED, Deployment, parse_deployment
 from servegrid.study.grid import (
     DRIFT_CHECKS,
     FRONTIER,
+    MAX_INTEGER,
     SWEEP,
     SWEEP_FRACTIONS,
     Study,
@@ -25,6 +26,8 @@ from servegrid.study.settings import expand_sweep
 from servegrid.study.workloads import as_list, check_used, expand_workloads, protocols_of
 
 MAX_TRIALS = 1_000_000
+MAX_NAME = 180
+"""A file's name has at most 255 bytes, and up to 60 follow the name of a deployment or a study."""
 SEARCH_TRIALS = 3
 """Default of `trials` in a search. Only cells near a limit of the SLO need more than one."""
 DRIFT_CHECK_MIN_TRIALS = 9
@@ -113,7 +116,16 @@ def _expand_entries(
 
 
 def _check_name(name: str, positions: Mapping[str, int], where: str) -> None:
-    """Raise ConfigError if another deployment has the name, or a table of the whole study."""
+    """Raise ConfigError if another deployment has the name, or a table of the whole study.
+
+    Or if files named after it would have too long a name.
+    """
+    if len(name) > MAX_NAME:
+        raise ConfigError(
+            f"{where}: the name `{name[:40]}…` has {len(name)} characters, and at most {MAX_NAME} are "
+            "possible, because folders and files are named after it. Give the deployment a shorter "
+            "`name`, which starts the names of a sweep."
+        )
     if name in positions:
         raise ConfigError(
             f"{where}: the name `{name}` is already that of deployments[{positions[name]}]. "
@@ -131,6 +143,8 @@ def _expand_trials(deployment: Deployment, keys: Mapping[str, Any], where: str) 
     workloads = expand_workloads(keys, where)
     _check_prompts_fit(deployment, workloads, where)
     _check_prompt_form(deployment, workloads, where)
+    _check_cell_names(workloads, where)
+    _check_requests(workloads, where)
     if keys.get("grid") == FRONTIER:
         _check_searched(keys, where)
     return [
@@ -292,6 +306,39 @@ def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], wh
             raise ConfigError(
                 f"{where}: workload.source: random ids, `prefix_len` and `hash_ids` are token ids, "
                 "but a chat takes text. Use `kind: text` without a prefix, or `api: completions`."
+            )
+
+
+def _check_cell_names(workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if two cells have one name: only one of them would be measured."""
+    found: dict[str, Workload] = {}
+    for workload in workloads:
+        other = found.setdefault(workload.cell, workload)
+        if other is not workload:
+            loads = " and ".join(f"{_load_of(each):.15g}" for each in (other, workload))
+            raise ConfigError(
+                f"{where}: the loads {loads} of `workload` give two cells the same name "
+                f"`{workload.cell}`: a name has six digits of the load, or four of a trace's rate. "
+                "Remove one of the two."
+            )
+
+
+def _load_of(workload: Workload) -> float:
+    """What the study says of its load: the `speedup` of a trace, else the intensity."""
+    source = workload.source
+    return source.speedup if source and workload.protocol == "trace" else workload.intensity
+
+
+def _check_requests(workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if a cell has more requests than a table can count."""
+    for workload in workloads:
+        requests = workload.requests
+        if requests is None:
+            requests = math.ceil((workload.request_rate or 0) * (workload.duration_s or 0))
+        if requests > MAX_INTEGER:
+            raise ConfigError(
+                f"{where}: `{workload.cell}` has {requests:,} requests, and at most "
+                f"{MAX_INTEGER:,} are possible. Lower the load, `requests_per_user` or `duration_s`."
             )
 
 
