@@ -138,9 +138,8 @@ def _check_columns(schema: pa.Schema, columns: Iterable[Column], path: Path) -> 
     for column in columns:
         has = schema.field(column.name).type if column.name in schema.names else None
         # Parquet gives the items of a list another name.
-        if has is None or not (
-            has == column.type or pa.types.is_list(has) and column.type == _LIST
-        ):
+        has = _LIST if has is not None and pa.types.is_list(has) else has
+        if has != column.type:
             problem = "no column" if has is None else f"the type {has} in the column"
             raise RecordError(
                 f"{path}: has {problem} `{column.name}`. Another tool or another version of "

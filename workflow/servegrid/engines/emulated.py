@@ -86,9 +86,10 @@ def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tu
         raise ConfigError(
             _invalid(deployment, "engine_args.startup_s", settings.startup_s, "a number of seconds")
         )
-    if not isinstance(settings.timing, str):
+    timing: object = settings.timing
+    if not isinstance(timing, str):
         wanted = "`roofline`, the name of a published study or the path of a CSV file"
-        raise ConfigError(_invalid(deployment, "engine_args.timing", settings.timing, wanted))
+        raise ConfigError(_invalid(deployment, "engine_args.timing", timing, wanted))
     if not isinstance(settings.faults, list | tuple):
         raise ConfigError(_invalid(deployment, "engine_args.faults", settings.faults, "a list"))
     faults = tuple(
@@ -96,7 +97,7 @@ def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tu
     )
     scale = settings.time_scale * settings.slowdown
     one = replace(deployment, gpu_count=deployment.gpu_count // settings.replicas)
-    return settings, load_timing(one, settings.timing).scaled(scale), faults
+    return settings, load_timing(one, timing).scaled(scale), faults
 
 
 @contextlib.contextmanager

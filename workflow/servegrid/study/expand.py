@@ -122,9 +122,9 @@ def _check_name(name: str, positions: Mapping[str, int], where: str) -> None:
     """
     if len(name) > MAX_NAME:
         raise ConfigError(
-            f"{where}: the name `{name[:40]}…` has {len(name)} characters, and at most {MAX_NAME} are "
-            "possible, because folders and files are named after it. Give the deployment a shorter "
-            "`name`, which starts the names of a sweep."
+            f"{where}: the name `{name[:40]}…` has {len(name)} characters, and at most {MAX_NAME} "
+            "are possible, because folders and files are named after it. Give the deployment a "
+            "shorter `name`, which starts the names of a sweep."
         )
     if name in positions:
         raise ConfigError(
@@ -338,7 +338,8 @@ def _check_requests(workloads: Sequence[Workload], where: str) -> None:
         if requests > MAX_INTEGER:
             raise ConfigError(
                 f"{where}: `{workload.cell}` has {requests:,} requests, and at most "
-                f"{MAX_INTEGER:,} are possible. Lower the load, `requests_per_user` or `duration_s`."
+                f"{MAX_INTEGER:,} are possible. Lower the load, `requests_per_user` or "
+                "`duration_s`."
             )
 
 

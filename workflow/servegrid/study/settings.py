@@ -111,18 +111,20 @@ def _check_settings(
                 f"{where}.sweep.{key}: the deployment sets `{key}` itself too. Remove one of the "
                 "two."
             )
-    for key, values in swept.items():
-        for value in values if key in (*KEYS, *_COUNTS) else ():
-            if (
-                not isinstance(value, int)
-                or isinstance(value, bool)
-                or not 1 <= value <= MAX_INTEGER
-            ):
-                raise ConfigError(
-                    f"{where}.sweep.{key}: {value!r} is not a whole number of at least 1. Correct "
-                    "it."
-                )
+    _check_counts(swept, where)
     if TENSOR in swept and "gpu_count" in entry:
         raise ConfigError(
             f"{where}.sweep.{TENSOR}: the number of GPUs follows from it. Remove `gpu_count`."
         )
+
+
+def _check_counts(swept: Mapping[str, Sequence[Any]], where: str) -> None:
+    """Raise ConfigError if a value is no count where the deployment's own key must be one."""
+    for key in (each for each in swept if each in (*KEYS, *_COUNTS)):
+        for value in swept[key]:
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole or not 1 <= value <= MAX_INTEGER:
+                raise ConfigError(
+                    f"{where}.sweep.{key}: {value!r} is not a whole number of at least 1. Correct "
+                    "it."
+                )
