@@ -451,7 +451,9 @@ def _itl_s(requests: pa.Table) -> tuple[_Floats, _Floats, float | None]:
     gaps = np.diff(times, prepend=times[0])[~first]
     counts = tokens[~first]
     seconds = gaps / 1e9
-    return np.repeat(seconds / counts, counts), seconds, float((gaps == 0).sum() / times.size)
+    # A client may report a chunk without tokens: it has no part in this.
+    per_token = np.repeat(seconds, counts) / np.repeat(counts, counts)
+    return per_token, seconds, float((gaps == 0).sum() / times.size)
 
 
 def _latencies(name: str, values: _Floats) -> dict[str, float | None]:
