@@ -198,6 +198,17 @@ def test_wrong_arguments_of_an_emulated_engine_give_one_error(
     assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
 
 
+@pytest.mark.parametrize("command", ["plan", "frontier", "fetch", "doctor"])
+def test_a_file_is_no_working_directory(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(write_study(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--configfile", file, "--directory", file])
+    assert ended.value.code == 2
+    assert f"argument --directory: {file!r} is not a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["plan", "frontier"])
 def test_the_study_can_be_a_pipe(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,8 +6,10 @@ metrics in these files are the expected values.
 """
 
 import copy
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from servegrid.cli.main import main
 from servegrid.errors import ComparisonError
 from servegrid.exchange import llmd
 from servegrid.exchange.imported import IMPORTED, assign_users
+from servegrid.records import columns, parquet
 from servegrid.study.grid import Workload
 from servegrid.study.source import Distribution, FileFacts, Source
 
@@ -548,6 +551,39 @@ def test_a_report_of_llm_d_says_where_prompts_come_from(
 def test_every_trial_has_its_own_uid(results: Path) -> None:
     files = export_results(results, "llm-d").values()
     assert len({exported["run"]["uid"] for exported in files}) == len(TRIALS)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = results / "cells/closed"
+    closed.mkdir()
+    scandir, listdir = os.scandir, os.listdir
+
+    def refuse(path: Any, to: Callable[[Any], Any]) -> Any:  # root may read every folder
+        if str(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return to(path)
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, scandir))
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(path, listdir))
+    command = ["export", str(results), "--format", "llm-d", "--output-dir", str(results / "out")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"servegrid: {closed}: cannot be used (Permission ")
+
+
+@pytest.mark.parametrize("spec", [None, {"format": 1}, [], {"deployment": {}, "workload": {}}])
+def test_a_record_that_is_not_that_of_a_trial_is_named(
+    spec: Any, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = results / "cells/d/c/trial-1/requests.parquet"  # as `servegrid load` writes it
+    record = {"format": parquet.RECORD_FORMAT} | ({} if spec is None else {"spec": spec})
+    parquet.write_table(parquet.arrow_table(columns.REQUESTS, [], record), file)
+    command = ["export", str(results), "--format", "llm-d", "--output-dir", str(results / "out")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"servegrid: {file}: is not the record of a trial of this version")
+    assert printed.endswith("Move it out of the folder.\n")
 
 
 @pytest.mark.parametrize("kind", ["llm-d", "vllm-bench"])

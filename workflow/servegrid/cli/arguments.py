@@ -15,12 +15,24 @@ def add_directory(parser: ArgumentParser) -> None:
     """Add `--directory`, the folder with the results of a study."""
     parser.add_argument(
         "--directory",
-        type=Path,
+        type=folder,
         default=Path(),
         metavar="DIR",
         help="working directory of the study, as for snakemake: it contains results/, and paths in "
         "the study are relative to it; default: this folder",
     )
+
+
+def folder(text: str) -> Path:
+    """The path of a folder, which need not exist."""
+    path = Path(text)
+    try:
+        is_other = path.exists() and not path.is_dir()
+    except OSError as error:
+        raise ArgumentTypeError(f"{text!r} cannot be used: {error.strerror}") from None
+    if is_other:
+        raise ArgumentTypeError(f"{text!r} is not a folder")
+    return path
 
 
 MAX_INTEGER, MAX_NUMBER, MIN_NUMBER = 2**31 - 1, 1e12, 1e-12

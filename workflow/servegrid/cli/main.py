@@ -34,6 +34,11 @@ SUBCOMMANDS = (
 options and returns the exit status."""
 
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNUSABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
+)
+"""What a path of the user can meet anywhere: even to ask whether a file exists can be forbidden."""
 FAILED, INTERRUPTED, NO_READER = 2, 130, 141
 """Exit statuses. The last two are 128 plus the signal, as a shell has them: 1 has a meaning."""
 
@@ -65,10 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if _is_output_broken() and isinstance(error, BrokenPipeError):  # as after `| head -1`
             return NO_READER
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
+            where = error.filename or "a file, or the standard output,"
+            return _fail(f"{where} cannot be written ({error.strerror}). Free some space.")
+        if error.errno not in _UNUSABLE or error.filename is None:
             raise
-        where = error.filename or "a file, or the standard output,"
-        return _fail(f"{where} cannot be written ({error.strerror}). Free some space.")
+        return _fail(
+            f"{error.filename}: cannot be used ({error.strerror}). Correct the path or the "
+            "permissions."
+        )
     return status
 
 
@@ -80,15 +90,21 @@ def _fail(message: str) -> int:
 
 def _is_output_broken() -> bool:
     """Whether standard output takes no more. If so, what is left of it goes nowhere."""
+    if sys.stdout is None:
+        return False
+    try:
+        number = sys.stdout.fileno()
+    except ValueError:  # not that of a process, as in a test
+        return False
     try:
         sys.stdout.flush()
         poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
+        poll.register(number, 0)
         is_broken = bool(poll.poll(0))  # an error of a pipe: nobody reads it
     except OSError:
         is_broken = True
     if is_broken:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     return is_broken
 
 

@@ -52,8 +52,8 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
     """
     if not isinstance(result["model_id"], str):
         raise ExchangeError(
-            f"{source}: `model_id` is {result['model_id']!r} and not the name of a model. Check that "
-            "the client finished writing the file."
+            f"{source}: `model_id` is {result['model_id']!r} and not the name of a model. Check "
+            "that the client finished writing the file."
         )
     protocol, concurrency, rate = _parse_load(result, source)
     burstiness = float(result["burstiness"]) if protocol == "gamma" else None
