@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from servegrid.analysis.capacity import (
@@ -17,13 +19,14 @@ from servegrid.analysis.capacity import (
 from servegrid.analysis.findings import compute_frontier, format_max_within_slo
 from servegrid.analysis.published import published_summary
 from servegrid.analysis.slo import Slo
-from servegrid.analysis.tables import fill_nulls
+from servegrid.analysis.tables import fill_nulls, save_table
 from servegrid.cli.main import main
 from servegrid.errors import ConfigError
 from servegrid.records import columns
 from servegrid.reference.published import load_published
 
 ROOT = Path(__file__).parents[2]
+FILE = "summary.parquet"
 HARDWARE = HardwarePrices("USD", {"a100-40gb": 8500.0, "v100-16gb": 5000.0})
 
 
@@ -348,3 +351,54 @@ def test_the_command_names_a_missing_file(
     assert "summary.parquet: the table cannot be read (no such file). Run" in message
     assert main(["capacity", "--hardware", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": "concurrency"}, "has no column `concurrency`. Another tool or another version"),
+        ({"text": "concurrency"}, "has the type string in the column `concurrency`."),
+    ],
+)
+def test_the_command_refuses_a_table_of_another_kind(
+    change: dict[str, str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_table(summary(cell(1, 1.0)), columns.SUMMARY, tmp_path / FILE, tmp_path / "s.csv")
+    assert run("--tables", str(tmp_path)) == 0
+    table = pq.read_table(tmp_path / FILE)
+    if "drop" in change:
+        table = table.drop([change["drop"]])
+    else:
+        place = table.column_names.index(change["text"])
+        table = table.set_column(place, change["text"], pa.array(["1"]))
+    pq.write_table(table, tmp_path / FILE)
+    capsys.readouterr()
+    assert run("--tables", str(tmp_path)) == 2
+    printed = capsys.readouterr().err
+    assert f"{tmp_path / FILE}: {message}" in printed and len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--users", "2147483648"], "'2147483648' is not an integer above 0, at most 2,147,483,64"),
+        (["--users", "9" * 5000], "is not an integer above 0"),
+        (["--think-time", "1e308"], "'1e308' is not between 1e-12 and 1e+12"),
+        (["--ttft", "1e-320"], "'1e-320' is not between 1e-12 and 1e+12"),
+        (["--prompt-mix", "31:1e308,119:1e308"], "'1e308' is not between 1e-12 and 1e+12"),
+    ],
+)
+def test_the_command_refuses_numbers_that_it_cannot_compute_with(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--published", "inria-2024", *arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_name_of_published_figures_does_not_mean_the_study(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--published", "") == 2
+    assert "--published: there is no published data set ``" in capsys.readouterr().err

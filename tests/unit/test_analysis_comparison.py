@@ -356,6 +356,18 @@ def test_comparisons_of_emulated_figures_have_a_note() -> None:
     assert compare(study(trial(1.0)), study(trial(1.0))).notes == []
 
 
+@pytest.mark.parametrize("speed", [0.0, -1.0])
+def test_a_trial_without_a_speed_is_not_compared(speed: float) -> None:
+    # Another client writes 0 for what it did not measure; it has no logarithm.
+    with pytest.raises(ComparisonError, match="no trial of the second study is valid"):
+        compare(study(trial(1.0)), study(trial(speed)))
+
+
+def test_a_study_without_cells_is_named() -> None:
+    with pytest.raises(ComparisonError, match=r"the second study has no cells\."):
+        compare(study(trial(1.0)), study(trial(1.0)).iloc[:0])
+
+
 def test_the_command_names_a_study_that_it_cannot_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -365,6 +377,13 @@ def test_the_command_names_a_study_that_it_cannot_read(
     (tmp_path / "empty").mkdir()
     assert main(["compare", str(tmp_path / "empty"), folder]) == 2
     assert "has no tables/cells.parquet" in capsys.readouterr().err
+    # Whether it exists cannot be told, as in a folder of another user; root may enter that one.
+    long = str(tmp_path / ("n" * 300))
+    assert main(["compare", folder, long]) == 2
+    assert capsys.readouterr().err == (
+        f"servegrid: {long}: cannot be used (File name too long). Correct the path or the "
+        "permissions.\n"
+    )
     (tmp_path / "bundle.tar.gz").write_bytes(b"no archive")
     assert main(["compare", str(tmp_path / "bundle.tar.gz"), folder]) == 2
 

@@ -249,8 +249,9 @@ def test_a_study_without_measurements_cannot_be_bundled(tmp_path: Path) -> None:
 def test_results_beyond_the_limits_of_a_bundle_are_refused_before_they_are_copied(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
-    without_bundles = shutil.ignore_patterns("bundles")
-    shutil.copytree(workspace / "results", tmp_path / "results", ignore=without_bundles)
+    # Without the bundles that other tests have packed there.
+    ignored = shutil.ignore_patterns("bundles")
+    shutil.copytree(workspace / "results", tmp_path / "results", ignore=ignored)
     monkeypatch.setattr(f"servegrid.bundle.tarball.{limit}", 10)
     monkeypatch.setattr("servegrid.bundle.pack.stage_redacted", None)
     with pytest.raises(BundleError, match=r"files with .* bytes\. .*Split the study"):
@@ -571,8 +572,8 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
 
 
 HOSTILE_CONTENT = {
-    "a study of 10^12 trials": (
-        edit_json("config/study.json", workload=STUDY["workload"] | {"trials": 10**12}),
+    "a study of 10^9 trials": (
+        edit_json("config/study.json", workload=STUDY["workload"] | {"trials": 10**9}),
         "completeness",
         "more than 1,000,000 trials",
     ),
@@ -649,6 +650,24 @@ def test_an_unpacked_bundle_is_a_repository_with_its_results(
     assert set(dates.values()) == {1.0}
     assert main(["unpack", str(bundle), str(folder)]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_one_error(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file/study"
+    assert main(["unpack", str(bundle), str(folder)]) == 2
+    assert capsys.readouterr().err.startswith(f"servegrid: {folder}: cannot be written (")
+
+
+@pytest.mark.parametrize("command", ["verify", "unpack"])
+def test_a_folder_is_no_bundle(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    expected = f"servegrid: {tmp_path}: is a folder. Name the bundle, a .tar.gz file.\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_bundle_is_unpacked_under_its_own_name_by_default(

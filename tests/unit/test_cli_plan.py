@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -18,11 +21,13 @@ from servegrid.analysis.predictor import load_calibration
 from servegrid.analysis.review import review_study
 from servegrid.analysis.tables import gather_trials
 from servegrid.cli.main import main
+from servegrid.errors import ModelError
 from servegrid.records import columns, parquet
 from servegrid.reference.checkpoint import find_model
 from servegrid.report.plan_report import render_plan
 from servegrid.study.config import load_study, parse_study
 from servegrid.study.grid import Study, Trial
+from servegrid.study.models import locate
 
 ROOT = Path(__file__).parents[2]
 SECOND_NS = 10**9
@@ -160,6 +165,95 @@ def test_bad_input_gives_one_error(
     assert main(["plan", *base, *arguments]) == 2
     printed = capsys.readouterr()
     assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
+
+
+EMULATED = STUDY["deployments"][0] | {
+    "engine": "emulated",
+    "gpu": "v100-16gb",
+    "gpu_count": 2,
+    "engine_args": {"timing": "inria-2024"},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"startup_s": None}, "engine_args.startup_s: None is not a number of seconds"),
+        ({"startup_s": "soon"}, "engine_args.startup_s: 'soon' is not a number of seconds"),
+        ({"time_scale": 1e308}, "engine_args.time_scale: 1e+308 is not a number above 0"),
+        ({"slowdown": 5e-324}, "engine_args.slowdown: 5e-324 is not a number above 0"),
+        ({"timing": None}, "engine_args.timing: None is not `roofline`, the name"),
+        ({"timing": False}, "engine_args.timing: False is not `roofline`, the name"),
+        ({"time_scael": 1}, "Did you mean `time_scale`?"),
+    ],
+)
+def test_wrong_arguments_of_an_emulated_engine_give_one_error(
+    arguments: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = EMULATED | {"engine_args": EMULATED["engine_args"] | arguments}
+    file = write_study(tmp_path, deployments=[wrong])
+    assert main(["plan", "--configfile", str(file), "--directory", str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"servegrid: {file}: deployment `")
+    assert message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out
+
+
+@pytest.mark.parametrize("command", ["plan", "frontier", "fetch", "doctor"])
+def test_a_file_is_no_working_directory(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(write_study(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--configfile", file, "--directory", file])
+    assert ended.value.code == 2
+    assert f"argument --directory: {file!r} is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "frontier"])
+def test_the_study_can_be_a_pipe(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end, start = os.pipe()
+    os.write(start, yaml.safe_dump(STUDY | {"slo": {"ttft_s": 1}}).encode())
+    os.close(start)
+    try:
+        status = main([command, "--configfile", f"/dev/fd/{end}", "--directory", str(tmp_path)])
+    finally:
+        os.close(end)
+    assert (status, capsys.readouterr().err) == (0 if command == "plan" else 1, "")
+
+
+def test_a_model_in_a_folder_that_cannot_be_entered_gives_one_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As in the folder of another user: root may enter that one, so a name too long stands for it.
+    for checkpoint, reason in (("x" * 300, "File name too long"), ("~no-such-user/model", "home")):
+        deployment = STUDY["deployments"][0] | {"checkpoint": checkpoint}
+        with pytest.raises(ModelError, match=rf"^checkpoint `.*`: cannot be read \(.*{reason}"):
+            locate(deployment["checkpoint"], tmp_path)
+        file = write_study(tmp_path, deployments=[deployment])
+        assert main(["plan", "--configfile", str(file), "--directory", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_table_of_another_version_is_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, study = write_study(tmp_path), parse_study(STUDY)
+    write_trial(tmp_path / "results/cells", study.trials[0], 6.0)
+    table = tmp_path / "results/tables/cells.parquet"
+    table.parent.mkdir(parents=True)
+    options = ["plan", "--configfile", str(file), "--directory", str(tmp_path), "--json"]
+    plans = []
+    for content in (None, pa.table({"spec_digest": [study.trials[0].digest]}), b"cut off"):
+        if isinstance(content, bytes):
+            table.write_bytes(content)
+        elif content is not None:
+            pq.write_table(content, table)
+        assert main(options) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0] == plans[1] == plans[2]
+    assert plans[0]["deployments"][0]["measured_cells_used"] == 1
 
 
 def test_the_plan_says_how_many_nodes_each_deployment_takes(

@@ -6,8 +6,10 @@ metrics in these files are the expected values.
 """
 
 import copy
+import errno
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from servegrid.cli.main import main
 from servegrid.errors import ComparisonError
 from servegrid.exchange import llmd
 from servegrid.exchange.imported import IMPORTED, assign_users
+from servegrid.records import columns, parquet
 from servegrid.study.grid import Workload
 from servegrid.study.source import Distribution, FileFacts, Source
 
@@ -200,6 +203,21 @@ def strategy(kind: str) -> Any:
         (VLLM | {"ttfts": VLLM["ttfts"][:-1]}, "ttfts 11"),
         (VLLM | {"itls": [None] * 12}, "has an unexpected structure"),
         (VLLM | {"errors": ["no"] * 12}, "no request succeeded"),
+        (VLLM | {"request_rate": float("nan")}, "its request rate is nan. Check that the client"),
+        (VLLM | {"request_rate": -2}, "its request rate is -2.0."),
+        (VLLM | {"max_concurrency": -3}, "its `concurrency` is -3."),
+        (VLLM | {"input_lens": [-5] * 12}, "its `input_len` is -5."),
+        (VLLM | {"output_lens": [2**40] * 12}, "its `output_len` is 1.09951e+12."),
+        (VLLM | {"output_lens": [0, *[6] * 11]}, "its request 0 has times of tokens, but no tok"),
+        (VLLM | {"output_lens": [True, *[6] * 11]}, "unexpected structure (ArrowTypeError"),
+        (VLLM | {"ttfts": [-0.1] * 12}, "the times of its request 0 go backwards."),
+        (VLLM | {"start_times": [0.0] * 11 + [1e10]}, "its requests span more than 104 days"),
+        (VLLM | {"start_times": [1e18] * 12}, "has an unexpected structure (OverflowError"),
+        (VLLM | {"model_id": None}, "`model_id` is None and not the name of a model"),
+        (
+            {key: value for key, value in VLLM.items() if key not in DETAILS} | {"duration": 1e999},
+            "its `makespan_s` is inf.",
+        ),
         (GUIDELLM | {"benchmarks": []}, "has no benchmarks"),
         (GUIDELLM | {"benchmarks": [None]}, "benchmarks[0]: is empty"),
         (GUIDELLM | {"benchmarks": {}}, "`benchmarks` a list"),
@@ -357,6 +375,22 @@ def test_one_result_that_cannot_be_taken_leaves_the_others_in(
         "result-1.json: this run of vllm bench sweep failed (CalledProcessError: exit status 1)",
     ):
         assert reason in printed
+
+
+def test_more_chunks_than_tokens_are_no_division_by_zero(tmp_path: Path) -> None:
+    # Warnings are errors in tests. Six chunks with three tokens: three of the chunks have none.
+    (row,) = import_results(tmp_path, VLLM | {"output_lens": [3] * 12}).to_dict("records")
+    assert row["output_len"] == 3
+    assert 0 < row["itl_s_p50"] < 1
+
+
+def test_a_number_of_gpus_that_makes_no_sense_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for count in ("-1", "0", "many"):
+        with pytest.raises(SystemExit):
+            main(["import", "x", "--output-dir", str(tmp_path), "--gpu", "g", "--gpu-count", count])
+        assert f"--gpu-count: '{count}' is not an integer above 0" in capsys.readouterr().err
 
 
 def test_an_existing_table_is_not_overwritten(
@@ -529,6 +563,39 @@ def test_a_report_of_llm_d_says_where_prompts_come_from(
 def test_every_trial_has_its_own_uid(results: Path) -> None:
     files = export_results(results, "llm-d").values()
     assert len({exported["run"]["uid"] for exported in files}) == len(TRIALS)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = results / "cells/closed"
+    closed.mkdir()
+    scandir, listdir = os.scandir, os.listdir
+
+    def refuse(path: Any, to: Callable[[Any], Any]) -> Any:  # root may read every folder
+        if str(path) == str(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return to(path)
+
+    monkeypatch.setattr(os, "scandir", lambda path: refuse(path, scandir))
+    monkeypatch.setattr(os, "listdir", lambda path: refuse(path, listdir))
+    command = ["export", str(results), "--format", "llm-d", "--output-dir", str(results / "out")]
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(f"servegrid: {closed}: cannot be used (Permission ")
+
+
+@pytest.mark.parametrize("spec", [None, {"format": 1}, [], {"deployment": {}, "workload": {}}])
+def test_a_record_that_is_not_that_of_a_trial_is_named(
+    spec: Any, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = results / "cells/d/c/trial-1/requests.parquet"  # as `servegrid load` writes it
+    record = {"format": parquet.RECORD_FORMAT} | ({} if spec is None else {"spec": spec})
+    parquet.write_table(parquet.arrow_table(columns.REQUESTS, [], record), file)
+    command = ["export", str(results), "--format", "llm-d", "--output-dir", str(results / "out")]
+    assert main(command) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"servegrid: {file}: is not the record of a trial of this version")
+    assert printed.endswith("Move it out of the folder.\n")
 
 
 @pytest.mark.parametrize("kind", ["llm-d", "vllm-bench"])

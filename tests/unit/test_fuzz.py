@@ -27,8 +27,10 @@ from servegrid.client.parse import RequestSpec, parse_error_body, parse_exchange
 from servegrid.client.transport import Exchange
 from servegrid.errors import BundleError, ConfigError, ExchangeError
 from servegrid.exchange.files import load_results
+from servegrid.exchange.imported import imported_cells
 from servegrid.records import columns, parquet
 from servegrid.study.config import load_study, parse_study
+from servegrid.study.grid import Deployment
 from servegrid.telemetry.server import parse_metrics
 from snakemake_executor_plugin_submitit.spool import JOB_FINISHED, JournalReader, Spool
 from snakemake_executor_plugin_submitit.submission import load_kinds
@@ -325,9 +327,12 @@ def test_a_file_of_another_client_is_imported_or_refused(result: Any) -> None:
     file = Path(FOLDER) / "result.json"
     file.write_text(json.dumps(result))
     try:
-        load_results(file)
+        results, _ = load_results(file)
     except ExchangeError as error:
         assert "result.json" in str(error)
+    else:
+        deployment = Deployment("", "", "", "", "", "", "gpu", 1, 0, 0)
+        assert len(imported_cells(results, deployment, None)) == len(results)
 
 
 @given(st.binary() | st.lists(JSON).map(lambda lines: "\n".join(map(json.dumps, lines)).encode()))

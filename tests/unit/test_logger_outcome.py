@@ -218,6 +218,22 @@ def test_a_dry_run_of_few_cells_says_what_they_take(monkeypatch: pytest.MonkeyPa
     assert len(asked) == 1
 
 
+def test_a_dry_run_shows_its_measurements_if_the_time_cannot_be_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_: Collection[str]) -> str:
+        raise ValueError("could not convert")  # which logging drops without a word
+
+    monkeypatch.setattr(forecast, "source", fail)
+    progress = RunProgress()
+    progress.update(cell_info(1, "small", "c1"))
+    assert dry_run_lines(progress)[:3] == [
+        "1 measurement to do:",
+        "  1  small",
+        "The time cannot be predicted (ValueError: could not convert).",
+    ]
+
+
 def test_the_start_of_a_run_says_what_it_takes() -> None:
     (message,) = RunProgress().update(log_record("Expected time: 3 min (95% …)"))
     assert message.text == "Expected time: 3 min (95% …)"

@@ -294,5 +294,15 @@ def test_a_list_that_was_cut_off_is_read_as_far_as_it_goes(allocation: Allocatio
     allocation.run(study)
     file = left_out_file(study.deployments[0].name, 1)
     lines = file.read_text().splitlines()
-    file.write_text("\n".join(lines[:3]) + '\n{"trial": "x')
+    file.write_bytes("\n".join(lines[:3]).encode() + b'\n{"trial": "x\xff')
     assert len(forget_left_out(full, Slo())) == 3
+
+
+def test_a_list_that_cannot_be_read_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = left_out_file("d", 1)
+    file.mkdir(parents=True)
+    with pytest.raises(RecordError, match=rf"^{file}: the list of a search cannot be read \(Is a"):
+        find_outdated(rehearsal(0, **FEW), Slo())

@@ -201,7 +201,7 @@ def test_include_and_exclude_filter_the_trials() -> None:
     kept = parse_study(
         changed_config(
             lambda c: c.update(
-                include=[{"engine": "vllm", "concurrency": [4, 9]}, {"gpu": "cpu"}],
+                include=[{"engine": "vllm", "concurrency": [4]}, {"gpu": "cpu"}],
                 exclude=[{"input_len": 119}, {"engine": "llamacpp", "concurrency": 1}],
             )
         )
@@ -444,6 +444,14 @@ REFUSED = [
         lambda c: c.update(exclude=[{"gup": "cpu"}]),
         ["exclude[0]: unknown key `gup`", "Did you mean `gpu`?"],
     ),
+    (
+        lambda c: c.update(exclude=[{"gpu": "cpu"}, {"gpu": ["cpu", "a100"]}]),
+        ["exclude[1].gpu: no cell has the value `a100`", "Values of the study: `a100-40gb`, `cpu`"],
+    ),
+    (
+        lambda c: c.update(include=[{"concurrency": 5}]),
+        ["include[0].concurrency: no cell has the value `5`", "Values of the study: `1`, `4`"],
+    ),
     (lambda c: c.update(deployments=[]), ["deployments: the list is empty"]),
     (
         lambda c: c.update(capacity={"think_time_s": float("inf")}),
@@ -463,7 +471,55 @@ REFUSED = [
         lambda c: c["workload"].update(bring_ups=101),
         ["workload.bring_ups: 101 is more than 100."],
     ),
+    # The largest integer that a column of 32 bits holds.
+    (
+        lambda c: c["workload"].update(concurrency=[1, 2**31]),
+        ["workload.concurrency[1]: 2147483648 is more than 2,147,483,647."],
+    ),
+    (
+        lambda c: c["workload"].update(input_len=10**400),
+        ["workload.input_len: 1000", "… is more than 2,147,483,647."],
+    ),
+    (
+        lambda c: c["workload"].update(timeout_s=1e300),
+        ["workload.timeout_s: 1e+300 is more than 1,000,000,000,000."],
+    ),
+    (
+        lambda c: c["workload"].update(timeout_s=5e-324),
+        ["workload.timeout_s: 5e-324 is less than 1e-12."],
+    ),
+    (
+        lambda c: c["deployments"][0].update(engine_args={"seeds": [2**63]}),
+        ["deployments[0].engine_args.seeds[0]: 9223372036854775808 is too large"],
+    ),
+    (
+        lambda c: c["workload"].update(concurrency=50_000, requests_per_user=50_000),
+        ["deployments[0]: `burst-c50000-i31-o100` has 2,500,000,000 requests", "Lower the load"],
+    ),
+    (
+        lambda c: c["workload"].update(protocol="poisson", request_rate=1e6, duration_s=1e6),
+        ["`poisson-r1e+06-i31-o100` has 1,000,000,000,000 requests"],
+    ),
+    (
+        lambda c: c["workload"].update(concurrency=[1_000_000, 1_000_001]),
+        ["deployments[0]: the loads 1000000 and 1000001 ", "`burst-c1e+06-i31-o100`", "Remove one"],
+    ),
+    (
+        lambda c: c["workload"].update(protocol="poisson", request_rate=[0.1234567, 0.1234568]),
+        ["the loads 0.1234567 and 0.1234568 of `workload` give two cells the same name"],
+    ),
+    (lambda c: c.update(study="s" * 181), ["study: 'sss", "has more than 180 characters."]),
+    (
+        lambda c: c["deployments"][0].update(name="d" * 181),
+        ["deployments[0]: the name `ddd", "has 181 characters", "shorter `name`"],
+    ),
 ]
+
+
+def test_the_largest_values_are_allowed() -> None:
+    large: dict[str, Any] = {"concurrency": 2**31 - 1, "seed": 2**63 - 1, "timeout_s": 1e12}
+    workload = workloads_with(**large)[0]
+    assert {key: getattr(workload, key) for key in large} == large
 
 
 @pytest.mark.parametrize(("change", "expected"), REFUSED)

@@ -83,6 +83,14 @@ def test_tensor_parallel_size_sets_the_number_of_gpus() -> None:
         ({"tensor_parallel_size": [1]}, {"gpu_count": 2}, "Remove `gpu_count`."),
         ({"max_num_seqs": 8}, {}, "deployments[0].sweep.max_num_seqs: 8 is not a list"),
         ({"max num": [8]}, {}, "'max num' is not a name"),
+        ({"max_num_seqs": [0]}, {}, "sweep.max_num_seqs: 0 is not a whole number of at least 1."),
+        ({"max_num_seqs": [True]}, {}, "max_num_seqs: True is not a whole number of at least 1."),
+        ({"max_num_seqs": [16.0]}, {}, "max_num_seqs: 16.0 is not a whole number"),
+        ({"replicas": ["2"]}, {"gpu_count": 2}, "sweep.replicas: '2' is not a whole number"),
+        ({"replicas": [1, "all"]}, {}, "sweep.replicas: 'all' is not a whole number"),
+        ({"tensor_parallel_size": ["a"]}, {}, "tensor_parallel_size: 'a' is not a whole number"),
+        ({"pipeline_parallel_size": [0]}, {}, "pipeline_parallel_size: 0 is not a whole number"),
+        ({"dtype": ["half" * 50]}, {}, "has 234 characters, and at most 180 are possible"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(

@@ -291,6 +291,12 @@ def test_a_trace_is_replayed_faster_and_only_its_start(tmp_path: Path) -> None:
     assert (start.workload.requests, start.workload.input_len) == (2, 200)
     with pytest.raises(ConfigError, match="the trace has 1 row within 0 s, so it has no rate"):
         study({"source": {"kind": "trace", "path": str(path), "first_s": 4}})
+    for speedup, message in (
+        ("sweep", r"source\.speedup: 'sweep' is not a number"),
+        ([1, 1.00001], "the loads 1 and 1.00001 of `workload` give two cells the same name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            study({"source": {**source, "speedup": speedup}})
 
 
 @pytest.mark.parametrize(

@@ -17,4 +17,9 @@ def lines(targets: Collection[str]) -> list[str]:
         return []
     if len(targets) > MAX_MEASUREMENTS:
         return ["`servegrid plan --configfile STUDY` predicts what they take."]
-    return (source(targets) or "").splitlines()
+    try:
+        text = source(targets)
+    except Exception as error:
+        # Logging ends silently at a ValueError here, and the dry run would show nothing at all.
+        text = f"The time cannot be predicted ({type(error).__name__}: {error})."
+    return (text or "").splitlines()

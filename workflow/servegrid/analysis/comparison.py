@@ -103,6 +103,9 @@ def compare(first: pd.DataFrame, second: pd.DataFrame, allow_mixed: bool = False
     scale or the client differs, and leaves out cells whose outputs may stop early in only one of
     the studies.
     """
+    for which, study in (("first", first), ("second", second)):
+        if study.empty:
+            raise ComparisonError(f"the {which} study has no cells. Name a study that has some.")
     _check_same_kind(first, second, allow_mixed)
     shared = set(first["deployment"]) & set(second["deployment"])
     keys = ["deployment", *CELL_KEYS] if shared else [*_DEPLOYMENT_KEYS, *CELL_KEYS]
@@ -282,7 +285,7 @@ def _group_cells(cells: pd.DataFrame, keys: Sequence[str], allow_mixed: bool) ->
     imported = np.array([origin != SERVEGRID_ORIGIN for origin in _origins(cells)], dtype=bool)
     certified = cells["valid"].eq(True).fillna(False).to_numpy(bool)
     is_usable = cells["verdict"].isin(SERVED).to_numpy(bool) & (certified | imported)
-    is_usable &= ~np.isnan(speeds)
+    is_usable &= speeds > 0  # not NaN, and not what another client could not measure
     names = cells["deployment"].tolist()
     key_values, settings = (
         [cells[name].astype(object).where(cells[name].notna(), None).tolist() for name in wanted]

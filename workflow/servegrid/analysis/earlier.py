@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pandas as pd
 from servegrid.analysis import tables
 from servegrid.analysis.plan import time_scale
 from servegrid.analysis.prediction import Bursts, Points
+from servegrid.errors import RecordError
+from servegrid.records import columns
 from servegrid.study.grid import Study, Trial
 
 
@@ -24,17 +27,18 @@ def load_measured(study: Study, results: Path) -> tuple[list[Trial], pd.DataFram
     """The measured trials of a study, and a table of `columns.CELLS` without drift checks.
 
     It is that of `results` if it has them all; otherwise the records are read. The table is None if
-    nothing is measured. Raises RecordError if the table or a record is damaged.
+    nothing is measured. Raises RecordError if a record is damaged.
     """
     measured = find_measured_trials(study, results / "cells")
     wanted = [trial for trial in measured if not trial.drift_check]
     if not wanted:
         return measured, None
     file = results / "tables" / "cells.parquet"
-    if file.is_file():
-        table = tables.load_table(file)
+    # A damaged table, or that of another version, says no more than the records.
+    with contextlib.suppress(RecordError):
+        table = tables.load_table(file, columns.CELLS)
         digests = {trial.digest for trial in wanted}
-        if "predicted_over_measured" in table and digests <= set(table["spec_digest"]):
+        if digests <= set(table["spec_digest"]):
             return measured, table[table["spec_digest"].isin(digests)]
     return measured, tables.gather_trials(wanted, results / "cells")
 

@@ -451,8 +451,8 @@ def _itl_s(requests: pa.Table) -> tuple[_Floats, _Floats, float | None]:
     gaps = np.diff(times, prepend=times[0])[~first]
     counts = tokens[~first]
     seconds = gaps / 1e9
-    # An estimate can have chunks without a token, which have no latency either.
-    per_token = np.repeat(seconds / np.maximum(counts, 1), counts)
+    # A client may report a chunk without tokens: it has no part in this.
+    per_token = np.repeat(seconds, counts) / np.repeat(counts, counts)
     return per_token, seconds, float((gaps == 0).sum() / times.size)
 
 

@@ -119,19 +119,35 @@ def write_csv(table: pd.DataFrame, csv: Path) -> None:
         _lists_as_json(table).to_csv(temporary, index=False, lineterminator="\n")
 
 
-def load_table(path: Path) -> pd.DataFrame:
+def load_table(path: Path, columns: Iterable[Column] = ()) -> pd.DataFrame:
     """A table that `write_cells` or `save_table` wrote as Parquet.
 
-    Raises RecordError if it cannot be read.
+    Raises RecordError if it cannot be read, or if it has not all `columns` with their types.
     """
     try:
-        return _to_pandas(pq.read_table(path))
+        table = pq.read_table(path)
+        _check_columns(table.schema, columns, path)
+        return _to_pandas(table)
     except (OSError, pa.ArrowException) as error:
         cause = "no such file" if isinstance(error, FileNotFoundError) else error
         raise RecordError(
             f"{path}: the table cannot be read ({cause}). Run the study first, or name the folder "
             "of its tables."
         ) from error
+
+
+def _check_columns(schema: pa.Schema, columns: Iterable[Column], path: Path) -> None:
+    for column in columns:
+        has = schema.field(column.name).type if column.name in schema.names else None
+        # Parquet gives the items of a list another name.
+        has = _LIST if has is not None and pa.types.is_list(has) else has
+        if has != column.type:
+            problem = "no column" if has is None else f"the type {has} in the column"
+            raise RecordError(
+                f"{path}: has {problem} `{column.name}`. Another tool or another version of "
+                "servegrid made this table. Run the study's snakemake command again: it makes the "
+                "tables again and measures nothing twice."
+            )
 
 
 def cast_columns(table: pd.DataFrame, columns: Iterable[Column]) -> pd.DataFrame:

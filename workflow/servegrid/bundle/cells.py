@@ -11,7 +11,7 @@ from servegrid.analysis import tables
 from servegrid.bundle import tarball
 from servegrid.bundle.integrity import find_integrity_problems
 from servegrid.bundle.limits import MEMORY_BYTES, check_table_size, limited_memory
-from servegrid.errors import ComparisonError
+from servegrid.errors import ComparisonError, RecordError
 from servegrid.records import columns
 
 CELLS = "results/tables/cells.parquet"
@@ -54,16 +54,11 @@ def _load(file: Path) -> pd.DataFrame:
     check_table_size(file)
     try:
         with limited_memory():
-            cells = tables.load_table(file)
+            return tables.load_table(file, columns.CELLS)
+    except RecordError as error:
+        raise ComparisonError(str(error)) from error
     except MemoryError as error:
         raise ComparisonError(
             f"{file.name}: needs more than {MEMORY_BYTES:,} bytes of memory. It is not a table of "
             "servegrid."
         ) from error
-    missing = [column.name for column in columns.CELLS if column.name not in cells.columns]
-    if missing:
-        raise ComparisonError(
-            f"{file.name}: has no column `{missing[0]}`. It is not a table of cells, or another "
-            "version of servegrid made it: derive the tables again with this one."
-        )
-    return cells

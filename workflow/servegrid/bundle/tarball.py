@@ -90,6 +90,14 @@ class UnpackedArchive:
     damage: str | None = None
 
 
+def check_is_file(archive: Path) -> None:
+    """Raise BundleError if `archive` is no file that can be opened."""
+    if archive.is_dir():
+        raise BundleError(f"{archive}: is a folder. Name the bundle, a .tar.gz file.")
+    if not archive.is_file():
+        raise BundleError(f"{archive}: does not exist. Correct the path.")
+
+
 def unpack_archive(archive: Path, folder: Path) -> UnpackedArchive:
     """Unpack `archive` into the empty folder `folder`, without the archive's own root folder.
 
@@ -111,6 +119,8 @@ def unpack_archive(archive: Path, folder: Path) -> UnpackedArchive:
         damage = f"damaged in or after {member} ({error})"
     except OSError as error:
         raise BundleError(f"{archive}: cannot be unpacked ({error.strerror or error}).") from error
+    except BundleError as error:
+        raise BundleError(f"{archive}: {error}") from None
     if not roots:
         raise BundleError(f"{archive}: is not a servegrid bundle ({damage or 'it is empty'}).")
     return UnpackedArchive(roots.pop(), hashes, damage)

@@ -28,30 +28,38 @@ def unpack_bundle(archive: Path, folder: Path | None = None) -> Path:
     there has the same weights. Raises BundleError if the bundle is damaged or not safe, or if the
     folder exists; then nothing is left behind.
     """
-    if not archive.is_file():
-        raise BundleError(f"{archive}: does not exist. Correct the path.")
+    tarball.check_is_file(archive)
     if folder is not None:
         _check_is_new(folder)
     parent = folder.parent if folder is not None else Path()
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".servegrid-", dir=parent) as temporary:
-        tree = Path(temporary) / "tree"
-        tree.mkdir()
-        unpacked = tarball.unpack_archive(archive, tree)
-        problems = find_integrity_problems(tree, unpacked)
-        if problems:
-            listed = "\n  ".join(problems[:10])
-            raise BundleError(
-                f"{archive}: is damaged and was not unpacked. Get it again from its source.\n"
-                f"  {listed}"
-            )
-        target = folder if folder is not None else Path(unpacked.root)
-        _check_is_new(target)
-        for name in unpacked.sha256:
-            date = _RECORDS_S if name.startswith(f"{CELLS}/") else _OLD_S
-            os.utime(tree / name, (date, date))
-        _pin_revisions(tree / CELLS, archive)
-        tree.rename(target)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".servegrid-", dir=parent) as temporary:
+            return _unpack(archive, folder, Path(temporary) / "tree")
+    except OSError as error:
+        raise BundleError(
+            f"{folder or parent.absolute()}: cannot be written ({error.strerror or error}). Name a "
+            "folder that you can write to, or free some space."
+        ) from error
+
+
+def _unpack(archive: Path, folder: Path | None, tree: Path) -> Path:
+    """Unpack to the new folder `tree`, and move it to `folder`, which is returned."""
+    tree.mkdir()
+    unpacked = tarball.unpack_archive(archive, tree)
+    problems = find_integrity_problems(tree, unpacked)
+    if problems:
+        listed = "\n  ".join(problems[:10])
+        raise BundleError(
+            f"{archive}: is damaged and was not unpacked. Get it again from its source.\n  {listed}"
+        )
+    target = folder if folder is not None else Path(unpacked.root)
+    _check_is_new(target)
+    for name in unpacked.sha256:
+        date = _RECORDS_S if name.startswith(f"{CELLS}/") else _OLD_S
+        os.utime(tree / name, (date, date))
+    _pin_revisions(tree / CELLS, archive)
+    tree.rename(target)
     return target
 
 

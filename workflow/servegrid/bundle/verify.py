@@ -44,8 +44,7 @@ def verify(archive: Path, report: Report = report_nothing) -> list[Check]:
     Raises BundleError if `archive` does not exist. If it is not safe to unpack, the first check
     fails and the others are skipped.
     """
-    if not archive.is_file():
-        raise BundleError(f"{archive}: does not exist. Correct the path.")
+    tarball.check_is_file(archive)
     steps = ["unpack", *CHECKS]
     with tempfile.TemporaryDirectory(prefix="servegrid-") as temporary:
         tree, scratch = Path(temporary) / "tree", Path(temporary) / "scratch"

@@ -15,7 +15,7 @@ def add_directory(parser: ArgumentParser) -> None:
     """Add `--directory`, the folder with the results of a study."""
     parser.add_argument(
         "--directory",
-        type=Path,
+        type=folder,
         default=Path(),
         metavar="DIR",
         help="working directory of the study, as for snakemake: it contains results/, and paths in "
@@ -23,9 +23,26 @@ def add_directory(parser: ArgumentParser) -> None:
     )
 
 
+def folder(text: str) -> Path:
+    """The path of a folder, which need not exist."""
+    path = Path(text)
+    try:
+        is_other = path.exists() and not path.is_dir()
+    except OSError as error:
+        raise ArgumentTypeError(f"{text!r} cannot be used: {error.strerror}") from None
+    if is_other:
+        raise ArgumentTypeError(f"{text!r} is not a folder")
+    return path
+
+
+MAX_INTEGER, MAX_NUMBER, MIN_NUMBER = 2**31 - 1, 1e12, 1e-12
+"""The limits of values, as in a study."""
+
+
 def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"{text!r} is not an integer above 0")
+    # Digits first: Python converts no longer text.
+    if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) <= MAX_INTEGER:
+        raise ArgumentTypeError(f"{text!r} is not an integer above 0, at most {MAX_INTEGER:,}")
     return int(text)
 
 
@@ -38,8 +55,10 @@ def positive_float(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 < number < math.inf:
+    if not number > 0:
         raise ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not MIN_NUMBER <= number <= MAX_NUMBER:
+        raise ArgumentTypeError(f"{text!r} is not between {MIN_NUMBER:g} and {MAX_NUMBER:g}")
     return number
 
 

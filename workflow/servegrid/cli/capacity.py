@@ -144,6 +144,7 @@ def _names(record: Any) -> set[str]:
 def _capacity(options: argparse.Namespace) -> int:
     from servegrid.analysis import capacity, published, tables
     from servegrid.analysis.summary import lacks_low_loads
+    from servegrid.records import columns
     from servegrid.reference.hardware import find_hardware_file
     from servegrid.report import capacity_report
     from servegrid.study import config
@@ -165,13 +166,13 @@ def _capacity(options: argparse.Namespace) -> int:
     if options.think_time_s:  # instead of the trace's
         demand = replace(demand, cycle_s=None)
     hardware = capacity.load_prices(options.hardware or find_hardware_file())
-    if options.published:
+    if options.published is not None:
         summary = published.published_summary(load_published(options.published))
     else:
-        summary = tables.load_table(options.tables / "summary.parquet")
+        summary = tables.load_table(options.tables / "summary.parquet", columns.SUMMARY)
     plan = capacity.plan_capacity(summary, demand, hardware)
     sparse = lacks_low_loads(summary)
     print(capacity_report.render_capacity_report(plan, demand, hardware, sparse))
-    if options.published:
+    if options.published is not None:
         print(capacity_report.render_rule_of_thumb())
     return 0

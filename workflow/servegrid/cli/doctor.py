@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from servegrid.cli import arguments
+
 if TYPE_CHECKING:
     from servegrid.doctor.report import Finding
 
@@ -33,7 +35,7 @@ def add_doctor(subcommands: Any) -> None:
     add("--configfile", type=Path, metavar="FILE", help="a study, such as config/inria-2024.yaml")
     add(
         "--directory",
-        type=Path,
+        type=arguments.folder,
         default=Path(),
         metavar="DIR",
         help="working directory of the study, as for snakemake: it will contain results/, and "

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from servegrid.cli.arguments import positive_int
 from servegrid.errors import ExchangeError
 from servegrid.study.text import pluralize
 
@@ -47,7 +48,13 @@ def add_import(subcommands: Any) -> None:
     )
     add("--output-dir", type=Path, metavar="DIR", required=True, help="a new folder of results")
     add("--gpu", required=True, help="kind of GPU that the server used, or cpu")
-    add("--gpu-count", type=int, default=1, metavar="N", help="GPUs of the server; default: 1")
+    add(
+        "--gpu-count",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="GPUs of the server; default: 1",
+    )
     add("--quantization", default="", metavar="Q", help="quantization of the weights")
     add("--engine", metavar="E", help="engine of the server, for example vllm")
     add("--model", default="", metavar="M", help="name of the model; default: as in the file")

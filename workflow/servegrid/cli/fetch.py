@@ -88,7 +88,7 @@ def _fetch_models(study: Study, directory: Path) -> None:
         if name.startswith(models.DEMO):
             if not _is_here(name):
                 _fetch_demo()
-        elif hub_name is None or (directory / Path(name).expanduser()).exists():
+        elif hub_name is None or _is_path(name, directory):
             with inside(directory):
                 print(f"{name}: {models.locate(name, models.default_folder())}")
         else:
@@ -101,6 +101,14 @@ def _fetch_models(study: Study, directory: Path) -> None:
     check_disk_space(downloads.values())
     for name, wanted in downloads.items():
         _download(name, wanted, needed[name], results)
+
+
+def _is_path(name: str, directory: Path) -> bool:
+    from servegrid.study import models
+    from servegrid.study.directory import inside
+
+    with inside(directory):
+        return models.find_path(name) is not None
 
 
 def _is_here(name: str) -> bool:

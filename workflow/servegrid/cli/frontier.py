@@ -43,8 +43,8 @@ def _frontier(options: argparse.Namespace) -> int:
     from servegrid.study.directory import inside
     from servegrid.study.revisions import read_revisions
 
-    study = config.load_study(options.configfile, options.directory)
-    slo = parse_slo(config.load_settings(options.configfile, options.directory))
+    study, settings = config.load_both(options.configfile, options.directory)
+    slo = parse_slo(settings)
     names = [deployment.name for deployment in study.deployments]
     if options.deployment is not None and options.deployment not in names:
         raise ConfigError(

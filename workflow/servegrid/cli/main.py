@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -30,8 +34,17 @@ SUBCOMMANDS = (
 options and returns the exit status."""
 
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNUSABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
+)
+"""What a path of the user can meet anywhere: even to ask whether a file exists can be forbidden."""
+FAILED, INTERRUPTED, NO_READER = 2, 130, 141
+"""Exit statuses. The last two are 128 plus the signal, as a shell has them: 1 has a meaning."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand and return its exit status; 2 if it failed."""
+    """Run a subcommand and return its exit status; FAILED if it failed."""
     parser = argparse.ArgumentParser(
         prog="servegrid",
         description="Benchmark language models on the GPUs of a cluster, and plan capacity.",
@@ -47,10 +60,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_utf8()
         options = parser.parse_args(arguments)
         status: int = options.run(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ServegridError as error:
-        print(f"servegrid: {error}", file=sys.stderr)
-        return 2
+        return _fail(f"{error}")
+    except KeyboardInterrupt:
+        _fail("interrupted")
+        return INTERRUPTED
+    except OSError as error:
+        if _is_output_broken() and isinstance(error, BrokenPipeError):  # as after `| head -1`
+            return NO_READER
+        if error.errno in _FULL:
+            where = error.filename or "a file, or the standard output,"
+            return _fail(f"{where} cannot be written ({error.strerror}). Free some space.")
+        if error.errno not in _UNUSABLE or error.filename is None:
+            raise
+        return _fail(
+            f"{error.filename}: cannot be used ({error.strerror}). Correct the path or the "
+            "permissions."
+        )
     return status
+
+
+def _fail(message: str) -> int:
+    with contextlib.suppress(OSError):  # standard error can be full, too
+        print(f"servegrid: {message}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def _is_output_broken() -> bool:
+    """Whether standard output takes no more. If so, what is left of it goes nowhere."""
+    if sys.stdout is None:
+        return False
+    try:
+        number = sys.stdout.fileno()
+    except ValueError:  # not that of a process, as in a test
+        return False
+    try:
+        sys.stdout.flush()
+        poll = select.poll()
+        poll.register(number, 0)
+        is_broken = bool(poll.poll(0))  # an error of a pipe: nobody reads it
+    except OSError:
+        is_broken = True
+    if is_broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return is_broken
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def _plan(options: argparse.Namespace) -> int:
     from servegrid.study.directory import inside
     from servegrid.study.revisions import read_revisions
 
-    study = config.load_study(options.configfile, options.directory)
+    study, settings = config.load_both(options.configfile, options.directory)
+    _check_emulated(study, options)
     site = _read_site(options.profile, study)
     prices = load_prices(options.hardware or find_hardware_file())
     results = options.directory / "results"
@@ -94,14 +95,29 @@ def _plan(options: argparse.Namespace) -> int:
     bursts = earlier.earlier_bursts(study, cells)
     calibration = refit(load_calibration(), own_tables(study, facts, site, bursts))
     done = frozenset(trial.id for trial in measured)
-    slo = parse_slo(config.load_settings(options.configfile, options.directory))
-    plan = plan_study(study, facts, calibration, site, done, bursts, slo)
+    plan = plan_study(study, facts, calibration, site, done, bursts, parse_slo(settings))
     plan = add_measured(plan, cells)
     if options.json:
         print(plan_report.plan_json(plan, prices))
     else:
         print(plan_report.render_plan(plan, prices, options.cells), end="")
     return CANNOT_WORK if any(each.problem for each in plan.deployments) else 0
+
+
+def _check_emulated(study: Study, options: argparse.Namespace) -> None:
+    """Raise ConfigError if the arguments of an emulated engine are wrong, as a run does."""
+    from servegrid.engines.emulated import parse_settings
+    from servegrid.errors import ConfigError
+    from servegrid.study.deployment import EMULATED
+    from servegrid.study.directory import inside
+
+    try:
+        with inside(options.directory):
+            for deployment in study.deployments:
+                if deployment.engine == EMULATED:
+                    parse_settings(deployment)
+    except ConfigError as error:
+        raise ConfigError(f"{options.configfile}: {error}") from None
 
 
 def _read_site(profile_folder: Path | None, study: Study) -> Site:

@@ -24,6 +24,7 @@ from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
 from servegrid.errors import ConfigError, EngineError, NotServableError
 from servegrid.node.reaper import start_reaper
 from servegrid.records.verdict import OOM_AT_START
+from servegrid.study.config import MAX_NUMBER, MIN_NUMBER
 from servegrid.study.deployment import REPLICAS
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
@@ -85,6 +86,10 @@ def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tu
         raise ConfigError(
             _invalid(deployment, "engine_args.startup_s", settings.startup_s, "a number of seconds")
         )
+    timing: object = settings.timing
+    if not isinstance(timing, str):
+        wanted = "`roofline`, the name of a published study or the path of a CSV file"
+        raise ConfigError(_invalid(deployment, "engine_args.timing", timing, wanted))
     if not isinstance(settings.faults, list | tuple):
         raise ConfigError(_invalid(deployment, "engine_args.faults", settings.faults, "a list"))
     faults = tuple(
@@ -92,7 +97,7 @@ def parse_settings(deployment: Deployment) -> tuple[EmulatedSettings, Timing, tu
     )
     scale = settings.time_scale * settings.slowdown
     one = replace(deployment, gpu_count=deployment.gpu_count // settings.replicas)
-    return settings, load_timing(one, settings.timing).scaled(scale), faults
+    return settings, load_timing(one, timing).scaled(scale), faults
 
 
 @contextlib.contextmanager
@@ -185,7 +190,8 @@ def _parse_fault(deployment: Deployment, number: int, given: Any) -> Fault:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (value <= 0 or MIN_NUMBER <= value <= MAX_NUMBER)
 
 
 def _invalid(deployment: Deployment, key: str, value: Any, wanted: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from servegrid.errors import ExchangeError
 from servegrid.exchange import guidellm, vllm_bench
-from servegrid.exchange.imported import ImportedResult
+from servegrid.exchange.imported import ImportedResult, check_result
 
 _Parse = Callable[[], ImportedResult]
 
@@ -25,7 +25,9 @@ def load_results(file: Path) -> tuple[list[ImportedResult], list[str]]:
     results, left_out = [], []
     for where, parse in _find_benchmarks(_read_json(file), file):
         try:
-            results.append(parse())
+            result = parse()
+            check_result(result)
+            results.append(result)
         except ExchangeError as error:
             left_out.append(str(error))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ not report are null, and `valid` is always null.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,11 @@ from servegrid.records import columns, parquet
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import HTTP_ERROR, Verdict, decide_verdict, was_served
 from servegrid.study.deployment import Deployment
-from servegrid.study.grid import Protocol, Trial, Workload
+from servegrid.study.grid import MAX_INTEGER, Protocol, Trial, Workload
 
 _NS = 1_000_000_000
+_MAX_NS = 2**53
+"""Arrow computes with no larger times than this, 104 days."""
 
 IMPORTED = "imported"
 """The entry of `invalid_rules` for each note about an imported cell."""
@@ -61,6 +64,43 @@ class ImportedResult:
     itl_known: bool = True
     parameters: Mapping[str, Any] = field(default_factory=dict)
     burstiness: float | None = None
+
+
+def check_result(result: ImportedResult) -> None:
+    """Raise an error if no client can have measured these values, or if a table cannot hold them.
+
+    It is an ExchangeError, or for a value of a wrong type that of Arrow.
+    """
+    rows, counts = result.requests or [], {"input_len": result.input_len}
+    counts |= {"output_len": result.output_len, "concurrency": result.concurrency or 1}
+    for name, count in counts.items():
+        if not 1 <= count <= MAX_INTEGER:
+            raise _implausible(result, f"its `{name}` is {count:.6g}")
+    rate = result.request_rate
+    if rate is not None and not 0 < rate < math.inf:
+        raise _implausible(result, f"its request rate is {rate}")
+    for name, value in result.metrics.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise _implausible(result, f"its `{name}` is {value}")
+    for number, row in enumerate(rows):
+        times = [row["sent_ns"], *row["token_ns"], row["done_ns"]]
+        tokens = [row["prompt_tokens"] or 0, row["completion_tokens"] or 0]
+        if times != sorted(times):
+            raise _implausible(result, f"the times of its request {number} go backwards")
+        if not 0 <= min(tokens) <= max(tokens) <= MAX_INTEGER:
+            raise _implausible(result, f"the tokens of its request {number} are {tokens}")
+        if row["token_ns"] and row["error"] is None and not row["completion_tokens"]:
+            raise _implausible(result, f"its request {number} has times of tokens, but no tokens")
+    starts, ends = ([row[key] for row in rows] for key in ("sent_ns", "done_ns"))
+    if rows and max(ends) - min(starts) >= _MAX_NS:
+        raise _implausible(result, "its requests span more than 104 days")
+    parquet.arrow_table(columns.REQUESTS, rows)  # the types of all values
+
+
+def _implausible(result: ImportedResult, problem: str) -> ExchangeError:
+    return ExchangeError(
+        f"{result.source}: {problem}. Check that the client finished writing the file."
+    )
 
 
 def drop_repeated(results: Sequence[ImportedResult]) -> tuple[list[ImportedResult], list[str]]:

@@ -50,6 +50,11 @@ def parse_result(result: Mapping[str, Any], source: str) -> ImportedResult:
     In the second case the throughput covers the whole run. Raises ExchangeError, which names
     `source` and the key, for example if its request rate rose during the run.
     """
+    if not isinstance(result["model_id"], str):
+        raise ExchangeError(
+            f"{source}: `model_id` is {result['model_id']!r} and not the name of a model. Check "
+            "that the client finished writing the file."
+        )
     protocol, concurrency, rate = _parse_load(result, source)
     burstiness = float(result["burstiness"]) if protocol == "gamma" else None
     detailed = all(result.get(key) for key in _DETAILS)

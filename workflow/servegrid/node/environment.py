@@ -73,7 +73,14 @@ def use_utf8() -> None:
     for handler in logging.getLogger("snakemake.logging").handlers:
         if isinstance(handler, logging.FileHandler) and handler.stream:
             handler.stream.reconfigure(encoding="utf-8", errors="surrogateescape")
-    check_folder_name(Path.cwd(), sys.getfilesystemencoding())
+    try:
+        folder = Path.cwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory cannot be used ({error.strerror}). Change to a folder that "
+            "exists."
+        ) from error
+    check_folder_name(folder, sys.getfilesystemencoding())
 
 
 def check_folder_name(folder: Path, encoding: str) -> None:

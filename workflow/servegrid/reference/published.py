@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.errors import ConfigError
-from servegrid.study.grid import CONCURRENCY_PROTOCOLS
+from servegrid.study.config import MAX_NUMBER, MIN_NUMBER
+from servegrid.study.grid import CONCURRENCY_PROTOCOLS, MAX_INTEGER
 
 FOLDER = Path(__file__).parent
 
 _COUNT_COLUMNS = ("gpu_count", "concurrency", "input_len", "output_len")
+_MAX_DIGITS = 100
+"""Python converts no text with thousands of digits."""
 SECONDS_COLUMN = "seconds_per_100_tokens"
 PUBLISHED_COLUMNS = (
     *("model", "quantization", "gpu", "gpu_count"),
@@ -140,8 +143,9 @@ def _row(found: Mapping[str, str | None], where: str) -> dict[str, Any]:
         value: Any = text
         if column in _COUNT_COLUMNS:
             minimum = 0 if column == "gpu_count" else 1
-            value = int(text) if text.isdecimal() and int(text) >= minimum else None
-            expected = f"an integer of at least {minimum}"
+            value = int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else None
+            value = value if value is not None and minimum <= value <= MAX_INTEGER else None
+            expected = f"an integer from {minimum} to {MAX_INTEGER}"
         elif column == SECONDS_COLUMN:
             value = _seconds(text)
             expected = "a positive number, or empty for a cell that was not served"
@@ -165,7 +169,7 @@ def _seconds(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if 0 < value < math.inf else None
+    return value if MIN_NUMBER <= value <= MAX_NUMBER else None
 
 
 def _check_duplicates(rows: Sequence[Mapping[str, Any]], where: str) -> None:

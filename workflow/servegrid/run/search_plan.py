@@ -185,9 +185,19 @@ def _is_left_out(trial: str) -> bool:
 
 
 def _read_lines(file: Path) -> list[dict[str, str]]:
-    """The entries of a list of left-out trials. A line that was cut off is skipped."""
+    """The entries of a list of left-out trials. A damaged line is skipped.
+
+    Raises RecordError if the file cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RecordError(
+            f"{file}: the list of a search cannot be read ({error.strerror}). Correct its "
+            "permissions, or remove it."
+        ) from error
     entries = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
             if isinstance(entry, dict) and all(

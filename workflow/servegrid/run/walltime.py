@@ -144,9 +144,10 @@ class Walltimes:
         if not file.is_file():
             return {}
         from servegrid.analysis import earlier, tables
+        from servegrid.records import columns
 
         try:
-            table = tables.load_table(file)
+            table = tables.load_table(file, columns.CELLS)
         except ServegridError:
             return {}
         digests = {trial.digest for trial in self._study.trials}

@@ -23,10 +23,15 @@ from jsonschema.exceptions import ValidationError, best_match
 from servegrid.errors import ConfigError
 from servegrid.study.directory import inside
 from servegrid.study.expand import expand
-from servegrid.study.grid import Study
+from servegrid.study.grid import MAX_INTEGER, Study
 from servegrid.study.source_files import resolve_sources
 
 SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"
+MAX_NUMBER, MIN_NUMBER = 10**12, 1e-12
+"""A number in a configuration is at most this large, an integer at most MAX_INTEGER. If it is above
+0, it is at least MIN_NUMBER."""
+_MAX_PLAIN = 2**63
+"""An integer that the schema does not know, such as an argument of an engine, is smaller."""
 
 _TYPES = Draft202012Validator.TYPE_CHECKER
 
@@ -42,6 +47,23 @@ def _is_whole_number(_: Any, value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _check_type(
+    validator: Any, types: str | list[str], value: Any, schema: Mapping[str, Any]
+) -> Iterator[ValidationError]:
+    """As JSON Schema's `type`, with limits on numbers if `schema` has none of its own.
+
+    Larger ones fit into no table, and what is computed from tiny ones becomes infinite.
+    """
+    yield from Draft202012Validator.VALIDATORS["type"](validator, types, value, schema)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    limit = MAX_INTEGER if types == "integer" else MAX_NUMBER
+    if value > limit and not {"maximum", "exclusiveMaximum"} & schema.keys():
+        yield ValidationError("", validator="maximum", validator_value=limit)
+    if 0 < value < MIN_NUMBER:
+        yield ValidationError("", validator="minimum", validator_value=MIN_NUMBER)
+
+
 def _check_pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[ValidationError]:
     """As JSON Schema's `pattern`, but `$` does not match before a line feed at the end."""
     if isinstance(value, str) and not re.search(pattern.replace("$", r"\Z"), value):
@@ -50,7 +72,7 @@ def _check_pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[Valida
 
 _Validator = validators.extend(  # type: ignore[no-untyped-call]
     Draft202012Validator,
-    validators={"pattern": _check_pattern},
+    validators={"pattern": _check_pattern, "type": _check_type},
     type_checker=_TYPES.redefine_many({"number": _is_finite_number, "integer": _is_whole_number}),
 )
 _TYPE_NAMES = {
@@ -110,19 +132,22 @@ def load_study(file: Path, directory: Path = Path()) -> Study:
 
     Raises ConfigError if the file cannot be read or is not valid.
     """
+    return load_both(file, directory)[0]
+
+
+def load_both(file: Path, directory: Path = Path()) -> tuple[Study, dict[str, Any]]:
+    """The study in a YAML file, and all its keys. Reads the file once, so it may be a pipe.
+
+    Raises ConfigError like `load_study`.
+    """
     mapping = load_mapping(file)
     with inside(directory):
-        return parse_study(mapping, [file])
+        return parse_study(mapping, [file]), mapping
 
 
 def load_settings(file: Path | None, directory: Path = Path()) -> dict[str, Any]:
     """The keys of a study, such as `slo`; none without a file. Raises ConfigError, as above."""
-    if file is None:
-        return {}
-    study = load_mapping(file)
-    with inside(directory):
-        parse_study(study, [file])
-    return study
+    return {} if file is None else load_both(file, directory)[1]
 
 
 def load_mapping(file: Path) -> dict[str, Any]:
@@ -170,11 +195,14 @@ def _check_plain(config: Mapping[str, Any], source: str) -> None:
 
 
 def _check_finite(config: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigError at `.inf` or `.nan` where the schema allows any value."""
+    """Raise ConfigError at `.inf`, `.nan` or a huge integer where the schema allows any value."""
     for path, value in _walk(config, source):
         if isinstance(value, float) and not math.isfinite(value):
             where = f"{source}: {_format_key_path(path)}"
             raise ConfigError(f"{where}: {value} is not a number. Correct it, or remove the key.")
+        if isinstance(value, int) and abs(value) >= _MAX_PLAIN:
+            where = f"{source}: {_format_key_path(path)}"
+            raise ConfigError(f"{where}: {_shorten(repr(value))} is too large. Correct it.")
 
 
 def _walk(config: Mapping[str, Any], source: str) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -287,13 +315,12 @@ def _first_sentences(text: str) -> str:
 
 
 def _describe_value_error(error: Any) -> str:
-    shown = repr(error.instance)
-    shown = shown if len(shown) <= 60 else shown[:57] + "…"
+    shown = _shorten(repr(error.instance))
     match error.validator:
         case "minimum":
             return f"{shown} is less than {error.validator_value}."
         case "maximum":
-            return f"{shown} is more than {error.validator_value}."
+            return f"{shown} is more than {error.validator_value:,}."
         case "exclusiveMinimum":
             return f"{shown} must be greater than {error.validator_value}."
         case "exclusiveMaximum":
@@ -308,11 +335,17 @@ def _describe_value_error(error: Any) -> str:
         case "pattern":
             kind = "URL" if error.absolute_path[-1] == "url" else "name"
             return f"{shown} is not a {kind}: it must match {error.validator_value}."
+        case "maxLength":
+            return f"{shown} has more than {error.validator_value} characters."
         case "minItems":
             return "the list is empty."
         case "uniqueItems":
             return f"{shown} contains a duplicate."
     return f"{error.message}."
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _describe_unknown_key(where: str, error: Any) -> str:

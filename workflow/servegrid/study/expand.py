@@ -12,6 +12,7 @@ from servegrid.study.deployment import EMULATED, Deployment, parse_deployment
 from servegrid.study.grid import (
     DRIFT_CHECKS,
     FRONTIER,
+    MAX_INTEGER,
     SWEEP,
     SWEEP_FRACTIONS,
     Study,
@@ -25,6 +26,8 @@ from servegrid.study.settings import expand_sweep
 from servegrid.study.workloads import as_list, check_used, expand_workloads, protocols_of
 
 MAX_TRIALS = 1_000_000
+MAX_NAME = 180
+"""A file's name has at most 255 bytes, and up to 60 follow the name of a deployment or a study."""
 SEARCH_TRIALS = 3
 """Default of `trials` in a search. Only cells near a limit of the SLO need more than one."""
 DRIFT_CHECK_MIN_TRIALS = 9
@@ -48,7 +51,8 @@ def expand(config: Mapping[str, Any]) -> Study:
 
     Raises ConfigError if a deployment has the name of another one or of a table of the whole study,
     a deployment is not valid (see `parse_deployment`), all prompts with their outputs are longer
-    than `max_model_len`, or `include` and `exclude` leave no cell. The error names the key.
+    than `max_model_len`, or `include` and `exclude` have an unknown value or leave no cell. The
+    error names the key.
     """
     _check_size(config)
     _check_prompt_mix(config.get("capacity", {}))
@@ -72,6 +76,7 @@ def expand(config: Mapping[str, Any]) -> Study:
         {each for of_one in keys.values() for each in protocols_of(of_one)},
         "workload",
     )
+    _check_filters(config, trials)
     kept = tuple(trial for trial in trials if _is_selected(trial, config))
     if not config.get("allow_emulated_mix", False):
         _check_emulated_mix(kept)
@@ -113,7 +118,16 @@ def _expand_entries(
 
 
 def _check_name(name: str, positions: Mapping[str, int], where: str) -> None:
-    """Raise ConfigError if another deployment has the name, or a table of the whole study."""
+    """Raise ConfigError if another deployment has the name, or a table of the whole study.
+
+    Or if files named after it would have too long a name.
+    """
+    if len(name) > MAX_NAME:
+        raise ConfigError(
+            f"{where}: the name `{name[:40]}…` has {len(name)} characters, and at most {MAX_NAME} "
+            "are possible, because folders and files are named after it. Give the deployment a "
+            "shorter `name`, which starts the names of a sweep."
+        )
     if name in positions:
         raise ConfigError(
             f"{where}: the name `{name}` is already that of deployments[{positions[name]}]. "
@@ -131,6 +145,8 @@ def _expand_trials(deployment: Deployment, keys: Mapping[str, Any], where: str) 
     workloads = expand_workloads(keys, where)
     _check_prompts_fit(deployment, workloads, where)
     _check_prompt_form(deployment, workloads, where)
+    _check_cell_names(workloads, where)
+    _check_requests(workloads, where)
     if keys.get("grid") == FRONTIER:
         _check_searched(keys, where)
     return [
@@ -295,6 +311,40 @@ def _check_prompt_form(deployment: Deployment, workloads: Sequence[Workload], wh
             )
 
 
+def _check_cell_names(workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if two cells have one name: only one of them would be measured."""
+    found: dict[str, Workload] = {}
+    for workload in workloads:
+        other = found.setdefault(workload.cell, workload)
+        if other is not workload:
+            loads = " and ".join(f"{_load_of(each):.15g}" for each in (other, workload))
+            raise ConfigError(
+                f"{where}: the loads {loads} of `workload` give two cells the same name "
+                f"`{workload.cell}`: a name has six digits of the load, or four of a trace's rate. "
+                "Remove one of the two."
+            )
+
+
+def _load_of(workload: Workload) -> float:
+    """What the study says of its load: the `speedup` of a trace, else the intensity."""
+    source = workload.source
+    return source.speedup if source and workload.protocol == "trace" else workload.intensity
+
+
+def _check_requests(workloads: Sequence[Workload], where: str) -> None:
+    """Raise ConfigError if a cell has more requests than a table can count."""
+    for workload in workloads:
+        requests = workload.requests
+        if requests is None:
+            requests = math.ceil((workload.request_rate or 0) * (workload.duration_s or 0))
+        if requests > MAX_INTEGER:
+            raise ConfigError(
+                f"{where}: `{workload.cell}` has {requests:,} requests, and at most "
+                f"{MAX_INTEGER:,} are possible. Lower the load, `requests_per_user` or "
+                "`duration_s`."
+            )
+
+
 def _check_emulated_mix(trials: Sequence[Trial]) -> None:
     by_emulation = {trial.deployment.engine == "emulated": trial.deployment for trial in trials}
     if len(by_emulation) > 1:
@@ -303,6 +353,21 @@ def _check_emulated_mix(trials: Sequence[Trial]) -> None:
             f"`{by_emulation[False].name}` is not; tables and figures would mix their results. "
             "Split the study in two, or set `allow_emulated_mix: true`."
         )
+
+
+def _check_filters(config: Mapping[str, Any], trials: Sequence[Trial]) -> None:
+    """Raise ConfigError if a filter has a value that no cell has, such as a misspelled model."""
+    for name in ("include", "exclude"):
+        for number, conditions in enumerate(config.get(name, [])):
+            for key, values in conditions.items():
+                known = {_property(trial, key) for trial in trials} - {None}
+                for value in as_list(values):
+                    if value not in known:
+                        listed = ", ".join(f"`{each}`" for each in sorted(known)) or "none"
+                        raise ConfigError(
+                            f"{name}[{number}].{key}: no cell has the value `{value}`. Correct or "
+                            f"remove it. Values of the study: {listed}."
+                        )
 
 
 def _is_selected(trial: Trial, config: Mapping[str, Any]) -> bool:

@@ -67,10 +67,9 @@ def locate(
     """
     if checkpoint.startswith(DEMO):
         return _locate_demo(checkpoint, models, key)
-    path = Path(checkpoint).expanduser().absolute()
-    if path.exists():
-        return path
-    name = HubName.parse(checkpoint)
+    if found := find_path(checkpoint, key):
+        return found
+    name, path = HubName.parse(checkpoint), Path(checkpoint).expanduser().absolute()
     if name is None:
         raise ModelError(
             f"{key} `{checkpoint}`: there is no file or folder {path}, and this is no name of "
@@ -89,9 +88,24 @@ def locate(
     )
 
 
+def find_path(checkpoint: str, key: str = "checkpoint") -> Path | None:
+    """The absolute path of `checkpoint`, if it is that of a file or folder.
+
+    Raises ModelError if that cannot be told: the folder of another user, a name that is too long.
+    """
+    try:
+        path = Path(checkpoint).expanduser().absolute()
+        return path if path.exists() else None
+    except (OSError, RuntimeError) as error:  # the latter: `~name` of no user
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(
+            f"{key} `{checkpoint}`: cannot be read ({reason}). Correct the path or the permissions."
+        ) from None
+
+
 def find_revision(checkpoint: str, revisions: Mapping[str, str]) -> str | None:
     """The commit that `locate` uses; None for a path, and for what is not in the cache."""
-    if checkpoint.startswith(DEMO) or Path(checkpoint).expanduser().exists():
+    if checkpoint.startswith(DEMO) or find_path(checkpoint):
         return None
     name = HubName.parse(checkpoint)
     return None if name is None else revisions.get(checkpoint) or hub.find_commit(name)

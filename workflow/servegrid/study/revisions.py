@@ -35,6 +35,8 @@ def read_revisions(results: Path) -> dict[str, str]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         revisions = data["revisions"] if data["format"] == _FORMAT else None
+    except PermissionError as error:
+        raise ModelError(f"{file}: cannot be read ({error.strerror}). Make it readable.") from error
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, LookupError, TypeError) as error:

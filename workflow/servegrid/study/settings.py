@@ -11,10 +11,13 @@ from typing import Any
 
 from servegrid.errors import ConfigError
 from servegrid.study.deployment import CPU, EXTERNAL, REPLICAS, VLLM, parse_deployment
+from servegrid.study.grid import MAX_INTEGER
 from servegrid.study.parallelism import DATA, PIPELINE, PREFILL_CONTEXT, TENSOR
 
 KEYS = ("max_num_seqs", "max_model_len", REPLICAS)
 """Keys of a deployment that a sweep can change; all other names are arguments of the engine."""
+_COUNTS = (TENSOR, PIPELINE, DATA, PREFILL_CONTEXT)
+"""Arguments of vLLM that count GPUs."""
 _CLOSE = 0.85
 """How alike a name must be to one of KEYS to be taken for a slip."""
 
@@ -108,7 +111,20 @@ def _check_settings(
                 f"{where}.sweep.{key}: the deployment sets `{key}` itself too. Remove one of the "
                 "two."
             )
+    _check_counts(swept, where)
     if TENSOR in swept and "gpu_count" in entry:
         raise ConfigError(
             f"{where}.sweep.{TENSOR}: the number of GPUs follows from it. Remove `gpu_count`."
         )
+
+
+def _check_counts(swept: Mapping[str, Sequence[Any]], where: str) -> None:
+    """Raise ConfigError if a value is no count where the deployment's own key must be one."""
+    for key in (each for each in swept if each in (*KEYS, *_COUNTS)):
+        for value in swept[key]:
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole or not 1 <= value <= MAX_INTEGER:
+                raise ConfigError(
+                    f"{where}.sweep.{key}: {value!r} is not a whole number of at least 1. Correct "
+                    "it."
+                )
