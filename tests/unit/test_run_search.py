@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -296,6 +298,23 @@ def test_a_list_that_was_cut_off_is_read_as_far_as_it_goes(allocation: Allocatio
     lines = file.read_text().splitlines()
     file.write_bytes("\n".join(lines[:3]).encode() + b'\n{"trial": "x\xff')
     assert len(forget_left_out(full, Slo())) == 3
+
+
+@pytest.mark.parametrize("kind", ["relative", "absolute"])
+def test_a_list_removes_no_record_of_another_study(allocation: Allocation, kind: str) -> None:
+    study, full = rehearsal(0, **FEW), rehearsal(0, **FEW, grid="full", drift_checks=False)
+    allocation.run(study)
+    file = left_out_file(study.deployments[0].name, 1)
+    line = file.read_text().splitlines()[0]
+    trial = json.loads(line)["trial"]
+    other = shutil.copytree(CELLS / trial, Path("other"))
+    path = "../../other" if kind == "relative" else str(other.absolute())
+    file.write_text(line + "\n" + line.replace(trial, path) + "\n")
+    assert forget_left_out(full, Slo()) == [trial]
+    assert sorted(each.name for each in other.iterdir()) == [
+        "requests.parquet",
+        "telemetry.parquet",
+    ]
 
 
 def test_a_list_that_cannot_be_read_is_one_error(

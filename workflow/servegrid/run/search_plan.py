@@ -204,4 +204,10 @@ def _read_lines(file: Path) -> list[dict[str, str]]:
                 isinstance(entry.get(key), str) for key in ("trial", "search")
             ):
                 entries.append(entry)
-    return entries
+    return [entry for entry in entries if _is_inside(entry["trial"])]
+
+
+def _is_inside(trial: str) -> bool:
+    """Whether the record is below `results/cells`. Others can write the list in a shared folder."""
+    parts = Path(trial).parts
+    return len(parts) == 3 and not {"/", ".."} & set(parts)
