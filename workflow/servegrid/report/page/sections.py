@@ -25,7 +25,7 @@ from servegrid.report.findings_report import (
 )
 from servegrid.report.page import Section, SectionTable
 from servegrid.study.deployment import CPU
-from servegrid.study.text import pluralize
+from servegrid.study.text import format_count, pluralize
 
 MAX_SURPRISES = 10
 """Maximum outlooks that did not come true on the page. `servegrid plan --review` shows all."""
@@ -44,8 +44,8 @@ def summary_sentence(counts: Mapping[str, int], cells: pd.DataFrame) -> str:
     return (
         f"{pluralize(counts['deployments'], 'deployment')} on {kinds} of hardware; "
         f"{pluralize(counts['cells'], 'cell')} in {pluralize(counts['trials'], 'trial')} with "
-        f"{counts['requests']:,} requests. {pluralize(counts['served'], 'cell')} served, "
-        f"{counts['valid']} valid."
+        f"{pluralize(counts['requests'], 'request')}. {pluralize(counts['served'], 'cell')} "
+        f"served, {format_count(counts['valid'])} valid."
     )
 
 
@@ -178,8 +178,8 @@ def validity_section(cells: pd.DataFrame) -> Section:
     is_served = cells["verdict"].isin(SERVED)
     served = int(is_served.sum())
     paragraphs = [
-        f"{served} of {pluralize(len(cells), 'trial')} served, "
-        f"{int(cells['valid'].eq(True).sum())} valid."
+        f"{format_count(served)} of {pluralize(len(cells), 'trial')} served, "
+        f"{format_count(int(cells['valid'].eq(True).sum()))} valid."
     ]
     skipped = int((cells["verdict"] == NOT_RUN).sum())
     if skipped:
