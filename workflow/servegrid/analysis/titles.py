@@ -41,8 +41,7 @@ _ENGINE_TITLES = {"vllm": "vLLM", "llamacpp": "llama.cpp", EMULATED: "emulated b
 def deployment_title(cells: pd.DataFrame) -> str:
     """The title of the deployment of `cells`, rows of one deployment.
 
-    >>> deployment_title(cells)
-    'mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0'
+    For example, `mistral-7b · fp16 · 2 × V100 16 GB · vLLM 0.32.0`.
     """
     first = cells.iloc[0]
     replicas = first["replicas"] if "replicas" in cells else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """The text with control characters and lone surrogates as escapes, as Python writes them.
+    r"""The text with control characters and lone surrogates as escapes, as Python writes them.
 
     For texts of servers, bundles and models: they must not move the cursor of a terminal, and every
     file can store them.
