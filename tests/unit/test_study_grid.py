@@ -445,6 +445,14 @@ REFUSED = [
         ["exclude[0]: unknown key `gup`", "Did you mean `gpu`?"],
     ),
     (
+        lambda c: c.update({"a\nb\x1b": 1}),
+        [r"the top level: unknown key `a\nb\x1b`"],
+    ),
+    (
+        lambda c: c["deployments"][0].update(engine_args={"a\nb": 2**63}),
+        [r"deployments[0].engine_args.a\nb: 9223372036854775808 is too large"],
+    ),
+    (
         lambda c: c.update(exclude=[{"gpu": "cpu"}, {"gpu": ["cpu", "a100"]}]),
         ["exclude[1].gpu: no cell has the value `a100`", "Values of the study: `a100-40gb`, `cpu`"],
     ),

@@ -25,6 +25,7 @@ from servegrid.study.directory import inside
 from servegrid.study.expand import expand
 from servegrid.study.grid import MAX_INTEGER, Study
 from servegrid.study.source_files import resolve_sources
+from servegrid.study.text import printable
 
 SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"
 MAX_NUMBER, MIN_NUMBER = 10**12, 1e-12
@@ -114,7 +115,7 @@ def parse_study(config: Mapping[str, Any], files: Sequence[Path | str] = ()) -> 
         resolved, paths = resolve_sources(config)
         return replace(expand(resolved), source_files=paths)
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(f"{source}: {printable(str(error))}") from None
 
 
 def from_snakemake(config: Mapping[str, Any], files: Sequence[str]) -> Study:
@@ -251,7 +252,7 @@ def _check_duplicate_keys(file: Path, text: str) -> None:
                 if key.value in keys:
                     line = key.start_mark.line + 1
                     raise ConfigError(
-                        f"{file}: line {line}: the key `{key.value}` is a duplicate. "
+                        f"{file}: line {line}: the key `{printable(key.value)}` is a duplicate. "
                         "Remove one of the two, or merge them."
                     )
                 keys.add(key.value)
@@ -264,13 +265,14 @@ def validate(config: Mapping[str, Any], rules: Mapping[str, Any], source: str) -
     """
     problems = list(_Validator(rules).iter_errors(config))
     if problems:
-        raise ConfigError(f"{source}: {_describe_error(best_match(problems), rules)}")
+        problem = printable(_describe_error(best_match(problems), rules))
+        raise ConfigError(f"{source}: {problem}")
 
 
 def _format_key_path(path: Iterable[str | int]) -> str:
     """`deployments[0].workload.concurrency` from the steps of a JSON path."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return text.removeprefix(".") or "the top level"
+    return printable(text.removeprefix(".")) or "the top level"
 
 
 def _describe_error(error: Any, rules: Mapping[str, Any]) -> str:
