@@ -158,10 +158,10 @@ def _cost(value: tuple[float, float]) -> str:
 
 def report(title: str, sizes: tuple[int, ...], rows: dict[str, list[tuple[float, float]]]) -> None:
     print(f"\n{title}")
-    heads = "".join(f"{f'{size:,}':>18}" for size in sizes)
+    heads = "".join(f"{f'{size:,}':>20}" for size in sizes)
     print(f"  {'':<28}{heads}{'growth':>16}")
     for step, values in rows.items():
-        cells = "".join(f"{_cost(value):>18}" for value in values)
+        cells = "".join(f"{_cost(value):>20}" for value in values)
         scale = sizes[-1] / sizes[0]
         growth = [last / first / scale for first, last in zip(values[0], values[-1], strict=True)]
         print(f"  {step:<28}{cells}{f'{growth[0]:.2f} s {growth[1]:.2f} MiB':>16}")
