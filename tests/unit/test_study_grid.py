@@ -201,7 +201,7 @@ def test_include_and_exclude_filter_the_trials() -> None:
     kept = parse_study(
         changed_config(
             lambda c: c.update(
-                include=[{"engine": "vllm", "concurrency": [4]}, {"gpu": "cpu"}],
+                include=[{"engine": "vllm", "concurrency": [4, 9]}, {"gpu": "cpu"}],
                 exclude=[{"input_len": 119}, {"engine": "llamacpp", "concurrency": 1}],
             )
         )
@@ -453,8 +453,11 @@ REFUSED = [
         [r"deployments[0].engine_args.a\nb: 9223372036854775808 is too large"],
     ),
     (
-        lambda c: c.update(exclude=[{"gpu": "cpu"}, {"gpu": ["cpu", "a100"]}]),
-        ["exclude[1].gpu: no cell has the value `a100`", "Values of the study: `a100-40gb`, `cpu`"],
+        lambda c: c.update(exclude=[{"gpu": ["cpu", "a100"]}, {"gpu": ["h100", "a100"]}]),
+        [
+            "exclude[1].gpu: no cell has the value `h100` or `a100`",
+            "Values of the study: `a100-40gb`, `cpu`",
+        ],
     ),
     (
         lambda c: c.update(include=[{"concurrency": 5}]),

@@ -51,8 +51,8 @@ def expand(config: Mapping[str, Any]) -> Study:
 
     Raises ConfigError if a deployment has the name of another one or of a table of the whole study,
     a deployment is not valid (see `parse_deployment`), all prompts with their outputs are longer
-    than `max_model_len`, or `include` and `exclude` have an unknown value or leave no cell. The
-    error names the key.
+    than `max_model_len`, a filter of `include` or `exclude` matches nothing, or they leave no cell.
+    The error names the key.
     """
     _check_size(config)
     _check_prompt_mix(config.get("capacity", {}))
@@ -356,18 +356,21 @@ def _check_emulated_mix(trials: Sequence[Trial]) -> None:
 
 
 def _check_filters(config: Mapping[str, Any], trials: Sequence[Trial]) -> None:
-    """Raise ConfigError if a filter has a value that no cell has, such as a misspelled model."""
+    """Raise ConfigError if a filter matches nothing, because of a misspelled model for example.
+
+    A list may have values that no cell has, so that several studies can share a filter.
+    """
     for name in ("include", "exclude"):
         for number, conditions in enumerate(config.get(name, [])):
             for key, values in conditions.items():
                 known = {_property(trial, key) for trial in trials} - {None}
-                for value in as_list(values):
-                    if value not in known:
-                        listed = ", ".join(f"`{each}`" for each in sorted(known)) or "none"
-                        raise ConfigError(
-                            f"{name}[{number}].{key}: no cell has the value `{value}`. Correct or "
-                            f"remove it. Values of the study: {listed}."
-                        )
+                if known.isdisjoint(as_list(values)):
+                    wanted = " or ".join(f"`{each}`" for each in as_list(values))
+                    listed = ", ".join(f"`{each}`" for each in sorted(known)) or "none"
+                    raise ConfigError(
+                        f"{name}[{number}].{key}: no cell has the value {wanted}. Correct or "
+                        f"remove it. Values of the study: {listed}."
+                    )
 
 
 def _is_selected(trial: Trial, config: Mapping[str, Any]) -> bool:
