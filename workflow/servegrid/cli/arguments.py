@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from servegrid.study.limits import MAX_INTEGER, MAX_NUMBER, MIN_NUMBER
+
 
 def add_directory(parser: ArgumentParser) -> None:
     """Add `--directory`, the folder with the results of a study."""
@@ -33,10 +35,6 @@ def folder(text: str) -> Path:
     if is_other:
         raise ArgumentTypeError(f"{text!r} is not a folder")
     return path
-
-
-MAX_INTEGER, MAX_NUMBER, MIN_NUMBER = 2**31 - 1, 1e12, 1e-12
-"""The limits of values, as in a study."""
 
 
 def positive_int(text: str) -> int:

@@ -24,10 +24,10 @@ from servegrid.engines.listening import LOOPBACK, UNIX_BASE_URL, socket_path
 from servegrid.errors import ConfigError, EngineError, NotServableError
 from servegrid.node.reaper import start_reaper
 from servegrid.records.verdict import OOM_AT_START
-from servegrid.study.config import MAX_NUMBER, MIN_NUMBER
 from servegrid.study.deployment import REPLICAS
 from servegrid.study.endpoint import Endpoint
 from servegrid.study.grid import Deployment
+from servegrid.study.limits import MAX_NUMBER, MIN_NUMBER
 
 START_FAULTS = ("oom_at_start", "slow_start")
 """Faults while the engine starts; the faults of requests are in `emulated_server.FAULTS`."""

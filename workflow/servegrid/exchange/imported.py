@@ -23,7 +23,8 @@ from servegrid.records import columns, parquet
 from servegrid.records.columns import PERCENTILES
 from servegrid.records.verdict import HTTP_ERROR, Verdict, decide_verdict, was_served
 from servegrid.study.deployment import Deployment
-from servegrid.study.grid import MAX_INTEGER, Protocol, Trial, Workload
+from servegrid.study.grid import Protocol, Trial, Workload
+from servegrid.study.limits import MAX_INTEGER
 
 _NS = 1_000_000_000
 _MAX_NS = 2**53

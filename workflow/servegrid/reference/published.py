@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from servegrid.errors import ConfigError
-from servegrid.study.config import MAX_NUMBER, MIN_NUMBER
-from servegrid.study.grid import CONCURRENCY_PROTOCOLS, MAX_INTEGER
+from servegrid.study.grid import CONCURRENCY_PROTOCOLS
+from servegrid.study.limits import MAX_INTEGER, MAX_NUMBER, MIN_NUMBER
 
 FOLDER = Path(__file__).parent
 

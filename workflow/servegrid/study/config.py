@@ -23,14 +23,12 @@ from jsonschema.exceptions import ValidationError, best_match
 from servegrid.errors import ConfigError
 from servegrid.study.directory import inside
 from servegrid.study.expand import expand
-from servegrid.study.grid import MAX_INTEGER, Study
+from servegrid.study.grid import Study
+from servegrid.study.limits import MAX_INTEGER, MAX_NUMBER, MIN_NUMBER
 from servegrid.study.source_files import resolve_sources
 from servegrid.study.text import printable
 
 SCHEMA = Path(__file__).parent / "schemas" / "study.yaml"
-MAX_NUMBER, MIN_NUMBER = 10**12, 1e-12
-"""A number in a configuration is at most this large, an integer at most MAX_INTEGER. If it is above
-0, it is at least MIN_NUMBER."""
 _MAX_PLAIN = 2**63
 """An integer that the schema does not know, such as an argument of an engine, is smaller."""
 

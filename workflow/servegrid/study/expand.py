@@ -12,7 +12,6 @@ from servegrid.study.deployment import EMULATED, Deployment, parse_deployment
 from servegrid.study.grid import (
     DRIFT_CHECKS,
     FRONTIER,
-    MAX_INTEGER,
     SWEEP,
     SWEEP_FRACTIONS,
     Study,
@@ -21,6 +20,7 @@ from servegrid.study.grid import (
     by_bring_up,
     saturation_trial_of,
 )
+from servegrid.study.limits import MAX_INTEGER
 from servegrid.study.recorded_users import check_users_from
 from servegrid.study.settings import expand_sweep
 from servegrid.study.workloads import as_list, check_used, expand_workloads, protocols_of

@@ -14,9 +14,6 @@ from servegrid.study.source import Source, uniform_half_width
 
 __all__ = ["Deployment", "Study", "Trial", "Workload", "canonical_json", "digest_json"]
 
-MAX_INTEGER = 2**31 - 1
-"""The largest integer that a column of lengths, users or requests can hold."""
-
 SPEC_FORMAT = 3
 """Raise this number when the meaning of a specification changes. Older cells are then stale."""
 

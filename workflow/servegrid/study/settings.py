@@ -11,7 +11,7 @@ from typing import Any
 
 from servegrid.errors import ConfigError
 from servegrid.study.deployment import CPU, EXTERNAL, REPLICAS, VLLM, parse_deployment
-from servegrid.study.grid import MAX_INTEGER
+from servegrid.study.limits import MAX_INTEGER
 from servegrid.study.parallelism import DATA, PIPELINE, PREFILL_CONTEXT, TENSOR
 
 KEYS = ("max_num_seqs", "max_model_len", REPLICAS)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from textwrap import shorten
 from typing import Any
 
 import pandas as pd
 
 from servegrid.analysis.capacity import Demand, HardwarePrices
-from servegrid.analysis.intervals import bring_up_medians
 from servegrid.analysis.latency_curves import requests_in_flight
 from servegrid.analysis.slo import Slo
-from servegrid.analysis.summary import CELL_KEYS, lacks_low_loads
+from servegrid.analysis.summary import CELL_KEYS, lacks_low_loads, trial_medians
 from servegrid.analysis.titles import (
     deployment_titles,
     figure_notes,
@@ -257,15 +255,11 @@ def _efficiency(cells: pd.DataFrame) -> dict[str, dict[tuple[Any, ...], float]]:
         cells = cells.assign(measured_over_predicted=1 / cells["predicted_over_measured"])
     known = {metric.column for metric in EFFICIENCY} & set(cells.columns)
     found = {}
+    rows: Any = cells[["deployment", *CELL_KEYS]].to_dict("records")
+    keyed = cells.assign(key=pd.Series(map(_cell_key, rows), cells.index, dtype=object))
     for name in sorted(name for name in known if cells[name].notna().any()):
-        values: dict[tuple[Any, ...], dict[bool, list[tuple[float, Any]]]] = {}
-        for row in cells.dropna(subset=[name]).to_dict("records"):
-            by_validity = values.setdefault(_cell_key(row), {True: [], False: []})
-            by_validity[row["valid"] is True].append((float(row[name]), row["allocation"]))
-        found[name] = {
-            key: median(bring_up_medians(*zip(*(each[True] or each[False]), strict=True)))
-            for key, each in values.items()
-        }
+        medians = trial_medians(keyed, "key", name)
+        found[name] = {key: each.value for key, each in medians.items() if each.value is not None}
     return found
 
 
